@@ -1,0 +1,39 @@
+# make quickstart | test | test-slow | check | wheel. Each sets up .venv first, once.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+# The first Python that runs and is supported; choose another with make setup PYTHON=...
+SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
+
+.PHONY: setup quickstart test test-slow check wheel
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(if $(PYTHON),$(PYTHON),false) -c '$(SUPPORTED)' || { \
+	  echo "error: PYTHON: given '$(PYTHON)', expected Python 3.10, 3.11 or 3.12." \
+	    "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[xla,dev]'
+	@touch $@
+
+quickstart: setup
+	$(BIN)/python torchprime/torch_xla_models/train.py --config-name quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow and not gpu and not vllm"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/contracts
+
+wheel: setup
+	$(BIN)/python -m build --wheel --no-isolation

@@ -1,0 +1,166 @@
+"""Every YAML file we ship composes, passes the schema and says what it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from torchprime.config.compose import assets_dir, compose_config, configs_dir
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.decoder import CausalLM
+from torchprime.sharding import ShardingTable
+
+CONFIGS = configs_dir()
+GROUPS = ("dataset", "eval", "mesh", "model", "remat", "sharding", "task")
+RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+OPTIONS = sorted(
+    (group, path.stem) for group in GROUPS for path in (CONFIGS / group).glob("*.yaml")
+)
+# What `default` and some options leave to the user.
+GIVEN = ["model.pretrained_model=some/checkpoint", "task.max_steps=10"]
+NEEDED = {
+    ("dataset", "file"): ["dataset.file_dataset_path=rows.jsonl"],
+    ("eval", "file"): ["eval.file_dataset_path=rows.jsonl"],
+}
+
+# Parameter counts as published on the models' cards (tied embeddings counted once).
+PUBLISHED_PARAMETERS = {
+    "llama-3-8b": 8_030_261_248,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
+    "qwen2.5-math-1.5b": 1_543_714_304,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+}
+
+
+def architecture_of(model: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / "model" / f"{model}.yaml").read_text())["architecture"]
+
+
+def shapes_of(architecture: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        model = CausalLM(architecture_from_hf(architecture))
+    return {name: tuple(value.shape) for name, value in model.named_parameters()}
+
+
+def test_there_are_no_other_groups() -> None:
+    assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == set(GROUPS)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_run_composes(run: str) -> None:
+    config = compose_config(["--config-name", run, *(GIVEN if run == "default" else [])])
+    assert config.run_name == run
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_run_takes_the_overrides_users_give(run: str) -> None:
+    overrides = ["model.pretrained_model=my/checkpoint", "task.max_steps=100", "mesh=single"]
+    overrides += ["ici_mesh.fsdp=4", "task.optimizer.learning_rate=1e-5", "logging_steps=1"]
+    config = compose_config(["--config-name", run, *overrides])
+    assert config.mesh_shape() == {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
+    assert (config.task.max_steps, config.task.optimizer.learning_rate) == (100, 1e-5)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_run_has_a_header(run: str) -> None:
+    lines = (CONFIGS / f"{run}.yaml").read_text().splitlines()
+    header = [line[1:].strip() for line in lines[: lines.index("")]]
+    assert header[0] and all(line.startswith("#") for line in lines[: lines.index("")])
+    for word in ("Command:", "Hardware:", "Time:", "Expected:"):
+        said = [line.removeprefix(word).strip() for line in header if line.startswith(word)]
+        assert len(said) == 1 and said[0], f"{run}.yaml: the header lacks '{word} ...'"
+    command = next(line for line in header if line.startswith("Command:"))
+    assert run == "default" or run in command or ".sh" in command
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_option_composes(group: str, option: str) -> None:
+    compose_config([f"{group}={option}", *GIVEN, *NEEDED.get((group, option), [])])
+
+
+@pytest.mark.parametrize("model", sorted(PUBLISHED_PARAMETERS))
+def test_named_model_has_its_published_size(model: str) -> None:
+    shapes = shapes_of(architecture_of(model))
+    assert (
+        sum(torch.Size(shape).numel() for shape in shapes.values()) == PUBLISHED_PARAMETERS[model]
+    )
+
+
+def test_every_named_architecture_has_a_published_size() -> None:
+    with_architecture = {
+        path.stem
+        for path in (CONFIGS / "model").glob("*.yaml")
+        if "architecture" in yaml.safe_load(path.read_text())
+    }
+    assert with_architecture == set(PUBLISHED_PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("model", "theta", "eps", "max_position", "tied"),
+    [
+        ("llama-3-8b", 500_000, 1e-5, 8192, False),
+        ("llama-3.1-8b", 500_000, 1e-5, 131072, False),
+        ("llama-3.1-70b", 500_000, 1e-5, 131072, False),
+        ("llama-3.2-1b", 500_000, 1e-5, 131072, True),
+        ("qwen2.5-math-1.5b", 10_000, 1e-6, 4096, True),
+        ("qwen3-0.6b", 1_000_000, 1e-6, 40960, True),
+        ("qwen3-8b", 1_000_000, 1e-6, 40960, False),
+        ("qwen3-14b", 1_000_000, 1e-6, 40960, False),
+    ],
+)
+def test_named_model_has_its_published_numbers(
+    model: str, theta: float, eps: float, max_position: int, tied: bool
+) -> None:
+    found = architecture_from_hf(architecture_of(model))
+    assert (found.rope.theta, found.rms_norm_eps) == (theta, eps)
+    assert (found.max_position_embeddings, found.tie_word_embeddings) == (max_position, tied)
+    factor = {"llama-3.1-8b": 8.0, "llama-3.1-70b": 8.0, "llama-3.2-1b": 32.0}.get(model)
+    assert found.rope.kind == ("llama3" if factor else "default")
+    if factor:
+        assert found.rope.factor == factor and found.rope.original_max_position == 8192
+
+
+@pytest.mark.parametrize("mesh", ["single", "fsdp8", "fsdp2_tensor2", "two_slices_fsdp8"])
+@pytest.mark.parametrize("model", sorted(PUBLISHED_PARAMETERS))
+def test_default_sharding_covers_every_family(model: str, mesh: str) -> None:
+    config = compose_config([f"model={model}", f"mesh={mesh}", *GIVEN])
+    table = ShardingTable(
+        config.sharding.parameters,
+        config.sharding.activations,
+        config.sharding.max_unsharded_params,
+    )
+    shapes = shapes_of(architecture_of(model))
+    assert set(table.parameter_specs(shapes, config.mesh_shape())) == set(shapes)
+    assert table.batch_axes() == ("data", "fsdp")
+
+
+def test_default_sharding_covers_biases_everywhere() -> None:
+    biased = {**architecture_of("llama-3.2-1b"), "attention_bias": True, "mlp_bias": True}
+    config = compose_config(["mesh=fsdp2_tensor2", *GIVEN])
+    table = ShardingTable(config.sharding.parameters, config.sharding.activations)
+    shapes = shapes_of(biased)
+    assert any(name.endswith("down_proj.bias") for name in shapes)
+    table.parameter_specs(shapes, config.mesh_shape())
+
+
+def test_quickstart_assets_are_where_the_configs_say() -> None:
+    config = compose_config(["--config-name", "quickstart"])
+    for path in (config.dataset.file_dataset_path, config.eval.file_dataset_path):
+        assert path and Path(path).is_file()
+    assert Path(str(config.model.pretrained_model), "config.json").is_file()
+
+
+def test_pretraining_makes_the_architecture_that_ships() -> None:
+    shipped = json.loads((assets_dir() / "quickstart" / "base" / "config.json").read_text())
+    made = compose_config(["--config-name", "quickstart-pretrain"]).model.architecture
+    assert made is not None
+    assert architecture_from_hf(made) == architecture_from_hf(shipped)

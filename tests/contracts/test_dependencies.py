@@ -1,0 +1,207 @@
+"""Dependency direction: imports go down the layers only, and device libraries stay in backends."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+PACKAGE = REPO / "torchprime"
+
+LEAVES = {"data", "models", "adapters", "losses", "sharding", "checkpoint", "metrics"}
+BACKENDS = {"torch_xla_models", "torch_native"}
+BELOW_EVALUATION = {"config", *LEAVES}
+BELOW_TRAINING = {*BELOW_EVALUATION, "evaluation"}
+BELOW_BACKENDS = {*BELOW_TRAINING, "training"}
+# What each room may import besides itself and errors.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "config": set(),
+    **{leaf: {"config"} for leaf in LEAVES},
+    "checkpoint": {"config", "models"},
+    "evaluation": BELOW_EVALUATION,
+    "training": BELOW_TRAINING,
+    **{backend: BELOW_BACKENDS for backend in BACKENDS},
+    "cli": {*BELOW_BACKENDS, *BACKENDS},
+}
+LATE = "# late:"
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_names(tree: ast.AST, path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import, `from a import b` as a.b, relative ones made absolute."""
+    package = ["torchprime", *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = package[: len(package) - node.level + 1]
+                base = ".".join([*up, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def sources() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
+
+
+def wrong_directions(path: Path, text: str) -> list[str]:
+    here = room_of(path)
+    if here == "__init__":
+        return []
+    wrong = [] if here in ALLOWED else [f"{path}: torchprime/{here} is in no layer"]
+    for line, name in imported_names(ast.parse(text), path):
+        parts = name.split(".")
+        if parts[0] != "torchprime" or len(parts) < 2 or not _is_room(parts[1]):
+            continue
+        if parts[1] not in {here, "errors", *ALLOWED.get(here, set())}:
+            wrong.append(f"{path}:{line}: {here} imports {name}")
+    return wrong
+
+
+def _is_room(name: str) -> bool:
+    return (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file() or name in ALLOWED
+
+
+def wrong_devices(path: Path, text: str) -> list[str]:
+    here, wrong = room_of(path), []
+    tree = ast.parse(text)
+    names = list(imported_names(tree, path))
+    # torch.distributed is an attribute of torch even where it is never imported.
+    names += [
+        (node.lineno, f"torch.{node.attr}")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
+        and node.attr == "distributed"
+    ]
+    for line, name in names:
+        top = name.split(".")[0]
+        xla_only = top in {"torch_xla", "jax", "jaxlib", "torchax", "libtpu"}
+        collective = name == "torch.distributed" or name.startswith("torch.distributed.")
+        if (xla_only and here != "torch_xla_models") or (collective and here not in BACKENDS):
+            wrong.append(f"{path}:{line}: {here} uses {name}")
+    return wrong
+
+
+def late_imports(path: Path, text: str) -> list[str]:
+    lines = text.splitlines()
+    inside = {
+        node
+        for function in ast.walk(ast.parse(text))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    first_lines = {node.lineno for node in inside}
+    wrong = []
+    for number in sorted(first_lines):
+        above = number - 2  # 0-based index of the line before; skip over a run of late imports
+        while above >= 0 and above + 1 in first_lines:
+            above -= 1
+        comments = [lines[number - 1]]
+        while above >= 0 and lines[above].lstrip().startswith("#"):
+            comments.append(lines[above])
+            above -= 1
+        if not any(LATE in comment for comment in comments):
+            wrong.append(f"{path}:{number}: {lines[number - 1].strip()}")
+    return wrong
+
+
+def test_imports_go_down_only() -> None:
+    wrong = [each for path in sources() for each in wrong_directions(path, path.read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_device_libraries_stay_in_the_backends() -> None:
+    wrong = [each for path in sources() for each in wrong_devices(path, path.read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_imports_inside_functions_say_why() -> None:
+    wrong = [each for path in sources() for each in late_imports(path, path.read_text())]
+    assert not wrong, f"move to the top, or say why in a comment '{LATE} ...':\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ("config/x.py", "from torchprime.data import order"),
+        ("data/x.py", "import torchprime.models.decoder"),
+        ("data/x.py", "from ..training import loop"),
+        ("models/x.py", "from torchprime import sharding"),
+        ("metrics/x.py", "from torchprime.losses import chunked"),
+        ("training/x.py", "def f():\n    from torchprime.torch_xla_models import mesh"),
+        ("torch_xla_models/x.py", "from torchprime.torch_native import mesh"),
+        ("torch_native/x.py", "import torchprime.cli"),
+        ("misc/x.py", "import json"),
+    ],
+)
+def test_a_wrong_direction_is_found(where: str, text: str) -> None:
+    assert wrong_directions(PACKAGE / where, text)
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ("data/x.py", "from torchprime.config.schema import TrainConfig"),
+        ("checkpoint/x.py", "from torchprime.models import decoder"),
+        ("training/x.py", "from torchprime.evaluation import greedy"),
+        ("torch_xla_models/x.py", "from torchprime.training.loop import Trainer"),
+        ("config/x.py", "from torchprime import __version__\nfrom .schema import AXES"),
+    ],
+)
+def test_a_right_direction_is_let_through(where: str, text: str) -> None:
+    assert not wrong_directions(PACKAGE / where, text)
+
+
+@pytest.mark.parametrize(
+    ("where", "text", "count"),
+    [
+        ("training/x.py", "import torch_xla.core.xla_model as xm", 1),
+        ("models/x.py", "from jax import numpy", 1),
+        ("losses.py", "import torch\ntorch.distributed.all_reduce(1)", 1),
+        ("checkpoint/x.py", "from torch import distributed", 1),
+        ("torch_xla_models/x.py", "import jax\nimport torch.distributed as dist", 0),
+        ("torch_native/x.py", "import torch_xla", 1),
+    ],
+)
+def test_a_device_library_is_found(where: str, text: str, count: int) -> None:
+    assert len(wrong_devices(PACKAGE / where, text)) == count
+
+
+def test_a_late_import_is_found_unless_it_says_why() -> None:
+    plain = "def f():\n    import json\n"
+    said = (
+        "def f():\n    # late: takes a second, and\n    # few need it\n    import a\n    import b\n"
+    )
+    inline = "def f():\n    import json  # late: optional extra\n"
+    assert late_imports(PACKAGE / "x.py", plain)
+    assert not late_imports(PACKAGE / "x.py", said)
+    assert not late_imports(PACKAGE / "x.py", inline)
+
+
+def test_files_beside_train_py_shadow_no_library() -> None:
+    """`python3 torchprime/torch_xla_models/train.py` puts that folder first on sys.path."""
+    libraries = {*sys.stdlib_module_names, *importlib.metadata.packages_distributions()}
+    shadowing = [
+        str(path.relative_to(REPO))
+        for backend in BACKENDS
+        for path in (PACKAGE / backend).glob("*")
+        if path.name != "__init__.py" and not path.name.startswith("__pycache__")
+        if path.stem in libraries
+    ]
+    assert not shadowing, f"{shadowing}: named like a library; give another name"

@@ -1,0 +1,58 @@
+"""The card says what was done; what is unknown is left out, not invented."""
+
+from __future__ import annotations
+
+import yaml
+
+from torchprime.checkpoint.card import model_card
+
+FACTS = {
+    "name": "export",
+    "base_model": "meta-llama/Meta-Llama-3-8B",
+    "dataset": "openai/gsm8k",
+    "command": "python3 torchprime/torch_xla_models/train.py --config-name x",
+    "steps": 1234,
+    "metrics": {"loss": 0.123456789},
+    "versions": {"torch": "2.9.1"},
+}
+
+
+def front_matter(card):
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_all_facts_are_in_the_card():
+    card = model_card(FACTS)
+    for text in (
+        *list(FACTS.values())[:4],
+        "1,234",
+        "0.123457",
+        "2.9.1",
+        "vllm serve",
+        "transformers",
+    ):
+        assert text in card
+    front = front_matter(card)
+    assert front["base_model"] == "meta-llama/Meta-Llama-3-8B"
+    assert front["datasets"] == ["openai/gsm8k"]
+
+
+def test_local_paths_stay_out_of_what_hubs_read():
+    front = front_matter(model_card({"base_model": "/data/my/model", "dataset": "./rows.jsonl"}))
+    assert "base_model" not in front and "datasets" not in front
+
+
+def test_empty_facts_make_a_card_without_empty_sections():
+    card = model_card({})
+    assert "Trained from scratch" in card
+    assert "## Training" not in card and "## Command" not in card and "None" not in card
+
+
+def test_usage_follows_the_chat_template():
+    assert "apply_chat_template" in model_card({"chat": True})
+    assert "chat/completions" in model_card({"chat": True})
+    assert "apply_chat_template" not in model_card({"chat": False})
+
+
+def test_table_cells_cannot_break_the_table():
+    assert "a\\|b c" in model_card({"dataset": "a|b\nc"}).split("## Training")[1]

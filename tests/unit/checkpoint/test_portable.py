@@ -1,0 +1,222 @@
+"""The small files of an export: both spellings, exact tokenizers, stop tokens, chat templates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer
+
+from torchprime.checkpoint.portable import (
+    PROBES,
+    check_tokenizer,
+    portable_config,
+    portable_generation_config,
+    write_json,
+    write_tokenizer,
+)
+from torchprime.errors import CheckpointError
+from torchprime.models.architecture import architecture_from_hf
+
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+
+
+def test_every_family_reads_as_the_same_architecture_in_old_and_new_spelling(any_family):
+    """What 4.57 sees (no rope_parameters) and what 5.x sees (rope_parameters) are the source's."""
+    result = portable_config(any_family.config, any_family.spec, torch.bfloat16, 0)
+    source = architecture_from_hf(any_family.config)
+    old = {k: v for k, v in result.items() if k not in ("rope_parameters", "dtype")}
+    new = {
+        k: v for k, v in result.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")
+    }
+    assert architecture_from_hf(old) == architecture_from_hf(new) == source
+    theirs = transformers.AutoConfig.for_model(**result)
+    original = transformers.AutoConfig.from_pretrained(any_family.folder)
+    assert theirs.rope_parameters == original.rope_parameters
+    assert theirs.tie_word_embeddings == original.tie_word_embeddings
+
+
+def test_llama3_rope_in_both_spellings_from_either(tied_llama):
+    new = tied_llama.config
+    old = {k: v for k, v in new.items() if k != "rope_parameters"}
+    old |= {"rope_theta": 500_000.0, "rope_scaling": LLAMA3}
+    for source in (new, old):
+        result = portable_config(source, tied_llama.spec, torch.bfloat16, 0)
+        assert result["rope_theta"] == 500_000.0
+        assert result["rope_scaling"] == LLAMA3
+        assert result["rope_parameters"] == {**LLAMA3, "rope_theta": 500_000.0}
+        assert result["dtype"] == result["torch_dtype"] == "bfloat16"
+        assert result["architectures"] == ["LlamaForCausalLM"]
+        assert result["tie_word_embeddings"] is True
+
+
+def test_plain_rope_has_no_scaling(any_family):
+    result = portable_config(any_family.config, any_family.spec, torch.float32, 0)
+    if result["rope_parameters"]["rope_type"] == "default":
+        assert result["rope_scaling"] is None
+        assert result["rope_theta"] == any_family.config["rope_parameters"]["rope_theta"]
+
+
+def test_remote_code_does_not_survive(llama):
+    source = {**llama.config, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
+    assert "auto_map" not in portable_config(source, llama.spec, torch.float32, 0)
+
+
+def test_vocabulary_must_fit_the_embedding(llama):
+    with pytest.raises(CheckpointError, match="vocab_size=321, but .* has 320 rows"):
+        portable_config({**llama.config, "vocab_size": 321}, llama.spec, torch.float32, 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "eos", "expected"),
+    [
+        ({"eos_token_id": [1, 2]}, {}, 2, [1, 2]),
+        ({"eos_token_id": 1}, {}, 2, [1, 2]),
+        ({"eos_token_id": 2}, {}, 2, 2),
+        ({}, {"eos_token_id": 5}, 2, [5, 2]),
+        (None, {}, 2, 2),
+        (None, {"eos_token_id": [2]}, 2, 2),
+    ],
+)
+def test_trained_stop_token_joins_the_others(source, config, eos, expected):
+    assert portable_generation_config(source, config, eos)["eos_token_id"] == expected
+
+
+def test_generation_settings_are_kept():
+    source = {"temperature": 0.6, "do_sample": True, "_from_model_config": True}
+    result = portable_generation_config(source, {"bos_token_id": 7, "pad_token_id": None}, 2)
+    expected = {"temperature": 0.6, "do_sample": True, "bos_token_id": 7, "eos_token_id": 2}
+    assert result == expected
+
+
+def exported(tmp_path, source, eos=0, model_type="llama"):
+    out = tmp_path / "exported"
+    out.mkdir()
+    write_tokenizer(out, source, eos=eos)
+    write_json(out / "config.json", {"model_type": model_type})
+    return out
+
+
+def settings_of(folder):
+    return json.loads((folder / "tokenizer_config.json").read_text())
+
+
+def edited(tmp_path, tokenizer_folder, **changes):
+    source = tmp_path / "source"
+    shutil.copytree(tokenizer_folder, source)
+    (source / "tokenizer_config.json").write_text(json.dumps({**settings_of(source), **changes}))
+    return source
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3"])
+def test_tokenizer_gives_the_raw_ids_through_auto_tokenizer(tmp_path, tokenizer_folder, model_type):
+    out = exported(tmp_path, tokenizer_folder, model_type=model_type)
+    assert (out / "tokenizer.json").read_bytes() == (
+        tokenizer_folder / "tokenizer.json"
+    ).read_bytes()
+    raw = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    auto = transformers.AutoTokenizer.from_pretrained(out)
+    fast = transformers.PreTrainedTokenizerFast.from_pretrained(out)
+    for text in (*PROBES, "<|end|>12<|other|>"):
+        assert auto(text)["input_ids"] == fast(text)["input_ids"] == raw.encode(text).ids
+    assert auto.eos_token_id == 0
+    check_tokenizer(out)
+
+
+@pytest.mark.parametrize(
+    ("folder", "eos", "model_type"),
+    [
+        ("models/stories260K", 2, "llama"),
+        ("tokenizers/qwen3", 151645, "qwen3"),
+        ("tokenizers/qwen3", 151645, "qwen2"),
+        ("tokenizers/mistral_v3", 2, "mistral"),
+    ],
+)
+def test_real_tokenizers_survive(shared_dir, tmp_path, folder, eos, model_type):
+    out = exported(tmp_path, shared_dir / folder, eos=eos, model_type=model_type)
+    check_tokenizer(out)
+    auto = transformers.AutoTokenizer.from_pretrained(out)
+    assert auto.eos_token_id is not None
+
+
+def test_tokenizer_config_is_what_457_can_load(tmp_path, tokenizer_folder):
+    source = edited(
+        tmp_path,
+        tokenizer_folder,
+        tokenizer_class="TokenizersBackend",
+        extra_special_tokens=["<|other|>"],
+        add_bos_token=True,
+        auto_map={"AutoTokenizer": ["evil.T", None]},
+    )
+    out = exported(tmp_path, source)
+    settings = settings_of(out)
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["additional_special_tokens"] == ["<|other|>"]
+    for key in ("backend", "extra_special_tokens", "auto_map", "add_bos_token"):
+        assert key not in settings
+    auto = transformers.AutoTokenizer.from_pretrained(out)
+    assert "<|other|>" in auto.all_special_tokens
+    special = json.loads((out / "special_tokens_map.json").read_text())
+    assert special == {"eos_token": "<|end|>", "additional_special_tokens": ["<|other|>"]}
+
+
+def test_missing_eos_token_is_the_trained_one(tmp_path, tokenizer_folder):
+    out = exported(tmp_path, edited(tmp_path, tokenizer_folder, eos_token=None), eos=1)
+    assert settings_of(out)["eos_token"] == "<|other|>"
+
+
+TEMPLATE = "{%- for m in messages %}<|other|>{{ m['content'] }}<|end|>\r\n{% endfor %}"
+MESSAGES = [{"role": "user", "content": "Hé"}]
+
+
+@pytest.mark.parametrize("place", ["inline", "file"])
+def test_chat_template_is_written_as_file_and_inline(tmp_path, tokenizer_folder, place):
+    source = edited(
+        tmp_path, tokenizer_folder, chat_template=TEMPLATE if place == "inline" else "old"
+    )
+    if place == "file":
+        (source / "chat_template.jinja").write_bytes(TEMPLATE.encode())
+    out = exported(tmp_path, source)
+    assert (out / "chat_template.jinja").read_bytes() == TEMPLATE.encode()
+    assert settings_of(out)["chat_template"] == TEMPLATE
+    render = {"tokenize": False}
+    ours = transformers.AutoTokenizer.from_pretrained(out).apply_chat_template(MESSAGES, **render)
+    assert ours == "<|other|>Hé<|end|>\n"  # Jinja makes all line ends \n
+
+
+def test_named_chat_templates_survive(tmp_path, tokenizer_folder):
+    entries = [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]
+    out = exported(tmp_path, edited(tmp_path, tokenizer_folder, chat_template=entries))
+    assert settings_of(out)["chat_template"] == entries
+    auto = transformers.AutoTokenizer.from_pretrained(out)
+    assert auto.chat_template == {"default": "A", "tool_use": "B"}
+
+
+def test_no_chat_template_stays_none(tmp_path, tokenizer_folder):
+    out = exported(tmp_path, tokenizer_folder)
+    assert not (out / "chat_template.jinja").exists() and "chat_template" not in settings_of(out)
+
+
+def test_folder_without_tokenizer_json_says_how_to_make_one(tmp_path):
+    with pytest.raises(CheckpointError, match="There is no tokenizer.json .*save_pretrained"):
+        write_tokenizer(tmp_path, tmp_path, eos=0)
+
+
+def test_malformed_tokenizer_files_are_named(tmp_path, tokenizer_folder):
+    source = edited(tmp_path, tokenizer_folder)
+    (source / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer_config.json cannot be read"):
+        write_tokenizer(tmp_path, source, eos=0)
+    (source / "tokenizer_config.json").unlink()
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="tokenizer.json is not a tokenizer"):
+        write_tokenizer(tmp_path, source, eos=0)

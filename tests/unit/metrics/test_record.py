@@ -1,0 +1,101 @@
+"""Records become one line of JSON that any reader accepts, and come back unchanged."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from torchprime.metrics.record import EvalRecord, StepRecord, from_json, to_json
+
+STEP = StepRecord(
+    step=10,
+    epoch=0.25,
+    loss=1.5,
+    grad_norm=0.98,
+    lr=1e-4,
+    supervised_tokens=500,
+    real_tokens=900,
+    slot_tokens=1024,
+    batch_hash="0123456789abcdef",
+    step_seconds=2.0,
+    supervised_tokens_per_s=250.0,
+    slot_tokens_per_s=512.0,
+    mfu=None,
+    device_memory_bytes=None,
+    host_memory_bytes=1 << 30,
+    compiles=1,
+)
+
+
+def refuse_constant(name: str) -> float:
+    raise AssertionError(f"bare {name} is not JSON")
+
+
+def parse_strictly(line: str) -> dict:
+    return json.loads(line, parse_constant=refuse_constant)
+
+
+def with_loss(loss: float) -> StepRecord:
+    return StepRecord(**{**vars(STEP), "loss": loss})
+
+
+def test_a_step_s_line_has_exactly_the_documented_keys() -> None:
+    assert parse_strictly(to_json(STEP)) == {
+        "kind": "train",
+        "step": 10,
+        "epoch": 0.25,
+        "loss": 1.5,
+        "grad_norm": 0.98,
+        "lr": 1e-4,
+        "supervised_tokens": 500,
+        "real_tokens": 900,
+        "slot_tokens": 1024,
+        "batch_hash": "0123456789abcdef",
+        "step_seconds": 2.0,
+        "supervised_tokens_per_s": 250.0,
+        "slot_tokens_per_s": 512.0,
+        "mfu": None,
+        "device_memory_bytes": None,
+        "host_memory_bytes": 1073741824,
+        "compiles": 1,
+    }
+
+
+def test_an_evaluation_s_line_carries_the_perplexity() -> None:
+    line = to_json(EvalRecord(step=0, eval_loss=math.log(8), eval_supervised_tokens=7, seconds=0.5))
+    values = parse_strictly(line)
+    assert values.pop("eval_perplexity") == pytest.approx(8)
+    assert values == {
+        "kind": "eval",
+        "step": 0,
+        "eval_loss": math.log(8),
+        "eval_supervised_tokens": 7,
+        "seconds": 0.5,
+    }
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-inf"])
+def test_a_number_json_cannot_hold_is_null_and_named(word: str) -> None:
+    values = parse_strictly(to_json(with_loss(float(word))))
+    assert values["loss"] is None
+    assert values["nonfinite"] == {"loss": word}
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-inf"])
+def test_reading_puts_the_number_back_and_leaves_the_unknown_alone(word: str) -> None:
+    values = from_json(to_json(with_loss(float(word))))
+    assert str(values["loss"]) == word
+    assert values["mfu"] is None
+    assert "nonfinite" not in values
+
+
+def test_a_perplexity_past_the_largest_float_is_infinite() -> None:
+    record = EvalRecord(step=1, eval_loss=1e4, eval_supervised_tokens=1, seconds=1.0)
+    assert parse_strictly(to_json(record))["nonfinite"] == {"eval_perplexity": "inf"}
+
+
+def test_a_line_that_is_no_object_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a JSON object, got list"):
+        from_json("[1, 2]")

@@ -1,0 +1,1 @@
+"""Weights in and out: Hugging Face folders are read, checked, written, and read back as proof."""

@@ -1,0 +1,33 @@
+"""The frame around every entry point: command line in, exit code out, no traceback for a mistake.
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from torchprime.config.compose import compose_config, parse_command, run_hydra_main
+from torchprime.config.schema import TrainConfig
+from torchprime.errors import UserError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def run_main(main: Callable[[TrainConfig], int], argv: list[str] | None = None) -> int:
+    """Compose the config from the command line, run `main` with it and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        command = parse_command(argv)
+        if command.many_runs:
+            run_hydra_main(command, main)
+            return 0
+        return main(compose_config(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED

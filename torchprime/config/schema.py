@@ -1,0 +1,460 @@
+"""What a run may be told: every key, its type, its default and the combinations that make sense.
+
+YAML and overrides become a plain dict (compose.py), the dict becomes these frozen dataclasses
+(load.py), and the dataclasses check themselves here. A `TrainConfig` that exists is one a trainer
+can act on: whatever is wrong has been said by then, with the key, what was given, what was expected
+and how to fix it, before a weight is read or a device is touched. Config objects stop at the door:
+builders take flat arguments, never a section of this tree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn, get_args
+
+from torchprime.errors import ConfigError
+
+Axis = Literal["data", "fsdp", "expert", "context", "tensor"]
+# Outermost first: neighbours along the last axis are neighbours on the interconnect, and tensor
+# parallelism talks the most.
+AXES: tuple[str, ...] = get_args(Axis)
+
+# One entry per dim of a tensor: an axis, several axes (the first is the major one) or null.
+AxisSpec = list[str | list[str] | None]
+
+
+def refuse(key: str, given: object, expected: str, fix: str) -> NoReturn:
+    """The one form of a message about a value."""
+    raise ConfigError(f"{key}: given {_shown(given)}, expected {expected}. {fix}")
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value)
+
+
+def _at_least(key: str, value: float | None, least: float) -> None:
+    if value is not None and not (value >= least and math.isfinite(value)):
+        refuse(key, value, f"at least {least}", f"Set {key}={least} or more.")
+
+
+def _positive(key: str, value: float | None) -> None:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        refuse(key, value, "a number above 0", f"Set {key} to a number above 0.")
+
+
+def _fraction(key: str, value: float | None, *, one_allowed: bool = True) -> None:
+    if value is None:
+        return
+    if not 0 <= value <= 1 or (value == 1 and not one_allowed):
+        upper = "1" if one_allowed else "less than 1"
+        refuse(key, value, f"a fraction from 0 to {upper}", f"Write 5% as {key}=0.05.")
+
+
+def _not_empty(key: str, value: str | None) -> None:
+    if value is not None and not value.strip():
+        refuse(key, value, "a name, or null for none", f"Give it a value or set {key}=null.")
+
+
+def _one_source(section: str, hub: str | None, hub_config: str | None, path: str | None) -> None:
+    """A hub name and a file are alternatives: which of them is meant is never guessed."""
+    hub_key, path_key = f"{section}.hf_dataset_name", f"{section}.file_dataset_path"
+    _not_empty(hub_key, hub)
+    _not_empty(path_key, path)
+    if hub is not None and path is not None:
+        raise ConfigError(
+            f"{hub_key} and {path_key}: given {hub!r} and {path!r}, expected only one of the two. "
+            f"To read the file add {hub_key}=null {section}.hf_dataset_config_name=null; "
+            f"to read the hub's dataset add {path_key}=null."
+        )
+    if hub_config is not None and hub is None:
+        key = f"{section}.hf_dataset_config_name"
+        refuse(key, hub_config, f"null, since {hub_key} is null", f"Set {key}=null.")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Where rows come from and how they become packed blocks."""
+
+    hf_dataset_name: str | None = None
+    hf_dataset_config_name: str | None = None
+    file_dataset_path: str | None = None  # local, gs:// or any fsspec URL; .json or .jsonl
+    split: str = "train"
+    cache_dir: str | None = None
+    block_size: int = 1024
+    format: Literal["auto", "prompt_completion", "question_answer", "text"] = "auto"
+    compute_loss_on: Literal["all", "completion"] = "completion"
+    packing: Literal["none", "first_fit"] = "first_fit"
+    truncation: Literal["drop", "right", "error"] = "drop"
+    max_train_examples: int | None = None
+    max_rejected_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        _one_source(
+            "dataset", self.hf_dataset_name, self.hf_dataset_config_name, self.file_dataset_path
+        )
+        if self.hf_dataset_name is None and self.file_dataset_path is None:
+            raise ConfigError(
+                "dataset.hf_dataset_name and dataset.file_dataset_path: given null and null, "
+                "expected one of the two. Choose a dataset (dataset=gsm8k), or set "
+                "dataset.file_dataset_path=rows.jsonl."
+            )
+        _not_empty("dataset.split", self.split)
+        if self.format == "text" and self.compute_loss_on == "completion":
+            refuse(
+                "dataset.compute_loss_on",
+                self.compute_loss_on,
+                "all, since rows of dataset.format=text have no completion",
+                "Set dataset.compute_loss_on=all.",
+            )
+        _at_least("dataset.block_size", self.block_size, 2)  # one target needs two tokens
+        _at_least("dataset.max_train_examples", self.max_train_examples, 1)
+        _fraction("dataset.max_rejected_fraction", self.max_rejected_fraction)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out rows: their loss before the first step, every `every_steps` and at the end."""
+
+    hf_dataset_name: str | None = None
+    hf_dataset_config_name: str | None = None
+    file_dataset_path: str | None = None
+    split: str | None = None
+    max_examples: int | None = None
+    every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_source(
+            "eval", self.hf_dataset_name, self.hf_dataset_config_name, self.file_dataset_path
+        )
+        _not_empty("eval.split", self.split)
+        if self.hf_dataset_name is not None and self.split is None:
+            refuse("eval.split", None, "a split of the hub's dataset", "Set eval.split=test.")
+        _at_least("eval.max_examples", self.max_examples, 1)
+        _at_least("eval.every_steps", self.every_steps, 1)
+        if not self.enabled and self.every_steps is not None:
+            refuse(
+                "eval.every_steps",
+                self.every_steps,
+                "null, since no held-out rows are given",
+                "Set eval.hf_dataset_name or eval.file_dataset_path, or eval.every_steps=null.",
+            )
+
+    @property
+    def enabled(self) -> bool:
+        return self.hf_dataset_name is not None or self.file_dataset_path is not None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Whose weights, or which architecture; a checkpoint's own config.json always wins."""
+
+    pretrained_model: str | None = None
+    tokenizer_name: str | None = None
+    attention_kernel: Literal["auto", "splash", "reference"] = "auto"
+    # HF config.json keys, to train from scratch or plan without the weights.
+    architecture: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _not_empty("model.pretrained_model", self.pretrained_model)
+        _not_empty("model.tokenizer_name", self.tokenizer_name)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "adafactor"] = "adamw"
+    learning_rate: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    # fp32 copies of bf16 weights: without them small updates are rounded away.
+    master_weights: bool = True
+
+    def __post_init__(self) -> None:
+        _positive("task.optimizer.learning_rate", self.learning_rate)
+        for i, beta in enumerate(self.betas):
+            _fraction(f"task.optimizer.betas[{i}]", beta, one_allowed=False)
+        _positive("task.optimizer.eps", self.eps)
+        _at_least("task.optimizer.weight_decay", self.weight_decay, 0)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Linear warm-up, then this shape down to `min_lr_ratio` of the peak."""
+
+    name: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int | None = None
+    warmup_ratio: float | None = None
+    min_lr_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        steps_key, ratio_key = "task.lr_scheduler.warmup_steps", "task.lr_scheduler.warmup_ratio"
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ConfigError(
+                f"{steps_key} and {ratio_key}: given {self.warmup_steps} and {self.warmup_ratio}, "
+                f"expected at most one of the two. Add {ratio_key}=null or {steps_key}=null."
+            )
+        _at_least(steps_key, self.warmup_steps, 0)
+        _fraction(ratio_key, self.warmup_ratio)
+        _fraction("task.lr_scheduler.min_lr_ratio", self.min_lr_ratio)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What one step is, how many there are, and what is left at the end."""
+
+    name: Literal["train", "sft"]
+    global_batch_size: int  # blocks per step, over all devices and micro-batches
+    gradient_accumulation_steps: int = 1
+    max_steps: int | None = None
+    num_epochs: float | None = None
+    max_grad_norm: float | None = 1.0
+    max_grad_value: float | None = None
+    loss_chunks: int = 8
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    export_checkpoint_path: str | None = None  # relative: inside the run's folder
+    convert_to_safetensors: bool = True
+    max_shard_size_gb: float = 5.0
+    sample_prompts: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("task.global_batch_size", self.global_batch_size, 1)
+        _at_least("task.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        self._check_length()
+        _positive("task.max_grad_norm", self.max_grad_norm)
+        _positive("task.max_grad_value", self.max_grad_value)
+        _at_least("task.loss_chunks", self.loss_chunks, 1)
+        _not_empty("task.export_checkpoint_path", self.export_checkpoint_path)
+        _positive("task.max_shard_size_gb", self.max_shard_size_gb)
+        _at_least("task.sample_prompts", self.sample_prompts, 0)
+
+    def _check_length(self) -> None:
+        if self.max_steps is None and self.num_epochs is None:
+            raise ConfigError(
+                "task.max_steps and task.num_epochs: given null and null, expected one of the two. "
+                "Set task.max_steps=100 or task.num_epochs=3."
+            )
+        if self.max_steps is not None and self.num_epochs is not None:
+            raise ConfigError(
+                f"task.max_steps and task.num_epochs: given {self.max_steps} and "
+                f"{self.num_epochs}, expected only one of the two. Add task.num_epochs=null or "
+                "task.max_steps=null."
+            )
+        _at_least("task.max_steps", self.max_steps, 1)
+        _positive("task.num_epochs", self.num_epochs)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh's axes, within a slice (ici_mesh) or across slices (dcn_mesh)."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    expert: int = 1
+    context: int = 1
+
+    def check(self, section: str) -> None:
+        for axis in AXES:
+            _at_least(f"{section}.{axis}", getattr(self, axis), 1)
+        for axis in ("expert", "context"):
+            size = getattr(self, axis)
+            if size != 1:
+                refuse(
+                    f"{section}.{axis}",
+                    size,
+                    f"1: parallelism over the {axis} axis is not supported yet",
+                    f"Set {section}.{axis}=1 and use the data, fsdp or tensor axis.",
+                )
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """Name patterns -> axes, one entry per dim. Among activations, `batch` is the batch itself."""
+
+    parameters: dict[str, AxisSpec] = field(default_factory=dict)
+    activations: dict[str, AxisSpec] = field(default_factory=dict)
+    # A parameter with more elements than this that ends up on every device whole is an error.
+    max_unsharded_params: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        for section in ("parameters", "activations"):
+            for pattern, spec in getattr(self, section).items():
+                _check_axes_once(f"sharding.{section}['{pattern}']", spec)
+        _at_least("sharding.max_unsharded_params", self.max_unsharded_params, 0)
+
+
+def _check_axes_once(key: str, spec: AxisSpec) -> None:
+    names: list[str] = []
+    for entry in spec:
+        names += [entry] if isinstance(entry, str) else entry or []
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        refuse(
+            key,
+            spec,
+            f"each axis for at most one dim ({', '.join(twice)} is there twice)",
+            "Replace one of them by null.",
+        )
+
+
+@dataclass(frozen=True)
+class RematConfig:
+    """Trades of compile time and memory against recomputation, applied from outside the model."""
+
+    scan_layers: bool = False
+    policy: Literal["none", "full"] = "none"
+    optimization_barrier: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run, whole. Its folder is `<output_dir>/<run_name>`."""
+
+    dataset: DatasetConfig
+    eval: EvalConfig
+    model: ModelConfig
+    task: TaskConfig
+    ici_mesh: MeshConfig
+    dcn_mesh: MeshConfig
+    sharding: ShardingConfig
+    remat: RematConfig
+    seed: int = 42
+    torch_dtype: Literal["float32", "bfloat16"] = "float32"
+    logging_steps: int = 10
+    output_dir: str = "outputs"
+    run_name: str | None = None  # null: the config's name
+    dry_run: bool = False
+    allow_recompile: bool = False
+    profile_start_step: int | None = None
+    profile_end_step: int | None = None
+    profile_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            refuse("seed", self.seed, "a whole number from 0 to 2**63 - 1", "Set seed=42.")
+        _at_least("logging_steps", self.logging_steps, 1)
+        _not_empty("output_dir", self.output_dir)
+        self._check_run_name()
+        self._check_profile()
+        self._check_model()
+        self.ici_mesh.check("ici_mesh")
+        self.dcn_mesh.check("dcn_mesh")
+        self._check_batch()
+        if self.task.sample_prompts > 0 and not self.eval.enabled:
+            refuse(
+                "task.sample_prompts",
+                self.task.sample_prompts,
+                "0, since no held-out rows are given to ask about",
+                "Choose held-out rows (eval=gsm8k_test) or set task.sample_prompts=0.",
+            )
+
+    def _check_run_name(self) -> None:
+        _not_empty("run_name", self.run_name)
+        if self.run_name is not None and (
+            self.run_name in (".", "..") or any(mark in self.run_name for mark in "/\\")
+        ):
+            refuse(
+                "run_name",
+                self.run_name,
+                "one folder's name",
+                "Put the folders above it into output_dir.",
+            )
+
+    def _check_profile(self) -> None:
+        start, end = self.profile_start_step, self.profile_end_step
+        _at_least("profile_start_step", start, 0)
+        if (start is None) != (end is None):
+            missing = "profile_end_step" if end is None else "profile_start_step"
+            raise ConfigError(
+                f"profile_start_step and profile_end_step: given {_shown(start)} and "
+                f"{_shown(end)}, expected both or neither. Set {missing} too."
+            )
+        if start is not None and end is not None and end <= start:
+            refuse(
+                "profile_end_step",
+                end,
+                f"more than profile_start_step={start}",
+                f"Set profile_end_step={start + 3} to trace three steps.",
+            )
+        if start is not None and self.task.max_steps is not None and start >= self.task.max_steps:
+            refuse(
+                "profile_start_step",
+                start,
+                f"less than task.max_steps={self.task.max_steps}, or nothing is traced",
+                "Start earlier; steps count from 0.",
+            )
+
+    def _check_model(self) -> None:
+        has_weights = self.model.pretrained_model is not None
+        if self.task.name == "sft" and not has_weights:
+            refuse(
+                "model.pretrained_model",
+                None,
+                "a checkpoint (hub name or local folder), since task=sft fine-tunes one",
+                "Set model.pretrained_model=meta-llama/Llama-3.2-1B, or task=train to start from "
+                "random weights.",
+            )
+        if not has_weights and self.model.architecture is None:
+            refuse(
+                "model.architecture",
+                None,
+                "an architecture, since model.pretrained_model is null too",
+                "Choose a named model (model=llama-3.2-1b) or set model.pretrained_model.",
+            )
+        if not has_weights and self.model.tokenizer_name is None:
+            refuse(
+                "model.tokenizer_name",
+                None,
+                "a tokenizer (hub name or local folder), since there is no checkpoint to take it "
+                "from",
+                "Set model.tokenizer_name=meta-llama/Llama-3.2-1B.",
+            )
+
+    def _check_batch(self) -> None:
+        """Every device gets the same number of whole blocks in every micro-batch."""
+        sizes = self.mesh_shape()
+        accumulation = self.task.gradient_accumulation_steps
+        divisor = sizes["data"] * sizes["fsdp"] * accumulation
+        given = self.task.global_batch_size
+        if given % divisor:
+            factors = " x ".join(
+                f"{axis} {sizes[axis]} (ici {getattr(self.ici_mesh, axis)} x dcn "
+                f"{getattr(self.dcn_mesh, axis)})"
+                for axis in ("data", "fsdp")
+            )
+            nearest = max(divisor, round(given / divisor) * divisor)
+            refuse(
+                "task.global_batch_size",
+                given,
+                f"a multiple of {divisor} = {factors} x task.gradient_accumulation_steps "
+                f"{accumulation}; {given} / {divisor} leaves {given % divisor}",
+                f"Set task.global_batch_size={nearest}, or change the mesh or the accumulation.",
+            )
+
+    def mesh_shape(self) -> dict[str, int]:
+        """Size of each axis over all slices, outermost first."""
+        return {axis: getattr(self.ici_mesh, axis) * getattr(self.dcn_mesh, axis) for axis in AXES}
+
+    @property
+    def device_count(self) -> int:
+        """How many devices the mesh takes."""
+        return math.prod(self.mesh_shape().values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers: what config.yaml holds, and what load_config reads back."""
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,53 @@
+"""One step's blocks, as every backend gets them: five [B, S] arrays and a hash.
+
+The hash is how two runs on different hardware prove they saw the same batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FIELDS = ("input_ids", "targets", "loss_weights", "position_ids", "segment_ids")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Arrays of shape [B, S]. Padding: segment 0, target -100, weight 0, position 0."""
+
+    input_ids: npt.NDArray[np.int32]
+    targets: npt.NDArray[np.int32]
+    loss_weights: npt.NDArray[np.float32]
+    position_ids: npt.NDArray[np.int32]
+    segment_ids: npt.NDArray[np.int32]
+
+    def arrays(self) -> dict[str, npt.NDArray[np.int32] | npt.NDArray[np.float32]]:
+        return {name: getattr(self, name) for name in FIELDS}
+
+    def hash(self) -> str:
+        """16 hex digits over names, types, shapes and little-endian bytes of the five arrays."""
+        digest = hashlib.sha256()
+        for name, array in self.arrays().items():
+            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            digest.update(f"{name}:{little.dtype.str}:{little.shape};".encode())
+            digest.update(np.ascontiguousarray(little).data)
+        return digest.hexdigest()[:16]
+
+    @property
+    def slot_tokens(self) -> int:
+        return int(self.input_ids.size)
+
+    @property
+    def real_tokens(self) -> int:
+        return int(np.count_nonzero(self.segment_ids))
+
+    @property
+    def supervised_tokens(self) -> int:
+        return int(np.count_nonzero(self.targets >= 0))
+
+    @property
+    def weight_sum(self) -> float:
+        return float(self.loss_weights.sum(dtype=np.float64))

@@ -1,0 +1,54 @@
+"""Which blocks make which step: a pure function of (number of blocks, seed, step, batch size).
+
+No sampler holds state, so resuming is a seek, and hosts, devices, meshes and backends cannot
+disagree. Every epoch has its own permutation, from Philox keyed by (seed, epoch). Only Philox's
+raw numbers are used, whose stream numpy guarantees; `Generator.permutation` may change between
+numpy versions, and with it the order of two runs that are meant to be compared.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+EMPTY_BLOCK = -1
+
+
+def steps_per_epoch(num_blocks: int, global_batch_size: int) -> int:
+    """Updates that see every block once; the last one may be partial."""
+    return -(-num_blocks // global_batch_size)
+
+
+def epoch_of(num_blocks: int, step: int, global_batch_size: int) -> int:
+    """The 0-based epoch that the 0-based step belongs to."""
+    return step // steps_per_epoch(num_blocks, global_batch_size)
+
+
+def batch_indices(
+    num_blocks: int, seed: int, step: int, global_batch_size: int
+) -> npt.NDArray[np.int64]:
+    """The blocks of the 0-based step, filled with -1 where an epoch's last batch is partial."""
+    if num_blocks < 1 or global_batch_size < 1 or step < 0:
+        raise ValueError(
+            f"expected num_blocks >= 1, global_batch_size >= 1 and step >= 0, got {num_blocks}, "
+            f"{global_batch_size} and {step}"
+        )
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(num_blocks, global_batch_size))
+    first = step_in_epoch * global_batch_size
+    chosen = epoch_permutation(num_blocks, seed, epoch)[first : first + global_batch_size]
+    indices = np.full(global_batch_size, EMPTY_BLOCK, dtype=np.int64)
+    indices[: len(chosen)] = chosen
+    return indices
+
+
+@lru_cache(maxsize=4)
+def epoch_permutation(num_blocks: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """All blocks once, sorted by one random number each (read-only: it is shared)."""
+    # The array fixes the key as two words; numpy fills a Python int's words differently.
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+    numbers = np.random.Philox(key=key).random_raw(num_blocks)
+    permutation = np.argsort(numbers, kind="stable").astype(np.int64)
+    permutation.flags.writeable = False
+    return permutation

@@ -1,0 +1,244 @@
+"""The tokenizer as its own files define it: the raw `tokenizers` library on tokenizer.json.
+
+transformers may replace parts of a tokenizer.json by what it believes of the model type, so ids
+are taken from the file itself. Texts are encoded without special tokens and in batches (the
+library's threads then work); where BOS and EOS go is decided by tokenize.py, from what is found
+here once: which ids they are and whether this tokenizer begins a text with BOS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from torchprime.errors import CheckpointError
+
+PROBE = "a"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One text's ids; `span(i)` gives the characters [start, end) that token i stands for."""
+
+    ids: list[int]
+    _encoding: tokenizers.Encoding = field(repr=False)
+
+    def span(self, index: int) -> tuple[int, int]:
+        # One span at a time: listing all offsets of a data set costs as much as encoding it.
+        span = self._encoding.token_to_chars(index)
+        assert span is not None, "special tokens are never added here"
+        return span
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        return self._encoding.offsets
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Ids in, ids out. `pad_id` is EOS's where the tokenizer has no padding token of its own."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    add_bos: bool
+    generation_eos_ids: tuple[int, ...]
+    max_id: int
+    folder: Path
+    _raw: tokenizers.Tokenizer = field(repr=False)
+    _fingerprint: str = field(repr=False)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
+        """Ids and character spans of every text, without special tokens."""
+        encodings = self._raw.encode_batch(list(texts), add_special_tokens=False)
+        return [Encoded(encoding.ids, encoding) for encoding in encodings]
+
+    def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same ids without spans, which is faster."""
+        encodings = self._raw.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """What a model is given to answer this prompt: its ids, after BOS where that is used."""
+        return self.with_bos(self.encode_ids([prompt])[0])
+
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """BOS in front, once: a text that spells it already is left as it is."""
+        if not self.add_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def decode_batch(
+        self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = True
+    ) -> list[str]:
+        lists = [list(ids) for ids in sequences]
+        return self._raw.decode_batch(lists, skip_special_tokens=skip_special_tokens)
+
+    def fingerprint(self) -> str:
+        """sha256 of tokenizer.json and of the settings that change ids."""
+        return self._fingerprint
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read tokenizer.json and the settings beside it; what is missing is a CheckpointError."""
+    folder = Path(folder)
+    raw, raw_bytes = _load_raw(folder)
+    settings = _settings(folder)
+    vocab = raw.get_vocab(with_added_tokens=True)
+
+    eos_id = _eos_id(settings, vocab, folder)
+    bos_id, add_bos = _bos(raw, settings, vocab, eos_id, folder)
+    pad_id = vocab.get(_token(settings, "pad_token") or "", eos_id)
+
+    # Its work is done: what a text begins and ends with is decided in tokenize.py, and a
+    # post-processor that trims offsets would hide where a token really starts.
+    raw.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    rules = {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id, "add_bos": add_bos}
+    digest = hashlib.sha256(raw_bytes + json.dumps(rules, sort_keys=True).encode())
+    return Tokenizer(
+        vocab_size=raw.get_vocab_size(with_added_tokens=True),
+        bos_id=bos_id,
+        eos_id=eos_id,
+        pad_id=pad_id,
+        add_bos=add_bos,
+        generation_eos_ids=_generation_eos_ids(folder),
+        max_id=max(vocab.values()),
+        folder=folder,
+        _raw=raw,
+        _fingerprint=digest.hexdigest(),
+    )
+
+
+def _load_raw(folder: Path) -> tuple[tokenizers.Tokenizer, bytes]:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if not folder.is_dir():
+            raise CheckpointError(f"no tokenizer: the folder {folder} does not exist")
+        others = sorted(p.name for p in folder.iterdir() if "token" in p.name or "vocab" in p.name)
+        found = f"it has {', '.join(others)}" if others else "it has no tokenizer files at all"
+        raise CheckpointError(
+            f'no tokenizer.json in {folder} ({found}). Convert with: python -c "from transformers '
+            f"import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}')"
+            f".save_pretrained('{folder}')\", or set model.tokenizer_name to a folder that has one"
+        )
+    raw_bytes = path.read_bytes()
+    try:
+        raw = tokenizers.Tokenizer.from_str(raw_bytes.decode("utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path} is not a tokenizer that can be loaded: {error}") from error
+    # A file may carry the settings of somebody's last call; cut or padded texts and random
+    # merges are not part of what the tokenizer is.
+    raw.no_truncation()
+    raw.no_padding()
+    if getattr(raw.model, "dropout", None):
+        raw.model.dropout = None
+    return raw, raw_bytes
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; the older special_tokens_map.json fills what it leaves open."""
+    settings = _read_json(folder / "special_tokens_map.json")
+    newer = _read_json(folder / "tokenizer_config.json")
+    return settings | {key: value for key, value in newer.items() if value is not None}
+
+
+def _token(settings: dict[str, Any], name: str) -> str | None:
+    """A special token's text; it is written as a string or as an object with `content`."""
+    value = settings.get(name)
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+def _eos_id(settings: dict[str, Any], vocab: dict[str, int], folder: Path) -> int:
+    token = _token(settings, "eos_token")
+    if token is None:
+        raise CheckpointError(
+            f"the tokenizer in {folder} names no eos_token, so no answer could be taught to end. "
+            f'Add "eos_token": "<its text>" to {folder / "tokenizer_config.json"}'
+        )
+    return _id_of(token, "eos_token", vocab, folder)
+
+
+def _id_of(token: str, name: str, vocab: dict[str, int], folder: Path) -> int:
+    if token not in vocab:
+        raise CheckpointError(
+            f"{name} {token!r} of the tokenizer in {folder} is not in its vocabulary of "
+            f"{len(vocab):,} tokens. Correct {name} in tokenizer_config.json"
+        )
+    return vocab[token]
+
+
+def _bos(
+    raw: tokenizers.Tokenizer,
+    settings: dict[str, Any],
+    vocab: dict[str, int],
+    eos_id: int,
+    folder: Path,
+) -> tuple[int | None, bool]:
+    """BOS's id, and whether a text begins with it.
+
+    An explicit add_bos_token decides (as in transformers 5); otherwise what the post-processor
+    of tokenizer.json does to a text.
+    """
+    leading = _leading_specials(raw)
+    if len(leading) > 1:
+        names = " ".join(str(raw.id_to_token(i)) for i in leading)
+        raise CheckpointError(
+            f"the tokenizer in {folder} begins every text with {len(leading)} tokens ({names}); "
+            f"at most one, BOS, is supported"
+        )
+    token = _token(settings, "bos_token")
+    asked = settings.get("add_bos_token")
+    if token is None:
+        bos_id = leading[0] if leading else None
+        return bos_id, bos_id is not None and asked is not False
+    add_bos = bool(leading) if asked is None else bool(asked)
+    if not add_bos:
+        return vocab.get(token), False
+    bos_id = _id_of(token, "bos_token", vocab, folder)
+    if leading and leading[0] != bos_id:
+        raise CheckpointError(
+            f"tokenizer_config.json in {folder} names bos_token {token!r}, but tokenizer.json "
+            f"begins every text with {raw.id_to_token(leading[0])!r}. Make them agree"
+        )
+    return bos_id, True
+
+
+def _leading_specials(raw: tokenizers.Tokenizer) -> list[int]:
+    """The ids the post-processor puts in front of a text."""
+    full = raw.encode(PROBE).ids
+    bare = raw.encode(PROBE, add_special_tokens=False).ids
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    return []
+
+
+def _generation_eos_ids(folder: Path) -> tuple[int, ...]:
+    """The ids generation stops at; information only: training supervises eos_token."""
+    value = _read_json(folder / "generation_config.json").get("eos_token_id")
+    ids = value if isinstance(value, list) else [value]
+    return tuple(i for i in ids if isinstance(i, int))

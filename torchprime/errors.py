@@ -1,0 +1,37 @@
+"""What a user's mistake becomes: one clear message and exit code 2, never a traceback.
+
+A message names the key or the row, what was given, what was expected and how to fix it. Anything
+that is not a `UserError` is our own bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: configuration, data, weights, environment."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """An unknown key, a wrong type, an impossible combination of values."""
+
+
+class DataError(UserError):
+    """Rows that are missing, malformed or reduced to nothing."""
+
+
+class CheckpointError(UserError):
+    """Weights or a tokenizer that are missing, partial or do not fit the model."""
+
+
+class RuntimeSetupError(UserError):
+    """A package, device or folder that the run needs and the host does not give."""
+
+
+class DivergedError(UserError):
+    """The loss or gradient norm became NaN or infinite; the weights before it are kept."""
+
+
+class RecompileError(UserError):
+    """A step compiled again after warm-up, though everything in it should be static."""

@@ -1,0 +1,1 @@
+"""What a model does on rows it was not trained on."""

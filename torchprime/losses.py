@@ -1,0 +1,98 @@
+"""Cross-entropy as (loss_sum, weight_sum), never a mean (design law 3).
+
+The sum over supervised tokens is what adds up exactly over micro-batches, accumulation and devices;
+the step divides once by the global weight. Logits are made and dropped chunk by chunk along the
+sequence, and the gradients are made with them in the same pass, so that memory holds one chunk of
+[B, S/chunks, V] instead of the whole and no logit is computed twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+
+# Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab.
+
+
+def _chunk(
+    x_BCD: Tensor, w_VD: Tensor, t_BC: Tensor, weight_BC: Tensor, need_grad: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss sum of one chunk and, where wanted, its gradients to hidden states and weight.
+
+    The gradient of -log softmax(z)[t] is softmax(z) - onehot(t). The one-hot is a comparison, not a
+    gather: it stays local when the vocabulary is sharded, and it fuses.
+    """
+    logits = torch.matmul(x_BCD, w_VD.t()).float()
+    vocabulary = torch.arange(w_VD.shape[0], device=t_BC.device, dtype=t_BC.dtype)
+    onehot = t_BC[..., None] == vocabulary
+    top = logits.amax(dim=-1, keepdim=True)
+    exp = torch.exp(logits - top)
+    total = exp.sum(dim=-1, keepdim=True)
+    at_target = torch.where(onehot, logits - top, 0.0).sum(dim=-1)
+    # An ignored token has weight 0, but its target (-100) matches nothing: select, do not multiply,
+    # so that an infinite logit there cannot make 0 * inf.
+    nll = torch.where(weight_BC != 0, total.squeeze(-1).log() - at_target, 0.0)
+    loss_sum = (nll * weight_BC).sum()
+    if not need_grad:
+        return loss_sum, None, None
+    g = (exp / total - onehot.to(exp.dtype)) * weight_BC[..., None]
+    g_BCV = g.to(x_BCD.dtype)
+    grad_x = torch.matmul(g_BCV, w_VD)
+    grad_w = torch.matmul(g_BCV.flatten(0, 1).t(), x_BCD.flatten(0, 1))
+    return loss_sum, grad_x, grad_w
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BSD: Tensor, w_VD: Tensor, t_BS: Tensor, weight_BS: Tensor, chunks: int
+    ) -> Tensor:
+        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        length = -(-x_BSD.shape[1] // chunks)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=x_BSD.device)
+        grads_x: list[Tensor] = []
+        grad_w: Tensor | None = None
+        for start in range(0, x_BSD.shape[1], length):
+            part = slice(start, start + length)
+            loss, gx, gw = _chunk(
+                x_BSD[:, part], w_VD, t_BS[:, part], weight_BS[:, part], need_grad
+            )
+            loss_sum = loss_sum + loss
+            if gx is not None and gw is not None:
+                grads_x.append(gx)
+                # Summed in fp32: with bf16 weights the sum over chunks would lose low bits.
+                grad_w = gw.float() if grad_w is None else grad_w + gw
+        if grad_w is not None:
+            ctx.save_for_backward(torch.cat(grads_x, dim=1), grad_w.to(w_VD.dtype))
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_w = ctx.saved_tensors
+        return grad * grad_x, grad * grad_w, None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, output_weight: Tensor, targets: Tensor, loss_weights: Tensor, chunks: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of next-token losses without full logits.
+
+    Args:
+        hidden: [B, S, D] hidden states after the final norm.
+        output_weight: [V, D].
+        targets: integers [B, S], already shifted; -100 carries no loss.
+        loss_weights: fp32 [B, S]; counted only where there is a target.
+        chunks: pieces the sequence is cut into; memory for logits falls by this factor.
+
+    Returns:
+        loss_sum in nats and weight_sum, fp32 scalars.
+    """
+    weights = torch.where(targets == IGNORED, 0.0, loss_weights)
+    loss_sum = _ChunkedCrossEntropy.apply(hidden, output_weight, targets, weights, chunks)
+    return loss_sum, weights.sum()

@@ -1,0 +1,95 @@
+"""The records of a run: one `StepRecord` per logged step, one `EvalRecord` per held-out evaluation.
+
+The loop fills a record on the host after the numbers have left the device; the writers turn it into
+a line of `metrics.jsonl`, TensorBoard scalars and a line on the terminal. `compare` reads the lines
+back.
+
+JSON has no NaN and no infinity, and Python's `json` writes them bare, which other readers refuse.
+In a line such a number is therefore `null`, and the key `nonfinite` says what it was:
+`{"loss": null, ..., "nonfinite": {"loss": "nan"}}` with `nan`, `inf` or `-inf`. A `null` that
+`nonfinite` does not name was never known (`mfu` on a CPU). Lines without such numbers have no
+`nonfinite`. `from_json` puts the floats back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One logged step. Times and rates are means over the steps since the last record."""
+
+    kind: ClassVar[str] = "train"
+
+    step: int  # finished updates, so the first is 1
+    epoch: float  # finished passes over the data, in fractions
+    loss: float
+    grad_norm: float  # before clipping
+    lr: float  # used in this step
+    supervised_tokens: int  # this and the next three: of this step's batch
+    real_tokens: int
+    slot_tokens: int
+    batch_hash: str
+    step_seconds: float
+    supervised_tokens_per_s: float
+    slot_tokens_per_s: float
+    mfu: float | None  # None: the chip's peak is not known
+    device_memory_bytes: int | None
+    host_memory_bytes: int
+    compiles: int | None  # graphs compiled since the start
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """The held-out loss after `step` finished updates; step 0 is before the first."""
+
+    kind: ClassVar[str] = "eval"
+
+    step: int
+    eval_loss: float
+    eval_supervised_tokens: int
+    seconds: float
+
+    @property
+    def eval_perplexity(self) -> float:
+        try:
+            return math.exp(self.eval_loss)
+        except OverflowError:
+            return math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        return {"kind": self.kind, **values, "eval_perplexity": self.eval_perplexity}
+
+
+Record = StepRecord | EvalRecord
+
+
+def to_json(record: Record) -> str:
+    """One line of valid JSON without the line end."""
+    values = record.to_dict()
+    nonfinite = {
+        name: str(value)
+        for name, value in values.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    if nonfinite:
+        values |= dict.fromkeys(nonfinite) | {"nonfinite": nonfinite}
+    return json.dumps(values, allow_nan=False)
+
+
+def from_json(line: str) -> dict[str, Any]:
+    """The dict a line was made from, NaN and infinity included. ValueError if it is no record."""
+    values = json.loads(line)
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+    nonfinite = values.pop("nonfinite", {})
+    return values | {name: float(value) for name, value in nonfinite.items()}

@@ -1,0 +1,171 @@
+"""Where records go: `metrics.jsonl` first, then TensorBoard and the terminal.
+
+The loop hands every record to every `Writer` in turn and closes them at the end. `metrics.jsonl`
+is the truth: each line is flushed as it is written, so a killed run keeps all it has logged, and a
+line torn by a crash is cut off when the next run appends. The others are views of the same records.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from tqdm import tqdm
+
+from torchprime.errors import DataError, RuntimeSetupError
+from torchprime.metrics.record import EvalRecord, Record, StepRecord, from_json, to_json
+
+
+class Writer(Protocol):
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlWriter:
+    """Appends one line per record to `path`, flushed at once and fsynced on close."""
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(path)
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+
+    def write(self, record: Record) -> None:
+        self._file.write(to_json(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file.closed:
+            return
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Without this, the next record would be glued to what a crash left of the last one."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All records of a `metrics.jsonl` in file order; of a last line being written, nothing."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"metrics file {path}: cannot be read ({error.strerror}); "
+            "expected the metrics.jsonl in a run's folder, <output_dir>/<run_name>/"
+        ) from error
+    *lines, _torn = text.split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(from_json(line))
+        except ValueError as error:
+            raise DataError(
+                f"metrics file {path}, line {number}: got {line[:80]!r} ({error}), expected one "
+                "JSON object as the trainer writes it; remove the line or repeat the run"
+            ) from error
+    return records
+
+
+class TensorBoardWriter:
+    """Scalars `train/<name>` and `eval/<name>` in `<run folder>/tensorboard`."""
+
+    def __init__(self, run_folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RuntimeSetupError(
+                f"TensorBoard metrics need the package tensorboard, which is missing ({error}); "
+                "install it with `pip install tensorboard`"
+            ) from error
+        self._summary = SummaryWriter(log_dir=str(Path(run_folder) / "tensorboard"))
+
+    def write(self, record: Record) -> None:
+        for name, value in record.to_dict().items():
+            if name != "step" and isinstance(value, int | float):
+                tag = f"{record.kind}/{name.removeprefix('eval_')}"
+                self._summary.add_scalar(tag, value, record.step)
+
+    def close(self) -> None:
+        self._summary.close()
+
+
+class ConsoleWriter:
+    """A progress bar when `stream` (stderr if not given) is a terminal, plain lines otherwise.
+
+    `start_step` is the number of updates a resumed run has already done.
+    """
+
+    def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None) -> None:
+        self._total_steps = total_steps
+        self._stream = sys.stderr if stream is None else stream
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                unit="step",
+                file=self._stream,
+                dynamic_ncols=True,
+            )
+
+    def write(self, record: Record) -> None:
+        if self._bar is None:
+            print(self._line(record), file=self._stream, flush=True)
+        elif isinstance(record, EvalRecord):
+            self._bar.write(self._line(record), file=self._stream)
+        else:
+            self._bar.set_postfix_str(
+                f"loss {record.loss:.4f}, lr {record.lr:.2e}, "
+                f"{record.supervised_tokens_per_s:,.0f} supervised tok/s",
+                refresh=False,
+            )
+            self._bar.update(record.step - self._bar.n)
+            self._bar.refresh()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, record: Record) -> str:
+        parts = [f"step {record.step}/{self._total_steps}"]
+        if isinstance(record, StepRecord):
+            remaining = (self._total_steps - record.step) * record.step_seconds
+            parts += [
+                f"loss {record.loss:.4f}",
+                f"grad_norm {record.grad_norm:.2f}",
+                f"lr {record.lr:.2e}",
+                f"{record.supervised_tokens_per_s:,.0f} supervised tok/s",
+                f"{record.step_seconds:.2f} s/step",
+                f"ETA {format_duration(remaining)}",
+            ]
+        else:
+            parts += [
+                f"eval_loss {record.eval_loss:.4f}",
+                f"eval_perplexity {record.eval_perplexity:.2f}",
+                f"{record.eval_supervised_tokens:,} supervised tokens",
+                f"{record.seconds:.1f} s",
+            ]
+        return "  ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """`42s`, `3m10s`, `2h05m`; `?` when it cannot be known."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minute:02d}m"
+    return f"{minute}m{second:02d}s" if minute else f"{second}s"

@@ -1,0 +1,218 @@
+"""The decoder: embedding, a pure stack of equal layers, final norm. Hugging Face parameter names.
+
+ids -> embed_tokens -> layers (each: attention within segments, gated MLP) -> norm -> hidden states.
+The output projection is kept apart (`output_weight`), because the loss multiplies by it chunk by chunk
+and full logits are never made in training.
+
+Parallelism, remat, scan and kernels are applied from outside (design law 6). For that the layers are
+pure functions of (hidden, context) held in a container that only chains them: a pass may replace the
+container, a layer's attention core, or hang hooks on any module by its name.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchprime.models.architecture import Architecture
+from torchprime.models.attention import ReferenceAttention
+from torchprime.models.rope import inverse_frequencies, rotary_tables, rotate
+
+# Shape suffixes: B batch, S sequence, D hidden, H heads, K kv heads, h head size, F ffn, V vocab.
+
+
+class LayerContext(NamedTuple):
+    """What every layer reads and none changes."""
+
+    cos: Tensor  # [B, 1, S, h/2]
+    sin: Tensor  # [B, 1, S, h/2]
+    attention: tuple[Tensor, ...]  # per kind of attention core: its `prepare(segment_ids)`
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv:1910.07467) over the last dim, statistics in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; the core is replaceable."""
+
+    def __init__(self, a: Architecture, window: int | None, kind: int) -> None:
+        super().__init__()
+        self.head_dim = a.head_dim
+        self.kind = kind
+        D, wide, narrow = (
+            a.hidden_size,
+            a.num_attention_heads * a.head_dim,
+            a.num_key_value_heads * a.head_dim,
+        )
+        self.q_proj = nn.Linear(D, wide, bias=a.qkv_bias)
+        self.k_proj = nn.Linear(D, narrow, bias=a.qkv_bias)
+        self.v_proj = nn.Linear(D, narrow, bias=a.qkv_bias)
+        self.o_proj = nn.Linear(wide, D, bias=a.out_bias)
+        if a.qk_norm:
+            self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
+            self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
+        self.qk_norm = a.qk_norm
+        self.core: nn.Module = ReferenceAttention(a.head_dim, window)
+
+    def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
+        B, S, _ = x_BSD.shape
+        q = self.q_proj(x_BSD).view(B, S, -1, self.head_dim)
+        k = self.k_proj(x_BSD).view(B, S, -1, self.head_dim)
+        v_BKSh = self.v_proj(x_BSD).view(B, S, -1, self.head_dim).transpose(1, 2)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BHSh = rotate(q.transpose(1, 2), context.cos, context.sin)
+        k_BKSh = rotate(k.transpose(1, 2), context.cos, context.sin)
+        mixed = self.core(q_BHSh, k_BKSh, v_BKSh, context.attention[self.kind])
+        return self.o_proj(mixed.transpose(1, 2).reshape(B, S, -1))
+
+
+class MLP(nn.Module):
+    """Gated SiLU unit (arXiv:2002.05202)."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
+        self.up_proj = nn.Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
+        self.down_proj = nn.Linear(a.intermediate_size, a.hidden_size, bias=a.mlp_bias)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Pure: reads only its arguments and weights."""
+
+    def __init__(self, a: Architecture, window: int | None, kind: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(a, window, kind)
+        self.mlp = MLP(a)
+        self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+
+    def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), context)
+        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+
+
+class LayerStack(nn.ModuleList):
+    """Chains the layers and does nothing else, so that a pass may chain them in another way."""
+
+    def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
+        for layer in self:
+            x_BSD = layer(x_BSD, context)
+        return x_BSD
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, norm: what Hugging Face calls `model` inside the causal LM."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.architecture = a
+        self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
+        # Attention cores differ only by window; each kind prepares its mask once per forward.
+        self.windows = list(
+            dict.fromkeys(a.window_of_layer(i) for i in range(a.num_hidden_layers))
+        )
+        self.layers: nn.Module = LayerStack(
+            DecoderLayer(a, a.window_of_layer(i), self.windows.index(a.window_of_layer(i)))
+            for i in range(a.num_hidden_layers)
+        )
+        self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.preparers = [ReferenceAttention(a.head_dim, window) for window in self.windows]
+        # On the CPU even when the parameters are made without storage: a constant, not a weight.
+        speeds = torch.tensor(
+            inverse_frequencies(a.rope, a.head_dim), dtype=torch.float32, device="cpu"
+        )
+        self.register_buffer("rotary_speeds", speeds, persistent=False)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
+        x_BSD = self.embed_tokens(input_ids)
+        cos, sin = rotary_tables(self.rotary_speeds, position_ids, x_BSD.dtype)
+        prepared = tuple(core.prepare(segment_ids) for core in self.preparers)
+        return self.norm(self.layers(x_BSD, LayerContext(cos, sin, prepared)))
+
+
+class CausalLM(nn.Module):
+    """The decoder with its output projection, tied to the embedding where the architecture says so."""
+
+    def __init__(self, a: Architecture) -> None:
+        super().__init__()
+        self.architecture = a
+        self.model = Decoder(a)
+        # Tied models have no lm_head of their own: one tensor, one name, one gradient.
+        self.lm_head = (
+            None if a.tie_word_embeddings else nn.Linear(a.hidden_size, a.vocab_size, bias=False)
+        )
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, D]: the matrix that makes logits of hidden states."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
+        """Integers [B, S] each -> hidden states [B, S, D] after the final norm."""
+        return self.model(input_ids, position_ids, segment_ids)
+
+    def logits(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
+        """[B, S, V] in fp32; for checks and generation, never in training."""
+        hidden = self(input_ids, position_ids, segment_ids)
+        return F.linear(hidden, self.output_weight).float()
+
+
+def replace_attention_cores(model: CausalLM, make_core) -> None:
+    """Inject an attention kernel: `make_core(head_dim, window)` in place of every reference core."""
+    decoder = model.model
+    decoder.preparers = [make_core(model.architecture.head_dim, w) for w in decoder.windows]
+    for layer in decoder.layers:  # type: ignore[union-attr]
+        attention = layer.self_attn
+        attention.core = make_core(attention.head_dim, attention.core.window)
+
+
+def initialize(model: CausalLM, seed: int) -> dict[str, Tensor]:
+    """Random weights for training from scratch, by Hugging Face's rule for these families.
+
+    Matrices and embeddings are normal(0, initializer_range), biases 0, norms 1. Each tensor has its
+    own generator, keyed by seed and name, so that the weights do not depend on the order in which
+    they are made nor on the device or mesh.
+
+    Returns:
+        fp32 CPU tensors by Hugging Face name.
+    """
+    return {
+        name: initial_tensor(name, parameter.shape, model.architecture.initializer_range, seed)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def initial_tensor(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
+    """One tensor of `initialize`."""
+    if "norm" in name:
+        return torch.ones(shape)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(seed * 2**32 + hash_name(name))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def hash_name(name: str) -> int:
+    """A stable 32-bit hash of a parameter's name (FNV-1a), equal in every process."""
+    value = 0x811C9DC5
+    for byte in name.encode():
+        value = ((value ^ byte) * 0x01000193) % 2**32
+    return value

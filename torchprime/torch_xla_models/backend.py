@@ -1,0 +1,264 @@
+"""The XLA backend: one lazily traced, once compiled SPMD program per kind of step.
+
+A step is traced by running it on lazy tensors, lowered, and executed from cache; the device runs while
+the host traces the next. Whatever changes from step to step (batch, learning rate) enters as data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch_xla
+import torch_xla.backends
+import torch_xla.core.xla_model as xm
+import torch_xla.debug.metrics as met
+import torch_xla.debug.profiler as xp
+import torch_xla.runtime as xr
+from torch import Tensor, nn
+from torch_xla.distributed.spmd.xla_sharding import apply_xla_patch_to_nn_linear
+
+from torchprime.data.batch import Batch
+from torchprime.models.decoder import CausalLM
+from torchprime.sharding import ShardingTable
+from torchprime.torch_xla_models import placement
+from torchprime.torch_xla_models.attention import choose_kernel, inject_attention
+from torchprime.torch_xla_models.mesh import constrain, make_mesh, send_batch, to_device
+from torchprime.torch_xla_models.remat import apply_remat, device_loop
+from torchprime.torch_xla_models.runtime import check_scan_requirements
+from torchprime.training.backend import StepNumbers, StepOptions
+from torchprime.training.optim import Optimizer, Parameter, decays
+from torchprime.training.step import (
+    BAD_STEP,
+    FIELDS,
+    GRAD_NORM,
+    LOSS,
+    WEIGHT_SUM,
+    Micro,
+    ParameterState,
+    TrainState,
+    loss_of,
+    train_step,
+)
+
+
+class XlaBackend:
+    """Implements `torchprime.training.backend.Backend` on torch_xla SPMD."""
+
+    name = "torch_xla"
+
+    def __init__(
+        self,
+        ici_mesh: Mapping[str, int],
+        dcn_mesh: Mapping[str, int],
+        *,
+        attention_kernel: str = "auto",
+        scan_layers: bool = False,
+        remat_policy: str = "none",
+        optimization_barrier: bool = False,
+        full_precision: bool = False,
+    ) -> None:
+        xr.use_spmd()
+        self.mesh = make_mesh(ici_mesh, dcn_mesh)
+        self.device_count = xr.global_runtime_device_count()
+        self.device_kind = _device_kind()
+        self.process_index = xr.process_index()
+        self.process_count = xr.process_count()
+        self.attention, self.attention_reason = choose_kernel(attention_kernel)
+        self._remat = dict(
+            scan_layers=scan_layers,
+            policy=remat_policy,
+            optimization_barrier=optimization_barrier,
+        )
+        if scan_layers:
+            check_scan_requirements()
+        if full_precision:
+            # A TPU multiplies fp32 in one bf16 pass unless told otherwise.
+            torch_xla.backends.set_mat_mul_precision("highest")
+
+    # -- weights in and out --------------------------------------------------------------------
+
+    def place(
+        self,
+        model: CausalLM,
+        table: ShardingTable,
+        tensor_of: Callable[[str], Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        """Rewrite the storage-less model for this mesh and stream its weights to their shards."""
+        self.model, self.table = model, table
+        self.batch_spec = ((), table.batch_axes(), ())
+        inject_attention(model, self.attention, self.mesh, table.batch_axes())
+        self._constrain_activations()
+        apply_xla_patch_to_nn_linear(model.model)
+        apply_remat(model, constrain=self._constrain_layer_gradient, **self._remat)
+        self.placed = placement.placements(model, table, self.mesh)
+        placement.load(model, self.placed, tensor_of, dtype, self.mesh)
+
+    def _constrain_activations(self) -> None:
+        for name, module in self.model.named_modules():
+            spec = self.table.find(self.table.activations, name) if name else None
+            if spec is None:
+                continue
+
+            def hook(_: nn.Module, __: Any, out: Tensor, spec=spec) -> Tensor:
+                return constrain(out, self.mesh, spec)
+
+            module.register_forward_hook(hook)
+
+    def _constrain_layer_gradient(self, name: str, gradient: Tensor) -> Tensor:
+        spec = self.table.find(self.table.parameters, f"model.layers.0.{name}")
+        return gradient if spec is None else constrain(gradient, self.mesh, spec)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See Backend."""
+        return placement.gather(self.model, self.placed)
+
+    # -- training ------------------------------------------------------------------------------
+
+    def prepare_training(self, optimizer: Optimizer, options: StepOptions) -> None:
+        """See Backend. State exists before the first step, so that step 2 is step 1's graph."""
+        self.optimizer, self.options = optimizer, options
+        if options.gradient_accumulation_steps > 1:
+            check_scan_requirements()
+        parameters = {}
+        for name, weight in self.model.named_parameters():
+            entry = self.placed[name]
+            info = Parameter(tuple(weight.shape), weight.dtype, decays(name), entry.stacked)
+            parameters[name] = self._parameter_state(info, weight, entry.spec)
+        step, bad_step = (to_device(torch.zeros(()), self.mesh, ()) for _ in range(2))
+        self.state = TrainState(parameters, step, bad_step)
+        torch_xla.sync()
+
+    def _parameter_state(self, info: Parameter, weight: Tensor, spec: tuple) -> ParameterState:
+        slots = {}
+        for slot, keeps in self.optimizer.slots(info).items():
+            shape = [info.shape[d] for d in keeps.dims]
+            zeros = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+            slots[slot] = constrain(zeros, self.mesh, tuple(spec[d] for d in keeps.dims))
+        master = None
+        if weight.dtype != torch.float32 and self.options.master_weights:
+            master = constrain(weight.detach().float(), self.mesh, spec)
+        return ParameterState(info, weight, slots, master)
+
+    def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
+        """See Backend. Fields travel as [A, b, S]."""
+        host = []
+        for field in FIELDS:
+            array = torch.from_numpy(getattr(batch, field))
+            host.append(array.view(accumulation, -1, array.shape[-1]))
+        return send_batch(host, self.mesh, self.batch_spec)
+
+    def train_step(self, batch: list[Tensor], lr: float) -> Tensor:
+        """See Backend."""
+        rate = to_device(torch.tensor(lr, dtype=torch.float32), self.mesh, ())
+        o = self.options
+        numbers = train_step(
+            self.model,
+            self.state,
+            self.optimizer,
+            tuple(batch),
+            rate,
+            self._accumulate,
+            chunks=o.loss_chunks,
+            max_grad_norm=o.max_grad_norm,
+            max_grad_value=o.max_grad_value,
+        )
+        torch_xla.sync()
+        return numbers
+
+    def _accumulate(
+        self, micro: Micro, batch: tuple[Tensor, ...], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Sum over micro-batches in a loop on the device; the body is traced once, whatever A is."""
+        specs = [self.placed[name].spec for name in self.state.parameters]
+
+        def pinned(gradients: Sequence[Tensor]) -> list[Tensor]:
+            pairs = zip(gradients, specs, strict=True)
+            return [constrain(g, self.mesh, spec) for g, spec in pairs]
+
+        if batch[0].shape[0] == 1:
+            loss, gradients = micro(tuple(f[0] for f in batch))
+            return loss, pinned(gradients)
+
+        def body(carry: Sequence[Tensor], fields: Sequence[Tensor]):
+            loss, gradients = micro(tuple(fields))
+            sums = [c + g.float() for c, g in zip(carry[1:], gradients, strict=True)]
+            return [carry[0] + loss, *pinned(sums)], []
+
+        zero = torch.zeros((), dtype=torch.float32, device=weights[0].device)
+        empty = [torch.zeros(w.shape, dtype=torch.float32, device=w.device) for w in weights]
+        carry, _ = device_loop(body, [zero, *pinned(empty)], batch)
+        return carry[0], carry[1:]
+
+    def read(self, handle: Tensor) -> StepNumbers:
+        """See Backend."""
+        numbers = handle.cpu().tolist()
+        return StepNumbers(
+            numbers[LOSS], numbers[GRAD_NORM], numbers[WEIGHT_SUM], int(numbers[BAD_STEP])
+        )
+
+    # -- looking -------------------------------------------------------------------------------
+
+    def eval_step(self, batch: list[Tensor]) -> Tensor:
+        """See Backend."""
+        with torch.no_grad():
+            fields = [f[0] for f in batch]
+            chunks = self.options.loss_chunks
+            sums = torch.stack(loss_of(self.model, fields, chunks))
+        torch_xla.sync()
+        return sums
+
+    def read_eval(self, handles: list[Tensor]) -> tuple[float, float]:
+        """See Backend. Summed on the host in double precision."""
+        rows = [handle.cpu().tolist() for handle in handles]
+        return sum(row[0] for row in rows), sum(row[1] for row in rows)
+
+    def logits(self, input_ids: list[int]) -> Tensor:
+        """See Backend. The sequence is repeated to fill the batch axes of the mesh."""
+        sizes = self.mesh.shape()
+        rows = 1
+        for axis in self.table.batch_axes():
+            rows *= sizes[axis]
+        ids = torch.tensor(input_ids, dtype=torch.int32).expand(rows, -1).contiguous()
+        positions = torch.arange(ids.shape[1], dtype=torch.int32).expand(rows, -1).contiguous()
+        segments = torch.ones_like(ids)
+        sent = send_batch([ids, positions, segments], self.mesh, self.batch_spec[1:])
+        with torch.no_grad():
+            out = self.model.logits(*sent)
+        return out.cpu()[0]
+
+    def synchronize(self) -> None:
+        """See Backend."""
+        xm.wait_device_ops()
+
+    def start_profile(self, folder: str) -> None:
+        """See Backend."""
+        xp.start_trace(folder)
+
+    def stop_profile(self) -> None:
+        """See Backend."""
+        xp.stop_trace()
+
+    def compiles(self) -> int:
+        """See Backend."""
+        data = met.metric_data("CompileTime")
+        return 0 if data is None else int(data[0])
+
+    def device_memory_bytes(self) -> int | None:
+        """See Backend. The CPU client does not tell."""
+        if xr.device_type() == "CPU":
+            return None
+        info = xm.get_memory_info(torch_xla.device())
+        return int(info.get("peak_bytes_used", info.get("bytes_used", 0)))
+
+
+def _device_kind() -> str:
+    """`TPU v6e`, `CPU`, as the runtime names the device."""
+    kind = xr.device_type() or "unknown"
+    attributes = xr.global_runtime_device_attributes()
+    detail = attributes[0].get("device_kind") if attributes else None
+    return str(detail) if detail else kind
+
+

@@ -1,0 +1,93 @@
+"""The device mesh, and what a spec of the sharding table means on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch_xla
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
+from torch import Tensor
+
+from torchprime.errors import ConfigError
+from torchprime.sharding import Spec
+
+
+def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int]) -> xs.Mesh:
+    """Build the mesh of ici x dcn sizes per axis and make it the global one.
+
+    The axes keep the order of the mappings, the chattiest last, so that tensor neighbours are
+    neighbours on the interconnect.
+
+    Raises:
+        ConfigError: the product is not the number of devices there are.
+    """
+    names = tuple(ici)
+    ici_sizes = tuple(ici[name] for name in names)
+    dcn_sizes = tuple(dcn[name] for name in names)
+    sizes = tuple(a * b for a, b in zip(ici_sizes, dcn_sizes, strict=True))
+    devices = xr.global_runtime_device_count()
+    if int(np.prod(sizes)) != devices:
+        equation = " x ".join(f"{name}={size}" for name, size in zip(names, sizes, strict=True))
+        raise ConfigError(
+            f"ici_mesh x dcn_mesh: {equation} = {int(np.prod(sizes))} devices, but there are "
+            f"{devices}. Make the product {devices}"
+            + (", or unset CPU_NUM_DEVICES." if xr.device_type() == "CPU" else ".")
+        )
+    if xr.device_type() == "CPU":
+        # Virtual devices have no interconnect to map to, and no slices.
+        mesh = xs.Mesh(np.arange(devices), sizes, names)
+    else:
+        mesh = xs.HybridMesh(ici_mesh_shape=ici_sizes, dcn_mesh_shape=dcn_sizes, axis_names=names)
+    xs.set_global_mesh(mesh)
+    return mesh
+
+
+def partition(spec: Spec) -> tuple[tuple[str, ...] | str | None, ...]:
+    """A table's spec in torch_xla's form."""
+    return tuple(None if not dim else dim[0] if len(dim) == 1 else dim for dim in spec)
+
+
+def to_device(tensor: Tensor, mesh: xs.Mesh, spec: Spec) -> Tensor:
+    """Send a CPU tensor to its shards; the device never holds it whole unless the spec says so."""
+    moved = tensor.to(torch_xla.device())
+    xs.mark_sharding(moved, mesh, partition(spec))
+    return moved
+
+
+def send_batch(tensors: Sequence[Tensor], mesh: xs.Mesh, spec: Spec) -> list[Tensor]:
+    """Start sending equal-rank CPU tensors to their shards without waiting.
+
+    Every process passes the whole global batch; the runtime takes the shards of its own devices. A
+    batch is a few hundred kilobytes, so this is simpler than cutting it by host and never wrong.
+    """
+    spec_of = xs.ShardingSpec(mesh, partition(spec))
+    device = str(torch_xla.device())
+    return torch_xla._XLAC._xla_tensors_from_aten(
+        list(tensors), [device] * len(tensors), [spec_of.xla_spec(t) for t in tensors]
+    )
+
+
+def constrain(tensor: Tensor, mesh: xs.Mesh, spec: Spec) -> Tensor:
+    """Annotate an activation, and its gradient, with a sharding."""
+    return _Constrain.apply(tensor, mesh, partition(spec))  # type: ignore[no-any-return]
+
+
+class _Constrain(torch.autograd.Function):
+    """Annotating works in place, and would reshard a tensor that holds data: annotate a copy,
+    which the compiler removes."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, mesh: xs.Mesh, spec: tuple) -> Tensor:  # type: ignore[override]
+        ctx.mesh, ctx.spec = mesh, spec
+        copy = tensor.clone()
+        xs.mark_sharding(copy, mesh, spec)
+        return copy
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        copy = grad.clone()
+        xs.mark_sharding(copy, ctx.mesh, ctx.spec)
+        return copy, None, None

@@ -1,0 +1,104 @@
+"""From Hugging Face names to tensors on the mesh and back.
+
+The model is built without storage. Its parameters are then made one at a time: read, cast, cut to
+shards, host copy dropped. A scanned stack keeps one tensor [layers, ...] per layer parameter, read
+layer by layer into one host buffer; its peak is that one tensor, not the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch_xla.distributed.spmd as xs
+from torch import Tensor, nn
+
+from torchprime.models.decoder import CausalLM
+from torchprime.sharding import ShardingTable, Spec
+from torchprime.torch_xla_models.mesh import to_device
+from torchprime.torch_xla_models.remat import STACKED
+
+
+class Placed(NamedTuple):
+    """A parameter of the placed model: which checkpoint tensors it holds, and how it is cut."""
+
+    hf_names: tuple[str, ...]  # one, or one per layer when stacked
+    stacked: bool
+    spec: Spec
+
+
+def placements(model: CausalLM, table: ShardingTable, mesh: xs.Mesh) -> dict[str, Placed]:
+    """Resolve every parameter of the (possibly scanned) model against the sharding table.
+
+    Raises:
+        ConfigError: from the table: unmatched, indivisible or large unsharded parameters.
+    """
+    depth = model.architecture.num_hidden_layers
+    held: dict[str, tuple[str, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        marker = f"layers.{STACKED}."
+        names = (
+            tuple(name.replace(marker, f"layers.{i}.") for i in range(depth))
+            if marker in name
+            else (name,)
+        )
+        held[name] = names
+        shape = tuple(parameter.shape)
+        shapes.update({n: shape[1:] if marker in name else shape for n in names})
+    specs = table.parameter_specs(shapes, dict(mesh.shape()))
+    return {
+        name: Placed(names, len(names) > 1 or f".{STACKED}." in name, _spec(names, specs, name))
+        for name, names in held.items()
+    }
+
+
+def _spec(names: tuple[str, ...], specs: dict[str, Spec], name: str) -> Spec:
+    spec = specs[names[0]]
+    return ((), *spec) if f".{STACKED}." in name else spec
+
+
+def load(
+    model: CausalLM,
+    placed: dict[str, Placed],
+    tensor_of: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    mesh: xs.Mesh,
+) -> None:
+    """Give every parameter its storage on the mesh, in dtype, and move the constants."""
+    for name, entry in placed.items():
+        host = _read(entry, tensor_of, dtype)
+        _replace(model, name, nn.Parameter(to_device(host, mesh, entry.spec)))
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        moved = to_device(buffer, mesh, ((),) * buffer.dim())
+        model.get_submodule(owner).register_buffer(leaf, moved, persistent=False)
+
+
+def _read(entry: Placed, tensor_of: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+    first = tensor_of(entry.hf_names[0])
+    if not entry.stacked:
+        return first.to(dtype)
+    host = torch.empty((len(entry.hf_names), *first.shape), dtype=dtype)
+    host[0] = first
+    for index, name in enumerate(entry.hf_names[1:], start=1):
+        host[index] = tensor_of(name)
+    return host
+
+
+def _replace(model: CausalLM, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def gather(model: CausalLM, placed: dict[str, Placed]) -> Iterator[tuple[str, Tensor]]:
+    """Bring the weights to the host one parameter at a time, by checkpoint name."""
+    for name, parameter in model.named_parameters():
+        entry = placed[name]
+        host = parameter.detach().cpu()
+        if not entry.stacked:
+            yield entry.hf_names[0], host
+            continue
+        for index, hf_name in enumerate(entry.hf_names):
+            yield hf_name, host[index]

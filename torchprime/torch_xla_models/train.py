@@ -1,0 +1,45 @@
+"""The main job on PyTorch/XLA: `python3 torchprime/torch_xla_models/train.py --config-name NAME`.
+
+The same command runs on a TPU VM, on every host of a slice, and on a machine without a TPU, where XLA
+runs on the CPU with as many virtual devices as the mesh has.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torchprime.config.entry import run_main
+from torchprime.config.schema import AXES, TrainConfig
+from torchprime.torch_xla_models.runtime import prepare_environment
+
+
+def make_backend(config: TrainConfig):
+    """The XLA backend for a config's mesh and kernels."""
+    # late: importing torch_xla fixes the device and the number of virtual devices
+    from torchprime.torch_xla_models.backend import XlaBackend
+
+    return XlaBackend(
+        {axis: getattr(config.ici_mesh, axis) for axis in AXES},
+        {axis: getattr(config.dcn_mesh, axis) for axis in AXES},
+        attention_kernel=config.model.attention_kernel,
+        scan_layers=config.remat.scan_layers,
+        remat_policy=config.remat.policy,
+        optimization_barrier=config.remat.optimization_barrier,
+        full_precision=config.torch_dtype == "float32",
+    )
+
+
+def main(config: TrainConfig) -> int:
+    """Train as configured; the exit code."""
+    prepare_environment(config.device_count)
+    # late: transformers looks for torch_xla when imported, and imports it
+    from torchprime.training.sft import SFTTrainer
+    from torchprime.training.trainer import Trainer
+
+    trainer = SFTTrainer if config.task.name == "sft" else Trainer
+    trainer(config, make_backend).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,114 @@
+"""The seam between the one loop and the machines it runs on.
+
+Everything a run does on a device goes through these methods: weights and batches enter by `place` and
+`put`, numbers and weights leave by `read` and `weights`. A backend is made from flat arguments and
+never sees a config object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from torchprime.data.batch import Batch
+from torchprime.models.decoder import CausalLM
+from torchprime.sharding import ShardingTable
+from torchprime.training.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """What a train step computed, on the host."""
+
+    loss: float
+    grad_norm: float
+    weight_sum: float
+    bad_step: int  # first update whose loss or gradient was not finite, 0 if none
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """What shapes the compiled step besides model and optimizer."""
+
+    gradient_accumulation_steps: int = 1
+    loss_chunks: int = 8
+    max_grad_norm: float | None = None
+    max_grad_value: float | None = None
+    master_weights: bool = True
+
+
+class Backend(Protocol):
+    """One kind of machine. `device` values are opaque to the loop."""
+
+    name: str
+    device_count: int
+    device_kind: str
+    process_index: int
+    process_count: int
+    attention: str  # the attention kernel in use, for run.json
+
+    def place(
+        self,
+        model: CausalLM,
+        table: ShardingTable,
+        tensor_of: Callable[[str], Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        """Give the storage-less model its weights, one tensor at a time, each to its shards."""
+        ...
+
+    def prepare_training(self, optimizer: Optimizer, options: StepOptions) -> None:
+        """Make the optimizer's state, sharded like its parameters."""
+        ...
+
+    def put(self, batch: Batch, accumulation: int) -> Any:
+        """Start moving a batch to the device; may be called from another thread."""
+        ...
+
+    def train_step(self, batch: Any, lr: float) -> Any:
+        """Start one update; returns a handle for `read` without waiting."""
+        ...
+
+    def read(self, handle: Any) -> StepNumbers:
+        """Wait for a step and bring its numbers to the host."""
+        ...
+
+    def eval_step(self, batch: Any) -> Any:
+        """Start a forward without update; returns a handle for `read_eval`."""
+        ...
+
+    def read_eval(self, handles: list[Any]) -> tuple[float, float]:
+        """(loss sum, weight sum) over several eval steps."""
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights on the host, one at a time, by Hugging Face name."""
+        ...
+
+    def logits(self, input_ids: list[int]) -> Tensor:
+        """fp32 [S, V] logits of one unpadded sequence, for checks."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all it was given."""
+        ...
+
+    def start_profile(self, folder: str) -> None:
+        """Begin a trace that TensorBoard or xprof can read, written to the folder."""
+        ...
+
+    def stop_profile(self) -> None:
+        """End it."""
+        ...
+
+    def compiles(self) -> int:
+        """How many graphs have been compiled so far in this process."""
+        ...
+
+    def device_memory_bytes(self) -> int | None:
+        """Peak bytes in use on one device, where the runtime tells."""
+        ...

@@ -1,0 +1,95 @@
+"""The end of a run: weights leave the device, become a Hugging Face folder, and are proved.
+
+Proof has two parts. The files are read back and every tensor's bytes must be those that left the
+device; and transformers, loading the folder, must compute the logits that the trainer computes. The
+second needs the model in host memory, so it is done when there is room, and said when not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchprime.checkpoint.card import model_card
+from torchprime.checkpoint.export import ExportResult, check_export, export_hf
+from torchprime.checkpoint.verify import compare_logits, read_back
+from torchprime.training.backend import Backend
+from torchprime.training.model_files import ModelFiles
+
+# Largest difference of logits between the trainer and transformers, relative to the largest logit.
+# fp32 differs by rounding order only (measured 1e-6 to 1e-5). bf16 rounds every activation to 8 bits,
+# each 2^-9 off, in an order that differs between the two: a few roundings add up.
+LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+PROBE_TOKENS = 64
+
+
+class Exporter:
+    """Writes and proves exports of one run's model."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        *,
+        dtype: torch.dtype,
+        max_shard_bytes: int,
+        card_facts: Mapping[str, Any],
+        probe: list[int],
+        say: Callable[[str], None],
+    ) -> None:
+        self.files, self.dtype, self.max_shard_bytes = files, dtype, max_shard_bytes
+        self.card_facts, self.probe, self.say = card_facts, probe[:PROBE_TOKENS], say
+
+    def check(self, out: Path) -> None:
+        """Raise what `write` would raise about the target, before the run."""
+        check_export(
+            out,
+            spec=self.files.shapes,
+            config=self.files.hf_config,
+            dtype=self.dtype,
+            tokenizer_folder=self.files.tokenizer.folder,
+            eos_token_id=self.files.tokenizer.eos_id,
+            max_shard_bytes=self.max_shard_bytes,
+        )
+
+    def write(self, out: Path, backend: Backend, metrics: Mapping[str, Any]) -> ExportResult | None:
+        """Export the backend's weights to `out` and prove it; other processes only hand over."""
+        if backend.process_index != 0:
+            for _ in backend.weights():  # bringing a sharded tensor to a host takes every host
+                pass
+            return None
+        result = export_hf(
+            out,
+            weights=backend.weights(),
+            spec=self.files.shapes,
+            config=self.files.hf_config,
+            dtype=self.dtype,
+            tokenizer_folder=self.files.tokenizer.folder,
+            eos_token_id=self.files.tokenizer.eos_id,
+            generation_config=self.files.generation_config(),
+            card=model_card({**self.card_facts, "metrics": metrics}),
+            max_shard_bytes=self.max_shard_bytes,
+        )
+        read_back(out, result.hashes)
+        checked = f"{len(result.hashes)} tensors read back equal the trained weights"
+        self.say(f"exported to {out}: {checked}; {self._compare(out, backend)}")
+        return result
+
+    def _compare(self, out: Path, backend: Backend) -> str:
+        if backend.process_count > 1:
+            return "logits not compared (several hosts)"
+        needed = 2 * self.files.num_parameters * self.dtype.itemsize
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > free:
+            return (
+                f"logits not compared (transformers needs about {needed / 1e9:.1f} GB of host "
+                f"memory, {free / 1e9:.1f} GB are free)"
+            )
+        trained = backend.logits(self.probe).numpy()
+        ids = torch.tensor([self.probe]).numpy()
+        tolerance = LOGIT_TOLERANCE[self.dtype]
+        difference = compare_logits(out, ids, trained[None], tolerance=tolerance)
+        return f"logits of transformers match the trainer's to {difference:.0e} of the largest"

@@ -1,0 +1,31 @@
+"""Hands every record to the writers; only the first process writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchprime.metrics.record import Record, StepRecord
+from torchprime.metrics.writers import Writer
+from torchprime.training.loop import BaseHook
+
+
+class MetricsHook(BaseHook):
+    """Writers see step records as they come, and whatever other hooks `emit`."""
+
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self.writers = writers
+        self.last: StepRecord | None = None
+
+    def on_record(self, record: StepRecord) -> None:
+        self.last = record
+        self.emit(record)
+
+    def emit(self, record: Record) -> None:
+        """Write a record of any kind."""
+        for writer in self.writers:
+            writer.write(record)
+
+    def close(self) -> None:
+        """Flush and close; also after an error."""
+        for writer in self.writers:
+            writer.close()

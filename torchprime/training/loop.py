@@ -1,0 +1,256 @@
+"""The one loop: batches in, updates, records out. It runs on every backend.
+
+A thread builds the next batches and starts moving them while the device works. The loop starts an
+update, asks nothing of the device until a step is to be logged, and only then waits. So nothing here
+may look at a device value between logged steps; what must not be missed in between (a loss that is
+not finite) is watched on the device by the step itself.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torchprime.data.batch import Batch
+from torchprime.data.order import batch_indices, steps_per_epoch
+from torchprime.data.packed import PackedDataset
+from torchprime.errors import DivergedError, RecompileError
+from torchprime.metrics.record import StepRecord
+from torchprime.metrics.throughput import Stopwatch, host_memory_bytes, mfu
+from torchprime.training.backend import Backend, StepNumbers
+
+PREFETCHED = 2
+
+
+class Hook(Protocol):
+    """Something that happens around the steps. `step` counts finished updates."""
+
+    def on_start(self) -> None: ...
+
+    def before_step(self, step: int) -> None: ...
+
+    def after_step(self, step: int, last: bool) -> None: ...
+
+    def on_record(self, record: StepRecord) -> None: ...
+
+    def on_end(self) -> None: ...
+
+
+class BaseHook:
+    """Does nothing; hooks override what they need."""
+
+    def on_start(self) -> None: ...
+
+    def before_step(self, step: int) -> None: ...
+
+    def after_step(self, step: int, last: bool) -> None: ...
+
+    def on_record(self, record: StepRecord) -> None: ...
+
+    def on_end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A batch on its way to the device, and what the host wants to remember of it."""
+
+    device: Any
+    shapes: tuple
+    batch_hash: str
+    supervised_tokens: int
+    real_tokens: int
+    slot_tokens: int
+
+
+@dataclass(frozen=True)
+class DataOrder:
+    """Which batch each step sees: a pure function of these and the step."""
+
+    data: PackedDataset
+    seed: int
+    global_batch_size: int
+
+    def batch(self, step: int) -> Batch:
+        """The batch of the 0-based step."""
+        return self.data.batch(
+            batch_indices(self.data.num_blocks, self.seed, step, self.global_batch_size)
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(self.data.num_blocks, self.global_batch_size)
+
+
+def load_ahead(
+    backend: Backend, order: DataOrder, accumulation: int, steps: range
+) -> Iterator[Loaded]:
+    """Batches of the given steps, built and sent by a thread that stays PREFETCHED ahead."""
+    ready: queue.Queue[Loaded | BaseException] = queue.Queue(maxsize=PREFETCHED)
+    stop = threading.Event()
+
+    def hand_over(item: Loaded | BaseException) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for step in steps:
+                if stop.is_set():
+                    return
+                batch = order.batch(step)
+                hand_over(
+                    Loaded(
+                        backend.put(batch, accumulation),
+                        tuple((f, a.shape, str(a.dtype)) for f, a in batch.arrays().items()),
+                        batch.hash(),
+                        batch.supervised_tokens,
+                        batch.real_tokens,
+                        batch.slot_tokens,
+                    )
+                )
+        except BaseException as error:  # carried over to the loop, which raises it
+            hand_over(error)
+
+    thread = threading.Thread(target=work, name="torchprime-loader", daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+class CompileGuard:
+    """Lets each kind of step compile in its first two runs; later it is an error that says why."""
+
+    def __init__(self, backend: Backend, *, allow: bool) -> None:
+        self.backend, self.allow = backend, allow
+        self.runs: dict[str, int] = {}
+        self.inputs: dict[str, Any] = {}
+
+    @contextmanager
+    def watch(self, kind: str, inputs: Any) -> Iterator[None]:
+        """Around one run of a kind of step; `inputs` describes the shapes that went in."""
+        before = self.backend.compiles()
+        yield
+        run = self.runs[kind] = self.runs.get(kind, 0) + 1
+        first = self.inputs.setdefault(kind, inputs)
+        if self.backend.compiles() == before or run <= 2 or self.allow:
+            return
+        if first != inputs:
+            reason = f"its inputs changed from {first} to {inputs}"
+        else:
+            reason = (
+                "its inputs have the shapes of the first run, so a value that differs between steps "
+                "was traced into the graph as a constant (a Python number, a branch on data)"
+            )
+        raise RecompileError(
+            f"The {kind} compiled again in its run number {run}: {reason}. Make it enter as a "
+            "tensor of fixed shape, or set allow_recompile=true to go on at the cost of a compile."
+        )
+
+
+def train_loop(
+    backend: Backend,
+    order: DataOrder,
+    *,
+    total_steps: int,
+    accumulation: int,
+    learning_rate: Callable[[int], float],
+    logging_steps: int,
+    flops_per_token: float,
+    hooks: Sequence[Hook],
+    guard: CompileGuard,
+    watch: Stopwatch,
+) -> StepNumbers:
+    """Run all updates and return the numbers of the last one.
+
+    Raises:
+        DivergedError: a loss or gradient norm was not finite; the weights are those before it.
+        RecompileError: a step compiled after its second run.
+    """
+    numbers = StepNumbers(float("nan"), float("nan"), 0.0, 0)
+    for hook in hooks:
+        hook.on_start()
+    batches = load_ahead(backend, order, accumulation, range(total_steps))
+    watch.restart()
+    for step, loaded in enumerate(batches):
+        for hook in hooks:
+            hook.before_step(step)
+        rate = learning_rate(step)
+        with guard.watch("train step", loaded.shapes):
+            handle = backend.train_step(loaded.device, rate)
+        watch.count(
+            supervised_tokens=loaded.supervised_tokens, slot_tokens=loaded.slot_tokens
+        )
+        done, last = step + 1, step + 1 == total_steps
+        if done % logging_steps == 0 or last:
+            numbers = backend.read(handle)
+            _refuse_divergence(numbers, order)
+            record = _record(backend, order, loaded, numbers, done, rate, watch, flops_per_token)
+            for hook in hooks:
+                hook.on_record(record)
+        for hook in hooks:
+            hook.after_step(done, last)
+    for hook in hooks:
+        hook.on_end()
+    return numbers
+
+
+def _refuse_divergence(numbers: StepNumbers, order: DataOrder) -> None:
+    """Name the first bad step, which the device remembers, and its batch, which order recomputes."""
+    if not numbers.bad_step:
+        return
+    batch = order.batch(numbers.bad_step - 1)
+    raise DivergedError(
+        f"The loss or gradient norm of step {numbers.bad_step} is not finite (batch "
+        f"{batch.hash()}). No weight was changed by that step or after it. Lower "
+        "task.optimizer.learning_rate, set task.max_grad_norm, or look at that batch's rows."
+    )
+
+
+def _record(
+    backend: Backend,
+    order: DataOrder,
+    loaded: Loaded,
+    numbers: StepNumbers,
+    done: int,
+    rate: float,
+    watch: Stopwatch,
+    flops_per_token: float,
+) -> StepRecord:
+    lap = watch.lap()
+    return StepRecord(
+        step=done,
+        epoch=done / order.steps_per_epoch,
+        loss=numbers.loss,
+        grad_norm=numbers.grad_norm,
+        lr=rate,
+        supervised_tokens=loaded.supervised_tokens,
+        real_tokens=loaded.real_tokens,
+        slot_tokens=loaded.slot_tokens,
+        batch_hash=loaded.batch_hash,
+        step_seconds=lap.step_seconds,
+        supervised_tokens_per_s=lap.supervised_tokens_per_s,
+        slot_tokens_per_s=lap.slot_tokens_per_s,
+        mfu=mfu(
+            slot_tokens_per_s=lap.slot_tokens_per_s,
+            flops_per_token=flops_per_token,
+            device_kind=backend.device_kind,
+            num_chips=backend.device_count,
+        ),
+        device_memory_bytes=backend.device_memory_bytes(),
+        host_memory_bytes=host_memory_bytes(),
+        compiles=backend.compiles(),
+    )

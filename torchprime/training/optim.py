@@ -1,0 +1,171 @@
+"""Optimizers as pure tensor mathematics, and learning-rate schedules as pure functions of the step.
+
+An optimizer here is a list of state slots per parameter and an update in place. No host read, no
+Python number that changes from step to step: the learning rate and the step count are tensors, so one
+compiled graph serves all steps. State is fp32, and bf16 parameters get an fp32 master copy unless
+`master_weights=false`: a bf16 weight of 1.0 cannot take a step smaller than 0.004.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Slot(NamedTuple):
+    """One tensor of state, zeros at the start: which dims of its parameter it keeps."""
+
+    dims: tuple[int, ...]
+
+
+class Parameter(NamedTuple):
+    """What an optimizer may know of a parameter."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    decays: bool  # weight decay applies: matrices and embeddings, not norms and biases
+    stacked: bool  # dim 0 counts layers: statistics are per layer
+
+
+class Optimizer(Protocol):
+    """State slots by name, and an in-place update of one parameter."""
+
+    def slots(self, parameter: Parameter) -> dict[str, Slot]: ...
+
+    def update(
+        self,
+        parameter: Parameter,
+        weight: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        lr: Tensor,
+        step: Tensor,
+    ) -> dict[str, Tensor]:
+        """New values: the fp32 weight under "weight", and each slot under its name."""
+        ...
+
+
+def _every_dim(parameter: Parameter) -> tuple[int, ...]:
+    return tuple(range(len(parameter.shape)))
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2)."""
+
+    def __init__(
+        self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> None:
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+
+    def slots(self, parameter: Parameter) -> dict[str, Slot]:
+        every = _every_dim(parameter)
+        return {"exp_avg": Slot(every), "exp_avg_sq": Slot(every)}
+
+    def update(
+        self,
+        parameter: Parameter,
+        weight: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        lr: Tensor,
+        step: Tensor,
+    ) -> dict[str, Tensor]:
+        beta1, beta2 = self.betas
+        mean = beta1 * state["exp_avg"] + (1 - beta1) * gradient
+        square = beta2 * state["exp_avg_sq"] + (1 - beta2) * gradient * gradient
+        correction1 = 1 - torch.pow(torch.full_like(step, beta1), step)
+        correction2 = 1 - torch.pow(torch.full_like(step, beta2), step)
+        denominator = (square / correction2).sqrt() + self.eps
+        if parameter.decays and self.weight_decay:
+            weight = weight * (1 - lr * self.weight_decay)
+        weight = weight - (lr / correction1) * (mean / denominator)
+        return {"weight": weight, "exp_avg": mean, "exp_avg_sq": square}
+
+
+class Adafactor:
+    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) with a given learning rate, no momentum.
+
+    Second moments of matrices are kept as row and column means (algorithm 4), the update is clipped to
+    root mean square 1 (section 6), the decay is 1 - step^-0.8 (section 7.2). `eps` is the paper's
+    epsilon_1, added to squared gradients.
+    """
+
+    def __init__(self, eps: float = 1e-30, weight_decay: float = 0.0, clip: float = 1.0) -> None:
+        self.eps, self.weight_decay, self.clip = eps, weight_decay, clip
+
+    def slots(self, parameter: Parameter) -> dict[str, Slot]:
+        every = _every_dim(parameter)
+        if len(every) - parameter.stacked < 2:
+            return {"exp_avg_sq": Slot(every)}
+        return {"exp_avg_sq_row": Slot(every[:-1]), "exp_avg_sq_col": Slot((*every[:-2], every[-1]))}
+
+    def update(
+        self,
+        parameter: Parameter,
+        weight: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        lr: Tensor,
+        step: Tensor,
+    ) -> dict[str, Tensor]:
+        beta = 1 - torch.pow(step, -0.8)
+        square = gradient * gradient + self.eps
+        new: dict[str, Tensor] = {}
+        if "exp_avg_sq_row" in state:
+            row = beta * state["exp_avg_sq_row"] + (1 - beta) * square.mean(-1)
+            column = beta * state["exp_avg_sq_col"] + (1 - beta) * square.mean(-2)
+            new.update(exp_avg_sq_row=row, exp_avg_sq_col=column)
+            scale = (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[..., None, :]
+        else:
+            new["exp_avg_sq"] = beta * state["exp_avg_sq"] + (1 - beta) * square
+            scale = new["exp_avg_sq"].rsqrt()
+        update = scale * gradient
+        own_dims = tuple(range(int(parameter.stacked), update.dim()))
+        size = update.pow(2).mean(dim=own_dims, keepdim=True).sqrt()
+        update = update / (size / self.clip).clamp(min=1.0)
+        if parameter.decays and self.weight_decay:
+            weight = weight * (1 - lr * self.weight_decay)
+        return {"weight": weight - lr * update, **new}
+
+
+def make_optimizer(
+    name: str, *, betas: tuple[float, float], eps: float | None, weight_decay: float
+) -> Optimizer:
+    """`adamw` or `adafactor` from the config's values; eps None takes the method's own default."""
+    if name == "adamw":
+        return AdamW(betas, 1e-8 if eps is None else eps, weight_decay)
+    return Adafactor(1e-30 if eps is None else eps, weight_decay)
+
+
+def decays(name: str) -> bool:
+    """Weight decay is for matrices and embeddings; norms and biases are left alone, as in HF's Trainer."""
+    return not (name.endswith("bias") or "norm" in name)
+
+
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    schedule: str,
+    warmup_steps: int,
+    min_lr_ratio: float,
+) -> float:
+    """The learning rate used in update number `step` (0-based).
+
+    Warm-up rises linearly from 0 to the peak over `warmup_steps` updates, as transformers' schedules
+    do: update 0 of a warm-up has learning rate 0. Then constant, a line, or half a cosine down to
+    peak x min_lr_ratio at `total_steps`.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    progress = min(1.0, progress)
+    falling = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (min_lr_ratio + (1 - min_lr_ratio) * falling)

@@ -1,0 +1,77 @@
+"""A run's folder: made once, never shared with another run, readable without us."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import torchprime
+from torchprime.errors import RuntimeSetupError
+
+PACKAGES = (
+    "torch", "torch_xla", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "jax",
+)  # fmt: skip
+
+
+def claim(folder: Path) -> None:
+    """Refuse a folder that holds another run; make it otherwise, with its parents.
+
+    Raises:
+        RuntimeSetupError: another run's files are there, or the folder can't be written.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RuntimeSetupError(
+            f"output_dir/run_name: {folder} already holds another run. Give this one its own name "
+            "(run_name=NAME) or another output_dir, or remove that folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RuntimeSetupError(
+            f"output_dir: {folder} cannot be made ({error.strerror}). Set output_dir to a folder "
+            "that can be written."
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """As write_text, indented."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """config.yaml: every value the run used, resolved."""
+    write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+
+
+def versions() -> dict[str, str]:
+    """What ran: our version, Python's and those of the libraries that shape a result."""
+    found = {"torchprime": torchprime.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command() -> str:
+    """The command line, as typed."""
+    return " ".join([Path(sys.executable).name, *sys.argv])

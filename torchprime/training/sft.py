@@ -1,0 +1,61 @@
+"""Supervised fine-tuning: pretrained weights before, and after the run a before-and-after to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from torchprime.data.rows import load_rows
+from torchprime.errors import ConfigError
+from torchprime.evaluation.greedy import generation_samples
+from torchprime.training.backend import StepNumbers
+from torchprime.training.model_files import pretrained_tensors
+from torchprime.training.trainer import Trainer, source_of
+
+SAMPLE_TOKENS = 160
+
+
+class SFTTrainer(Trainer):
+    """`Trainer` that starts from pretrained weights and shows what the tuning changed."""
+
+    def weights(self) -> Callable[[str], Tensor]:
+        """The checkpoint's weights, names and shapes checked; never random ones."""
+        if self.files.folder is None:
+            raise ConfigError(
+                "task=sft fine-tunes a checkpoint, but model.pretrained_model is null. Set it to a "
+                "hub name or a local folder, or use task=train."
+            )
+        return pretrained_tensors(self.files)
+
+    def finish(self, numbers: StepNumbers) -> None:
+        """Export, then print answers of the base and the tuned model side by side."""
+        super().finish(numbers)
+        count = self.config.task.sample_prompts
+        if count and self.export_folder is not None and self.backend.process_index == 0:
+            self.say(self.side_by_side(count))
+
+    def side_by_side(self, count: int) -> str:
+        """Greedy answers of both models, in transformers, to the first held-out prompts."""
+        assert self.files.folder is not None and self.export_folder is not None
+        tokenizer = self.files.tokenizer
+        source = source_of(self.config.eval, self.config.dataset.cache_dir)
+        rows = load_rows(source, count, format=self.config.dataset.format)
+        prompts = [tokenizer.prompt_ids(row.prompt) for row in rows]
+        limit = min(SAMPLE_TOKENS, self.config.dataset.block_size)
+        folders = (self.files.folder, self.export_folder)
+        answers = [generation_samples(f, prompts, [tokenizer.eos_id], limit) for f in folders]
+        lines = [f"{count} held-out questions, greedy answers before and after:"]
+        for row, base, tuned in zip(rows, *answers, strict=True):
+            shown = {"question": row.prompt, "expected": row.completion}
+            for name, ids in (("base", base), ("tuned", tuned)):
+                stopped = bool(ids) and ids[-1] == tokenizer.eos_id
+                text = tokenizer.decode(ids[:-1] if stopped else ids)
+                shown[name] = text + ("" if stopped else " [no stop]")
+            lines.append("")
+            lines += [f"  {name:<9}{_one_line(text)}" for name, text in shown.items()]
+        return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    return " / ".join(part for part in text.strip().splitlines() if part.strip())

@@ -1,0 +1,136 @@
+"""One optimizer update, in plain tensor operations, the same on every backend.
+
+micro-batches -> loss sums and gradient sums -> divided once by the step's global weight -> clipped ->
+optimizer. The backend gives `accumulate`, its way to run the micro-batches one after another (a loop
+on the device under XLA), and calls the whole from inside its compiled step. Nothing here reads a
+device value on the host.
+
+A step whose loss or gradient norm is not finite changes nothing: the number of the first such step is
+kept in the state and every later update is a no-op, so the weights from before it survive until the
+host looks (the next logged step), however often it looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchprime.losses import chunked_cross_entropy
+from torchprime.models.decoder import CausalLM
+from torchprime.training.optim import Optimizer, Parameter
+
+# The order of the batch's fields wherever they travel as a tuple, each [A, B/A, S] on the device.
+FIELDS = ("input_ids", "targets", "position_ids", "segment_ids", "loss_weights")
+
+Micro = Callable[[tuple[Tensor, ...]], tuple[Tensor, list[Tensor]]]
+Accumulate = Callable[[Micro, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
+
+# Places in the metrics vector a step returns.
+LOSS, GRAD_NORM, WEIGHT_SUM, BAD_STEP = range(4)
+
+
+class ParameterState(NamedTuple):
+    """A parameter, what the optimizer may know of it, and the optimizer's state of it."""
+
+    info: Parameter
+    weight: Tensor
+    slots: dict[str, Tensor]
+    master: Tensor | None  # the fp32 copy of a bf16 weight
+
+
+@dataclass
+class TrainState:
+    """All that an update reads and writes."""
+
+    parameters: dict[str, ParameterState]
+    step: Tensor  # fp32 scalar, finished updates
+    bad_step: Tensor  # fp32 scalar, 1-based number of the first update with a non-finite loss, or 0
+
+
+def loss_of(model: CausalLM, fields: Sequence[Tensor], chunks: int) -> tuple[Tensor, Tensor]:
+    """(loss_sum, weight_sum) of one micro-batch whose fields are [b, S]."""
+    input_ids, targets, position_ids, segment_ids, loss_weights = fields
+    hidden = model(input_ids, position_ids, segment_ids)
+    return chunked_cross_entropy(hidden, model.output_weight, targets, loss_weights, chunks)
+
+
+def train_step(
+    model: CausalLM,
+    state: TrainState,
+    optimizer: Optimizer,
+    batch: tuple[Tensor, ...],
+    lr: Tensor,
+    accumulate: Accumulate,
+    *,
+    chunks: int,
+    max_grad_norm: float | None,
+    max_grad_value: float | None,
+) -> Tensor:
+    """Run one update in place.
+
+    Args:
+        batch: FIELDS, each [A, b, S] for A micro-batches.
+        lr: fp32 scalar on the device.
+        accumulate: runs a function over the micro-batches and sums what it returns.
+
+    Returns:
+        fp32 [4]: mean loss per supervised weight, gradient norm before clipping, weight sum, and the
+        number of the first update with a non-finite loss (0 while all is well).
+    """
+    weights = [p.weight for p in state.parameters.values()]
+
+    def micro(fields: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+        with torch.enable_grad():
+            loss_sum, _ = loss_of(model, fields, chunks)
+            return loss_sum.detach(), list(torch.autograd.grad(loss_sum, weights))
+
+    with torch.no_grad():
+        loss_sum, gradients = accumulate(micro, batch, weights)
+        supervised = torch.where(batch[1] < 0, 0.0, batch[4]).sum()
+        # A batch of empty blocks only has weight 0; its sums are 0 as well.
+        divisor = supervised.clamp(min=1e-12)
+        loss = loss_sum / divisor
+        gradients = [g.float() / divisor for g in gradients]
+        norm = torch.stack([g.pow(2).sum() for g in gradients]).sum().sqrt()
+        gradients = clipped(gradients, norm, max_grad_norm, max_grad_value)
+        apply_update(state, optimizer, gradients, lr, torch.isfinite(loss) & torch.isfinite(norm))
+        return torch.stack([loss, norm, supervised, state.bad_step])
+
+
+def clipped(
+    gradients: Sequence[Tensor], norm: Tensor, max_norm: float | None, max_value: float | None
+) -> list[Tensor]:
+    """Scale to the global norm first, then clamp each element, as torch's two functions in a row."""
+    out = list(gradients)
+    if max_norm is not None:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        out = [g * factor for g in out]
+    if max_value is not None:
+        out = [g.clamp(-max_value, max_value) for g in out]
+    return out
+
+
+def apply_update(
+    state: TrainState, optimizer: Optimizer, gradients: Sequence[Tensor], lr: Tensor, finite: Tensor
+) -> None:
+    """Update every parameter and its state in place, or nothing if this or an earlier step was bad."""
+    step = state.step + 1
+    good = finite & (state.bad_step == 0)
+    for parameter, gradient in zip(state.parameters.values(), gradients, strict=True):
+        info, weight, slots, master = parameter
+        wide = weight.float() if master is None else master
+        new = optimizer.update(info, wide, gradient, slots, lr, step)
+        value = torch.where(good, new.pop("weight"), wide)
+        if master is not None:
+            master.copy_(value)
+        weight.copy_(value.to(weight.dtype))
+        for name, tensor in new.items():
+            slots[name].copy_(torch.where(good, tensor, slots[name]))
+    state.bad_step.copy_(torch.where(finite | (state.bad_step > 0), state.bad_step, step))
+    state.step.copy_(torch.where(good, step, state.step))
+
+

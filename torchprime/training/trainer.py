@@ -1,0 +1,361 @@
+"""From a config to a trained model: the order in which a run comes to be.
+
+Everything that can be wrong is looked at before anything slow or lasting happens: files and
+vocabulary, rows, mesh and sharding table, batch budget, export target. Only then is the run's folder
+made and are weights loaded. The config stops here: what is called below gets flat arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchprime.config.schema import DatasetConfig, EvalConfig, TrainConfig
+from torchprime.data.budget import batch_budget
+from torchprime.data.packed import PackedDataset
+from torchprime.data.prepare import prepare_dataset
+from torchprime.data.report import DataReport
+from torchprime.data.sources import SourceSpec
+from torchprime.errors import DivergedError
+from torchprime.metrics.throughput import Stopwatch, model_flops_per_token
+from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
+from torchprime.sharding import ShardingTable
+from torchprime.training import run_folder
+from torchprime.training.backend import Backend, StepNumbers, StepOptions
+from torchprime.training.exporting import Exporter
+from torchprime.training.hooks.heldout import HeldoutHook
+from torchprime.training.hooks.metrics import MetricsHook
+from torchprime.training.hooks.profile import ProfileHook
+from torchprime.training.loop import CompileGuard, DataOrder, Hook, train_loop
+from torchprime.training.model_files import find_model, pretrained_tensors, random_tensors
+from torchprime.training.optim import learning_rate, make_optimizer
+from torchprime.training.plan import Plan, count_steps, count_warmup, estimate_memory
+
+
+class Trainer:
+    """Trains what the config says (task=train). `SFTTrainer` adds loading before and export after.
+
+    Args:
+        config: checked by the schema.
+        make_backend: called once the config and the data are known to be right.
+        say: where lines for a person go; None is the terminal's stderr, on the first process.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        make_backend: Callable[[TrainConfig], Backend],
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.make_backend = make_backend
+        self.say = say or partial(print, file=sys.stderr, flush=True)
+        self.folder = Path(config.output_dir) / (config.run_name or config.task.name)
+        self.dtype = getattr(torch, config.torch_dtype)
+        self.metrics: MetricsHook | None = None
+        self.heldout: HeldoutHook | None = None
+        self.exporter: Exporter | None = None
+        self.export_folder: Path | None = None
+
+    # -- the whole ---------------------------------------------------------------------------------
+
+    def run(self) -> StepNumbers | None:
+        """Prepare, train and finish; None after a dry run."""
+        self.prepare()
+        if self.config.dry_run:
+            self.say("dry_run=true: everything above is ready; stopping before the first step.")
+            return None
+        self.start()
+        try:
+            numbers = self.train()
+        except DivergedError as error:
+            raise DivergedError(f"{error} {self._keep_weights()}") from error
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+        self.finish(numbers)
+        return numbers
+
+    # -- before ------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Read and check everything, up to but without the weights."""
+        c = self.config
+        if self.folder.is_dir() and not c.dry_run:
+            run_folder.claim(self.folder)
+        self.files = find_model(
+            pretrained_model=c.model.pretrained_model,
+            tokenizer_name=c.model.tokenizer_name,
+            architecture=c.model.architecture,
+            cache_dir=c.dataset.cache_dir,
+            weights=c.model.pretrained_model is not None and not c.dry_run,
+        )
+        self.tensor_of = None if c.dry_run else self.weights()
+        self.data, self.report = self._prepare_rows(c.dataset, c.dataset.max_train_examples)
+        self.say(self.report.summary())
+        self.eval_data: PackedDataset | None = None
+        self.eval_report: DataReport | None = None
+        if c.eval.enabled:
+            self.eval_data, self.eval_report = self._prepare_rows(c.eval, c.eval.max_examples)
+            self.say(self.eval_report.summary())
+        self.backend = self.make_backend(c)
+        self.optimizer = make_optimizer(
+            c.task.optimizer.name,
+            betas=c.task.optimizer.betas,
+            eps=c.task.optimizer.eps,
+            weight_decay=c.task.optimizer.weight_decay,
+        )
+        self.order = DataOrder(self.data, c.seed, c.task.global_batch_size)
+        self.plan = self._make_plan()
+        self.check_output()
+        self.say(self.plan.describe())
+
+    def weights(self) -> Callable[[str], Tensor]:
+        """Where initial values come from: the checkpoint if one is named, else random."""
+        if self.files.folder is None:
+            return random_tensors(self.files, self.config.seed)
+        return pretrained_tensors(self.files)
+
+    def check_output(self) -> None:
+        """Find now what would keep the end of the run from being written."""
+        c = self.config
+        self.exporter = Exporter(
+            self.files,
+            dtype=self.dtype,
+            max_shard_bytes=int(c.task.max_shard_size_gb * 1e9),
+            card_facts={
+                "name": c.run_name,
+                "base_model": c.model.pretrained_model,
+                "dataset": self.report.source,
+                "command": run_folder.command(),
+                "steps": self.plan.total_steps,
+                "parameters": self.files.num_parameters,
+                "dtype": c.torch_dtype,
+                "versions": run_folder.versions(),
+            },
+            probe=self.data.batch(np.zeros(1, dtype=np.int64)).input_ids[0].tolist(),
+            say=self.say,
+        )
+        if c.task.export_checkpoint_path is not None:
+            # A relative path is inside the run's folder, an absolute one or a `..` where it says.
+            self.export_folder = self.folder / c.task.export_checkpoint_path
+            self.exporter.check(self.export_folder)
+
+    def _prepare_rows(
+        self, source: DatasetConfig | EvalConfig, limit: int | None
+    ) -> tuple[PackedDataset, DataReport]:
+        d = self.config.dataset
+        return prepare_dataset(
+            source_of(source, d.cache_dir),
+            self.files.tokenizer,
+            block_size=d.block_size,
+            format=d.format,
+            compute_loss_on=d.compute_loss_on,
+            packing=d.packing,
+            truncation=d.truncation,
+            max_examples=limit,
+            max_rejected_fraction=d.max_rejected_fraction,
+            section="dataset" if isinstance(source, DatasetConfig) else "eval",
+        )
+
+    def _make_plan(self) -> Plan:
+        c, a = self.config, self.files.architecture
+        mesh = c.mesh_shape()
+        self.table = ShardingTable(
+            c.sharding.parameters, c.sharding.activations, c.sharding.max_unsharded_params
+        )
+        specs = self.table.parameter_specs(self.files.shapes, mesh)
+        budget = batch_budget(self.data, c.seed, c.task.global_batch_size)
+        total = count_steps(
+            max_steps=c.task.max_steps,
+            num_epochs=c.task.num_epochs,
+            steps_per_epoch=budget["steps_per_epoch"],
+        )
+        accumulation = c.task.gradient_accumulation_steps
+        memory = estimate_memory(
+            self.files.shapes,
+            specs,
+            mesh,
+            self.optimizer,
+            weight_bytes=self.dtype.itemsize,
+            master_weights=c.task.optimizer.master_weights,
+            accumulation=accumulation,
+            micro_batch=c.task.global_batch_size // accumulation,
+            block_size=c.dataset.block_size,
+            hidden_size=a.hidden_size,
+            intermediate_size=a.intermediate_size,
+            vocab_size=a.vocab_size,
+            num_layers=a.num_hidden_layers,
+            loss_chunks=c.task.loss_chunks,
+            full_remat=c.remat.policy == "full",
+        )
+        held_out = self.eval_data
+        return Plan(
+            total_steps=total,
+            warmup_steps=count_warmup(
+                warmup_steps=c.task.lr_scheduler.warmup_steps,
+                warmup_ratio=c.task.lr_scheduler.warmup_ratio,
+                total_steps=total,
+            ),
+            epochs=total / budget["steps_per_epoch"],
+            budget=budget,
+            eval_budget=held_out
+            and {"examples": held_out.num_examples, "blocks": held_out.num_blocks},
+            parameters=self.files.num_parameters,
+            mesh=mesh,
+            memory=memory,
+        )
+
+    # -- the run -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Make the run's folder and place the weights."""
+        c = self.config
+        if self.backend.process_index == 0:
+            run_folder.claim(self.folder)
+            run_folder.write_config(self.folder, c.to_dict())
+            run_folder.write_json(self.folder / "data_report.json", self._data_reports())
+            run_folder.write_json(self.folder / "run.json", self.facts())
+        assert self.tensor_of is not None
+        self.model = self.files.build()
+        self.backend.place(self.model, self.table, self.tensor_of, self.dtype)
+        self.tensor_of = None  # lets go of the checkpoint's mapped files
+        self.backend.prepare_training(
+            self.optimizer,
+            StepOptions(
+                gradient_accumulation_steps=c.task.gradient_accumulation_steps,
+                loss_chunks=c.task.loss_chunks,
+                max_grad_norm=c.task.max_grad_norm,
+                max_grad_value=c.task.max_grad_value,
+                master_weights=c.task.optimizer.master_weights,
+            ),
+        )
+
+    def _data_reports(self) -> dict[str, Any]:
+        reports = {"dataset": self.report.to_dict()}
+        if self.eval_report is not None:
+            reports["eval"] = self.eval_report.to_dict()
+        return reports
+
+    def facts(self) -> dict[str, Any]:
+        """run.json: what ran, on what, with which data; enough to compare two runs."""
+        return {
+            "command": run_folder.command(),
+            "versions": run_folder.versions(),
+            "backend": self.backend.name,
+            "device": {"kind": self.backend.device_kind, "count": self.backend.device_count},
+            "processes": self.backend.process_count,
+            "mesh": self.config.mesh_shape(),
+            "attention": self.backend.attention,
+            "model": {
+                "pretrained": self.config.model.pretrained_model,
+                "parameters": self.files.num_parameters,
+                "dtype": self.config.torch_dtype,
+            },
+            "fingerprints": {
+                "data": self.report.fingerprint,
+                "eval": self.eval_report and self.eval_report.fingerprint,
+                "tokenizer": self.report.tokenizer_fingerprint,
+            },
+            "plan": self.plan.to_dict(),
+        }
+
+    def train(self) -> StepNumbers:
+        """Run the loop with its hooks."""
+        c, a = self.config, self.files.architecture
+        watch = Stopwatch()
+        guard = CompileGuard(self.backend, allow=c.allow_recompile)
+        self.metrics = MetricsHook(self._writers())
+        hooks: list[Hook] = [self.metrics]
+        if self.eval_data is not None:
+            self.heldout = HeldoutHook(
+                self.backend,
+                self.eval_data,
+                batch_size=c.task.global_batch_size // c.task.gradient_accumulation_steps,
+                every_steps=c.eval.every_steps,
+                emit=self.metrics.emit,
+                guard=guard,
+                watch=watch,
+            )
+            hooks.append(self.heldout)
+        if c.profile_start_step is not None and c.profile_end_step is not None:
+            folder = c.profile_dir or str(self.folder / "profile")
+            start, end = c.profile_start_step, c.profile_end_step
+            hooks.append(ProfileHook(self.backend, start=start, end=end, folder=folder))
+        return train_loop(
+            self.backend,
+            self.order,
+            total_steps=self.plan.total_steps,
+            accumulation=c.task.gradient_accumulation_steps,
+            learning_rate=partial(
+                learning_rate,
+                peak=c.task.optimizer.learning_rate,
+                total_steps=self.plan.total_steps,
+                schedule=c.task.lr_scheduler.name,
+                warmup_steps=self.plan.warmup_steps,
+                min_lr_ratio=c.task.lr_scheduler.min_lr_ratio,
+            ),
+            logging_steps=c.logging_steps,
+            flops_per_token=model_flops_per_token(
+                num_parameters=self.files.num_parameters,
+                vocab_size=a.vocab_size,
+                hidden_size=a.hidden_size,
+                tied_embeddings=a.tie_word_embeddings,
+                num_layers=a.num_hidden_layers,
+                num_heads=a.num_attention_heads,
+                head_size=a.head_dim,
+                block_size=c.dataset.block_size,
+            ),
+            hooks=hooks,
+            guard=guard,
+            watch=watch,
+        )
+
+    def _writers(self) -> list[Writer]:
+        if self.backend.process_index != 0:
+            return []
+        return [
+            JsonlWriter(self.folder / "metrics.jsonl"),
+            TensorBoardWriter(self.folder),
+            ConsoleWriter(self.plan.total_steps),
+        ]
+
+    # -- after -------------------------------------------------------------------------------------
+
+    def finish(self, numbers: StepNumbers) -> None:
+        """After the last step: export, if the config names a place."""
+        if self.export_folder is not None and self.exporter is not None:
+            self.exporter.write(self.export_folder, self.backend, self._final_metrics(numbers))
+
+    def _final_metrics(self, numbers: StepNumbers) -> dict[str, float]:
+        metrics = {"train loss of the last step": numbers.loss}
+        if self.heldout is not None and self.heldout.first is not None:
+            assert self.heldout.last is not None
+            metrics["held-out loss before"] = self.heldout.first
+            metrics["held-out loss after"] = self.heldout.last
+        return metrics
+
+    def _keep_weights(self) -> str:
+        """After a divergence the device still has the weights from before it: save those."""
+        assert self.exporter is not None
+        folder = self.folder / "checkpoints" / "before_divergence"
+        self.exporter.write(folder, self.backend, {})
+        return f"The weights before it are kept in {folder}."
+
+
+def source_of(section: DatasetConfig | EvalConfig, cache_dir: str | None) -> SourceSpec:
+    """The rows a config section names."""
+    return SourceSpec(
+        file_dataset_path=section.file_dataset_path,
+        hf_dataset_name=section.hf_dataset_name,
+        hf_dataset_config_name=section.hf_dataset_config_name,
+        split=section.split or "train",
+        cache_dir=cache_dir,
+    )
