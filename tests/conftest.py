@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import pytest
+# Before anything imports torch_xla (transformers does): four virtual devices, and no log noise.
+os.environ.setdefault("PJRT_DEVICE", "CPU")
+os.environ.setdefault("CPU_NUM_DEVICES", "4")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import torch_xla  # noqa: E402
+import torch_xla.runtime as xr  # noqa: E402
+
+# Autograd counts its devices at the first backward of the process: XLA's must be there by then.
+xr.use_spmd()
+xr.global_runtime_device_count()  # starts the client, without which XLA counts no device
+torch.zeros((), device=torch_xla.device(), requires_grad=True).backward()
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -38,7 +38,7 @@ def room_of(path: Path) -> str:
 
 
 def imported_names(tree: ast.AST, path: Path) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every import, `from a import b` as a.b, relative ones made absolute."""
+    """(line, absolute dotted name) of every import; `from a import b` is a.b."""
     package = ["torchprime", *path.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

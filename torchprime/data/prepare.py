@@ -136,7 +136,7 @@ def _check(
             f"{where}: none of the {account.rows:,} rows can be used: "
             f"{describe_rejected(account.rejected)}. {advice}"
         )
-    if rejected > max_rejected_fraction * account.rows:
+    if rejected / account.rows > max_rejected_fraction:
         raise DataError(
             f"{where}: {rejected:,} of {account.rows:,} rows ({rejected / account.rows:.1%}) are "
             f"rejected, dataset.max_rejected_fraction allows {max_rejected_fraction:.1%}: "

@@ -190,6 +190,7 @@ def _as_object(value: Any, row_id: str) -> dict[str, Any]:
 def _read_hub(source: SourceSpec, section: str) -> Iterator[tuple[str, dict[str, Any]]]:
     # Imported here because it takes more than a second and a run on a file never needs it.
     import datasets
+    from datasets.exceptions import DatasetNotFoundError
 
     name = str(source.hf_dataset_name)
     given = f"{section}.hf_dataset_name={name}"
@@ -201,7 +202,7 @@ def _read_hub(source: SourceSpec, section: str) -> Iterator[tuple[str, dict[str,
                 split=source.split,
                 cache_dir=source.cache_dir,
             )
-    except datasets.exceptions.DatasetNotFoundError as error:
+    except DatasetNotFoundError as error:
         raise DataError(
             f"{given}: {error} Check the name; a private dataset needs a login (HF_TOKEN)"
         ) from error
@@ -233,10 +234,11 @@ def _no_retries_without_network(name: str) -> Iterator[None]:
     Left alone they retry every request with growing pauses, about 25 seconds for a host without
     network, to arrive at the same answer.
     """
-    import datasets
-    import huggingface_hub
+    import datasets.config
+    import huggingface_hub.constants
 
-    constants, config = huggingface_hub.constants, datasets.config
+    constants: Any = huggingface_hub.constants
+    config: Any = datasets.config
     before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
     local = Path(name).expanduser().is_dir()
     if not local and not any(before) and not _answers(constants.ENDPOINT):

@@ -167,6 +167,6 @@ def fit_to_block(example: Example, block_size: int, truncation: str) -> Example 
             f"dataset.truncation={truncation} is not known, expected drop, right or error"
         )
     supervised = example.supervised[:block_size]
-    if not supervised[1:].any():
+    if not supervised.any():
         return Rejection(example.row_id, REASON_NOTHING_LEFT, f"{length} tokens")
     return replace(example, ids=example.ids[:block_size], supervised=supervised, truncated=True)

@@ -89,7 +89,6 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         # Absent, transformers falls back to the family's default, not to one kv head per head.
         kv_heads = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(family, heads)
     head_dim = config.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
-    tied_default = False
     architecture = Architecture(
         family=family,
         vocab_size=int(config["vocab_size"]),
@@ -107,7 +106,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         qk_norm=family == "qwen3",
         sliding_window=window,
         windowed_from_layer=windowed_from,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", tied_default)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
         initializer_range=float(config.get("initializer_range", 0.02)),
     )
@@ -140,7 +139,8 @@ def _sliding_window(
     config: Mapping[str, Any], family: str, where: str
 ) -> tuple[int | None, int]:
     """Window in positions and the first layer that has it, as transformers reads the keys."""
-    window = config.get("sliding_window")
+    # Absent, transformers takes 4096 in these families; null means no window.
+    window = config.get("sliding_window", 4096)
     layers = int(config["num_hidden_layers"])
     if family in ("qwen2", "qwen3"):
         if not config.get("use_sliding_window", False):
@@ -169,8 +169,8 @@ def _rope(config: Mapping[str, Any], where: str) -> Rope:
     """
     new = dict(config.get("rope_parameters") or {})
     old = dict(config.get("rope_scaling") or {})
-    if config.get("rope_theta") is not None:
-        old["rope_theta"] = config["rope_theta"]
+    old["rope_theta"] = config.get("rope_theta")
+    new, old = ({k: v for k, v in keys.items() if v is not None} for keys in (new, old))
     if new and old:
         for key in ("rope_theta", "factor"):
             if key in new and key in old and not math.isclose(float(new[key]), float(old[key])):

@@ -113,7 +113,8 @@ class XlaBackend:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See Backend."""
-        return placement.gather(self.model, self.placed)
+        self.synchronize()  # the shards of a tensor still being computed can't be looked at
+        return placement.gather(self.model, self.placed, self.process_count)
 
     # -- training ------------------------------------------------------------------------------
 

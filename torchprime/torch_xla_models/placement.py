@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch_xla
 import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
 
@@ -92,13 +93,44 @@ def _replace(model: CausalLM, name: str, parameter: nn.Parameter) -> None:
     setattr(model.get_submodule(owner), leaf, parameter)
 
 
-def gather(model: CausalLM, placed: dict[str, Placed]) -> Iterator[tuple[str, Tensor]]:
+def gather(
+    model: CausalLM, placed: dict[str, Placed], process_count: int
+) -> Iterator[tuple[str, Tensor]]:
     """Bring the weights to the host one parameter at a time, by checkpoint name."""
     for name, parameter in model.named_parameters():
         entry = placed[name]
-        host = parameter.detach().cpu()
+        if process_count == 1:
+            host = from_local_shards(parameter.detach())
+        elif entry.stacked:
+            yield from _layers_over_processes(parameter.detach(), entry)
+            continue
+        else:
+            host = parameter.detach().cpu()
         if not entry.stacked:
             yield entry.hf_names[0], host
             continue
         for index, hf_name in enumerate(entry.hf_names):
             yield hf_name, host[index]
+
+
+def from_local_shards(tensor: Tensor) -> Tensor:
+    """The whole tensor on the host, from the shards of this process; no device ever holds it whole.
+
+    Moving a sharded tensor with `.cpu()` makes every device gather all of it first.
+    """
+    shards = torch_xla._XLAC._get_local_shards([tensor])[0]
+    places = torch_xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]
+    if not torch_xla._XLAC._get_xla_sharding_spec(tensor) or len(shards) == 1:
+        return shards[0][0].to(tensor.dtype)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for (shard, _), (_, indices) in zip(shards, places, strict=True):
+        host[tuple(indices) if isinstance(indices, list) else indices] = shard
+    return host
+
+
+def _layers_over_processes(tensor: Tensor, entry: Placed) -> Iterator[tuple[str, Tensor]]:
+    """Layers of a stack that no process holds whole, gathered one at a time by one small program:
+    the layer's number enters as data."""
+    for index, hf_name in enumerate(entry.hf_names):
+        chosen = torch.tensor([index]).to(tensor.device)
+        yield hf_name, torch.index_select(tensor, 0, chosen)[0].cpu()

@@ -77,8 +77,9 @@ class AdamW:
         beta1, beta2 = self.betas
         mean = beta1 * state["exp_avg"] + (1 - beta1) * gradient
         square = beta2 * state["exp_avg_sq"] + (1 - beta2) * gradient * gradient
-        correction1 = 1 - torch.pow(torch.full_like(step, beta1), step)
-        correction2 = 1 - torch.pow(torch.full_like(step, beta2), step)
+        # 1 - beta^step, where the plain form would lose three digits at step 1 in fp32.
+        correction1 = -torch.expm1(step * math.log(beta1))
+        correction2 = -torch.expm1(step * math.log(beta2))
         denominator = (square / correction2).sqrt() + self.eps
         if parameter.decays and self.weight_decay:
             weight = weight * (1 - lr * self.weight_decay)

@@ -86,9 +86,9 @@ def test_unknown_packing() -> None:
         pack(np.array([1]), 4, "best")
 
 
-@pytest.mark.parametrize("folder", ["models/stories260K", "tokenizers/qwen3"])
-def test_gsm8k_fills_at_least_99_percent(shared_dir: Path, folder: str) -> None:
-    tokenizer = load_tokenizer(shared_dir / folder)
+def test_gsm8k_fills_at_least_99_percent(shared_dir: Path) -> None:
+    # Harder than with a large vocabulary: longer examples, fewer to a block.
+    tokenizer = load_tokenizer(shared_dir / "models/stories260K")
     with open(shared_dir / "data/gsm8k/train.jsonl", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     texts = [QUESTION_PROMPT.format(question=row["question"]) + row["answer"] for row in rows]

@@ -166,8 +166,8 @@ def test_hub_without_network_fails_at_once(
     assert "Hub cannot be reached" in message
     assert "Set dataset.file_dataset_path" in message
     assert ("HF_HUB_OFFLINE is set" in message) == asked_offline
-    assert datasets.config.HF_HUB_OFFLINE == asked_offline
-    assert huggingface_hub.constants.HF_HUB_OFFLINE == asked_offline
+    assert asked_offline == datasets.config.HF_HUB_OFFLINE
+    assert asked_offline == huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_probe_of_a_host_that_does_not_exist() -> None:

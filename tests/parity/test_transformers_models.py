@@ -1,0 +1,156 @@
+"""Our decoder against transformers': logits and every gradient, on unpadded, padded, packed batches.
+
+Reference: transformers' own classes in eager attention, given an explicit mask written here in plain
+Python from the definition (same segment, not later, within the window), and plain cross-entropy.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from torchprime.losses import chunked_cross_entropy
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.decoder import CausalLM
+
+V, S = 61, 20
+SMALL = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+CONFIGS = {
+    "llama2": LlamaConfig(**SMALL),
+    "llama3.1": LlamaConfig(**SMALL, rope_parameters=LLAMA3_ROPE),
+    "llama3.2-tied": LlamaConfig(**SMALL, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "llama-linear-rope": LlamaConfig(
+        **SMALL, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)
+    ),
+    "llama-biases": LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen2-window": Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "qwen3": Qwen3Config(**SMALL, head_dim=16),
+    "mistral": MistralConfig(**SMALL, sliding_window=6),
+}
+# Segments of each block; 0 is padding.
+BATCHES = {
+    "unpadded": [[1] * S, [1] * S],
+    "padded": [[1] * 13 + [0] * 7, [1] * 19 + [0]],
+    "packed": [[1] * 4 + [2] * 9 + [3] * 7, [1] * 11 + [2] * 6 + [0] * 3],
+}
+
+
+def _batch(kind: str):
+    segments = torch.tensor(BATCHES[kind])
+    g = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, V, segments.shape, generator=g)
+    positions = torch.zeros_like(ids)
+    targets = torch.full_like(ids, -100)
+    for b in range(len(segments)):
+        for i in range(S):
+            if i and segments[b, i] == segments[b, i - 1]:
+                positions[b, i] = positions[b, i - 1] + 1
+                if segments[b, i] and i % 3:
+                    targets[b, i - 1] = ids[b, i]
+    return ids, positions, segments, targets
+
+
+def _mask(segments: torch.Tensor, window: int | None) -> torch.Tensor:
+    mask = torch.full((len(segments), 1, S, S), torch.finfo(torch.float32).min)
+    for b, row in enumerate(segments.tolist()):
+        for q in range(S):
+            for k in range(q + 1):
+                if row[q] == row[k] and (window is None or q - k < window):
+                    mask[b, 0, q, k] = 0.0
+    return mask
+
+
+def _reference(config, ids, positions, segments):
+    """transformers' model and its logits; layers with a window get the windowed mask."""
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+        else:
+            parameter.data.normal_(0.0, 0.15)
+    types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if config.model_type == "mistral":
+        mask = _mask(segments, window)
+    elif types and "sliding_attention" in types:
+        mask = {
+            "full_attention": _mask(segments, None),
+            "sliding_attention": _mask(segments, window),
+        }
+    else:
+        mask = _mask(segments, None)
+    logits = model(input_ids=ids, position_ids=positions, attention_mask=mask).logits
+    return model, logits
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_gradients(name: str, kind: str) -> None:
+    config = CONFIGS[name]
+    ids, positions, segments, targets = _batch(kind)
+    reference, logits = _reference(config, ids, positions, segments)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    loss.backward()
+
+    ours = CausalLM(architecture_from_hf(config.to_dict()))
+    names = dict(ours.named_parameters())
+    assert set(names) == {n for n, _ in reference.named_parameters()}
+    ours.load_state_dict({n: p.detach() for n, p in reference.named_parameters()})
+    real = segments > 0
+    our_logits = ours.logits(ids, positions, segments)
+    _close(our_logits[real], logits[real], "logits")
+    hidden = ours(ids, positions, segments)
+    weights = torch.ones_like(targets, dtype=torch.float32)
+    our_loss, count = chunked_cross_entropy(hidden, ours.output_weight, targets, weights, 3)
+    assert count == (targets >= 0).sum()
+    _close(our_loss, loss, "loss")
+    our_loss.backward()
+    for n, p in reference.named_parameters():
+        _close(names[n].grad, p.grad, n)
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    assert error < 1e-5, f"{what}: {error:.1e}"
+
+
+def test_a_neighbouring_segment_changes_nothing() -> None:
+    """Exactly nothing: masked scores underflow to zero."""
+    ids, positions, segments, _ = _batch("packed")
+    torch.manual_seed(1)
+    model = CausalLM(architecture_from_hf(CONFIGS["qwen3"].to_dict()))
+    before = model(ids, positions, segments)
+    changed = ids.clone()
+    changed[0, 4:13] = (changed[0, 4:13] + 1) % V  # the middle segment of block 0
+    after = model(changed, positions, segments)
+    moved = (before != after).any(-1)
+    assert moved[0, 4:13].all()
+    assert not moved[0, :4].any() and not moved[0, 13:].any() and not moved[1].any()

@@ -1,0 +1,83 @@
+"""The chunked loss against the plain one in float64: value, both gradients, odd chunkings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from torchprime.losses import chunked_cross_entropy
+
+B, S, D, V = 3, 13, 8, 29
+
+
+def _case(seed: int = 0) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(B, S, D, generator=g)
+    weight = torch.randn(V, D, generator=g)
+    targets = torch.randint(0, V, (B, S), generator=g)
+    targets[torch.rand(B, S, generator=g) < 0.4] = -100
+    loss_weights = torch.rand(B, S, generator=g) * 3
+    return hidden, weight, targets, loss_weights
+
+
+def _naive(hidden, weight, targets, loss_weights):
+    """Full logits in float64, one token at a time weighted: what is meant."""
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    nll = F.cross_entropy((h @ w.T).flatten(0, 1), targets.flatten(), reduction="none")
+    loss = (nll * loss_weights.flatten().double()).sum()
+    loss.backward()
+    supervised = targets >= 0
+    return loss.detach(), loss_weights[supervised].double().sum(), h.grad, w.grad
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5, 13, 64])
+def test_equals_the_plain_loss_and_its_gradients(chunks: int) -> None:
+    hidden, weight, targets, loss_weights = _case()
+    loss, weight_sum, grad_h, grad_w = _naive(hidden, weight, targets, loss_weights)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    ours, our_weight = chunked_cross_entropy(h, w, targets, loss_weights, chunks)
+    (ours * 0.5).backward()  # an upstream gradient other than 1
+    torch.testing.assert_close(ours.double(), loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(our_weight.double(), weight_sum, rtol=1e-6, atol=0)
+    torch.testing.assert_close(h.grad.double() * 2, grad_h, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(w.grad.double() * 2, grad_w, rtol=1e-5, atol=1e-5)
+
+
+def test_never_makes_the_full_logits() -> None:
+    """No tensor of B x S x V elements, in either direction."""
+    hidden, weight, targets, loss_weights = _case()
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,))
+                         if isinstance(t, torch.Tensor))
+            return out
+
+    h, w = hidden.requires_grad_(), weight.requires_grad_()
+    with Sizes():
+        chunked_cross_entropy(h, w, targets, loss_weights, 4)[0].backward()
+    assert max(sizes) == B * 4 * V  # 13 positions in 4 chunks: at most 4 each
+
+
+def test_ignored_tokens_may_hold_anything() -> None:
+    """Weights or hidden states at ignored places, even infinite logits, leave the loss alone."""
+    hidden, weight, targets, loss_weights = _case()
+    reference = chunked_cross_entropy(hidden, weight, targets, loss_weights, 3)[0]
+    other = loss_weights.clone()
+    other[targets < 0] = 7.0
+    assert chunked_cross_entropy(hidden, weight, targets, other, 3)[0] == reference
+    spoiled = hidden.clone()
+    spoiled[targets < 0] = 1e30
+    loss = chunked_cross_entropy(spoiled, weight, targets, loss_weights, 3)[0]
+    torch.testing.assert_close(loss, reference)
+
+
+def test_nothing_supervised_is_zero_not_nan() -> None:
+    hidden, weight, targets, loss_weights = _case()
+    h = hidden.requires_grad_()
+    loss, weight_sum = chunked_cross_entropy(h, weight, targets * 0 - 100, loss_weights, 3)
+    loss.backward()
+    assert loss == 0 and weight_sum == 0 and h.grad.abs().sum() == 0

@@ -1,0 +1,70 @@
+"""The reference run, made once, and a helper that trains the same on a given mesh."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import reference  # noqa: E402
+
+from torchprime.config.compose import compose_config  # noqa: E402
+from torchprime.models.architecture import architecture_from_hf  # noqa: E402
+from torchprime.models.decoder import CausalLM  # noqa: E402
+from torchprime.sharding import ShardingTable  # noqa: E402
+from torchprime.torch_xla_models.backend import XlaBackend  # noqa: E402
+from torchprime.training.backend import StepOptions  # noqa: E402
+from torchprime.training.optim import AdamW  # noqa: E402
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+
+@pytest.fixture(scope="session")
+def reference_runs() -> dict[bool, dict]:
+    """By tied or not."""
+    return {tied: reference.train(tied) for tied in (False, True)}
+
+
+@pytest.fixture(scope="session")
+def shipped_table() -> ShardingTable:
+    """The sharding table users get."""
+    config = compose_config(["model.pretrained_model=x", "task.max_steps=1"])
+    return ShardingTable(config.sharding.parameters, config.sharding.activations, 100)
+
+
+@pytest.fixture(scope="session")
+def make_backend(reference_runs, shipped_table):
+    """A placed and prepared backend that starts from the reference's weights."""
+
+    def make(
+        mesh: dict[str, int],
+        *,
+        tied: bool = False,
+        accumulation: int = 1,
+        dtype: torch.dtype = torch.float32,
+        optimizer=None,
+        options: dict | None = None,
+        **remat,
+    ) -> XlaBackend:
+        sizes = {axis: mesh.get(axis, 1) for axis in AXES}
+        backend = XlaBackend(sizes, dict.fromkeys(AXES, 1), **remat)
+        config, _ = reference.make_model(tied)
+        with torch.device("meta"):
+            model = CausalLM(architecture_from_hf(config.to_dict()))
+        start = reference_runs[tied]["start"]
+        backend.place(model, shipped_table, lambda name: start[name], dtype)
+        chosen = StepOptions(
+            gradient_accumulation_steps=accumulation,
+            loss_chunks=3,
+            max_grad_norm=reference.CLIP,
+            **(options or {}),
+        )
+        backend.prepare_training(optimizer or AdamW(eps=reference.EPS, weight_decay=reference.DECAY), chosen)
+        backend.accumulation = accumulation
+        return backend
+
+    return make

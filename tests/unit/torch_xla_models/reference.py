@@ -1,0 +1,109 @@
+"""A ten-line fine-tuning in transformers and torch.optim, to compare the XLA backend with.
+
+Nothing of ours takes part but the batches: transformers' Llama under an explicit mask, plain
+cross-entropy, torch's clipping and AdamW, on the CPU in eager mode.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from torchprime.data.batch import Batch
+
+# Adam divides by a root that is near 0 where gradients are tiny, and so amplifies their rounding: an
+# epsilon above that noise lets final weights be compared closely.
+V, B, S, LR, CLIP, DECAY, EPS, STEPS = 64, 8, 16, 3e-2, 0.5, 0.1, 1e-3, 4
+
+CONFIG = LlamaConfig(
+    vocab_size=V,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-5,
+    attn_implementation="eager",
+)
+
+
+def make_batch(seed: int) -> Batch:
+    """Two segments and padding in every block, the last block empty; weights other than 1."""
+    rng = np.random.default_rng(seed)
+    shape = (B, S)
+    ids = rng.integers(0, V, shape).astype(np.int32)
+    segments = np.zeros(shape, np.int32)
+    positions = np.zeros(shape, np.int32)
+    targets = np.full(shape, -100, np.int32)
+    for b in range(B - 1):
+        cut = int(rng.integers(3, 9))
+        end = int(rng.integers(11, S + 1))
+        for number, (start, stop) in enumerate([(0, cut), (cut, end)], start=1):
+            segments[b, start:stop] = number
+            positions[b, start:stop] = np.arange(stop - start)
+            first = start + (stop - start) // 3
+            targets[b, first : stop - 1] = ids[b, first + 1 : stop]
+    ids[segments == 0] = 0
+    weights = (rng.integers(1, 4, shape) * (targets >= 0)).astype(np.float32)
+    return Batch(ids, targets, weights, positions, segments)
+
+
+def make_model(tied: bool):
+    """transformers' model with weights large enough for every gradient to matter."""
+    config = LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": tied})
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.data.normal_(0.0, 0.2)
+    return config, model
+
+
+def loss_of(model, batch: Batch) -> torch.Tensor:
+    segments = torch.from_numpy(batch.segment_ids)
+    allowed = (segments[:, :, None] == segments[:, None, :]) & torch.ones(S, S).tril().bool()
+    mask = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
+    logits = model(
+        input_ids=torch.from_numpy(batch.input_ids).long(),
+        position_ids=torch.from_numpy(batch.position_ids).long(),
+        attention_mask=mask,
+    ).logits
+    targets = torch.from_numpy(batch.targets).long().flatten()
+    nll = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    weights = torch.from_numpy(batch.loss_weights).flatten()
+    return (nll * weights).sum() / weights.sum()
+
+
+def train(tied: bool = False) -> dict:
+    """Losses, gradient norms and final weights of a few updates."""
+    _, model = make_model(tied)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    decayed = [p for n, p in model.named_parameters() if "norm" not in n]
+    plain = [p for n, p in model.named_parameters() if "norm" in n]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}],
+        lr=LR,
+        eps=EPS,
+    )
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss = loss_of(model, make_batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+        losses.append(loss.item())
+        optimizer.step()
+    with torch.no_grad():
+        held_out = loss_of(model, make_batch(99)).item()
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    return {
+        "start": start,
+        "losses": losses,
+        "norms": norms,
+        "weights": weights,
+        "held_out": held_out,
+        "model": model,
+    }

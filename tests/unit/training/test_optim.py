@@ -1,0 +1,114 @@
+"""Optimizers against torch's and transformers' own, and schedules against transformers'."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers.optimization import Adafactor as HFAdafactor
+
+from torchprime.training.optim import Adafactor, AdamW, Parameter, decays, learning_rate
+
+SHAPES = {"a": (6, 5), "norm": (7,), "b": (4, 3)}
+
+
+def _run_ours(optimizer, weights, gradients, lr: float, stacked: bool = False):
+    """Apply the update rule as the step does, in plain Python."""
+    infos = {n: Parameter(tuple(w.shape), w.dtype, decays(n), stacked) for n, w in weights.items()}
+    state = {
+        n: {s: torch.zeros([i.shape[d] for d in slot.dims]) for s, slot in optimizer.slots(i).items()}
+        for n, i in infos.items()
+    }
+    weights = {n: w.clone() for n, w in weights.items()}
+    for step, grads in enumerate(gradients, start=1):
+        for n, g in grads.items():
+            new = optimizer.update(
+                infos[n], weights[n], g, state[n], torch.tensor(lr), torch.tensor(float(step))
+            )
+            weights[n] = new.pop("weight")
+            state[n] = new
+    return weights
+
+
+def _case():
+    g = torch.Generator().manual_seed(0)
+    weights = {n: torch.randn(s, generator=g) for n, s in SHAPES.items()}
+    grads = [{n: torch.randn(s, generator=g) for n, s in SHAPES.items()} for _ in range(6)]
+    return weights, grads
+
+
+def test_adamw_is_torchs_adamw() -> None:
+    weights, gradients = _case()
+    params = {n: torch.nn.Parameter(w.clone()) for n, w in weights.items()}
+    groups = [
+        {"params": [p for n, p in params.items() if n != "norm"], "weight_decay": 0.1},
+        {"params": [params["norm"]], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=3e-2, betas=(0.8, 0.95), eps=1e-6)
+    for grads in gradients:
+        for n, g in grads.items():
+            params[n].grad = g
+        reference.step()
+    ours = _run_ours(AdamW((0.8, 0.95), 1e-6, 0.1), weights, gradients, 3e-2)
+    for n, p in params.items():
+        torch.testing.assert_close(ours[n], p.data, rtol=2e-6, atol=1e-6)
+
+
+def test_adafactor_is_transformers_adafactor() -> None:
+    weights, gradients = _case()
+    params = {n: torch.nn.Parameter(w.clone()) for n, w in weights.items()}
+    reference = HFAdafactor(
+        params.values(), lr=3e-2, relative_step=False, scale_parameter=False, warmup_init=False
+    )
+    for grads in gradients:
+        for n, g in grads.items():
+            params[n].grad = g
+        reference.step()
+    ours = _run_ours(Adafactor(), weights, gradients, 3e-2)
+    for n, p in params.items():
+        torch.testing.assert_close(ours[n], p.data, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(weight_decay=0.1), Adafactor(weight_decay=0.1)])
+def test_a_stack_of_layers_is_updated_like_each_layer(optimizer) -> None:
+    """Scan keeps all layers in one tensor; no statistic may mix them."""
+    g = torch.Generator().manual_seed(1)
+    for shape in ((6, 5), (7,)):
+        layers = [{"w": torch.randn(shape, generator=g)} for _ in range(3)]
+        grads = [[{"w": torch.randn(shape, generator=g)} for _ in range(4)] for _ in layers]
+        apart = [_run_ours(optimizer, w, gs, 0.1)["w"] for w, gs in zip(layers, grads, strict=True)]
+        together = _run_ours(
+            optimizer,
+            {"w": torch.stack([w["w"] for w in layers])},
+            [{"w": torch.stack([gs[t]["w"] for gs in grads])} for t in range(4)],
+            0.1,
+            stacked=True,
+        )["w"]
+        torch.testing.assert_close(together, torch.stack(apart))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_schedules_are_transformers_schedules(name: str, warmup: int) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    reference = torch.optim.SGD([parameter], lr=2.0)
+    kind = "constant_with_warmup" if name == "constant" else name
+    scheduler = transformers.get_scheduler(kind, reference, warmup, 50)
+    for step in range(50):
+        ours = learning_rate(
+            step, peak=2.0, total_steps=50, schedule=name, warmup_steps=warmup, min_lr_ratio=0.0
+        )
+        assert ours == pytest.approx(scheduler.get_last_lr()[0], abs=1e-12)
+        reference.step()
+        scheduler.step()
+
+
+def test_min_lr_ratio_is_what_is_left_at_the_end() -> None:
+    for name in ("linear", "cosine"):
+        rates = [
+            learning_rate(
+                s, peak=1.0, total_steps=10, schedule=name, warmup_steps=0, min_lr_ratio=0.1
+            )
+            for s in range(11)
+        ]
+        assert rates[0] == 1.0 and rates[-1] == pytest.approx(0.1) and min(rates) == rates[-1]
