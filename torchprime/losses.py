@@ -94,5 +94,5 @@ def chunked_cross_entropy(
         loss_sum in nats and weight_sum, fp32 scalars.
     """
     weights = torch.where(targets == IGNORED, 0.0, loss_weights)
-    loss_sum = _ChunkedCrossEntropy.apply(hidden, output_weight, targets, weights, chunks)
+    loss_sum: Any = _ChunkedCrossEntropy.apply(hidden, output_weight, targets, weights, chunks)
     return loss_sum, weights.sum()

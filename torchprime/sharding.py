@@ -1,8 +1,9 @@
 """One table from names to mesh axes, for parameters and activations; it knows no device.
 
-A pattern is a dotted name in which `*` stands for exactly one part (a layer number, say). Each dim of
-a matching tensor gets an axis, a list of axes or null. A parameter that no pattern matches, or a large
-one that ends up on every device whole, is an error: silent replication is how memory disappears.
+A pattern is a dotted name in which `*` stands for exactly one part (a layer number, say). Each dim
+of a matching tensor gets an axis, a list of axes or null. A parameter that no pattern matches, or a
+large one that ends up on every device whole, is an error: silent replication is how memory
+disappears.
 """
 
 from __future__ import annotations
@@ -116,9 +117,7 @@ def shard_count(spec: Spec, mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[axis] for dim in spec for axis in dim)
 
 
-def _check_shape(
-    name: str, shape: Sequence[int], spec: Spec, mesh: Mapping[str, int]
-) -> None:
+def _check_shape(name: str, shape: Sequence[int], spec: Spec, mesh: Mapping[str, int]) -> None:
     if len(spec) != len(shape):
         raise ConfigError(
             f"sharding.parameters: {name} has {len(shape)} dims {list(shape)}, "
@@ -129,8 +128,8 @@ def _check_shape(
         if size % pieces:
             product = " x ".join(f"{axis}={mesh[axis]}" for axis in axes)
             raise ConfigError(
-                f"{name} {list(shape)}: dim {index} of size {size} is not divisible by {product} = "
-                f"{pieces}. Use a mesh whose axes divide it, or another axis in sharding.parameters."
+                f"{name} {list(shape)}: dim {index} of size {size} is not divisible by {product} "
+                f"= {pieces}. Use a mesh whose axes divide it, or other axes for it."
             )
 
 

@@ -1,7 +1,9 @@
-"""Our decoder against transformers': logits and every gradient, on unpadded, padded, packed batches.
+"""Our decoder against transformers': logits and every gradient, on unpadded, padded, packed
+batches.
 
-Reference: transformers' own classes in eager attention, given an explicit mask written here in plain
-Python from the definition (same segment, not later, within the window), and plain cross-entropy.
+Reference: transformers' own classes in eager attention, given an explicit mask written here in
+plain Python from the definition (same segment, not later, within the window), and plain
+cross-entropy.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from transformers import (
 
 from torchprime.losses import chunked_cross_entropy
 from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM
 
 V, S = 61, 20
@@ -140,6 +143,25 @@ def test_logits_and_gradients(name: str, kind: str) -> None:
 def _close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
     error = (ours - theirs).abs().max() / theirs.abs().max()
     assert error < 1e-5, f"{what}: {error:.1e}"
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("length", [300, 512])
+def test_groups_of_rows_leave_attention_as_it_is(length: int, window: int | None) -> None:
+    """Long enough for several groups of query rows, against one softmax over everything."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, length, 8, generator=g, dtype=torch.float64)
+    k, v = (torch.randn(2, 2, length, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    segments = (torch.arange(length) // 111).expand(2, -1)
+    core = ReferenceAttention(8, window)
+    ours = core(q, k, v, core.prepare(segments))
+    place = torch.arange(length)
+    seen = (place[:, None] >= place) & (segments[0][:, None] == segments[0])
+    if window is not None:
+        seen &= place[:, None] - place < window
+    theirs = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    # Scores go through fp32, so agreement is to fp32.
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_neighbouring_segment_changes_nothing() -> None:

@@ -52,8 +52,11 @@ def test_never_makes_the_full_logits() -> None:
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,))
-                         if isinstance(t, torch.Tensor))
+            sizes.extend(
+                t.numel()
+                for t in (out if isinstance(out, tuple) else (out,))
+                if isinstance(t, torch.Tensor)
+            )
             return out
 
     h, w = hidden.requires_grad_(), weight.requires_grad_()

@@ -188,7 +188,7 @@ def _as_object(value: Any, row_id: str) -> dict[str, Any]:
 
 
 def _read_hub(source: SourceSpec, section: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Imported here because it takes more than a second and a run on a file never needs it.
+    # late: it takes more than a second and a run on a file never needs it.
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
@@ -234,6 +234,7 @@ def _no_retries_without_network(name: str) -> Iterator[None]:
     Left alone they retry every request with growing pauses, about 25 seconds for a host without
     network, to arrive at the same answer.
     """
+    # late: as above
     import datasets.config
     import huggingface_hub.constants
 

@@ -83,6 +83,7 @@ class TensorBoardWriter:
 
     def __init__(self, run_folder: str | Path) -> None:
         try:
+            # late: takes a second, and only this writer needs it
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise RuntimeSetupError(

@@ -1,9 +1,9 @@
 """From a Hugging Face config.json to the numbers the decoder is built from.
 
 One dataclass describes Llama 2/3/3.1/3.2, Qwen2/2.5, Qwen3 and Mistral: the families differ in four
-switches (qkv bias, q/k norm, sliding window, rope scaling) and in numbers. Anything in a config.json
-that would change the mathematics and that the decoder does not implement is refused by name, so that
-a checkpoint is never run as something it is not.
+switches (qkv bias, q/k norm, sliding window, rope scaling) and in numbers. Anything in a
+config.json that would change the mathematics and that the decoder does not implement is refused by
+name, so that a checkpoint is never run as something it is not.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
     heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     window, windowed_from = _sliding_window(config, family, where)
-    llama_bias = bool(config.get("attention_bias", False)) if family in ("llama", "qwen3") else False
+    llama_bias = (
+        bool(config.get("attention_bias", False)) if family in ("llama", "qwen3") else False
+    )
     kv_heads = config.get("num_key_value_heads")
     if kv_heads is None:
         # Absent, transformers falls back to the family's default, not to one kv head per head.
@@ -135,9 +137,7 @@ def _refuse_unknown_mathematics(config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _sliding_window(
-    config: Mapping[str, Any], family: str, where: str
-) -> tuple[int | None, int]:
+def _sliding_window(config: Mapping[str, Any], family: str, where: str) -> tuple[int | None, int]:
     """Window in positions and the first layer that has it, as transformers reads the keys."""
     # Absent, transformers takes 4096 in these families; null means no window.
     window = config.get("sliding_window", 4096)
@@ -186,7 +186,9 @@ def _rope(config: Mapping[str, Any], where: str) -> Rope:
         )
     partial = keys.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial not in (None, 1.0):
-        raise CheckpointError(f"{where}: partial_rotary_factor={partial} is not supported (only 1.0).")
+        raise CheckpointError(
+            f"{where}: partial_rotary_factor={partial} is not supported (only 1.0)."
+        )
     if kind != "default" and "factor" not in keys:
         raise CheckpointError(f"{where}: rope type {kind!r} needs the key factor.")
     original = keys.get("original_max_position_embeddings", config.get("max_position_embeddings"))

@@ -1,17 +1,18 @@
 """The decoder: embedding, a pure stack of equal layers, final norm. Hugging Face parameter names.
 
 ids -> embed_tokens -> layers (each: attention within segments, gated MLP) -> norm -> hidden states.
-The output projection is kept apart (`output_weight`), because the loss multiplies by it chunk by chunk
-and full logits are never made in training.
+The output projection is kept apart (`output_weight`), because the loss multiplies by it chunk by
+chunk and full logits are never made in training.
 
-Parallelism, remat, scan and kernels are applied from outside (design law 6). For that the layers are
-pure functions of (hidden, context) held in a container that only chains them: a pass may replace the
-container, a layer's attention core, or hang hooks on any module by its name.
+Parallelism, remat, scan and kernels are applied from outside (design law 6). For that the layers
+are pure functions of (hidden, context) held in a container that only chains them: a pass may
+replace the container, a layer's attention core, or hang hooks on any module by its name.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,9 +127,7 @@ class Decoder(nn.Module):
         self.architecture = a
         self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
         # Attention cores differ only by window; each kind prepares its mask once per forward.
-        self.windows = list(
-            dict.fromkeys(a.window_of_layer(i) for i in range(a.num_hidden_layers))
-        )
+        self.windows = list(dict.fromkeys(a.window_of_layer(i) for i in range(a.num_hidden_layers)))
         self.layers: nn.Module = LayerStack(
             DecoderLayer(a, a.window_of_layer(i), self.windows.index(a.window_of_layer(i)))
             for i in range(a.num_hidden_layers)
@@ -139,6 +138,7 @@ class Decoder(nn.Module):
         speeds = torch.tensor(
             inverse_frequencies(a.rope, a.head_dim), dtype=torch.float32, device="cpu"
         )
+        self.rotary_speeds: Tensor
         self.register_buffer("rotary_speeds", speeds, persistent=False)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The decoder with its output projection, tied to the embedding where the architecture says so."""
+    """The decoder with its output projection, tied to the embedding or its own."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -175,11 +175,13 @@ class CausalLM(nn.Module):
         return F.linear(hidden, self.output_weight).float()
 
 
-def replace_attention_cores(model: CausalLM, make_core) -> None:
-    """Inject an attention kernel: `make_core(head_dim, window)` in place of every reference core."""
-    decoder = model.model
+def replace_attention_cores(
+    model: CausalLM, make_core: Callable[[int, int | None], nn.Module]
+) -> None:
+    """Inject an attention kernel: `make_core(head_dim, window)` replaces every reference core."""
+    decoder: Any = model.model
     decoder.preparers = [make_core(model.architecture.head_dim, w) for w in decoder.windows]
-    for layer in decoder.layers:  # type: ignore[union-attr]
+    for layer in decoder.layers:
         attention = layer.self_attn
         attention.core = make_core(attention.head_dim, attention.core.window)
 

@@ -1,7 +1,8 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), with the scalings of long contexts.
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), with the scalings of long
+contexts.
 
-The tables are made once per forward from position_ids, outside the layers, and handed to every layer:
-segments restart their positions, so the tables are per batch element.
+The tables are made once per forward from position_ids, outside the layers, and handed to every
+layer: segments restart their positions, so the tables are per batch element.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> list[float]:
     """The head_dim/2 rotation speeds in radians per position, in double precision.
 
     `linear` divides all of them by the factor (position interpolation, arXiv:2306.15595). `llama3`
-    divides only the slow ones and blends in between by wavelength, as Llama 3.1's reference code does.
+    divides only the slow ones and blends in between by wavelength, as Llama 3.1's reference code
+    does.
     """
     plain = [rope.theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
     if rope.kind == "default":

@@ -1,11 +1,13 @@
 """Attention on a TPU: torch_xla's splash kernel with segment ids, or the reference core.
 
-Splash attention (Pallas) never makes the [S, S] scores in memory and skips blocks that the causal mask
-or the segments rule out. It works per device on its shard of batch and heads, so the mesh is named in
-its config. It wants as many kv heads as heads.
+Splash attention (Pallas) never makes the [S, S] scores in memory and skips blocks that the causal
+mask or the segments rule out. It works per device on its shard of batch and heads, so the mesh is
+named in its config. It wants as many kv heads as heads.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
@@ -30,6 +32,9 @@ class SplashAttention(nn.Module):
         super().__init__()
         self.scale = head_dim**-0.5
         self.window = window
+        # torch_xla annotates the specs as one-element tuples; any PartitionSpec works.
+        heads: Any = (batch_axes, "tensor", None, None)
+        rows: Any = (batch_axes, None)
         self.config = SplashAttentionConfig(
             sa_block_q=BLOCK,
             sa_block_kv=BLOCK,
@@ -40,8 +45,8 @@ class SplashAttention(nn.Module):
             sa_block_q_dq=BLOCK,
             sa_block_kv_dq=BLOCK,
             mesh=str(mesh),
-            qkv_partition_spec=(batch_axes, "tensor", None, None),
-            segment_ids_partition_spec=(batch_axes, None),
+            qkv_partition_spec=heads,
+            segment_ids_partition_spec=rows,
             attentiontype_local_sliding=window is not None,
             # The kernel's window counts positions back from the query; ours counts the query too.
             slide_window_size=None if window is None else window - 1,
@@ -70,8 +75,8 @@ def choose_kernel(wanted: str) -> tuple[str, str]:
     on_tpu = xr.device_type() == "TPU"
     if wanted == "splash" and not on_tpu:
         raise ConfigError(
-            f"model.attention_kernel=splash runs on TPUs only, and this run is on {xr.device_type()}; "
-            "use auto or reference."
+            "model.attention_kernel=splash runs on TPUs only, and this run is on "
+            f"{xr.device_type()}; use auto or reference."
         )
     if wanted == "auto":
         kernel = "splash" if on_tpu else "reference"

@@ -1,12 +1,15 @@
 """The XLA backend: one lazily traced, once compiled SPMD program per kind of step.
 
-A step is traced by running it on lazy tensors, lowered, and executed from cache; the device runs while
-the host traces the next. Whatever changes from step to step (batch, learning rate) enters as data.
+A step is traced by running it on lazy tensors, lowered, and executed from cache; the device runs
+while the host traces the next. Whatever changes from step to step (batch, learning rate) enters as
+data.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +20,14 @@ import torch_xla.debug.metrics as met
 import torch_xla.debug.profiler as xp
 import torch_xla.runtime as xr
 from torch import Tensor, nn
-from torch_xla.distributed.spmd.xla_sharding import apply_xla_patch_to_nn_linear
 
 from torchprime.data.batch import Batch
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.attention import choose_kernel, inject_attention
-from torchprime.torch_xla_models.mesh import constrain, make_mesh, send_batch, to_device
+from torchprime.torch_xla_models.linear import replace_linears
+from torchprime.torch_xla_models.mesh import axis_sizes, constrain, make_mesh, send_batch, to_device
 from torchprime.torch_xla_models.remat import apply_remat, device_loop
 from torchprime.torch_xla_models.runtime import check_scan_requirements
 from torchprime.training.backend import StepNumbers, StepOptions
@@ -66,7 +69,8 @@ class XlaBackend:
         self.process_index = xr.process_index()
         self.process_count = xr.process_count()
         self.attention, self.attention_reason = choose_kernel(attention_kernel)
-        self._remat = dict(
+        self._remat = partial(
+            apply_remat,
             scan_layers=scan_layers,
             policy=remat_policy,
             optimization_barrier=optimization_barrier,
@@ -91,8 +95,8 @@ class XlaBackend:
         self.batch_spec = ((), table.batch_axes(), ())
         inject_attention(model, self.attention, self.mesh, table.batch_axes())
         self._constrain_activations()
-        apply_xla_patch_to_nn_linear(model.model)
-        apply_remat(model, constrain=self._constrain_layer_gradient, **self._remat)
+        replace_linears(model.model)
+        self._remat(model, constrain=self._constrain_layer_gradient)
         self.placed = placement.placements(model, table, self.mesh)
         placement.load(model, self.placed, tensor_of, dtype, self.mesh)
 
@@ -172,7 +176,7 @@ class XlaBackend:
     def _accumulate(
         self, micro: Micro, batch: tuple[Tensor, ...], weights: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Sum over micro-batches in a loop on the device; the body is traced once, whatever A is."""
+        """Sum over micro-batches in a loop on the device, whose body is traced once."""
         specs = [self.placed[name].spec for name in self.state.parameters]
 
         def pinned(gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -218,10 +222,8 @@ class XlaBackend:
 
     def logits(self, input_ids: list[int]) -> Tensor:
         """See Backend. The sequence is repeated to fill the batch axes of the mesh."""
-        sizes = self.mesh.shape()
-        rows = 1
-        for axis in self.table.batch_axes():
-            rows *= sizes[axis]
+        sizes = axis_sizes(self.mesh)
+        rows = math.prod(sizes[axis] for axis in self.table.batch_axes())
         ids = torch.tensor(input_ids, dtype=torch.int32).expand(rows, -1).contiguous()
         positions = torch.arange(ids.shape[1], dtype=torch.int32).expand(rows, -1).contiguous()
         segments = torch.ones_like(ids)
@@ -261,5 +263,3 @@ def _device_kind() -> str:
     attributes = xr.global_runtime_device_attributes()
     detail = attributes[0].get("device_kind") if attributes else None
     return str(detail) if detail else kind
-
-

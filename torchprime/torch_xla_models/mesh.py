@@ -10,6 +10,7 @@ import torch_xla
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor
+from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
 from torchprime.errors import ConfigError
 from torchprime.sharding import Spec
@@ -45,6 +46,11 @@ def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int]) -> xs.Mesh:
     return mesh
 
 
+def axis_sizes(mesh: xs.Mesh) -> dict[str, int]:
+    """Devices along each axis, by name."""
+    return dict(zip(mesh.axis_names or (), mesh.mesh_shape, strict=True))
+
+
 def partition(spec: Spec) -> tuple[tuple[str, ...] | str | None, ...]:
     """A table's spec in torch_xla's form."""
     return tuple(None if not dim else dim[0] if len(dim) == 1 else dim for dim in spec)
@@ -65,7 +71,7 @@ def send_batch(tensors: Sequence[Tensor], mesh: xs.Mesh, spec: Spec) -> list[Ten
     """
     spec_of = xs.ShardingSpec(mesh, partition(spec))
     device = str(torch_xla.device())
-    return torch_xla._XLAC._xla_tensors_from_aten(
+    return XLAC._xla_tensors_from_aten(
         list(tensors), [device] * len(tensors), [spec_of.xla_spec(t) for t in tensors]
     )
 

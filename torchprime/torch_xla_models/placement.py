@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch_xla
 import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
+from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
-from torchprime.torch_xla_models.mesh import to_device
+from torchprime.torch_xla_models.mesh import axis_sizes, to_device
 from torchprime.torch_xla_models.remat import STACKED
 
 
@@ -48,7 +48,7 @@ def placements(model: CausalLM, table: ShardingTable, mesh: xs.Mesh) -> dict[str
         held[name] = names
         shape = tuple(parameter.shape)
         shapes.update({n: shape[1:] if marker in name else shape for n in names})
-    specs = table.parameter_specs(shapes, dict(mesh.shape()))
+    specs = table.parameter_specs(shapes, axis_sizes(mesh))
     return {
         name: Placed(names, len(names) > 1 or f".{STACKED}." in name, _spec(names, specs, name))
         for name, names in held.items()
@@ -118,9 +118,9 @@ def from_local_shards(tensor: Tensor) -> Tensor:
 
     Moving a sharded tensor with `.cpu()` makes every device gather all of it first.
     """
-    shards = torch_xla._XLAC._get_local_shards([tensor])[0]
-    places = torch_xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]
-    if not torch_xla._XLAC._get_xla_sharding_spec(tensor) or len(shards) == 1:
+    shards = XLAC._get_local_shards([tensor])[0]
+    places = XLAC._get_local_shard_replica_and_indices([tensor])[0]
+    if not XLAC._get_xla_sharding_spec(tensor) or len(shards) == 1:
         return shards[0][0].to(tensor.dtype)
     host = torch.empty(tensor.shape, dtype=tensor.dtype)
     for (shard, _), (_, indices) in zip(shards, places, strict=True):

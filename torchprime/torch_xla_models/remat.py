@@ -1,10 +1,10 @@
 """Passes over the stack of layers: scan, rematerialization, backward barriers.
 
 All three replace the container or wrap its members; the layers do not know. The one mechanism under
-scan and remat is a function that runs a layer, keeps some of what its backward will want, and in the
-backward traces the layer again, fetching what was kept and recomputing the rest. Since XLA tensors are
-lazy, whatever is fetched makes the code that would recompute it dead, so keeping everything costs no
-second forward and keeping nothing is full remat.
+scan and remat is a function that runs a layer, keeps some of what its backward will want, and in
+the backward traces the layer again, fetching what was kept and recomputing the rest. Since XLA
+tensors are lazy, whatever is fetched makes the code that would recompute it dead, so keeping
+everything costs no second forward and keeping nothing is full remat.
 
 Scan holds each parameter of all layers in one stacked tensor [layers, ...] and loops over it on the
 device, so that compile time does not grow with depth and no per-step stacking is paid.
@@ -136,18 +136,13 @@ class LayerRunner:
 
 
 def _activations_only(x: Tensor, context: LayerContext) -> Callable[[Tensor], bool]:
-    """Keep what depends on the batch; weights and the context are at hand in the backward anyway."""
+    """Keep what depends on the batch; weights and context are at hand in the backward."""
     batch, length = x.shape[:2]
     at_hand = {tuple(t.shape) for t in (context.cos, context.sin, *context.attention)}
 
     def keep(tensor: Tensor) -> bool:
         shape = tuple(tensor.shape)
-        return (
-            tensor.dim() >= 2
-            and shape[0] == batch
-            and length in shape
-            and shape not in at_hand
-        )
+        return tensor.dim() >= 2 and shape[0] == batch and length in shape and shape not in at_hand
 
     return keep
 
@@ -177,7 +172,7 @@ class RematLayer(nn.Module):
 
     def __init__(self, layer: nn.Module, constrain: Callable[[str, Tensor], Tensor]) -> None:
         super().__init__()
-        object.__setattr__(self, "runner", LayerRunner(layer, "full", constrain))
+        self.runner = LayerRunner(layer, "full", constrain)
         for name, child in layer.named_children():
             self.add_module(name, child)
 
@@ -185,7 +180,7 @@ class RematLayer(nn.Module):
         if not torch.is_grad_enabled():
             return self.runner.template(x, context)
         weights = [p for _, p in self.runner.template.named_parameters()]
-        return _Remat.apply(self.runner, context, x, *weights)
+        return _Remat.apply(self.runner, context, x, *weights)  # type: ignore[no-any-return]
 
 
 class _Scan(torch.autograd.Function):
@@ -254,8 +249,8 @@ class ScannedLayers(nn.Module):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 shape = (self.depth, *parameter.shape)
                 setattr(module, name, nn.Parameter(parameter.new_empty(shape)))
-        # The template is code, not weights: kept out of the module tree.
-        object.__setattr__(self, "runner", LayerRunner(template, policy, constrain))
+        # The runner is no module: its template is code, not weights.
+        self.runner = LayerRunner(template, policy, constrain)
 
     def forward(self, x: Tensor, context: LayerContext) -> Tensor:
         weights = [p for _, p in self.stacked.named_parameters()]
@@ -277,7 +272,8 @@ def apply_remat(
         policy: `none` keeps activations, `full` keeps only each layer's input.
         optimization_barrier: unrolled only; keeps the backward of a layer in one piece, so that
             gradients of all layers are not held to be reduced together.
-        constrain: annotates the gradient of a layer's weight, by its name within the layer, with the
+        constrain: annotates the gradient of a layer's weight, by its name within the layer, with
+        the
             weight's sharding, so that it is reduce-scattered where it is made.
 
     Raises:
@@ -298,5 +294,3 @@ def apply_remat(
             apply_backward_optimization_barrier(layer)
         if policy == "full":
             layers[index] = RematLayer(layer, constrain)
-
-

@@ -1,7 +1,7 @@
 """The main job on PyTorch/XLA: `python3 torchprime/torch_xla_models/train.py --config-name NAME`.
 
-The same command runs on a TPU VM, on every host of a slice, and on a machine without a TPU, where XLA
-runs on the CPU with as many virtual devices as the mesh has.
+The same command runs on a TPU VM, on every host of a slice, and on a machine without a TPU, where
+XLA runs on the CPU with as many virtual devices as the mesh has.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The seam between the one loop and the machines it runs on.
 
-Everything a run does on a device goes through these methods: weights and batches enter by `place` and
-`put`, numbers and weights leave by `read` and `weights`. A backend is made from flat arguments and
-never sees a config object.
+Everything a run does on a device goes through these methods: weights and batches enter by `place`
+and `put`, numbers and weights leave by `read` and `weights`. A backend is made from flat arguments
+and never sees a config object.
 """
 
 from __future__ import annotations

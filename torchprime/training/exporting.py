@@ -21,8 +21,8 @@ from torchprime.training.backend import Backend
 from torchprime.training.model_files import ModelFiles
 
 # Largest difference of logits between the trainer and transformers, relative to the largest logit.
-# fp32 differs by rounding order only (measured 1e-6 to 1e-5). bf16 rounds every activation to 8 bits,
-# each 2^-9 off, in an order that differs between the two: a few roundings add up.
+# fp32 differs by rounding order only (measured 1e-6 to 1e-5). bf16 rounds every activation to 8
+# bits, each 2^-9 off, in an order that differs between the two: a few roundings add up.
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 PROBE_TOKENS = 64
 

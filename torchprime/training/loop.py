@@ -1,9 +1,9 @@
 """The one loop: batches in, updates, records out. It runs on every backend.
 
 A thread builds the next batches and starts moving them while the device works. The loop starts an
-update, asks nothing of the device until a step is to be logged, and only then waits. So nothing here
-may look at a device value between logged steps; what must not be missed in between (a loss that is
-not finite) is watched on the device by the step itself.
+update, asks nothing of the device until a step is to be logged, and only then waits. So nothing
+here may look at a device value between logged steps; what must not be missed in between (a loss
+that is not finite) is watched on the device by the step itself.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class CompileGuard:
             reason = f"its inputs changed from {first} to {inputs}"
         else:
             reason = (
-                "its inputs have the shapes of the first run, so a value that differs between steps "
-                "was traced into the graph as a constant (a Python number, a branch on data)"
+                "its inputs have the shapes of the first run, so a value that differs between "
+                "steps was traced into the graph as a constant (a Python number, a branch on data)"
             )
         raise RecompileError(
             f"The {kind} compiled again in its run number {run}: {reason}. Make it enter as a "
@@ -191,9 +191,7 @@ def train_loop(
         rate = learning_rate(step)
         with guard.watch("train step", loaded.shapes):
             handle = backend.train_step(loaded.device, rate)
-        watch.count(
-            supervised_tokens=loaded.supervised_tokens, slot_tokens=loaded.slot_tokens
-        )
+        watch.count(supervised_tokens=loaded.supervised_tokens, slot_tokens=loaded.slot_tokens)
         done, last = step + 1, step + 1 == total_steps
         if done % logging_steps == 0 or last:
             numbers = backend.read(handle)
@@ -209,7 +207,7 @@ def train_loop(
 
 
 def _refuse_divergence(numbers: StepNumbers, order: DataOrder) -> None:
-    """Name the first bad step, which the device remembers, and its batch, which order recomputes."""
+    """Name the first bad step, which the device remembers, and recompute its batch."""
     if not numbers.bad_step:
         return
     batch = order.batch(numbers.bad_step - 1)

@@ -1,7 +1,7 @@
 """What a run starts from: a checkpoint's config.json, tokenizer and weights, or an architecture.
 
-Everything is checked here before a device is touched: the architecture is one we compute rightly, the
-tokenizer fits the vocabulary, and the weights' names and shapes are exactly the model's.
+Everything is checked here before a device is touched: the architecture is one we compute rightly,
+the tokenizer fits the vocabulary, and the weights' names and shapes are exactly the model's.
 """
 
 from __future__ import annotations
@@ -90,13 +90,14 @@ def check_vocabulary(
 ) -> None:
     """An id past the embedding would be clamped by XLA without a word; and stop tokens must agree.
 
-    A model may have more rows than the tokenizer has tokens (padding to a round number), never fewer.
+    A model may have more rows than the tokenizer has tokens (padding to a round number), never
+    fewer.
     """
     if tokenizer.max_id >= architecture.vocab_size:
         raise CheckpointError(
-            f"The tokenizer in {tokenizer.folder} has ids up to {tokenizer.max_id}, but the model's "
-            f"vocab_size is {architecture.vocab_size}. Set model.tokenizer_name to the tokenizer of "
-            "this model (or null to use the one beside its weights)."
+            f"The tokenizer in {tokenizer.folder} has ids up to {tokenizer.max_id}, but the "
+            f"model's vocab_size is {architecture.vocab_size}. Set model.tokenizer_name to the "
+            "tokenizer of this model (or null to use the one beside its weights)."
         )
     stops = hf_config.get("eos_token_id")
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]

@@ -1,9 +1,9 @@
 """Optimizers as pure tensor mathematics, and learning-rate schedules as pure functions of the step.
 
 An optimizer here is a list of state slots per parameter and an update in place. No host read, no
-Python number that changes from step to step: the learning rate and the step count are tensors, so one
-compiled graph serves all steps. State is fp32, and bf16 parameters get an fp32 master copy unless
-`master_weights=false`: a bf16 weight of 1.0 cannot take a step smaller than 0.004.
+Python number that changes from step to step: the learning rate and the step count are tensors, so
+one compiled graph serves all steps. State is fp32, and bf16 parameters get an fp32 master copy
+unless `master_weights=false`: a bf16 weight of 1.0 cannot take a step smaller than 0.004.
 """
 
 from __future__ import annotations
@@ -54,10 +54,13 @@ def _every_dim(parameter: Parameter) -> tuple[int, ...]:
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2)."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101, algorithm 2)."""
 
     def __init__(
-        self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+        self,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
     ) -> None:
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
 
@@ -90,9 +93,9 @@ class AdamW:
 class Adafactor:
     """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235) with a given learning rate, no momentum.
 
-    Second moments of matrices are kept as row and column means (algorithm 4), the update is clipped to
-    root mean square 1 (section 6), the decay is 1 - step^-0.8 (section 7.2). `eps` is the paper's
-    epsilon_1, added to squared gradients.
+    Second moments of matrices are kept as row and column means (algorithm 4), the update is clipped
+    to root mean square 1 (section 6), the decay is 1 - step^-0.8 (section 7.2). `eps` is the
+    paper's epsilon_1, added to squared gradients.
     """
 
     def __init__(self, eps: float = 1e-30, weight_decay: float = 0.0, clip: float = 1.0) -> None:
@@ -102,7 +105,10 @@ class Adafactor:
         every = _every_dim(parameter)
         if len(every) - parameter.stacked < 2:
             return {"exp_avg_sq": Slot(every)}
-        return {"exp_avg_sq_row": Slot(every[:-1]), "exp_avg_sq_col": Slot((*every[:-2], every[-1]))}
+        return {
+            "exp_avg_sq_row": Slot(every[:-1]),
+            "exp_avg_sq_col": Slot((*every[:-2], every[-1])),
+        }
 
     def update(
         self,
@@ -120,7 +126,9 @@ class Adafactor:
             row = beta * state["exp_avg_sq_row"] + (1 - beta) * square.mean(-1)
             column = beta * state["exp_avg_sq_col"] + (1 - beta) * square.mean(-2)
             new.update(exp_avg_sq_row=row, exp_avg_sq_col=column)
-            scale = (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[..., None, :]
+            scale = (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[
+                ..., None, :
+            ]
         else:
             new["exp_avg_sq"] = beta * state["exp_avg_sq"] + (1 - beta) * square
             scale = new["exp_avg_sq"].rsqrt()
@@ -143,7 +151,7 @@ def make_optimizer(
 
 
 def decays(name: str) -> bool:
-    """Weight decay is for matrices and embeddings; norms and biases are left alone, as in HF's Trainer."""
+    """Weight decay is for matrices and embeddings, not norms and biases, as in HF's Trainer."""
     return not (name.endswith("bias") or "norm" in name)
 
 
@@ -158,7 +166,8 @@ def learning_rate(
 ) -> float:
     """The learning rate used in update number `step` (0-based).
 
-    Warm-up rises linearly from 0 to the peak over `warmup_steps` updates, as transformers' schedules
+    Warm-up rises linearly from 0 to the peak over `warmup_steps` updates, as transformers'
+    schedules
     do: update 0 of a warm-up has learning rate 0. Then constant, a line, or half a cosine down to
     peak x min_lr_ratio at `total_steps`.
     """

@@ -17,9 +17,9 @@ GIB = 2**30
 class Memory:
     """Estimated bytes on one device, the largest first when it matters.
 
-    Weights, master copies, optimizer state and gradients follow from shapes and sharding. Activations
-    are a count of what the backward keeps: each layer's input under full remat, about 16 + 3 F/D
-    hidden-sized tensors per layer otherwise, plus one chunk of logits with its gradient.
+    Weights, master copies, optimizer state and gradients follow from shapes and sharding.
+    Activations are a count of what the backward keeps: each layer's input under full remat, about
+    16 + 3 F/D hidden-sized tensors per layer otherwise, plus one chunk of logits with its gradient.
     """
 
     weights: int
@@ -124,9 +124,7 @@ def _spread(numbers: Mapping[str, float]) -> str:
     return f"{numbers['mean']:,.0f} on average ({numbers['min']:,.0f} to {numbers['max']:,.0f})"
 
 
-def count_steps(
-    *, max_steps: int | None, num_epochs: float | None, steps_per_epoch: int
-) -> int:
+def count_steps(*, max_steps: int | None, num_epochs: float | None, steps_per_epoch: int) -> int:
     """Total updates; a fraction of an epoch is rounded up, so that no row asked for is left out."""
     if max_steps is not None:
         return max_steps

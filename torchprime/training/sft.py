@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: pretrained weights before, and after the run a before-and-after to read."""
+"""Supervised fine-tuning: pretrained weights before, a before-and-after to read afterwards."""
 
 from __future__ import annotations
 

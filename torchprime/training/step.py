@@ -1,13 +1,13 @@
 """One optimizer update, in plain tensor operations, the same on every backend.
 
-micro-batches -> loss sums and gradient sums -> divided once by the step's global weight -> clipped ->
-optimizer. The backend gives `accumulate`, its way to run the micro-batches one after another (a loop
-on the device under XLA), and calls the whole from inside its compiled step. Nothing here reads a
-device value on the host.
+micro-batches -> loss sums and gradient sums -> divided once by the step's global weight -> clipped
+-> optimizer. The backend gives `accumulate`, its way to run the micro-batches one after another (a
+loop on the device under XLA), and calls the whole from inside its compiled step. Nothing here reads
+a device value on the host.
 
-A step whose loss or gradient norm is not finite changes nothing: the number of the first such step is
-kept in the state and every later update is a no-op, so the weights from before it survive until the
-host looks (the next logged step), however often it looks.
+A step whose loss or gradient norm is not finite changes nothing: the number of the first such step
+is kept in the state and every later update is a no-op, so the weights from before it survive until
+the host looks (the next logged step), however often it looks.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def train_step(
         accumulate: runs a function over the micro-batches and sums what it returns.
 
     Returns:
-        fp32 [4]: mean loss per supervised weight, gradient norm before clipping, weight sum, and the
-        number of the first update with a non-finite loss (0 while all is well).
+        fp32 [4]: mean loss per supervised weight, gradient norm before clipping, weight sum, and
+        the number of the first update with a non-finite loss (0 while all is well).
     """
     weights = [p.weight for p in state.parameters.values()]
 
@@ -104,7 +104,7 @@ def train_step(
 def clipped(
     gradients: Sequence[Tensor], norm: Tensor, max_norm: float | None, max_value: float | None
 ) -> list[Tensor]:
-    """Scale to the global norm first, then clamp each element, as torch's two functions in a row."""
+    """Scale to the global norm, then clamp each element, as torch's two functions in a row."""
     out = list(gradients)
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -117,7 +117,7 @@ def clipped(
 def apply_update(
     state: TrainState, optimizer: Optimizer, gradients: Sequence[Tensor], lr: Tensor, finite: Tensor
 ) -> None:
-    """Update every parameter and its state in place, or nothing if this or an earlier step was bad."""
+    """Update parameters and state in place, or nothing if this or an earlier step was bad."""
     step = state.step + 1
     good = finite & (state.bad_step == 0)
     for parameter, gradient in zip(state.parameters.values(), gradients, strict=True):
@@ -132,5 +132,3 @@ def apply_update(
             slots[name].copy_(torch.where(good, tensor, slots[name]))
     state.bad_step.copy_(torch.where(finite | (state.bad_step > 0), state.bad_step, step))
     state.step.copy_(torch.where(good, step, state.step))
-
-

@@ -1,8 +1,8 @@
 """From a config to a trained model: the order in which a run comes to be.
 
 Everything that can be wrong is looked at before anything slow or lasting happens: files and
-vocabulary, rows, mesh and sharding table, batch budget, export target. Only then is the run's folder
-made and are weights loaded. The config stops here: what is called below gets flat arguments.
+vocabulary, rows, mesh and sharding table, batch budget, export target. Only then is the run's
+folder made and are weights loaded. The config stops here: what is called below gets flat arguments.
 """
 
 from __future__ import annotations

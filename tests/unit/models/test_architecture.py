@@ -36,7 +36,9 @@ def test_rope_in_the_spellings_of_transformers_4_and_5() -> None:
 
 
 def test_what_transformers_5_writes_is_read(tmp_path) -> None:
-    LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 123.0}).save_pretrained(tmp_path)
+    LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 123.0}).save_pretrained(
+        tmp_path
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     assert architecture_from_hf(config).rope.theta == 123.0
 

@@ -63,7 +63,9 @@ def make_backend(reference_runs, shipped_table):
             max_grad_norm=reference.CLIP,
             **(options or {}),
         )
-        backend.prepare_training(optimizer or AdamW(eps=reference.EPS, weight_decay=reference.DECAY), chosen)
+        backend.prepare_training(
+            optimizer or AdamW(eps=reference.EPS, weight_decay=reference.DECAY), chosen
+        )
         backend.accumulation = accumulation
         return backend
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from torchprime.data.batch import Batch
 
-# Adam divides by a root that is near 0 where gradients are tiny, and so amplifies their rounding: an
-# epsilon above that noise lets final weights be compared closely.
+# Adam divides by a root that is near 0 where gradients are tiny, and so amplifies their rounding:
+# an epsilon above that noise lets final weights be compared closely.
 V, B, S, LR, CLIP, DECAY, EPS, STEPS = 64, 8, 16, 3e-2, 0.5, 0.1, 1e-3, 4
 
 CONFIG = LlamaConfig(

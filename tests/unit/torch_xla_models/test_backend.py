@@ -21,9 +21,7 @@ WAYS = {
     "fsdp4": dict(mesh={"fsdp": 4}),
     "fsdp2-tensor2-tied": dict(mesh={"fsdp": 2, "tensor": 2}, tied=True),
     "data2-fsdp2-accumulate2": dict(mesh={"data": 2, "fsdp": 2}, accumulation=2),
-    "fsdp4-remat-barrier": dict(
-        mesh={"fsdp": 4}, remat_policy="full", optimization_barrier=True
-    ),
+    "fsdp4-remat-barrier": dict(mesh={"fsdp": 4}, remat_policy="full", optimization_barrier=True),
     "scan": dict(mesh={"fsdp": 2, "tensor": 2}, scan_layers=True),
     "scan-remat-accumulate2": dict(
         mesh={"fsdp": 4}, scan_layers=True, remat_policy="full", accumulation=2
@@ -134,7 +132,7 @@ def test_a_step_that_is_not_finite_changes_nothing_then_or_later(make_backend) -
 
 
 def test_bf16_weights_move_because_of_their_master_copies(make_backend) -> None:
-    """A step of 1e-3 is below half a bf16 step at 1.0 (2e-3): without masters, norms stand still."""
+    """1e-3 is below half a bf16 step at 1.0 (2e-3): without master copies norms stand still."""
     moved = {}
     for master in (True, False):
         backend = make_backend(

@@ -16,7 +16,10 @@ def _run_ours(optimizer, weights, gradients, lr: float, stacked: bool = False):
     """Apply the update rule as the step does, in plain Python."""
     infos = {n: Parameter(tuple(w.shape), w.dtype, decays(n), stacked) for n, w in weights.items()}
     state = {
-        n: {s: torch.zeros([i.shape[d] for d in slot.dims]) for s, slot in optimizer.slots(i).items()}
+        n: {
+            s: torch.zeros([i.shape[d] for d in slot.dims])
+            for s, slot in optimizer.slots(i).items()
+        }
         for n, i in infos.items()
     }
     weights = {n: w.clone() for n, w in weights.items()}

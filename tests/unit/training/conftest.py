@@ -1,0 +1,113 @@
+"""A tiny checkpoint, its rows, and the main job run on them in this process.
+
+All of them have one model, one block shape and one mesh, so that XLA compiles each kind of step once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from torchprime.config.entry import run_main
+from torchprime.torch_xla_models.train import main
+
+SPECIALS = ["<s>", "</s>", "<pad>", "<unk>"]
+VOCAB = len(SPECIALS) + 256
+BLOCK, BATCH = 64, 4
+
+
+def save_tokenizer(folder: Path, extra_tokens: Sequence[str] = ()) -> Path:
+    """One token per byte and four special ones, so that ids can be told without us."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = tokenizers.Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate([*SPECIALS, *alphabet])}, merges=[])
+    )
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(SPECIALS)
+    raw.add_tokens(list(extra_tokens))
+    folder.mkdir(parents=True, exist_ok=True)
+    raw.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def make_row(number: int) -> dict[str, str]:
+    """Words of different lengths, so that blocks are filled differently."""
+    word = "abcdefghijklm"[number % 7 : number % 7 + 3 + number % 5]
+    return {"prompt": f"say {word} twice: ", "completion": f"{word} {word}"}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained model of two layers, as transformers saves it, with its tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    folder = save_tokenizer(tmp_path_factory.mktemp("tiny"))
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Files of training and of held-out rows."""
+    folder = tmp_path_factory.mktemp("rows")
+    for name, numbers in (("train.jsonl", range(34)), ("heldout.jsonl", range(100, 109))):
+        lines = [json.dumps(make_row(n)) + "\n" for n in numbers]
+        (folder / name).write_text("".join(lines))
+    return folder / "train.jsonl", folder / "heldout.jsonl"
+
+
+@pytest.fixture(scope="session")
+def command(tiny: Path, rows: tuple[Path, Path]) -> Callable[..., list[str]]:
+    """A command line that trains `tiny`; later overrides win over the ones here."""
+
+    def make(*overrides: str) -> list[str]:
+        given = {
+            "model.pretrained_model": tiny,
+            "dataset": "file",
+            "dataset.file_dataset_path": rows[0],
+            "dataset.block_size": BLOCK,
+            "task.global_batch_size": BATCH,
+            "task.loss_chunks": 2,
+            "task.max_steps": 4,
+            "task.optimizer.learning_rate": 0.01,
+            "ici_mesh.fsdp": 2,
+            "ici_mesh.tensor": 2,
+        }
+        given |= dict(each.split("=", 1) for each in overrides)
+        return [f"{key}={value}" for key, value in given.items()]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[[list[str]], int]:
+    """The entry point, as the command line calls it; the exit code."""
+    return lambda argv: run_main(main, argv)
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer_folder() -> Callable[..., Path]:
+    """`save_tokenizer`, for tests: a conftest is not for importing."""
+    return save_tokenizer

@@ -1,0 +1,43 @@
+"""Linear layers as XLA wants them.
+
+torch_xla lowers nn.Linear on [B, S, D] through a view to [B*S, D], which loses how a sharded
+sequence is cut; an einsum keeps the dims apart. Its weight gradient is the exception: contracted
+over two dims at once, XLA on the CPU first transposes both operands in memory, which takes several
+times as long as the product. Flattened, the same product reads them in place; it has no sequence
+dim to lose.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        out = torch.einsum("bsn,mn->bsm", x, weight)
+        return out if bias is None else out + bias
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad_x = torch.einsum("bsm,mn->bsn", grad, weight)
+        grad_w = torch.matmul(grad.flatten(0, 1).t(), x.flatten(0, 1))
+        return grad_x, grad_w, grad.sum((0, 1)) if ctx.has_bias else None
+
+
+class XlaLinear(nn.Linear):
+    """nn.Linear for [B, S, D] inputs with the products above."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-any-return]
+
+
+def replace_linears(module: nn.Module) -> None:
+    """Turn every nn.Linear below into an XlaLinear; parameters, names and hooks stay."""
+    for child in module.modules():
+        if type(child) is nn.Linear:
+            child.__class__ = XlaLinear
