@@ -170,7 +170,7 @@ class OptimizerConfig:
     name: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    eps: float | None = None  # None: the method's own, 1e-8 for adamw, 1e-30 for adafactor
     weight_decay: float = 0.0
     # fp32 copies of bf16 weights: without them small updates are rounded away.
     master_weights: bool = True

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dist_cp
 import torch_xla
 import torch_xla.backends
 import torch_xla.core.xla_model as xm
@@ -20,6 +21,7 @@ import torch_xla.debug.metrics as met
 import torch_xla.debug.profiler as xp
 import torch_xla.runtime as xr
 from torch import Tensor, nn
+from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
 from torchprime.data.batch import Batch
 from torchprime.models.decoder import CausalLM
@@ -62,7 +64,8 @@ class XlaBackend:
         optimization_barrier: bool = False,
         full_precision: bool = False,
     ) -> None:
-        xr.use_spmd()
+        if not xr.is_spmd():
+            xr.use_spmd()
         self.mesh = make_mesh(ici_mesh, dcn_mesh)
         self.device_count = xr.global_runtime_device_count()
         self.device_kind = _device_kind()
@@ -119,6 +122,12 @@ class XlaBackend:
         """See Backend."""
         self.synchronize()  # the shards of a tensor still being computed can't be looked at
         return placement.gather(self.model, self.placed, self.process_count)
+
+    def save_sharded(self, folder: str) -> None:
+        """See Backend."""
+        self.synchronize()
+        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        dist_cp.save(weights, checkpoint_id=folder, planner=SPMDSavePlanner(), no_dist=True)
 
     # -- training ------------------------------------------------------------------------------
 

@@ -89,6 +89,11 @@ class Backend(Protocol):
         """The weights on the host, one at a time, by Hugging Face name."""
         ...
 
+    def save_sharded(self, folder: str) -> None:
+        """Write the weights as they lie on the devices (torch.distributed.checkpoint), under the
+        backend's own names, without gathering or renaming anything."""
+        ...
+
     def logits(self, input_ids: list[int]) -> Tensor:
         """fp32 [S, V] logits of one unpadded sequence, for checks."""
         ...

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,7 +87,7 @@ class DataOrder:
 
 def load_ahead(
     backend: Backend, order: DataOrder, accumulation: int, steps: range
-) -> Iterator[Loaded]:
+) -> Generator[Loaded, None, None]:
     """Batches of the given steps, built and sent by a thread that stays PREFETCHED ahead."""
     ready: queue.Queue[Loaded | BaseException] = queue.Queue(maxsize=PREFETCHED)
     stop = threading.Event()
@@ -184,23 +184,26 @@ def train_loop(
     for hook in hooks:
         hook.on_start()
     batches = load_ahead(backend, order, accumulation, range(total_steps))
-    watch.restart()
-    for step, loaded in enumerate(batches):
-        for hook in hooks:
-            hook.before_step(step)
-        rate = learning_rate(step)
-        with guard.watch("train step", loaded.shapes):
-            handle = backend.train_step(loaded.device, rate)
-        watch.count(supervised_tokens=loaded.supervised_tokens, slot_tokens=loaded.slot_tokens)
-        done, last = step + 1, step + 1 == total_steps
-        if done % logging_steps == 0 or last:
-            numbers = backend.read(handle)
-            _refuse_divergence(numbers, order)
-            record = _record(backend, order, loaded, numbers, done, rate, watch, flops_per_token)
+    with closing(batches):  # ends the thread now, whatever a traceback still holds on to
+        watch.restart()
+        for step, loaded in enumerate(batches):
             for hook in hooks:
-                hook.on_record(record)
-        for hook in hooks:
-            hook.after_step(done, last)
+                hook.before_step(step)
+            rate = learning_rate(step)
+            with guard.watch("train step", loaded.shapes):
+                handle = backend.train_step(loaded.device, rate)
+            watch.count(supervised_tokens=loaded.supervised_tokens, slot_tokens=loaded.slot_tokens)
+            done, last = step + 1, step + 1 == total_steps
+            if done % logging_steps == 0 or last:
+                numbers = backend.read(handle)
+                _refuse_divergence(numbers, order)
+                record = _record(
+                    backend, order, loaded, numbers, done, rate, watch, flops_per_token
+                )
+                for hook in hooks:
+                    hook.on_record(record)
+            for hook in hooks:
+                hook.after_step(done, last)
     for hook in hooks:
         hook.on_end()
     return numbers

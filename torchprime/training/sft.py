@@ -32,7 +32,8 @@ class SFTTrainer(Trainer):
         """Export, then print answers of the base and the tuned model side by side."""
         super().finish(numbers)
         count = self.config.task.sample_prompts
-        if count and self.export_folder is not None and self.backend.process_index == 0:
+        exported = self.export_folder is not None and self.config.task.convert_to_safetensors
+        if count and exported and self.backend.process_index == 0:
             self.say(self.side_by_side(count))
 
     def side_by_side(self, count: int) -> str:

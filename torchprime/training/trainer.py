@@ -23,7 +23,7 @@ from torchprime.data.packed import PackedDataset
 from torchprime.data.prepare import prepare_dataset
 from torchprime.data.report import DataReport
 from torchprime.data.sources import SourceSpec
-from torchprime.errors import DivergedError
+from torchprime.errors import DivergedError, UserError
 from torchprime.metrics.throughput import Stopwatch, model_flops_per_token
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from torchprime.sharding import ShardingTable
@@ -98,6 +98,12 @@ class Trainer:
             weights=c.model.pretrained_model is not None and not c.dry_run,
         )
         self.tensor_of = None if c.dry_run else self.weights()
+        longest = self.files.architecture.max_position_embeddings
+        if c.dataset.block_size > longest:
+            self.say(
+                f"note: dataset.block_size={c.dataset.block_size} is beyond the model's "
+                f"max_position_embeddings={longest}; positions past it were never trained."
+            )
         self.data, self.report = self._prepare_rows(c.dataset, c.dataset.max_train_examples)
         self.say(self.report.summary())
         self.eval_data: PackedDataset | None = None
@@ -331,8 +337,12 @@ class Trainer:
 
     def finish(self, numbers: StepNumbers) -> None:
         """After the last step: export, if the config names a place."""
-        if self.export_folder is not None and self.exporter is not None:
+        if self.export_folder is None or self.exporter is None:
+            return
+        if self.config.task.convert_to_safetensors:
             self.exporter.write(self.export_folder, self.backend, self._final_metrics(numbers))
+        else:
+            self.exporter.write_sharded(self.export_folder, self.backend)
 
     def _final_metrics(self, numbers: StepNumbers) -> dict[str, float]:
         metrics = {"train loss of the last step": numbers.loss}
@@ -343,10 +353,18 @@ class Trainer:
         return metrics
 
     def _keep_weights(self) -> str:
-        """After a divergence the device still has the weights from before it: save those."""
+        """After a divergence the device still has the weights from before it: save those.
+
+        Their bytes are proved, not their logits: what led to a divergence may compute no finite
+        ones. And if they can't be saved (NaN in the checkpoint itself, a full disk), that must not
+        hide the divergence.
+        """
         assert self.exporter is not None
         folder = self.folder / "checkpoints" / "before_divergence"
-        self.exporter.write(folder, self.backend, {})
+        try:
+            self.exporter.write(folder, self.backend, {}, prove_logits=False)
+        except (UserError, OSError) as error:
+            return f"The weights before it could not be kept: {error}"
         return f"The weights before it are kept in {folder}."
 
 

@@ -11,6 +11,7 @@ import math
 import pytest
 import reference
 import torch
+import torch.distributed.checkpoint as dist_cp
 
 from torchprime.errors import ConfigError
 from torchprime.torch_xla_models import placement
@@ -114,6 +115,21 @@ def test_weights_gathered_with_and_without_devices_agree(trained) -> None:
         one = dict(placement.gather(backend.model, backend.placed, 1))
         for name, weight in placement.gather(backend.model, backend.placed, 2):
             assert torch.equal(weight, one[name]), name
+
+
+def test_shards_on_disk_hold_the_weights(trained, tmp_path) -> None:
+    """Read back by torch.distributed.checkpoint itself, on the host, without our code."""
+    for way in ("fsdp2-tensor2-tied", "scan"):
+        backend = trained(way)[0]
+        folder = str(tmp_path / way)
+        backend.save_sharded(folder)
+        there = {n: torch.empty(p.shape) for n, p in backend.model.named_parameters()}
+        dist_cp.load(there, checkpoint_id=folder, no_dist=True)
+        by_name = dict(backend.weights())
+        for name, entry in backend.placed.items():
+            expected = [by_name[hf_name] for hf_name in entry.hf_names]
+            expected = torch.stack(expected) if entry.stacked else expected[0]
+            assert torch.equal(there[name], expected), name
 
 
 def test_a_step_that_is_not_finite_changes_nothing_then_or_later(make_backend) -> None:

@@ -1,6 +1,6 @@
 """A tiny checkpoint, its rows, and the main job run on them in this process.
 
-All of them have one model, one block shape and one mesh, so that XLA compiles each kind of step once.
+All have one model, one block shape and one mesh, so that XLA compiles each kind of step once.
 """
 
 from __future__ import annotations

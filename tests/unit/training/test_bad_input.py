@@ -1,4 +1,4 @@
-"""What a user's mistake gets from the real entry point: exit code 2, one message, nothing written."""
+"""What a mistake gets from the real entry point: exit code 2, one message, nothing written."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def test_misspelt_key(refused: Refused) -> None:
 
 
 def test_misspelt_key_in_a_users_own_yaml(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("defaults: [default]\ntask: {optimizer: {lerning_rate: 1}}")
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [default, _self_]\ntask: {optimizer: {lerning_rate: 1}}"
+    )
     message = refused(flags=["--config-dir", str(tmp_path), "--config-name", "mine"])
     assert "task.optimizer.lerning_rate" in message
     assert "task.optimizer.learning_rate" in message
@@ -182,7 +184,9 @@ def test_shape_mismatch(refused: Refused, changed_weights) -> None:
         tensors["lm_head.weight"] = torch.zeros(256, 16)
 
     message = refused(f"model.pretrained_model={changed_weights(change)}")
-    assert "model.layers.1.mlp.up_proj.weight: [48, 16] in the file, [32, 16] in the model" in message
+    assert (
+        "model.layers.1.mlp.up_proj.weight: [48, 16] in the file, [32, 16] in the model" in message
+    )
     assert "lm_head.weight: [256, 16] in the file, [260, 16] in the model" in message
 
 
@@ -365,7 +369,7 @@ def test_diverged_run_keeps_the_weights_before(
     base = LlamaForCausalLM.from_pretrained(tiny).state_dict()
     assert weights.keys() == base.keys()
     assert all(torch.isfinite(weight).all() for weight in weights.values())
-    # Those after step 1, which moved what it could by the learning rate, and not those of the start.
+    # Those after step 1, which moved them by the learning rate, and not those of the start.
     name = "model.layers.0.mlp.up_proj.weight"
     assert (weights[name] - base[name]).abs().max() == pytest.approx(1e30, rel=1e-3)
 

@@ -1,0 +1,304 @@
+"""Training-step speed on this machine: ours under XLA, transformers under XLA, transformers eager.
+
+All in one run, same model shape, dtype, batch and optimizer, on real GSM8K rows with a byte-level BPE
+trained on them. Each case runs in a process of its own, one after the other, so that compiles, threads
+and peak memory do not mix. `equal` cases all get our packed blocks (transformers with an explicit mask
+and positions that honour the segments); `padded` cases get one row per block, as trainers without
+packing do. Times are medians over the timed steps after two warm-up steps.
+
+    python benchmarks/step_time.py [--rows FILE] [--json FILE] [--steps N] [--only NAME,...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROWS = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
+VOCAB, HIDDEN, FFN, HEADS, BATCH, BLOCK, LR = 4096, 256, 688, 4, 16, 256, 1e-4
+
+# name -> what runs; `packed` is the data, the rest shapes the implementation.
+CASES: dict[str, dict[str, Any]] = {
+    "ours xla, packed": dict(impl="ours", packed=True),
+    "transformers xla, equal blocks": dict(impl="hf_xla", packed=True),
+    "transformers xla, padded rows": dict(impl="hf_xla", packed=False),
+    "transformers eager, equal blocks": dict(impl="hf_eager", packed=True),
+    "transformers eager, padded rows": dict(impl="hf_eager", packed=False),
+    "ours xla, packed, bf16 + remat": dict(
+        impl="ours", packed=True, dtype="bfloat16", remat="full"
+    ),
+    "ours xla, packed, scan, 6 layers": dict(impl="ours", packed=True, scan=True),
+    "ours xla, packed, scan, 24 layers": dict(impl="ours", packed=True, scan=True, layers=24),
+}
+
+
+def hf_config(layers: int) -> dict[str, Any]:
+    """The model's config.json."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    }
+
+
+def train_tokenizer(rows: Path, folder: Path) -> None:
+    """A byte-level BPE of VOCAB tokens from the rows' own text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    texts = [row["question"] + "\n" + row["answer"] for row in lines]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def prepare(rows: Path, folder: Path, packed: bool) -> tuple[Any, float]:
+    """Blocks of the rows, packed or one row each, and the seconds it took."""
+    from torchprime.data.prepare import prepare_dataset
+    from torchprime.data.sources import SourceSpec
+    from torchprime.data.tokenizer import load_tokenizer
+
+    started = time.perf_counter()
+    data, _ = prepare_dataset(
+        SourceSpec(file_dataset_path=str(rows)),
+        load_tokenizer(folder),
+        block_size=BLOCK,
+        packing="first_fit" if packed else "none",
+        max_rejected_fraction=1.0,
+    )
+    return data, time.perf_counter() - started
+
+
+def batches(data: Any, steps: int) -> list[Any]:
+    """The first steps' batches in the trainer's order."""
+    from torchprime.data.order import batch_indices
+
+    return [data.batch(batch_indices(data.num_blocks, 0, s, BATCH)) for s in range(steps)]
+
+
+def run_ours(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
+    """Our backend and step."""
+    from torchprime.torch_xla_models.runtime import prepare_environment
+
+    prepare_environment(1)
+    import torch
+
+    from torchprime.config.compose import compose_config
+    from torchprime.models.architecture import architecture_from_hf
+    from torchprime.models.decoder import CausalLM, initial_tensor
+    from torchprime.sharding import ShardingTable
+    from torchprime.torch_xla_models.backend import XlaBackend
+    from torchprime.training.backend import StepOptions
+    from torchprime.training.optim import AdamW
+
+    axes = dict.fromkeys(("data", "fsdp", "expert", "context", "tensor"), 1)
+    backend = XlaBackend(
+        axes, axes, scan_layers=case.get("scan", False), remat_policy=case.get("remat", "none")
+    )
+    sharding = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
+    with torch.device("meta"):
+        model = CausalLM(architecture_from_hf(hf_config(case.get("layers", 6))))
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    backend.place(
+        model,
+        ShardingTable(sharding.parameters, sharding.activations),
+        lambda name: initial_tensor(name, shapes[name], 0.02, 0),
+        getattr(torch, case.get("dtype", "float32")),
+    )
+    backend.prepare_training(AdamW(), StepOptions(max_grad_norm=1.0, loss_chunks=8))
+
+    def step(batch: Any) -> float:
+        return backend.read(backend.train_step(backend.put(batch, 1), LR)).loss
+
+    return timed(step, data, steps, xla=True)
+
+
+def run_hf(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
+    """transformers' model with torch's AdamW, the loop most people would write."""
+    xla = case["impl"] == "hf_xla"
+    os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1", USE_TORCH_XLA=str(int(xla)))
+    import torch
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    device = "cpu"
+    if xla:
+        import torch_xla
+
+        device = torch_xla.device()
+    torch.manual_seed(0)
+    config = LlamaConfig(**hf_config(case.get("layers", 6)))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
+    # Without `capturable` the bias correction is a Python number and every step compiles again.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, capturable=xla)
+
+    def step(batch: Any) -> float:
+        ids, positions, targets = (
+            torch.from_numpy(a).to(device, torch.long)
+            for a in (batch.input_ids, batch.position_ids, batch.targets)
+        )
+        mask = None  # causal; the padding on the right carries no loss
+        if case["packed"]:
+            segments = torch.from_numpy(batch.segment_ids)
+            mask = segments[:, :, None] == segments[:, None, :]
+            mask = (mask & torch.ones(BLOCK, BLOCK).tril().bool())[:, None].to(device)
+        out = model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
+        loss = F.cross_entropy(out.logits.flatten(0, 1).float(), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if xla:
+            torch_xla.sync()
+        return loss.item()
+
+    return timed(step, data, steps, xla=xla)
+
+
+def timed(step: Any, data: Any, steps: int, *, xla: bool) -> dict[str, Any]:
+    """Two warm-up steps, then medians; compiles are counted over all of them."""
+    from torchprime.metrics.throughput import host_memory_bytes
+
+    def compiles() -> tuple[int, float]:
+        if not xla:
+            return 0, 0.0
+        import torch_xla.debug.metrics as met
+
+        found = met.metric_data("CompileTime")
+        return (0, 0.0) if found is None else (int(found[0]), float(found[1]) / 1e9)
+
+    before = compiles()
+    seconds, losses, supervised = [], [], []
+    for batch in batches(data, steps + 2):
+        started = time.perf_counter()
+        losses.append(step(batch))
+        seconds.append(time.perf_counter() - started)
+        supervised.append(batch.supervised_tokens)
+    after = compiles()
+    median = statistics.median(seconds[2:])
+    return {
+        "slot_tokens_per_s": BATCH * BLOCK / median,
+        "supervised_tokens_per_s": statistics.mean(supervised[2:]) / median,
+        "step_seconds": median,
+        "first_step_seconds": seconds[0],
+        "train_step_compiles": after[0] - before[0],
+        "compile_seconds": after[1] - before[1],
+        "peak_memory_bytes": host_memory_bytes(),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
+
+
+def work(case: dict[str, Any], rows: Path, folder: Path, steps: int) -> dict[str, Any]:
+    """One case, in this process."""
+    data, seconds = prepare(rows, folder, case["packed"])
+    run = run_ours if case["impl"] == "ours" else run_hf
+    return {**run(case, data, steps), "data_seconds": seconds}
+
+
+def ratios(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, str]]:
+    """What is claimed, from the figures of this run."""
+
+    def of(name: str, key: str) -> float:
+        return found.get(name, {}).get(key, float("nan"))
+
+    ours, slot, supervised = "ours xla, packed", "slot_tokens_per_s", "supervised_tokens_per_s"
+    bf16, scan = "ours xla, packed, bf16 + remat", "ours xla, packed, scan, {} layers"
+    hf, eager = "transformers xla, {}", "transformers eager, {}"
+    equal, padded = "equal blocks", "padded rows"
+    pairs = [
+        ("slot tokens/s, transformers under XLA, equal blocks", slot, ours, hf.format(equal)),
+        ("supervised tokens/s, transformers under XLA, padded", supervised, ours, hf.format(padded)),
+        ("slot tokens/s, transformers eager, equal blocks", slot, ours, eager.format(equal)),
+        ("supervised tokens/s, transformers eager, padded", supervised, ours, eager.format(padded)),
+        ("supervised tokens/s, bf16 + remat against fp32", supervised, bf16, ours),
+        ("compile seconds, scan, 24 against 6 layers", "compile_seconds", scan.format(24),
+         scan.format(6)),
+    ]  # fmt: skip
+    return [(what, of(a, key) / of(b, key), f"{a} / {b}") for what, key, a, b in pairs]
+
+
+def main() -> None:
+    """Run the cases one after the other and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=Path, default=ROWS)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--only", help="names of cases, separated by semicolons")
+    parser.add_argument("--work", help=argparse.SUPPRESS)  # a case's name: run it here
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not args.rows.is_file():
+        sys.exit(f"--rows {args.rows}: no such file; give GSM8K's train.jsonl (question, answer)")
+    if args.work:
+        print(json.dumps(work(CASES[args.work], args.rows, args.folder, args.steps)))
+        return
+    names = args.only.split(";") if args.only else list(CASES)
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(args.rows, Path(folder))
+        found = {name: run_case(name, args, folder) for name in names}
+    report = {
+        "machine": {"cores": os.cpu_count(), "processor": platform.machine()},
+        "shape": {"layers": 6, "hidden": HIDDEN, "vocab": VOCAB, "batch": BATCH, "block": BLOCK},
+        "cases": found,
+        "ratios": {what: value for what, value, _ in ratios(found)},
+    }
+    show(found)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def run_case(name: str, args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """One case in a process of its own."""
+    print(f"running: {name}", file=sys.stderr, flush=True)
+    command = [sys.executable, __file__, "--work", name, "--folder", folder]
+    command += ["--rows", str(args.rows), "--steps", str(args.steps)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(found: dict[str, dict[str, Any]]) -> None:
+    """A Markdown table and the ratios."""
+    print("| case | slot tok/s | supervised tok/s | s/step | compiles | compile s | peak GiB |")
+    print("|---|---|---|---|---|---|---|")
+    for name, r in found.items():
+        print(
+            f"| {name} | {r['slot_tokens_per_s']:,.0f} | {r['supervised_tokens_per_s']:,.0f} "
+            f"| {r['step_seconds']:.2f} | {r['train_step_compiles']} "
+            f"| {r['compile_seconds']:.1f} | {r['peak_memory_bytes'] / 2**30:.2f} |"
+        )
+    print()
+    for what, value, _ in ratios(found):
+        if value == value:
+            print(f"- {value:.2f}x {what}")
+
+
+if __name__ == "__main__":
+    main()
