@@ -7,6 +7,7 @@ data.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -31,7 +32,7 @@ from torchprime.torch_xla_models.attention import choose_kernel, inject_attentio
 from torchprime.torch_xla_models.linear import replace_linears
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain, make_mesh, send_batch, to_device
 from torchprime.torch_xla_models.remat import apply_remat, device_loop
-from torchprime.torch_xla_models.runtime import check_scan_requirements
+from torchprime.torch_xla_models.runtime import check_loop_requirements
 from torchprime.training.backend import StepNumbers, StepOptions
 from torchprime.training.optim import Optimizer, Parameter, decays
 from torchprime.training.step import (
@@ -78,11 +79,9 @@ class XlaBackend:
             policy=remat_policy,
             optimization_barrier=optimization_barrier,
         )
-        if scan_layers:
-            check_scan_requirements()
+        check_loop_requirements()
         if full_precision:
-            # A TPU multiplies fp32 in one bf16 pass unless told otherwise.
-            torch_xla.backends.set_mat_mul_precision("highest")
+            _multiply_in_full_precision()
 
     # -- weights in and out --------------------------------------------------------------------
 
@@ -134,8 +133,6 @@ class XlaBackend:
     def prepare_training(self, optimizer: Optimizer, options: StepOptions) -> None:
         """See Backend. State exists before the first step, so that step 2 is step 1's graph."""
         self.optimizer, self.options = optimizer, options
-        if options.gradient_accumulation_steps > 1:
-            check_scan_requirements()
         parameters = {}
         for name, weight in self.model.named_parameters():
             entry = self.placed[name]
@@ -272,3 +269,12 @@ def _device_kind() -> str:
     attributes = xr.global_runtime_device_attributes()
     detail = attributes[0].get("device_kind") if attributes else None
     return str(detail) if detail else kind
+
+
+def _multiply_in_full_precision() -> None:
+    """A TPU multiplies fp32 in one bf16 pass unless told otherwise."""
+    logger = logging.getLogger("torch_xla.backends")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns at every call that calling it twice may not help
+    torch_xla.backends.set_mat_mul_precision("highest")
+    logger.setLevel(level)

@@ -49,10 +49,10 @@ def prepare_environment(device_count: int) -> None:
         os.environ.setdefault("CPU_NUM_DEVICES", str(device_count))
 
 
-def check_scan_requirements() -> None:
+def check_loop_requirements() -> None:
     """torch_xla's loops crash without jax instead of raising; look first."""
     if importlib.util.find_spec("jax") is None:
         raise RuntimeSetupError(
-            "remat.scan_layers and gradient accumulation need jax, which is not installed; "
+            "torch_xla's loops on the device (scan, accumulation) need jax, which is not installed; "
             "torch_xla 2.9.0 goes with: pip install jax==0.7.1 jaxlib==0.7.1"
         )
