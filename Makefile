@@ -21,7 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: setup
-	$(BIN)/python torchprime/torch_xla_models/train.py --config-name quickstart
+	$(BIN)/python torchprime/torch_xla_models/train.py --config-name quickstart \
+		run_name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
 	$(BIN)/python -m pytest

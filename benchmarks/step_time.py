@@ -1,10 +1,10 @@
 """Training-step speed on this machine: ours under XLA, transformers under XLA, transformers eager.
 
-All in one run, same model shape, dtype, batch and optimizer, on real GSM8K rows with a byte-level BPE
-trained on them. Each case runs in a process of its own, one after the other, so that compiles, threads
-and peak memory do not mix. `equal` cases all get our packed blocks (transformers with an explicit mask
-and positions that honour the segments); `padded` cases get one row per block, as trainers without
-packing do. Times are medians over the timed steps after two warm-up steps.
+All in one run, same model shape, dtype, batch and optimizer, on real GSM8K rows with a byte-level
+BPE trained on them. Each case runs in a process of its own, one after the other, so that compiles,
+threads and peak memory do not mix. `equal` cases all get our packed blocks (transformers with an
+explicit mask and positions that honour the segments); `padded` cases get one row per block, as
+trainers without packing do. Times are medians over the timed steps after two warm-up steps.
 
     python benchmarks/step_time.py [--rows FILE] [--json FILE] [--steps N] [--only NAME,...]
 """
@@ -235,11 +235,11 @@ def ratios(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, str]]:
     equal, padded = "equal blocks", "padded rows"
     pairs = [
         ("slot tokens/s, transformers under XLA, equal blocks", slot, ours, hf.format(equal)),
-        ("supervised tokens/s, transformers under XLA, padded", supervised, ours, hf.format(padded)),
-        ("slot tokens/s, transformers eager, equal blocks", slot, ours, eager.format(equal)),
-        ("supervised tokens/s, transformers eager, padded", supervised, ours, eager.format(padded)),
-        ("supervised tokens/s, bf16 + remat against fp32", supervised, bf16, ours),
-        ("compile seconds, scan, 24 against 6 layers", "compile_seconds", scan.format(24),
+        ("supervised tokens/s, transformers under XLA, padded", supervised, ours,
+        hf.format(padded)), ("slot tokens/s, transformers eager, equal blocks", slot, ours,
+        eager.format(equal)), ("supervised tokens/s, transformers eager, padded", supervised, ours,
+        eager.format(padded)), ("supervised tokens/s, bf16 + remat against fp32", supervised, bf16,
+        ours), ("compile seconds, scan, 24 against 6 layers", "compile_seconds", scan.format(24),
          scan.format(6)),
     ]  # fmt: skip
     return [(what, of(a, key) / of(b, key), f"{a} / {b}") for what, key, a, b in pairs]

@@ -35,7 +35,7 @@ def _chunk(
     total = exp.sum(dim=-1, keepdim=True)
     at_target = torch.where(onehot, logits - top, 0.0).sum(dim=-1)
     # An ignored token has weight 0, but its target (-100) matches nothing: select, do not multiply,
-    # so that an infinite logit there cannot make 0 * inf.
+    # so that an infinite logit there cannot make the loss 0 * inf.
     nll = torch.where(weight_BC != 0, total.squeeze(-1).log() - at_target, 0.0)
     loss_sum = (nll * weight_BC).sum()
     if not need_grad:
@@ -50,9 +50,14 @@ def _chunk(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_BSD: Tensor, w_VD: Tensor, t_BS: Tensor, weight_BS: Tensor, chunks: int
+        ctx: Any,
+        x_BSD: Tensor,
+        w_VD: Tensor,
+        t_BS: Tensor,
+        weight_BS: Tensor,
+        chunks: int,
+        need_grad: bool,
     ) -> Tensor:
-        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         length = -(-x_BSD.shape[1] // chunks)
         loss_sum = torch.zeros((), dtype=torch.float32, device=x_BSD.device)
         grads_x: list[Tensor] = []
@@ -75,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_w = ctx.saved_tensors
-        return grad * grad_x, grad * grad_w, None, None, None
+        return grad * grad_x, grad * grad_w, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -94,5 +99,9 @@ def chunked_cross_entropy(
         loss_sum in nats and weight_sum, fp32 scalars.
     """
     weights = torch.where(targets == IGNORED, 0.0, loss_weights)
-    loss_sum: Any = _ChunkedCrossEntropy.apply(hidden, output_weight, targets, weights, chunks)
+    # Inside a Function's forward grad mode is always off: look at it here.
+    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)
+    loss_sum: Any = _ChunkedCrossEntropy.apply(
+        hidden, output_weight, targets, weights, chunks, need_grad
+    )
     return loss_sum, weights.sum()

@@ -80,6 +80,29 @@ class ShardingTable:
         self._check_large(found, shapes, mesh)
         return found
 
+    def check_activations(self, modules: Iterable[str]) -> None:
+        """Every pattern must name a module of the model, and the batch must have one.
+
+        Raises:
+            ConfigError: naming the patterns that would silently do nothing.
+        """
+        if "batch" not in self.activations:
+            raise ConfigError(
+                "sharding.activations has no `batch`: every device would compute every row. Add "
+                "batch: [[data, fsdp], null]."
+            )
+        names = list(modules)
+        idle = [
+            pattern
+            for pattern in self.activations
+            if pattern != "batch" and not any(_matches(pattern, name) for name in names)
+        ]
+        if idle:
+            raise ConfigError(
+                f"sharding.activations: {_some(idle)} match no module of the model, so they would "
+                "do nothing. Correct or remove them."
+            )
+
     def _check_axes(self, mesh: Mapping[str, int]) -> None:
         for kind, table in (("parameters", self.parameters), ("activations", self.activations)):
             for pattern, raw in table.items():

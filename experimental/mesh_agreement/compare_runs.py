@@ -2,8 +2,8 @@
 
 python experimental/mesh_agreement/compare_runs.py RUN RUN [RUN...] [--tolerance 1e-4] [--figure F]
 
-Exit code 0 when every loss of every run is within the tolerance of the first run's, relative; 1 when
-not, or when the runs did not see the same batches.
+Exit code 0 when every loss of every run is within the tolerance of the first run's, relative; 1
+when not, or when the runs did not see the same batches.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ run() { # name, overrides...
         model.pretrained_model="$model" torch_dtype=float32 \
         dataset=file dataset.file_dataset_path="$train" dataset.format=question_answer \
         dataset.block_size=1024 dataset.truncation=right \
-        eval=file eval.file_dataset_path="$test" eval.max_examples=128 eval.every_steps=50 \
-        task.global_batch_size=8 task.max_steps=200 task.export_checkpoint_path=null \
+        eval=file eval.file_dataset_path="$test" eval.max_examples=64 eval.every_steps=50 \
+        task.global_batch_size=4 task.max_steps=200 task.export_checkpoint_path=null \
         task.optimizer.learning_rate=1e-3 task.lr_scheduler.name=cosine \
         task.lr_scheduler.warmup_steps=20 logging_steps=1
 }

@@ -1,8 +1,9 @@
 """The proof that pretrained weights are really used: a real model, a real task, and a control.
 
-stories260K knows its little world but never saw an answer or a stop token. A short fine-tune on three
-quarters of the passages must make it answer unseen ones; the same fine-tune from random weights must
-not. The whole path takes part: the command, SPMD on four devices, the export, transformers' generate.
+stories260K knows its little world but never saw an answer or a stop token. A short fine-tune on
+three quarters of the passages must make it answer unseen ones; the same fine-tune from random
+weights must not. The whole path takes part: the command, SPMD on four devices, the export,
+transformers' generate.
 """
 
 from __future__ import annotations

@@ -41,6 +41,16 @@ def test_an_indivisible_dim_prints_the_equation() -> None:
         _table({"w": [None, "fsdp"]}).parameter_specs({"w": (8, 6)}, MESH)
 
 
+def test_activation_patterns_that_do_nothing_are_refused() -> None:
+    batch = [["data", "fsdp"], None]
+    modules = ["layers.0.up", "layers.1.up"]
+    _table({}, batch=batch, **{"layers.*.up": [None]}).check_activations(modules)
+    with pytest.raises(ConfigError, match=r"layer.\*.up match no module"):
+        _table({}, batch=batch, **{"layer.*.up": [None]}).check_activations(modules)
+    with pytest.raises(ConfigError, match="no `batch`"):
+        _table({}, **{"layers.*.up": [None]}).check_activations(modules)
+
+
 def test_wrong_rank_and_unknown_axis() -> None:
     with pytest.raises(ConfigError, match="w has 1 dims"):
         _table({"w": [None, "fsdp"]}).parameter_specs({"w": (8,)}, MESH)

@@ -208,7 +208,7 @@ def initial_tensor(name: str, shape: torch.Size, std: float, seed: int) -> Tenso
         return torch.ones(shape)
     if name.endswith("bias"):
         return torch.zeros(shape)
-    generator = torch.Generator().manual_seed(seed * 2**32 + hash_name(name))
+    generator = torch.Generator().manual_seed((seed * 2**32 + hash_name(name)) % 2**63)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 

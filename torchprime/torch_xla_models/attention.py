@@ -19,8 +19,25 @@ from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 
 # Larger blocks do not fit VMEM on v5e at a sequence of 8192; these fit v5e, v5p and v6e.
-BLOCK = 1024
-COMPUTE_BLOCK = 512
+LARGEST_BLOCK = 1024
+LARGEST_COMPUTE_BLOCK = 512
+# The kernel works in tiles of this many positions; the sequence must be a multiple.
+KERNEL_MULTIPLE = 128
+
+
+def kernel_blocks(length: int) -> tuple[int, int]:
+    """Block and compute block for a sequence: the largest tiles' multiples that divide evenly.
+
+    >>> kernel_blocks(8192), kernel_blocks(1536), kernel_blocks(384)
+    ((1024, 512), (768, 384), (384, 384))
+    """
+    block = _largest_divisor(length, LARGEST_BLOCK)
+    return block, _largest_divisor(block, LARGEST_COMPUTE_BLOCK)
+
+
+def _largest_divisor(length: int, limit: int) -> int:
+    tiles = range(KERNEL_MULTIPLE, min(length, limit) + 1, KERNEL_MULTIPLE)
+    return max(tile for tile in tiles if length % tile == 0)
 
 
 class SplashAttention(nn.Module):
@@ -32,24 +49,29 @@ class SplashAttention(nn.Module):
         super().__init__()
         self.scale = head_dim**-0.5
         self.window = window
+        self.mesh, self.batch_axes = mesh, batch_axes
+
+    def config(self, length: int) -> str:
+        """The kernel's settings for a sequence of this length, as torch_xla takes them."""
+        block, compute = kernel_blocks(length)
         # torch_xla annotates the specs as one-element tuples; any PartitionSpec works.
-        heads: Any = (batch_axes, "tensor", None, None)
-        rows: Any = (batch_axes, None)
-        self.config = SplashAttentionConfig(
-            sa_block_q=BLOCK,
-            sa_block_kv=BLOCK,
-            sa_block_kv_compute=COMPUTE_BLOCK,
-            sa_block_q_dkv=BLOCK,
-            sa_block_kv_dkv=BLOCK,
-            sa_block_kv_dkv_compute=COMPUTE_BLOCK,
-            sa_block_q_dq=BLOCK,
-            sa_block_kv_dq=BLOCK,
-            mesh=str(mesh),
+        heads: Any = (self.batch_axes, "tensor", None, None)
+        rows: Any = (self.batch_axes, None)
+        return SplashAttentionConfig(
+            sa_block_q=block,
+            sa_block_kv=block,
+            sa_block_kv_compute=compute,
+            sa_block_q_dkv=block,
+            sa_block_kv_dkv=block,
+            sa_block_kv_dkv_compute=compute,
+            sa_block_q_dq=block,
+            sa_block_kv_dq=block,
+            mesh=str(self.mesh),
             qkv_partition_spec=heads,
             segment_ids_partition_spec=rows,
-            attentiontype_local_sliding=window is not None,
+            attentiontype_local_sliding=self.window is not None,
             # The kernel's window counts positions back from the query; ours counts the query too.
-            slide_window_size=None if window is None else window - 1,
+            slide_window_size=None if self.window is None else self.window - 1,
         ).to_json()
 
     def prepare(self, segment_ids: Tensor) -> Tensor:
@@ -62,26 +84,35 @@ class SplashAttention(nn.Module):
         if groups > 1:
             k = k.repeat_interleave(groups, dim=1)
             v = v.repeat_interleave(groups, dim=1)
-        out = splash_attention(q * self.scale, k, v, self.config, prepared, True, None)
+        out = splash_attention(q * self.scale, k, v, self.config(q.shape[2]), prepared, True, None)
         return out.to(v.dtype)
 
 
-def choose_kernel(wanted: str) -> tuple[str, str]:
-    """Resolve `auto` and refuse a kernel the device does not have.
+def choose_kernel(wanted: str, block_size: int) -> tuple[str, str]:
+    """Resolve `auto` and refuse a kernel that the device or the sequence does not allow.
 
     Returns:
-        The kernel's name and a line that says why.
+        The kernel's name and why.
     """
-    on_tpu = xr.device_type() == "TPU"
-    if wanted == "splash" and not on_tpu:
+    device = xr.device_type()
+    fits = block_size % KERNEL_MULTIPLE == 0
+    if wanted == "splash" and device != "TPU":
         raise ConfigError(
             "model.attention_kernel=splash runs on TPUs only, and this run is on "
-            f"{xr.device_type()}; use auto or reference."
+            f"{device}; use auto or reference."
         )
-    if wanted == "auto":
-        kernel = "splash" if on_tpu else "reference"
-        return kernel, f"attention kernel: {kernel} (auto on {xr.device_type()})"
-    return wanted, f"attention kernel: {wanted} (as configured)"
+    if wanted == "splash" and not fits:
+        raise ConfigError(
+            f"model.attention_kernel=splash works in tiles of {KERNEL_MULTIPLE} positions, but "
+            f"dataset.block_size={block_size} is not a multiple. Change it, or use auto."
+        )
+    if wanted != "auto":
+        return wanted, "as configured"
+    if device != "TPU":
+        return "reference", f"auto on {device}"
+    if not fits:
+        return "reference", f"auto: block_size={block_size} is no multiple of {KERNEL_MULTIPLE}"
+    return "splash", "auto on TPU"
 
 
 def inject_attention(

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dist_cp
 import torch_xla
 import torch_xla.backends
 import torch_xla.core.xla_model as xm
@@ -22,15 +22,25 @@ import torch_xla.debug.metrics as met
 import torch_xla.debug.profiler as xp
 import torch_xla.runtime as xr
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch_xla._internal import tpu
 from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
 from torchprime.data.batch import Batch
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
-from torchprime.torch_xla_models.attention import choose_kernel, inject_attention
+from torchprime.torch_xla_models.attention import KERNEL_MULTIPLE, choose_kernel, inject_attention
 from torchprime.torch_xla_models.linear import replace_linears
-from torchprime.torch_xla_models.mesh import axis_sizes, constrain, make_mesh, send_batch, to_device
+from torchprime.torch_xla_models.mesh import (
+    axis_sizes,
+    constrain,
+    execute,
+    make_mesh,
+    send_batch,
+    to_device,
+)
 from torchprime.torch_xla_models.remat import apply_remat, device_loop
 from torchprime.torch_xla_models.runtime import check_loop_requirements
 from torchprime.training.backend import StepNumbers, StepOptions
@@ -64,6 +74,7 @@ class XlaBackend:
         remat_policy: str = "none",
         optimization_barrier: bool = False,
         full_precision: bool = False,
+        block_size: int = KERNEL_MULTIPLE,
     ) -> None:
         if not xr.is_spmd():
             xr.use_spmd()
@@ -72,7 +83,7 @@ class XlaBackend:
         self.device_kind = _device_kind()
         self.process_index = xr.process_index()
         self.process_count = xr.process_count()
-        self.attention, self.attention_reason = choose_kernel(attention_kernel)
+        self.attention, self.attention_why = choose_kernel(attention_kernel, block_size)
         self._remat = partial(
             apply_remat,
             scan_layers=scan_layers,
@@ -98,7 +109,11 @@ class XlaBackend:
         inject_attention(model, self.attention, self.mesh, table.batch_axes())
         self._constrain_activations()
         replace_linears(model.model)
-        self._remat(model, constrain=self._constrain_layer_gradient)
+        self._remat(
+            model,
+            shard_gradient=self._shard_layer_gradient,
+            shard_output=self._shard_layer_output,
+        )
         self.placed = placement.placements(model, table, self.mesh)
         placement.load(model, self.placed, tensor_of, dtype, self.mesh)
 
@@ -113,7 +128,12 @@ class XlaBackend:
 
             module.register_forward_hook(hook)
 
-    def _constrain_layer_gradient(self, name: str, gradient: Tensor) -> Tensor:
+    def _shard_layer_output(self, name: str, out: Tensor) -> Tensor:
+        full = f"model.layers.0.{name}" if name else "model.layers.0"
+        spec = self.table.find(self.table.activations, full)
+        return out if spec is None else constrain(out, self.mesh, spec)
+
+    def _shard_layer_gradient(self, name: str, gradient: Tensor) -> Tensor:
         spec = self.table.find(self.table.parameters, f"model.layers.0.{name}")
         return gradient if spec is None else constrain(gradient, self.mesh, spec)
 
@@ -126,7 +146,9 @@ class XlaBackend:
         """See Backend."""
         self.synchronize()
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
-        dist_cp.save(weights, checkpoint_id=folder, planner=SPMDSavePlanner(), no_dist=True)
+        # Copying ahead wants a stream, which XLA devices do not have.
+        writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+        save(weights, storage_writer=writer, planner=SPMDSavePlanner(), no_dist=True)
 
     # -- training ------------------------------------------------------------------------------
 
@@ -176,7 +198,7 @@ class XlaBackend:
             max_grad_norm=o.max_grad_norm,
             max_grad_value=o.max_grad_value,
         )
-        torch_xla.sync()
+        execute([*self.state.tensors(), numbers])
         return numbers
 
     def _accumulate(
@@ -218,7 +240,7 @@ class XlaBackend:
             fields = [f[0] for f in batch]
             chunks = self.options.loss_chunks
             sums = torch.stack(loss_of(self.model, fields, chunks))
-        torch_xla.sync()
+        execute([sums])
         return sums
 
     def read_eval(self, handles: list[Tensor]) -> tuple[float, float]:
@@ -227,16 +249,19 @@ class XlaBackend:
         return sum(row[0] for row in rows), sum(row[1] for row in rows)
 
     def logits(self, input_ids: list[int]) -> Tensor:
-        """See Backend. The sequence is repeated to fill the batch axes of the mesh."""
+        """See Backend. The sequence is repeated to fill the batch axes of the mesh, and padded to a
+        length that every attention kernel takes."""
         sizes = axis_sizes(self.mesh)
         rows = math.prod(sizes[axis] for axis in self.table.batch_axes())
-        ids = torch.tensor(input_ids, dtype=torch.int32).expand(rows, -1).contiguous()
-        positions = torch.arange(ids.shape[1], dtype=torch.int32).expand(rows, -1).contiguous()
-        segments = torch.ones_like(ids)
-        sent = send_batch([ids, positions, segments], self.mesh, self.batch_spec[1:])
+        padding = -len(input_ids) % KERNEL_MULTIPLE
+        ids = torch.tensor([*input_ids, *[0] * padding], dtype=torch.int32)
+        positions = torch.arange(len(ids), dtype=torch.int32)
+        segments = (positions < len(input_ids)).int()
+        fields = [t.expand(rows, -1).contiguous() for t in (ids, positions, segments)]
+        sent = send_batch(fields, self.mesh, self.batch_spec[1:])
         with torch.no_grad():
             out = self.model.logits(*sent)
-        return out.cpu()[0]
+        return out.cpu()[0, : len(input_ids)]
 
     def synchronize(self) -> None:
         """See Backend."""
@@ -256,19 +281,18 @@ class XlaBackend:
         return 0 if data is None else int(data[0])
 
     def device_memory_bytes(self) -> int | None:
-        """See Backend. The CPU client does not tell."""
-        if xr.device_type() == "CPU":
-            return None
-        info = xm.get_memory_info(torch_xla.device())
-        return int(info.get("peak_bytes_used", info.get("bytes_used", 0)))
+        """See Backend. torch_xla 2.9 has no memory statistics for the virtual device of SPMD, nor a
+        way to name a real one under it (both raise)."""
+        return None
 
 
 def _device_kind() -> str:
-    """`TPU v6e`, `CPU`, as the runtime names the device."""
+    """`CPU`, or on a TPU VM what the environment or the runtime calls the chip, as `v6e-8`."""
     kind = xr.device_type() or "unknown"
-    attributes = xr.global_runtime_device_attributes()
-    detail = attributes[0].get("device_kind") if attributes else None
-    return str(detail) if detail else kind
+    if kind != "TPU":
+        return kind
+    named = os.environ.get("TPU_ACCELERATOR_TYPE") or os.environ.get("ACCELERATOR_TYPE")
+    return named or f"TPU v{tpu.version()}"
 
 
 def _multiply_in_full_precision() -> None:

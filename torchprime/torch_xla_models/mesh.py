@@ -41,7 +41,15 @@ def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int]) -> xs.Mesh:
         # Virtual devices have no interconnect to map to, and no slices.
         mesh = xs.Mesh(np.arange(devices), sizes, names)
     else:
-        mesh = xs.HybridMesh(ici_mesh_shape=ici_sizes, dcn_mesh_shape=dcn_sizes, axis_names=names)
+        try:
+            mesh = xs.HybridMesh(
+                ici_mesh_shape=ici_sizes, dcn_mesh_shape=dcn_sizes, axis_names=names
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"dcn_mesh: {dict(dcn)} does not fit the slices of this TPU ({error}). Its axes "
+                "multiply to the number of slices; all are 1 on a single slice."
+            ) from error
     xs.set_global_mesh(mesh)
     return mesh
 
@@ -74,6 +82,15 @@ def send_batch(tensors: Sequence[Tensor], mesh: xs.Mesh, spec: Spec) -> list[Ten
     return XLAC._xla_tensors_from_aten(
         list(tensors), [device] * len(tensors), [spec_of.xla_spec(t) for t in tensors]
     )
+
+
+def execute(outputs: Sequence[Tensor]) -> None:
+    """Run what was traced for these tensors, without waiting for it.
+
+    `torch_xla.sync()` runs what was traced for every live tensor of the process, so that one that
+    happens to be alive in another thread, or in a traceback, changes the program and compiles anew.
+    """
+    XLAC._xla_sync_multi(list(outputs), devices=[], wait=False, sync_xla_data=True)
 
 
 def constrain(tensor: Tensor, mesh: xs.Mesh, spec: Spec) -> Tensor:

@@ -53,6 +53,6 @@ def check_loop_requirements() -> None:
     """torch_xla's loops crash without jax instead of raising; look first."""
     if importlib.util.find_spec("jax") is None:
         raise RuntimeSetupError(
-            "torch_xla's loops on the device (scan, accumulation) need jax, which is not installed; "
-            "torch_xla 2.9.0 goes with: pip install jax==0.7.1 jaxlib==0.7.1"
+            "torch_xla's loops on the device (scan, accumulation) need jax, which is not "
+            "installed; torch_xla 2.9.0 goes with: pip install jax==0.7.1 jaxlib==0.7.1"
         )

@@ -26,6 +26,7 @@ def make_backend(config: TrainConfig):
         remat_policy=config.remat.policy,
         optimization_barrier=config.remat.optimization_barrier,
         full_precision=config.torch_dtype == "float32",
+        block_size=config.dataset.block_size,
     )
 
 

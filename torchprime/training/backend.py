@@ -49,7 +49,8 @@ class Backend(Protocol):
     device_kind: str
     process_index: int
     process_count: int
-    attention: str  # the attention kernel in use, for run.json
+    attention: str  # the attention kernel in use
+    attention_why: str  # and why it is that one
 
     def place(
         self,

@@ -8,12 +8,13 @@ second needs the model in host memory, so it is done when there is room, and sai
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from torchprime.checkpoint.atomic import atomic_folder
 from torchprime.checkpoint.card import model_card
 from torchprime.checkpoint.export import ExportResult, check_export, export_hf
 from torchprime.checkpoint.verify import compare_logits, read_back
@@ -57,8 +58,9 @@ class Exporter:
 
     def write_sharded(self, out: Path, backend: Backend) -> None:
         """Leave the weights in shards instead (convert_to_safetensors=false): no conversion, no
-        proof. Every process writes its own shards, straight into the folder."""
-        backend.save_sharded(str(out))
+        proof."""
+        with atomic_folder(out) as folder:
+            backend.save_sharded(str(folder))
         self.say(f"wrote shards to {out} (torch.distributed.checkpoint, not a Hugging Face folder)")
 
     def write(
@@ -69,9 +71,26 @@ class Exporter:
             for _ in backend.weights():  # bringing a sharded tensor to a host takes every host
                 pass
             return None
-        result = export_hf(
+        weights = backend.weights()
+        try:
+            result = self._export(out, weights, metrics)
+        except BaseException:
+            if backend.process_count > 1:  # the others wait for this process in every gather
+                for _ in weights:
+                    pass
+            raise
+        read_back(out, result.hashes)
+        checked = f"{len(result.hashes)} tensors read back equal the trained weights"
+        compared = self._compare(out, backend) if prove_logits else "logits not compared"
+        self.say(f"exported to {out}: {checked}; {compared}")
+        return result
+
+    def _export(
+        self, out: Path, weights: Iterator[tuple[str, torch.Tensor]], metrics: Mapping[str, Any]
+    ) -> ExportResult:
+        return export_hf(
             out,
-            weights=backend.weights(),
+            weights=weights,
             spec=self.files.shapes,
             config=self.files.hf_config,
             dtype=self.dtype,
@@ -81,11 +100,6 @@ class Exporter:
             card=model_card({**self.card_facts, "metrics": metrics}),
             max_shard_bytes=self.max_shard_bytes,
         )
-        read_back(out, result.hashes)
-        checked = f"{len(result.hashes)} tensors read back equal the trained weights"
-        compared = self._compare(out, backend) if prove_logits else "logits not compared"
-        self.say(f"exported to {out}: {checked}; {compared}")
-        return result
 
     def _compare(self, out: Path, backend: Backend) -> str:
         if backend.process_count > 1:

@@ -180,32 +180,63 @@ def train_loop(
         DivergedError: a loss or gradient norm was not finite; the weights are those before it.
         RecompileError: a step compiled after its second run.
     """
+    try:
+        for hook in hooks:
+            hook.on_start()
+        batches = load_ahead(backend, order, accumulation, range(total_steps))
+        with closing(batches):  # ends the thread now, whatever a traceback still holds on to
+            return _run_steps(
+                backend,
+                order,
+                batches,
+                total_steps=total_steps,
+                learning_rate=learning_rate,
+                logging_steps=logging_steps,
+                flops_per_token=flops_per_token,
+                hooks=hooks,
+                guard=guard,
+                watch=watch,
+            )
+    finally:
+        for hook in hooks:
+            hook.on_end()
+
+
+def _run_steps(
+    backend: Backend,
+    order: DataOrder,
+    batches: Iterator[Loaded],
+    *,
+    total_steps: int,
+    learning_rate: Callable[[int], float],
+    logging_steps: int,
+    flops_per_token: float,
+    hooks: Sequence[Hook],
+    guard: CompileGuard,
+    watch: Stopwatch,
+) -> StepNumbers:
     numbers = StepNumbers(float("nan"), float("nan"), 0.0, 0)
-    for hook in hooks:
-        hook.on_start()
-    batches = load_ahead(backend, order, accumulation, range(total_steps))
-    with closing(batches):  # ends the thread now, whatever a traceback still holds on to
-        watch.restart()
-        for step, loaded in enumerate(batches):
+    watch.restart()
+    for step, loaded in enumerate(batches):
+        for hook in hooks:
+            hook.before_step(step)
+        rate = learning_rate(step)
+        with guard.watch("train step", loaded.shapes):
+            handle = backend.train_step(loaded.device, rate)
+        watch.count(supervised_tokens=loaded.supervised_tokens, slot_tokens=loaded.slot_tokens)
+        done, last = step + 1, step + 1 == total_steps
+        if done % logging_steps == 0 or last:
+            numbers = backend.read(handle)
+            _refuse_divergence(numbers, order)
+            record = _record(backend, order, loaded, numbers, done, rate, watch, flops_per_token)
             for hook in hooks:
-                hook.before_step(step)
-            rate = learning_rate(step)
-            with guard.watch("train step", loaded.shapes):
-                handle = backend.train_step(loaded.device, rate)
-            watch.count(supervised_tokens=loaded.supervised_tokens, slot_tokens=loaded.slot_tokens)
-            done, last = step + 1, step + 1 == total_steps
-            if done % logging_steps == 0 or last:
-                numbers = backend.read(handle)
-                _refuse_divergence(numbers, order)
-                record = _record(
-                    backend, order, loaded, numbers, done, rate, watch, flops_per_token
-                )
-                for hook in hooks:
-                    hook.on_record(record)
-            for hook in hooks:
-                hook.after_step(done, last)
-    for hook in hooks:
-        hook.on_end()
+                hook.on_record(record)
+        elif done == 1:
+            # The first step is mostly compiling: it would distort the first record's rates.
+            backend.synchronize()
+            watch.restart()
+        for hook in hooks:
+            hook.after_step(done, last)
     return numbers
 
 

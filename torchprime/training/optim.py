@@ -81,8 +81,10 @@ class AdamW:
         mean = beta1 * state["exp_avg"] + (1 - beta1) * gradient
         square = beta2 * state["exp_avg_sq"] + (1 - beta2) * gradient * gradient
         # 1 - beta^step, where the plain form would lose three digits at step 1 in fp32.
-        correction1 = -torch.expm1(step * math.log(beta1))
-        correction2 = -torch.expm1(step * math.log(beta2))
+        correction1, correction2 = (
+            -torch.expm1(step * math.log(beta)) if beta else torch.ones_like(step)
+            for beta in self.betas
+        )
         denominator = (square / correction2).sqrt() + self.eps
         if parameter.decays and self.weight_decay:
             weight = weight * (1 - lr * self.weight_decay)

@@ -21,24 +21,38 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def claim(folder: Path) -> None:
-    """Refuse a folder that holds another run; make it otherwise, with its parents.
+def check(folder: Path) -> None:
+    """Refuse a folder that holds another run or could not be made; make nothing.
 
     Raises:
-        RuntimeSetupError: another run's files are there, or the folder can't be written.
+        RuntimeSetupError: naming the folder and what is in its way.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise RuntimeSetupError(
             f"output_dir/run_name: {folder} already holds another run. Give this one its own name "
             "(run_name=NAME) or another output_dir, or remove that folder."
         )
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise RuntimeSetupError(_cannot(folder, f"{place} is a file"))
+    if not os.access(place, os.W_OK):
+        raise RuntimeSetupError(_cannot(folder, f"{place} can't be written"))
+
+
+def claim(folder: Path) -> None:
+    """`check`, and make the folder with its parents."""
+    check(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RuntimeSetupError(
-            f"output_dir: {folder} cannot be made ({error.strerror}). Set output_dir to a folder "
-            "that can be written."
-        ) from error
+        raise RuntimeSetupError(_cannot(folder, str(error.strerror))) from error
+
+
+def _cannot(folder: Path, why: str) -> str:
+    return (
+        f"output_dir: {folder} cannot be made ({why}). Set output_dir to a folder that can be "
+        "written."
+    )
 
 
 def write_text(path: Path, text: str) -> None:

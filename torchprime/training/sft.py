@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from torchprime.data.rows import load_rows
-from torchprime.errors import ConfigError
+from torchprime.errors import ConfigError, UserError
 from torchprime.evaluation.greedy import generation_samples
 from torchprime.training.backend import StepNumbers
 from torchprime.training.model_files import pretrained_tensors
@@ -34,7 +34,10 @@ class SFTTrainer(Trainer):
         count = self.config.task.sample_prompts
         exported = self.export_folder is not None and self.config.task.convert_to_safetensors
         if count and exported and self.backend.process_index == 0:
-            self.say(self.side_by_side(count))
+            try:
+                self.say(self.side_by_side(count))
+            except UserError as error:  # the run is done and exported; this was only to look at
+                self.say(f"no answers to show: {error}")
 
     def side_by_side(self, count: int) -> str:
         """Greedy answers of both models, in transformers, to the first held-out prompts."""

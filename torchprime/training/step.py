@@ -50,6 +50,14 @@ class TrainState:
     step: Tensor  # fp32 scalar, finished updates
     bad_step: Tensor  # fp32 scalar, 1-based number of the first update with a non-finite loss, or 0
 
+    def tensors(self) -> list[Tensor]:
+        """Everything an update writes, in a fixed order."""
+        found = [self.step, self.bad_step]
+        for parameter in self.parameters.values():
+            found += [parameter.weight, *parameter.slots.values()]
+            found += [] if parameter.master is None else [parameter.master]
+        return found
+
 
 def loss_of(model: CausalLM, fields: Sequence[Tensor], chunks: int) -> tuple[Tensor, Tensor]:
     """(loss_sum, weight_sum) of one micro-batch whose fields are [b, S]."""

@@ -23,7 +23,7 @@ from torchprime.data.packed import PackedDataset
 from torchprime.data.prepare import prepare_dataset
 from torchprime.data.report import DataReport
 from torchprime.data.sources import SourceSpec
-from torchprime.errors import DivergedError, UserError
+from torchprime.errors import ConfigError, DivergedError, UserError
 from torchprime.metrics.throughput import Stopwatch, model_flops_per_token
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from torchprime.sharding import ShardingTable
@@ -56,7 +56,8 @@ class Trainer:
     ) -> None:
         self.config = config
         self.make_backend = make_backend
-        self.say = say or partial(print, file=sys.stderr, flush=True)
+        self._print = say or partial(print, file=sys.stderr, flush=True)
+        self.speaks = True  # until there are several processes
         self.folder = Path(config.output_dir) / (config.run_name or config.task.name)
         self.dtype = getattr(torch, config.torch_dtype)
         self.metrics: MetricsHook | None = None
@@ -77,19 +78,21 @@ class Trainer:
             numbers = self.train()
         except DivergedError as error:
             raise DivergedError(f"{error} {self._keep_weights()}") from error
-        finally:
-            if self.metrics is not None:
-                self.metrics.close()
         self.finish(numbers)
         return numbers
+
+    def say(self, line: str) -> None:
+        """A line for a person; once there are several processes, only the first speaks."""
+        if self.speaks:
+            self._print(line)
 
     # -- before ------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Read and check everything, up to but without the weights."""
         c = self.config
-        if self.folder.is_dir() and not c.dry_run:
-            run_folder.claim(self.folder)
+        if not c.dry_run:
+            run_folder.check(self.folder)
         self.files = find_model(
             pretrained_model=c.model.pretrained_model,
             tokenizer_name=c.model.tokenizer_name,
@@ -112,6 +115,7 @@ class Trainer:
             self.eval_data, self.eval_report = self._prepare_rows(c.eval, c.eval.max_examples)
             self.say(self.eval_report.summary())
         self.backend = self.make_backend(c)
+        self.speaks = self.backend.process_index == 0
         self.optimizer = make_optimizer(
             c.task.optimizer.name,
             betas=c.task.optimizer.betas,
@@ -122,6 +126,7 @@ class Trainer:
         self.plan = self._make_plan()
         self.check_output()
         self.say(self.plan.describe())
+        self.say(f"  attention    {self.backend.attention} ({self.backend.attention_why})")
 
     def weights(self) -> Callable[[str], Tensor]:
         """Where initial values come from: the checkpoint if one is named, else random."""
@@ -149,6 +154,11 @@ class Trainer:
             probe=self.data.batch(np.zeros(1, dtype=np.int64)).input_ids[0].tolist(),
             say=self.say,
         )
+        if not c.task.convert_to_safetensors and self.backend.process_count > 1:
+            raise ConfigError(
+                "task.convert_to_safetensors=false writes from one host only for now; there are "
+                f"{self.backend.process_count}. Set it to true."
+            )
         if c.task.export_checkpoint_path is not None:
             # A relative path is inside the run's folder, an absolute one or a `..` where it says.
             self.export_folder = self.folder / c.task.export_checkpoint_path
@@ -178,6 +188,13 @@ class Trainer:
             c.sharding.parameters, c.sharding.activations, c.sharding.max_unsharded_params
         )
         specs = self.table.parameter_specs(self.files.shapes, mesh)
+        model = self.files.build()
+        self.table.check_activations(name for name, _ in model.named_modules())
+        if c.remat.scan_layers and len(model.model.windows) > 1:
+            raise ConfigError(
+                "remat.scan_layers=true needs layers that are all alike, but this model mixes full "
+                "and sliding-window attention; set remat.scan_layers=false."
+            )
         budget = batch_budget(self.data, c.seed, c.task.global_batch_size)
         total = count_steps(
             max_steps=c.task.max_steps,
@@ -222,13 +239,8 @@ class Trainer:
     # -- the run -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Make the run's folder and place the weights."""
+        """Place the weights, then make the run's folder: what fails in between leaves none."""
         c = self.config
-        if self.backend.process_index == 0:
-            run_folder.claim(self.folder)
-            run_folder.write_config(self.folder, c.to_dict())
-            run_folder.write_json(self.folder / "data_report.json", self._data_reports())
-            run_folder.write_json(self.folder / "run.json", self.facts())
         assert self.tensor_of is not None
         self.model = self.files.build()
         self.backend.place(self.model, self.table, self.tensor_of, self.dtype)
@@ -243,6 +255,11 @@ class Trainer:
                 master_weights=c.task.optimizer.master_weights,
             ),
         )
+        if self.backend.process_index == 0:
+            run_folder.claim(self.folder)
+            run_folder.write_config(self.folder, c.to_dict())
+            run_folder.write_json(self.folder / "data_report.json", self._data_reports())
+            run_folder.write_json(self.folder / "run.json", self.facts())
 
     def _data_reports(self) -> dict[str, Any]:
         reports = {"dataset": self.report.to_dict()}

@@ -20,6 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
+from torchprime.errors import ConfigError
 from torchprime.models.attention import ReferenceAttention
 from torchprime.torch_xla_models import attention
 from torchprime.torch_xla_models.mesh import make_mesh
@@ -69,9 +70,26 @@ def test_splash_is_the_reference_core(window: int | None, monkeypatch: pytest.Mo
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", range(128, 8193, 128))
+def test_blocks_divide_every_sequence_that_auto_accepts(length: int) -> None:
+    """The kernel refuses blocks that don't divide the sequence, or tiles off 128."""
+    block, compute = attention.kernel_blocks(length)
+    assert length % block == 0 and block % compute == 0 and compute % 128 == 0
+    assert block <= 1024 and compute <= 512
+
+
+def test_kernel_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attention.choose_kernel("auto", 1024) == ("reference", "auto on CPU")
+    monkeypatch.setattr(attention.xr, "device_type", lambda: "TPU")
+    assert attention.choose_kernel("auto", 1024)[0] == "splash"
+    assert attention.choose_kernel("auto", 1000)[0] == "reference"
+    with pytest.raises(ConfigError, match="dataset.block_size=1000 is not a multiple"):
+        attention.choose_kernel("splash", 1000)
+
+
 def test_the_kernels_config_names_the_batch_and_head_axes() -> None:
     mesh = make_mesh({"data": 2, "fsdp": 1, "tensor": 2}, {"data": 1, "fsdp": 1, "tensor": 1})
-    config = json.loads(attention.SplashAttention(h, None, mesh, ("data", "fsdp")).config)
+    config = json.loads(attention.SplashAttention(h, None, mesh, ("data", "fsdp")).config(S))
     assert config["qkv_partition_spec"] == [["data", "fsdp"], "tensor", None, None]
     assert config["segment_ids_partition_spec"] == [["data", "fsdp"], None]
     assert config["attentiontype_local_sliding"] is False

@@ -7,7 +7,16 @@ import torch
 import transformers
 from transformers.optimization import Adafactor as HFAdafactor
 
-from torchprime.training.optim import Adafactor, AdamW, Parameter, decays, learning_rate
+from torchprime.config.compose import compose_config
+from torchprime.training.optim import (
+    Adafactor,
+    AdamW,
+    Parameter,
+    decays,
+    learning_rate,
+    make_optimizer,
+)
+from torchprime.training.step import clipped
 
 SHAPES = {"a": (6, 5), "norm": (7,), "b": (4, 3)}
 
@@ -115,3 +124,40 @@ def test_min_lr_ratio_is_what_is_left_at_the_end() -> None:
             for s in range(11)
         ]
         assert rates[0] == 1.0 and rates[-1] == pytest.approx(0.1) and min(rates) == rates[-1]
+
+
+def test_first_beta_may_be_zero() -> None:
+    weights, gradients = _case()
+    params = {n: torch.nn.Parameter(w.clone()) for n, w in weights.items()}
+    reference = torch.optim.AdamW(params.values(), lr=1e-2, betas=(0.0, 0.9), weight_decay=0.0)
+    for grads in gradients:
+        for n, g in grads.items():
+            params[n].grad = g
+        reference.step()
+    ours = _run_ours(AdamW((0.0, 0.9)), weights, gradients, 1e-2)
+    for n, p in params.items():
+        torch.testing.assert_close(ours[n], p.data, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "eps"), [("adamw", 1e-8), ("adafactor", 1e-30)])
+def test_each_method_has_its_own_epsilon_from_the_config(name: str, eps: float) -> None:
+    """Adafactor adds it to squared gradients: AdamW's 1e-8 there would swallow small ones."""
+    config = compose_config(
+        ["model.pretrained_model=x", "task.max_steps=1", f"task.optimizer.name={name}"]
+    )
+    o = config.task.optimizer
+    made = make_optimizer(o.name, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    assert made.eps == eps
+
+
+def test_clipping_is_torchs_two_functions_in_a_row() -> None:
+    _, (grads, *_) = _case()
+    params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads.values()]
+    for p, g in zip(params, grads.values(), strict=True):
+        p.grad = g.clone()
+    norm = torch.nn.utils.clip_grad_norm_(params, 2.0)
+    torch.nn.utils.clip_grad_value_(params, 0.3)
+    ours = clipped(list(grads.values()), norm, 2.0, 0.3)
+    for p, g in zip(params, ours, strict=True):
+        torch.testing.assert_close(g, p.grad)
+    assert clipped(list(grads.values()), norm, None, None)[0] is grads["a"]

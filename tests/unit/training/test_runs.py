@@ -338,6 +338,9 @@ class FakeBackend:
         self._call(f"read {handle}")
         return StepNumbers(10.0 - handle, 1.0, 5.0, self.bad_step)
 
+    def synchronize(self) -> None:
+        """Waiting reads nothing."""
+
     def compiles(self) -> int:
         return self.compiled
 

@@ -25,7 +25,7 @@ class MetricsHook(BaseHook):
         for writer in self.writers:
             writer.write(record)
 
-    def close(self) -> None:
-        """Flush and close; also after an error."""
+    def on_end(self) -> None:
+        """Flush and close."""
         for writer in self.writers:
             writer.close()

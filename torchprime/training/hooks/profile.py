@@ -20,7 +20,14 @@ class ProfileHook(BaseHook):
             self.tracing = True
 
     def after_step(self, step: int, last: bool) -> None:
-        if self.tracing and (last or step >= self.end):
+        if last or step >= self.end:
+            self._stop()
+
+    def on_end(self) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.tracing:
             self.backend.synchronize()
             self.backend.stop_profile()
             self.tracing = False
