@@ -43,7 +43,9 @@ def _chunk(
     g = (exp / total - onehot.to(exp.dtype)) * weight_BC[..., None]
     g_BCV = g.to(x_BCD.dtype)
     grad_x = torch.matmul(g_BCV, w_VD)
-    grad_w = torch.matmul(g_BCV.flatten(0, 1).t(), x_BCD.flatten(0, 1))
+    # As (x' g)', since XLA on the CPU transposes the left side in memory: better D wide than V
+    # wide.
+    grad_w = torch.matmul(x_BCD.flatten(0, 1).t(), g_BCV.flatten(0, 1)).t()
     return loss_sum, grad_x, grad_w
 
 

@@ -2,9 +2,9 @@
 
 torch_xla lowers nn.Linear on [B, S, D] through a view to [B*S, D], which loses how a sharded
 sequence is cut; an einsum keeps the dims apart. Its weight gradient is the exception: contracted
-over two dims at once, XLA on the CPU first transposes both operands in memory, which takes several
-times as long as the product. Flattened, the same product reads them in place; it has no sequence
-dim to lose.
+over two dims at once, XLA on the CPU first transposes both operands in memory. Flattened, it
+transposes only the left one, so the narrower goes there; the product has no sequence dim left to
+lose.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad_x = torch.einsum("bsm,mn->bsn", grad, weight)
-        grad_w = torch.matmul(grad.flatten(0, 1).t(), x.flatten(0, 1))
+        x, flat = x.flatten(0, 1), grad.flatten(0, 1)
+        if flat.shape[1] > x.shape[1]:
+            grad_w = torch.matmul(x.t(), flat).t()
+        else:
+            grad_w = torch.matmul(flat.t(), x)
         return grad_x, grad_w, grad.sum((0, 1)) if ctx.has_bias else None
 
 

@@ -1,0 +1,50 @@
+"""Score folders on the quickstart's held-out rows: greedy answers, their form and their result.
+
+python experimental/quickstart_assets/score.py FOLDER [FOLDER...] [--skip 100]
+
+Form: the answer stops by itself and its last line is `#### N`. Right: that N is the row's. The
+first 100 rows chose the recipe's settings, so they are left out by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from torchprime.config.compose import assets_dir
+from torchprime.data.rows import load_rows
+from torchprime.data.sources import SourceSpec
+from torchprime.data.tokenizer import load_tokenizer
+from torchprime.evaluation.greedy import generation_samples
+
+FINAL = re.compile(r"\n#### (-?\d+)$")
+LONGEST_ANSWER = 64
+
+
+def main() -> None:
+    """Print one line per folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--skip", type=int, default=100)
+    args = parser.parse_args()
+    test = assets_dir() / "quickstart" / "data" / "test.jsonl"
+    rows = load_rows(SourceSpec(file_dataset_path=str(test)), 10_000)[args.skip :]
+    for folder in args.folders:
+        tokenizer = load_tokenizer(folder)
+        prompts = [tokenizer.prompt_ids(row.prompt) for row in rows]
+        answers = generation_samples(folder, prompts, [tokenizer.eos_id], LONGEST_ANSWER)
+        formed = right = 0
+        for ids, row in zip(answers, rows, strict=True):
+            stopped = bool(ids) and ids[-1] == tokenizer.eos_id
+            found = FINAL.search(tokenizer.decode(ids[:-1])) if stopped else None
+            wanted = FINAL.search(row.completion)
+            assert wanted is not None
+            formed += found is not None
+            right += found is not None and found.group(1) == wanted.group(1)
+        total = len(rows)
+        print(f"{folder}: {total} rows, form {formed / total:.1%}, right {right / total:.1%}")
+
+
+if __name__ == "__main__":
+    main()
