@@ -35,29 +35,21 @@ def placements(model: CausalLM, table: ShardingTable, mesh: xs.Mesh) -> dict[str
     Raises:
         ConfigError: from the table: unmatched, indivisible or large unsharded parameters.
     """
-    depth = model.architecture.num_hidden_layers
+    marker = f"layers.{STACKED}."
+    layers = range(model.architecture.num_hidden_layers)
     held: dict[str, tuple[str, ...]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
-        marker = f"layers.{STACKED}."
-        names = (
-            tuple(name.replace(marker, f"layers.{i}.") for i in range(depth))
-            if marker in name
-            else (name,)
-        )
-        held[name] = names
-        shape = tuple(parameter.shape)
-        shapes.update({n: shape[1:] if marker in name else shape for n in names})
+        stacked = marker in name
+        held[name] = tuple(name.replace(marker, f"layers.{i}.") for i in layers if stacked or not i)
+        shape = tuple(parameter.shape[stacked:])
+        shapes.update(dict.fromkeys(held[name], shape))
     specs = table.parameter_specs(shapes, axis_sizes(mesh))
-    return {
-        name: Placed(names, len(names) > 1 or f".{STACKED}." in name, _spec(names, specs, name))
-        for name, names in held.items()
-    }
-
-
-def _spec(names: tuple[str, ...], specs: dict[str, Spec], name: str) -> Spec:
-    spec = specs[names[0]]
-    return ((), *spec) if f".{STACKED}." in name else spec
+    placed = {}
+    for name, names in held.items():
+        stacked, spec = marker in name, specs[names[0]]
+        placed[name] = Placed(names, stacked, ((), *spec) if stacked else spec)
+    return placed
 
 
 def load(
