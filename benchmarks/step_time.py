@@ -4,7 +4,8 @@ All in one run, same model shape, dtype, batch and optimizer, on real GSM8K rows
 BPE trained on them. Each case runs in a process of its own, one after the other, so that compiles,
 threads and peak memory do not mix. `equal` cases all get our packed blocks (transformers with an
 explicit mask and positions that honour the segments); `padded` cases get one row per block, as
-trainers without packing do. Times are medians over the timed steps after two warm-up steps.
+trainers without packing do. Times are medians over the timed steps after two warm-up steps;
+supervised tokens per step are the mean over all blocks, since few batches differ by chance.
 
     python benchmarks/step_time.py [--rows FILE] [--json FILE] [--steps N] [--only NAME,...]
 """
@@ -186,6 +187,13 @@ def run_hf(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
     return timed(step, data, steps, xla=xla)
 
 
+def supervised_share(data: Any) -> float:
+    """Supervised tokens per slot over all blocks."""
+    starts = range(0, data.num_blocks, BATCH)
+    parts = (data.batch(range(s, min(s + BATCH, data.num_blocks))) for s in starts)
+    return sum(part.supervised_tokens for part in parts) / (data.num_blocks * BLOCK)
+
+
 def timed(step: Any, data: Any, steps: int, *, xla: bool) -> dict[str, Any]:
     """Two warm-up steps, then medians; compiles are counted over all of them."""
     from torchprime.metrics.throughput import host_memory_bytes
@@ -199,17 +207,16 @@ def timed(step: Any, data: Any, steps: int, *, xla: bool) -> dict[str, Any]:
         return (0, 0.0) if found is None else (int(found[0]), float(found[1]) / 1e9)
 
     before = compiles()
-    seconds, losses, supervised = [], [], []
+    seconds, losses = [], []
     for batch in batches(data, steps + 2):
         started = time.perf_counter()
         losses.append(step(batch))
         seconds.append(time.perf_counter() - started)
-        supervised.append(batch.supervised_tokens)
     after = compiles()
     median = statistics.median(seconds[2:])
     return {
         "slot_tokens_per_s": BATCH * BLOCK / median,
-        "supervised_tokens_per_s": statistics.mean(supervised[2:]) / median,
+        "supervised_tokens_per_s": supervised_share(data) * BATCH * BLOCK / median,
         "step_seconds": median,
         "first_step_seconds": seconds[0],
         "train_step_compiles": after[0] - before[0],

@@ -7,9 +7,11 @@ from pathlib import Path
 
 # Before anything imports torch_xla (transformers does): four virtual devices, and no log noise.
 os.environ.setdefault("PJRT_DEVICE", "CPU")
-os.environ.setdefault("CPU_NUM_DEVICES", "4")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from torchprime.torch_xla_models.runtime import prepare_environment  # noqa: E402
+
+prepare_environment(4)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -13,6 +13,11 @@ from glob import glob
 
 from torchprime.errors import RuntimeSetupError
 
+# LLVM unrolls every loop over a stack's layers whole, optimizer updates above all, so that compile
+# time would grow with depth although the program does not: 3.1 s at 6 layers and 4.7 s at 24,
+# 2.0 and 1.8 s with a low threshold, at the same speed of the step.
+CPU_CODE_OPTIONS = "--xla_backend_extra_options=-unroll-threshold=100"
+
 
 def host_has_tpu() -> bool:
     """True on a TPU VM: the chips show as VFIO or accel devices, and libtpu is importable."""
@@ -21,7 +26,7 @@ def host_has_tpu() -> bool:
 
 
 def prepare_environment(device_count: int) -> None:
-    """Set PJRT_DEVICE and CPU_NUM_DEVICES where the user did not, and say so in one line.
+    """Set PJRT_DEVICE, CPU_NUM_DEVICES and XLA_FLAGS where the user did not, and say which device.
 
     Args:
         device_count: product of the mesh's axes.
@@ -47,6 +52,9 @@ def prepare_environment(device_count: int) -> None:
         )
     if chosen == "CPU":
         os.environ.setdefault("CPU_NUM_DEVICES", str(device_count))
+        flags = os.environ.get("XLA_FLAGS", "")
+        if "--xla_backend_extra_options" not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {CPU_CODE_OPTIONS}".strip()
 
 
 def check_loop_requirements() -> None:

@@ -1,0 +1,45 @@
+"""What the process environment is before torch_xla starts."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from torchprime.torch_xla_models import runtime
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without a TPU and without settings; what the test sets is undone."""
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(runtime, "host_has_tpu", lambda: False)
+
+
+def test_without_a_tpu_the_cpu_is_chosen_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    runtime.prepare_environment(4)
+    assert os.environ["PJRT_DEVICE"] == "CPU"
+    assert os.environ["CPU_NUM_DEVICES"] == "4"
+    assert os.environ["XLA_FLAGS"] == runtime.CPU_CODE_OPTIONS
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "CPU with 4 virtual devices" in said
+
+
+def test_what_the_user_set_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    own = "--xla_backend_extra_options=-unroll-threshold=7"
+    os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2", XLA_FLAGS=own)
+    runtime.prepare_environment(4)
+    assert os.environ["CPU_NUM_DEVICES"] == "2" and os.environ["XLA_FLAGS"] == own
+    assert capsys.readouterr().err == ""
+
+
+def test_other_flags_are_kept() -> None:
+    os.environ.update(PJRT_DEVICE="CPU", XLA_FLAGS="--xla_dump_to=there")
+    runtime.prepare_environment(1)
+    assert os.environ["XLA_FLAGS"] == f"--xla_dump_to=there {runtime.CPU_CODE_OPTIONS}"
+
+
+def test_a_tpu_host_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "host_has_tpu", lambda: True)
+    runtime.prepare_environment(4)
+    assert not {"PJRT_DEVICE", "CPU_NUM_DEVICES", "XLA_FLAGS"} & set(os.environ)
