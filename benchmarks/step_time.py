@@ -95,7 +95,7 @@ def prepare(rows: Path, folder: Path, packed: bool) -> tuple[Any, float]:
         SourceSpec(file_dataset_path=str(rows)),
         load_tokenizer(folder),
         block_size=BLOCK,
-        packing="first_fit" if packed else "none",
+        packing="bfd" if packed else "none",
         max_rejected_fraction=1.0,
     )
     return data, time.perf_counter() - started

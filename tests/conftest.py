@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before anything imports torch_xla (transformers does): four virtual devices, and no log noise.
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Prepared data is kept apart from the user's, and gone after the tests.
+_prepared = tempfile.TemporaryDirectory(prefix="torchprime-tests-")
+os.environ["XDG_CACHE_HOME"] = _prepared.name
 
 from torchprime.torch_xla_models.runtime import prepare_environment  # noqa: E402
 

@@ -35,3 +35,7 @@ class DivergedError(UserError):
 
 class RecompileError(UserError):
     """A step compiled again after warm-up, though everything in it should be static."""
+
+
+class IsolationError(UserError):
+    """Segments of a packed block see each other, or the proof that they do not failed."""

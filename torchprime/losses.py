@@ -8,7 +8,7 @@ sequence, and the gradients are made with them in the same pass, so that memory 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ IGNORED = -100
 def _chunk(
     x_BCD: Tensor, w_VD: Tensor, t_BC: Tensor, weight_BC: Tensor, need_grad: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss sum of one chunk and, where wanted, its gradients to hidden states and weight.
+    """Weighted losses [B, C] of one chunk and, where wanted, the gradients of their sum to hidden
+    states and weight.
 
     The gradient of -log softmax(z)[t] is softmax(z) - onehot(t). The one-hot is a comparison, not a
     gather: it stays local when the vocabulary is sharded, and it fuses.
@@ -37,16 +38,24 @@ def _chunk(
     # An ignored token has weight 0, but its target (-100) matches nothing: select, do not multiply,
     # so that an infinite logit there cannot make the loss 0 * inf.
     nll = torch.where(weight_BC != 0, total.squeeze(-1).log() - at_target, 0.0)
-    loss_sum = (nll * weight_BC).sum()
+    losses = nll * weight_BC
     if not need_grad:
-        return loss_sum, None, None
+        return losses, None, None
     g = (exp / total - onehot.to(exp.dtype)) * weight_BC[..., None]
     g_BCV = g.to(x_BCD.dtype)
     grad_x = torch.matmul(g_BCV, w_VD)
     # As (x' g)', since XLA on the CPU transposes the left side in memory: better D wide than V
     # wide.
     grad_w = torch.matmul(x_BCD.flatten(0, 1).t(), g_BCV.flatten(0, 1)).t()
-    return loss_sum, grad_x, grad_w
+    return losses, grad_x, grad_w
+
+
+class LossSums(NamedTuple):
+    """What a forward has to say of its loss."""
+
+    loss_sum: Tensor  # fp32 scalar
+    weight_sum: Tensor  # fp32 scalar
+    each: Tensor  # fp32 [B, S], every token's share of loss_sum; carries no gradient
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -59,9 +68,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_BS: Tensor,
         chunks: int,
         need_grad: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         length = -(-x_BSD.shape[1] // chunks)
         loss_sum = torch.zeros((), dtype=torch.float32, device=x_BSD.device)
+        losses: list[Tensor] = []
         grads_x: list[Tensor] = []
         grad_w: Tensor | None = None
         for start in range(0, x_BSD.shape[1], length):
@@ -69,25 +79,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss, gx, gw = _chunk(
                 x_BSD[:, part], w_VD, t_BS[:, part], weight_BS[:, part], need_grad
             )
-            loss_sum = loss_sum + loss
+            loss_sum = loss_sum + loss.sum()
+            losses.append(loss)
             if gx is not None and gw is not None:
                 grads_x.append(gx)
                 # Summed in fp32: with bf16 weights the sum over chunks would lose low bits.
                 grad_w = gw.float() if grad_w is None else grad_w + gw
         if grad_w is not None:
             ctx.save_for_backward(torch.cat(grads_x, dim=1), grad_w.to(w_VD.dtype))
-        return loss_sum
+        each = torch.cat(losses, dim=1)
+        ctx.mark_non_differentiable(each)
+        return loss_sum, each
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_w = ctx.saved_tensors
         return grad * grad_x, grad * grad_w, None, None, None, None
 
 
 def chunked_cross_entropy(
     hidden: Tensor, output_weight: Tensor, targets: Tensor, loss_weights: Tensor, chunks: int = 8
-) -> tuple[Tensor, Tensor]:
+) -> LossSums:
     """Weighted sum of next-token losses without full logits.
 
     Args:
@@ -98,12 +111,12 @@ def chunked_cross_entropy(
         chunks: pieces the sequence is cut into; memory for logits falls by this factor.
 
     Returns:
-        loss_sum in nats and weight_sum, fp32 scalars.
+        The loss in nats, as a sum to differentiate and per token to look at.
     """
     weights = torch.where(targets == IGNORED, 0.0, loss_weights)
     # Inside a Function's forward grad mode is always off: look at it here.
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)
-    loss_sum: Any = _ChunkedCrossEntropy.apply(
+    loss_sum, each = _ChunkedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
         hidden, output_weight, targets, weights, chunks, need_grad
     )
-    return loss_sum, weights.sum()
+    return LossSums(loss_sum, weights.sum(), each)

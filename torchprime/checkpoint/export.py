@@ -53,6 +53,7 @@ def check_export(
     tokenizer_folder: Path,
     eos_token_id: int,
     max_shard_bytes: int,
+    chat_template: str | None = None,
 ) -> None:
     """Raise the CheckpointError that `export_hf` would raise, without weights; takes a second.
 
@@ -65,7 +66,7 @@ def check_export(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_json(folder / "config.json", portable_config(config, spec, dtype, eos_token_id))
-        write_tokenizer(folder, tokenizer_folder, eos=eos_token_id)
+        write_tokenizer(folder, tokenizer_folder, eos=eos_token_id, chat_template=chat_template)
         check_tokenizer(folder)
 
 
@@ -81,6 +82,7 @@ def export_hf(
     generation_config: Mapping[str, Any] | None,
     card: str,
     max_shard_bytes: int,
+    chat_template: str | None = None,
 ) -> ExportResult:
     """Write a Hugging Face folder at `out`, whole or not at all.
 
@@ -92,6 +94,7 @@ def export_hf(
         dtype: of the exported weights.
         tokenizer_folder: holds tokenizer.json and what goes with it.
         eos_token_id: the stop token that was trained.
+        chat_template: the one that was trained with; None keeps the tokenizer's own.
         generation_config: the source's generation_config.json, parsed; None if it has none.
         card: the text of README.md.
         max_shard_bytes: files are split above it.
@@ -106,7 +109,9 @@ def export_hf(
     with atomic_folder(out) as folder:
         write_json(folder / "config.json", final_config)
         write_json(folder / "generation_config.json", generation)
-        write_tokenizer(folder, Path(tokenizer_folder), eos=eos_token_id)
+        write_tokenizer(
+            folder, Path(tokenizer_folder), eos=eos_token_id, chat_template=chat_template
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         with ShardWriter(folder, spec, dtype, max_shard_bytes) as writer:
             source = iter(weights)

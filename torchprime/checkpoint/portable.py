@@ -146,8 +146,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_tokenizer(out: Path, tokenizer_folder: Path, *, eos: int) -> None:
+def write_tokenizer(
+    out: Path, tokenizer_folder: Path, *, eos: int, chat_template: str | None = None
+) -> None:
     """Copy the tokenizer so that every reader builds exactly tokenizer.json.
+
+    Args:
+        chat_template: the template that was trained with; None keeps the tokenizer's own.
 
     Raises:
         CheckpointError: no tokenizer.json, or the stop token is not in it.
@@ -162,6 +167,8 @@ def write_tokenizer(out: Path, tokenizer_folder: Path, *, eos: int) -> None:
     settings_path = tokenizer_folder / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
     templates = _chat_templates(tokenizer_folder, settings)
+    if chat_template is not None:
+        templates["default"] = chat_template
     settings = _portable_tokenizer_config(settings, _token_of(source, eos))
     settings.pop("chat_template", None)
     if list(templates) == ["default"]:

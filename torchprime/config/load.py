@@ -57,7 +57,12 @@ def known_keys(cls: type[Any] = TrainConfig, prefix: str = "") -> list[str]:
 
 def free_sections() -> list[str]:
     """Dotted names of the dicts whose keys are the user's own."""
-    return ["model.architecture", "sharding.parameters", "sharding.activations"]
+    return [
+        "dataset.columns",
+        "model.architecture",
+        "sharding.parameters",
+        "sharding.activations",
+    ]
 
 
 def schema_defaults(cls: type[Any] = TrainConfig) -> dict[str, Any]:
@@ -145,6 +150,8 @@ def _value(wanted: Any, given: Any, key: str) -> Any:
         return _choice(get_args(wanted), given, key)
     if origin is tuple:
         return _tuple(get_args(wanted), given, key)
+    if origin is list:
+        return _sections(get_args(wanted)[0], given, key)
     if origin is dict:
         return _mapping(get_args(wanted)[1], given, key)
     return _scalar(wanted, given, key)
@@ -166,6 +173,13 @@ def _tuple(items: tuple[Any, ...], given: Any, key: str) -> tuple[Any, ...]:
         _value(item, value, f"{key}[{i}]")
         for i, (item, value) in enumerate(zip(items, given, strict=True))
     )
+
+
+def _sections(item: Any, given: Any, key: str) -> list[Any]:
+    """A list of sections of the same kind."""
+    if not isinstance(given, list | tuple):
+        refuse(key, given, "a list of sections", f"Write it in YAML, each item of {key} with a -.")
+    return [_section(item, value, f"{key}[{place}]") for place, value in enumerate(given)]
 
 
 def _mapping(wanted: Any, given: Any, key: str) -> dict[str, Any]:

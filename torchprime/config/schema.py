@@ -61,6 +61,15 @@ def _not_empty(key: str, value: str | None) -> None:
         refuse(key, value, "a name, or null for none", f"Give it a value or set {key}=null.")
 
 
+def _some_source(section: str, hub: str | None, path: str | None) -> None:
+    if hub is None and path is None:
+        example = " Choose a dataset (dataset=gsm8k), or set" if section == "dataset" else " Set"
+        raise ConfigError(
+            f"{section}.hf_dataset_name and {section}.file_dataset_path: given null and null, "
+            f"expected one of the two.{example} {section}.file_dataset_path=rows.jsonl."
+        )
+
+
 def _one_source(section: str, hub: str | None, hub_config: str | None, path: str | None) -> None:
     """A hub name and a file are alternatives: which of them is meant is never guessed."""
     hub_key, path_key = f"{section}.hf_dataset_name", f"{section}.file_dataset_path"
@@ -77,35 +86,73 @@ def _one_source(section: str, hub: str | None, hub_config: str | None, path: str
         refuse(key, hub_config, f"null, since {hub_key} is null", f"Set {key}=null.")
 
 
+Format = Literal[
+    "auto", "prompt_completion", "question_answer", "alpaca", "messages", "sharegpt", "text"
+]
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """One of several sources, and how much of it is wanted."""
+
+    name: str
+    hf_dataset_name: str | None = None
+    hf_dataset_config_name: str | None = None
+    file_dataset_path: str | None = None
+    split: str = "train"
+    format: Format = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    weight: float | None = None  # its share among its kind; null for all: everything is used
+    replay: bool = False  # general data, of which dataset.replay_share is taken
+
+    def check(self, key: str) -> None:
+        _not_empty(f"{key}.name", self.name)
+        _one_source(key, self.hf_dataset_name, self.hf_dataset_config_name, self.file_dataset_path)
+        _some_source(key, self.hf_dataset_name, self.file_dataset_path)
+        _positive(f"{key}.weight", self.weight)
+
+
 @dataclass(frozen=True)
 class DatasetConfig:
     """Where rows come from and how they become packed blocks."""
 
     hf_dataset_name: str | None = None
     hf_dataset_config_name: str | None = None
-    file_dataset_path: str | None = None  # local, gs:// or any fsspec URL; .json or .jsonl
+    file_dataset_path: str | None = None  # a file, folder or glob: local, gs:// or any fsspec URL
     split: str = "train"
-    cache_dir: str | None = None
+    cache_dir: str | None = None  # of the hub's downloads
+    # Several sources instead of one; their rows keep the part's name, and each has its own loss.
+    mixture: list[MixturePart] = field(default_factory=list)
+    mixture_by: Literal["rows", "tokens"] = "rows"
+    replay_share: float | None = None
+    format: Format = "auto"
+    columns: dict[str, str] = field(default_factory=dict)  # our field: the source's column
+    as_messages: bool = False  # prompt and completion become a user's and an assistant's turn
+    chat_template: str | None = None  # null: the tokenizer's own; a family; or a .jinja file
     block_size: int = 1024
-    format: Literal["auto", "prompt_completion", "question_answer", "text"] = "auto"
-    compute_loss_on: Literal["all", "completion"] = "completion"
-    packing: Literal["none", "first_fit"] = "first_fit"
-    truncation: Literal["drop", "right", "error"] = "drop"
+    compute_loss_on: Literal["auto", "all", "completion", "assistant", "last_assistant"] = "auto"
+    packing: Literal["none", "bfd", "bfd_split", "wrapped"] = "bfd"
+    truncation: Literal["drop", "left", "right", "split", "error"] = "drop"
     max_train_examples: int | None = None
     max_rejected_fraction: float = 0.05
+    max_unreadable_rows: int = 0  # lines that are no JSON at all: a damaged file
+    id_key: str | None = None  # column of an id that may occur once
+    group_key: str | None = None  # column; rows of a group stay on one side of the split
+    time_key: str | None = None  # column; held out is what is latest
+    eval_fraction: float | None = None
+    leak_check: Literal["off", "warn", "error"] = "warn"
+    leak_threshold: float = 0.8
+    prepared_dir: str | None = None  # where prepared data is kept; null: the user's cache folder
+    num_proc: int | None = None  # processes that tokenize; null: one per core, 8 at most
 
     def __post_init__(self) -> None:
         _one_source(
             "dataset", self.hf_dataset_name, self.hf_dataset_config_name, self.file_dataset_path
         )
-        if self.hf_dataset_name is None and self.file_dataset_path is None:
-            raise ConfigError(
-                "dataset.hf_dataset_name and dataset.file_dataset_path: given null and null, "
-                "expected one of the two. Choose a dataset (dataset=gsm8k), or set "
-                "dataset.file_dataset_path=rows.jsonl."
-            )
+        self._check_mixture()
         _not_empty("dataset.split", self.split)
-        if self.format == "text" and self.compute_loss_on == "completion":
+        _not_empty("dataset.chat_template", self.chat_template)
+        if self.format == "text" and self.compute_loss_on not in ("auto", "all"):
             refuse(
                 "dataset.compute_loss_on",
                 self.compute_loss_on,
@@ -115,6 +162,63 @@ class DatasetConfig:
         _at_least("dataset.block_size", self.block_size, 2)  # one target needs two tokens
         _at_least("dataset.max_train_examples", self.max_train_examples, 1)
         _fraction("dataset.max_rejected_fraction", self.max_rejected_fraction)
+        _at_least("dataset.max_unreadable_rows", self.max_unreadable_rows, 0)
+        for key in ("id_key", "group_key", "time_key", "prepared_dir"):
+            _not_empty(f"dataset.{key}", getattr(self, key))
+        _at_least("dataset.num_proc", self.num_proc, 1)
+        self._check_split()
+
+    def _check_mixture(self) -> None:
+        if not self.mixture:
+            _some_source("dataset", self.hf_dataset_name, self.file_dataset_path)
+            if self.replay_share is not None:
+                refuse(
+                    "dataset.replay_share",
+                    self.replay_share,
+                    "null, since dataset.mixture is empty",
+                    "List the sources in dataset.mixture, the general one with replay: true.",
+                )
+            return
+        if self.hf_dataset_name is not None or self.file_dataset_path is not None:
+            raise ConfigError(
+                "dataset.mixture: given together with dataset.hf_dataset_name or "
+                "dataset.file_dataset_path, expected one of them. Move that source into "
+                "dataset.mixture and set the other two to null."
+            )
+        for place, part in enumerate(self.mixture):
+            part.check(f"dataset.mixture[{place}]")
+        names = [part.name for part in self.mixture]
+        if len(set(names)) < len(names):
+            refuse("dataset.mixture", names, "a name of its own for each part", "Rename one.")
+        _fraction("dataset.replay_share", self.replay_share, one_allowed=False)
+        if self.max_train_examples is not None:
+            refuse(
+                "dataset.max_train_examples",
+                self.max_train_examples,
+                "null, since dataset.mixture's weights decide how many are used",
+                "Set dataset.max_train_examples=null.",
+            )
+
+    def _check_split(self) -> None:
+        _fraction("dataset.eval_fraction", self.eval_fraction, one_allowed=False)
+        if self.eval_fraction == 0:
+            refuse("dataset.eval_fraction", 0.0, "a fraction above 0, or null", "Set it to null.")
+        if self.time_key is not None and self.eval_fraction is None:
+            refuse(
+                "dataset.time_key",
+                self.time_key,
+                "null, since nothing is split",
+                "Set dataset.eval_fraction=0.1 to hold out the latest tenth.",
+            )
+        if self.eval_fraction is not None and self.max_train_examples is not None:
+            refuse(
+                "dataset.max_train_examples",
+                self.max_train_examples,
+                "null together with dataset.eval_fraction",
+                "Set dataset.max_train_examples=null.",
+            )
+        _positive("dataset.leak_threshold", self.leak_threshold)
+        _fraction("dataset.leak_threshold", self.leak_threshold)
 
 
 @dataclass(frozen=True)
@@ -137,13 +241,6 @@ class EvalConfig:
             refuse("eval.split", None, "a split of the hub's dataset", "Set eval.split=test.")
         _at_least("eval.max_examples", self.max_examples, 1)
         _at_least("eval.every_steps", self.every_steps, 1)
-        if not self.enabled and self.every_steps is not None:
-            refuse(
-                "eval.every_steps",
-                self.every_steps,
-                "null, since no held-out rows are given",
-                "Set eval.hf_dataset_name or eval.file_dataset_path, or eval.every_steps=null.",
-            )
 
     @property
     def enabled(self) -> bool:
@@ -332,6 +429,8 @@ class TrainConfig:
     run_name: str | None = None  # null: the config's name
     dry_run: bool = False
     allow_recompile: bool = False
+    # Before the first step: change a segment's tokens, and see that no other's loss moves.
+    isolation_probe: bool = True
     profile_start_step: int | None = None
     profile_end_step: int | None = None
     profile_dir: str | None = None
@@ -347,12 +446,35 @@ class TrainConfig:
         self.ici_mesh.check("ici_mesh")
         self.dcn_mesh.check("dcn_mesh")
         self._check_batch()
-        if self.task.sample_prompts > 0 and not self.eval.enabled:
+        self._check_eval()
+        if self.task.sample_prompts > 0 and not self.holds_out:
             refuse(
                 "task.sample_prompts",
                 self.task.sample_prompts,
                 "0, since no held-out rows are given to ask about",
                 "Choose held-out rows (eval=gsm8k_test) or set task.sample_prompts=0.",
+            )
+
+    @property
+    def holds_out(self) -> bool:
+        """Held-out rows come from a source of their own or from a split of the training rows."""
+        return self.eval.enabled or self.dataset.eval_fraction is not None
+
+    def _check_eval(self) -> None:
+        if self.eval.enabled and self.dataset.eval_fraction is not None:
+            refuse(
+                "dataset.eval_fraction",
+                self.dataset.eval_fraction,
+                "null, since the eval section names held-out rows of its own",
+                "Set dataset.eval_fraction=null or eval=none.",
+            )
+        if not self.holds_out and self.eval.every_steps is not None:
+            refuse(
+                "eval.every_steps",
+                self.eval.every_steps,
+                "null, since no held-out rows are given",
+                "Set eval.hf_dataset_name, eval.file_dataset_path or dataset.eval_fraction, or "
+                "eval.every_steps=null.",
             )
 
     def _check_run_name(self) -> None:

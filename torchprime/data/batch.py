@@ -23,6 +23,7 @@ class Batch:
     loss_weights: npt.NDArray[np.float32]
     position_ids: npt.NDArray[np.int32]
     segment_ids: npt.NDArray[np.int32]
+    source_ids: npt.NDArray[np.int32] | None = None  # [B, S]; only in mixtures, for their losses
 
     def arrays(self) -> dict[str, npt.NDArray[np.int32] | npt.NDArray[np.float32]]:
         return {name: getattr(self, name) for name in FIELDS}
@@ -51,3 +52,11 @@ class Batch:
     @property
     def weight_sum(self) -> float:
         return float(self.loss_weights.sum(dtype=np.float64))
+
+    def source_weights(self, count: int) -> tuple[float, ...]:
+        """The weight sum by source; () where there is one source only."""
+        if self.source_ids is None:
+            return ()
+        flat, sources = self.loss_weights.reshape(-1), self.source_ids.reshape(-1)
+        sums = np.bincount(sources, weights=flat.astype(np.float64), minlength=count)
+        return tuple(sums.tolist())

@@ -1,7 +1,6 @@
-"""All blocks of a data set, compact: examples' ids and targets end to end, in block order.
+"""The blocks of a data set: a plan over stored examples; batches are made when asked for.
 
-Only real tokens are kept; padding, positions, segments and weights follow from the lengths and
-are made when a batch is asked for.
+Only real tokens are stored; padding, positions, segments and shifted targets follow from the plan.
 """
 
 from __future__ import annotations
@@ -13,66 +12,48 @@ import numpy as np
 import numpy.typing as npt
 
 from torchprime.data.batch import Batch
-from torchprime.data.pack import pack
-from torchprime.data.tokenize import IGNORED, Example
+from torchprime.data.pack import Plan, pack
+from torchprime.data.store import ExampleStore
+from torchprime.data.tokenize import IGNORED, RULES, STOP, Example
 
+STOP_SAMPLE = 256
 Ints = npt.NDArray[np.int64]
 
 
 class PackedDataset:
     """Blocks of `block_size` slots; `batch(indices)` builds any of them, -1 an empty one."""
 
-    def __init__(
-        self,
-        ids: npt.NDArray[np.int32],
-        targets: npt.NDArray[np.int32],
-        lengths: Ints,
-        block_starts: Ints,
-        *,
-        block_size: int,
-        pad_id: int,
-    ) -> None:
-        """Take arrays already in block order: block b holds examples block_starts[b:b+1]."""
-        self.block_size = block_size
-        self.pad_id = pad_id
-        self._ids = ids
-        self._targets = targets
-        self._lengths = lengths
-        self._block_starts = block_starts
-        token_starts = np.concatenate([[0], np.cumsum(lengths)])
-        self._block_tokens: Ints = token_starts[block_starts]
-        self.block_real_tokens: Ints = np.diff(self._block_tokens)
-        supervised = np.concatenate([[0], np.cumsum(targets != IGNORED)])
-        self.block_supervised_tokens: Ints = np.diff(supervised[self._block_tokens])
+    def __init__(self, store: ExampleStore, plan: Plan, *, block_size: int, pad_id: int) -> None:
+        self.store, self.plan = store, plan
+        self.block_size, self.pad_id = block_size, pad_id
+        whole = store.lengths[plan.examples] == plan.lengths
+        supervised = np.where(whole, store.supervised[plan.examples], 0)
+        for piece in np.flatnonzero(~whole).tolist():
+            supervised[piece] = int((self._targets(piece)[0] != IGNORED).sum())
+        self.block_real_tokens: Ints = _per_block(plan.lengths, plan.starts)
+        self.block_supervised_tokens: Ints = _per_block(supervised, plan.starts)
 
     @classmethod
     def from_examples(
         cls, examples: Sequence[Example], *, block_size: int, pad_id: int, packing: str
     ) -> PackedDataset:
-        """Plan the blocks and lay the examples down in that order, targets shifted in each."""
-        lengths = np.array([len(example.ids) for example in examples], dtype=np.int64)
-        plan = pack(lengths, block_size, packing)
-        ordered = [examples[i] for i in plan.order.tolist()]
-        return cls(
-            np.concatenate([example.ids for example in ordered]),
-            np.concatenate([example.targets() for example in ordered]),
-            lengths[plan.order],
-            plan.starts,
-            block_size=block_size,
-            pad_id=pad_id,
-        )
+        """All in memory: plan the blocks of these examples."""
+        store = ExampleStore.from_examples(examples)
+        plan = pack(store.lengths, block_size, packing)
+        return cls(store, plan, block_size=block_size, pad_id=pad_id)
 
     @property
     def num_blocks(self) -> int:
-        return len(self._block_starts) - 1
+        return self.plan.num_blocks
 
     @property
     def num_examples(self) -> int:
-        return len(self._lengths)
+        """Examples in the blocks, cut ones counted once."""
+        return len(np.unique(self.plan.examples))
 
     @property
     def real_tokens(self) -> int:
-        return len(self._ids)
+        return int(self.block_real_tokens.sum())
 
     @property
     def supervised_tokens(self) -> int:
@@ -82,6 +63,28 @@ class PackedDataset:
     def efficiency(self) -> float:
         """The part of all slots that holds a real token."""
         return self.real_tokens / (self.num_blocks * self.block_size)
+
+    @property
+    def source_names(self) -> list[str]:
+        """The parts of the mixture; a slot's source is a place in this list."""
+        return self.store.source_names
+
+    def pieces(self, block: int) -> range:
+        """The pieces of one block, in order; segment n + 1 is the n-th of them."""
+        return range(int(self.plan.starts[block]), int(self.plan.starts[block + 1]))
+
+    def _targets(self, piece: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """What each token of a piece predicts and with what weight. The last one of a piece that
+        was cut off predicts the first of the next piece."""
+        tokens = self.store.tokens(int(self.plan.examples[piece]))
+        begin, length = int(self.plan.begins[piece]), int(self.plan.lengths[piece])
+        targets = np.full(length, IGNORED, dtype=np.int32)
+        weights = np.zeros(length, dtype=np.float32)
+        nexts = tokens.weights[begin + 1 : begin + 1 + length]
+        used = np.flatnonzero(nexts > 0)
+        targets[used] = tokens.ids[begin + 1 + used]
+        weights[used] = nexts[used]
+        return targets, weights
 
     def batch(self, indices: npt.NDArray[np.int64]) -> Batch:
         """The blocks with these indices; -1 is a block of padding, without weight."""
@@ -93,32 +96,57 @@ class PackedDataset:
         shape = (len(indices), self.block_size)
         input_ids = np.full(shape, self.pad_id, dtype=np.int32)
         targets = np.full(shape, IGNORED, dtype=np.int32)
+        loss_weights = np.zeros(shape, dtype=np.float32)
         position_ids = np.zeros(shape, dtype=np.int32)
         segment_ids = np.zeros(shape, dtype=np.int32)
+        source_ids = np.zeros(shape, dtype=np.int32) if len(self.source_names) > 1 else None
         for row, block in enumerate(indices.tolist()):
             if block == -1:
                 continue
-            start, end = self._block_tokens[block : block + 2].tolist()
-            lengths = self._lengths[self._block_starts[block] : self._block_starts[block + 1]]
-            used = end - start
-            first_slots = np.cumsum(lengths) - lengths
-            input_ids[row, :used] = self._ids[start:end]
-            targets[row, :used] = self._targets[start:end]
-            position_ids[row, :used] = np.arange(used) - np.repeat(first_slots, lengths)
-            segment_ids[row, :used] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-        loss_weights = (targets != IGNORED).astype(np.float32)
-        return Batch(input_ids, targets, loss_weights, position_ids, segment_ids)
+            slot = 0
+            for number, piece in enumerate(self.pieces(block), start=1):
+                example = int(self.plan.examples[piece])
+                begin, length = int(self.plan.begins[piece]), int(self.plan.lengths[piece])
+                here = (row, slice(slot, slot + length))
+                input_ids[here] = self.store.tokens(example).ids[begin : begin + length]
+                targets[here], loss_weights[here] = self._targets(piece)
+                position_ids[here] = np.arange(length)
+                segment_ids[here] = number
+                if source_ids is not None:
+                    source_ids[here] = self.store.sources[example]
+                slot += length
+        return Batch(input_ids, targets, loss_weights, position_ids, segment_ids, source_ids)
+
+    def rules(self, block: int) -> list[str]:
+        """For each slot, the rule that made its token's label; "" for padding."""
+        names: list[str] = []
+        for piece in self.pieces(block):
+            begin, length = int(self.plan.begins[piece]), int(self.plan.lengths[piece])
+            rules = self.store.tokens(int(self.plan.examples[piece])).rules
+            names += [RULES[rule] for rule in rules[begin : begin + length].tolist()]
+        return names + [""] * (self.block_size - len(names))
+
+    def stop_ids(self) -> list[int]:
+        """The ids that end supervised turns, as the first examples show them."""
+        ends: set[int] = set()
+        for example in range(min(len(self.store), STOP_SAMPLE)):
+            tokens = self.store.tokens(example)
+            stops = np.flatnonzero(tokens.rules == STOP)
+            # Of a stop marker of several tokens none ends a turn alone.
+            apart = np.diff(np.concatenate([[-2], stops, [len(tokens.ids) + 1]])) > 1
+            ends.update(tokens.ids[stops[apart[:-1] & apart[1:]]].tolist())
+        return sorted(ends)
 
     def fingerprint(self) -> str:
         """sha256 of everything a batch can depend on: equal fingerprints, equal batches."""
         digest = hashlib.sha256(f"{self.block_size}:{self.pad_id}:".encode())
-        parts = (
-            ("ids", self._ids.astype("<i4")),
-            ("targets", self._targets.astype("<i4")),
-            ("lengths", self._lengths.astype("<i8")),
-            ("block_starts", self._block_starts.astype("<i8")),
-        )
-        for name, array in parts:
+        digest.update(self.store.fingerprint().encode())
+        for name, array in self.plan.arrays().items():
             digest.update(f"{name}:{len(array)};".encode())
-            digest.update(np.ascontiguousarray(array).data)
+            digest.update(np.ascontiguousarray(array.astype("<i8")).data)
         return digest.hexdigest()
+
+
+def _per_block(values: Ints, starts: Ints) -> Ints:
+    """Sums of per-piece values over each block."""
+    return np.diff(np.concatenate([[0], np.cumsum(values)])[starts])

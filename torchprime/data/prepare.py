@@ -1,145 +1,448 @@
-"""The way from a source to packed blocks, with an account of every row.
+"""The way from sources to packed blocks, with an account of every row.
 
-Rows are read and tokenized in chunks, so that a large file never lies in memory as text.
+Rows stream in, are tokenized in chunks (by several processes when there are many) and written to an
+example store; lengths alone then make the plan of the blocks. So nothing but the plan ever lies in
+memory whole. All of it is kept under a hash of what shaped it, and the next start reads it back.
 """
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
+import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from torchprime.data import cache
+from torchprime.data.chat import tokenize_chat
+from torchprime.data.mixture import Share, choose, shares_of
+from torchprime.data.pack import Plan, pack
 from torchprime.data.packed import PackedDataset
-from torchprime.data.report import DataReport, describe_rejected, length_summary
-from torchprime.data.rows import Rejection, Row, open_rows
-from torchprime.data.sources import SourceSpec
-from torchprime.data.tokenize import Example, fit_to_block, tokenize_rows
-from torchprime.data.tokenizer import Tokenizer
+from torchprime.data.readers import UNREADABLE
+from torchprime.data.report import DataReport, SourceReport, describe_rejected, length_summary
+from torchprime.data.rows import FormatDecision, Row, RowReading, open_rows
+from torchprime.data.sources import Rejection, SourceSpec, expected_rows, source_fingerprint
+from torchprime.data.store import ExampleStore, StoreWriter, to_record_batch, writing
+from torchprime.data.templates import ChatTemplate
+from torchprime.data.tokenize import Example, fit_to_block, loss_mode, tokenize_rows
+from torchprime.data.tokenizer import Tokenizer, load_tokenizer
 from torchprime.errors import DataError
 
-CHUNK_ROWS = 4096
+# Part of every cache key: to be raised whenever the same rows would give other examples or blocks.
+DATA_VERSION = 1
+
+CHUNK_ROWS = 2048
+# Starting processes takes seconds; fewer rows than this are done sooner without.
+PARALLEL_FROM = 20_000
+EXAMPLES_FILE, REPORT_FILE = "examples.arrow", "report.json"
+PLAN_FILES = {name: f"plan_{name}.npy" for name in ("examples", "begins", "lengths", "starts")}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source, how its records are read, and its share of a mixture."""
+
+    source: SourceSpec
+    reading: RowReading = RowReading()
+    weight: float | None = None
+    replay: bool = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What rows are made into."""
+
+    block_size: int
+    compute_loss_on: str = "auto"
+    packing: str = "bfd"
+    truncation: str = "drop"
+    max_examples: int | None = None
+    max_rejected_fraction: float = 0.05
+    max_unreadable_rows: int = 0
+    replay_share: float | None = None
+    mixture_by: str = "rows"
+    seed: int = 0  # of the mixture's choice
+
+
+class Side(NamedTuple):
+    """Which rows belong to this data set, when one source is split in two."""
+
+    name: str
+    description: str  # of the rule, for the cache key and the report
+    has: Callable[[Row], bool]
+
+
+def prepare_dataset(
+    parts: Sequence[Part],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    *,
+    template: ChatTemplate | None = None,
+    section: str = "dataset",
+    side: Side | None = None,
+    keep_in: Path | None = None,
+    workers: int = 1,
+) -> tuple[PackedDataset, DataReport]:
+    """Read, tokenize and pack, or find it done already.
+
+    Args:
+        parts: where rows come from; several are a mixture.
+        template: for rows of messages.
+        section: of the config, named in messages.
+        keep_in: folder of prepared data; None keeps nothing.
+        workers: processes that tokenize, when there are many rows.
+
+    Raises:
+        DataError: unreadable sources, too many rejected rows, no example at all.
+    """
+    started = time.perf_counter()
+    job = _Job(parts, tokenizer, settings, template, section, side, workers)
+    if keep_in is None:
+        store, plan, report = job.build(None)
+    else:
+        ingredients = job.ingredients()
+        key = cache.cache_key(ingredients)
+        folder = cache.find(keep_in, key)
+        cached = folder is not None
+        if folder is None:
+            folder = cache.build(keep_in, key, ingredients, lambda path: job.write(path))
+        store, plan, report = _load(folder)
+        report = replace(report, cached=cached)
+    report = replace(report, prepare_seconds=time.perf_counter() - started)
+    pad = tokenizer.pad_id
+    return PackedDataset(store, plan, block_size=settings.block_size, pad_id=pad), report
+
+
+def _load(folder: Path) -> tuple[ExampleStore, Plan, DataReport]:
+    arrays = {name: np.load(folder / file, mmap_mode="r") for name, file in PLAN_FILES.items()}
+    report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    return ExampleStore.open(folder / EXAMPLES_FILE), Plan(**arrays), DataReport.from_dict(report)
 
 
 @dataclass
 class _Account:
     """Where each row went."""
 
-    rows: int = 0
-    examples: list[Example] = field(default_factory=list)
+    sources: dict[str, SourceReport] = field(default_factory=dict)
     rejected: dict[str, list[str]] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
+    truncated: list[str] = field(default_factory=list)
+    boundaries: Counter[str] = field(default_factory=Counter)
 
     def reject(self, rejection: Rejection) -> None:
         self.rejected.setdefault(rejection.reason, []).append(rejection.row_id)
+        self.details.setdefault(rejection.reason, rejection.detail)
+
+    def total(self, name: str) -> int:
+        return sum(getattr(source, name) for source in self.sources.values())
 
 
-def prepare_dataset(
-    source: SourceSpec,
-    tokenizer: Tokenizer,
-    *,
-    block_size: int,
-    format: str = "auto",
-    compute_loss_on: str = "completion",
-    packing: str = "first_fit",
-    truncation: str = "drop",
-    max_examples: int | None = None,
-    max_rejected_fraction: float = 0.05,
-    section: str = "dataset",
-) -> tuple[PackedDataset, DataReport]:
-    """Read, tokenize and pack; at most `max_examples` examples, and no rows beyond those needed."""
-    started = time.perf_counter()
-    decision, rows = open_rows(source, format, section)
-    account = _Account()
-    for chunk in _chunks(rows, account, max_examples):
-        _tokenize_chunk(chunk, account, tokenizer, compute_loss_on, block_size, truncation)
-    _check(account, source, section, max_rejected_fraction)
+class _Outcome(NamedTuple):
+    """What became of a chunk of rows."""
 
-    packed = PackedDataset.from_examples(
-        account.examples, block_size=block_size, pad_id=tokenizer.pad_id, packing=packing
-    )
-    report = DataReport(
-        section=section,
-        source=source.describe(),
-        format=decision.kind,
-        format_why=decision.why,
-        compute_loss_on=compute_loss_on,
-        packing=packing,
-        truncation=truncation,
-        block_size=block_size,
-        rows=account.rows,
-        examples=packed.num_examples,
-        rejected=account.rejected,
-        truncated=[example.row_id for example in account.examples if example.truncated],
-        boundaries=dict(Counter(example.boundary for example in account.examples)),
-        real_tokens=packed.real_tokens,
-        supervised_tokens=packed.supervised_tokens,
-        lengths=length_summary([len(example.ids) for example in account.examples]),
-        num_blocks=packed.num_blocks,
-        packing_efficiency=packed.efficiency,
-        prepare_seconds=time.perf_counter() - started,
-        fingerprint=packed.fingerprint(),
-        tokenizer_fingerprint=tokenizer.fingerprint(),
-    )
-    return packed, report
+    examples: pa.RecordBatch | None
+    count: int
+    rejected: list[Rejection]
+    truncated: list[str]
+    boundaries: dict[str, int]
 
 
-def _chunks(
-    rows: Iterator[Row | Rejection], account: _Account, max_examples: int | None
-) -> Iterator[list[Row | Rejection]]:
+@dataclass(frozen=True)
+class _Work:
+    """What a chunk is tokenized with; travels to the worker processes as two small values."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    settings: Settings
+
+    def run(self, rows: Sequence[Row]) -> _Outcome:
+        """Tokenize, cut to size and encode one chunk."""
+        s = self.settings
+        texts = [row for row in rows if not row.messages]
+        chats = [row for row in rows if row.messages]
+        results: dict[str, Example | Rejection] = {}
+        for row, result in zip(
+            texts, tokenize_rows(texts, self.tokenizer, s.compute_loss_on), strict=True
+        ):
+            results[row.row_id] = result
+        if chats:
+            assert self.template is not None
+            modes = loss_mode(s.compute_loss_on, chats[0])
+            done = tokenize_chat(chats, self.tokenizer, self.template, modes)
+            for row, result in zip(chats, done, strict=True):
+                results[row.row_id] = result
+        examples: list[Example] = []
+        rejected: list[Rejection] = []
+        for row in rows:
+            result = results[row.row_id]
+            if isinstance(result, Example) and s.packing not in ("bfd_split", "wrapped"):
+                result = fit_to_block(result, s.block_size, s.truncation)
+            if isinstance(result, Example):
+                examples.append(result)
+            else:
+                rejected.append(result)
+        return _Outcome(
+            to_record_batch(examples) if examples else None,
+            len(examples),
+            rejected,
+            [example.row_id for example in examples if example.truncated],
+            dict(Counter(example.boundary for example in examples)),
+        )
+
+
+_worker: _Work | None = None
+
+
+def _start_worker(folder: Path, template: ChatTemplate | None, settings: Settings) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker = _Work(load_tokenizer(folder), template, settings)
+
+
+def _run_in_worker(rows: list[Row]) -> _Outcome:
+    assert _worker is not None
+    return _worker.run(rows)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One preparation."""
+
+    parts: Sequence[Part]
+    tokenizer: Tokenizer
+    settings: Settings
+    template: ChatTemplate | None
+    section: str
+    side: Side | None
+    workers: int
+
+    def ingredients(self) -> dict[str, Any]:
+        """All that shapes the result, as JSON: what the cache's key is a hash of."""
+        return {
+            "data_version": DATA_VERSION,
+            "parts": [
+                {
+                    "rows": source_fingerprint(part.source, self.section),
+                    "name": part.source.name,
+                    "split": part.source.split,
+                    "described": part.source.describe(),  # row ids are made of it
+                    "reading": asdict(part.reading),
+                    "weight": part.weight,
+                    "replay": part.replay,
+                }
+                for part in self.parts
+            ],
+            "settings": asdict(self.settings),
+            "tokenizer": self.tokenizer.fingerprint(),
+            "template": self.template and self.template.fingerprint(),
+            "side": self.side and [self.side.name, self.side.description],
+            "section": self.section,
+        }
+
+    def write(self, folder: Path) -> None:
+        """Build into a folder, as `_load` reads it."""
+        _, plan, report = self.build(folder / EXAMPLES_FILE)
+        for name, array in plan.arrays().items():
+            np.save(folder / PLAN_FILES[name], array)
+        (folder / REPORT_FILE).write_text(json.dumps(report.to_dict()), encoding="utf-8")
+
+    def build(self, path: Path | None) -> tuple[ExampleStore, Plan, DataReport]:
+        """Rows to examples (in a file, or in memory) and their plan."""
+        shares = shares_of(  # what cannot be mixed is said before anything is read
+            [Share(p.source.name, p.weight, p.replay) for p in self.parts],
+            self.settings.replay_share,
+        )
+        account = _Account()
+        decisions: list[FormatDecision] = []
+        shown = sys.stderr.isatty()
+        counts = [expected_rows(part.source, self.section) for part in self.parts if shown]
+        bar = tqdm(
+            desc=f"preparing {self.section}",
+            unit=" rows",
+            total=sum(count or 0 for count in counts) if all(counts) else None,
+            disable=not shown,
+            leave=False,
+            delay=1.0,
+        )
+        with writing(path) as writer, bar:
+            for part in self.parts:
+                decision, rows = open_rows(part.source, part.reading, self.section)
+                decisions.append(decision)
+                self._read_part(part, rows, account, writer, bar)
+        self._check(account)
+        store = writer.open()
+        chosen = None if shares is None else self._choose(store, shares)
+        plan = pack(store.lengths, self.settings.block_size, self.settings.packing, chosen)
+        return store, plan, self._report(account, decisions, store, plan)
+
+    def _read_part(
+        self,
+        part: Part,
+        rows: Iterator[Row | Rejection],
+        account: _Account,
+        writer: StoreWriter,
+        bar: tqdm,
+    ) -> None:
+        tally = account.sources.setdefault(part.source.name, SourceReport(part.source.describe()))
+
+        def usable() -> Iterator[Row]:
+            for row in rows:
+                bar.update()
+                if isinstance(row, Rejection):
+                    tally.rows += 1
+                    account.reject(row)
+                elif self.side is not None and not self.side.has(row):
+                    tally.other_side += 1
+                elif row.messages and self.template is None:
+                    raise DataError(
+                        f"{row.row_id}: the row is made of messages, and the tokenizer in "
+                        f"{self.tokenizer.folder} has no chat template. Set dataset.chat_template "
+                        "to a family (chatml, llama3, qwen3, ...) or a .jinja file"
+                    )
+                else:
+                    tally.rows += 1
+                    tally.chats += bool(row.messages)
+                    yield row
+
+        def missing() -> int:
+            limit = self.settings.max_examples
+            return CHUNK_ROWS if limit is None else limit - account.total("examples")
+
+        for outcome in self._outcomes(_chunks(usable(), missing)):
+            tally.examples += outcome.count
+            account.truncated += outcome.truncated
+            account.boundaries.update(outcome.boundaries)
+            for rejection in outcome.rejected:
+                account.reject(rejection)
+            if outcome.examples is not None:
+                writer.write(outcome.examples)
+
+    def _outcomes(self, chunks: Iterator[list[Row]]) -> Iterator[_Outcome]:
+        """Of each chunk, in order. The first rows are done here; if there are many, processes
+        take over, a few chunks ahead of what is asked for."""
+        work = _Work(self.tokenizer, self.template, self.settings)
+        done = 0
+        for chunk in chunks:
+            yield work.run(chunk)
+            done += len(chunk)
+            # A limit on examples says how many rows to read next only after the last ones.
+            if done >= PARALLEL_FROM and self.workers > 1 and self.settings.max_examples is None:
+                break
+        first = next(chunks, None)
+        if first is None:
+            return
+        pending: deque[Future[_Outcome]] = deque()
+        with ProcessPoolExecutor(
+            self.workers,
+            mp_context=multiprocessing.get_context("spawn"),  # a fork would copy XLA's threads
+            initializer=_start_worker,
+            initargs=(self.tokenizer.folder, self.template, self.settings),
+        ) as pool:
+            pending.append(pool.submit(_run_in_worker, first))
+            for chunk in chunks:
+                pending.append(pool.submit(_run_in_worker, chunk))
+                if len(pending) > 2 * self.workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def _check(self, account: _Account) -> None:
+        """Too many rejected rows, or no example at all, end the run with the counts by reason."""
+        rows, rejected = account.total("rows"), sum(map(len, account.rejected.values()))
+        allowed = self.settings.max_rejected_fraction
+        where = f"{self.section} ({', '.join(p.source.describe() for p in self.parts)})"
+        advice = (
+            "Correct the rows; for rows longer than block_size raise dataset.block_size or set "
+            "dataset.truncation=right"
+        )
+        reasons = describe_rejected(account.rejected, account.details)
+        unreadable = {r: ids for r, ids in account.rejected.items() if r in UNREADABLE}
+        count = sum(map(len, unreadable.values()))
+        if count > self.settings.max_unreadable_rows:
+            raise DataError(
+                f"{where}: {count:,} of {rows:,} rows cannot be read, "
+                f"dataset.max_unreadable_rows allows {self.settings.max_unreadable_rows:,}: "
+                f"{describe_rejected(unreadable, account.details)}. Correct the file, which may be "
+                "damaged or cut off; or raise dataset.max_unreadable_rows if losing them is meant"
+            )
+        if not rows and self.side is not None:
+            raise DataError(
+                f"{where}: the split leaves no row for {self.side.name} "
+                f"({account.total('other_side'):,} rows are on the other side). Change "
+                "dataset.eval_fraction"
+            )
+        if not account.total("examples"):
+            raise DataError(f"{where}: none of the {rows:,} rows can be used: {reasons}. {advice}")
+        if rejected / rows > allowed:
+            raise DataError(
+                f"{where}: {rejected:,} of {rows:,} rows ({rejected / rows:.1%}) are rejected, "
+                f"dataset.max_rejected_fraction allows {allowed:.1%}: {reasons}. {advice}, or "
+                "raise dataset.max_rejected_fraction if losing them is meant"
+            )
+
+    def _choose(self, store: ExampleStore, shares: Mapping[str, float]) -> np.ndarray:
+        by_tokens = self.settings.mixture_by == "tokens"
+        sizes = store.lengths if by_tokens else np.ones(len(store), dtype=np.int64)
+        return choose(sizes, store.sources, store.source_names, shares, self.settings.seed)
+
+    def _report(
+        self,
+        account: _Account,
+        decisions: Sequence[FormatDecision],
+        store: ExampleStore,
+        plan: Plan,
+    ) -> DataReport:
+        s = self.settings
+        packed = PackedDataset(store, plan, block_size=s.block_size, pad_id=self.tokenizer.pad_id)
+        used = np.unique(plan.examples)
+        for place, name in enumerate(store.source_names):
+            mine = used[store.sources[used] == place]
+            account.sources[name].used_examples = len(mine)
+            account.sources[name].used_tokens = int(store.lengths[mine].sum())
+        return DataReport(
+            section=self.section,
+            source=", ".join(part.source.describe() for part in self.parts),
+            format=", ".join(dict.fromkeys(decision.kind for decision in decisions)),
+            format_why="; ".join(dict.fromkeys(decision.why for decision in decisions)),
+            template=None if self.template is None else self.template.name,
+            compute_loss_on=s.compute_loss_on,
+            packing=s.packing,
+            truncation=s.truncation,
+            block_size=s.block_size,
+            split=None if self.side is None else f"{self.side.name} of {self.side.description}",
+            rows=account.total("rows"),
+            examples=len(used),
+            sources={name: asdict(source) for name, source in account.sources.items()},
+            rejected=account.rejected,
+            rejected_details=account.details,
+            truncated=account.truncated,
+            boundaries=dict(account.boundaries),
+            real_tokens=packed.real_tokens,
+            supervised_tokens=packed.supervised_tokens,
+            lengths=length_summary(store.lengths[used]),
+            num_blocks=packed.num_blocks,
+            packing_efficiency=packed.efficiency,
+            fingerprint=packed.fingerprint(),
+            tokenizer_fingerprint=self.tokenizer.fingerprint(),
+            template_fingerprint=None if self.template is None else self.template.fingerprint(),
+        )
+
+
+def _chunks(rows: Iterator[Row], missing: Callable[[], int]) -> Iterator[list[Row]]:
     """Chunks until the rows end or there are enough examples; never more rows than are missing."""
     while True:
-        missing = CHUNK_ROWS if max_examples is None else max_examples - len(account.examples)
-        chunk = list(islice(rows, min(CHUNK_ROWS, missing)))
+        chunk = list(islice(rows, max(0, min(CHUNK_ROWS, missing()))))
         if not chunk:
             return
         yield chunk
-
-
-def _tokenize_chunk(
-    chunk: list[Row | Rejection],
-    account: _Account,
-    tokenizer: Tokenizer,
-    compute_loss_on: str,
-    block_size: int,
-    truncation: str,
-) -> None:
-    account.rows += len(chunk)
-    usable: list[Row] = []
-    for row in chunk:
-        if isinstance(row, Rejection):
-            account.reject(row)
-        else:
-            usable.append(row)
-    for result in tokenize_rows(usable, tokenizer, compute_loss_on):
-        fitted = result
-        if isinstance(result, Example):
-            fitted = fit_to_block(result, block_size, truncation)
-        if isinstance(fitted, Rejection):
-            account.reject(fitted)
-        else:
-            account.examples.append(fitted)
-
-
-def _check(
-    account: _Account, source: SourceSpec, section: str, max_rejected_fraction: float
-) -> None:
-    """Too many rejected rows, or no example at all, end the run with the counts by reason."""
-    rejected = account.rows - len(account.examples)
-    where = f"{section} ({source.describe()})"
-    advice = (
-        "Correct the rows; for rows longer than block_size raise dataset.block_size or set "
-        "dataset.truncation=right"
-    )
-    if not account.examples:
-        raise DataError(
-            f"{where}: none of the {account.rows:,} rows can be used: "
-            f"{describe_rejected(account.rejected)}. {advice}"
-        )
-    if rejected / account.rows > max_rejected_fraction:
-        raise DataError(
-            f"{where}: {rejected:,} of {account.rows:,} rows ({rejected / account.rows:.1%}) are "
-            f"rejected, dataset.max_rejected_fraction allows {max_rejected_fraction:.1%}: "
-            f"{describe_rejected(account.rejected)}. {advice}, or raise "
-            f"dataset.max_rejected_fraction if losing them is meant"
-        )

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 SHOWN_ROW_IDS = 3
+
+
+@dataclass
+class SourceReport:
+    """The account of one source. Rows on the other side of a split are not among `rows`; examples
+    beyond its share of a mixture are not among those used."""
+
+    source: str
+    rows: int = 0
+    chats: int = 0  # rows of messages among them
+    other_side: int = 0
+    examples: int = 0
+    used_examples: int = 0
+    used_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -19,13 +34,17 @@ class DataReport:
     source: str
     format: str
     format_why: str
+    template: str | None
     compute_loss_on: str
     packing: str
     truncation: str
     block_size: int
+    split: str | None
     rows: int
     examples: int
+    sources: dict[str, dict[str, Any]]  # by the name of the mixture's part; "" when there is one
     rejected: dict[str, list[str]]
+    rejected_details: dict[str, str]  # of the first row of each reason
     truncated: list[str]
     boundaries: dict[str, int]
     real_tokens: int
@@ -33,9 +52,11 @@ class DataReport:
     lengths: dict[str, float]
     num_blocks: int
     packing_efficiency: float
-    prepare_seconds: float
     fingerprint: str
     tokenizer_fingerprint: str
+    template_fingerprint: str | None
+    prepare_seconds: float = 0.0
+    cached: bool = False
 
     @property
     def num_rejected(self) -> int:
@@ -47,6 +68,23 @@ class DataReport:
             "rejected_counts": {reason: len(ids) for reason, ids in self.rejected.items()},
         }
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> DataReport:
+        """What `to_dict` made."""
+        names = {spec.name for spec in fields(cls)}
+        return cls(**{name: value for name, value in content.items() if name in names})
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether the chat template shaped any row."""
+        return any(source["chats"] for source in self.sources.values())
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """Examples that a mixture has no use for, by source."""
+        counts = {n: s["examples"] - s["used_examples"] for n, s in self.sources.items()}
+        return {name: count for name, count in counts.items() if count}
+
     def summary(self) -> str:
         """A few words for the log; rejected and truncated rows are always in it."""
         parts = [
@@ -55,26 +93,34 @@ class DataReport:
             f"({self.packing_efficiency:.1%} of slots real)",
             f"{self.supervised_tokens:,} of {self.real_tokens:,} tokens supervised",
         ]
+        if self.template is not None and self.has_chats:
+            parts.insert(1, f"chat template {self.template}")
+        for name, count in self.unused.items():
+            parts.append(f"{count:,} examples of {name} beyond its share are not used")
         if self.rejected:
-            parts.append(
-                f"{self.num_rejected:,} rows rejected ({describe_rejected(self.rejected)})"
-            )
+            reasons = describe_rejected(self.rejected, self.rejected_details)
+            parts.append(f"{self.num_rejected:,} rows rejected ({reasons})")
         if self.truncated:
             parts.append(f"{len(self.truncated):,} rows truncated ({_some(self.truncated)})")
-        return "; ".join([*parts, f"{self.prepare_seconds:.1f} s"])
+        done = "found prepared" if self.cached else "prepared"
+        return "; ".join([*parts, f"{done} in {self.prepare_seconds:.1f} s"])
 
 
-def describe_rejected(rejected: dict[str, list[str]]) -> str:
+def describe_rejected(rejected: dict[str, list[str]], details: dict[str, str]) -> str:
     """Counts by reason, most frequent first, with the first row ids of each."""
     ordered = sorted(rejected.items(), key=lambda item: -len(item[1]))
-    return "; ".join(f"{reason}: {len(ids):,} ({_some(ids)})" for reason, ids in ordered)
+    return "; ".join(
+        f"{reason}: {len(ids):,} ({_some(ids)}"
+        + (f"; the first: {details[reason]})" if details.get(reason) else ")")
+        for reason, ids in ordered
+    )
 
 
 def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:SHOWN_ROW_IDS]) + (", ..." if len(ids) > SHOWN_ROW_IDS else "")
 
 
-def length_summary(lengths: Sequence[int]) -> dict[str, float]:
+def length_summary(lengths: Sequence[int] | npt.NDArray[np.int64]) -> dict[str, float]:
     """Lengths of the examples in tokens, as they lie in the blocks."""
     values = np.asarray(lengths)
     middle = {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}

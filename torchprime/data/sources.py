@@ -1,44 +1,66 @@
-"""Where rows come from: a JSON Lines or JSON file (any fsspec URL), or a dataset on the hub.
+"""Where rows come from: files of many kinds (any fsspec URL), or a dataset on the hub.
 
-Both end in the same stream of (row_id, row). A row_id is what a person needs to find the record
-again: `train.jsonl:17` is line 17, `data.json#17` item 17 of an array, `openai/gsm8k:train:17` row
-17 of a hub split; all count from 1. Files are read line by line. What cannot be read is a
-`DataError` at once: a missing file or an unreachable hub is never retried for long.
+A path is a file, a folder (all files of known formats below it) or a glob; readers.py knows the
+formats. Everything ends in the same stream of (row_id, record). A row_id is what a person needs to
+find the record again: `train.jsonl:17` is line 17, `data.json#17` item 17 of an array,
+`sub/a.parquet#17` row 17 of a file in a folder, `openai/gsm8k:train:17` row 17 of a hub split; all
+count from 1. A record is a dict, or a `Rejection` for the caller to count. What cannot be read at
+all is a `DataError` at once: a missing file or an unreachable hub is never retried for long.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
+import re
 import ssl
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import fsspec
 
+from torchprime.data.readers import (
+    DELIMITERS,
+    EXTENSIONS,
+    LINE_EXTENSIONS,
+    Records,
+    known_formats,
+    only_os_errors,
+    read_records,
+    split_name,
+)
+from torchprime.data.readers import Rejection as Rejection  # most know it from here
 from torchprime.errors import DataError
 
+if TYPE_CHECKING:
+    import datasets
+
 HUB_PROBE_SECONDS = 5.0
-UTF8_BOM = b"\xef\xbb\xbf"
+HASH_BYTES = 2**20  # of a file at a time
+GLOB_MARK = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """Which rows to read; the fields are the keys of the config's dataset and eval sections."""
+    """Which rows to read; the fields are the keys of the config's dataset and eval sections.
+
+    `name` is that of a mixture's part; it begins the part's row ids: `replay/train.jsonl:17`.
+    """
 
     file_dataset_path: str | None = None
     hf_dataset_name: str | None = None
     hf_dataset_config_name: str | None = None
     split: str = "train"
     cache_dir: str | None = None
+    name: str = ""
 
     def describe(self) -> str:
         if self.file_dataset_path:
@@ -46,9 +68,43 @@ class SourceSpec:
         config = f"/{self.hf_dataset_config_name}" if self.hf_dataset_config_name else ""
         return f"{self.hf_dataset_name}{config}:{self.split}"
 
+    def label(self, inner: str) -> str:
+        """What begins a row id: the part's name, if there is one, and the file's or dataset's."""
+        return f"{self.name}/{inner}" if self.name else inner
 
-def read_rows(source: SourceSpec, section: str = "dataset") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Stream (row_id, row) in file order; `section` is the config section named in messages."""
+
+def read_rows(source: SourceSpec, section: str = "dataset") -> Records:
+    """Stream (row_id, record) in order; a record is a dict, or a Rejection with the same row_id.
+
+    `section` is the config section named in messages. Raises DataError: at the call when not
+    exactly one place is set; while reading for what is missing, unreachable, structurally broken
+    or without a single row.
+    """
+    _check_one_place(source, section)
+    rows = _read_files if source.file_dataset_path else _read_hub
+    return _refuse_empty(rows(source, section), source, section)
+
+
+def source_fingerprint(source: SourceSpec, section: str = "dataset") -> str:
+    """A hex digest of everything the rows and their ids depend on.
+
+    Files: their names below the path, and their content; on a remote store, which would have to
+    send all of it, what the store says of each version instead. Hub: name, config, split and the
+    fingerprint of the loaded dataset. Raises DataError as read_rows does.
+    """
+    _check_one_place(source, section)
+    if source.file_dataset_path:
+        path, parts = source.file_dataset_path, []
+        for file in _find_files(path, section):
+            with _file_errors(file, path, section):
+                parts.append([file.name, _content_mark(file)])
+    else:
+        name, config = source.hf_dataset_name, source.hf_dataset_config_name
+        parts = [name, config, source.split, _load_hub(source, section)._fingerprint]
+    return _digest(json.dumps([source.name, parts]).encode()).hexdigest()
+
+
+def _check_one_place(source: SourceSpec, section: str) -> None:
     name, path = source.hf_dataset_name, source.file_dataset_path
     if not name and not path:
         raise DataError(
@@ -60,13 +116,9 @@ def read_rows(source: SourceSpec, section: str = "dataset") -> Iterator[tuple[st
             f"{section}.file_dataset_path={path} and {section}.hf_dataset_name={name} are both "
             f"set, but rows come from one place. Set one of them to null"
         )
-    rows = _read_file(path, section) if path else _read_hub(source, section)
-    return _refuse_empty(rows, source, section)
 
 
-def _refuse_empty(
-    rows: Iterator[tuple[str, dict[str, Any]]], source: SourceSpec, section: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _refuse_empty(rows: Records, source: SourceSpec, section: str) -> Records:
     first = next(rows, None)
     if first is None:
         key = "file_dataset_path" if source.file_dataset_path else "hf_dataset_name"
@@ -80,37 +132,125 @@ def _refuse_empty(
 # Files ------------------------------------------------------------------------------------------
 
 
-def _read_file(path: str, section: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    open_file = _find_file(path, section)
-    name = path.rstrip("/").rsplit("/", 1)[-1]
+@dataclass(frozen=True)
+class _File:
+    """One file to read, and its path below the folder or the part of a glob before the first *."""
+
+    name: str
+    fs: fsspec.AbstractFileSystem
+    path: str
+
+    def open(self) -> IO[bytes]:
+        with only_os_errors():
+            return cast("IO[bytes]", self.fs.open(self.path, "rb"))
+
+
+def _read_files(source: SourceSpec, section: str) -> Records:
+    path = str(source.file_dataset_path)
+    for file in _find_files(path, section):
+        with _file_errors(file, path, section):
+            yield from read_records(source.label(file.name), file.open, source.split)
+
+
+@contextmanager
+def _file_errors(file: _File, path: str, section: str) -> Iterator[None]:
     try:
-        with open_file as handle:
-            stream = cast("IO[bytes]", handle)
-            if ".jsonl" not in name and _starts_with_bracket(stream):
-                yield from _read_array(stream, name)
-            else:
-                yield from _read_lines(stream, name)
-    except (OSError, EOFError, zlib.error) as error:
+        yield
+    except OSError as error:
+        inside = "" if path.endswith(file.name) else f" ({file.name})"
+        kind = "" if type(error) is OSError else f"{type(error).__name__}: "
         raise DataError(
-            f"cannot read {section}.file_dataset_path={path}: {type(error).__name__}: {error}"
+            f"cannot read {section}.file_dataset_path={path}{inside}: {kind}{error}"
         ) from error
 
 
-def _find_file(path: str, section: str) -> fsspec.core.OpenFile:
-    """An existing file, ready to open; a remote store may raise anything, all of it the user's."""
+def expected_rows(source: SourceSpec, section: str = "dataset") -> int | None:
+    """About how many rows there are, from the files' sizes and first lines: for a progress bar.
+
+    None where that takes reading: compressed files, JSON arrays, Parquet, the hub.
+    """
+    if not source.file_dataset_path:
+        return None
+    total = 0.0
+    for file in _find_files(source.file_dataset_path, section):
+        extension, compression = split_name(file.name)
+        if compression or extension not in (*LINE_EXTENSIONS, *DELIMITERS):
+            return None
+        with file.open() as handle:
+            head = handle.read(HASH_BYTES)
+        size = file.fs.info(file.path).get("size")
+        if size is None or not head:
+            return None
+        total += size * head.count(b"\n") / len(head)
+    return round(total)
+
+
+def _find_files(path: str, section: str) -> list[_File]:
+    """The files of a path, sorted by name; a remote store may raise anything, all of it the user's.
+
+    A name that holds a glob's characters and exists is that file.
+    """
     given = f"{section}.file_dataset_path={path}"
     try:
         fs, inner = fsspec.core.url_to_fs(path)
-        exists, is_folder = fs.exists(inner), fs.isdir(inner)
+        kind = _kind_of(fs, inner)
+        is_glob = kind is None and GLOB_MARK.search(inner)
+        if kind == "directory":
+            found = _files_in_folder(fs, inner)
+        elif is_glob:
+            found = _files_of_glob(fs, inner)
+        else:
+            found = [_File(_base_name(fs, inner), fs, inner)]
     except ImportError as error:
         raise DataError(f"{given} needs a package that is not installed: {error}") from error
     except Exception as error:
         raise DataError(f"cannot reach {given}: {type(error).__name__}: {error}") from error
-    if is_folder:
-        raise DataError(f"{given} is a folder, expected one .jsonl or .json file")
-    if not exists:
+    if kind == "directory" and not found:
+        raise DataError(
+            f"{given} is a folder without a file of a known format: {known_formats()}. Give the "
+            f"file itself, or a glob such as {path.rstrip('/')}/*.txt, to have it read as JSON"
+        )
+    if is_glob and not found:
+        raise DataError(
+            f"{given} matches no file. Check the pattern: * stays in one folder, ** goes deeper"
+        )
+    if kind is None and not is_glob:
         raise DataError(f"{given} does not exist{_nearest_name(fs, inner)}")
-    return cast("fsspec.core.OpenFile", fsspec.open(path, "rb", compression="infer"))
+    return sorted(found, key=lambda file: file.name)
+
+
+def _kind_of(fs: fsspec.AbstractFileSystem, inner: str) -> str | None:
+    """file, directory or None: nothing is there. (isdir would download a whole file over http.)"""
+    try:
+        return str(fs.info(inner)["type"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _base_name(fs: fsspec.AbstractFileSystem, inner: str) -> str:
+    if "http" in _protocols(fs):
+        inner = inner.split("?", 1)[0]
+    return inner.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _files_in_folder(fs: fsspec.AbstractFileSystem, root: str) -> list[_File]:
+    # Left alone a subfolder that cannot be listed is left out. Not every remote store takes this.
+    options: dict[str, Any] = {"on_error": "raise"} if "file" in _protocols(fs) else {}
+    files = _below(root, fs, list(fs.find(root, **options)))
+    return [file for file in files if split_name(file.name)[0] in EXTENSIONS]
+
+
+def _files_of_glob(fs: fsspec.AbstractFileSystem, pattern: str) -> list[_File]:
+    before = GLOB_MARK.split(pattern, maxsplit=1)[0]
+    matches = cast("dict[str, dict[str, Any]]", fs.glob(pattern, detail=True))
+    paths = [path for path, info in matches.items() if info["type"] != "directory"]
+    return _below(before.rpartition("/")[0], fs, paths)
+
+
+def _below(root: str, fs: fsspec.AbstractFileSystem, paths: list[str]) -> list[_File]:
+    """Each with its name below the root, without the hidden ones."""
+    named = [_File(path.removeprefix(root).lstrip("/"), fs, path) for path in paths]
+    return [file for file in named if not re.search(r"(^|/)\.", file.name)]
 
 
 def _nearest_name(fs: fsspec.AbstractFileSystem, inner: str) -> str:
@@ -126,68 +266,44 @@ def _nearest_name(fs: fsspec.AbstractFileSystem, inner: str) -> str:
     return f": the folder {folder} has no such file. Check the path"
 
 
-def _starts_with_bracket(stream: IO[bytes]) -> bool:
-    """A JSON array rather than JSON Lines; the stream is put back to its start."""
-    head = stream.read(4096).removeprefix(UTF8_BOM).lstrip()
-    stream.seek(0)
-    return head.startswith(b"[")
+def _content_mark(file: _File) -> str:
+    """A digest of the content, or of what a remote store says that changes with it."""
+    if not {"file", "memory"} & set(_protocols(file.fs)):
+        return _version_mark(file)
+    digest = _digest()
+    with file.open() as handle:
+        while piece := handle.read(HASH_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
-def _read_lines(stream: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, raw in enumerate(stream, start=1):
-        if number == 1:
-            raw = raw.removeprefix(UTF8_BOM)
-        if not raw.strip():
-            continue
-        row_id = f"{name}:{number}"
-        yield row_id, _as_object(_parse(raw, row_id), row_id)
+def _version_mark(file: _File) -> str:
+    with only_os_errors():
+        info = file.fs.info(file.path)
+        # Over http the key is only the address.
+        seen = [file.fs.ukey(file.path), info.get("size"), info.get("ETag")]
+    return json.dumps(seen, default=str)
 
 
-def _read_array(stream: IO[bytes], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    items = _parse(stream.read().removeprefix(UTF8_BOM), name)
-    for number, item in enumerate(items, start=1):
-        row_id = f"{name}#{number}"
-        yield row_id, _as_object(item, row_id)
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _parse(raw: bytes, where: str) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: not valid UTF-8 at byte {error.start + 1} "
-            f"(0x{raw[error.start]:02x}: {error.reason}). Save the file as UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        at = (
-            f"line {error.lineno}, column {error.colno}"
-            if error.lineno > 1
-            else (f"column {error.colno}")
-        )
-        raise DataError(
-            f"{where}: malformed JSON: {error.msg} at {at}. Expected one JSON object per line "
-            f"(.jsonl) or one array of objects (.json)"
-        ) from None
-    except (ValueError, RecursionError) as error:  # numbers or nesting beyond the parser's limits
-        raise DataError(f"{where}: JSON that cannot be read: {error}") from None
-
-
-def _as_object(value: Any, row_id: str) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
-    kind = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(
-        type(value), "a number"
-    )
-    raise DataError(
-        f'{row_id}: the row is {kind}, expected a JSON object such as {{"prompt": ..., '
-        f'"completion": ...}}'
-    )
+def _digest(start: bytes = b"") -> Any:
+    return hashlib.blake2b(start, digest_size=32)
 
 
 # The hub ----------------------------------------------------------------------------------------
 
 
-def _read_hub(source: SourceSpec, section: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_hub(source: SourceSpec, section: str) -> Records:
+    loaded = _load_hub(source, section)
+    label = source.label(f"{source.hf_dataset_name}:{source.split}")
+    for number, row in enumerate(loaded, start=1):
+        yield f"{label}:{number}", cast("dict[str, Any]", row)
+
+
+def _load_hub(source: SourceSpec, section: str) -> datasets.Dataset:
     # late: it takes more than a second and a run on a file never needs it.
     import datasets
     from datasets.exceptions import DatasetNotFoundError
@@ -201,6 +317,7 @@ def _read_hub(source: SourceSpec, section: str) -> Iterator[tuple[str, dict[str,
                 source.hf_dataset_config_name,
                 split=source.split,
                 cache_dir=source.cache_dir,
+                streaming=False,
             )
     except DatasetNotFoundError as error:
         raise DataError(
@@ -218,8 +335,7 @@ def _read_hub(source: SourceSpec, section: str) -> Iterator[tuple[str, dict[str,
             f"loaded: {type(error).__name__}: {error}. Check {section}.hf_dataset_config_name and "
             f"{section}.split"
         ) from error
-    for number, row in enumerate(cast("datasets.Dataset", loaded), start=1):
-        yield f"{name}:{source.split}:{number}", cast("dict[str, Any]", row)
+    return cast("datasets.Dataset", loaded)
 
 
 def _offline_hint() -> str:

@@ -1,7 +1,8 @@
-"""Rows become examples: ids, and which of them the loss is asked about.
+"""Rows become examples: ids, with what weight each is to be predicted, and which rule said so.
 
-    ids        = BOS? + prompt + completion + EOS
-    supervised = which of these ids are to be predicted
+    ids     = BOS? + prompt + completion + EOS
+    weights = 0 for context, above 0 for what carries loss
+    rules   = why, for a person who looks (`inspect`)
 
 A model that answers is given exactly the ids of the prompt alone, so training must use those ids
 and no others. Tokens like to merge across the place where prompt and completion meet (and
@@ -13,7 +14,7 @@ established, never guessed from a length:
 3. context: the completion tokenized after a character it does not merge with, cut exactly there.
 
 A row for which none holds is rejected. BOS comes once, if this tokenizer uses it; EOS comes once,
-supervised. `supervised` follows from positions alone: an id that equals PAD or EOS says nothing.
+supervised. Labels follow from positions alone: an id that equals PAD or EOS says nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from torchprime.data.rows import Rejection, Row
+from torchprime.data.rows import Row
+from torchprime.data.sources import Rejection
 from torchprime.data.tokenizer import Encoded, Tokenizer
 from torchprime.errors import DataError
 
@@ -32,27 +34,50 @@ IGNORED = -100
 # Tried in this order; all begin no longer token with what usually starts a completion.
 NEUTRAL_CONTEXTS = ("\n", ".", ":", "a", "0")
 
+# What set a token's label; an Example's `rules` are places in this list. `off` is a turn that the
+# row itself excludes.
+RULES = ("context", "bos", "completion", "assistant", "stop", "all", "off")
+CONTEXT, BOS, COMPLETION, ASSISTANT, STOP, ALL, OFF = range(len(RULES))
+LOSS_MODES = ("auto", "all", "completion", "assistant", "last_assistant")
+
 REASON_BOUNDARY = "no exact token boundary between prompt and completion"
 REASON_NO_TOKENS = "completion has no tokens"
 REASON_UNPREDICTED = "empty prompt without BOS: nothing predicts the first token"
 REASON_TOO_LONG = "longer than block_size"
 REASON_NOTHING_LEFT = "no supervised token left after truncation"
+REASON_UNSUPERVISED = "no supervised token"
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One tokenized row. `boundary` names the rule that found where the completion starts."""
+    """One tokenized row; the arrays have one entry per token.
+
+    Attributes:
+        ids: int32.
+        weights: fp32, the loss weight with which a token is to be predicted; 0 is context.
+        rules: uint8, places in RULES.
+        boundary: the rule that found where supervision starts.
+        source: the part of a mixture it is from.
+        divisible: a text that may be cut into blocks when it is longer than one.
+    """
 
     row_id: str
     ids: npt.NDArray[np.int32]
-    supervised: npt.NDArray[np.bool_]
+    weights: npt.NDArray[np.float32]
+    rules: npt.NDArray[np.uint8]
     boundary: str
+    source: str = ""
     truncated: bool = False
+    divisible: bool = False
+
+    @property
+    def supervised(self) -> npt.NDArray[np.bool_]:
+        return self.weights > 0
 
     def targets(self) -> npt.NDArray[np.int32]:
         """What each position predicts: the next id if it is supervised, else IGNORED (law 4)."""
         targets = np.full(len(self.ids), IGNORED, dtype=np.int32)
-        targets[:-1] = np.where(self.supervised[1:], self.ids[1:], IGNORED)
+        targets[:-1] = np.where(self.weights[1:] > 0, self.ids[1:], IGNORED)
         return targets
 
 
@@ -65,22 +90,40 @@ class _Parts:
     boundary: str
 
 
+def loss_mode(requested: str, row: Row) -> str:
+    """The mode for one row, with `auto` resolved; DataError where it makes no sense."""
+    if requested not in LOSS_MODES:
+        raise DataError(
+            f"dataset.compute_loss_on={requested} is not known, expected {', '.join(LOSS_MODES)}"
+        )
+    if row.messages:
+        if requested == "completion":
+            raise DataError(
+                "dataset.compute_loss_on=completion needs a prompt and a completion, but the rows "
+                "are messages. Set dataset.compute_loss_on to assistant or last_assistant"
+            )
+        return "assistant" if requested == "auto" else requested
+    if row.kind == "text":
+        if requested not in ("auto", "all"):
+            raise DataError(
+                f"dataset.compute_loss_on={requested} needs a prompt and a completion, but the "
+                "rows are plain text. Set dataset.compute_loss_on=all"
+            )
+        return "all"
+    # A completion is the one assistant turn of its row.
+    return "all" if requested == "all" else "completion"
+
+
 def tokenize_rows(
     rows: Sequence[Row], tokenizer: Tokenizer, compute_loss_on: str
 ) -> list[Example | Rejection]:
-    """One result per row, in order. Give many rows at once: the tokenizer works in batches."""
-    if compute_loss_on not in ("all", "completion"):
-        raise DataError(
-            f"dataset.compute_loss_on={compute_loss_on} is not known, expected all or completion"
-        )
-    if compute_loss_on == "completion" and any(row.kind == "text" for row in rows):
-        raise DataError(
-            "dataset.compute_loss_on=completion needs a prompt and a completion, but the rows are "
-            "plain text. Set dataset.compute_loss_on=all"
-        )
+    """One result per row of text, in order. Give many rows at once: the tokenizer works in
+    batches."""
+    modes = [loss_mode(compute_loss_on, row) for row in rows]
+    found = _split_at_boundary(rows, tokenizer)
     return [
-        _example(row, parts, tokenizer, compute_loss_on) if parts else _no_boundary(row)
-        for row, parts in zip(rows, _split_at_boundary(rows, tokenizer), strict=True)
+        _example(row, parts, tokenizer, mode) if parts else _no_boundary(row)
+        for row, parts, mode in zip(rows, found, modes, strict=True)
     ]
 
 
@@ -88,9 +131,7 @@ def _no_boundary(row: Row) -> Rejection:
     return Rejection(row.row_id, REASON_BOUNDARY, f"near {row.prompt[-8:] + row.completion[:8]!r}")
 
 
-def _example(
-    row: Row, parts: _Parts, tokenizer: Tokenizer, compute_loss_on: str
-) -> Example | Rejection:
+def _example(row: Row, parts: _Parts, tokenizer: Tokenizer, mode: str) -> Example | Rejection:
     if not parts.completion:
         return Rejection(row.row_id, REASON_NO_TOKENS)
     ids = tokenizer.with_bos(parts.prompt + parts.completion)
@@ -100,9 +141,23 @@ def _example(
     first = added_bos + len(parts.prompt) if row.kind != "text" else 1
     if first == 0:
         return Rejection(row.row_id, REASON_UNPREDICTED)
-    supervised = np.ones(len(ids), dtype=np.bool_)
-    supervised[: 1 if compute_loss_on == "all" else first] = False
-    return Example(row.row_id, np.asarray(ids, dtype=np.int32), supervised, parts.boundary)
+    if row.weight == 0:
+        return Rejection(row.row_id, REASON_UNSUPERVISED, "the row's weight is 0")
+    weights = np.full(len(ids), row.weight, dtype=np.float32)
+    weights[: 1 if mode == "all" else first] = 0.0
+    rules = np.full(len(ids), ALL if row.kind == "text" else COMPLETION, dtype=np.uint8)
+    rules[:first] = ALL if mode == "all" else CONTEXT
+    rules[0] = BOS if ids[0] == tokenizer.bos_id and tokenizer.add_bos else CONTEXT
+    rules[-1] = STOP
+    return Example(
+        row.row_id,
+        np.asarray(ids, dtype=np.int32),
+        weights,
+        rules,
+        parts.boundary,
+        source=row.source,
+        divisible=row.kind == "text",
+    )
 
 
 def _split_at_boundary(rows: Sequence[Row], tokenizer: Tokenizer) -> list[_Parts | None]:
@@ -151,22 +206,38 @@ def _completions_after(
 
 
 def fit_to_block(example: Example, block_size: int, truncation: str) -> Example | Rejection:
-    """The example as it is if it fits, else what the truncation setting says."""
+    """The example as it is if it fits, else what the truncation setting says.
+
+    `split` leaves a divisible example (text) whole: the plan cuts it into blocks.
+    """
     length = len(example.ids)
-    if length <= block_size:
+    if length <= block_size or (truncation == "split" and example.divisible):
         return example
-    if truncation == "drop":
+    if truncation in ("drop", "split"):
         return Rejection(example.row_id, REASON_TOO_LONG, f"{length} tokens")
     if truncation == "error":
         raise DataError(
             f"{example.row_id}: the row has {length:,} tokens, dataset.block_size is "
-            f"{block_size:,}. Raise dataset.block_size, or set dataset.truncation to drop or right"
+            f"{block_size:,}. Raise dataset.block_size, or set dataset.truncation to drop, left, "
+            "right or split"
         )
-    if truncation != "right":
+    if truncation not in ("left", "right"):
         raise DataError(
-            f"dataset.truncation={truncation} is not known, expected drop, right or error"
+            f"dataset.truncation={truncation} is not known, expected drop, left, right, split or "
+            "error"
         )
-    supervised = example.supervised[:block_size]
-    if not supervised.any():
+    kept = np.arange(block_size)
+    if truncation == "left":
+        kept = np.arange(length - block_size, length)
+        if example.rules[0] == BOS:
+            kept[0] = 0  # a text begins with BOS, whatever was cut away behind it
+    weights = example.weights[kept]
+    if not (weights[1:] > 0).any():  # the first token is context for whatever predicts next
         return Rejection(example.row_id, REASON_NOTHING_LEFT, f"{length} tokens")
-    return replace(example, ids=example.ids[:block_size], supervised=supervised, truncated=True)
+    return replace(
+        example,
+        ids=example.ids[kept],
+        weights=weights,
+        rules=example.rules[kept],
+        truncated=True,
+    )

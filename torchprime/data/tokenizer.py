@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import tokenizers
 from torchprime.errors import CheckpointError
 
 PROBE = "a"
+REPLACEMENT = "\ufffd"  # what decoding makes of bytes that are no character
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,62 @@ class Tokenizer:
         lists = [list(ids) for ids in sequences]
         return self._raw.decode_batch(lists, skip_special_tokens=skip_special_tokens)
 
+    def token_text(self, token_id: int) -> str | None:
+        """How the vocabulary writes this token; None for an id it does not have."""
+        return self._raw.id_to_token(token_id)
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The text that each token adds when it follows others.
+
+        A token may stand for a part of a character; its bytes then become lone surrogates, as
+        Python's "surrogateescape" has it, so that no piece is lost: the pieces, joined and encoded
+        with that handler, are the bytes of the text.
+        """
+        ids = list(ids)
+        distinct = list(dict.fromkeys(ids))
+        # A decoder may strip the space in front of a text: nothing is decoded as the first token.
+        before = self._raw.encode(PROBE, add_special_tokens=False).ids[-1:]
+        alone = self.decode(before, False)
+        behind = self.decode_batch([[*before, i] for i in distinct], False)
+        found = {
+            i: _piece(text.removeprefix(alone), self._raw.id_to_token(i) or f"<id {i}>")
+            for i, text in zip(distinct, behind, strict=True)
+        }
+        return [found[i] for i in ids]
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """The texts that become one control token wherever they stand, such as <|im_end|>."""
+        added = self._raw.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
     def fingerprint(self) -> str:
         """sha256 of tokenizer.json and of the settings that change ids."""
         return self._fingerprint
+
+
+@lru_cache(maxsize=1)
+def _byte_of() -> dict[str, int]:
+    """The characters that byte-level vocabularies write bytes with, and which bytes they are."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    moved = {chr(256 + place): byte for place, byte in enumerate(others)}
+    return moved | {chr(byte): byte for byte in printable}
+
+
+def _piece(text: str, token: str) -> str:
+    """A token's text, from its bytes where decoding it apart from its neighbours lost some."""
+    if not text:
+        return token
+    if REPLACEMENT not in text or REPLACEMENT in token:
+        return text
+    fallback = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    if fallback:
+        return bytes.fromhex(fallback[1]).decode("utf-8", "surrogateescape")
+    byte_of = _byte_of()
+    if all(character in byte_of for character in token):
+        return bytes(byte_of[c] for c in token).decode("utf-8", "surrogateescape")
+    return text
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

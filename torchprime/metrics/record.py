@@ -42,9 +42,14 @@ class StepRecord:
     device_memory_bytes: int | None
     host_memory_bytes: int
     compiles: int | None  # graphs compiled since the start
+    # Mean loss by source, None for one that is not in the batch; only when several are mixed.
+    source_losses: dict[str, float | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, **dataclasses.asdict(self)}
+        values = dataclasses.asdict(self)
+        if self.source_losses is None:
+            del values["source_losses"]
+        return {"kind": self.kind, **values}
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,10 @@ class TensorBoardWriter:
         self._summary = SummaryWriter(log_dir=str(Path(run_folder) / "tensorboard"))
 
     def write(self, record: Record) -> None:
-        for name, value in record.to_dict().items():
+        values = record.to_dict()
+        for source, loss in (values.pop("source_losses", None) or {}).items():
+            values[f"loss/{source}"] = loss
+        for name, value in values.items():
             if name != "step" and isinstance(value, int | float):
                 tag = f"{record.kind}/{name.removeprefix('eval_')}"
                 self._summary.add_scalar(tag, value, record.step)

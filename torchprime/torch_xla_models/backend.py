@@ -50,6 +50,7 @@ from torchprime.training.step import (
     FIELDS,
     GRAD_NORM,
     LOSS,
+    SOURCE_FIELD,
     WEIGHT_SUM,
     Micro,
     ParameterState,
@@ -178,7 +179,8 @@ class XlaBackend:
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
         """See Backend. Fields travel as [A, b, S]."""
         host = []
-        for field in FIELDS:
+        fields = FIELDS if batch.source_ids is None else (*FIELDS, SOURCE_FIELD)
+        for field in fields:
             array = torch.from_numpy(getattr(batch, field))
             host.append(array.view(accumulation, -1, array.shape[-1]))
         return send_batch(host, self.mesh, self.batch_spec)
@@ -197,6 +199,7 @@ class XlaBackend:
             chunks=o.loss_chunks,
             max_grad_norm=o.max_grad_norm,
             max_grad_value=o.max_grad_value,
+            num_sources=o.num_sources,
         )
         execute([*self.state.tensors(), numbers])
         return numbers
@@ -212,15 +215,16 @@ class XlaBackend:
             return [constrain(g, self.mesh, spec) for g, spec in pairs]
 
         if batch[0].shape[0] == 1:
-            loss, gradients = micro(tuple(f[0] for f in batch))
-            return loss, pinned(gradients)
+            sums, gradients = micro(tuple(f[0] for f in batch))
+            return sums, pinned(gradients)
 
         def body(carry: Sequence[Tensor], fields: Sequence[Tensor]):
-            loss, gradients = micro(tuple(fields))
-            sums = [c + g.float() for c, g in zip(carry[1:], gradients, strict=True)]
-            return [carry[0] + loss, *pinned(sums)], []
+            sums, gradients = micro(tuple(fields))
+            totals = [c + g.float() for c, g in zip(carry[1:], gradients, strict=True)]
+            return [carry[0] + sums, *pinned(totals)], []
 
-        zero = torch.zeros((), dtype=torch.float32, device=weights[0].device)
+        by_source = self.options.num_sources if self.options.num_sources > 1 else 0
+        zero = torch.zeros(1 + by_source, dtype=torch.float32, device=weights[0].device)
         empty = [torch.zeros(w.shape, dtype=torch.float32, device=w.device) for w in weights]
         carry, _ = device_loop(body, [zero, *pinned(empty)], batch)
         return carry[0], carry[1:]
@@ -229,7 +233,11 @@ class XlaBackend:
         """See Backend."""
         numbers = handle.cpu().tolist()
         return StepNumbers(
-            numbers[LOSS], numbers[GRAD_NORM], numbers[WEIGHT_SUM], int(numbers[BAD_STEP])
+            numbers[LOSS],
+            numbers[GRAD_NORM],
+            numbers[WEIGHT_SUM],
+            int(numbers[BAD_STEP]),
+            tuple(numbers[BAD_STEP + 1 :]),
         )
 
     # -- looking -------------------------------------------------------------------------------
@@ -239,7 +247,7 @@ class XlaBackend:
         with torch.no_grad():
             fields = [f[0] for f in batch]
             chunks = self.options.loss_chunks
-            sums = torch.stack(loss_of(self.model, fields, chunks))
+            sums = torch.stack(loss_of(self.model, fields, chunks)[:2])
         execute([sums])
         return sums
 

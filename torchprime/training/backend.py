@@ -28,6 +28,7 @@ class StepNumbers:
     grad_norm: float
     weight_sum: float
     bad_step: int  # first update whose loss or gradient was not finite, 0 if none
+    source_loss_sums: tuple[float, ...] = ()  # in nats, when several sources are mixed
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class StepOptions:
     max_grad_norm: float | None = None
     max_grad_value: float | None = None
     master_weights: bool = True
+    num_sources: int = 1  # several: the step also sums the loss by source
 
 
 class Backend(Protocol):

@@ -8,7 +8,7 @@ second needs the model in host memory, so it is done when there is room, and sai
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,13 @@ class Exporter:
         max_shard_bytes: int,
         card_facts: Mapping[str, Any],
         probe: list[int],
+        chat_template: str | None,
+        stop_ids: Sequence[int],
         say: Callable[[str], None],
     ) -> None:
         self.files, self.dtype, self.max_shard_bytes = files, dtype, max_shard_bytes
         self.card_facts, self.probe, self.say = card_facts, probe[:PROBE_TOKENS], say
+        self.chat_template, self.stop_ids = chat_template, stop_ids
 
     def check(self, out: Path) -> None:
         """Raise what `write` would raise about the target, before the run."""
@@ -54,6 +57,7 @@ class Exporter:
             tokenizer_folder=self.files.tokenizer.folder,
             eos_token_id=self.files.tokenizer.eos_id,
             max_shard_bytes=self.max_shard_bytes,
+            chat_template=self.chat_template,
         )
 
     def write_sharded(self, out: Path, backend: Backend) -> None:
@@ -96,10 +100,21 @@ class Exporter:
             dtype=self.dtype,
             tokenizer_folder=self.files.tokenizer.folder,
             eos_token_id=self.files.tokenizer.eos_id,
-            generation_config=self.files.generation_config(),
+            generation_config=self._generation_config(),
             card=model_card({**self.card_facts, "metrics": metrics}),
             max_shard_bytes=self.max_shard_bytes,
+            chat_template=self.chat_template,
         )
+
+    def _generation_config(self) -> dict[str, Any] | None:
+        """The source's, with the stop tokens that were trained: a server looks here for them."""
+        found = self.files.generation_config()
+        trained = [i for i in self.stop_ids if i != self.files.tokenizer.eos_id]
+        if not trained:
+            return found
+        known = (found or {}).get("eos_token_id", self.files.hf_config.get("eos_token_id"))
+        stops = [] if known is None else [known] if isinstance(known, int) else list(known)
+        return {**(found or {}), "eos_token_id": list(dict.fromkeys([*stops, *trained]))}
 
     def _compare(self, out: Path, backend: Backend) -> str:
         if backend.process_count > 1:

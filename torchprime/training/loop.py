@@ -64,6 +64,7 @@ class Loaded:
     supervised_tokens: int
     real_tokens: int
     slot_tokens: int
+    source_weights: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def load_ahead(
                         batch.supervised_tokens,
                         batch.real_tokens,
                         batch.slot_tokens,
+                        batch.source_weights(len(order.data.source_names)),
                     )
                 )
         except BaseException as error:  # carried over to the loop, which raises it
@@ -285,4 +287,15 @@ def _record(
         device_memory_bytes=backend.device_memory_bytes(),
         host_memory_bytes=host_memory_bytes(),
         compiles=backend.compiles(),
+        source_losses=_by_source(order.data.source_names, loaded, numbers),
     )
+
+
+def _by_source(
+    names: Sequence[str], loaded: Loaded, numbers: StepNumbers
+) -> dict[str, float | None] | None:
+    """Mean loss of each source's tokens in this step; None for a source the step did not see."""
+    if not numbers.source_loss_sums:
+        return None
+    trios = zip(names, numbers.source_loss_sums, loaded.source_weights, strict=True)
+    return {name: loss / weight if weight else None for name, loss, weight in trios}

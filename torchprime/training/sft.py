@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from torchprime.data.rows import load_rows
 from torchprime.errors import ConfigError, UserError
 from torchprime.evaluation.greedy import generation_samples
 from torchprime.training.backend import StepNumbers
+from torchprime.training.datasets import RunRows, question_of
 from torchprime.training.model_files import pretrained_tensors
-from torchprime.training.trainer import Trainer, source_of
+from torchprime.training.trainer import Trainer
 
 SAMPLE_TOKENS = 160
 
@@ -43,17 +43,20 @@ class SFTTrainer(Trainer):
         """Greedy answers of both models, in transformers, to the first held-out prompts."""
         assert self.files.folder is not None and self.export_folder is not None
         tokenizer = self.files.tokenizer
-        source = source_of(self.config.eval, self.config.dataset.cache_dir)
-        rows = load_rows(source, count, format=self.config.dataset.format)
-        prompts = [tokenizer.prompt_ids(row.prompt) for row in rows]
+        questions = [
+            question_of(row, tokenizer, self.template)
+            for row in RunRows.of(self.config).first_heldout(count)
+        ]
+        stops = sorted({tokenizer.eos_id, *self.data.stop_ids()})
+        prompts = [question.ids for question in questions]
         limit = min(SAMPLE_TOKENS, self.config.dataset.block_size)
         folders = (self.files.folder, self.export_folder)
-        answers = [generation_samples(f, prompts, [tokenizer.eos_id], limit) for f in folders]
+        answers = [generation_samples(f, prompts, stops, limit) for f in folders]
         lines = [f"{count} held-out questions, greedy answers before and after:"]
-        for row, base, tuned in zip(rows, *answers, strict=True):
-            shown = {"question": row.prompt, "expected": row.completion}
+        for question, base, tuned in zip(questions, *answers, strict=True):
+            shown = {"question": question.text, "expected": question.answer}
             for name, ids in (("base", base), ("tuned", tuned)):
-                stopped = bool(ids) and ids[-1] == tokenizer.eos_id
+                stopped = bool(ids) and ids[-1] in stops
                 text = tokenizer.decode(ids[:-1] if stopped else ids)
                 shown[name] = text + ("" if stopped else " [no stop]")
             lines.append("")

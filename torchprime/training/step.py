@@ -19,18 +19,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torchprime.losses import chunked_cross_entropy
+from torchprime.losses import LossSums, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.training.optim import Optimizer, Parameter
 
 # The order of the batch's fields wherever they travel as a tuple, each [A, B/A, S] on the device.
 FIELDS = ("input_ids", "targets", "position_ids", "segment_ids", "loss_weights")
+# One more where several sources are mixed: each token's source, for the losses by source.
+SOURCE_FIELD = "source_ids"
 
 Micro = Callable[[tuple[Tensor, ...]], tuple[Tensor, list[Tensor]]]
 Accumulate = Callable[[Micro, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
 
 # Places in the metrics vector a step returns.
-LOSS, GRAD_NORM, WEIGHT_SUM, BAD_STEP = range(4)
+LOSS, GRAD_NORM, WEIGHT_SUM, BAD_STEP = range(4)  # and then a loss sum for each source
 
 
 class ParameterState(NamedTuple):
@@ -59,11 +61,16 @@ class TrainState:
         return found
 
 
-def loss_of(model: CausalLM, fields: Sequence[Tensor], chunks: int) -> tuple[Tensor, Tensor]:
-    """(loss_sum, weight_sum) of one micro-batch whose fields are [b, S]."""
-    input_ids, targets, position_ids, segment_ids, loss_weights = fields
+def loss_of(model: CausalLM, fields: Sequence[Tensor], chunks: int) -> LossSums:
+    """The loss of one micro-batch whose fields are [b, S]."""
+    input_ids, targets, position_ids, segment_ids, loss_weights = fields[: len(FIELDS)]
     hidden = model(input_ids, position_ids, segment_ids)
     return chunked_cross_entropy(hidden, model.output_weight, targets, loss_weights, chunks)
+
+
+def source_sums(each: Tensor, sources: Tensor, count: int) -> list[Tensor]:
+    """The losses [b, S] summed by source."""
+    return [torch.where(sources == source, each, 0.0).sum() for source in range(count)]
 
 
 def train_step(
@@ -77,36 +84,42 @@ def train_step(
     chunks: int,
     max_grad_norm: float | None,
     max_grad_value: float | None,
+    num_sources: int = 1,
 ) -> Tensor:
     """Run one update in place.
 
     Args:
-        batch: FIELDS, each [A, b, S] for A micro-batches.
+        batch: FIELDS, each [A, b, S] for A micro-batches; with several sources SOURCE_FIELD too.
         lr: fp32 scalar on the device.
         accumulate: runs a function over the micro-batches and sums what it returns.
 
     Returns:
         fp32 [4]: mean loss per supervised weight, gradient norm before clipping, weight sum, and
-        the number of the first update with a non-finite loss (0 while all is well).
+        the number of the first update with a non-finite loss (0 while all is well). With several
+        sources, then the loss sum of each.
     """
     weights = [p.weight for p in state.parameters.values()]
 
     def micro(fields: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():
-            loss_sum, _ = loss_of(model, fields, chunks)
-            return loss_sum.detach(), list(torch.autograd.grad(loss_sum, weights))
+            loss_sum, _, each = loss_of(model, fields, chunks)
+            gradients = list(torch.autograd.grad(loss_sum, weights))
+        sums = [loss_sum.detach()]
+        if num_sources > 1:
+            sums += source_sums(each, fields[len(FIELDS)], num_sources)
+        return torch.stack(sums), gradients
 
     with torch.no_grad():
-        loss_sum, gradients = accumulate(micro, batch, weights)
+        sums, gradients = accumulate(micro, batch, weights)
         supervised = torch.where(batch[1] < 0, 0.0, batch[4]).sum()
         # A batch of empty blocks only has weight 0; its sums are 0 as well.
         divisor = supervised.clamp(min=1e-12)
-        loss = loss_sum / divisor
+        loss = sums[0] / divisor
         gradients = [g.float() / divisor for g in gradients]
         norm = torch.stack([g.pow(2).sum() for g in gradients]).sum().sqrt()
         gradients = clipped(gradients, norm, max_grad_norm, max_grad_value)
         apply_update(state, optimizer, gradients, lr, torch.isfinite(loss) & torch.isfinite(norm))
-        return torch.stack([loss, norm, supervised, state.bad_step])
+        return torch.cat([torch.stack([loss, norm, supervised, state.bad_step]), sums[1:]])
 
 
 def clipped(

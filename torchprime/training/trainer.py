@@ -17,18 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprime.config.schema import DatasetConfig, EvalConfig, TrainConfig
+from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
-from torchprime.data.packed import PackedDataset
-from torchprime.data.prepare import prepare_dataset
-from torchprime.data.report import DataReport
-from torchprime.data.sources import SourceSpec
+from torchprime.data.templates import resolve_template
 from torchprime.errors import ConfigError, DivergedError, UserError
 from torchprime.metrics.throughput import Stopwatch, model_flops_per_token
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from torchprime.sharding import ShardingTable
 from torchprime.training import run_folder
 from torchprime.training.backend import Backend, StepNumbers, StepOptions
+from torchprime.training.datasets import prepare_run_data
 from torchprime.training.exporting import Exporter
 from torchprime.training.hooks.heldout import HeldoutHook
 from torchprime.training.hooks.metrics import MetricsHook
@@ -37,6 +35,7 @@ from torchprime.training.loop import CompileGuard, DataOrder, Hook, train_loop
 from torchprime.training.model_files import find_model, pretrained_tensors, random_tensors
 from torchprime.training.optim import learning_rate, make_optimizer
 from torchprime.training.plan import Plan, count_steps, count_warmup, estimate_memory
+from torchprime.training.probe import probe_isolation
 
 
 class Trainer:
@@ -107,13 +106,9 @@ class Trainer:
                 f"note: dataset.block_size={c.dataset.block_size} is beyond the model's "
                 f"max_position_embeddings={longest}; positions past it were never trained."
             )
-        self.data, self.report = self._prepare_rows(c.dataset, c.dataset.max_train_examples)
-        self.say(self.report.summary())
-        self.eval_data: PackedDataset | None = None
-        self.eval_report: DataReport | None = None
-        if c.eval.enabled:
-            self.eval_data, self.eval_report = self._prepare_rows(c.eval, c.eval.max_examples)
-            self.say(self.eval_report.summary())
+        self.template = resolve_template(c.dataset.chat_template, self.files.tokenizer)
+        self.rows = prepare_run_data(c, self.files.tokenizer, self.template, self.say)
+        self.data = self.rows.train
         self.backend = self.make_backend(c)
         self.speaks = self.backend.process_index == 0
         self.optimizer = make_optimizer(
@@ -144,13 +139,18 @@ class Trainer:
             card_facts={
                 "name": c.run_name,
                 "base_model": c.model.pretrained_model,
-                "dataset": self.report.source,
+                "dataset": self.rows.report.source,
                 "command": run_folder.command(),
                 "steps": self.plan.total_steps,
                 "parameters": self.files.num_parameters,
                 "dtype": c.torch_dtype,
                 "versions": run_folder.versions(),
             },
+            # Only what was trained on replaces the tokenizer's own template.
+            chat_template=self.template.text
+            if self.template is not None and self.rows.report.has_chats
+            else None,
+            stop_ids=self.data.stop_ids(),
             probe=self.data.batch(np.zeros(1, dtype=np.int64)).input_ids[0].tolist(),
             say=self.say,
         )
@@ -163,23 +163,6 @@ class Trainer:
             # A relative path is inside the run's folder, an absolute one or a `..` where it says.
             self.export_folder = self.folder / c.task.export_checkpoint_path
             self.exporter.check(self.export_folder)
-
-    def _prepare_rows(
-        self, source: DatasetConfig | EvalConfig, limit: int | None
-    ) -> tuple[PackedDataset, DataReport]:
-        d = self.config.dataset
-        return prepare_dataset(
-            source_of(source, d.cache_dir),
-            self.files.tokenizer,
-            block_size=d.block_size,
-            format=d.format,
-            compute_loss_on=d.compute_loss_on,
-            packing=d.packing,
-            truncation=d.truncation,
-            max_examples=limit,
-            max_rejected_fraction=d.max_rejected_fraction,
-            section="dataset" if isinstance(source, DatasetConfig) else "eval",
-        )
 
     def _make_plan(self) -> Plan:
         c, a = self.config, self.files.architecture
@@ -219,7 +202,7 @@ class Trainer:
             loss_chunks=c.task.loss_chunks,
             full_remat=c.remat.policy == "full",
         )
-        held_out = self.eval_data
+        held_out = self.rows.heldout
         return Plan(
             total_steps=total,
             warmup_steps=count_warmup(
@@ -253,19 +236,18 @@ class Trainer:
                 max_grad_norm=c.task.max_grad_norm,
                 max_grad_value=c.task.max_grad_value,
                 master_weights=c.task.optimizer.master_weights,
+                num_sources=len(self.data.source_names),
             ),
         )
+        if c.isolation_probe:
+            rows = c.task.global_batch_size // c.task.gradient_accumulation_steps
+            vocab = self.files.architecture.vocab_size
+            self.say(f"  {probe_isolation(self.backend, self.data, rows, vocab)}")
         if self.backend.process_index == 0:
             run_folder.claim(self.folder)
             run_folder.write_config(self.folder, c.to_dict())
-            run_folder.write_json(self.folder / "data_report.json", self._data_reports())
+            run_folder.write_json(self.folder / "data_report.json", self.rows.reports())
             run_folder.write_json(self.folder / "run.json", self.facts())
-
-    def _data_reports(self) -> dict[str, Any]:
-        reports = {"dataset": self.report.to_dict()}
-        if self.eval_report is not None:
-            reports["eval"] = self.eval_report.to_dict()
-        return reports
 
     def facts(self) -> dict[str, Any]:
         """run.json: what ran, on what, with which data; enough to compare two runs."""
@@ -282,11 +264,7 @@ class Trainer:
                 "parameters": self.files.num_parameters,
                 "dtype": self.config.torch_dtype,
             },
-            "fingerprints": {
-                "data": self.report.fingerprint,
-                "eval": self.eval_report and self.eval_report.fingerprint,
-                "tokenizer": self.report.tokenizer_fingerprint,
-            },
+            "fingerprints": self.rows.fingerprints(),
             "plan": self.plan.to_dict(),
         }
 
@@ -297,10 +275,10 @@ class Trainer:
         guard = CompileGuard(self.backend, allow=c.allow_recompile)
         self.metrics = MetricsHook(self._writers())
         hooks: list[Hook] = [self.metrics]
-        if self.eval_data is not None:
+        if self.rows.heldout is not None:
             self.heldout = HeldoutHook(
                 self.backend,
-                self.eval_data,
+                self.rows.heldout,
                 batch_size=c.task.global_batch_size // c.task.gradient_accumulation_steps,
                 every_steps=c.eval.every_steps,
                 emit=self.metrics.emit,
@@ -383,14 +361,3 @@ class Trainer:
         except (UserError, OSError) as error:
             return f"The weights before it could not be kept: {error}"
         return f"The weights before it are kept in {folder}."
-
-
-def source_of(section: DatasetConfig | EvalConfig, cache_dir: str | None) -> SourceSpec:
-    """The rows a config section names."""
-    return SourceSpec(
-        file_dataset_path=section.file_dataset_path,
-        hf_dataset_name=section.hf_dataset_name,
-        hf_dataset_config_name=section.hf_dataset_config_name,
-        split=section.split or "train",
-        cache_dir=cache_dir,
-    )

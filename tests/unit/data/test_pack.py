@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchprime.data.pack import pack
+from torchprime.data.pack import PACKINGS, Plan, pack
 from torchprime.data.rows import QUESTION_PROMPT
 from torchprime.data.tokenizer import load_tokenizer
 from torchprime.errors import DataError
@@ -29,7 +29,7 @@ def naive_first_fit_decreasing(lengths: list[int], block_size: int) -> list[list
 def blocks_of(lengths: np.ndarray, block_size: int, packing: str) -> list[list[int]]:
     plan = pack(lengths, block_size, packing)
     ends = zip(plan.starts[:-1].tolist(), plan.starts[1:].tolist(), strict=True)
-    return [plan.order[start:end].tolist() for start, end in ends]
+    return [plan.examples[start:end].tolist() for start, end in ends]
 
 
 def distributions() -> dict[str, np.ndarray]:
@@ -49,7 +49,7 @@ def distributions() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", distributions())
 def test_every_example_once_and_none_over_the_block_size(name: str) -> None:
     lengths = distributions()[name]
-    blocks = blocks_of(lengths, 64, "first_fit")
+    blocks = blocks_of(lengths, 64, "bfd")
     assert sorted(i for block in blocks for i in block) == list(range(len(lengths)))
     assert all(block and lengths[block].sum() <= 64 for block in blocks)
 
@@ -58,23 +58,49 @@ def test_every_example_once_and_none_over_the_block_size(name: str) -> None:
 def test_no_more_blocks_than_first_fit_decreasing(name: str) -> None:
     lengths = distributions()[name]
     reference = naive_first_fit_decreasing(lengths.tolist(), 64)
-    assert len(blocks_of(lengths, 64, "first_fit")) <= len(reference)
+    assert len(blocks_of(lengths, 64, "bfd")) <= len(reference)
 
 
 def test_the_finishing_pair_beats_first_fit() -> None:
     # First fit takes 50 + 40 and needs three blocks; 50 + 25 + 25 and 40 + 30 + 30 are two.
     lengths = np.array([25, 30, 50, 25, 40, 30])
-    assert len(blocks_of(lengths, 100, "first_fit")) == 2
+    assert len(blocks_of(lengths, 100, "bfd")) == 2
     assert len(naive_first_fit_decreasing(lengths.tolist(), 100)) == 3
 
 
 def test_same_lengths_same_plan_and_equal_lengths_in_file_order() -> None:
     lengths = distributions()["uniform"]
-    first, second = pack(lengths, 64, "first_fit"), pack(lengths, 64, "first_fit")
-    assert first.order.tolist() == second.order.tolist()
+    first, second = pack(lengths, 64, "bfd"), pack(lengths, 64, "bfd")
+    assert first.examples.tolist() == second.examples.tolist()
     for length in np.unique(lengths):
-        places = [i for i in first.order.tolist() if lengths[i] == length]
+        places = [i for i in first.examples.tolist() if lengths[i] == length]
         assert places == sorted(places)
+
+
+def tokens_of(plan: Plan) -> list[tuple[int, int]]:
+    """(example, place in it) of every slot in use, in block order."""
+    trios = zip(plan.examples.tolist(), plan.begins.tolist(), plan.lengths.tolist(), strict=True)
+    return [(e, begin + i) for e, begin, length in trios for i in range(length)]
+
+
+@pytest.mark.parametrize("packing", ["none", "bfd_split", "wrapped"])
+def test_longer_than_a_block_is_cut_and_whole_again(packing: str) -> None:
+    lengths = np.random.default_rng(2).integers(1, 300, 60)
+    plan = pack(lengths, 64, packing)
+    tokens = tokens_of(plan)
+    assert sorted(tokens) == [(e, i) for e, n in enumerate(lengths.tolist()) for i in range(n)]
+    used = np.add.reduceat(plan.lengths, plan.starts[:-1])
+    assert used.max() <= 64
+    if packing == "wrapped":
+        assert tokens == sorted(tokens)
+        assert (used[:-1] == 64).all()
+
+
+def test_only_the_chosen_examples() -> None:
+    lengths = np.array([5, 6, 7, 8, 90])
+    for packing in PACKINGS:
+        plan = pack(lengths, 16, packing, [1, 3])
+        assert sorted(plan.examples.tolist()) == [1, 3]
 
 
 def test_none_keeps_file_order_one_example_per_block() -> None:
@@ -82,7 +108,9 @@ def test_none_keeps_file_order_one_example_per_block() -> None:
 
 
 def test_unknown_packing() -> None:
-    with pytest.raises(DataError, match="dataset.packing=best is not known.*none or first_fit"):
+    with pytest.raises(
+        DataError, match="dataset.packing=best is not known.*none, bfd, bfd_split, wrapped"
+    ):
         pack(np.array([1]), 4, "best")
 
 
@@ -94,4 +122,4 @@ def test_gsm8k_fills_at_least_99_percent(shared_dir: Path) -> None:
     texts = [QUESTION_PROMPT.format(question=row["question"]) + row["answer"] for row in rows]
     lengths = np.array([len(ids) + 1 + tokenizer.add_bos for ids in tokenizer.encode_ids(texts)])
     lengths = lengths[lengths <= 1024]
-    assert lengths.sum() / (pack(lengths, 1024, "first_fit").num_blocks * 1024) >= 0.99
+    assert lengths.sum() / (pack(lengths, 1024, "bfd").num_blocks * 1024) >= 0.99

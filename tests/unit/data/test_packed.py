@@ -24,11 +24,16 @@ def make_examples(count: int = 40) -> list[Example]:
         length = int(rng.integers(2, BLOCK + 1))
         supervised = np.arange(length) >= rng.integers(1, length)
         ids = rng.integers(0, 12, length).astype(np.int32)
-        examples.append(Example(f"f:{n}", ids, supervised, "joint"))
+        examples.append(example(f"f:{n}", ids, supervised * rng.choice([0.5, 1.0, 3.0])))
     return examples
 
 
-def make_packed(packing: str = "first_fit") -> PackedDataset:
+def example(row_id: str, ids: np.ndarray, weights: np.ndarray, source: str = "") -> Example:
+    rules = np.where(weights > 0, 2, 0).astype(np.uint8)
+    return Example(row_id, ids.astype(np.int32), weights.astype(np.float32), rules, "joint", source)
+
+
+def make_packed(packing: str = "bfd") -> PackedDataset:
     return PackedDataset.from_examples(
         make_examples(), block_size=BLOCK, pad_id=PAD, packing=packing
     )
@@ -38,7 +43,7 @@ def all_blocks(packed: PackedDataset) -> Batch:
     return packed.batch(np.arange(packed.num_blocks))
 
 
-@pytest.mark.parametrize("packing", ["first_fit", "none"])
+@pytest.mark.parametrize("packing", ["bfd", "none"])
 def test_every_example_once_intact_and_apart(packing: str) -> None:
     packed = make_packed(packing)
     batch = all_blocks(packed)
@@ -46,7 +51,7 @@ def test_every_example_once_intact_and_apart(packing: str) -> None:
     for row in range(packed.num_blocks):
         segments = batch.segment_ids[row]
         count = segments.max()
-        assert count == 1 or packing == "first_fit"
+        assert count == 1 or packing == "bfd"
         used = np.count_nonzero(segments)
         assert (np.diff(segments[:used]) >= 0).all()
         assert set(segments[:used].tolist()) == set(range(1, count + 1))
@@ -56,9 +61,10 @@ def test_every_example_once_intact_and_apart(packing: str) -> None:
             assert batch.position_ids[row, here].tolist() == list(range(len(ids)))
             assert targets[-1] == -100, "a segment's last token would predict its neighbour"
             assert all(t in (-100, i) for t, i in zip(targets[:-1], ids[1:], strict=True))
-            supervised = [False, *(targets[:-1] != -100).tolist()]
-            found.append((ids.tolist(), supervised))
-    expected = [(e.ids.tolist(), e.supervised.tolist()) for e in make_examples()]
+            weights = batch.loss_weights[row, here]
+            assert ((weights > 0) == (targets != -100)).all()
+            found.append((ids.tolist(), [0.0, *weights[:-1].tolist()]))
+    expected = [(e.ids.tolist(), e.weights.tolist()) for e in make_examples()]
     assert sorted(found) == sorted(expected)
 
 
@@ -82,10 +88,11 @@ def test_counts_agree_with_the_examples() -> None:
     batch = all_blocks(packed)
     assert packed.num_examples == len(examples)
     assert packed.real_tokens == batch.real_tokens == real
-    assert packed.supervised_tokens == batch.supervised_tokens == batch.weight_sum == supervised
+    assert packed.supervised_tokens == batch.supervised_tokens == supervised
+    assert batch.weight_sum == sum(float(e.weights.sum()) for e in examples)
     assert batch.slot_tokens == packed.num_blocks * BLOCK
     assert packed.efficiency == real / (packed.num_blocks * BLOCK)
-    assert ((batch.loss_weights == 1) == (batch.targets != -100)).all()
+    assert ((batch.loss_weights > 0) == (batch.targets != -100)).all()
 
 
 def test_types_and_shapes() -> None:
@@ -130,19 +137,19 @@ def test_hash_does_not_depend_on_memory_layout() -> None:
 def test_fingerprint_sees_content_and_packing() -> None:
     examples = make_examples()
 
-    def fingerprint(changed: list[Example], pad_id: int = PAD, packing: str = "first_fit") -> str:
+    def fingerprint(changed: list[Example], pad_id: int = PAD, packing: str = "bfd") -> str:
         return PackedDataset.from_examples(
             changed, block_size=BLOCK, pad_id=pad_id, packing=packing
         ).fingerprint()
 
-    ids, mask = examples[3].ids.copy(), ~examples[3].supervised
+    ids, weights = examples[3].ids.copy(), examples[3].weights + 1
     ids[0] += 1
     other_ids = [*examples[:3], replace(examples[3], ids=ids), *examples[4:]]
-    other_mask = [*examples[:3], replace(examples[3], supervised=mask), *examples[4:]]
+    other_weights = [*examples[:3], replace(examples[3], weights=weights), *examples[4:]]
     prints = {
         fingerprint(examples),
         fingerprint(other_ids),
-        fingerprint(other_mask),
+        fingerprint(other_weights),
         fingerprint(examples[1:]),
         fingerprint(examples, pad_id=0),
         fingerprint(examples, packing="none"),
@@ -163,3 +170,66 @@ def test_budget_adds_up_over_an_epoch() -> None:
     assert real["mean"] * steps == pytest.approx(packed.real_tokens)
     assert supervised["mean"] * steps == pytest.approx(packed.supervised_tokens)
     assert 0 < supervised["min"] <= supervised["mean"] <= supervised["max"] <= real["max"] <= 64
+
+
+def stream_of(packed: PackedDataset) -> tuple[list[int], list[tuple[int, float]]]:
+    """All ids in block order, and what each of them predicts with what weight."""
+    batch = all_blocks(packed)
+    real = batch.segment_ids > 0
+    pairs = zip(batch.targets[real].tolist(), batch.loss_weights[real].tolist(), strict=True)
+    return batch.input_ids[real].tolist(), list(pairs)
+
+
+@pytest.mark.parametrize("packing", ["bfd_split", "wrapped"])
+def test_cutting_loses_no_label(packing: str) -> None:
+    """The multiset of (token, what it predicts) is that of the examples, cut or not."""
+    rng = np.random.default_rng(1)
+    examples = []
+    for n in range(30):
+        length = int(rng.integers(2, 5 * BLOCK))
+        weights = (np.arange(length) >= rng.integers(1, length)) * 2.0
+        examples.append(example(f"f:{n}", rng.integers(0, 99, length), weights))
+    packed = PackedDataset.from_examples(examples, block_size=BLOCK, pad_id=PAD, packing=packing)
+    ids, pairs = stream_of(packed)
+    expected = []
+    for one in examples:
+        nexts = [*one.weights[1:].tolist(), 0.0]
+        expected += list(zip(one.ids.tolist(), one.targets().tolist(), nexts, strict=True))
+    found = [(i, target, weight) for i, (target, weight) in zip(ids, pairs, strict=True)]
+    assert sorted(found) == sorted(expected)
+    if packing == "wrapped":
+        assert found == expected, "wrapped keeps the order"
+        assert packed.num_blocks == -(-len(expected) // BLOCK), "and leaves no slot empty"
+    assert packed.supervised_tokens == sum(int((e.weights[1:] > 0).sum()) for e in examples)
+
+
+def test_sources_are_known_slot_by_slot() -> None:
+    weights = np.array([0.0, 1.0, 2.0])
+    examples = [
+        example(f"f:{n}", np.full(3, n), weights, "general" if n % 3 == 0 else "own")
+        for n in range(9)
+    ]
+    packed = PackedDataset.from_examples(examples, block_size=BLOCK, pad_id=PAD, packing="bfd")
+    batch = all_blocks(packed)
+    assert sorted(packed.source_names) == ["general", "own"]
+    assert batch.source_ids is not None
+    for name, count in (("general", 3), ("own", 6)):
+        place = packed.source_names.index(name)
+        mine = (batch.source_ids == place) & (batch.segment_ids > 0)
+        assert {int(i) % 3 == 0 for i in batch.input_ids[mine]} == {name == "general"}
+        assert batch.source_weights(2)[place] == 3.0 * count
+    assert make_packed().batch(np.array([0])).source_ids is None
+
+
+def test_rules_stand_beside_their_tokens() -> None:
+    packed = make_packed()
+    batch = all_blocks(packed)
+    for block in range(packed.num_blocks):
+        rules = packed.rules(block)
+        assert [rule == "" for rule in rules] == (batch.segment_ids[block] == 0).tolist()
+        for slot, target in enumerate(batch.targets[block].tolist()):
+            assert (target != -100) == (
+                slot + 1 < BLOCK
+                and rules[slot + 1] == "completion"
+                and batch.segment_ids[block, slot] == batch.segment_ids[block, slot + 1]
+            )

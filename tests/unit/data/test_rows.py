@@ -1,28 +1,102 @@
-"""The three kinds of record, how auto decides between them, and why a record is rejected."""
+"""The kinds of record, how auto decides between them, and why a record is rejected."""
 
 from __future__ import annotations
 
+import datetime
+import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from torchprime.data.rows import Rejection, Row, decide_format, load_rows, open_rows, read_row
+from torchprime.data import rows as rows_module
+from torchprime.data.rows import (
+    REASONS,
+    SAMPLE_ROWS,
+    Message,
+    Rejection,
+    Row,
+    RowReading,
+    decide_format,
+    load_rows,
+    open_rows,
+    read_row,
+)
 from torchprime.data.sources import SourceSpec
 from torchprime.errors import DataError
 
 PC = {"prompt": "p", "completion": "c"}
 QA = {"question": "q", "answer": "a"}
 TEXT = {"text": "t"}
+ALPACA = {"instruction": "i", "input": "", "output": "o"}
+USER = {"role": "user", "content": "u"}
+BOT = {"role": "assistant", "content": "b"}
+CHAT = {"messages": [USER, BOT]}
+SHAREGPT = {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "b"}]}
+CALL = {"type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}}
+PLAIN = RowReading()
+KINDS = {
+    "prompt_completion": PC,
+    "question_answer": QA,
+    "alpaca": ALPACA,
+    "messages": CHAT,
+    "sharegpt": SHAREGPT,
+    "text": TEXT,
+}
 
 
-def test_the_three_kinds() -> None:
+def accepted(record: dict[str, Any], kind: str, reading: RowReading = PLAIN) -> Row:
+    row = read_row("f:1", record, kind, reading)
+    assert isinstance(row, Row), row
+    return row
+
+
+def refused(record: dict[str, Any], kind: str, reading: RowReading = PLAIN) -> Rejection:
+    row = read_row("f:9", record, kind, reading)
+    assert isinstance(row, Rejection), row
+    assert row.row_id == "f:9"
+    return row
+
+
+def templates(row: Row) -> list[dict[str, Any]]:
+    return [dict(message.template) for message in row.messages]
+
+
+def weights(row: Row) -> list[float]:
+    return [message.weight for message in row.messages]
+
+
+# Strings -----------------------------------------------------------------------------------------
+
+
+def test_prompt_completion_question_answer_and_text() -> None:
     assert read_row("f:1", PC, "prompt_completion") == Row("f:1", "prompt_completion", "p", "c")
     assert read_row("f:1", TEXT, "text") == Row("f:1", "text", "", "t")
     question = "How {many}?"
     row = read_row("f:1", {"question": question, "answer": "4"}, "question_answer")
     prompt = "Question:\nHow {many}?\n\n\nAnswer:\n"
     assert row == Row("f:1", "question_answer", prompt, "4")
+
+
+def test_alpaca_has_the_two_forms_of_the_original() -> None:
+    plain = (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nAdd {input}\n\n### Response:"
+    )
+    with_input = (
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd {input}\n\n### Input:\n1 {instruction}\n\n### Response:"
+    )
+    record = {"instruction": "Add {input}", "output": " 3 "}
+    for empty in ({}, {"input": None}, {"input": ""}, {"input": " \n"}):
+        assert accepted(record | empty, "alpaca") == Row("f:1", "alpaca", plain, " 3 ")
+    row = accepted(record | {"input": "1 {instruction}"}, "alpaca")
+    assert (row.prompt, row.completion) == (with_input, " 3 ")
+    assert accepted(record | {"history": [], "system": ""}, "alpaca").prompt == plain
 
 
 @pytest.mark.parametrize(
@@ -34,32 +108,538 @@ def test_the_three_kinds() -> None:
         ({"question": "q", "answer": " \n"}, "field answer is empty"),
         ({"question": "", "answer": "a"}, "field question is empty"),
         ({"question": "\ud83d", "answer": "a"}, "field question is not valid Unicode"),
+        ({"question": ["q"], "answer": "a"}, "field question is not a string"),
     ],
 )
-def test_rejections(record: dict, reason: str) -> None:
-    rejected = read_row("f:9", record, "question_answer")
-    assert isinstance(rejected, Rejection)
-    assert (rejected.row_id, rejected.reason) == ("f:9", reason)
-
-
-def test_empty_prompt_is_a_row_and_empty_completion_is_not() -> None:
-    assert isinstance(read_row("f:1", {"prompt": "", "completion": "c"}, "prompt_completion"), Row)
-    rejected = read_row("f:1", {"prompt": "p", "completion": ""}, "prompt_completion")
-    assert rejected == Rejection("f:1", "field completion is empty")
+def test_rejected_strings(record: dict, reason: str) -> None:
+    assert refused(record, "question_answer").reason == reason
 
 
 @pytest.mark.parametrize(
-    ("sample", "kind"),
+    ("change", "reason"),
     [
-        ([PC, PC], "prompt_completion"),
-        ([QA | {"id": 3}], "question_answer"),
-        ([TEXT, {"other": 1}], "text"),
+        ({"input": 3}, "field input is not a string"),
+        ({"output": ""}, "field output is empty"),
+        ({"instruction": " ", "input": "x"}, "field instruction is empty"),
+        ({"history": [["a", "b"]]}, "field history is not supported in alpaca rows"),
+        ({"system": "Be kind."}, "field system is not supported in alpaca rows"),
     ],
 )
-def test_auto(sample: list[dict], kind: str) -> None:
+def test_rejected_alpaca(change: dict, reason: str) -> None:
+    assert refused(ALPACA | change, "alpaca").reason == reason
+
+
+def test_empty_prompt_is_a_row_and_empty_completion_is_not() -> None:
+    assert accepted({"prompt": "", "completion": "c"}, "prompt_completion").prompt == ""
+    assert refused({"prompt": "p", "completion": ""}, "prompt_completion") == Rejection(
+        "f:9", "field completion is empty"
+    )
+
+
+# Messages ----------------------------------------------------------------------------------------
+
+
+def test_messages_keep_what_a_template_sees_and_nothing_else() -> None:
+    tool = {"name": "f", "parameters": {}}
+    turns = [
+        {"role": "system", "content": "", "id": 3},
+        USER | {"name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning": "r"},
+        {"role": "tool", "content": "1", "tool_call_id": "c1", "name": "f", "tool_calls": None},
+        BOT | {"reasoning_content": "x", "thinking": "y", "tool_calls": []},
+    ]
+    row = accepted({"messages": turns, "tools": [tool]}, "messages")
+    parsed = {"type": "function", "function": {"name": "f", "arguments": {"a": [1]}}}
+    assert templates(row) == [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "u", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [parsed], "reasoning": "r"},
+        {"role": "tool", "content": "1", "tool_call_id": "c1", "name": "f"},
+        {"role": "assistant", "content": "b", "reasoning_content": "x", "thinking": "y"},
+    ]
+    assert (row.kind, row.tools, row.prompt, row.completion) == ("messages", (tool,), "", "")
+    assert CALL["function"]["arguments"] == '{"a": [1]}'  # the record is left as it was
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        ({"a": 1}, {"a": 1}),
+        ("[1]", "[1]"),
+        ("not JSON", "not JSON"),
+        ("", ""),
+    ],
+)
+def test_arguments_become_an_object_only_where_their_text_is_one(
+    arguments: object, kept: object
+) -> None:
+    for call in ({"name": "f", "arguments": arguments}, CALL):
+        nested = call is CALL
+        if nested:
+            call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+        turn = {"role": "assistant", "tool_calls": [call]}
+        (message,) = accepted({"messages": [turn]}, "messages").messages
+        (got,) = message.template["tool_calls"]
+        want = {"name": "f", "arguments": kept}
+        assert got == ({"id": "1", "function": want} if nested else want)
+
+
+@pytest.mark.parametrize(
+    ("given", "role"),
+    [
+        ("human", "user"),
+        ("gpt", "assistant"),
+        ("model", "assistant"),
+        ("function", "tool"),
+        ("developer", "developer"),
+    ],
+)
+def test_roles_have_one_name(given: str, role: str) -> None:
+    row = accepted({"messages": [{"role": given, "content": "x"}, BOT]}, "messages")
+    assert row.messages[0].role == role
+
+
+def test_content_parts_are_joined() -> None:
+    parts = [
+        {"type": "text", "text": "a "},
+        {"type": "text", "value": "b"},
+        {"type": "text", "text": None, "value": "\n"},  # as Arrow fills in
+    ]
+    row = accepted({"messages": [{"role": "user", "content": parts}, BOT]}, "messages")
+    assert row.messages[0].template == {"role": "user", "content": "a b\n"}
+
+
+def test_two_user_turns_in_a_row_and_an_answer_first_are_left_to_the_template() -> None:
+    assert len(accepted({"messages": [USER, USER, BOT, BOT]}, "messages").messages) == 4
+    assert len(accepted({"messages": [BOT, USER]}, "messages").messages) == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "weight"),
+    [
+        ({}, 1.0),
+        ({"weight": None, "train": None}, 1.0),
+        ({"weight": 2}, 2.0),
+        ({"loss_weight": 10}, 10.0),
+        ({"weight": 0.5, "loss_weight": 0.5}, 0.5),
+        ({"train": True}, 1.0),
+        ({"train": False}, 0.0),
+        ({"weight": 3, "train": False}, 0.0),
+        ({"weight": 0, "train": True}, 0.0),
+    ],
+)
+def test_message_weights(keys: dict, weight: float) -> None:
+    row = accepted({"messages": [USER, BOT | keys, BOT | {"weight": 4}]}, "messages")
+    assert weights(row) == [1.0, weight, 4.0]
+    assert not set(row.messages[1].template) & {"weight", "loss_weight", "train"}
+
+
+WEIGHT = "message weight is not a number from 0 to 10"
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        (BOT | {"weight": -0.1}, WEIGHT),
+        (BOT | {"weight": 10.5}, WEIGHT),
+        (BOT | {"weight": float("nan")}, WEIGHT),
+        (BOT | {"loss_weight": True}, WEIGHT),
+        (BOT | {"weight": "1"}, WEIGHT),
+        (BOT | {"weight": 10**400}, WEIGHT),
+        (BOT | {"weight": 1, "loss_weight": 2}, "message weight and loss_weight differ"),
+        (BOT | {"train": 0}, "message train is not true or false"),
+        ("hello", "message is not an object"),
+        ({"content": "x"}, "message has no role"),
+        ({"role": None, "content": "x"}, "message has no role"),
+        ({"role": "narrator", "content": "x"}, "unknown role"),
+        ({"role": ["user"], "content": "x"}, "unknown role"),
+        ({"role": "function_call", "content": "{}"}, "unknown role"),  # of sharegpt only
+        ({"role": "user", "content": None}, "message content is null"),
+        ({"role": "user"}, "message content is null"),
+        ({"role": "user", "content": None, "tool_calls": [CALL]}, "message content is null"),
+        (BOT | {"content": None}, "message content is null"),
+        (BOT | {"content": None, "weight": 0}, "message content is null"),
+        (BOT | {"content": None, "tool_calls": []}, "message content is null"),
+        (BOT | {"content": 4}, "message content is not text"),
+        (BOT | {"content": {"text": "x"}}, "message content is not text"),
+        (BOT | {"content": ["x"]}, "message content is not text"),
+        (BOT | {"content": [{"type": "image", "url": "x"}]}, "message content is not text"),
+        (BOT | {"content": [{"type": "text", "text": 3}]}, "message content is not text"),
+        (BOT | {"content": ""}, "message content is empty"),
+        (BOT | {"content": " \n"}, "message content is empty"),
+        (BOT | {"content": []}, "message content is empty"),
+        (BOT | {"name": 3}, "message name is not a string"),
+        (BOT | {"reasoning_content": ["x"]}, "message reasoning_content is not a string"),
+        (BOT | {"content": "\udc00"}, "message is not valid Unicode"),
+        (BOT | {"thinking": "\udc00"}, "message is not valid Unicode"),
+    ],
+)
+def test_rejected_messages(turn: object, reason: str) -> None:
+    rejected = refused({"messages": [USER, turn, BOT]}, "messages")
+    assert rejected.reason == reason
+    assert rejected.detail.startswith("message 2")
+
+
+CALLS = "tool_calls is not a list of calls with name and arguments"
+
+
+@pytest.mark.parametrize(
+    ("calls", "reason"),
+    [
+        (CALL, CALLS),
+        ("[]", CALLS),
+        ([None], CALLS),
+        ([{}], CALLS),
+        ([{"function": {"arguments": {}}}], CALLS),
+        ([{"function": {"name": "f"}}], CALLS),
+        ([{"function": {"name": "f", "arguments": [1]}}], CALLS),
+        ([{"function": "f"}], CALLS),
+        # A surrogate that only appears once the arguments are parsed, and one in a key.
+        ([{"name": "f", "arguments": '{"a": "\\ud83d"}'}], "message is not valid Unicode"),
+        ([{"name": "f", "arguments": {"\ud83d": 1}}], "message is not valid Unicode"),
+        (
+            [{"name": "f", "arguments": '{"a":' + "[" * 300 + "]" * 300 + "}"}],
+            "nested more than 64 levels deep",
+        ),
+    ],
+)
+def test_rejected_tool_calls(calls: object, reason: str) -> None:
+    assert refused({"messages": [BOT | {"tool_calls": calls}]}, "messages").reason == reason
+
+
+def test_an_answer_not_trained_on_may_be_empty() -> None:
+    row = accepted({"messages": [USER, BOT | {"content": "", "train": False}, BOT]}, "messages")
+    assert weights(row) == [1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": []}, "field messages is empty"),
+        ({"messages": None}, "field messages is null"),
+        ({"messages": "[]"}, "field messages is not a list"),
+        ({"messages": {"role": "user"}}, "field messages is not a list"),
+        ({"other": []}, "field messages is missing"),
+        ({"messages": [{"role": "system", "content": "s"}]}, "no assistant turn to learn from"),
+        ({"messages": [USER, USER]}, "no assistant turn to learn from"),
+        ({"messages": [USER, BOT | {"weight": 0}]}, "every assistant turn has weight 0"),
+        ({"messages": [USER, BOT | {"train": False}]}, "every assistant turn has weight 0"),
+        (CHAT | {"tools": {"a": 1}}, "tools is not a list of objects"),
+        (CHAT | {"tools": ["f"]}, "tools is not a list of objects"),
+        (CHAT | {"tools": "[1]"}, "tools is not a list of objects"),
+        (CHAT | {"tools": '[{"a": '}, "tools is not a list of objects"),
+        (CHAT | {"tools": '{"name": "f"}'}, "tools is not a list of objects"),
+        (CHAT | {"tools": 5}, "tools is not a list of objects"),
+        (CHAT | {"tools": [{"name": "\ud800"}]}, "field tools is not valid Unicode"),
+    ],
+)
+def test_rejected_conversations(record: dict, reason: str) -> None:
+    assert refused(record, "messages").reason == reason
+
+
+def test_tools_as_text_and_none() -> None:
+    assert accepted(CHAT | {"tools": '[{"name": "f"}]'}, "messages").tools == ({"name": "f"},)
+    for none in (None, "", " ", "null", "[]", []):
+        assert accepted(CHAT | {"tools": none}, "messages").tools == ()
+
+
+# Prompts and completions that are messages -------------------------------------------------------
+
+
+def test_conversational_prompt_and_completion() -> None:
+    record = {
+        "prompt": [USER, BOT | {"content": ""}, USER],
+        "completion": [BOT | {"weight": 3}, USER, BOT],
+        "tools": [{"name": "f"}],
+    }
+    row = accepted(record, "prompt_completion")
+    assert (row.kind, row.prompt, row.completion) == ("messages", "", "")
+    assert weights(row) == [0.0, 0.0, 0.0, 3.0, 1.0, 1.0]
+    assert [message.content for message in row.messages] == ["u", "", "u", "b", "u", "b"]
+    assert row.tools == ({"name": "f"},)
+    assert weights(accepted({"prompt": [], "completion": [BOT]}, "prompt_completion")) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "reason"),
+    [
+        ("p", [BOT], "only one of prompt and completion is a list of messages"),
+        ([USER], "c", "only one of prompt and completion is a list of messages"),
+        ([USER], None, "field completion is null"),
+        ([USER], [], "field completion is empty"),
+        ([USER], [USER], "no assistant turn to learn from"),
+        ([USER, BOT], [USER], "every assistant turn has weight 0"),
+        ([USER | {"weight": 11}], [BOT], WEIGHT),
+    ],
+)
+def test_rejected_conversational_prompts(prompt: object, completion: object, reason: str) -> None:
+    record = {"prompt": prompt, "completion": completion}
+    assert refused(record, "prompt_completion").reason == reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "asked", "answer"),
+    [
+        ("prompt_completion", PC, "p", "c"),
+        ("question_answer", QA, "q", "a"),  # without the frame of a prompt: the template has one
+        ("alpaca", ALPACA, "i", "o"),
+        ("alpaca", ALPACA | {"input": "n"}, "i\n\nn", "o"),
+    ],
+)
+def test_prompts_as_messages(kind: str, record: dict, asked: str, answer: str) -> None:
+    row = accepted(record | {"weight": 2}, kind, RowReading(as_messages=True))
+    assert templates(row) == [
+        {"role": "user", "content": asked},
+        {"role": "assistant", "content": answer},
+    ]
+    assert (row.kind, row.weight, weights(row)) == (kind, 2.0, [1.0, 1.0])
+    assert (row.prompt, row.completion) == ("", "")
+
+
+def test_as_messages_leaves_the_others_as_they_are_and_needs_a_prompt() -> None:
+    reading = RowReading(as_messages=True)
+    for kind in ("messages", "sharegpt", "text"):
+        assert accepted(KINDS[kind], kind, reading) == accepted(KINDS[kind], kind)
+    empty = refused(PC | {"prompt": " "}, "prompt_completion", reading)
+    assert empty.reason == "field prompt is empty"
+
+
+# ShareGPT ----------------------------------------------------------------------------------------
+
+
+def test_sharegpt_becomes_messages() -> None:
+    turns = [
+        {"from": "human", "value": "u"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}', "weight": 2},
+        {"from": "observation", "value": "{}"},
+        {"from": "chatgpt", "value": "b", "train": False},
+        {"from": "function_call", "value": '[{"name": "g", "arguments": "{}"}]'},
+        {"from": "function_response", "value": ""},
+        {"from": "tool", "value": "t"},
+    ]
+    row = accepted(
+        {"conversations": turns, "system": "Be kind.", "tools": '[{"name": "f"}]'}, "sharegpt"
+    )
+    functions = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
+    calls = [{"type": "function", "function": function} for function in functions]
+    assert templates(row) == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": None, "tool_calls": calls[:1]},
+        {"role": "tool", "content": "{}"},
+        {"role": "assistant", "content": "b"},
+        {"role": "assistant", "content": None, "tool_calls": calls[1:]},
+        {"role": "tool", "content": ""},
+        {"role": "tool", "content": "t"},
+    ]
+    assert weights(row) == [1.0, 1.0, 2.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+    assert (row.kind, row.tools) == ("sharegpt", ({"name": "f"},))
+    for none in (None, "", " "):
+        assert templates(accepted(SHAREGPT | {"system": none}, "sharegpt")) == [USER, BOT]
+
+
+FUNCTION_CALL = "function_call is not JSON of calls with name and arguments"
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"from": "developer", "value": "x"}, "unknown role"),
+        ({"role": "user", "content": "x"}, "message has no role"),
+        ({"from": "human", "content": "x"}, "message content is null"),
+        ({"from": "function_call", "value": "f(x)"}, FUNCTION_CALL),
+        ({"from": "function_call", "value": '{"name": "f"}'}, FUNCTION_CALL),
+        ({"from": "function_call", "value": '{"arguments": {}}'}, FUNCTION_CALL),
+        ({"from": "function_call", "value": '{"name": "f", "arguments": 1}'}, FUNCTION_CALL),
+        ({"from": "function_call", "value": "[]"}, FUNCTION_CALL),
+        ({"from": "function_call", "value": "null"}, FUNCTION_CALL),
+        ({"from": "function_call", "value": None}, FUNCTION_CALL),
+        ({"from": "function_call", "value": "[" * 100_000}, FUNCTION_CALL),
+    ],
+)
+def test_rejected_sharegpt(turn: dict, reason: str) -> None:
+    record = {"conversations": [turn, *SHAREGPT["conversations"]]}
+    assert refused(record, "sharegpt").reason == reason
+
+
+def test_rejected_system_prompts() -> None:
+    own = {"conversations": [{"from": "system", "value": "s"}, *SHAREGPT["conversations"]]}
+    twice = refused(own | {"system": "x"}, "sharegpt")
+    assert twice.reason == "system is given twice: as a field and as the first turn"
+    assert refused(SHAREGPT | {"system": 3}, "sharegpt").reason == "field system is not a string"
+
+
+# Whole rows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_weight(kind: str) -> None:
+    for given, weight in ((None, 1.0), (0, 0.0), (2.5, 2.5), (10, 10.0), ("2.5", 2.5)):
+        assert accepted(KINDS[kind] | {"weight": given}, kind).weight == weight
+    for bad in (-1, 10.01, float("inf"), float("nan"), True, "x", "", "nan", [1], "11"):
+        rejected = refused(KINDS[kind] | {"weight": bad}, kind)
+        assert rejected.reason == "row weight is not a number from 0 to 10"
+
+
+def test_columns_under_other_names() -> None:
+    reading = RowReading(columns={"question": "Body", "answer": "meta.solution.text"})
+    record = {"Body": "q", "meta": {"solution": {"text": "a"}}, "answer": "not this one"}
+    row = accepted(record, "question_answer", reading)
+    assert row == accepted(QA, "question_answer")
+    # A column that has dots in its own name, and two fields that change places.
+    dotted = RowReading(columns={"text": "a.b"})
+    assert accepted({"a.b": "x", "a": {"b": "y"}}, "text", dotted).completion == "x"
+    swapped = RowReading(columns={"prompt": "completion", "completion": "prompt"})
+    row = accepted(PC, "prompt_completion", swapped)
+    assert (row.prompt, row.completion) == ("c", "p")
+
+
+def test_columns_inside_messages() -> None:
+    reading = RowReading(
+        columns={"messages": "log.turns", "message.role": "who", "message.content": "says"}
+    )
+    turns = [{"who": "human", "says": "u"}, {"who": "model", "says": "b"}]
+    assert templates(accepted({"log": {"turns": turns}}, "messages", reading)) == [USER, BOT]
+    as_sharegpt = RowReading(columns={**(reading.columns or {}), "conversations": "log.turns"})
+    turns[1]["who"] = "chatgpt"
+    assert templates(accepted({"log": {"turns": turns}}, "sharegpt", as_sharegpt)) == [USER, BOT]
+
+
+def test_a_mapped_column_that_is_not_there() -> None:
+    reading = RowReading(columns={"question": "body"})
+    rejected = refused({"Body": "q", "question": "x", "answer": "a"}, "question_answer", reading)
+    assert rejected.reason == "field question is missing"
+    assert rejected.detail == "column body; found Body, answer"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"Question": "Body"}, r"no field Question, .* Did you mean question\?"),
+        ({"Body": "question"}, r"Our field comes first: dataset.columns=\{question: Body\}"),
+        ({"question": 3}, "expected the name of a column"),
+        ({"question": ""}, "expected the name of a column"),
+    ],
+)
+def test_unknown_columns(columns: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        decide_format([QA], "question_answer", columns)
+    with pytest.raises(DataError, match=message):  # before anything is read
+        open_rows(SourceSpec(file_dataset_path="no/such.jsonl"), RowReading(columns=columns))
+
+
+def test_group_and_time() -> None:
+    reading = RowReading(group_key="meta.thread", time_key="at")
+
+    def read(group: object, time: object) -> Row:
+        return accepted(QA | {"meta": {"thread": group}, "at": time}, "question_answer", reading)
+
+    row = read("t1", 5)
+    assert (row.group, row.time) == ("t1", 5.0)
+    assert read(7, 5).group == "7"
+    for given, time in (
+        (" 2024-02-29 ", "2024-02-29"),
+        ("2024-02-29 10:00", "2024-02-29T10:00:00"),
+        ("2024-02-29T10:00:00Z", "2024-02-29T10:00:00+00:00"),
+        ("2024-02-29T10:00:00.1+0200", "2024-02-29T10:00:00.100000+02:00"),
+        ("2024-02-29T10:00:00,123456789-05:30", "2024-02-29T10:00:00.123456-05:30"),
+        (datetime.datetime(2024, 2, 29, 10), "2024-02-29T10:00:00"),
+        (datetime.date(2024, 2, 29), "2024-02-29"),
+        ("1700000000.5", 1700000000.5),
+    ):
+        assert read("x", given).time == time
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"at": 1}, "group_key thread is missing"),
+        ({"at": 1, "thread": None}, "group_key thread is missing"),
+        ({"at": 1, "thread": " "}, "group_key thread is missing"),
+        ({"at": 1, "thread": float("nan")}, "group_key thread is missing"),
+        ({"at": 1, "thread": ["x"]}, "group_key thread is not a string or number"),
+        ({"at": 1, "thread": "\ud800"}, "group_key thread is not a string or number"),
+        ({"thread": "x"}, "time_key at is missing"),
+        *(
+            ({"thread": "x", "at": bad}, "time_key at is not a number or an ISO date")
+            for bad in (True, [], float("nan"), float("inf"), "soon", "2023-02-29", "29.02.2024")
+        ),
+        *(
+            ({"thread": "x", "at": bad}, "time_key at is not a number or an ISO date")
+            for bad in ("2024-02-29T25:00", "2024-02-29T10:00+29:00", "2024-02-29T")
+        ),
+    ],
+)
+def test_rejected_groups_and_times(fields: dict, reason: str) -> None:
+    reading = RowReading(group_key="thread", time_key="at")
+    assert refused(QA | fields, "question_answer", reading).reason == reason
+
+
+def test_ids_may_occur_once(write_rows: Callable[..., Path]) -> None:
+    ids = ["a", "b", "a", 1, "1", None, [2], "c"]
+    rows = [QA | {"id": value} for value in ids]
+    rows.insert(7, QA | {"id": "c", "answer": ""})  # rejected, so it claims no id
+    source = SourceSpec(file_dataset_path=str(write_rows(*rows, QA)))
+    _, results = open_rows(source, RowReading(id_key="id"))
+    got = [r if isinstance(r, Rejection) else r.row_id for r in results]
+    at = "rows.jsonl:{}".format
+    assert got == [
+        at(1),
+        at(2),
+        Rejection(at(3), "duplicated id", f"'a' is the id of {at(1)} already"),
+        at(4),
+        Rejection(at(5), "duplicated id", f"'1' is the id of {at(4)} already"),
+        Rejection(at(6), "id_key id is missing"),
+        Rejection(at(7), "id_key id is not a string or number", "a list"),
+        Rejection(at(8), "field answer is empty"),
+        at(9),
+        Rejection(at(10), "id_key id is missing"),
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_details_are_short_and_printable(kind: str) -> None:
+    big = "\ud800" * 10_000
+    role = {"role": big, "from": big, "content": "x", "value": "x"}
+    for record in ({big: 1}, {"messages": [role], "conversations": [role]}):
+        detail = refused(record, kind).detail
+        assert len(detail) < 300
+        detail.encode("utf-8")
+
+
+# Which kind --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sample", "kind", "why"),
+    [
+        ([PC, PC], "prompt_completion", "2 of the first 2 rows have prompt and completion"),
+        ([QA | {"id": 3}], "question_answer", "1 of the first 1 rows have question and answer"),
+        ([TEXT, {"other": 1}], "text", "1 of the first 2 rows have text"),
+        ([ALPACA, {}], "alpaca", "1 of the first 2 rows have instruction and output"),
+        ([CHAT | {"prompt": "u"}], "messages", "1 of the first 1 rows have messages"),
+        ([SHAREGPT], "sharegpt", "1 of the first 1 rows have conversations"),
+        ([{"prompt": [USER], "completion": [BOT]}], "prompt_completion", "1 of the first 1"),
+        # What Arrow fills in does not make a mixture, and is named where there is nothing else.
+        ([PC | {"text": None}, PC], "prompt_completion", "2 of the first 2"),
+        ([{"text": None}], "text", "1 of the first 1"),
+        ([PC, Rejection("f:2", "malformed JSON")], "prompt_completion", "1 of the first 2 rows"),
+    ],
+)
+def test_auto(sample: list, kind: str, why: str) -> None:
     decision = decide_format(sample, "auto")
     assert decision.kind == kind
-    assert f"of the first {len(sample)} rows have" in decision.why
+    assert decision.why.startswith(why)
+
+
+def test_auto_prefers_a_list_of_messages_over_strings_and_says_so() -> None:
+    decision = decide_format([CHAT | PC, CHAT, CHAT | PC], "auto")
+    assert decision.kind == "messages"
+    assert decision.why == (
+        "3 of the first 3 rows have messages, a list of messages, which is preferred over the "
+        "strings beside it: prompt and completion (2 rows)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,6 +648,12 @@ def test_auto(sample: list[dict], kind: str) -> None:
         ([PC, QA, QA], "question_answer: 2 rows, prompt_completion: 1 rows"),
         ([PC | TEXT] * 3, "prompt_completion + text: 3 rows"),
         ([TEXT, QA, {}], "question_answer: 1 rows, none: 1 rows"),
+        ([CHAT | TEXT], "messages + text: 1 rows"),
+        ([CHAT | SHAREGPT], "messages + sharegpt: 1 rows"),
+        ([ALPACA | TEXT], "alpaca + text: 1 rows"),
+        ([PC | {"messages": "m"}], "prompt_completion + messages: 1 rows"),
+        ([CHAT | {"prompt": [USER], "completion": [BOT]}], "prompt_completion + messages: 1"),
+        ([CHAT | PC, PC], "messages: 1 rows, prompt_completion: 1 rows"),
     ],
 )
 def test_auto_refuses_a_mixture(sample: list[dict], counts: str) -> None:
@@ -79,27 +665,159 @@ def test_auto_refuses_a_mixture(sample: list[dict], counts: str) -> None:
 
 def test_auto_with_no_known_fields_names_what_it_found() -> None:
     with pytest.raises(DataError) as caught:
-        decide_format([{"Body": "b", "Answer": 1}], "auto", "eval")
+        decide_format([{"Body": "b", "Answer": 1}], "auto", {"answer": "solution"}, "eval")
     assert "eval source" in str(caught.value)
     assert "Found Answer, Body; expected {prompt, completion}" in str(caught.value)
+    assert "No row has answer (column solution) of dataset.columns" in str(caught.value)
+
+
+def test_auto_where_nothing_can_be_read() -> None:
+    broken = [Rejection(f"f:{n}", "malformed JSON", "cut") for n in (1, 2)]
+    with pytest.raises(DataError, match=r"none of the first 2 rows .* \(malformed JSON: 2; .* f:1"):
+        decide_format(broken, "auto")
+    assert decide_format(broken, "text").kind == "text"
+
+
+def test_auto_decides_after_columns_are_named() -> None:
+    record = {"Body": "q", "Answer": "a"}
+    columns = {"question": "Body", "answer": "Answer"}
+    assert decide_format([record], "auto", columns).kind == "question_answer"
 
 
 def test_requested_kind_is_taken_and_unknown_refused() -> None:
-    assert decide_format([PC | TEXT], "text").kind == "text"
-    with pytest.raises(DataError, match="dataset.format=alpaca is not known"):
-        decide_format([PC], "alpaca")
+    for kind in KINDS:
+        assert decide_format([PC | TEXT], kind).kind == kind
+    with pytest.raises(DataError, match="dataset.format=message is not .* Did you mean messages"):
+        decide_format([PC], "message")
+
+
+# Files -------------------------------------------------------------------------------------------
 
 
 def test_rows_beyond_the_sample_that_differ_are_rejected(write_rows: Callable[..., Path]) -> None:
     path = write_rows(*[PC] * 150, QA)
-    decision, rows = open_rows(SourceSpec(file_dataset_path=str(path)), "auto")
+    source = SourceSpec(file_dataset_path=str(path), name="main")
+    decision, rows = open_rows(source, RowReading())
     results = list(rows)
     assert decision.kind == "prompt_completion"
-    assert [row.row_id for row in results] == [f"rows.jsonl:{n}" for n in range(1, 152)]
-    assert [row.row_id for row in results if isinstance(row, Rejection)] == ["rows.jsonl:151"]
+    at = "main/rows.jsonl:{}".format
+    assert [row.row_id for row in results] == [at(n) for n in range(1, 152)]
+    assert [row.row_id for row in results if isinstance(row, Rejection)] == [at(151)]
+    assert {row.source for row in results if isinstance(row, Row)} == {"main"}
+
+
+def test_unreadable_lines_come_through_in_their_place(tmp_path: Path) -> None:
+    good = json.dumps(PC).encode()
+    lines = [good, good[:9], b'{"prompt": "\xff"}', b"[1]"] + [good] * SAMPLE_ROWS + [good[:-1]]
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    decision, rows = open_rows(
+        SourceSpec(file_dataset_path=str(tmp_path / "rows.jsonl")), RowReading()
+    )
+    results = list(rows)
+    assert decision.why.startswith(f"{SAMPLE_ROWS - 3} of the first {SAMPLE_ROWS} rows have")
+    assert [row.row_id for row in results] == [f"rows.jsonl:{n}" for n in range(1, len(lines) + 1)]
+    bad = [n for n, row in enumerate(results) if isinstance(row, Rejection)]
+    assert bad == [1, 2, 3, len(lines) - 1]
 
 
 def test_load_rows_takes_the_first_usable(write_rows: Callable[..., Path]) -> None:
     path = write_rows(PC, PC | {"prompt": None}, PC | {"prompt": "third"}, PC)
     rows = load_rows(SourceSpec(file_dataset_path=str(path)), 2)
     assert [row.prompt for row in rows] == ["p", "third"]
+    reading = RowReading(format="text", columns={"text": "completion"})
+    (row,) = load_rows(SourceSpec(file_dataset_path=str(path)), 1, reading=reading)
+    assert row == Row("rows.jsonl:1", "text", "", "c")
+
+
+def test_a_row_of_ten_megabytes(write_rows: Callable[..., Path]) -> None:
+    text = "x" * 10_000_000
+    path = write_rows({"messages": [USER, BOT | {"content": text}]})
+    (row,) = load_rows(SourceSpec(file_dataset_path=str(path)), 1)
+    assert row.messages[1] == Message({"role": "assistant", "content": text})
+
+
+def test_reasons_are_all_listed() -> None:
+    """Documents and reports rely on the list: nothing else is given, and each entry is used."""
+    source = Path(rows_module.__file__).read_text(encoding="utf-8")
+    code = source.replace(source[source.index("REASONS = (") : source.index("_MISSING =")], "")
+    names = {name for name in re.findall(r"\b[A-Z][A-Z_]+\b", code) if hasattr(rows_module, name)}
+    constants = {name: getattr(rows_module, name) for name in names}
+    used = {name for name in names if len(re.findall(rf"\b{name}\b", code)) > 1}
+    assert {str(constants[name]) for name in used} >= set(REASONS)
+    raised = set(re.findall(r"(?:_Unusable|Rejection)\((?:row\.row_id, )?([A-Z_]{3,})", code))
+    assert len(raised) > 15
+    assert {constants[name] for name in raised} <= set(REASONS)
+
+
+REAL = [
+    # file, columns, kind, accepted, rejected by reason
+    ("gsm8k/test.jsonl", None, "question_answer", 1319, {}),
+    ("instruction_data_rasbt.json", None, "alpaca", 1100, {}),
+    ("llamafactory_identity.json", None, "alpaca", 91, {}),
+    ("litgpt_dolly.json", {"input": "context", "output": "response"}, "alpaca", 12, {}),
+    ("fastchat_dummy_conversation.json", None, "sharegpt", 500, {}),
+    ("llamafactory_glaive_toolcall_en_demo.json", None, "sharegpt", 300, {}),
+    ("axolotl_conversation.json", None, "sharegpt", 1, {}),
+    (
+        "axolotl_conversation.missingturns.json",
+        None,
+        "sharegpt",
+        0,
+        {"message content is empty": 1},
+    ),
+    ("torchtune_chat_tiny.json", None, "sharegpt", 1, {}),
+    ("tinker_conversations.jsonl", None, "messages", 128, {}),
+    ("llamafactory_v1_sft_demo.jsonl", None, "messages", 500, {}),
+    ("sgd_dev_messages.jsonl", None, "messages", 780, {}),
+    ("mlx_superbowl_all.jsonl", None, "prompt_completion", 1944, {}),
+    ("tinystories_qa.jsonl", None, "prompt_completion", 225, {}),
+    ("svamp.json", {"question": "Question", "answer": "Equation"}, "question_answer", 1000, {}),
+    (
+        "svamp.json",
+        {"question": "Body", "answer": "Answer"},  # a number; how to write it is not ours to guess
+        "question_answer",
+        0,
+        {"field answer is not a string": 1000},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "columns", "kind", "usable", "rejected"), REAL)
+def test_real_data(
+    shared_dir: Path, name: str, columns: dict | None, kind: str, usable: int, rejected: dict
+) -> None:
+    source = SourceSpec(file_dataset_path=str(shared_dir / "data" / name))
+    decision, rows = open_rows(source, RowReading(columns=columns))
+    results = list(rows)
+    assert decision.kind == kind
+    assert Counter(row.reason for row in results if isinstance(row, Rejection)) == rejected
+    assert sum(isinstance(row, Row) for row in results) == usable
+
+
+def test_real_tool_calls_and_weights(shared_dir: Path) -> None:
+    def rows_of(name: str) -> list[Row]:
+        return load_rows(SourceSpec(file_dataset_path=str(shared_dir / "data" / name)), 1000)
+
+    for name, count in (
+        ("sgd_dev_messages.jsonl", 1587),
+        ("llamafactory_glaive_toolcall_en_demo.json", 211),
+    ):
+        turns = [message.template for row in rows_of(name) for message in row.messages]
+        calls = [call for turn in turns for call in turn.get("tool_calls", [])]
+        assert sum("tool_calls" in turn for turn in turns) == count
+        assert all(isinstance(call["function"]["arguments"], dict) for call in calls)
+        assert sum(turn["role"] == "tool" for turn in turns) == count
+    for row in rows_of("llamafactory_v1_sft_demo.jsonl"):
+        assert [(m.role, m.weight) for m in row.messages] == [("user", 0.0), ("assistant", 1.0)]
+
+
+def test_real_pirate_conversations(shared_dir: Path, write_rows: Callable[..., Path]) -> None:
+    """One file with two splits, which sources refuse to choose between."""
+    file = shared_dir / "data" / "pirate_conversations.json"
+    splits = json.loads(file.read_text(encoding="utf-8"))
+    path = write_rows(*splits["train"])
+    columns = {"prompt": "user", "completion": "assistant"}
+    decision, rows = open_rows(SourceSpec(file_dataset_path=str(path)), RowReading(columns=columns))
+    got = [(row.prompt, row.completion) for row in rows if isinstance(row, Row)]
+    assert decision.kind == "prompt_completion"
+    assert got == [(turn["user"], turn["assistant"]) for turn in splits["train"]]

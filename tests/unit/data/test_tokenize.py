@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from torchprime.data.rows import QUESTION_PROMPT, Rejection, Row
-from torchprime.data.tokenize import Example, fit_to_block, tokenize_rows
+from torchprime.data.rows import QUESTION_PROMPT, Row
+from torchprime.data.sources import Rejection
+from torchprime.data.tokenize import RULES, Example, fit_to_block, tokenize_rows
 from torchprime.data.tokenizer import Tokenizer
 from torchprime.errors import DataError
 
@@ -255,12 +257,14 @@ def test_settings_that_cannot_be(build: SimpleNamespace, make_tokenizer: MakeTok
 
 def example_of(prompt: int, completion: int) -> Example:
     length = prompt + completion
-    return Example("f:7", np.arange(length, dtype=np.int32), np.arange(length) >= prompt, "joint")
+    weights = (np.arange(length) >= prompt).astype(np.float32)
+    rules = np.where(weights > 0, RULES.index("completion"), 0).astype(np.uint8)
+    return Example("f:7", np.arange(length, dtype=np.int32), weights, rules, "joint")
 
 
 def test_truncation_keeps_what_fits() -> None:
     fitting = example_of(3, 5)
-    for truncation in ("drop", "right", "error"):
+    for truncation in ("drop", "left", "right", "split", "error"):
         assert fit_to_block(fitting, 8, truncation) is fitting
 
 
@@ -269,8 +273,8 @@ def test_truncation_drop_and_error() -> None:
     assert rejected == Rejection("f:7", "longer than block_size", "9 tokens")
     with pytest.raises(DataError, match="f:7: the row has 9 tokens, dataset.block_size is 8"):
         fit_to_block(example_of(3, 6), 8, "error")
-    with pytest.raises(DataError, match="dataset.truncation=left is not known"):
-        fit_to_block(example_of(3, 6), 8, "left")
+    with pytest.raises(DataError, match="dataset.truncation=middle is not known"):
+        fit_to_block(example_of(3, 6), 8, "middle")
 
 
 def test_truncation_right_keeps_only_rows_with_a_target() -> None:
@@ -282,3 +286,53 @@ def test_truncation_right_keeps_only_rows_with_a_target() -> None:
     rejected = fit_to_block(example_of(8, 6), 8, "right")
     assert isinstance(rejected, Rejection)
     assert rejected.reason == "no supervised token left after truncation"
+
+
+def test_truncation_left_keeps_the_end_and_bos() -> None:
+    long = example_of(7, 6)
+    kept = fit_to_block(long, 8, "left")
+    assert isinstance(kept, Example)
+    assert kept.ids.tolist() == list(range(5, 13))
+    assert kept.targets().tolist() == [-100, 7, 8, 9, 10, 11, 12, -100]
+    rules = long.rules.copy()
+    rules[0] = RULES.index("bos")
+    kept = fit_to_block(replace(long, rules=rules), 8, "left")
+    assert isinstance(kept, Example)
+    assert kept.ids.tolist() == [0, *range(6, 13)]
+    # All that is left is the one supervised token, first, with nothing to predict it.
+    only = replace(long, weights=(np.arange(13) == 5).astype(np.float32))
+    rejected = fit_to_block(only, 8, "left")
+    assert isinstance(rejected, Rejection)
+    assert rejected.reason == "no supervised token left after truncation"
+
+
+def test_truncation_split_is_for_texts() -> None:
+    text = replace(example_of(1, 20), divisible=True)
+    assert fit_to_block(text, 8, "split") is text
+    assert fit_to_block(example_of(3, 6), 8, "split") == Rejection(
+        "f:7", "longer than block_size", "9 tokens"
+    )
+
+
+def test_rules_name_what_set_each_label(
+    build: SimpleNamespace, make_tokenizer: MakeTokenizer
+) -> None:
+    tokenizer = make_tokenizer(build.begin_with_bos(build.byte_level()), bos_token="<s>")
+
+    def rules(row: Row, mode: str) -> list[str]:
+        return [RULES[rule] for rule in one(row, tokenizer, mode).rules]
+
+    row = pair("ab", "cd")
+    ended = ["completion", "completion", "stop"]
+    assert rules(row, "completion") == ["bos", "context", "context", *ended]
+    assert rules(row, "auto") == rules(row, "completion")
+    assert rules(row, "all") == ["bos", "all", "all", *ended]
+    assert rules(Row("f:1", "text", "", "ab"), "auto") == ["bos", "all", "all", "stop"]
+
+
+def test_row_weight_scales_the_loss(build: SimpleNamespace, make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer(build.byte_level())
+    example = one(replace(pair("a", "bc"), weight=2.5), tokenizer)
+    assert example.weights.tolist() == [0, 2.5, 2.5, 2.5]
+    (result,) = tokenize_rows([replace(pair("a", "b"), weight=0.0)], tokenizer, "completion")
+    assert result == Rejection("f:1", "no supervised token", "the row's weight is 0")

@@ -47,7 +47,9 @@ def make_batch(seed: int) -> Batch:
             targets[b, first : stop - 1] = ids[b, first + 1 : stop]
     ids[segments == 0] = 0
     weights = (rng.integers(1, 4, shape) * (targets >= 0)).astype(np.float32)
-    return Batch(ids, targets, weights, positions, segments)
+    # Of two sources: that of a token goes by its segment and block, as in a mixture.
+    sources = ((segments + np.arange(B)[:, None]) % 2).astype(np.int32)
+    return Batch(ids, targets, weights, positions, segments, sources)
 
 
 def make_model(tied: bool):
@@ -62,7 +64,8 @@ def make_model(tied: bool):
     return config, model
 
 
-def loss_of(model, batch: Batch) -> torch.Tensor:
+def loss_of(model, batch: Batch, source: int | None = None) -> torch.Tensor:
+    """The mean loss per weight, of all tokens or of one source's."""
     segments = torch.from_numpy(batch.segment_ids)
     allowed = (segments[:, :, None] == segments[:, None, :]) & torch.ones(S, S).tril().bool()
     mask = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
@@ -74,6 +77,8 @@ def loss_of(model, batch: Batch) -> torch.Tensor:
     targets = torch.from_numpy(batch.targets).long().flatten()
     nll = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
     weights = torch.from_numpy(batch.loss_weights).flatten()
+    if source is not None:
+        weights = weights * torch.from_numpy(batch.source_ids == source).flatten()
     return (nll * weights).sum() / weights.sum()
 
 
@@ -88,8 +93,10 @@ def train(tied: bool = False) -> dict:
         lr=LR,
         eps=EPS,
     )
-    losses, norms = [], []
+    losses, norms, by_source = [], [], []
     for step in range(STEPS):
+        with torch.no_grad():
+            by_source.append([loss_of(model, make_batch(step), source).item() for source in (0, 1)])
         loss = loss_of(model, make_batch(step))
         optimizer.zero_grad()
         loss.backward()
@@ -103,6 +110,7 @@ def train(tied: bool = False) -> dict:
         "start": start,
         "losses": losses,
         "norms": norms,
+        "by_source": by_source,
         "weights": weights,
         "held_out": held_out,
         "model": model,

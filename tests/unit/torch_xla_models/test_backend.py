@@ -19,13 +19,17 @@ from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.training.optim import AdamW
 
 WAYS = {
-    "fsdp4": dict(mesh={"fsdp": 4}),
+    "fsdp4": dict(mesh={"fsdp": 4}, options={"num_sources": 2}),
     "fsdp2-tensor2-tied": dict(mesh={"fsdp": 2, "tensor": 2}, tied=True),
     "data2-fsdp2-accumulate2": dict(mesh={"data": 2, "fsdp": 2}, accumulation=2),
     "fsdp4-remat-barrier": dict(mesh={"fsdp": 4}, remat_policy="full", optimization_barrier=True),
     "scan": dict(mesh={"fsdp": 2, "tensor": 2}, scan_layers=True),
     "scan-remat-accumulate2": dict(
-        mesh={"fsdp": 4}, scan_layers=True, remat_policy="full", accumulation=2
+        mesh={"fsdp": 4},
+        scan_layers=True,
+        remat_policy="full",
+        accumulation=2,
+        options={"num_sources": 2},
     ),
 }
 
@@ -65,6 +69,15 @@ def test_losses_norms_and_weights_are_the_references(way: str, trained, referenc
         assert moved > 1e-2, name
         error = (ours[name] - weight).abs().max()
         assert error < 1e-4 * moved, f"{name}: {error:.1e} of {moved:.1e}"
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "options" in WAYS[way]])
+def test_losses_by_source_are_the_references(way: str, trained, reference_runs) -> None:
+    for step, numbers in enumerate(trained(way)[1]):
+        weights = reference.make_batch(step).source_weights(2)
+        found = [s / w for s, w in zip(numbers.source_loss_sums, weights, strict=True)]
+        assert found == pytest.approx(reference_runs[False]["by_source"][step], rel=1e-5)
+    assert trained("scan")[1][0].source_loss_sums == ()
 
 
 @pytest.mark.parametrize("way", WAYS)

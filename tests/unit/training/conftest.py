@@ -15,8 +15,13 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
+from torchprime.data.prepare import Settings, prepare_dataset
+from torchprime.data.tokenizer import load_tokenizer
 from torchprime.torch_xla_models.train import main
+from torchprime.training.datasets import RunRows
+from torchprime.training.loop import DataOrder
 
 SPECIALS = ["<s>", "</s>", "<pad>", "<unk>"]
 VOCAB = len(SPECIALS) + 256
@@ -105,6 +110,23 @@ def command(tiny: Path, rows: tuple[Path, Path]) -> Callable[..., list[str]]:
 def run() -> Callable[[list[str]], int]:
     """The entry point, as the command line calls it; the exit code."""
     return lambda argv: run_main(main, argv)
+
+
+@pytest.fixture(scope="session")
+def order_of() -> Callable[[list[str]], DataOrder]:
+    """The batches of a command, made again from the rows, without what was kept of them."""
+
+    def make(argv: list[str]) -> DataOrder:
+        config = compose_config(argv)
+        d = config.dataset
+        data, _ = prepare_dataset(
+            RunRows.of(config).train_parts,
+            load_tokenizer(Path(str(config.model.pretrained_model))),
+            Settings(d.block_size, d.compute_loss_on, d.packing, d.truncation),
+        )
+        return DataOrder(data, config.seed, config.task.global_batch_size)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,6 @@ import torch_xla.debug.metrics as xla_metrics
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from torchprime.config.compose import compose_config
-from torchprime.data.prepare import prepare_dataset
-from torchprime.data.tokenizer import load_tokenizer
-from torchprime.training.loop import DataOrder
-from torchprime.training.trainer import source_of
-
 WEIGHTS = "model.safetensors"
 Refused = Callable[..., str]
 
@@ -104,7 +98,7 @@ def test_misspelt_key_in_a_users_own_yaml(refused: Refused, tmp_path: Path) -> N
         ("logging_steps=2.5", "a whole number, not a float"),
         ("task.optimizer.learning_rate=fast", "a number, not text"),
         ("dry_run=maybe", "true or false, not text"),
-        ("dataset.packing=frist_fit", "one of none, first_fit"),
+        ("dataset.packing=bdf", "one of none, bfd, bfd_split, wrapped"),
         ("ici_mesh.fsdp=null", "a whole number, not null"),
     ],
 )
@@ -269,8 +263,17 @@ def test_empty_dataset(content: str, refused: Refused, tmp_path: Path) -> None:
 def test_malformed_line(refused: Refused, rows_file) -> None:
     path = rows_file({23: '{"prompt": "a", "completion": "b"'})
     message = refused(f"dataset.file_dataset_path={path}")
-    assert message.startswith("mine.jsonl:23: malformed JSON")
-    assert "one JSON object per line" in message
+    assert "1 of 34 rows cannot be read" in message
+    assert "malformed JSON: 1 (mine.jsonl:23; the first: " in message
+    assert "dataset.max_unreadable_rows allows 0" in message and "Correct the file" in message
+
+
+def test_malformed_line_that_is_allowed(command, run, rows_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = rows_file({23: '{"prompt": "a", "completion": "b"'})
+    allowed = "dataset.max_unreadable_rows=1"
+    assert run(command(f"dataset.file_dataset_path={path}", allowed, "dry_run=true")) == 0
+    assert "1 rows rejected (malformed JSON: 1 (mine.jsonl:23;" in capsys.readouterr().err
 
 
 def test_rows_without_fields_past_the_limit(refused: Refused, rows_file) -> None:
@@ -278,7 +281,7 @@ def test_rows_without_fields_past_the_limit(refused: Refused, rows_file) -> None
     path = rows_file({5: bad, 17: bad})
     message = refused(f"dataset.file_dataset_path={path}")
     assert "2 of 34 rows (5.9%) are rejected" in message
-    assert "field completion is missing: 2 (mine.jsonl:5, mine.jsonl:17)" in message
+    assert "field completion is missing: 2 (mine.jsonl:5, mine.jsonl:17; the first: " in message
     assert "dataset.max_rejected_fraction allows 5.0%" in message and "raise" in message
 
 
@@ -288,7 +291,7 @@ def test_rows_without_fields_within_the_limit_are_reported(
     monkeypatch.chdir(tmp_path)
     path = rows_file({5: json.dumps({"prompt": "what?"})})
     assert run(command(f"dataset.file_dataset_path={path}", "dry_run=true")) == 0
-    assert "1 rows rejected (field completion is missing: 1 (mine.jsonl:5))" in (
+    assert "1 rows rejected (field completion is missing: 1 (mine.jsonl:5; the first: " in (
         capsys.readouterr().err
     )
 
@@ -328,22 +331,8 @@ def test_export_folder_already_used(place: str, refused: Refused, tmp_path: Path
 # A loss that is not finite ----------------------------------------------------------------------
 
 
-def batch_hash(argv: list[str], step: int) -> str:
-    """Of the 1-based step, from the rows alone."""
-    config = compose_config(argv)
-    data, _ = prepare_dataset(
-        source_of(config.dataset, None),
-        load_tokenizer(Path(str(config.model.pretrained_model))),
-        block_size=config.dataset.block_size,
-        compute_loss_on=config.dataset.compute_loss_on,
-        packing=config.dataset.packing,
-        truncation=config.dataset.truncation,
-    )
-    return DataOrder(data, config.seed, config.task.global_batch_size).batch(step - 1).hash()
-
-
 def test_diverged_run_keeps_the_weights_before(
-    command, run, tiny: Path, tmp_path: Path, capsys
+    command, run, order_of, tiny: Path, tmp_path: Path, capsys
 ) -> None:
     """The run is shorter than logging_steps: only the end looks, the device must have watched."""
     argv = command(
@@ -359,7 +348,7 @@ def test_diverged_run_keeps_the_weights_before(
     assert "Traceback" not in out + err
     message = one_error(err)
     assert "step 2 is not finite" in message
-    assert f"(batch {batch_hash(argv, 2)})" in message
+    assert f"(batch {order_of(argv).batch(1).hash()})" in message
     assert "task.optimizer.learning_rate" in message
     kept = tmp_path / "mine" / "checkpoints" / "before_divergence"
     assert f"kept in {kept}" in message
@@ -375,7 +364,7 @@ def test_diverged_run_keeps_the_weights_before(
 
 
 def test_weights_that_are_nan_from_the_start(
-    command, run, changed_weights, tmp_path: Path, capsys
+    command, run, order_of, changed_weights, tmp_path: Path, capsys
 ) -> None:
     """There is nothing sound to keep; that must not hide which step and batch it was."""
     folder = changed_weights(lambda t: t["model.layers.1.mlp.up_proj.weight"].fill_(float("nan")))
@@ -388,7 +377,7 @@ def test_weights_that_are_nan_from_the_start(
     assert "Traceback" not in out + err
     message = one_error(err)
     assert "step 1 is not finite" in message
-    assert f"(batch {batch_hash(argv, 1)})" in message
+    assert f"(batch {order_of(argv).batch(0).hash()})" in message
     assert "model.layers.1.mlp.up_proj.weight holds NaN" in message
     assert "kept in" not in message
     left = [path.name for path in (tmp_path / "out").rglob("*.safetensors")]

@@ -27,16 +27,13 @@ from torchprime.config.compose import compose_config
 from torchprime.config.load import load_config
 from torchprime.data.batch import Batch
 from torchprime.data.packed import PackedDataset
-from torchprime.data.prepare import prepare_dataset
 from torchprime.data.tokenize import Example
-from torchprime.data.tokenizer import load_tokenizer
 from torchprime.errors import DivergedError, RecompileError
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.throughput import Stopwatch
 from torchprime.metrics.writers import read_metrics
 from torchprime.training.backend import StepNumbers
 from torchprime.training.loop import BaseHook, CompileGuard, DataOrder, train_loop
-from torchprime.training.trainer import source_of
 
 STEPS, LOGGED, PEAK = 7, [3, 6, 7], 0.01
 # Linear: up from 0 in 2 updates, then down to a tenth at update 7.
@@ -67,19 +64,6 @@ class Run:
 
     def report(self) -> dict[str, Any]:
         return json.loads((self.folder / "data_report.json").read_text())
-
-    def order(self) -> DataOrder:
-        """The batches, made again from the rows and the command alone."""
-        config = compose_config(self.argv)
-        data, _ = prepare_dataset(
-            source_of(config.dataset, None),
-            load_tokenizer(Path(str(config.model.pretrained_model))),
-            block_size=config.dataset.block_size,
-            compute_loss_on=config.dataset.compute_loss_on,
-            packing=config.dataset.packing,
-            truncation=config.dataset.truncation,
-        )
-        return DataOrder(data, config.seed, config.task.global_batch_size)
 
 
 def compiles() -> int:
@@ -123,10 +107,10 @@ def first(sft) -> Run:
 # A whole run ------------------------------------------------------------------------------------
 
 
-def test_a_record_per_logged_step(first: Run) -> None:
+def test_a_record_per_logged_step(first: Run, order_of) -> None:
     assert [record["step"] for record in first.steps] == LOGGED
-    fields = {field.name for field in dataclasses.fields(StepRecord)}
-    order = first.order()
+    fields = {field.name for field in dataclasses.fields(StepRecord)} - {"source_losses"}
+    order = order_of(first.argv)
     for record in first.steps:
         assert set(record) == fields | {"kind"}
         batch = order.batch(record["step"] - 1)
@@ -267,7 +251,7 @@ def test_an_epoch_sees_every_block_once(first: Run, sft) -> None:
 
 
 def test_dry_run_tells_the_budget_without_weights(
-    command, run, tiny: Path, rows, tmp_path: Path, monkeypatch, capsys
+    command, run, tiny: Path, rows, tmp_path: Path, monkeypatch, capsys, order_of
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "bare"
@@ -281,7 +265,7 @@ def test_dry_run_tells_the_budget_without_weights(
     assert sorted(tmp_path.rglob("*")) == before
     assert compiles() == compiled
     printed = capsys.readouterr().err
-    order = Run(folder, argv, "", 0).order()
+    order = order_of(argv)
     steps = order.steps_per_epoch
     batches = [order.batch(step) for step in range(steps)]
     empty = steps * 4 - order.data.num_blocks
@@ -362,7 +346,13 @@ class Keep(BaseHook):
 
 def blocks(count: int = 7) -> PackedDataset:
     examples = [
-        Example(f"r:{n}", np.arange(n, n + 5, dtype=np.int32), np.ones(5, dtype=bool), "joint")
+        Example(
+            f"r:{n}",
+            np.arange(n, n + 5, dtype=np.int32),
+            np.ones(5, dtype=np.float32),
+            np.full(5, 5, dtype=np.uint8),
+            "joint",
+        )
         for n in range(count)
     ]
     return PackedDataset.from_examples(examples, block_size=8, pad_id=0, packing="none")
@@ -408,6 +398,7 @@ class BrokenBlocks:
     """Blocks of which the third batch cannot be built."""
 
     num_blocks = 100
+    source_names = [""]
 
     def __init__(self) -> None:
         self.left, self.data = 2, blocks(100)

@@ -1,0 +1,54 @@
+"""A config's data, prepared without a device or the model's weights."""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+from torchprime.config.schema import TrainConfig
+from torchprime.data.budget import batch_budget
+from torchprime.data.templates import ChatTemplate, resolve_template
+from torchprime.data.tokenizer import Tokenizer
+from torchprime.training.datasets import RunData, prepare_run_data
+from torchprime.training.model_files import find_model
+
+
+class Offline(NamedTuple):
+    """What the data commands work on."""
+
+    data: RunData
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+
+
+def load(config: TrainConfig) -> Offline:
+    """Prepare the config's rows, or find them prepared; what is to be said goes to stderr."""
+    files = find_model(
+        pretrained_model=config.model.pretrained_model,
+        tokenizer_name=config.model.tokenizer_name,
+        architecture=config.model.architecture,
+        cache_dir=config.dataset.cache_dir,
+        weights=False,
+    )
+    template = resolve_template(config.dataset.chat_template, files.tokenizer)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    return Offline(
+        prepare_run_data(config, files.tokenizer, template, say), files.tokenizer, template
+    )
+
+
+def prepare_offline(config: TrainConfig) -> int:
+    """Prepare, and print what one update costs."""
+    data = load(config).data.train
+    budget = batch_budget(data, config.seed, config.task.global_batch_size)
+    supervised = budget["supervised_tokens_per_update"]
+    print(
+        f"{budget['blocks']:,} blocks of {budget['block_size']:,}, {budget['steps_per_epoch']:,} "
+        f"steps per epoch at {budget['blocks_per_update']:,} blocks per update; supervised tokens "
+        f"per update: mean {supervised['mean']:,.0f}, min {supervised['min']:,}, max "
+        f"{supervised['max']:,}"
+    )
+    return 0

@@ -1,0 +1,57 @@
+"""`torchprime COMMAND --config-name NAME [overrides]`: what can be done without training."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable
+
+from torchprime.config.entry import run_main
+from torchprime.config.schema import TrainConfig
+
+
+def prepare(config: TrainConfig) -> int:
+    """Prepare the run's data now, so that training finds it done."""
+    # late: reading the model's files takes seconds, and a misspelt command needs none
+    from torchprime.cli.data import prepare_offline
+
+    return prepare_offline(config)
+
+
+def inspect(config: TrainConfig) -> int:
+    """Show real batches as the device gets them: in the terminal and as a page."""
+    # late: as above
+    from torchprime.cli.inspect import inspect_data
+
+    return inspect_data(config)
+
+
+COMMANDS: dict[str, Callable[[TrainConfig], int]] = {"prepare": prepare, "inspect": inspect}
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    lines = ["usage: torchprime COMMAND --config-name NAME [key=value ...]", ""]
+    lines += [
+        f"  {name:<9} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        print(f"error: there is no command {name!r}.{hint}\n{usage()}", file=sys.stderr)
+        return 2
+    return run_main(COMMANDS[name], rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
