@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import pytest
 import yaml
 
+from torchprime.cli.main import COMMANDS
 from torchprime.config.compose import compose_config, configs_dir
 from torchprime.config.load import free_sections, known_keys, schema_defaults
 from torchprime.config.schema import TrainConfig
@@ -83,6 +84,8 @@ def described(hint: Any) -> str:
         return f"{len(get_args(hint))} numbers"
     if get_origin(hint) is dict:
         return "mapping"
+    if get_origin(hint) is list:
+        return "list of sections"
     words = {int: "whole number", float: "number", bool: "true or false", str: "text"}
     return {**words, type(None): "null"}[hint]
 
@@ -156,6 +159,10 @@ def test_commands_compose(page: str) -> None:
         if line.startswith(TRAIN):
             argv = shlex.split(line, comments=True)[2:]
             compose_config([word for word in argv if word not in ("--cfg", "job")])
+        elif line.startswith("torchprime "):
+            command, *argv = shlex.split(line, comments=True)[1:]
+            assert command in COMMANDS
+            compose_config(argv)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -21,7 +21,7 @@ def prepare(config: TrainConfig) -> int:
 def inspect(config: TrainConfig) -> int:
     """Show real batches as the device gets them: in the terminal and as a page."""
     # late: as above
-    from torchprime.cli.inspect import inspect_data
+    from torchprime.cli.inspecting import inspect_data
 
     return inspect_data(config)
 

@@ -12,6 +12,7 @@ torch is not imported here: the entry point sets up the XLA environment from the
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ DEFAULT_CONFIG = "default"
 SCHEMA_NODE = "torchprime_schema"
 _PACKAGE = Path(torchprime.__file__).resolve().parent
 _HYDRA_VERSION = "1.3"
+OWN_KEYS = re.compile(r"dataset\.columns[.=]")
 
 
 def configs_dir() -> Path:
@@ -157,7 +159,7 @@ def parse_command(argv: list[str]) -> Command:
     return Command(
         config_name=given.config_name,
         config_dir=_user_folder(given.config_dir),
-        overrides=given.overrides,
+        overrides=[_with_own_keys(text) for text in given.overrides],
         flags=flags,
         many_runs=given.multirun and not flags,
     )
@@ -288,6 +290,11 @@ def _finish(composed: DictConfig, default_run_name: str) -> TrainConfig:
     if config.run_name is None:
         return replace(config, run_name=default_run_name.replace("/", "_"))
     return config
+
+
+def _with_own_keys(override: str) -> str:
+    """Hydra adds no key unless told to, and in a mapping of columns every key is the user's own."""
+    return f"++{override}" if OWN_KEYS.match(override) else override
 
 
 def _parse_overrides(command: Command) -> list[Override]:

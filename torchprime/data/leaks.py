@@ -7,7 +7,7 @@ Two rows are exact duplicates when their normalized texts are equal, and near-du
 Jaccard similarity of their sets of shingles reaches the threshold. MinHash and LSH (datasketch)
 only propose pairs: what is reported was compared shingle by shingle. So the report has no false
 pair, and misses a pair at the threshold with the probability 1 - `lsh_recall`: at the default
-threshold of 0.8, 5% at exactly 0.8, 0.6% at 0.85 and 0.002% at 0.9.
+threshold of 0.8, 5% at exactly 0.8, 0.6% at 0.85 and 0.01% at 0.9.
 
 Shingles that more than 2% of the rows contain (a system prompt, the frame of a template) are left
 out of the sets, else rows would be alike for what is the same in all of them.

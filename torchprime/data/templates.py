@@ -63,6 +63,7 @@ REASON_NO_SPAN = "the assistant turn's span cannot be derived exactly"
 REASON_LEFT_OUT = "the chat template leaves out what the assistant says"
 
 MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 BOS_USED = re.compile(r"\bbos_token\b")
 SENTINEL = "zqSentinel{}Qz"
 
@@ -123,7 +124,7 @@ class Rendering:
 
 @lru_cache
 def _has_marks(text: str) -> bool:
-    return MARK.search(text) is not None
+    return MARK.search(COMMENT.sub("", text)) is not None
 
 
 # Which template ---------------------------------------------------------------------------------
@@ -513,9 +514,9 @@ def _joined(marks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def _marked_span(chat: _Conversation, text: str, turn: int, start: int, end: int) -> Span:
     """A mark, without what the server feeds and without white space behind the stop token."""
     prompt = generation_prompt(chat.template)
-    at = text.rfind(prompt, 0, min(end, start + len(prompt))) if prompt else -1
-    if at >= 0 and at <= start < at + len(prompt):
-        start = at + len(prompt)
+    if prompt and not text.endswith(prompt, 0, start):
+        at = text.rfind(prompt, 0, min(end, start + len(prompt)))
+        start = max(start, at + len(prompt) if at >= 0 else 0)
     inside = chat.stops.at_end(text[start:end])
     if inside:
         return Span(turn, start, start + inside[1], start + inside[0])
@@ -528,19 +529,18 @@ def _stop_behind(
 ) -> tuple[int, int] | None:
     """The special token behind a turn's content, if it does not begin the next message.
 
-    A second one that touches it (other than after EOS) belongs to the turn if it also stands
-    there when nothing follows the turn.
+    A second one that touches it belongs to the turn if it also stands there when nothing follows
+    the turn.
     """
     found = chat.stops.after(text, position)
     if found is None or chat.is_opener(text[slice(*found)]):
         return None
     stop, end = found
     touching = chat.stops.after(text, end)
-    while touching and touching[0] == end and text[slice(*found)] != chat.template.eos_token:
-        alone = chat.render_up_to(turn + 1)
-        if chat.is_opener(text[slice(*touching)]) or not alone.startswith(text[: touching[1]]):
+    while touching and touching[0] == end and not chat.is_opener(text[slice(*touching)]):
+        if not chat.render_up_to(turn + 1).startswith(text[: touching[1]]):
             break
-        found, end = touching, touching[1]
+        end = touching[1]
         touching = chat.stops.after(text, end)
     return stop, end
 
@@ -636,7 +636,7 @@ def _end_of_calls(chat: _Conversation, text: str, turn: int, start: int) -> tupl
     closing = chat.stops.at_end(alone)
     if closing is None or not chat.messages[turn].get("tool_calls"):
         raise failed
-    if text.startswith(alone[: closing[1]]) and closing[0] >= start:
+    if text.startswith(alone[: closing[1]]):
         return closing
     exchanged = chat.with_message(turn, tool_calls=_other_arguments(chat.messages[turn]))
     behind_alone = _common_end(alone, chat.render(exchanged[: turn + 1]))

@@ -16,6 +16,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer
 
 SPECIALS = ("<|start|>", "<|end|>")
+# Tokens that would be markup if they were not escaped, in an element and in an attribute.
+MARKUP = ("</b><script>alert(1)</script>", '" onclick="alert(2)')
 CHAT = (
     "{% for m in messages %}<|start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
@@ -25,7 +27,7 @@ CHAT = (
 # What a checkpoint of this tokenizer's size would say.
 CONFIG = {
     "model_type": "llama",
-    "vocab_size": 264,
+    "vocab_size": 272,
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
@@ -46,6 +48,7 @@ def _byte_level(merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
     raw = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
+    raw.add_tokens(list(MARKUP))
     return raw
 
 

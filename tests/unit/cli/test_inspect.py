@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchprime.cli.inspect import _print
+from torchprime.cli.inspecting import _print
 from torchprime.cli.main import main
 from torchprime.data.inspection import (
     ESCAPE,
@@ -222,7 +222,7 @@ def test_one_length_is_one_bin() -> None:
 
 # The command --------------------------------------------------------------------------------------
 
-HOSTILE = f"</b></script><script>alert(1)</script>\"' onload=x {ESC}[31m \u202e €"
+HOSTILE = f'</b><script>alert(1)</script>" onclick="alert(2) {ESC}[31m \u202e €'
 CHATS = [
     {
         "messages": [
@@ -278,7 +278,8 @@ class Page(HTMLParser):
 def test_the_page_shows_what_is_learned(
     command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command(CHATS)) == 0
+    whole = ("task.max_steps=1", "task.global_batch_size=8")  # all blocks, once
+    assert main(command(CHATS, *whole)) == 0
     path = tmp_path / "out" / "mine-inspect.html"
     assert f"page       {path}" in capsys.readouterr().out
     page = Page(path.read_text(encoding="utf-8"))
@@ -300,13 +301,15 @@ def test_the_page_shows_what_is_learned(
 def test_the_page_is_one_file_that_no_row_can_break(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    assert main(command(CHATS)) == 0
+    # The same rows held out: leaked rows are quoted.
+    argv = command(CHATS, f"eval.file_dataset_path={tmp_path / 'rows.jsonl'}")
+    assert main(argv) == 0
     text = (tmp_path / "out" / "mine-inspect.html").read_text(encoding="utf-8")
-    assert ESC not in text and "\u202e" not in text and "alert(1)</script>" not in text
+    assert ESC not in text and "\u202e" not in text
     page = Page(text)
     for tag, attributes in page.elements:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base", "form")
-        assert not {"src", "srcset", "action", "onload"} & set(attributes)
+        assert not {"src", "srcset", "action", "onclick"} & set(attributes)
         assert str(attributes.get("href", "#")).startswith("#")
     assert "url(" not in page.texts["style"] and "@import" not in page.texts["style"]
     assert [tag for tag, _ in page.elements].count("script") == 1
@@ -316,8 +319,12 @@ def test_the_page_is_one_file_that_no_row_can_break(
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     )
     # What the rows say is there all the same, only not as markup.
+    written = HOSTILE.replace(ESC, r"\x1b").replace("\u202e", r"\u202e")
+    assert page.texts["small"].count(written) == 2 * len(CHATS)
     shown = "".join(text for _, text in page.tokens)
-    assert "</b></script><script>alert(1)</script>\"' onload=x \\x1b[31m" in shown
+    assert '</b><script>alert(1)</script>" onclick="alert(2) \\x1b[31m' in shown
+    titles = [str(attributes["title"]) for _, attributes in page.elements if "title" in attributes]
+    assert any(title.startswith('“" onclick="alert(2)” · id ') for title in titles)
 
 
 def test_the_terminal_marks_what_is_learned(
@@ -338,12 +345,14 @@ def test_the_terminal_marks_what_is_learned(
 def test_weights_are_told(
     command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"prompt": "a", "completion": "b", "weight": weight} for weight in (1, 0.25)]
+    rows = [{"prompt": "a", "completion": "b", "weight": weight} for weight in (2, 1, 0.5)]
     assert main(command(rows, "task.max_steps=1")) == 0
     out = capsys.readouterr().out
-    assert "a⟦b<|end|>⟧" in out and "a⟦×0.25 b<|end|>⟧" in out
+    assert all(run in out for run in ("a⟦×2 b<|end|>⟧", "a⟦b<|end|>⟧", "a⟦×0.5 b<|end|>⟧"))
     page = (tmp_path / "out" / "mine-inspect.html").read_text(encoding="utf-8")
-    assert page.count(' style="--w:0.25" title=') == 2
+    # Shades are shares of the largest weight.
+    shades = re.findall(r'<b class="s[^"]*"(?: style="--w:([\d.]+)")? title=', page)
+    assert sorted(shades) == ["", "", "0.25", "0.25", "0.5", "0.5"]
     assert "at lower weights" in page
 
 

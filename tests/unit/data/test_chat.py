@@ -16,6 +16,7 @@ import pytest
 import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from torchprime.data.chat import (
@@ -328,6 +329,26 @@ def test_pieces_after_a_neutral_character(real: Callable[[str], Tokenizer]) -> N
     assert tokenizer.decode(example.ids[:-1].tolist()) == "football"
 
 
+def test_a_prefix_that_is_tokenized_otherwise_alone(
+    build: SimpleNamespace, make_tokenizer: MakeTokenizer
+) -> None:
+    # No token crosses the border, yet what follows changes the tokens in front of it.
+    raw = build.byte_level([("a", "b")])
+    split = pre_tokenizers.Split(tokenizers.Regex("a(?=bc)|ab|."), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    tokenizer = make_tokenizer(raw)
+    assert [len(raw_ids(tokenizer, text)) for text in ("ab", "abc")] == [1, 3]
+    for start in ("", "</s>"):  # the second has a special token in front
+        text = start + "{% for m in messages %}{{ m.content }}{% endfor %}"
+        messages = [user("ab"), assistant("c")]
+        example = example_of(row(messages), tokenizer, ChatTemplate("t", text, "", "</s>"))
+        assert example.ids.tolist() == raw_ids(tokenizer, start + "ab") + raw_ids(
+            tokenizer, "c</s>"
+        )
+        assert example.boundary == "derived, separate"
+
+
 def test_no_exact_boundary(build: SimpleNamespace, make_tokenizer: MakeTokenizer) -> None:
     raw = build.sentencepiece_like([("a", "b"), *[(c, "b") for c in "\n.:0"]])
     raw.decoder = None  # decoding joins tokens with spaces: nothing apart equals the joint
@@ -448,6 +469,9 @@ def test_turns_without_a_stop_token(real: Callable[[str], Tokenizer]) -> None:
     template = ChatTemplate("t", BARE, "", "<|endoftext|>")
     found = rejection_of(row(TWO_TURNS), tokenizer, template)
     assert found == Rejection("f:1", REASON_NO_STOP, "message 1")
+    marked = "u{% generation %}{{ messages[1].content }}{% endgeneration %}{end}"
+    more = ChatTemplate("t", marked, "", "<|endoftext|>")
+    assert rejection_of(row(TWO_TURNS[:2]), tokenizer, more).reason == REASON_NO_STOP
     followed = row(TWO_TURNS[:3])
     assert rejection_of(followed, tokenizer, template).reason == REASON_NO_STOP
     # a turn that is not trained on needs none

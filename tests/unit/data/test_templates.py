@@ -492,6 +492,21 @@ def test_marks_that_take_in_the_header_are_cut() -> None:
     assert spans_of(make(text), PLAIN["two turns"]) == TWO_TURNS["chatml"]
 
 
+def test_content_that_repeats_the_prompt_is_not_cut() -> None:
+    text = (
+        "{% for m in messages %}{{- m.role + '\n' }}{% if m.role == 'user' %}{{- m.content }}"
+        "{% else %}{%- generation %}{{- m.content + eos_token }}{%- endgeneration %}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{- 'assistant\n' }}{% endif %}"
+    )
+    messages = [user("Hi"), assistant("assistant\nYo.")]
+    assert spans_of(make(text), messages) == ["assistant\nYo.</s>"]
+
+
+def test_a_mark_in_a_comment_is_none() -> None:
+    assert not make("{#- no {% generation %} here -#}\n" + NO_STOPS).has_generation_marks
+    assert make("{#- a -#}{%- generation -%}{% endgeneration %}").has_generation_marks
+
+
 NO_STOPS = (
     "{% for m in messages %}{{- '<|' + m.role + '|>' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{- '<|assistant|>' }}{% endif %}"
@@ -525,6 +540,19 @@ def test_the_next_message_does_not_end_a_turn() -> None:
         (
             NO_STOPS.replace("m.content", "m.content + m.content"),
             PLAIN["two turns"],
+            REASON_NO_SPAN,
+            "message 1: what ends the turn",
+        ),
+        # What is appended to the content is cut off: nothing shows where that ends.
+        (
+            NO_STOPS.replace("m.content", "m.content[:4]"),
+            PLAIN["two turns"],
+            REASON_NO_SPAN,
+            "message 1: what ends the turn",
+        ),
+        (
+            NO_STOPS.replace("m.content", "m.content[:4]"),
+            [user("Hi"), assistant("Yo.!")],
             REASON_NO_SPAN,
             "message 1: what ends the turn",
         ),

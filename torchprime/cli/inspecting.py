@@ -324,7 +324,7 @@ def page(inspection: Inspection) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        
+        finalize=_writable,
     )
     environment.filters["some"] = _first
     script = (folder / "page.js").read_text(encoding="utf-8")
