@@ -1,4 +1,4 @@
-"""What a person is shown of prepared data, as plain values; torchprime/cli/inspecting.py draws them.
+"""What a person is shown of prepared data, as plain values that torchprime.cli.inspecting draws.
 
 Everything is taken from the batches as the device gets them, not from the rows they were made of:
 ids, targets, weights, positions and segments are read back out of the five arrays. A weight lies in
