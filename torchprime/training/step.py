@@ -86,7 +86,7 @@ def train_step(
     max_grad_value: float | None,
     num_sources: int = 1,
 ) -> Tensor:
-    """Run one update in place.
+    """Run one update in place, all of it in tensor operations of one program.
 
     Args:
         batch: FIELDS, each [A, b, S] for A micro-batches; with several sources SOURCE_FIELD too.
@@ -94,32 +94,77 @@ def train_step(
         accumulate: runs a function over the micro-batches and sums what it returns.
 
     Returns:
-        fp32 [4]: mean loss per supervised weight, gradient norm before clipping, weight sum, and
-        the number of the first update with a non-finite loss (0 while all is well). With several
-        sources, then the loss sum of each.
+        What `finish_step` returns.
     """
     weights = [p.weight for p in state.parameters.values()]
 
     def micro(fields: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():
-            loss_sum, _, each = loss_of(model, fields, chunks)
-            gradients = list(torch.autograd.grad(loss_sum, weights))
-        sums = [loss_sum.detach()]
-        if num_sources > 1:
-            sums += source_sums(each, fields[len(FIELDS)], num_sources)
-        return torch.stack(sums), gradients
+            loss = loss_of(model, fields, chunks)
+            gradients = list(torch.autograd.grad(loss.loss_sum, weights))
+        return micro_sums(loss, fields, num_sources), gradients
 
     with torch.no_grad():
         sums, gradients = accumulate(micro, batch, weights)
         supervised = torch.where(batch[1] < 0, 0.0, batch[4]).sum()
-        # A batch of empty blocks only has weight 0; its sums are 0 as well.
-        divisor = supervised.clamp(min=1e-12)
-        loss = sums[0] / divisor
-        gradients = [g.float() / divisor for g in gradients]
-        norm = torch.stack([g.pow(2).sum() for g in gradients]).sum().sqrt()
-        gradients = clipped(gradients, norm, max_grad_norm, max_grad_value)
-        apply_update(state, optimizer, gradients, lr, torch.isfinite(loss) & torch.isfinite(norm))
-        return torch.cat([torch.stack([loss, norm, supervised, state.bad_step]), sums[1:]])
+        return finish_step(
+            state,
+            optimizer,
+            sums,
+            supervised,
+            gradients,
+            lr,
+            max_grad_norm=max_grad_norm,
+            max_grad_value=max_grad_value,
+        )
+
+
+def micro_sums(loss: LossSums, fields: Sequence[Tensor], num_sources: int) -> Tensor:
+    """What is summed over micro-batches besides gradients: [loss sum, then one per source]."""
+    sums = [loss.loss_sum.detach()]
+    if num_sources > 1:
+        sums += source_sums(loss.each, fields[len(FIELDS)], num_sources)
+    return torch.stack(sums)
+
+
+def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
+    """The squared norm of gradients that are all here, whole."""
+    return torch.stack([g.pow(2).sum() for g in gradients]).sum()
+
+
+def finish_step(
+    state: TrainState,
+    optimizer: Optimizer,
+    sums: Tensor,
+    supervised: Tensor,
+    gradients: Sequence[Tensor],
+    lr: Tensor,
+    *,
+    max_grad_norm: float | None,
+    max_grad_value: float | None,
+    squared_norm: Callable[[Sequence[Tensor]], Tensor] = sum_of_squares,
+) -> Tensor:
+    """From the sums of an update's micro-batches to new weights, in place.
+
+    Args:
+        sums: of `micro_sums` over the whole batch.
+        supervised: the batch's global weight.
+        gradients: of the loss sum, one per parameter of the state.
+        squared_norm: of all gradients, where this process holds only its shards of them.
+
+    Returns:
+        fp32 [4]: mean loss per supervised weight, gradient norm before clipping, weight sum, and
+        the number of the first update with a non-finite loss (0 while all is well). With several
+        sources, then the loss sum of each.
+    """
+    # A batch of empty blocks only has weight 0; its sums are 0 as well.
+    divisor = supervised.clamp(min=1e-12)
+    loss = sums[0] / divisor
+    gradients = [g.float() / divisor for g in gradients]
+    norm = squared_norm(gradients).sqrt()
+    gradients = clipped(gradients, norm, max_grad_norm, max_grad_value)
+    apply_update(state, optimizer, gradients, lr, torch.isfinite(loss) & torch.isfinite(norm))
+    return torch.cat([torch.stack([loss, norm, supervised, state.bad_step]), sums[1:]])
 
 
 def clipped(

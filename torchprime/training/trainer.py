@@ -7,6 +7,7 @@ folder made and are weights loaded. The config stops here: what is called below 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -56,7 +57,8 @@ class Trainer:
         self.config = config
         self.make_backend = make_backend
         self._print = say or partial(print, file=sys.stderr, flush=True)
-        self.speaks = True  # until there are several processes
+        # torchrun says who this is before the backend does.
+        self.speaks = os.environ.get("RANK", "0") == "0"
         self.folder = Path(config.output_dir) / (config.run_name or config.task.name)
         self.dtype = getattr(torch, config.torch_dtype)
         self.metrics: MetricsHook | None = None
@@ -81,7 +83,7 @@ class Trainer:
         return numbers
 
     def say(self, line: str) -> None:
-        """A line for a person; once there are several processes, only the first speaks."""
+        """A line for a person; of several processes only the first speaks."""
         if self.speaks:
             self._print(line)
 

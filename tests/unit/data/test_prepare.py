@@ -295,6 +295,14 @@ def test_long_texts_are_split(run: Run, write_rows: WriteRows) -> None:
     assert packed.supervised_tokens == 200 + 5  # all but the first token of each
 
 
+def test_a_row_of_a_megabyte(run: Run, write_rows: WriteRows) -> None:
+    """It is read, counted and rejected; its neighbours are not touched."""
+    path = write_rows(qa("q", "a"), qa("q" * 1_000_000, "a"), qa("q", "b"))
+    _, report = run(path, max_rejected_fraction=0.5)
+    assert report.rejected == {"longer than block_size": ["rows.jsonl:2"]}
+    assert report.examples == 2
+
+
 def test_messages_need_a_template(run: Run, write_rows: WriteRows) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     message = error_of(run, write_rows({"messages": turns}))

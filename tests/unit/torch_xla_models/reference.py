@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from torchprime.data.batch import Batch
 
@@ -27,6 +27,13 @@ CONFIG = LlamaConfig(
     rms_norm_eps=1e-5,
     attn_implementation="eager",
 )
+
+
+FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+SHAPE = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "rms_norm_eps",
+)  # fmt: skip
 
 
 def make_batch(seed: int) -> Batch:
@@ -52,9 +59,10 @@ def make_batch(seed: int) -> Batch:
     return Batch(ids, targets, weights, positions, segments, sources)
 
 
-def make_model(tied: bool):
+def make_model(tied: bool, family: str = "llama"):
     """transformers' model with weights large enough for every gradient to matter."""
-    config = LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": tied})
+    shape = {key: value for key, value in CONFIG.to_dict().items() if key in SHAPE}
+    config = FAMILIES[family](**shape, tie_word_embeddings=tied)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -82,9 +90,9 @@ def loss_of(model, batch: Batch, source: int | None = None) -> torch.Tensor:
     return (nll * weights).sum() / weights.sum()
 
 
-def train(tied: bool = False) -> dict:
+def train(tied: bool = False, family: str = "llama") -> dict:
     """Losses, gradient norms and final weights of a few updates."""
-    _, model = make_model(tied)
+    _, model = make_model(tied, family)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     plain = [p for n, p in model.named_parameters() if "norm" in n]

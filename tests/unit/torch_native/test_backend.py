@@ -1,0 +1,115 @@
+"""The native backend at 1, 2 and 4 processes against transformers + torch.optim on one.
+
+The same reference as the XLA backend's: losses, gradient norms, losses by source, held-out loss,
+logits and every final weight.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "torch_xla_models"))
+
+import reference  # noqa: E402
+
+from torchprime.errors import ConfigError  # noqa: E402
+from torchprime.models.attention import ReferenceAttention  # noqa: E402
+from torchprime.torch_native.attention import FlexAttention, choose_kernel  # noqa: E402
+
+WORKER = Path(__file__).parent / "worker.py"
+# name -> processes and how they are used
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone-flex": (1, {"mesh": {}, "kernel": "flex", "remat": "full"}),
+    "fsdp2-accumulate2": (2, {"mesh": {"fsdp": 2}, "accumulation": 2}),
+    "tensor2-qwen3": (2, {"mesh": {"tensor": 2}, "family": "qwen3"}),
+    "fsdp2-tensor2-tied": (4, {"mesh": {"fsdp": 2, "tensor": 2}, "tied": True}),
+    "hsdp-remat": (4, {"mesh": {"data": 2, "fsdp": 2}, "remat": "full"}),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory):
+    """What each way computed, and the reference for it; each run once."""
+    done: dict[str, tuple[Path, dict]] = {}
+    references: dict[tuple, dict] = {}
+
+    def get(way: str) -> tuple[Path, dict]:
+        if way not in done:
+            processes, how = WAYS[way]
+            key = (how.get("tied", False), how.get("family", "llama"))
+            if key not in references:
+                references[key] = reference.train(*key)
+            out = tmp_path_factory.mktemp(way)
+            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command = [*launch, f"--nproc_per_node={processes}", str(WORKER), str(out)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            result = subprocess.run(
+                [*command, json.dumps(how)], env=environment, capture_output=True, text=True
+            )
+            assert result.returncode == 0, result.stderr[-3000:]
+            done[way] = out, references[key]
+        return done[way]
+
+    return get
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_numbers_and_weights_are_the_references(way: str, trained) -> None:
+    out, expected = trained(way)
+    found = json.loads((out / "numbers.json").read_text())
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    for ours, theirs in zip(found["by_source"], expected["by_source"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert found["held_out"] == pytest.approx(expected["held_out"], rel=1e-4)
+    weights = torch.load(out / "weights.pt", weights_only=True)
+    assert weights.keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        moved = (weight - expected["start"][name]).abs().max()
+        assert moved > 1e-2, name
+        error = (weights[name] - weight).abs().max()
+        assert error < 1e-4 * moved, f"{name}: {error:.1e} of {moved:.1e}"
+    theirs = expected["model"](torch.tensor([list(range(11))])).logits[0]
+    ours = torch.load(out / "logits.pt", weights_only=True)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_process_holds_its_share_only(way: str, trained) -> None:
+    out, _ = trained(way)
+    mesh = WAYS[way][1]["mesh"]
+    share = json.loads((out / "numbers.json").read_text())["largest_share"]
+    assert share == 1 / (mesh.get("fsdp", 1) * mesh.get("tensor", 1))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_flex_attention_is_the_references(window: int | None) -> None:
+    torch.manual_seed(0)
+    B, H, K, S, h = 2, 4, 2, 48, 8
+    q, k, v = (torch.randn(B, n, S, h, requires_grad=True) for n in (H, K, K))
+    segments = torch.tensor([[1] * 20 + [2] * 20 + [0] * 8, [1] * 48], dtype=torch.int32)
+    flex, plain = FlexAttention(h, window, compiled=False), ReferenceAttention(h, window)
+    real = (segments > 0)[:, None, :, None]
+    weight = torch.randn(B, H, S, h) * real
+    results = []
+    for core in (flex, plain):
+        out = core(q, k, v, core.prepare(segments))
+        gradients = torch.autograd.grad((out * weight).sum(), (q, k, v))
+        results.append([out * real, *gradients])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_by_device() -> None:
+    assert choose_kernel("auto", torch.device("cpu"))[0] == "reference"
+    assert choose_kernel("auto", torch.device("cuda"))[0] == "flex"
+    with pytest.raises(ConfigError, match="splash runs on TPUs only.*use auto, flex or reference"):
+        choose_kernel("splash", torch.device("cuda"))

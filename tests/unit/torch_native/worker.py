@@ -1,0 +1,88 @@
+"""One process of a torchrun group: trains as the reference does and writes what it saw.
+
+torchrun --nproc_per_node=N worker.py OUT '{"mesh": {...}, "family": "llama", ...}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["USE_TORCH_XLA"] = "0"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "torch_xla_models"))
+
+import reference  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from torchprime.config.compose import compose_config  # noqa: E402
+from torchprime.models.architecture import architecture_from_hf  # noqa: E402
+from torchprime.models.decoder import CausalLM  # noqa: E402
+from torchprime.sharding import ShardingTable  # noqa: E402
+from torchprime.torch_native.backend import NativeBackend  # noqa: E402
+from torchprime.torch_native.runtime import stop_processes  # noqa: E402
+from torchprime.training.backend import StepOptions  # noqa: E402
+from torchprime.training.optim import AdamW  # noqa: E402
+
+
+def main(out: Path, way: dict) -> None:
+    torch.set_num_threads(1)
+    mesh, accumulation = way["mesh"], way.get("accumulation", 1)
+    backend = NativeBackend(
+        mesh,
+        {},
+        attention_kernel=way.get("kernel", "auto"),
+        remat_policy=way.get("remat", "none"),
+        full_precision=True,
+    )
+    config, base = reference.make_model(way.get("tied", False), way.get("family", "llama"))
+    start = {name: p.detach().clone() for name, p in base.named_parameters()}
+    with torch.device("meta"):
+        model = CausalLM(architecture_from_hf(config.to_dict()))
+    shipped = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
+    table = ShardingTable(shipped.parameters, shipped.activations, 100)
+    backend.place(model, table, lambda name: start[name], torch.float32)
+    options = StepOptions(accumulation, 3, max_grad_norm=reference.CLIP, num_sources=2)
+    backend.prepare_training(AdamW(eps=reference.EPS, weight_decay=reference.DECAY), options)
+
+    losses, norms, by_source = [], [], []
+    for step in range(reference.STEPS):
+        batch = reference.make_batch(step)
+        numbers = backend.read(backend.train_step(backend.put(batch, accumulation), reference.LR))
+        losses.append(numbers.loss)
+        norms.append(numbers.grad_norm)
+        weights = batch.source_weights(2)
+        by_source.append([s / w for s, w in zip(numbers.source_loss_sums, weights, strict=True)])
+    sums = backend.eval_step(backend.put(reference.make_batch(99), 1))
+    loss_sum, weight_sum = backend.read_eval([sums])
+    logits = backend.logits(list(range(11)))
+    held = max(placement_bytes(backend).values())
+    found = {name: weight.clone() for name, weight in backend.weights()}
+    if dist.get_rank() == 0:
+        torch.save(found, out / "weights.pt")
+        torch.save(logits, out / "logits.pt")
+        numbers = {
+            "losses": losses,
+            "norms": norms,
+            "by_source": by_source,
+            "held_out": loss_sum / weight_sum,
+            "largest_share": held,
+        }
+        (out / "numbers.json").write_text(json.dumps(numbers))
+    stop_processes()
+
+
+def placement_bytes(backend: NativeBackend) -> dict[str, float]:
+    """The part of each matrix that this process holds."""
+    whole = dict(backend.model.named_parameters())
+    return {
+        name: state.weight.numel() / whole[name].numel()
+        for name, state in backend.state.parameters.items()
+        if "layers" in name and whole[name].dim() == 2
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

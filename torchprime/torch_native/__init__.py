@@ -1,0 +1,1 @@
+"""The backend on torch.distributed: CUDA with NCCL, CPU with gloo."""

@@ -1,0 +1,282 @@
+"""The native backend: FSDP2 over processes, eager or compiled layers, gradients by backward.
+
+data x fsdp is HSDP: parameters are sharded over fsdp and repeated over data. Micro-batches are
+summed locally, and only the last one's backward communicates. Each process updates its own shards;
+loss, weight and norm are summed over processes, so that every process takes the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import FSDPModule
+from torch.profiler import ProfilerActivity, profile
+
+from torchprime.data.batch import Batch
+from torchprime.errors import ConfigError
+from torchprime.losses import LossSums
+from torchprime.models.decoder import CausalLM
+from torchprime.sharding import ShardingTable
+from torchprime.torch_native import placement
+from torchprime.torch_native.attention import choose_kernel, inject_attention
+from torchprime.torch_native.mesh import make_mesh
+from torchprime.torch_native.remat import apply_remat
+from torchprime.torch_native.runtime import start_processes
+from torchprime.training.backend import StepNumbers, StepOptions
+from torchprime.training.optim import Adafactor, Optimizer, Parameter, decays
+from torchprime.training.step import (
+    BAD_STEP,
+    FIELDS,
+    GRAD_NORM,
+    LOSS,
+    SOURCE_FIELD,
+    WEIGHT_SUM,
+    ParameterState,
+    TrainState,
+    finish_step,
+    loss_of,
+    micro_sums,
+)
+
+# Norms of the heads: every process of the tensor axis sees only its own heads.
+PER_HEAD = ("q_norm", "k_norm")
+
+
+class _Loss(nn.Module):
+    """What a step calls: the model and its loss as one module, so that FSDP2 has the output
+    projection whole while the loss multiplies by it."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.model = model
+        self.chunks = 1
+
+    def forward(self, *fields: Tensor) -> LossSums:
+        return loss_of(self.model, fields, self.chunks)
+
+
+class NativeBackend:
+    """Implements `torchprime.training.backend.Backend` on torch.distributed."""
+
+    name = "torch_native"
+
+    def __init__(
+        self,
+        ici_mesh: Mapping[str, int],
+        dcn_mesh: Mapping[str, int],
+        *,
+        attention_kernel: str = "auto",
+        remat_policy: str = "none",
+        full_precision: bool = False,
+    ) -> None:
+        self.device = start_processes()
+        self.mesh = make_mesh(ici_mesh, dcn_mesh, self.device.type)
+        self.device_count = self.process_count = dist.get_world_size()
+        self.process_index = dist.get_rank()
+        cuda = self.device.type == "cuda"
+        self.device_kind = torch.cuda.get_device_name(self.device) if cuda else "CPU"
+        self.attention, self.attention_why = choose_kernel(attention_kernel, self.device)
+        self.remat_policy = remat_policy
+        if full_precision:
+            torch.backends.cuda.matmul.allow_tf32 = False
+        sizes = {axis: self.mesh[axis].size() for axis in ("data", "fsdp")}
+        self.batch_parts = sizes["data"] * sizes["fsdp"]
+        self.batch_part = self.mesh.get_local_rank("data") * sizes[
+            "fsdp"
+        ] + self.mesh.get_local_rank("fsdp")
+        self.tensor_group = self.mesh["tensor"].get_group()
+        self._profile: profile | None = None
+
+    # -- weights in and out --------------------------------------------------------------------
+
+    def place(
+        self,
+        model: CausalLM,
+        table: ShardingTable,
+        tensor_of: Callable[[str], Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        """Cut and stream in the weights, layer by layer."""
+        self.model = model
+        inject_attention(model, self.attention, self.device)
+        apply_remat(model.model.layers, self.remat_policy)
+        if self.device.type == "cuda":
+            for layer in model.model.layers.children():
+                layer.compile()
+        self.root = _Loss(model)
+        placement.load(self.root, model, table, self.mesh, tensor_of, dtype, self.device)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See Backend."""
+        return placement.gather(self.model)
+
+    def save_sharded(self, folder: str) -> None:
+        """See Backend."""
+        state = {name: p.detach() for name, p in self.model.named_parameters()}
+        save(state, storage_writer=FileSystemWriter(folder))
+
+    # -- training ------------------------------------------------------------------------------
+
+    def prepare_training(self, optimizer: Optimizer, options: StepOptions) -> None:
+        """See Backend."""
+        if isinstance(optimizer, Adafactor) and self.device_count > 1:
+            raise ConfigError(
+                "task.optimizer.name=adafactor takes means over whole matrices, which this backend "
+                "has only on one process. Use adamw, or the XLA backend."
+            )
+        self.optimizer, self.options = optimizer, options
+        self.root.chunks = options.loss_chunks
+        parameters = {}
+        for name, parameter in self.model.named_parameters():
+            shard = placement.local(parameter)
+            info = Parameter(tuple(shard.shape), shard.dtype, decays(name), False)
+            slots = {
+                slot: torch.zeros([shard.shape[d] for d in keeps.dims], device=self.device)
+                for slot, keeps in optimizer.slots(info).items()
+            }
+            wide = shard.dtype != torch.float32 and options.master_weights
+            master = shard.float() if wide else None
+            parameters[name] = ParameterState(info, shard, slots, master)
+        zero = torch.zeros((), device=self.device)
+        self.state = TrainState(parameters, zero, zero.clone())
+        self.copies = [placement.copies(p, self.mesh) for p in self.model.parameters()]
+
+    def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
+        """See Backend. Fields travel as [A, b, S], b this process' share of a micro-batch."""
+        fields = FIELDS if batch.source_ids is None else (*FIELDS, SOURCE_FIELD)
+        sent = []
+        for field in fields:
+            array = torch.from_numpy(getattr(batch, field))
+            whole = array.view(accumulation, self.batch_parts, -1, array.shape[-1])
+            sent.append(whole[:, self.batch_part].to(self.device, non_blocking=True))
+        return sent
+
+    def train_step(self, batch: list[Tensor], lr: float) -> Tensor:
+        """See Backend."""
+        root = self.root
+        assert isinstance(root, FSDPModule)
+        o = self.options
+        by_source = o.num_sources if o.num_sources > 1 else 0
+        sums = torch.zeros(1 + by_source, device=self.device)
+        count = batch[0].shape[0]
+        for index in range(count):
+            fields = [field[index] for field in batch]
+            root.set_requires_gradient_sync(index == count - 1)
+            loss = root(*fields)
+            loss.loss_sum.backward()
+            sums += micro_sums(loss, fields, o.num_sources)
+        with torch.no_grad():
+            supervised = torch.where(batch[1] < 0, 0.0, batch[4]).sum()
+            totals = self._over_batch(torch.cat([sums, supervised[None]]))
+            numbers = finish_step(
+                self.state,
+                self.optimizer,
+                totals[:-1],
+                totals[-1],
+                self._gradients(),
+                torch.tensor(lr, dtype=torch.float32, device=self.device),
+                max_grad_norm=o.max_grad_norm,
+                max_grad_value=o.max_grad_value,
+                squared_norm=self._squared_norm,
+            )
+        self.model.zero_grad(set_to_none=True)
+        return numbers
+
+    def _gradients(self) -> list[Tensor]:
+        """This process' shards of the summed gradients. FSDP2 leaves the mean over processes."""
+        gradients = []
+        for name, parameter in self.model.named_parameters():
+            assert parameter.grad is not None
+            gradient = placement.local(parameter.grad).float() * self.batch_parts
+            if self.mesh["tensor"].size() > 1 and any(part in name for part in PER_HEAD):
+                dist.all_reduce(gradient, group=self.tensor_group)
+            gradients.append(gradient)
+        return gradients
+
+    def _squared_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Over all processes, a shard that several hold counted once."""
+        pairs = zip(gradients, self.copies, strict=True)
+        total = torch.stack([g.pow(2).sum() / copies for g, copies in pairs]).sum()
+        dist.all_reduce(total)
+        return total
+
+    def _over_batch(self, values: Tensor) -> Tensor:
+        """Summed over the processes that see other rows. Those along tensor see the same."""
+        values = values / self.mesh["tensor"].size()
+        dist.all_reduce(values)
+        return values
+
+    def read(self, handle: Tensor) -> StepNumbers:
+        """See Backend."""
+        numbers = handle.tolist()
+        return StepNumbers(
+            numbers[LOSS],
+            numbers[GRAD_NORM],
+            numbers[WEIGHT_SUM],
+            int(numbers[BAD_STEP]),
+            tuple(numbers[BAD_STEP + 1 :]),
+        )
+
+    # -- looking -------------------------------------------------------------------------------
+
+    def eval_step(self, batch: list[Tensor]) -> Tensor:
+        """See Backend."""
+        with torch.no_grad():
+            loss = self.root(*(field[0] for field in batch))
+            return self._over_batch(torch.stack([loss.loss_sum, loss.weight_sum]))
+
+    def read_eval(self, handles: list[Tensor]) -> tuple[float, float]:
+        """See Backend. Summed on the host in double precision."""
+        rows = [handle.tolist() for handle in handles]
+        return sum(row[0] for row in rows), sum(row[1] for row in rows)
+
+    def logits(self, input_ids: list[int]) -> Tensor:
+        """See Backend. Every process computes the same sequence."""
+        ids = torch.tensor([input_ids], dtype=torch.int32, device=self.device)
+        positions = torch.arange(len(input_ids), dtype=torch.int32, device=self.device)[None]
+        root = self.root
+        assert isinstance(root, FSDPModule)
+        root.unshard()
+        try:
+            with torch.no_grad():
+                return self.model.logits(ids, positions, torch.ones_like(ids)).cpu()[0]
+        finally:
+            root.reshard()
+
+    def synchronize(self) -> None:
+        """See Backend."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def start_profile(self, folder: str) -> None:
+        """See Backend."""
+        activities = [ProfilerActivity.CPU]
+        activities += [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
+        handler = torch.profiler.tensorboard_trace_handler(folder)
+        self._profile = profile(activities=activities, on_trace_ready=handler)
+        self._profile.start()
+
+    def stop_profile(self) -> None:
+        """See Backend."""
+        assert self._profile is not None
+        self._profile.stop()
+        self._profile = None
+
+    def compiles(self) -> int:
+        """See Backend. Graphs of torch.compile; none in eager mode."""
+        if self.device.type != "cuda":
+            return 0
+        counters: Any = torch._dynamo.utils.counters
+        return int(counters["stats"]["unique_graphs"])
+
+    def device_memory_bytes(self) -> int | None:
+        """See Backend."""
+        if self.device.type != "cuda":
+            return None
+        return int(torch.cuda.max_memory_allocated(self.device))

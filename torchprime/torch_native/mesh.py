@@ -1,0 +1,34 @@
+"""The mesh of processes, one device each, with the same axes as on a TPU.
+
+torch.distributed knows one mesh: an axis' size is that within a slice times that across slices.
+`data` is outermost and `tensor` innermost, so that the processes that talk the most are neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torchprime.errors import ConfigError
+
+NAMES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int], device_type: str) -> DeviceMesh:
+    """The mesh over all processes.
+
+    Raises:
+        ConfigError: the axes' product is not the number of processes.
+    """
+    sizes = [ici.get(name, 1) * dcn.get(name, 1) for name in NAMES]
+    product, processes = sizes[0] * sizes[1] * sizes[2], dist.get_world_size()
+    if product != processes:
+        shown = " x ".join(f"{name}={size}" for name, size in zip(NAMES, sizes, strict=True))
+        raise ConfigError(
+            f"ici_mesh x dcn_mesh: given {shown} = {product} devices, but there are {processes} "
+            f"processes. Start torchrun --nproc_per_node={product}, or set ici_mesh.fsdp="
+            f"{processes}."
+        )
+    return init_device_mesh(device_type, tuple(sizes), mesh_dim_names=NAMES)

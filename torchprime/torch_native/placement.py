@@ -1,0 +1,120 @@
+"""From Hugging Face names to sharded parameters (FSDP2, DTensor) and back.
+
+Layer by layer: its tensors are read whole on the host, cut along the tensor axis where the sharding
+table says so, moved, and cut along fsdp. Never more than one layer is whole at a time.
+
+The table's `tensor` entries of linear layers decide which way they are cut: along `out` (column
+wise) or along `in` (row wise). The embedding and the output projection stay whole along tensor,
+since the loss multiplies by the whole vocabulary; along fsdp FSDP2 cuts dim 0 of every parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from torchprime.errors import ConfigError
+from torchprime.models.decoder import CausalLM
+from torchprime.sharding import ShardingTable
+
+TENSOR = "tensor"
+
+
+def tensor_styles(layer: nn.Module, table: ShardingTable, size: int) -> dict[str, ParallelStyle]:
+    """How the linear layers of one decoder layer are cut along the tensor axis.
+
+    Raises:
+        ConfigError: heads or a table that this axis cannot divide.
+    """
+    styles: dict[str, ParallelStyle] = {}
+    for name, module in layer.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        spec = table.find(table.parameters, f"model.layers.0.{name}.weight") or ((), ())
+        cut = [dim for dim, axes in enumerate(spec) if TENSOR in axes]
+        if not cut:
+            continue
+        if module.weight.shape[cut[0]] % size:
+            raise ConfigError(
+                f"ici_mesh.tensor={size} does not divide dim {cut[0]} of {name} "
+                f"{list(module.weight.shape)}. Use a size that does."
+            )
+        styles[name] = ColwiseParallel() if cut[0] == 0 else RowwiseParallel()
+    return styles
+
+
+def load(
+    root: nn.Module,
+    model: CausalLM,
+    table: ShardingTable,
+    mesh: DeviceMesh,
+    tensor_of: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give every parameter its storage and shard it; `root` is what the step calls."""
+    # Shards are gathered and used in the parameters' dtype; gradients are summed in fp32.
+    options = {
+        "mesh": mesh["data", "fsdp"],
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+    }
+    layers = model.model.layers
+    assert isinstance(layers, nn.ModuleList)
+    for index, layer in enumerate(layers):
+        _fill(layer, f"model.layers.{index}.", tensor_of, dtype, device)
+        if mesh[TENSOR].size() > 1:
+            styles = tensor_styles(layer, table, mesh[TENSOR].size())
+            parallelize_module(layer, mesh[TENSOR], styles, src_data_rank=None)
+        fully_shard(layer, **options)
+    _fill(model, "", tensor_of, dtype, device)
+    fully_shard(root, **options)
+
+
+def _fill(
+    module: nn.Module,
+    prefix: str,
+    tensor_of: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Parameters that have no storage yet, and constants."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            value = tensor_of(prefix + name).to(device=device, dtype=dtype, copy=True)
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(value))
+    for name, buffer in list(module.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
+
+
+def gather(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Whole weights on the host, one at a time; every process takes part in each."""
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        yield name, (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This process' shard, sharing storage."""
+    value = parameter.detach()
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def copies(parameter: Tensor, mesh: DeviceMesh) -> int:
+    """How many processes hold the same shard of a parameter."""
+    pieces = mesh["fsdp"].size()
+    if isinstance(parameter, DTensor) and TENSOR in (parameter.device_mesh.mesh_dim_names or ()):
+        pieces *= mesh[TENSOR].size()
+    return mesh.size() // pieces

@@ -1,0 +1,48 @@
+"""The main job on GPUs: `torchrun --nproc_per_node=N -m torchprime.torch_native.train`.
+
+Takes the same configs and overrides as the XLA entry and writes the same run folder. One process
+per GPU; without GPUs the processes use the CPU and gloo.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from torchprime.config.entry import run_main
+from torchprime.config.schema import AXES, TrainConfig
+
+
+def make_backend(config: TrainConfig):
+    """The native backend for a config's mesh and kernels."""
+    # late: it imports torch, and a wrong config is refused without
+    from torchprime.torch_native.backend import NativeBackend
+
+    return NativeBackend(
+        {axis: getattr(config.ici_mesh, axis) for axis in AXES},
+        {axis: getattr(config.dcn_mesh, axis) for axis in AXES},
+        attention_kernel=config.model.attention_kernel,
+        remat_policy=config.remat.policy,
+        full_precision=config.torch_dtype == "float32",
+    )
+
+
+def main(config: TrainConfig) -> int:
+    """Train as configured; the exit code."""
+    os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
+    # late: transformers looks for torch_xla when imported
+    from torchprime.torch_native.runtime import saying_who_is_lost, stop_processes
+    from torchprime.training.sft import SFTTrainer
+    from torchprime.training.trainer import Trainer
+
+    trainer = SFTTrainer if config.task.name == "sft" else Trainer
+    try:
+        with saying_who_is_lost():
+            trainer(config, make_backend).run()
+    finally:
+        stop_processes()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
