@@ -2,14 +2,15 @@
 
 The same rows, tokenizer and template for all, in one run, each case in a process of its own, one
 after the other. Timed is what a run waits for: reading the file, tokens, labels, packing, and what
-is written to disk; imports and loading the tokenizer are not. TRL and
-`datasets.map` run with one process and with two, and the ratios are to the faster; the latter only
-tokenizes, in batches: no labels, no packing.
+is written to disk; imports and loading the tokenizer are not. TRL and `datasets.map` run with one
+process and with two, and the ratios are to the faster; the latter only tokenizes, in batches: no
+labels, no packing. CPU seconds, those of ended children included, vary less than seconds do where
+others use the machine.
 
-    gsm8k      7,473 questions and answers, medians of --repeats
+    gsm8k      7,473 questions and answers, medians of --repeats as for packing
     synthetic  --rows questions and answers: GSM8K's sentences in new order with new numbers
-    chat       --chats conversations with tools, from --conversations repeated with another word
-               in each, with TRL's own training template for Qwen 3 (both read its marks)
+    chat       --chats conversations with tools, made of 780 with words added to each message, in
+               TRL's own training template for Qwen 3 (both read its marks)
     packing    lengths alone, a million of them
 
     python benchmarks/data_prep.py [--data DIR] [--rows N] [--chats N] [--repeats N] [--workers N]
@@ -56,40 +57,45 @@ CASES = {
 
 
 def gsm8k_rows(data: Path) -> list[dict[str, str]]:
-    from torchprime.data.rows import QUESTION_PROMPT
-
     lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = map(json.loads, lines)
-    return [
-        {"prompt": QUESTION_PROMPT.format(question=r["question"]), "completion": r["answer"]}
-        for r in rows
-    ]
+    return [prompt_and_completion(row["question"], row["answer"]) for row in rows]
+
+
+def prompt_and_completion(question: str, answer: str) -> dict[str, str]:
+    from torchprime.data.rows import QUESTION_PROMPT
+
+    return {"prompt": QUESTION_PROMPT.format(question=question), "completion": answer}
 
 
 def synthetic_rows(data: Path, count: int) -> Iterator[dict[str, str]]:
     """As long and as varied as GSM8K's, none like another."""
     chance = random.Random(0)
-    sentences: dict[str, list[list[str]]] = {
-        side: [re.split(r"(?<=[.?\n])\s*", row[side]) for row in gsm8k_rows(data)]
-        for side in ("prompt", "completion")
+    lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    sentences = {
+        side: [re.split(r"(?<=[.?])\s+|\n", json.loads(line)[side]) for line in lines]
+        for side in ("question", "answer")
     }
     number = re.compile(r"\d+")
 
-    def mixed(side: str) -> str:
+    def mixed(side: str, between: str) -> str:
         parts = list(chance.choice(sentences[side]))
         chance.shuffle(parts)
-        return number.sub(lambda _: str(chance.randrange(1000)), " ".join(parts)).strip()
+        return number.sub(lambda _: str(chance.randrange(1000)), between.join(parts)).strip()
 
     for _ in range(count):
-        yield {"prompt": mixed("prompt") + "\n", "completion": mixed("completion")}
+        yield prompt_and_completion(mixed("question", " "), mixed("answer", "\n"))
 
 
 def chat_rows(data: Path, count: int) -> Iterator[dict[str, Any]]:
-    """Conversations again and again, each with words of its own; tools as text, as TRL wants."""
+    """Conversations again and again, each message with words of its own; tools, which real
+    conversations share, unchanged and as text, as TRL's documentation asks for."""
     lines = (data / "sgd_dev_messages.jsonl").read_text(encoding="utf-8").splitlines()
     for i in range(count):
         row = json.loads(lines[i % len(lines)])
-        row["messages"][0]["content"] += f" This is request {i}."
+        for message in row["messages"]:
+            if message["content"]:
+                message["content"] += f" So much for {i}."
         yield {"messages": row["messages"], "tools": json.dumps(row["tools"])}
 
 
@@ -107,6 +113,28 @@ def write_rows(args: argparse.Namespace, folder: Path, wanted: set[str]) -> None
 # One case, in this process -----------------------------------------------------------------------
 
 
+class Clock:
+    """Adds up the seconds inside `with`, on the wall and of processors, ended children included."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def _now(self) -> tuple[float, float]:
+        return time.perf_counter(), sum(os.times()[:4])
+
+    def __enter__(self) -> Clock:
+        self._started = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, cpu = self._now()
+        self.wall += wall - self._started[0]
+        self.cpu += cpu - self._started[1]
+
+    def found(self) -> dict[str, float]:
+        return {"seconds": self.wall, "cpu_seconds": self.cpu}
+
+
 def run_ours(args: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
     """Our preparation; `ours, second start` finds what `ours, kept on disk` left."""
     from torchprime.data.prepare import Part, Settings, prepare_dataset
@@ -121,19 +149,18 @@ def run_ours(args: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
             None if name == DERIVED else str(args.template.resolve()), tokenizer
         )
     kept = args.folder / f"ours-{data}-{args.repeat}"
-    started = time.perf_counter()
-    packed, report = prepare_dataset(
-        [Part(SourceSpec(file_dataset_path=str(args.folder / f"{data}.jsonl")))],
-        tokenizer,
-        Settings(BLOCKS[data], packing="bfd"),
-        template=template,
-        keep_in=kept if name in (KEPT, AGAIN) else None,
-        workers=args.workers,
-    )
-    seconds = time.perf_counter() - started
+    with Clock() as clock:
+        packed, report = prepare_dataset(
+            [Part(SourceSpec(file_dataset_path=str(args.folder / f"{data}.jsonl")))],
+            tokenizer,
+            Settings(BLOCKS[data], packing="bfd"),
+            template=template,
+            keep_in=kept if name in (KEPT, AGAIN) else None,
+            workers=args.workers,
+        )
     assert report.cached == (name == AGAIN)
     return {
-        "seconds": seconds,
+        **clock.found(),
         "rows": report.rows,
         "rejected": report.num_rejected,
         "blocks": packed.num_blocks,
@@ -153,25 +180,22 @@ def run_trl(args: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    seconds = [0.0]
+    clock = Clock()
 
     class Timed(SFTTrainer):
         def _prepare_dataset(self, *arguments: Any, **more: Any) -> Any:
-            started = time.perf_counter()
-            prepared = super()._prepare_dataset(*arguments, **more)
-            seconds[0] += time.perf_counter() - started
-            return prepared
+            with clock:
+                return super()._prepare_dataset(*arguments, **more)
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     if data == "chat":
         tokenizer.chat_template = args.template.read_text(encoding="utf-8")
     sizes = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 8)
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=1))
-    started = time.perf_counter()
-    rows = datasets.load_dataset(
-        "json", data_files=str(args.folder / f"{data}.jsonl"), split="train"
-    )
-    seconds[0] += time.perf_counter() - started
+    with clock:
+        rows = datasets.load_dataset(
+            "json", data_files=str(args.folder / f"{data}.jsonl"), split="train"
+        )
     assert isinstance(rows, datasets.Dataset)
     trainer = Timed(
         model=model,
@@ -200,7 +224,7 @@ def run_trl(args: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
         firsts = values[np.cumsum(sizes_here) - sizes_here]
         supervised += int((values != -100).sum() - (firsts != -100).sum())
     return {
-        "seconds": seconds[0],
+        **clock.found(),
         "rows": len(rows),
         "blocks": len(packed),
         "real_tokens": real,
@@ -230,19 +254,18 @@ def run_map(args: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
             texts = [p + c for p, c in zip(batch["prompt"], batch["completion"], strict=True)]
         return {"input_ids": tokenizer(texts)["input_ids"]}
 
-    started = time.perf_counter()
-    rows = datasets.load_dataset(
-        "json", data_files=str(args.folder / f"{data}.jsonl"), split="train"
-    )
-    assert isinstance(rows, datasets.Dataset)
-    rows = rows.map(
-        encode,
-        batched=True,
-        num_proc=2 if name == MAP_2 else None,
-        remove_columns=rows.column_names,
-    )
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "rows": len(rows)}
+    with Clock() as clock:
+        rows = datasets.load_dataset(
+            "json", data_files=str(args.folder / f"{data}.jsonl"), split="train"
+        )
+        assert isinstance(rows, datasets.Dataset)
+        rows = rows.map(
+            encode,
+            batched=True,
+            num_proc=2 if name == MAP_2 else None,
+            remove_columns=rows.column_names,
+        )
+    return {**clock.found(), "rows": len(rows)}
 
 
 def run_packing(args: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
@@ -255,13 +278,12 @@ def run_packing(args: argparse.Namespace, data: str, name: str) -> dict[str, Any
     drawn = np.exp(chance.normal(5.2, 0.6, MILLION)).astype(np.int64)
     block = 1024
     lengths = np.clip(drawn, 8, block if name == "bfd" else 8 * block)
-    started = time.perf_counter()
-    plan = pack(lengths, block, name)
-    seconds = time.perf_counter() - started
+    with Clock() as clock:
+        plan = pack(lengths, block, name)
     real = int(plan.lengths.sum())
     assert real == lengths.sum()
     return {
-        "seconds": seconds,
+        **clock.found(),
         "rows": MILLION,
         "blocks": plan.num_blocks,
         "real_tokens": real,
@@ -290,7 +312,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_case(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A case in processes of its own, as often as is asked for; medians of what is timed."""
-    repeats = 1 if CASES[name][0] == "synthetic" else args.repeats
+    repeats = args.repeats if CASES[name][0] in ("gsm8k", "packing") else 1
     runs: list[dict[str, Any]] = []
     environment = {**os.environ, "USE_TORCH_XLA": "0", "HF_HUB_OFFLINE": "1"}
     for repeat in range(repeats):
@@ -302,8 +324,9 @@ def run_case(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any
         if done.returncode:
             sys.exit(f"{name}: failed with exit status {done.returncode}")
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-    seconds = [run["seconds"] for run in runs]
-    found = {**runs[0], "seconds": statistics.median(seconds), "all_seconds": seconds}
+    found = {**runs[0], "all_seconds": [run["seconds"] for run in runs]}
+    for clock in ("seconds", "cpu_seconds"):
+        found[clock] = statistics.median(run[clock] for run in runs)
     found["rows_per_s"] = found["rows"] / found["seconds"]
     if "supervised_tokens" in found:
         found["supervised_tokens_per_s"] = found["supervised_tokens"] / found["seconds"]
@@ -335,13 +358,16 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def show(found: dict[str, dict[str, Any]]) -> None:
     """A Markdown table and the ratios."""
-    print("| case | rows | s | rows/s | supervised tok/s | blocks | real slots | peak GiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| case | rows | s | CPU s | rows/s | supervised tok/s | blocks | real slots | peak GiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, r in found.items():
         supervised = r.get("supervised_tokens_per_s")
         share = r.get("real_share")
         print(
-            f"| {name} | {r['rows']:,} | {r['seconds']:.2f} | {r['rows_per_s']:,.0f} "
+            f"| {name} | {r['rows']:,} | {r['seconds']:.2f} | {r['cpu_seconds']:.2f} "
+            f"| {r['rows_per_s']:,.0f} "
             f"| {'' if supervised is None else f'{supervised:,.0f}'} "
             f"| {r.get('blocks', '')} | {'' if share is None else f'{share:.2%}'} "
             f"| {r['peak_memory_bytes'] / 2**30:.2f} |"

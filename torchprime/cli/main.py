@@ -1,4 +1,4 @@
-"""`torchprime COMMAND --config-name NAME [overrides]`: what can be done without training."""
+"""`torchprime COMMAND ...`: what can be done around training."""
 
 from __future__ import annotations
 
@@ -26,15 +26,29 @@ def inspect(config: TrainConfig) -> int:
     return inspect_data(config)
 
 
-COMMANDS: dict[str, Callable[[TrainConfig], int]] = {"prepare": prepare, "inspect": inspect}
+def compare(argv: list[str]) -> int:
+    """Judge whether runs are the same training, and draw them."""
+    # late: as above
+    from torchprime.cli.comparing import compare_main
+
+    return compare_main(argv)
+
+
+# These take a run's config, with the flags and overrides of the training job.
+CONFIG_COMMANDS: dict[str, Callable[[TrainConfig], int]] = {"prepare": prepare, "inspect": inspect}
+# These take arguments of their own.
+OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": compare}
 
 
 def usage() -> str:
     """The commands, a line each."""
-    lines = ["usage: torchprime COMMAND --config-name NAME [key=value ...]", ""]
-    lines += [
-        f"  {name:<9} {(command.__doc__ or '').strip()}" for name, command in COMMANDS.items()
+    lines = [
+        "usage: torchprime prepare|inspect --config-name NAME [key=value ...]",
+        "       torchprime compare RUN RUN [RUN ...]",
+        "",
     ]
+    for name, command in {**CONFIG_COMMANDS, **OTHER_COMMANDS}.items():
+        lines.append(f"  {name:<9} {(command.__doc__ or '').strip()}")
     return "\n".join(lines)
 
 
@@ -45,12 +59,14 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0
     name, *rest = argv
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        print(f"error: there is no command {name!r}.{hint}\n{usage()}", file=sys.stderr)
-        return 2
-    return run_main(COMMANDS[name], rest)
+    if name in CONFIG_COMMANDS:
+        return run_main(CONFIG_COMMANDS[name], rest)
+    if name in OTHER_COMMANDS:
+        return OTHER_COMMANDS[name](rest)
+    close = difflib.get_close_matches(name, [*CONFIG_COMMANDS, *OTHER_COMMANDS], n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    print(f"error: there is no command {name!r}.{hint}\n{usage()}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,0 +1,521 @@
+"""An independent witness of a run: the same experiment by transformers' own model and Trainer.
+
+    python experimental/torchrun_gpu_sft/hf_witness.py --config-name NAME run_name=witness [...]
+
+It takes the training job's command line and writes the same run folder, for `torchprime compare`.
+Rows, blocks and their order are torchprime's, because two runs on different data prove nothing.
+All that computes is not: model and attention, accumulation, clipping, AdamW, schedule and mixed
+precision are transformers', accelerate's and torch's, set up from the config by their own names.
+Only the loss is spelled out below, since Trainer has no weights per token.
+
+It runs on the CPU, on one GPU, and under torchrun with a whole copy of the model on each GPU (DDP):
+the mesh of the config is not used. Packed blocks are kept apart by an explicit mask, [b, 1, S, S],
+which both sdpa and eager attention honour; a varlen kernel would take the place of
+`attention_mask`. There is no export, no held-out loss and no loss by source.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Where PyTorch/XLA is installed, transformers and accelerate take its device, unless told before
+# they are imported.
+os.environ["USE_TORCH_XLA"] = "0"
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging
+
+from torchprime.config.entry import run_main
+from torchprime.config.schema import AXES, TrainConfig, refuse
+from torchprime.data.budget import batch_budget
+from torchprime.data.order import batch_indices
+from torchprime.data.templates import resolve_template
+from torchprime.errors import ConfigError, DivergedError, RuntimeSetupError
+from torchprime.metrics.record import StepRecord
+from torchprime.metrics.throughput import (
+    Stopwatch,
+    host_memory_bytes,
+    mfu,
+    model_flops_per_token,
+)
+from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
+from torchprime.training import run_folder
+from torchprime.training.datasets import RunData, prepare_run_data
+from torchprime.training.loop import DataOrder
+from torchprime.training.model_files import ModelFiles, find_model
+from torchprime.training.plan import count_steps, count_warmup
+
+Inputs = dict[str, Any]
+
+
+# What goes in -------------------------------------------------------------------------------------
+
+
+class OrderedBlocks(Dataset):
+    """The blocks of all updates, one after another, as `DataOrder` has them."""
+
+    def __init__(self, order: DataOrder, total_steps: int) -> None:
+        self.order, self.total_steps = order, total_steps
+
+    def __len__(self) -> int:
+        return self.total_steps * self.order.global_batch_size
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        """The fields of one block, each [S]."""
+        order, data = self.order, self.order.data
+        step, row = divmod(place, order.global_batch_size)
+        indices = batch_indices(data.num_blocks, order.seed, step, order.global_batch_size)
+        block = data.batch(indices[row : row + 1])
+        return {name: torch.from_numpy(array[0]) for name, array in block.arrays().items()}
+
+
+def collate(blocks: Sequence[Mapping[str, Tensor]]) -> Inputs:
+    """A micro-batch as Trainer takes it: `labels` is what it hands to `weighted_loss` unread."""
+    fields = {name: torch.stack([block[name] for block in blocks]).long() for name in blocks[0]}
+    weights = torch.stack([block["loss_weights"] for block in blocks])
+    return {
+        "input_ids": fields["input_ids"],
+        "position_ids": fields["position_ids"],
+        "segment_ids": fields["segment_ids"],
+        "labels": {"targets": fields["targets"], "weights": weights},
+    }
+
+
+def segment_mask(segment_ids: Tensor) -> Tensor:
+    """bool [b, 1, S, S], true where a query (dim 2) sees a key: its own segment, not what follows.
+
+    Padding is a segment like any other, so no query is left without a key (a softmax over nothing).
+    """
+    length = segment_ids.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return (same & earlier)[:, None]
+
+
+def additive(mask: Tensor) -> Tensor:
+    """The mask as eager attention adds it to its scores."""
+    lowest = torch.finfo(torch.float32).min
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)
+
+
+def weighted_loss(outputs: Any, labels: Mapping[str, Tensor], num_items_in_batch: Tensor) -> Tensor:
+    """This micro-batch's part of the update's loss. Targets are shifted already.
+
+    Args:
+        num_items_in_batch: the weight of the whole update, over all micro-batches and processes.
+    """
+    logits = outputs.logits.float()
+    each = F.cross_entropy(
+        logits.flatten(0, 1), labels["targets"].flatten(), ignore_index=-100, reduction="none"
+    )
+    return (each * labels["weights"].flatten()).sum() / num_items_in_batch
+
+
+class WitnessTrainer(Trainer):
+    """Trainer with our blocks instead of a shuffled data set, and weights instead of counts."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """In order; accelerate gives each process its blocks of every micro-batch."""
+        assert isinstance(self.train_dataset, OrderedBlocks)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            shuffle=False,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Inputs], num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
+        """One update's micro-batches and their weight in all processes; Trainer counts tokens."""
+        batches = list(islice(epoch_iterator, num_batches))
+        weight = torch.stack([batch["labels"]["weights"].sum() for batch in batches]).sum()
+        everywhere: Any = self.accelerator.gather(weight.to(device))
+        return batches, everywhere.sum().clamp(min=1e-12)  # empty blocks only: loss 0
+
+    def compute_loss(self, model: Any, inputs: Inputs, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's own, with the mask made on the device."""
+        mask = segment_mask(inputs.pop("segment_ids"))
+        eager = self.accelerator.unwrap_model(model).config._attn_implementation == "eager"
+        inputs["attention_mask"] = additive(mask) if eager else mask
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+# What comes out -----------------------------------------------------------------------------------
+
+
+class Recorder(TrainerCallback):
+    """Turns what Trainer logs into our records. Trainer logs every step: its loss is a mean over
+    the steps since it last logged."""
+
+    def __init__(
+        self,
+        order: DataOrder,
+        writers: Sequence[Writer],
+        *,
+        total_steps: int,
+        logging_steps: int,
+        flops_per_token: float,
+        device_kind: str,
+        device_count: int,
+    ) -> None:
+        self.order, self.writers = order, writers
+        self.total_steps, self.logging_steps = total_steps, logging_steps
+        self.flops_per_token = flops_per_token
+        self.device_kind, self.device_count = device_kind, device_count
+        self.lr = math.nan
+        self.watch = Stopwatch()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.watch.restart()
+
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        self.lr = float(optimizer.param_groups[0]["lr"])  # what the optimizer is about to use
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" not in logs:  # the summary at the end
+            return
+        done, loss, norm = state.global_step, float(logs["loss"]), float(logs["grad_norm"])
+        batch = self.order.batch(done - 1)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise DivergedError(
+                f"The loss or gradient norm of step {done} is not finite: {loss} and {norm} (batch "
+                f"{batch.hash()}). Lower task.optimizer.learning_rate, set task.max_grad_norm, or "
+                "look at that batch's rows."
+            )
+        self.watch.count(supervised_tokens=batch.supervised_tokens, slot_tokens=batch.slot_tokens)
+        if done % self.logging_steps and done != self.total_steps:
+            if done == 1:  # slower than the others, as in our loop
+                self.watch.restart()
+            return
+        lap = self.watch.lap()
+        cuda = torch.cuda.is_available()
+        record = StepRecord(
+            step=done,
+            epoch=done / self.order.steps_per_epoch,
+            loss=loss,
+            grad_norm=norm,
+            lr=self.lr,
+            supervised_tokens=batch.supervised_tokens,
+            real_tokens=batch.real_tokens,
+            slot_tokens=batch.slot_tokens,
+            batch_hash=batch.hash(),
+            step_seconds=lap.step_seconds,
+            supervised_tokens_per_s=lap.supervised_tokens_per_s,
+            slot_tokens_per_s=lap.slot_tokens_per_s,
+            mfu=mfu(
+                slot_tokens_per_s=lap.slot_tokens_per_s,
+                flops_per_token=self.flops_per_token,
+                device_kind=self.device_kind,
+                num_chips=self.device_count,
+            ),
+            device_memory_bytes=int(torch.cuda.max_memory_allocated()) if cuda else None,
+            host_memory_bytes=host_memory_bytes(),
+            compiles=None,
+        )
+        for writer in self.writers:
+            writer.write(record)
+
+
+# The config, in Trainer's words -------------------------------------------------------------------
+
+
+def check_supported(c: TrainConfig, processes: int) -> None:
+    """Refuse what transformers' Trainer would do differently.
+
+    Raises:
+        ConfigError, RuntimeSetupError: with the key and what to set instead.
+    """
+    if c.model.pretrained_model is None:
+        refuse("model.pretrained_model", None, "a checkpoint to start from", "Name one.")
+    if c.task.optimizer.name != "adamw":
+        refuse(
+            "task.optimizer.name",
+            c.task.optimizer.name,
+            "adamw: Trainer's adafactor is another method than ours",
+            "Set task.optimizer.name=adamw in both runs.",
+        )
+    if c.task.max_grad_value is not None:
+        refuse(
+            "task.max_grad_value",
+            c.task.max_grad_value,
+            "null: Trainer clips by norm only",
+            "Set task.max_grad_value=null in both runs.",
+        )
+    if c.torch_dtype == "bfloat16" and not c.task.optimizer.master_weights:
+        refuse(
+            "task.optimizer.master_weights",
+            False,
+            "true: Trainer without fp32 weights keeps AdamW's state in bfloat16 too",
+            "Set task.optimizer.master_weights=true in both runs.",
+        )
+    parts = processes * c.task.gradient_accumulation_steps
+    if c.task.global_batch_size % parts:
+        refuse(
+            "task.global_batch_size",
+            c.task.global_batch_size,
+            f"a multiple of {parts} = {processes} processes x task.gradient_accumulation_steps "
+            f"{c.task.gradient_accumulation_steps}",
+            "Start another number of processes, or change the accumulation.",
+        )
+    if processes == 1 and torch.cuda.device_count() > 1:
+        raise RuntimeSetupError(
+            f"There are {torch.cuda.device_count()} GPUs and one process, which Trainer would use "
+            "with DataParallel. Start the witness with torchrun --nproc_per_node=N, or set "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_windows(files: ModelFiles, block_size: int) -> None:
+    """An explicit mask replaces the model's own, and with it a sliding window."""
+    window = files.architecture.sliding_window
+    if window is not None and window < block_size:
+        raise ConfigError(
+            f"dataset.block_size: given {block_size}, expected at most {window}, the sliding "
+            "window of this model's attention, which the witness' mask does not have. Set "
+            f"dataset.block_size={window} in both runs."
+        )
+
+
+def schedule_arguments(c: TrainConfig, *, total_steps: int, warmup_steps: int) -> dict[str, Any]:
+    """Our schedule by the names that transformers has for it."""
+    s, peak = c.task.lr_scheduler, c.task.optimizer.learning_rate
+    name, more = s.name, {}
+    if name == "constant" or s.min_lr_ratio == 1 or warmup_steps >= total_steps:
+        name = "constant_with_warmup"  # nothing falls
+    elif name == "cosine" and s.min_lr_ratio:
+        name, more = "cosine_with_min_lr", {"min_lr_rate": s.min_lr_ratio}
+    elif name == "linear" and s.min_lr_ratio:
+        name, more = "polynomial", {"lr_end": peak * s.min_lr_ratio, "power": 1.0}
+    return {
+        "learning_rate": peak,
+        "lr_scheduler_type": name,
+        "lr_scheduler_kwargs": more,
+        "warmup_steps": warmup_steps,
+    }
+
+
+def training_arguments(
+    c: TrainConfig, folder: Path, *, processes: int, total_steps: int, warmup_steps: int
+) -> TrainingArguments:
+    """All of Trainer's arguments that matter; with the device comes the process group."""
+    t, o, cuda = c.task, c.task.optimizer, torch.cuda.is_available()
+    accumulation = t.gradient_accumulation_steps
+    return TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        seed=c.seed % 2**32,
+        bf16=c.torch_dtype == "bfloat16",
+        max_steps=total_steps,
+        per_device_train_batch_size=t.global_batch_size // accumulation // processes,
+        gradient_accumulation_steps=accumulation,
+        average_tokens_across_devices=True,
+        max_grad_norm=math.inf if t.max_grad_norm is None else t.max_grad_norm,
+        optim="adamw_torch",
+        adam_beta1=o.betas[0],
+        adam_beta2=o.betas[1],
+        adam_epsilon=1e-8 if o.eps is None else o.eps,
+        weight_decay=o.weight_decay,
+        **schedule_arguments(c, total_steps=total_steps, warmup_steps=warmup_steps),
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
+    """transformers' model in the weights' dtype, and fp32 if that was bf16: Trainer then computes
+    in bf16 from fp32 weights, as we do from master weights."""
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, local_files_only=True
+    )
+    return model.float()
+
+
+# The run ------------------------------------------------------------------------------------------
+
+
+def plan_of(c: TrainConfig, data: RunData, processes: int) -> dict[str, Any]:
+    """run.json's plan, but for memory, which the witness does not estimate."""
+    budget = batch_budget(data.train, c.seed, c.task.global_batch_size)
+    total = count_steps(
+        max_steps=c.task.max_steps,
+        num_epochs=c.task.num_epochs,
+        steps_per_epoch=budget["steps_per_epoch"],
+    )
+    s = c.task.lr_scheduler
+    warmup = count_warmup(
+        warmup_steps=s.warmup_steps, warmup_ratio=s.warmup_ratio, total_steps=total
+    )
+    return {
+        "total_steps": total,
+        "warmup_steps": warmup,
+        "epochs": total / budget["steps_per_epoch"],
+        "budget": budget,
+        "mesh": {axis: processes if axis == "data" else 1 for axis in AXES},
+    }
+
+
+def facts_of(
+    c: TrainConfig, data: RunData, plan: dict[str, Any], model: Any, args: TrainingArguments
+) -> dict[str, Any]:
+    """run.json, with the keys that a run of ours has."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "command": run_folder.command(),
+        "versions": run_folder.versions() | {"accelerate": metadata.version("accelerate")},
+        "backend": "transformers",
+        "device": {"kind": device_kind(), "count": args.world_size},
+        "processes": args.world_size,
+        "mesh": plan["mesh"],
+        "attention": model.config._attn_implementation,
+        "model": {
+            "pretrained": c.model.pretrained_model,
+            "parameters": parameters,
+            "dtype": c.torch_dtype,
+        },
+        "fingerprints": data.fingerprints(),
+        "plan": plan | {"parameters": parameters},
+    }
+
+
+def device_kind() -> str:
+    """The GPU's name, or CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def flops_per_token(files: ModelFiles, block_size: int) -> float:
+    """For MFU, counted as in our own runs."""
+    a = files.architecture
+    return model_flops_per_token(
+        num_parameters=files.num_parameters,
+        vocab_size=a.vocab_size,
+        hidden_size=a.hidden_size,
+        tied_embeddings=a.tie_word_embeddings,
+        num_layers=a.num_hidden_layers,
+        num_heads=a.num_attention_heads,
+        head_size=a.head_dim,
+        block_size=block_size,
+    )
+
+
+def main(c: TrainConfig) -> int:
+    """Train as configured; the exit code."""
+    processes, first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    say = partial(print, file=sys.stderr, flush=True) if first else lambda _: None
+    folder = Path(c.output_dir) / (c.run_name or c.task.name)
+    check_supported(c, processes)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before anything asks for it
+    if not c.dry_run:
+        run_folder.check(folder)
+    files = find_model(
+        pretrained_model=c.model.pretrained_model,
+        tokenizer_name=c.model.tokenizer_name,
+        architecture=c.model.architecture,
+        cache_dir=c.dataset.cache_dir,
+        weights=not c.dry_run,
+    )
+    check_windows(files, c.dataset.block_size)
+    template = resolve_template(c.dataset.chat_template, files.tokenizer)
+    data = prepare_run_data(c, files.tokenizer, template, say)
+    plan = plan_of(c, data, processes)
+    # The config's own choice is between kernels of ours; `reference` is the plainest of either.
+    attention = "eager" if c.model.attention_kernel == "reference" else "sdpa"
+    say(
+        f"  witness      transformers' Trainer, {plan['total_steps']:,} steps "
+        f"({plan['warmup_steps']:,} of them warm-up) on {device_kind()} x {processes}, "
+        f"{attention} attention; no held-out loss, no export"
+    )
+    if c.dry_run:
+        say("dry_run=true: everything above is ready; stopping before the first step.")
+        return 0
+    train(c, folder, files, data, plan, processes=processes, attention=attention)
+    return 0
+
+
+def train(
+    c: TrainConfig,
+    folder: Path,
+    files: ModelFiles,
+    data: RunData,
+    plan: dict[str, Any],
+    *,
+    processes: int,
+    attention: str,
+) -> None:
+    """Load, make the run's folder, and run Trainer."""
+    assert files.folder is not None
+    total = plan["total_steps"]
+    model = load_model(files.folder, getattr(torch, c.torch_dtype), attention)
+    if c.remat.policy == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    args = training_arguments(
+        c, folder, processes=processes, total_steps=total, warmup_steps=plan["warmup_steps"]
+    )
+    writers: list[Writer] = []
+    if args.process_index == 0:
+        run_folder.claim(folder)
+        run_folder.write_config(folder, c.to_dict())
+        run_folder.write_json(folder / "data_report.json", data.reports())
+        run_folder.write_json(folder / "run.json", facts_of(c, data, plan, model, args))
+        metrics = JsonlWriter(folder / "metrics.jsonl")
+        writers = [metrics, TensorBoardWriter(folder), ConsoleWriter(total)]
+    order = DataOrder(data.train, c.seed, c.task.global_batch_size)
+    recorder = Recorder(
+        order,
+        writers,
+        total_steps=total,
+        logging_steps=c.logging_steps,
+        flops_per_token=flops_per_token(files, c.dataset.block_size),
+        device_kind=device_kind(),
+        device_count=args.world_size,
+    )
+    trainer = WitnessTrainer(
+        model=model,
+        args=args,
+        train_dataset=OrderedBlocks(order, total),
+        data_collator=collate,
+        compute_loss_func=weighted_loss,
+        callbacks=[recorder],
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train()
+    finally:
+        for writer in writers:
+            writer.close()
+        PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

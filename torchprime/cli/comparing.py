@@ -1,0 +1,316 @@
+"""`torchprime compare RUN RUN [RUN...]`: are these runs the same training?
+
+The verdict goes to the terminal, all it stands on to `parity.json`, and the curves to a figure (PNG
+and SVG). torchprime/metrics/compare.py says how it is judged, read_logs.py what a RUN may be.
+`--measure-noise` writes the noise floor that runs in less than float32 are judged by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torchprime.errors import ConfigError, RuntimeSetupError, UserError
+from torchprime.metrics.compare import (
+    AGREE,
+    DIFFER,
+    DIFFERENT_DATA,
+    QUANTITIES,
+    Comparison,
+    Judged,
+    Pair,
+    compare,
+    imprecise,
+    usual_speed,
+)
+from torchprime.metrics.noise_floor import FACTOR, WINDOW, NoiseFloor, measure_noise, read_floor
+from torchprime.metrics.read_logs import Run, read_run
+from torchprime.training.run_folder import write_json
+
+PARITY = "parity.json"
+FLOOR = "noise_floor.json"
+NO_FIGURE = "none"
+SHOWN_DIFFERENCES = 8
+
+EPILOG = f"""\
+A RUN is a run's folder, a metrics.jsonl, a trainer_state.json of transformers or a folder with one,
+or a text log; NAME=RUN names it. The first one is the reference.
+Exit code: 0 all agree; 1 they do not, had different data or could not be judged; 2 a mistake.
+float32: losses to 1e-4, gradient norm to 1e-3, learning rate to 1e-6, relative. Other dtypes: to
+{FACTOR:g} times the largest spread of {WINDOW} neighbouring records of runs that ought to be equal:
+  torchprime compare --measure-noise RUN RUN [RUN...] --out {FLOOR}
+"""
+
+
+def compare_main(argv: list[str]) -> int:
+    """Run the command with the arguments after `compare`; the exit code."""
+    try:
+        given = _parser().parse_intermixed_args(argv)
+    except SystemExit as stop:  # argparse has printed the help or the mistake
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        runs = [read_run(label, path) for label, path in name_runs(given.runs)]
+        return _measure(runs, given) if given.measure_noise else _compare(runs, given, argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torchprime compare",
+        description="Are these runs the same training?",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN")
+    add("--out", metavar="FOLDER", help=f"where {PARITY} and the figure go (default: here)")
+    add(
+        "--figure",
+        metavar="NAME",
+        default="parity",
+        help=f"NAME.png and NAME.svg in --out (default: parity); {NO_FIGURE}: do not draw",
+    )
+    add("--loss-tolerance", type=float, metavar="X", help="judge losses by this, relative")
+    add("--noise-floor", metavar="FILE", help="judge by this measured floor")
+    add("--steps", type=int, metavar="N", help="only the first N common steps")
+    add("--measure-noise", action="store_true", help="write a noise floor to --out FILE instead")
+    return parser
+
+
+def name_runs(given: Sequence[str]) -> list[tuple[str, str]]:
+    """(label, path) of each argument: NAME=PATH, or a path that gives the name."""
+    named = []
+    for argument in given:
+        name, equals, path = argument.partition("=")
+        if equals and name and "/" not in name and not Path(argument).exists():
+            named.append((name, path))
+        else:
+            named.append((None, argument))
+    labels = [name for name, _ in named if name]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(f"RUN: the name {twice[0]} is given twice, expected one for each run")
+    short = [name or _short(path) for name, path in named]
+    unique: list[str] = []
+    for (name, path), label in zip(named, short, strict=True):
+        if not name and short.count(label) > 1:
+            label = path
+        unique.append(label if label not in unique else f"{label}#{len(unique) + 1}")
+    return list(zip(unique, (path for _, path in named), strict=True))
+
+
+def _short(path: str) -> str:
+    """A run's folder gives its name; the usual file names tell nothing."""
+    absolute = Path(path).absolute()
+    if absolute.name in ("metrics.jsonl", "trainer_state.json"):
+        return absolute.parent.name
+    return absolute.name if absolute.is_dir() else absolute.stem
+
+
+def _measure(runs: Sequence[Run], given: argparse.Namespace) -> int:
+    floor = measure_noise(runs)
+    path = Path(given.out or FLOOR)
+    path = path / FLOOR if path.is_dir() else path
+    _write(path, floor.to_dict())
+    lines = [f"noise floor of {', '.join(run.label for run in runs)} in {floor.dtype}"]
+    for name, spreads in floor.spreads.items():
+        lines.append(
+            f"  {name:<9} spread at most {max(spreads.values()):.1e} over {len(spreads):,} steps, "
+            f"so a band of up to {floor.factor * max(spreads.values()):.1e}"
+        )
+    told = ", ".join(floor.differences) or "nothing that run.json or config.yaml tell"
+    _print([*lines, f"  they differ in {told}", f"wrote {path}"])
+    return 0
+
+
+def _compare(runs: Sequence[Run], given: argparse.Namespace, argv: Sequence[str]) -> int:
+    floor: NoiseFloor | None = read_floor(given.noise_floor) if given.noise_floor else None
+    comparison = compare(runs, loss_tolerance=given.loss_tolerance, floor=floor, steps=given.steps)
+    folder = Path(given.out or ".")
+    wrote = [folder / PARITY]
+    _write(wrote[0], comparison.to_dict())
+    name = given.figure.removesuffix(".png").removesuffix(".svg")
+    if name != NO_FIGURE and comparison.verdict != DIFFERENT_DATA:
+        # late: matplotlib takes a second, and only a figure needs it
+        from torchprime.metrics.draw import draw
+
+        wrote += draw(comparison, folder / name)
+    _print(
+        [
+            *terminal(comparison),
+            "",
+            f"wrote {', '.join(map(str, wrote))}",
+            *_advice(comparison, argv),
+            final_line(comparison),
+        ]
+    )
+    return 0 if comparison.verdict == AGREE else 1
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+    except OSError as error:
+        raise RuntimeSetupError(
+            f"--out: {path} cannot be written ({error.strerror}), expected a place that can be"
+        ) from error
+
+
+# What is printed ----------------------------------------------------------------------------------
+
+
+def terminal(comparison: Comparison) -> Iterator[str]:
+    """All but the final line, line by line."""
+    width = max(len(run.label) for run in comparison.runs)
+    for run in comparison.runs:
+        role = "reference" if run is comparison.reference else "run"
+        speed = usual_speed(run)
+        told = [run.source, f"{len(run.steps):,} steps ({_span(list(run.steps))})"]
+        told += [run.dtype or "dtype unknown"]
+        told += [f"{speed:,.0f} supervised tok/s"] if speed else []
+        yield f"{role:<10} {run.label:<{width}}  {', '.join(told)}"
+        yield from (f"{'':<10} {'':<{width}}  {note}" for note in run.notes)
+    judged = len(comparison.steps)
+    alone = "" if judged == comparison.common else f", the first {judged:,} judged"
+    yield f"{'common':<10} {comparison.common:,} steps{alone} ({_span(comparison.steps)})"
+    for pair in comparison.pairs:
+        yield f"{'data':<10} {pair.run.label:<{width}}  {data_line(comparison, pair)}"
+    for pair in comparison.pairs:
+        if pair.differences:
+            told = _differences(pair)
+            yield f"{'other':<10} {pair.run.label:<{width}}  {told}"
+    if comparison.verdict != DIFFERENT_DATA:
+        yield ""
+        yield from _table(comparison, width)
+    for note in comparison.notes:
+        yield f"note: {note}"
+
+
+def _span(steps: Sequence[int]) -> str:
+    return f"{min(steps):,} to {max(steps):,}"
+
+
+def data_line(comparison: Comparison, pair: Pair) -> str:
+    """What is known of the pair's data."""
+    check, count = pair.data, len(comparison.steps)
+    if (first := check.first_difference) is not None:
+        moved = first.get("reference_has_it_at_step")
+        hint = f", which {comparison.reference.label} has at step {moved}" if moved else ""
+        return (
+            f"DIFFERENT at step {first['step']}: {first['what']} {first['value']}{hint}; "
+            f"{comparison.reference.label} has {first['reference']}"
+        )
+    if check.hashes:
+        return f"the same batches at {check.hashes:,} of {count:,} steps, by their hashes"
+    if check.tokens:
+        return (
+            f"could not be checked: no batch hashes; supervised tokens are equal at "
+            f"{check.tokens:,} of {count:,} steps"
+        )
+    return "could not be checked: no batch hashes"
+
+
+def _differences(pair: Pair) -> str:
+    told = [f"{name} {_value(a)} -> {_value(b)}" for name, (a, b) in pair.differences.items()]
+    more = len(told) - SHOWN_DIFFERENCES
+    return "; ".join(told[:SHOWN_DIFFERENCES]) + (f"; {more} more in {PARITY}" if more > 0 else "")
+
+
+def _value(value: Any) -> str:
+    text = (
+        value if isinstance(value, str) and value.isprintable() else json.dumps(value, default=str)
+    )
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _table(comparison: Comparison, width: int) -> Iterator[str]:
+    names = [n for n in QUANTITIES if any(n in pair.quantities for pair in comparison.pairs)]
+    cells = [["", *names, "verdict"]]
+    for pair in comparison.pairs:
+        judged = [pair.quantities.get(name) for name in names]
+        cells.append([pair.run.label, *map(_worst, judged), pair.verdict])
+    bands = [comparison.bands[name] for name in names]
+    least = [f"band {'>= ' if b.steps else ''}{b.least:.0e}" if b else "no band" for b in bands]
+    cells.append(["", *least, ""])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths[0] = max(widths[0], width)
+    for row in cells:
+        line = "  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True))
+        yield line.rstrip()
+    for pair in comparison.pairs:
+        if pair.first_beyond:
+            yield f"{pair.run.label}: {first_line(comparison, pair)}"
+        yield from (f"{pair.run.label}: {note}" for note in pair.notes)
+
+
+def _worst(judged: Judged | None) -> str:
+    if judged is None:
+        return "-"
+    worst = judged.worst
+    return f"{worst.relative:.1e} at step {worst.step:,}" if worst.relative else "equal"
+
+
+def first_line(comparison: Comparison, pair: Pair) -> str:
+    """Where the pair first leaves a band."""
+    assert pair.first_beyond is not None
+    name, point = pair.first_beyond
+    return (
+        f"first out of its band at step {point.step:,}: {name} {point.value:.8g}, "
+        f"{comparison.reference.label} has {point.reference:.8g}; {point.relative:.1e} apart, "
+        f"the band is {point.band:.1e}"
+    )
+
+
+def _advice(comparison: Comparison, argv: Sequence[str]) -> Iterator[str]:
+    """The commands to type where a noise floor is missing."""
+    if comparison.bands["loss"] is None and comparison.verdict != DIFFERENT_DATA:
+        dtype = " or ".join(imprecise(comparison.runs))
+        yield f"measure the noise floor, on two or more runs of this config in {dtype}:"
+        yield f"  torchprime compare --measure-noise RUN RUN --out {FLOOR}"
+        yield f"  torchprime compare {shlex.join(argv)} --noise-floor {FLOOR}"
+
+
+def final_line(comparison: Comparison) -> str:
+    """The verdict in a line."""
+    reference, count = comparison.reference.label, len(comparison.steps)
+    of_verdict = [p.run.label for p in comparison.pairs if p.verdict == comparison.verdict]
+    labels = ", ".join(of_verdict)
+    if comparison.verdict == AGREE:
+        return f"AGREE: {labels} with {reference} over {count:,} steps"
+    if comparison.verdict == DIFFER:
+        return f"DIFFER: {labels} from {reference}"
+    if comparison.verdict == DIFFERENT_DATA:
+        return f"DIFFERENT DATA: {labels} did not see the batches of {reference}; nothing compared"
+    return "NOT JUDGED: measure the noise floor"
+
+
+def markdown_table(comparison: Comparison) -> str:
+    """The verdict as a table for a page."""
+    reference = comparison.reference
+    names = [n for n in QUANTITIES if any(n in pair.quantities for pair in comparison.pairs)]
+    rows = [["run", "steps", *(f"{name}, worst" for name in names), "supervised tok/s", "verdict"]]
+    rows.append(["---"] * len(rows[0]))
+    pairs: list[Pair | None] = [None, *comparison.pairs]
+    for run, pair in zip(comparison.runs, pairs, strict=True):
+        speed = usual_speed(run)
+        cells = [_worst(pair.quantities.get(name)) if pair else "" for name in names]
+        verdict = pair.verdict if pair else "reference"
+        steps, rate = f"{len(run.steps):,}", f"{speed:,.0f}" if speed else "-"
+        rows.append([run.label, steps, *cells, rate, verdict])
+    assert reference is comparison.runs[0]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _print(lines: Sequence[str]) -> None:
+    """To stdout, also where that knows less than Unicode."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = "\n".join(lines) + "\n"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))

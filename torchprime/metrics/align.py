@@ -1,0 +1,172 @@
+"""Runs side by side: their common steps, their data, their numbers, and what else differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchprime.errors import DataError
+from torchprime.metrics.read_logs import LoggedStep, Run
+
+# What of run.json may matter; the rest is derived, or different by nature.
+_FACTS = (
+    "versions", "backend", "device", "processes", "mesh", "attention", "model", "fingerprints",
+)  # fmt: skip
+_OWN_KEYS = ("config.run_name", "config.output_dir")
+
+
+def relative(reference: float, value: float) -> float:
+    """How far the value is from the reference, in units of the reference; inf if either is none."""
+    if not (math.isfinite(reference) and math.isfinite(value)):
+        return math.inf
+    if value == reference:
+        return 0.0
+    return abs(value - reference) / abs(reference) if reference else math.inf
+
+
+def common_steps(runs: Sequence[Run]) -> list[int]:
+    """The steps that all runs logged, in order. DataError if there is none."""
+    common = sorted(set.intersection(*(set(run.steps) for run in runs)))
+    if not common:
+        told = ", ".join(
+            f"{run.label}: {len(run.steps):,} from {min(run.steps):,} to {max(run.steps):,}"
+            for run in runs
+        )
+        raise DataError(
+            f"runs: no step was logged by all of them ({told}); expected runs that log some of the "
+            "same steps. Repeat one with the other's logging_steps."
+        )
+    return common
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """Whether a run saw the reference's batches."""
+
+    hashes: int = 0  # steps at which both logged one
+    tokens: int = 0  # steps at which both logged the supervised tokens
+    first_difference: Mapping[str, Any] | None = None
+
+    @property
+    def same(self) -> bool | None:
+        """None where nothing tells: equal numbers of tokens are no proof of equal ones."""
+        if self.first_difference is not None:
+            return False
+        return True if self.hashes else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "same": self.same,
+            "steps_with_hashes": self.hashes,
+            "steps_with_supervised_tokens": self.tokens,
+            "first_difference": self.first_difference,
+        }
+
+
+def check_data(reference: Run, run: Run, steps: Sequence[int]) -> DataCheck:
+    """Compare batch hashes and supervised tokens at `steps`."""
+    counts = {"batch_hash": 0, "supervised_tokens": 0}
+    first: dict[str, Any] | None = None
+    for step in steps:
+        ours, theirs = reference.steps[step], run.steps[step]
+        for name in counts:
+            a, b = getattr(ours, name), getattr(theirs, name)
+            if a is None or b is None:
+                continue
+            counts[name] += 1
+            if a != b and first is None:
+                first = {"step": step, "what": name, "reference": a, "value": b}
+                if name == "batch_hash":
+                    first["reference_has_it_at_step"] = _place(reference, b)
+    return DataCheck(counts["batch_hash"], counts["supervised_tokens"], first)
+
+
+def _place(run: Run, batch_hash: str) -> int | None:
+    steps = (step for step, logged in run.steps.items() if logged.batch_hash == batch_hash)
+    return next(steps, None)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """One quantity of two runs at one step."""
+
+    step: int
+    reference: float
+    value: float
+    hidden: float  # how much of their difference rounding in the logs may be
+
+
+def align(reference: Run, run: Run, name: str, steps: Sequence[int]) -> list[Aligned]:
+    """The quantity wherever both runs have it; `eval_loss` has steps of its own up to the last.
+
+    A run whose losses are means over several steps is set beside the other's mean over the same
+    ones.
+    """
+    if name == "eval_loss":
+        both = sorted(set(reference.heldout) & set(run.heldout))
+        return [
+            Aligned(
+                step,
+                reference.heldout[step],
+                run.heldout[step],
+                reference.heldout_rounding.get(step, 0.0) + run.heldout_rounding.get(step, 0.0),
+            )
+            for step in both
+            if step <= steps[-1]
+        ]
+    found = []
+    for step in steps:
+        ours = _number(reference, run.steps[step], name)
+        theirs = _number(run, reference.steps[step], name)
+        if ours is not None and theirs is not None:
+            found.append(Aligned(step, ours[0], theirs[0], ours[1] + theirs[1]))
+    return found
+
+
+def _number(run: Run, other: LoggedStep, name: str) -> tuple[float, float] | None:
+    """The run's number and what its rounding hides, as a mean over steps where other's is one."""
+    logged = run.steps[other.step]
+    value = getattr(logged, name)
+    if value is None:
+        return None
+    if name != "loss" or logged.mean_over >= other.mean_over:
+        return value, logged.rounding.get(name, 0.0)
+    window = range(other.step - other.mean_over + 1, other.step + 1)
+    parts = [run.steps[step] for step in window if step in run.steps]
+    losses = [each.loss for each in parts if each.mean_over == 1 and each.loss is not None]
+    if len(losses) < other.mean_over:
+        return None
+    return sum(losses) / len(losses), max(each.rounding.get(name, 0.0) for each in parts)
+
+
+def differences(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:
+    """What run.json and config.yaml tell differently, by dotted name; None: it is not there.
+
+    A file that one of the runs lacks is not compared.
+    """
+    ours, theirs = {}, {}
+    if reference.facts and run.facts:
+        ours |= _flat({name: reference.facts.get(name) for name in _FACTS}, "")
+        theirs |= _flat({name: run.facts.get(name) for name in _FACTS}, "")
+    if reference.config and run.config:
+        ours |= _flat(reference.config, "config.")
+        theirs |= _flat(run.config, "config.")
+    return {
+        name: (ours.get(name), theirs.get(name))
+        for name in {**ours, **theirs}
+        if ours.get(name) != theirs.get(name) and name not in _OWN_KEYS
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return dict(_leaves(values, prefix))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
