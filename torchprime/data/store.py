@@ -44,9 +44,9 @@ def to_record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
         return pa.LargeListArray.from_arrays(_arrow(offsets), _arrow(flat))
 
     columns = [
-        pa.array([e.row_id for e in examples], pa.string()),
-        pa.array([e.source for e in examples], pa.string()),
-        pa.array([int((e.weights[1:] > 0).sum()) for e in examples], pa.int32()),
+        _strings([e.row_id for e in examples]),
+        _strings([e.source for e in examples]),
+        _arrow(np.array([(e.weights[1:] > 0).sum() for e in examples], dtype=np.int32)),
         tokens("ids", np.int32),
         tokens("weights", np.float32),
         tokens("rules", np.uint8),
@@ -59,6 +59,14 @@ def _arrow(values: npt.NDArray[Any]) -> pa.Array:
     values = np.ascontiguousarray(values)
     kind = pa.from_numpy_dtype(values.dtype)
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def _strings(values: Sequence[str]) -> pa.Array:
+    """Texts as an Arrow array, for the same reason."""
+    encoded = [value.encode("utf-8", "replace") for value in values]
+    offsets = np.concatenate([[0], np.cumsum([len(each) for each in encoded])]).astype(np.int32)
+    buffers = (pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)))
+    return pa.StringArray.from_buffers(len(encoded), *buffers)
 
 
 class Tokens(NamedTuple):

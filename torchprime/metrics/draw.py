@@ -26,7 +26,8 @@ from torchprime.metrics.read_logs import Run
 
 # Okabe and Ito's, darkened where they are faint on white, and two more in between.
 COLOURS = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#7A4FA3", "#8C510A", "#1A1A1A",
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#7A4FA3", "#8C510A",
+    "#1A1A1A",
 )  # fmt: skip
 STYLES = ("-", "--", "-.", ":")
 MOST_RUNS = len(COLOURS) + 1
