@@ -237,9 +237,7 @@ def _table(comparison: Comparison, width: int) -> Iterator[str]:
     for pair in comparison.pairs:
         judged = [pair.quantities.get(name) for name in names]
         cells.append([pair.run.label, *map(_worst, judged), pair.verdict])
-    bands = [comparison.bands[name] for name in names]
-    least = [f"band {'>= ' if b.steps else ''}{b.least:.0e}" if b else "no band" for b in bands]
-    cells.append(["", *least, ""])
+    cells.append(["", *(_band(comparison, name) for name in names), ""])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     widths[0] = max(widths[0], width)
     for row in cells:
@@ -249,6 +247,15 @@ def _table(comparison: Comparison, width: int) -> Iterator[str]:
         if pair.first_beyond:
             yield f"{pair.run.label}: {first_line(comparison, pair)}"
         yield from (f"{pair.run.label}: {note}" for note in pair.notes)
+
+
+def _band(comparison: Comparison, name: str) -> str:
+    judged = [pair.quantities[name] for pair in comparison.pairs if name in pair.quantities]
+    widths = [point.band for each in judged for point in each.points if point.band is not None]
+    if not widths:
+        return "no band"
+    low, high = f"{min(widths):.1e}", f"{max(widths):.1e}"
+    return f"band {low}" if low == high else f"band {low} to {high}"
 
 
 def _worst(judged: Judged | None) -> str:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from torchprime.errors import ConfigError, RuntimeSetupError
-from torchprime.metrics.compare import AGREE, DIFFER, Comparison, Pair
+from torchprime.metrics.compare import AGREE, DIFFER, Comparison, Pair, Point
 from torchprime.metrics.read_logs import Run
 
 # Okabe and Ito's, darkened where they are faint on white, and two more in between.
@@ -30,6 +30,12 @@ COLOURS = (
     "#1A1A1A",
 )  # fmt: skip
 STYLES = ("-", "--", "-.", ":")
+WORDS = {
+    "loss": "loss",
+    "eval_loss": "held-out loss",
+    "grad_norm": "gradient norm",
+    "lr": "learning rate",
+}
 MOST_RUNS = len(COLOURS) + 1
 REFERENCE = "#B5B9BF"
 INK, QUIET, BAND = "#22262B", "#6B727B", "#E9EDF2"
@@ -86,7 +92,7 @@ def _figure(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(WIDTH, HEIGHT), facecolor="white")
     grid = figure.add_gridspec(
         6, 2, width_ratios=(1.75, 1), left=0.06, right=0.985, bottom=0.075, top=0.835,
-        wspace=0.4, hspace=1.35,
+        wspace=0.46, hspace=1.35,
     )  # fmt: skip
     loss = figure.add_subplot(grid[:3, 0])
     apart = figure.add_subplot(grid[3:, 0], sharex=loss)
@@ -96,7 +102,7 @@ def _figure(comparison: Comparison) -> Figure:
     first, last = comparison.steps[0], comparison.steps[-1]
     margin = max(0.5, 0.01 * (last - first))
     loss.set_xlim(first - margin, last + margin)
-    loss.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    loss.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
 
     _curves(loss, comparison, "loss")
     _heldout(loss, comparison)
@@ -107,7 +113,7 @@ def _figure(comparison: Comparison) -> Figure:
     norm.set_title("Gradient norm")
     _curves(rate, comparison, "lr")
     rate.set_title("Learning rate")
-    rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1g}" if value else "0"))
+    rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_number(value)))
     _curves(speed, comparison, "supervised_tokens_per_s")
     speed.set_title("Supervised tokens per second")
     speed.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -123,6 +129,12 @@ def _figure(comparison: Comparison) -> Figure:
         axes.set_xlabel("step", fontsize=8, labelpad=2)
     _titles(figure, comparison)
     return figure
+
+
+def _short_number(value: float) -> str:
+    """5e-5 for 0.00005."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if value else "0"
 
 
 def _titles(figure: Figure, comparison: Comparison) -> None:
@@ -146,18 +158,20 @@ def title(comparison: Comparison) -> str:
         return f"{len(out)} of {len(comparison.pairs)} runs differ from {reference}"
     found = out[0].first_beyond
     assert found is not None
-    return f"{out[0].run.label} differs from {reference} from step {found[1].step:,} on"
+    what = WORDS[found[0]]
+    return f"{out[0].run.label} differs from {reference}: {what}, first at step {found[1].step:,}"
 
 
 def subtitle(comparison: Comparison) -> str:
     """The largest difference of each quantity, with its band."""
     told = []
-    names = {"loss": "loss", "eval_loss": "held-out loss", "grad_norm": "gradient norm"}
-    for name, words in names.items():
+    for name, words in WORDS.items():
         found = [pair.quantities[name] for pair in comparison.pairs if name in pair.quantities]
         if not found:
             continue
         point = max((each.worst for each in found), key=lambda point: point.relative)
+        if name == "lr" and not point.relative:
+            continue
         amount = f"{point.relative:.1e}" if math.isfinite(point.relative) else "not finite"
         band = "no band" if point.band is None else f"band {point.band:.0e}"
         told.append(f"{words} {amount if point.relative else '0'} ({band})")
@@ -196,6 +210,9 @@ def _curves(axes: Axes, comparison: Comparison, name: str) -> None:
         drawn = True
         alone = {"marker": "o", "markersize": 3} if len(steps) == 1 else {}
         axes.plot(steps, values, **_look(place), **alone)
+        if place and (judged := comparison.pairs[place - 1].quantities.get(name)):
+            if name != "loss" and (first := judged.first_beyond):
+                _mark_first(axes, first, first.value, place)
     if not drawn:
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=QUIET)
         axes.set_yticks([])
@@ -228,7 +245,8 @@ def _apart(axes: Axes, comparison: Comparison) -> None:
     top = max([*real, *bands, 1e-6]) * 6
     axes.set_yscale("log")
     axes.set_ylim(bottom, top)
-    axes.set_title(f"Loss, relative difference from {comparison.reference.label}")
+    edge = "" if all(point.relative for point in points) else " (bottom edge: equal)"
+    axes.set_title(f"Loss, relative difference from {comparison.reference.label}{edge}")
     if bands:
         _band(axes, pairs, bottom)
     ends = []
@@ -241,7 +259,8 @@ def _apart(axes: Axes, comparison: Comparison) -> None:
         few = {"marker": "o", "markersize": 3} if len(steps) == 1 else {}
         axes.plot(steps, heights, **_look(place), **few)
         ends.append((pair.run.label, heights[-1], place))
-        _mark_first(axes, pair, bottom, top, place)
+        if (first := pair.quantities["loss"].first_beyond) is not None:
+            _mark_first(axes, first, min(max(first.relative, bottom), top), place)
     if not real and all(point.relative == 0 for point in points):
         axes.text(
             0.5, 0.4, "equal to the last bit", transform=axes.transAxes, ha="center", color=QUIET
@@ -262,25 +281,24 @@ def _band(axes: Axes, pairs: Sequence[Pair], bottom: float) -> None:
         steps, heights = [left, right], heights[:1] * 2
     axes.fill_between(steps, bottom, heights, color=BAND, linewidth=0, zorder=0)
     axes.plot(steps, heights, color="#9AA3AD", linewidth=1, zorder=1)
-    place = len(steps) // 2 if len(steps) > 2 else 0
+    low, high = _short_number(min(heights)), _short_number(max(heights))
     axes.annotate(
-        f"band {heights[place]:.0e}", (steps[place], heights[place]), xytext=(6, 4),
-        textcoords="offset points", fontsize=8, color=QUIET,
+        f"band {low}" if low == high else f"band {low} to {high}", (steps[0], max(heights)),
+        xytext=(6, 4), textcoords="offset points", fontsize=8, color=QUIET,
     )  # fmt: skip
 
 
-def _mark_first(axes: Axes, pair: Pair, bottom: float, top: float, place: int) -> None:
-    point = pair.quantities["loss"].first_beyond
-    if point is None:
+def _mark_first(axes: Axes, point: Point, height: float, place: int) -> None:
+    """A ring where a quantity first leaves its band."""
+    if not math.isfinite(height):
         return
-    height = min(max(point.relative, bottom), top)
     axes.plot(
         [point.step], [height], "o", markersize=7, markerfacecolor="white", zorder=5,
         markeredgecolor=COLOURS[place - 1], markeredgewidth=1.6, clip_on=False,
     )  # fmt: skip
     axes.annotate(
         f"step {point.step:,}", (point.step, height), xytext=(-7, 5), textcoords="offset points",
-        ha="right", fontsize=8, color=COLOURS[place - 1], fontweight="bold",
+        ha="right", fontsize=8, color=COLOURS[place - 1], fontweight="bold", zorder=6,
     )  # fmt: skip
 
 
@@ -294,8 +312,7 @@ def _name_ends(axes: Axes, runs: Sequence[Run], name: str, last: int) -> None:
         values = [getattr(logged, name) for step, logged in run.steps.items() if step <= last]
         known = [value for value in values if value is not None and math.isfinite(value)]
         if known:
-            label = f"{run.label} (reference)" if place == 0 else run.label
-            ends.append((label, float(known[-1]), place))
+            ends.append((run.label, float(known[-1]), place))
     _spread_names(axes, ends, last)
 
 

@@ -72,13 +72,19 @@ class NoiseFloor:
         return max(self.spreads["loss"])
 
     def band(self, name: str, least: float, origin: str) -> Band | None:
-        """The quantity's band, nowhere below `least`; None if it was not measured."""
+        """The quantity's band, nowhere below `least`; None if it was not measured.
+
+        The held-out loss is logged seldom, and few spreads may all be lucky: its band is nowhere
+        below the training loss's, which is a mean over fewer tokens.
+        """
         spreads = self.spreads.get(name)
         if not spreads:
             return None
         steps = tuple(sorted(spreads))
-        widths = running_max([spreads[step] for step in steps], self.window)
-        return Band(origin, least, steps, tuple(self.factor * width for width in widths))
+        widths = [self.factor * w for w in running_max([spreads[s] for s in steps], self.window)]
+        if name == "eval_loss" and (loss := self.band("loss", least, origin)):
+            widths = [max(w, loss.at(step)) for step, w in zip(steps, widths, strict=True)]
+        return Band(origin, least, steps, tuple(widths))
 
     def to_dict(self) -> dict[str, Any]:
         """The file's content."""
