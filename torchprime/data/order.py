@@ -21,11 +21,6 @@ def steps_per_epoch(num_blocks: int, global_batch_size: int) -> int:
     return -(-num_blocks // global_batch_size)
 
 
-def epoch_of(num_blocks: int, step: int, global_batch_size: int) -> int:
-    """The 0-based epoch that the 0-based step belongs to."""
-    return step // steps_per_epoch(num_blocks, global_batch_size)
-
-
 def batch_indices(
     num_blocks: int, seed: int, step: int, global_batch_size: int
 ) -> npt.NDArray[np.int64]:

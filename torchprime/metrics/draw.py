@@ -210,9 +210,9 @@ def _curves(axes: Axes, comparison: Comparison, name: str) -> None:
         drawn = True
         alone = {"marker": "o", "markersize": 3} if len(steps) == 1 else {}
         axes.plot(steps, values, **_look(place), **alone)
-        if place and (judged := comparison.pairs[place - 1].quantities.get(name)):
-            if name != "loss" and (first := judged.first_beyond):
-                _mark_first(axes, first, first.value, place)
+        judged = comparison.pairs[place - 1].quantities.get(name) if place else None
+        if name != "loss" and judged and (first := judged.first_beyond):
+            _mark_first(axes, first, first.value, place)
     if not drawn:
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=QUIET)
         axes.set_yticks([])

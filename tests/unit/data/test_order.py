@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from torchprime.data.order import batch_indices, epoch_of, epoch_permutation, steps_per_epoch
+from torchprime.data.order import batch_indices, epoch_permutation, steps_per_epoch
 
 MASK = 2**64 - 1
 
@@ -77,7 +77,6 @@ def test_result_can_be_changed_without_changing_the_order() -> None:
 
 def test_steps_and_epochs() -> None:
     assert [steps_per_epoch(n, 4) for n in (1, 4, 5, 8)] == [1, 1, 2, 2]
-    assert [epoch_of(5, step, 4) for step in range(5)] == [0, 0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("arguments", [(0, 1, 0, 1), (1, 1, -1, 1), (1, 1, 0, 0)])
