@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -137,7 +138,11 @@ def _compare(runs: Sequence[Run], given: argparse.Namespace, argv: Sequence[str]
     wrote = [folder / PARITY]
     _write(wrote[0], comparison.to_dict())
     name = given.figure.removesuffix(".png").removesuffix(".svg")
-    if name != NO_FIGURE and comparison.verdict != DIFFERENT_DATA:
+    old: list[str] = []
+    if comparison.verdict == DIFFERENT_DATA:
+        left = [path for end in (".png", ".svg") if (path := folder / f"{name}{end}").exists()]
+        old = [f"note: {path} is an earlier comparison's, nothing was drawn" for path in left]
+    elif name != NO_FIGURE:
         # late: matplotlib takes a second, and only a figure needs it
         from torchprime.metrics.draw import draw
 
@@ -147,6 +152,7 @@ def _compare(runs: Sequence[Run], given: argparse.Namespace, argv: Sequence[str]
             *terminal(comparison),
             "",
             f"wrote {', '.join(map(str, wrote))}",
+            *old,
             *_advice(comparison, argv),
             final_line(comparison),
         ]
@@ -299,25 +305,13 @@ def final_line(comparison: Comparison) -> str:
     return "NOT JUDGED: measure the noise floor"
 
 
-def markdown_table(comparison: Comparison) -> str:
-    """The verdict as a table for a page."""
-    reference = comparison.reference
-    names = [n for n in QUANTITIES if any(n in pair.quantities for pair in comparison.pairs)]
-    rows = [["run", "steps", *(f"{name}, worst" for name in names), "supervised tok/s", "verdict"]]
-    rows.append(["---"] * len(rows[0]))
-    pairs: list[Pair | None] = [None, *comparison.pairs]
-    for run, pair in zip(comparison.runs, pairs, strict=True):
-        speed = usual_speed(run)
-        cells = [_worst(pair.quantities.get(name)) if pair else "" for name in names]
-        verdict = pair.verdict if pair else "reference"
-        steps, rate = f"{len(run.steps):,}", f"{speed:,.0f}" if speed else "-"
-        rows.append([run.label, steps, *cells, rate, verdict])
-    assert reference is comparison.runs[0]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
-
-
 def _print(lines: Sequence[str]) -> None:
-    """To stdout, also where that knows less than Unicode."""
+    """To stdout, also where that knows less than Unicode or is closed early (`| head`)."""
     encoding = sys.stdout.encoding or "utf-8"
     text = "\n".join(lines) + "\n"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would be an error at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -139,8 +139,9 @@ def _short_number(value: float) -> str:
 
 def _titles(figure: Figure, comparison: Comparison) -> None:
     headline, under = title(comparison), subtitle(comparison)
-    figure.text(0.022, 0.945, headline, fontsize=14, fontweight="bold", va="center")
-    figure.text(0.022, 0.903, under, fontsize=9, color=QUIET, va="center")
+    plain: dict[str, Any] = {"va": "center", "parse_math": False}  # names may have a $
+    figure.text(0.022, 0.945, headline, fontsize=14, fontweight="bold", **plain)
+    figure.text(0.022, 0.903, under, fontsize=9, color=QUIET, **plain)
 
 
 def title(comparison: Comparison) -> str:
@@ -246,7 +247,8 @@ def _apart(axes: Axes, comparison: Comparison) -> None:
     axes.set_yscale("log")
     axes.set_ylim(bottom, top)
     edge = "" if all(point.relative for point in points) else " (bottom edge: equal)"
-    axes.set_title(f"Loss, relative difference from {comparison.reference.label}{edge}")
+    name = comparison.reference.label
+    axes.set_title(f"Loss, relative difference from {name}{edge}", parse_math=False)
     if bands:
         _band(axes, pairs, bottom)
     ends = []
@@ -332,7 +334,7 @@ def _spread_names(axes: Axes, ends: Sequence[tuple[str, float, int]], last: int)
         axes.annotate(
             _fit(label), (last, here), xycoords=("data", "axes fraction"),
             xytext=(1.045, there), textcoords="axes fraction", va="center", fontsize=8,
-            color=_name_colour(place), annotation_clip=False,
+            color=_name_colour(place), annotation_clip=False, parse_math=False,
             arrowprops={
                 "arrowstyle": "-", "color": _look(place)["color"], "linewidth": 0.7,
                 "shrinkA": 1, "shrinkB": 2, "relpos": (0, 0.5),
