@@ -422,15 +422,15 @@ def test_between_the_floors_steps_the_wider_neighbour_counts() -> None:
 def test_the_held_out_band_is_no_narrower_than_the_losses() -> None:
     runs = [
         replace(noisy("a", {}), heldout={0: 3.0, 10: 2.0, 40: 2.0}),
-        replace(noisy("b", {12: 1.01}), heldout={0: 3.0, 10: 2.0, 40: 2.1}),
+        replace(noisy("b", {10: 1.01}), heldout={0: 3.0, 10: 2.0, 40: 2.1}),
     ]
-    band = measure_noise(runs).band("eval_loss", 1e-4, "")
-    assert band is not None
-    assert band.at(10) == pytest.approx(3 * 0.05)  # its own, within the window
-    few = replace(measure_noise(runs), window=1).band("eval_loss", 1e-4, "")
-    loss = replace(measure_noise(runs), window=1).band("loss", 1e-4, "")
-    assert few is not None and loss is not None
-    assert few.at(10) == loss.at(10) and few.at(40) == pytest.approx(0.15)
+    floor = measure_noise(runs)
+    wide = floor.band("eval_loss", 1e-4, "")
+    narrow = replace(floor, window=1).band("eval_loss", 1e-4, "")
+    assert wide is not None and narrow is not None
+    assert wide.at(10) == pytest.approx(3 * 0.05)  # its own at 40, two records on
+    assert narrow.at(10) == pytest.approx(3 * 0.01)  # the training loss's
+    assert narrow.at(40) == pytest.approx(3 * 0.05) and narrow.at(0) == 1e-4
 
 
 def test_a_floor_says_nothing_beyond_its_last_step() -> None:
