@@ -297,6 +297,7 @@ def final_line(comparison: Comparison) -> str:
     of_verdict = [p.run.label for p in comparison.pairs if p.verdict == comparison.verdict]
     labels = ", ".join(of_verdict)
     if comparison.verdict == AGREE:
+        labels = labels if len(of_verdict) < 4 else f"{len(of_verdict)} runs"
         return f"AGREE: {labels} with {reference} over {count:,} steps"
     if comparison.verdict == DIFFER:
         return f"DIFFER: {labels} from {reference}"

@@ -29,7 +29,7 @@ COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#7A4FA3", "#8C510A",
     "#1A1A1A",
 )  # fmt: skip
-STYLES = ("-", "--", "-.", ":")
+STYLES = ("--", "-.", ":")  # after the first run: what lies below shows in the gaps
 WORDS = {
     "loss": "loss",
     "eval_loss": "held-out loss",
@@ -92,7 +92,7 @@ def _figure(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(WIDTH, HEIGHT), facecolor="white")
     grid = figure.add_gridspec(
         6, 2, width_ratios=(1.75, 1), left=0.06, right=0.985, bottom=0.075, top=0.835,
-        wspace=0.46, hspace=1.35,
+        wspace=0.54, hspace=1.35,
     )  # fmt: skip
     loss = figure.add_subplot(grid[:3, 0])
     apart = figure.add_subplot(grid[3:, 0], sharex=loss)
@@ -176,8 +176,9 @@ def subtitle(comparison: Comparison) -> str:
         amount = f"{point.relative:.1e}" if math.isfinite(point.relative) else "not finite"
         band = "no band" if point.band is None else f"band {point.band:.0e}"
         told.append(f"{words} {amount if point.relative else '0'} ({band})")
-    checked = all(pair.data.same for pair in comparison.pairs)
-    data = "same batches by their hashes" if checked else "data not checked: hashes are missing"
+    unknown = [pair.run.label for pair in comparison.pairs if not pair.data.same]
+    of_whom = unknown[0] if len(unknown) == 1 else f"{len(unknown)} runs"
+    data = f"no hashes of {of_whom}" if unknown else "same batches by their hashes"
     return f"Largest relative difference: {', '.join(told)}; {data}"
 
 
@@ -185,7 +186,7 @@ def _look(place: int) -> dict[str, Any]:
     """How the run at this place is drawn; the reference is the first."""
     if place == 0:
         return {"color": REFERENCE, "linewidth": 4.5, "zorder": 2}
-    style = STYLES[(place - 1) % len(STYLES)]
+    style = "-" if place == 1 else STYLES[place % len(STYLES)]
     return {"color": COLOURS[place - 1], "linewidth": 1.4, "linestyle": style, "zorder": 3}
 
 
@@ -342,7 +343,7 @@ def _spread_names(axes: Axes, ends: Sequence[tuple[str, float, int]], last: int)
         )  # fmt: skip
 
 
-def _fit(label: str, most: int = 24) -> str:
+def _fit(label: str, most: int = 26) -> str:
     return label if len(label) <= most else label[: most - 1] + "…"
 
 

@@ -61,7 +61,9 @@ def test_the_line_below_says_how_far_apart() -> None:
     assert "loss 1.0e-02 (band 1e-04)" in text and "gradient norm 0 (band 1e-03)" in text
     assert "same batches" in text and "learning rate" not in text
     bare = replace(make("two"), steps={s: LoggedStep(s, loss=3.0 / s) for s in range(1, 13)})
-    assert "data not checked" in subtitle(compare([make("one"), bare]))
+    assert subtitle(compare([make("one"), bare, make("x")])).endswith("; no hashes of two")
+    both = [bare, replace(bare, label="three")]
+    assert subtitle(compare([make("one"), *both])).endswith("; no hashes of 2 runs")
     broken = compare([make("one"), make("two", at=4, loss=math.nan)])
     assert "loss not finite" in subtitle(broken)
 
