@@ -45,6 +45,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from torchprime.atomic import write_json
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig, refuse
 from torchprime.data.budget import batch_budget
@@ -486,8 +487,8 @@ def train(
     if args.process_index == 0:
         run_folder.claim(folder)
         run_folder.write_config(folder, c.to_dict())
-        run_folder.write_json(folder / "data_report.json", data.reports())
-        run_folder.write_json(folder / "run.json", facts_of(c, data, plan, model, args))
+        write_json(folder / "data_report.json", data.reports())
+        write_json(folder / "run.json", facts_of(c, data, plan, model, args))
         metrics = JsonlWriter(folder / "metrics.jsonl")
         writers = [metrics, TensorBoardWriter(folder), ConsoleWriter(total)]
     order = DataOrder(data.train, c.seed, c.task.global_batch_size)

@@ -18,9 +18,11 @@ BACKENDS = {"torch_xla_models", "torch_native"}
 BELOW_EVALUATION = {"config", *LEAVES}
 BELOW_TRAINING = {*BELOW_EVALUATION, "evaluation"}
 BELOW_BACKENDS = {*BELOW_TRAINING, "training"}
-# What each room may import besides itself and errors.
+EVERYWHERE = {"errors", "atomic"}  # single modules below all rooms
+# What each room may import besides itself and those.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "atomic": {"errors"},
     "config": set(),
     **{leaf: {"config"} for leaf in LEAVES},
     "checkpoint": {"config", "models"},
@@ -66,7 +68,8 @@ def wrong_directions(path: Path, text: str) -> list[str]:
         parts = name.split(".")
         if parts[0] != "torchprime" or len(parts) < 2 or not _is_room(parts[1]):
             continue
-        if parts[1] not in {here, "errors", *ALLOWED.get(here, set())}:
+        base = set() if here in EVERYWHERE else EVERYWHERE
+        if parts[1] not in {here, *base, *ALLOWED.get(here, set())}:
             wrong.append(f"{path}:{line}: {here} imports {name}")
     return wrong
 
@@ -148,6 +151,8 @@ def test_imports_inside_functions_say_why() -> None:
         ("torch_xla_models/x.py", "from torchprime.torch_native import mesh"),
         ("torch_native/x.py", "import torchprime.cli"),
         ("misc/x.py", "import json"),
+        ("errors.py", "from torchprime import atomic"),
+        ("atomic.py", "from torchprime.config.schema import TrainConfig"),
     ],
 )
 def test_a_wrong_direction_is_found(where: str, text: str) -> None:
@@ -162,6 +167,8 @@ def test_a_wrong_direction_is_found(where: str, text: str) -> None:
         ("training/x.py", "from torchprime.evaluation import greedy"),
         ("torch_xla_models/x.py", "from torchprime.training.loop import Trainer"),
         ("config/x.py", "from torchprime import __version__\nfrom .schema import AXES"),
+        ("data/x.py", "from torchprime.atomic import write_json"),
+        ("atomic.py", "from torchprime.errors import CheckpointError"),
     ],
 )
 def test_a_right_direction_is_let_through(where: str, text: str) -> None:

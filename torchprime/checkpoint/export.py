@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchprime.checkpoint.atomic import atomic_folder, refuse_used_folder
+from torchprime.atomic import atomic_folder, refuse_used_folder, write_json
 from torchprime.checkpoint.portable import (
     check_tokenizer,
     portable_config,
     portable_generation_config,
-    write_json,
     write_tokenizer,
 )
 from torchprime.checkpoint.safetensors_write import ShardWriter, plan_shards

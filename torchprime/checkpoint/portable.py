@@ -17,6 +17,7 @@ import tokenizers
 import torch
 from transformers import AutoTokenizer
 
+from torchprime.atomic import write_json
 from torchprime.checkpoint.hf_read import EMBEDDING, HEAD
 from torchprime.errors import CheckpointError
 from torchprime.models.architecture import Rope, architecture_from_hf
@@ -127,12 +128,6 @@ def portable_generation_config(
         stops.append(eos)
     result["eos_token_id"] = stops[0] if len(stops) == 1 else stops
     return result
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented, in the key order given, with characters as they are."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

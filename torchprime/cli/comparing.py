@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchprime.atomic import write_json
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.metrics.compare import (
     AGREE,
@@ -31,7 +32,6 @@ from torchprime.metrics.compare import (
 )
 from torchprime.metrics.noise_floor import FACTOR, WINDOW, NoiseFloor, measure_noise, read_floor
 from torchprime.metrics.read_logs import Run, read_run
-from torchprime.training.run_folder import write_json
 
 PARITY = "parity.json"
 FLOOR = "noise_floor.json"

@@ -25,6 +25,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 import torchprime
+from torchprime.atomic import write_text
 from torchprime.cli.data import Offline, load
 from torchprime.config.compose import assets_dir
 from torchprime.config.schema import TrainConfig
@@ -50,7 +51,6 @@ from torchprime.data.inspection import (
 from torchprime.data.report import DataReport
 from torchprime.errors import RuntimeSetupError
 from torchprime.training.plan import count_steps
-from torchprime.training.run_folder import write_text
 
 PRINTED_BLOCKS = 2
 SHOWN_IDS = 5

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torchprime.atomic import sync, write_text
+
 MANIFEST = "manifest.json"
 PARTIAL = ".partial-"
 
@@ -61,11 +63,10 @@ def build(
         write(partial)
         files = sorted(path for path in partial.iterdir() if path.is_file())
         for path in files:
-            _flush(path)
+            sync(path)
         sizes = {path.name: path.stat().st_size for path in files}
         manifest = {"key": key, "ingredients": dict(ingredients), "files": sizes}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-        _flush(partial / MANIFEST)
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=2))
         if final.exists() and find(root, key) is None:
             shutil.rmtree(final)  # somebody damaged it
         try:
@@ -76,14 +77,6 @@ def build(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove_left_behind(root: Path) -> None:

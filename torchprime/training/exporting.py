@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from torchprime.checkpoint.atomic import atomic_folder
+from torchprime.atomic import atomic_folder
 from torchprime.checkpoint.card import model_card
 from torchprime.checkpoint.export import ExportResult, check_export, export_hf
 from torchprime.checkpoint.verify import compare_logits, read_back

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 import torchprime
+from torchprime.atomic import write_text
 from torchprime.errors import RuntimeSetupError
 
 PACKAGES = (
@@ -53,21 +53,6 @@ def _cannot(folder: Path, why: str) -> str:
         f"output_dir: {folder} cannot be made ({why}). Set output_dir to a folder that can be "
         "written."
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """As write_text, indented."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchprime.atomic import write_json
 from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
 from torchprime.data.templates import resolve_template
@@ -248,8 +249,8 @@ class Trainer:
         if self.backend.process_index == 0:
             run_folder.claim(self.folder)
             run_folder.write_config(self.folder, c.to_dict())
-            run_folder.write_json(self.folder / "data_report.json", self.rows.reports())
-            run_folder.write_json(self.folder / "run.json", self.facts())
+            write_json(self.folder / "data_report.json", self.rows.reports())
+            write_json(self.folder / "run.json", self.facts())
 
     def facts(self) -> dict[str, Any]:
         """run.json: what ran, on what, with which data; enough to compare two runs."""

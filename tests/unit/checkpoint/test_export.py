@@ -145,11 +145,6 @@ def test_export_never_mixes_with_an_older_one(llama, export, tmp_path):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_empty_target_folder_is_fine(llama, export, tmp_path):
-    (tmp_path / "out").mkdir()
-    assert (export(tmp_path / "out", llama).folder / "model.safetensors").is_file()
-
-
 def test_failure_in_the_middle_leaves_nothing(llama, export, tmp_path):
     def breaks():
         for count, item in enumerate(llama.reader.weights(llama.spec)):
@@ -160,15 +155,6 @@ def test_failure_in_the_middle_leaves_nothing(llama, export, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         export(tmp_path / "out", llama, weights=breaks())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_leftover_of_a_killed_export_is_not_mixed_in(llama, export, tmp_path):
-    leftover = tmp_path / ".out.partial"
-    leftover.mkdir()
-    (leftover / "model-00001-of-00009.safetensors").write_bytes(b"half")
-    folder = export(tmp_path / "out", llama).folder
-    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
-    assert not leftover.exists()
 
 
 def test_one_tensor_in_memory_at_a_time(llama, export, tmp_path):

@@ -10,12 +10,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
+from torchprime.atomic import write_json
 from torchprime.checkpoint.portable import (
     PROBES,
     check_tokenizer,
     portable_config,
     portable_generation_config,
-    write_json,
     write_tokenizer,
 )
 from torchprime.errors import CheckpointError

@@ -1,14 +1,33 @@
-"""Folders that appear whole or not at all: written beside their place, synced, renamed into it."""
+"""Files and folders that appear whole or not at all: written beside their place, synced, renamed
+into it. Runs, exports and prepared data are all written with these.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torchprime.errors import CheckpointError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole or not at all: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """As write_text; indented, in the key order given, with characters as they are."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def refuse_used_folder(out: Path) -> None:
@@ -43,18 +62,18 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         yield partial
         for path in sorted(partial.rglob("*"), reverse=True):
             path.chmod(0o755 if path.is_dir() else 0o644)
-            _sync(path)
+            sync(path)
         partial.chmod(0o755)
-        _sync(partial)
+        sync(partial)
         refuse_used_folder(out)
         os.rename(partial, out)
-        _sync(out.parent)
+        sync(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Ask the system to have this file's bytes, or this folder's entries, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,0 +1,100 @@
+"""What is written is there whole, or what was there before is there unchanged."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from torchprime.atomic import atomic_folder, write_json, write_text
+from torchprime.errors import CheckpointError
+
+
+def test_text_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    write_text(path, "Straße 東京\n")
+    assert path.read_bytes() == "Straße 東京\n".encode()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_text_that_fails_in_the_middle_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_json_keeps_the_order_and_the_characters(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"z": "é", "a": [1]})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == (
+        '{\n  "z": "é",\n  "a": [\n    1\n  ]\n}\n'
+    )
+
+
+def test_a_folder_appears_at_the_end_readable_by_everyone(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    previous = os.umask(0o077)
+    try:
+        with atomic_folder(out) as folder:
+            (folder / "more").mkdir()
+            (folder / "more" / "a").write_text("1")
+            assert not out.exists()
+    finally:
+        os.umask(previous)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (out, *out.rglob("*"))}
+    assert modes == {"out": 0o755, "more": 0o755, "a": 0o644}
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_an_exception_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_leftover_of_a_kill_is_cleared(tmp_path: Path) -> None:
+    leftover = tmp_path / ".out.partial"
+    leftover.mkdir()
+    (leftover / "half").write_text("half")
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
+
+
+def test_an_empty_target_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "a"]
+
+
+def test_a_target_that_is_used_is_refused_and_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with pytest.raises(CheckpointError, match="already holds 1 entries"), atomic_folder(out):
+        pass
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(CheckpointError, match="not a folder"), atomic_folder(tmp_path / "file"):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "old", "out"]
+
+
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match="already holds"), atomic_folder(out):
+        out.mkdir()
+        (out / "theirs").write_text("theirs")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
