@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torchprime.atomic import write_json
+from torchprime.cli.stdout import print_lines
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.metrics.compare import (
     AGREE,
@@ -127,7 +127,7 @@ def _measure(runs: Sequence[Run], given: argparse.Namespace) -> int:
             f"so a band of up to {floor.factor * max(spreads.values()):.1e}"
         )
     told = ", ".join(floor.differences) or "nothing that run.json or config.yaml tell"
-    _print([*lines, f"  they differ in {told}", f"wrote {path}"])
+    print_lines([*lines, f"  they differ in {told}", f"wrote {path}"], "backslashreplace")
     return 0
 
 
@@ -147,7 +147,7 @@ def _compare(runs: Sequence[Run], given: argparse.Namespace, argv: Sequence[str]
         from torchprime.metrics.draw import draw
 
         wrote += draw(comparison, folder / name)
-    _print(
+    print_lines(
         [
             *terminal(comparison),
             "",
@@ -155,7 +155,8 @@ def _compare(runs: Sequence[Run], given: argparse.Namespace, argv: Sequence[str]
             *old,
             *_advice(comparison, argv),
             final_line(comparison),
-        ]
+        ],
+        "backslashreplace",
     )
     return 0 if comparison.verdict == AGREE else 1
 
@@ -304,15 +305,3 @@ def final_line(comparison: Comparison) -> str:
     if comparison.verdict == DIFFERENT_DATA:
         return f"DIFFERENT DATA: {labels} did not see the batches of {reference}; nothing compared"
     return "NOT JUDGED: measure the noise floor"
-
-
-def _print(lines: Sequence[str]) -> None:
-    """To stdout, also where that knows less than Unicode or is closed early (`| head`)."""
-    encoding = sys.stdout.encoding or "utf-8"
-    text = "\n".join(lines) + "\n"
-    try:
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # What is left in the buffer would be an error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

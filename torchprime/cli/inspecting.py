@@ -27,6 +27,7 @@ from markupsafe import Markup, escape
 import torchprime
 from torchprime.atomic import write_text
 from torchprime.cli.data import Offline, load
+from torchprime.cli.stdout import print_lines
 from torchprime.config.compose import assets_dir
 from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
@@ -81,7 +82,7 @@ def inspect_data(config: TrainConfig) -> int:
             "that can be written."
         ) from error
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    _print([*terminal(inspection, colours), "", f"page       {path}"])
+    print_lines([*terminal(inspection, colours), "", f"page       {path}"], "replace")
     return 0
 
 
@@ -298,18 +299,6 @@ def _in_terminal(kind: str, run: str) -> str:
     if kind == NEWLINE:
         return "↵\n" * len(run)
     return "·" * len(run) if kind == SPACE and len(run) > 1 else run
-
-
-def _print(lines: Iterable[str]) -> None:
-    """To stdout, also where that knows no Unicode or is closed early (`| head`)."""
-    encoding = sys.stdout.encoding or "utf-8"
-    text = "\n".join(lines) + "\n"
-    try:
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # What is left in the buffer would be an error at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # The page -----------------------------------------------------------------------------------------

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -16,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchprime.cli.inspecting import _print
 from torchprime.cli.main import main
 from torchprime.data.inspection import (
     ESCAPE,
@@ -430,18 +427,3 @@ def test_a_page_that_cannot_be_written_is_told(
     (tmp_path / "file").write_text("")
     assert main(command(CHATS, f"output_dir={tmp_path / 'file'}")) == 2
     assert "error: output_dir: " in capsys.readouterr().err
-
-
-def test_a_terminal_without_unicode_gets_what_it_can_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    _print(["█ 5", "plain"])
-    assert raw.getvalue() == b"? 5\nplain\n"
-
-
-def test_a_reader_that_leaves_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        _print(["x" * 100_000])
