@@ -37,6 +37,7 @@ LEAKS_FILE = "leaks.json"
 class RunData:
     """Everything a run knows of its rows."""
 
+    sources: RunRows
     train: PackedDataset
     report: DataReport
     heldout: PackedDataset | None
@@ -210,7 +211,7 @@ def prepare_run_data(
         for warning in template.warnings:
             say(f"note: {warning}")
     if not config.holds_out:
-        return RunData(train, report, None, None, None)
+        return RunData(rows, train, report, None, None, None)
     # Held-out rows are all used, in whatever mixture they come.
     parts = [replace(part, weight=None, replay=False) for part in rows.heldout_parts]
     settings = replace(settings, replay_share=None)
@@ -219,7 +220,7 @@ def prepare_run_data(
     if d.leak_check != "off":
         key = [report.fingerprint, heldout_report.fingerprint, d.leak_threshold, DATA_VERSION]
         leaks = _check_leaks(rows, d.leak_threshold, d.leak_check, key, workers, kept_in, say)
-    return RunData(train, report, heldout, heldout_report, leaks)
+    return RunData(rows, train, report, heldout, heldout_report, leaks)
 
 
 def _source(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchprime.errors import ConfigError, UserError
 from torchprime.evaluation.greedy import generation_samples
 from torchprime.training.backend import StepNumbers
-from torchprime.training.datasets import RunRows, question_of
+from torchprime.training.datasets import question_of
 from torchprime.training.model_files import pretrained_tensors
 from torchprime.training.trainer import Trainer
 
@@ -45,7 +45,7 @@ class SFTTrainer(Trainer):
         tokenizer = self.files.tokenizer
         questions = [
             question_of(row, tokenizer, self.template)
-            for row in RunRows.of(self.config).first_heldout(count)
+            for row in self.rows.sources.first_heldout(count)
         ]
         stops = sorted({tokenizer.eos_id, *self.data.stop_ids()})
         prompts = [question.ids for question in questions]

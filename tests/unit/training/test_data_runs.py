@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def test_a_split_by_group(command, run, write: Write, tmp_path: Path, capsys) ->
     argv = command(
         f"dataset.file_dataset_path={path}", "dataset.eval_fraction=0.3",
         "dataset.group_key=thread", "run_name=split", "task.max_steps=2",
+        "task.export_checkpoint_path=export", "task.sample_prompts=2",
     )  # fmt: skip
     assert run(argv) == 0
     report = json.loads((tmp_path / "outputs/split/data_report.json").read_text())
@@ -92,7 +94,10 @@ def test_a_split_by_group(command, run, write: Write, tmp_path: Path, capsys) ->
         r for r in read_metrics(tmp_path / "outputs/split/metrics.jsonl") if r["kind"] == "eval"
     ]
     assert [record["step"] for record in evals] == [0, 2]
-    assert "found prepared" not in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "found prepared" not in printed
+    assert "2 held-out questions, greedy answers before and after" in printed
+    assert len(re.findall(r"^  question +\d+ \+ 1\?$", printed, re.MULTILINE)) == 2
 
 
 def test_a_leak_is_fatal_when_asked(command, run, write: Write, tmp_path: Path, capsys) -> None:

@@ -1,0 +1,45 @@
+"""A config's rows, without a run: what was found out about them once is not read again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from torchprime.config.compose import compose_config
+from torchprime.data.tokenizer import load_tokenizer
+from torchprime.training import datasets
+
+
+def test_a_run_keeps_its_split(
+    command: Callable[..., list[str]], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out rows that a person is shown are of the split that was planned for training."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n} + 1?", "completion": f" {n + 1}"} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan_split, planned = datasets.plan_split, []
+
+    def counted(*given: Any) -> Any:
+        planned.append(given)
+        return plan_split(*given)
+
+    monkeypatch.setattr(datasets, "plan_split", counted)
+    config = compose_config(
+        command(
+            f"dataset.file_dataset_path={path}",
+            "dataset.eval_fraction=0.3",
+            f"dataset.prepared_dir={tmp_path}/prepared",
+        )
+    )
+    data = datasets.prepare_run_data(config, load_tokenizer(tiny), None, lambda _: None)
+    shown = data.sources.first_heldout(40)
+    assert data.heldout_report is not None
+    assert 0 < len(shown) == data.heldout_report.to_dict()["rows"] < 40
+    assert {row.row_id for row in shown}.isdisjoint(
+        {row.row_id for row in data.sources.rows("train")}
+    )
+    assert len(planned) == 1
