@@ -89,7 +89,8 @@ class Backend(Protocol):
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights on the host, one at a time, by Hugging Face name."""
+        """The weights on the host, one at a time, by Hugging Face name; every process has to go
+        through all of them."""
         ...
 
     def save_sharded(self, folder: str) -> None:
@@ -98,7 +99,7 @@ class Backend(Protocol):
         ...
 
     def logits(self, input_ids: list[int]) -> Tensor:
-        """fp32 [S, V] logits of one unpadded sequence, for checks."""
+        """fp32 [S, V] logits of one unpadded sequence, for checks; every process has to call it."""
         ...
 
     def synchronize(self) -> None:

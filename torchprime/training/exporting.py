@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchprime.atomic import atomic_folder
 from torchprime.checkpoint.card import model_card
@@ -70,27 +71,44 @@ class Exporter:
     def write(
         self, out: Path, backend: Backend, metrics: Mapping[str, Any], *, prove_logits: bool = True
     ) -> ExportResult | None:
-        """Export the backend's weights to `out` and prove it; other processes only hand over."""
-        if backend.process_index != 0:
-            for _ in backend.weights():  # bringing a sharded tensor to a host takes every host
-                pass
-            return None
+        """Export the backend's weights to `out` and prove it; other processes only hand over.
+
+        Every process takes part in bringing a sharded tensor to a host and in computing logits, so
+        all do the same of these in the same order, also where the first one fails to write.
+        """
         weights = backend.weights()
+        together = backend.process_count > 1
+        if backend.process_index != 0:
+            self._take_part(weights, backend, prove_logits)
+            return None
         try:
             result = self._export(out, weights, metrics)
         except BaseException:
-            if backend.process_count > 1:  # the others wait for this process in every gather
-                for _ in weights:
-                    pass
+            if together:
+                self._take_part(weights, backend, prove_logits)
             raise
+        no_room = self._no_room()
+        trained = backend.logits(self.probe) if prove_logits and (together or not no_room) else None
         read_back(out, result.hashes)
         checked = f"{len(result.hashes)} tensors read back equal the trained weights"
-        compared = self._compare(out, backend) if prove_logits else "logits not compared"
+        if trained is None or no_room:
+            compared = f"logits not compared{no_room if prove_logits else ''}"
+        else:
+            compared = self._compare(out, trained)
         self.say(f"exported to {out}: {checked}; {compared}")
         return result
 
+    def _take_part(
+        self, weights: Iterator[tuple[str, Tensor]], backend: Backend, prove_logits: bool
+    ) -> None:
+        """What is left of a process' share in an export that another one writes."""
+        for _ in weights:
+            pass
+        if prove_logits:
+            backend.logits(self.probe)
+
     def _export(
-        self, out: Path, weights: Iterator[tuple[str, torch.Tensor]], metrics: Mapping[str, Any]
+        self, out: Path, weights: Iterator[tuple[str, Tensor]], metrics: Mapping[str, Any]
     ) -> ExportResult:
         return export_hf(
             out,
@@ -116,18 +134,19 @@ class Exporter:
         stops = [] if known is None else [known] if isinstance(known, int) else list(known)
         return {**(found or {}), "eos_token_id": list(dict.fromkeys([*stops, *trained]))}
 
-    def _compare(self, out: Path, backend: Backend) -> str:
-        if backend.process_count > 1:
-            return "logits not compared (several hosts)"
+    def _no_room(self) -> str:
+        """Why transformers cannot load the export here, in brackets; empty if it can."""
         needed = 2 * self.files.num_parameters * self.dtype.itemsize
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed > free:
-            return (
-                f"logits not compared (transformers needs about {needed / 1e9:.1f} GB of host "
-                f"memory, {free / 1e9:.1f} GB are free)"
-            )
-        trained = backend.logits(self.probe).numpy()
+        if needed <= free:
+            return ""
+        return (
+            f" (transformers needs about {needed / 1e9:.1f} GB of host memory, {free / 1e9:.1f} GB "
+            "are free)"
+        )
+
+    def _compare(self, out: Path, trained: Tensor) -> str:
         ids = torch.tensor([self.probe]).numpy()
         tolerance = LOGIT_TOLERANCE[self.dtype]
-        difference = compare_logits(out, ids, trained[None], tolerance=tolerance)
+        difference = compare_logits(out, ids, trained.numpy()[None], tolerance=tolerance)
         return f"logits of transformers match the trainer's to {difference:.0e} of the largest"
