@@ -27,7 +27,7 @@ from torchprime.torch_native import placement
 from torchprime.torch_native.attention import choose_kernel, inject_attention
 from torchprime.torch_native.mesh import make_mesh
 from torchprime.torch_native.remat import apply_remat
-from torchprime.torch_native.runtime import start_processes
+from torchprime.torch_native.runtime import start_processes, watched
 from torchprime.training.backend import StepNumbers, StepOptions
 from torchprime.training.optim import Adafactor, Optimizer, Parameter, decays
 from torchprime.training.step import (
@@ -157,6 +157,7 @@ class NativeBackend:
             sent.append(whole[:, self.batch_part].to(self.device, non_blocking=True))
         return sent
 
+    @watched
     def train_step(self, batch: list[Tensor], lr: float) -> Tensor:
         """See Backend."""
         root = self.root
@@ -212,6 +213,7 @@ class NativeBackend:
         dist.all_reduce(values)
         return values
 
+    @watched
     def read(self, handle: Tensor) -> StepNumbers:
         """See Backend."""
         numbers = handle.tolist()
@@ -225,17 +227,20 @@ class NativeBackend:
 
     # -- looking -------------------------------------------------------------------------------
 
+    @watched
     def eval_step(self, batch: list[Tensor]) -> Tensor:
         """See Backend."""
         with torch.no_grad():
             loss = self.root(*(field[0] for field in batch))
             return self._over_batch(torch.stack([loss.loss_sum, loss.weight_sum]))
 
+    @watched
     def read_eval(self, handles: list[Tensor]) -> tuple[float, float]:
         """See Backend. Summed on the host in double precision."""
         rows = [handle.tolist() for handle in handles]
         return sum(row[0] for row in rows), sum(row[1] for row in rows)
 
+    @watched
     def logits(self, input_ids: list[int]) -> Tensor:
         """See Backend. Every process computes the same sequence."""
         ids = torch.tensor([input_ids], dtype=torch.int32, device=self.device)
@@ -249,6 +254,7 @@ class NativeBackend:
         finally:
             root.reshard()
 
+    @watched
     def synchronize(self) -> None:
         """See Backend."""
         if self.device.type == "cuda":

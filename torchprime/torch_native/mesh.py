@@ -10,8 +10,10 @@ from collections.abc import Mapping
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from torchprime.errors import ConfigError
+from torchprime.torch_native.runtime import transport_timeout
 
 NAMES = ("data", "fsdp", "tensor")
 
@@ -31,4 +33,8 @@ def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int], device_type: str) 
             f"processes. Start torchrun --nproc_per_node={product}, or set ici_mesh.fsdp="
             f"{processes}."
         )
-    return init_device_mesh(device_type, tuple(sizes), mesh_dim_names=NAMES)
+    mesh = init_device_mesh(device_type, tuple(sizes), mesh_dim_names=NAMES)
+    for name in NAMES:
+        # The groups along the axes do not inherit the whole group's timeout.
+        _set_pg_timeout(transport_timeout(), mesh.get_group(name))
+    return mesh

@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import (
 from torchprime.errors import ConfigError
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
+from torchprime.torch_native.runtime import waiting
 
 TENSOR = "tensor"
 
@@ -103,7 +104,9 @@ def gather(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     """Whole weights on the host, one at a time; every process takes part in each."""
     for name, parameter in model.named_parameters():
         value = parameter.detach()
-        yield name, (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+        with waiting(f"gathering {name}"):
+            whole = (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+        yield name, whole
 
 
 def local(parameter: Tensor) -> Tensor:

@@ -1,23 +1,61 @@
-"""Processes, their device, and how they find each other.
+"""Processes, their device, how they find each other, and what is said when one is lost.
 
 torchrun starts one process per GPU and says in the environment who they are. Started alone, the
 program is a group of one.
+
+A process whose partner died or hangs must not wait for ever, and must say more than a stack of
+transport errors. gloo raises when a connection breaks or a collective takes too long, and `group`
+makes one message of that. NCCL raises little: its kernels wait on the device, the host waits for
+them, and after its time NCCL's own watchdog aborts the process. So the calls in which a process
+waits for its partners are `watched`: one that takes too long ends the process, with the message,
+before NCCL would.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from torchprime.errors import RuntimeSetupError
+from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 
-# A collective that takes longer than this has lost a partner.
-TIMEOUT = timedelta(minutes=10)
+# A collective that takes longer than this has lost a partner; the environment may say otherwise.
+TIMEOUT_VARIABLE, TIMEOUT_SECONDS = "TORCHPRIME_TIMEOUT_SECONDS", 600.0
+# By so much NCCL's own watchdog, which aborts without a word of ours, comes after us.
+GRACE = timedelta(minutes=2)
+# How gloo's errors, plain RuntimeErrors, are told from ours.
+GLOO_WORDS = ("gloo", "Connection closed by peer", "pair closure", "Timed out waiting")
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def timeout_seconds() -> float:
+    """How long a collective may take.
+
+    Raises:
+        ConfigError: the environment variable is no number above 0.
+    """
+    given = os.environ.get(TIMEOUT_VARIABLE)
+    if given is None:
+        return TIMEOUT_SECONDS
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise ConfigError(
+            f"{TIMEOUT_VARIABLE}: given {given!r}, expected a number of seconds above 0. Unset it "
+            f"for {TIMEOUT_SECONDS:g}."
+        )
+    return seconds
 
 
 def start_processes() -> torch.device:
@@ -33,42 +71,100 @@ def start_processes() -> torch.device:
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return device
-    backend = "nccl" if cuda else "gloo"
+    backend, timeout = "nccl" if cuda else "gloo", transport_timeout()
     try:
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=timeout)
         else:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     except Exception as error:
-        raise RuntimeSetupError(f"{lost_partner()} ({type(error).__name__}: {error})") from error
+        raise lost_partner(error) from error
     return device
 
 
-def lost_partner() -> str:
+def transport_timeout() -> timedelta:
+    """After how long gloo raises, or NCCL's own watchdog aborts: after ours has spoken."""
+    seconds = timedelta(seconds=timeout_seconds())
+    return seconds + GRACE if torch.cuda.is_available() else seconds
+
+
+def lost_partner(why: object) -> RuntimeSetupError:
     """What to say when processes do not find or no longer hear each other."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    return (
+    told = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else str(why)
+    return RuntimeSetupError(
         f"rank {rank} of {size}: the processes cannot talk to each other. Look at the other ranks' "
         "output for the first error; with GPUs that cannot reach each other directly, try "
-        "NCCL_P2P_DISABLE=1"
+        f"NCCL_P2P_DISABLE=1; {TIMEOUT_VARIABLE} allows more than {timeout_seconds():g} s. "
+        f"({told.strip()})"
     )
 
 
 @contextmanager
-def saying_who_is_lost() -> Iterator[None]:
-    """A collective that fails or times out becomes a message with this rank in it.
+def group() -> Iterator[None]:
+    """Around all that a process does with others: a lost partner becomes a message with this rank
+    in it, and the group is left at the end.
 
     Raises:
-        RuntimeSetupError: instead of torch's DistError.
+        RuntimeSetupError: instead of torch's and gloo's errors.
     """
     try:
         yield
-    except dist.DistError as error:
-        raise RuntimeSetupError(f"{lost_partner()} ({type(error).__name__}: {error})") from error
+    except UserError:
+        stop_processes()
+        raise
+    except (dist.DistError, RuntimeError) as error:
+        # The group is not left: after a lost partner even that may wait for it.
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in GLOO_WORDS):
+            raise lost_partner(error) from error
+        raise
+    stop_processes()
 
 
 def stop_processes() -> None:
     """Leave the group; without it torch complains at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+# Waiting ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Inside, this process waits for its device or its partners; too long, and the process ends.
+
+    torch waits without the interpreter's lock, so that a timer of its own can speak and leave.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # nobody to lose
+        yield
+        return
+    seconds = timeout_seconds()
+    # gloo's own timeout raises in the waiting thread, which says more: let it come first.
+    late = seconds if torch.cuda.is_available() else seconds + GRACE.total_seconds()
+    timer = threading.Timer(late, _leave, [f"{what} took more than {late:g} s"])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _leave(why: str) -> None:
+    error = lost_partner(why)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    # Not sys.exit: the main thread hangs in a call that nothing ends.
+    os._exit(error.exit_code)
+
+
+def watched(method: Function) -> Function:
+    """A method in which a process may wait for others."""
+
+    @wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with waiting(method.__name__):
+            return method(*args, **kwargs)
+
+    return wrapped  # pyright: ignore[reportReturnType]

@@ -31,16 +31,13 @@ def main(config: TrainConfig) -> int:
     """Train as configured; the exit code."""
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
     # late: transformers looks for torch_xla when imported
-    from torchprime.torch_native.runtime import saying_who_is_lost, stop_processes
+    from torchprime.torch_native.runtime import group
     from torchprime.training.sft import SFTTrainer
     from torchprime.training.trainer import Trainer
 
     trainer = SFTTrainer if config.task.name == "sft" else Trainer
-    try:
-        with saying_who_is_lost():
-            trainer(config, make_backend).run()
-    finally:
-        stop_processes()
+    with group():
+        trainer(config, make_backend).run()
     return 0
 
 

@@ -1,0 +1,94 @@
+"""Whole runs in two processes: the export and its proofs, and what is said when one is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from torchprime.torch_native.runtime import TIMEOUT_VARIABLE
+
+JOB = Path(__file__).parent / "job.py"
+OVERRIDES = (
+    "model=quickstart", "dataset=quickstart", "dataset.block_size=64",
+    "dataset.max_rejected_fraction=1.0", "task=sft", "eval=none", "task.max_steps=4",
+    "task.global_batch_size=4", "ici_mesh.fsdp=2", "logging_steps=1",
+)  # fmt: skip
+
+
+class Ended(NamedTuple):
+    """How a process ended and what it printed."""
+
+    code: int
+    printed: str
+
+
+@contextmanager
+def processes(mishap: str, out: Path, **environment: str) -> Iterator[list[subprocess.Popen]]:
+    """Two ranks without torchrun, which would end the one as soon as the other fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    try:
+        for rank in range(2):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
+            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+            place = [f"output_dir={out}", "run_name=run"]
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, str(JOB), mishap, *OVERRIDES, *place],
+                    env=os.environ | {name: str(value) for name, value in group.items()},
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def ended(process: subprocess.Popen) -> Ended:
+    _, printed = process.communicate(timeout=120)
+    return Ended(process.returncode, printed)
+
+
+def test_several_processes_prove_their_export(tmp_path: Path) -> None:
+    with processes("none", tmp_path) as (first, second):
+        one, two = ended(first), ended(second)
+    assert (one.code, two.code) == (0, 0), one.printed + two.printed
+    assert "logits of transformers match the trainer's" in one.printed
+    assert "step 4/4" in one.printed and "step" not in two.printed
+    export = tmp_path / "run" / "export"
+    model = AutoModelForCausalLM.from_pretrained(export)
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert sum(p.numel() for p in model.parameters()) == facts["model"]["parameters"]
+
+
+def test_a_failed_export_keeps_nobody_waiting(tmp_path: Path) -> None:
+    with processes("full-disk", tmp_path) as (first, second):
+        one, two = ended(first), ended(second)
+    assert one.code == 2 and "error: no space left" in one.printed
+    assert two.code == 0, two.printed
+
+
+@pytest.mark.parametrize("mishap", ["die", "hang"])
+def test_a_lost_process_ends_the_others_with_a_message(mishap: str, tmp_path: Path) -> None:
+    with processes(mishap, tmp_path, **{TIMEOUT_VARIABLE: "15"}) as (first, _):
+        one = ended(first)
+    assert one.code == 2, one.printed
+    message = one.printed.split("error: ")[-1]
+    assert message.startswith("rank 0 of 2: the processes cannot talk to each other")
+    assert "NCCL_P2P_DISABLE=1" in message and "Traceback" not in one.printed
+    assert "step 2/4" in one.printed and "step 3/4" not in one.printed
