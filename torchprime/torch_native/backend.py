@@ -31,17 +31,16 @@ from torchprime.torch_native.runtime import start_processes, watched
 from torchprime.training.backend import StepNumbers, StepOptions
 from torchprime.training.optim import Adafactor, Optimizer, Parameter, decays
 from torchprime.training.step import (
-    BAD_STEP,
-    FIELDS,
-    GRAD_NORM,
-    LOSS,
-    SOURCE_FIELD,
-    WEIGHT_SUM,
     ParameterState,
     TrainState,
+    eval_sums,
     finish_step,
+    host_fields,
     loss_of,
     micro_sums,
+    step_numbers,
+    sums_length,
+    supervised_weight,
 )
 
 # Norms of the heads: every process of the tensor axis sees only its own heads.
@@ -149,11 +148,9 @@ class NativeBackend:
 
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
         """See Backend. Fields travel as [A, b, S], b this process' share of a micro-batch."""
-        fields = FIELDS if batch.source_ids is None else (*FIELDS, SOURCE_FIELD)
         sent = []
-        for field in fields:
-            array = torch.from_numpy(getattr(batch, field))
-            whole = array.view(accumulation, self.batch_parts, -1, array.shape[-1])
+        for field in host_fields(batch):
+            whole = field.view(accumulation, self.batch_parts, -1, field.shape[-1])
             sent.append(whole[:, self.batch_part].to(self.device, non_blocking=True))
         return sent
 
@@ -163,8 +160,7 @@ class NativeBackend:
         root = self.root
         assert isinstance(root, FSDPModule)
         o = self.options
-        by_source = o.num_sources if o.num_sources > 1 else 0
-        sums = torch.zeros(1 + by_source, device=self.device)
+        sums = torch.zeros(sums_length(o.num_sources), device=self.device)
         count = batch[0].shape[0]
         for index in range(count):
             fields = [field[index] for field in batch]
@@ -173,8 +169,7 @@ class NativeBackend:
             loss.loss_sum.backward()
             sums += micro_sums(loss, fields, o.num_sources)
         with torch.no_grad():
-            supervised = torch.where(batch[1] < 0, 0.0, batch[4]).sum()
-            totals = self._over_batch(torch.cat([sums, supervised[None]]))
+            totals = self._over_batch(torch.cat([sums, supervised_weight(batch)[None]]))
             numbers = finish_step(
                 self.state,
                 self.optimizer,
@@ -216,14 +211,7 @@ class NativeBackend:
     @watched
     def read(self, handle: Tensor) -> StepNumbers:
         """See Backend."""
-        numbers = handle.tolist()
-        return StepNumbers(
-            numbers[LOSS],
-            numbers[GRAD_NORM],
-            numbers[WEIGHT_SUM],
-            int(numbers[BAD_STEP]),
-            tuple(numbers[BAD_STEP + 1 :]),
-        )
+        return step_numbers(handle.tolist())
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -237,8 +225,7 @@ class NativeBackend:
     @watched
     def read_eval(self, handles: list[Tensor]) -> tuple[float, float]:
         """See Backend. Summed on the host in double precision."""
-        rows = [handle.tolist() for handle in handles]
-        return sum(row[0] for row in rows), sum(row[1] for row in rows)
+        return eval_sums(handle.tolist() for handle in handles)
 
     @watched
     def logits(self, input_ids: list[int]) -> Tensor:

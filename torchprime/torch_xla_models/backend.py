@@ -46,16 +46,14 @@ from torchprime.torch_xla_models.runtime import check_loop_requirements
 from torchprime.training.backend import StepNumbers, StepOptions
 from torchprime.training.optim import Optimizer, Parameter, decays
 from torchprime.training.step import (
-    BAD_STEP,
-    FIELDS,
-    GRAD_NORM,
-    LOSS,
-    SOURCE_FIELD,
-    WEIGHT_SUM,
     Micro,
     ParameterState,
     TrainState,
+    eval_sums,
+    host_fields,
     loss_of,
+    step_numbers,
+    sums_length,
     train_step,
 )
 
@@ -178,11 +176,7 @@ class XlaBackend:
 
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
         """See Backend. Fields travel as [A, b, S]."""
-        host = []
-        fields = FIELDS if batch.source_ids is None else (*FIELDS, SOURCE_FIELD)
-        for field in fields:
-            array = torch.from_numpy(getattr(batch, field))
-            host.append(array.view(accumulation, -1, array.shape[-1]))
+        host = [f.view(accumulation, -1, f.shape[-1]) for f in host_fields(batch)]
         return send_batch(host, self.mesh, self.batch_spec)
 
     def train_step(self, batch: list[Tensor], lr: float) -> Tensor:
@@ -223,22 +217,15 @@ class XlaBackend:
             totals = [c + g.float() for c, g in zip(carry[1:], gradients, strict=True)]
             return [carry[0] + sums, *pinned(totals)], []
 
-        by_source = self.options.num_sources if self.options.num_sources > 1 else 0
-        zero = torch.zeros(1 + by_source, dtype=torch.float32, device=weights[0].device)
+        length = sums_length(self.options.num_sources)
+        zero = torch.zeros(length, dtype=torch.float32, device=weights[0].device)
         empty = [torch.zeros(w.shape, dtype=torch.float32, device=w.device) for w in weights]
         carry, _ = device_loop(body, [zero, *pinned(empty)], batch)
         return carry[0], carry[1:]
 
     def read(self, handle: Tensor) -> StepNumbers:
         """See Backend."""
-        numbers = handle.cpu().tolist()
-        return StepNumbers(
-            numbers[LOSS],
-            numbers[GRAD_NORM],
-            numbers[WEIGHT_SUM],
-            int(numbers[BAD_STEP]),
-            tuple(numbers[BAD_STEP + 1 :]),
-        )
+        return step_numbers(handle.cpu().tolist())
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -253,8 +240,7 @@ class XlaBackend:
 
     def read_eval(self, handles: list[Tensor]) -> tuple[float, float]:
         """See Backend. Summed on the host in double precision."""
-        rows = [handle.cpu().tolist() for handle in handles]
-        return sum(row[0] for row in rows), sum(row[1] for row in rows)
+        return eval_sums(handle.cpu().tolist() for handle in handles)
 
     def logits(self, input_ids: list[int]) -> Tensor:
         """See Backend. The sequence is repeated to fill the batch axes of the mesh, and padded to a

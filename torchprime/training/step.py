@@ -12,15 +12,17 @@ the host looks (the next logged step), however often it looks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from torchprime.data.batch import Batch
 from torchprime.losses import LossSums, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
+from torchprime.training.backend import StepNumbers
 from torchprime.training.optim import Optimizer, Parameter
 
 # The order of the batch's fields wherever they travel as a tuple, each [A, B/A, S] on the device.
@@ -59,6 +61,12 @@ class TrainState:
             found += [parameter.weight, *parameter.slots.values()]
             found += [] if parameter.master is None else [parameter.master]
         return found
+
+
+def host_fields(batch: Batch) -> list[Tensor]:
+    """The batch's arrays in the order of FIELDS, each [B, S], on the host and not copied."""
+    fields = FIELDS if batch.source_ids is None else (*FIELDS, SOURCE_FIELD)
+    return [torch.from_numpy(getattr(batch, field)) for field in fields]
 
 
 def loss_of(model: CausalLM, fields: Sequence[Tensor], chunks: int) -> LossSums:
@@ -106,7 +114,7 @@ def train_step(
 
     with torch.no_grad():
         sums, gradients = accumulate(micro, batch, weights)
-        supervised = torch.where(batch[1] < 0, 0.0, batch[4]).sum()
+        supervised = supervised_weight(batch)
         return finish_step(
             state,
             optimizer,
@@ -125,6 +133,17 @@ def micro_sums(loss: LossSums, fields: Sequence[Tensor], num_sources: int) -> Te
     if num_sources > 1:
         sums += source_sums(loss.each, fields[len(FIELDS)], num_sources)
     return torch.stack(sums)
+
+
+def sums_length(num_sources: int) -> int:
+    """How many numbers `micro_sums` gives."""
+    return 1 + (num_sources if num_sources > 1 else 0)
+
+
+def supervised_weight(batch: Sequence[Tensor]) -> Tensor:
+    """The weight of the tokens that carry loss, of fields of any shape in the order of FIELDS."""
+    targets, weights = batch[FIELDS.index("targets")], batch[FIELDS.index("loss_weights")]
+    return torch.where(targets < 0, 0.0, weights).sum()
 
 
 def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
@@ -198,3 +217,20 @@ def apply_update(
             slots[name].copy_(torch.where(good, tensor, slots[name]))
     state.bad_step.copy_(torch.where(finite | (state.bad_step > 0), state.bad_step, step))
     state.step.copy_(torch.where(good, step, state.step))
+
+
+def step_numbers(vector: Sequence[float]) -> StepNumbers:
+    """What `finish_step` returned, once it is on the host."""
+    return StepNumbers(
+        vector[LOSS],
+        vector[GRAD_NORM],
+        vector[WEIGHT_SUM],
+        int(vector[BAD_STEP]),
+        tuple(vector[BAD_STEP + 1 :]),
+    )
+
+
+def eval_sums(vectors: Iterable[Sequence[float]]) -> tuple[float, float]:
+    """(loss sum, weight sum) over eval steps that gave [loss sum, weight sum] each."""
+    rows = list(vectors)
+    return sum(row[0] for row in rows), sum(row[1] for row in rows)
