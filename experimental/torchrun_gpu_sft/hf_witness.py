@@ -48,7 +48,6 @@ from transformers.utils import logging
 from torchprime.atomic import write_json
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig, refuse
-from torchprime.data.budget import batch_budget
 from torchprime.data.order import batch_indices
 from torchprime.data.templates import resolve_template
 from torchprime.errors import ConfigError, DivergedError, RuntimeSetupError
@@ -64,7 +63,7 @@ from torchprime.training import run_folder
 from torchprime.training.datasets import RunData, prepare_run_data
 from torchprime.training.loop import DataOrder
 from torchprime.training.model_files import ModelFiles, find_model
-from torchprime.training.plan import count_steps, count_warmup
+from torchprime.training.plan import plan_steps
 
 Inputs = dict[str, Any]
 
@@ -367,23 +366,17 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
 
 def plan_of(c: TrainConfig, data: RunData, processes: int) -> dict[str, Any]:
     """run.json's plan, but for memory, which the witness does not estimate."""
-    budget = batch_budget(data.train, c.seed, c.task.global_batch_size)
-    total = count_steps(
+    steps = plan_steps(
+        data.train,
+        seed=c.seed,
+        global_batch_size=c.task.global_batch_size,
         max_steps=c.task.max_steps,
         num_epochs=c.task.num_epochs,
-        steps_per_epoch=budget["steps_per_epoch"],
+        warmup_steps=c.task.lr_scheduler.warmup_steps,
+        warmup_ratio=c.task.lr_scheduler.warmup_ratio,
     )
-    s = c.task.lr_scheduler
-    warmup = count_warmup(
-        warmup_steps=s.warmup_steps, warmup_ratio=s.warmup_ratio, total_steps=total
-    )
-    return {
-        "total_steps": total,
-        "warmup_steps": warmup,
-        "epochs": total / budget["steps_per_epoch"],
-        "budget": budget,
-        "mesh": {axis: processes if axis == "data" else 1 for axis in AXES},
-    }
+    mesh = {axis: processes if axis == "data" else 1 for axis in AXES}
+    return {**steps._asdict(), "mesh": mesh}
 
 
 def facts_of(

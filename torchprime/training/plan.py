@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from torchprime.data.budget import batch_budget
+from torchprime.data.packed import PackedDataset
 from torchprime.sharding import Spec, shard_count
 from torchprime.training.optim import Optimizer, Parameter, decays
 
@@ -122,6 +124,33 @@ def _spread(numbers: Mapping[str, float]) -> str:
     if numbers["min"] == numbers["max"]:
         return f"{numbers['mean']:,.0f}"
     return f"{numbers['mean']:,.0f} on average ({numbers['min']:,.0f} to {numbers['max']:,.0f})"
+
+
+class StepPlan(NamedTuple):
+    """How many updates a run takes, and what they consist of. Any trainer can follow it."""
+
+    total_steps: int
+    warmup_steps: int
+    epochs: float
+    budget: dict[str, Any]
+
+
+def plan_steps(
+    data: PackedDataset,
+    *,
+    seed: int,
+    global_batch_size: int,
+    max_steps: int | None,
+    num_epochs: float | None,
+    warmup_steps: int | None,
+    warmup_ratio: float | None,
+) -> StepPlan:
+    """From the data and the config's ways to say how long, the number of updates."""
+    budget = batch_budget(data, seed, global_batch_size)
+    per_epoch = budget["steps_per_epoch"]
+    total = count_steps(max_steps=max_steps, num_epochs=num_epochs, steps_per_epoch=per_epoch)
+    warmup = count_warmup(warmup_steps=warmup_steps, warmup_ratio=warmup_ratio, total_steps=total)
+    return StepPlan(total, warmup, total / per_epoch, budget)
 
 
 def count_steps(*, max_steps: int | None, num_epochs: float | None, steps_per_epoch: int) -> int:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from torchprime.atomic import write_json
 from torchprime.config.schema import TrainConfig
-from torchprime.data.budget import batch_budget
 from torchprime.data.templates import resolve_template
 from torchprime.errors import ConfigError, DivergedError, UserError
 from torchprime.metrics.throughput import Stopwatch, model_flops_per_token
@@ -36,7 +35,7 @@ from torchprime.training.hooks.profile import ProfileHook
 from torchprime.training.loop import CompileGuard, DataOrder, Hook, train_loop
 from torchprime.training.model_files import find_model, pretrained_tensors, random_tensors
 from torchprime.training.optim import learning_rate, make_optimizer
-from torchprime.training.plan import Plan, count_steps, count_warmup, estimate_memory
+from torchprime.training.plan import Plan, estimate_memory, plan_steps
 from torchprime.training.probe import probe_isolation
 
 
@@ -181,11 +180,14 @@ class Trainer:
                 "remat.scan_layers=true needs layers that are all alike, but this model mixes full "
                 "and sliding-window attention; set remat.scan_layers=false."
             )
-        budget = batch_budget(self.data, c.seed, c.task.global_batch_size)
-        total = count_steps(
+        steps = plan_steps(
+            self.data,
+            seed=c.seed,
+            global_batch_size=c.task.global_batch_size,
             max_steps=c.task.max_steps,
             num_epochs=c.task.num_epochs,
-            steps_per_epoch=budget["steps_per_epoch"],
+            warmup_steps=c.task.lr_scheduler.warmup_steps,
+            warmup_ratio=c.task.lr_scheduler.warmup_ratio,
         )
         accumulation = c.task.gradient_accumulation_steps
         memory = estimate_memory(
@@ -207,14 +209,7 @@ class Trainer:
         )
         held_out = self.rows.heldout
         return Plan(
-            total_steps=total,
-            warmup_steps=count_warmup(
-                warmup_steps=c.task.lr_scheduler.warmup_steps,
-                warmup_ratio=c.task.lr_scheduler.warmup_ratio,
-                total_steps=total,
-            ),
-            epochs=total / budget["steps_per_epoch"],
-            budget=budget,
+            **steps._asdict(),
             eval_budget=held_out
             and {"examples": held_out.num_examples, "blocks": held_out.num_blocks},
             parameters=self.files.num_parameters,
