@@ -18,13 +18,14 @@ and EOS only where the template ends the last turn without a stop token.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from torchprime.data.encoded import Encoded, JoinedEncoded
 from torchprime.data.rows import Row
 from torchprime.data.sources import Rejection
 from torchprime.data.templates import (
@@ -47,7 +48,7 @@ from torchprime.data.tokenize import (
     Example,
     loss_mode,
 )
-from torchprime.data.tokenizer import Encoded, Tokenizer
+from torchprime.data.tokenizer import Tokenizer
 
 REASON_TURN_BOUNDARY = "no exact token boundary at an assistant turn"
 REASON_SPECIAL = "message content spells a special token"
@@ -79,27 +80,10 @@ class _Chat:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Ids and the characters [start, end) of each; `how` is the rule that made them."""
+    """A text's tokens; `how` is the rule that made them."""
 
-    ids: list[int]
-    span: Callable[[int], tuple[int, int]]
+    encoded: Encoded
     how: str
-
-    def before(self, position: int) -> int:
-        """How many tokens end at or before this character."""
-        low, high = 0, len(self.ids)
-        while low < high:
-            middle = (low + high) // 2
-            if self.span(middle)[1] <= position:
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
-    def is_cut(self, position: int) -> bool:
-        """Whether no token stands for characters on both sides."""
-        following = self.before(position)
-        return following == len(self.ids) or self.span(following)[0] >= position
 
 
 def tokenize_chat(
@@ -112,8 +96,10 @@ def tokenize_chat(
         compute_loss_on: auto (assistant), assistant, last_assistant or all.
     """
     reserved = reserved_texts(template, tokenizer)
+    spelled = _Spelled(reserved)
     results: list[Example | Rejection | _Chat] = [
-        _render_row(row, template, reserved, loss_mode(compute_loss_on, row)) for row in rows
+        _render_row(row, template, reserved, spelled, loss_mode(compute_loss_on, row))
+        for row in rows
     ]
     places = [i for i, result in enumerate(results) if isinstance(result, _Chat)]
     chats = [result for result in results if isinstance(result, _Chat)]
@@ -126,11 +112,11 @@ def tokenize_chat(
 
 
 def _render_row(
-    row: Row, template: ChatTemplate, reserved: frozenset[str], mode: str
+    row: Row, template: ChatTemplate, reserved: frozenset[str], spelled: _Spelled, mode: str
 ) -> _Chat | Rejection:
-    spelled = _spelled(row, reserved)
-    if spelled:
-        return Rejection(row.row_id, REASON_SPECIAL, spelled)
+    where = spelled.in_row(row)
+    if where:
+        return Rejection(row.row_id, REASON_SPECIAL, where)
     found = turn_spans(template, row, reserved, last_only=mode == "last_assistant")
     if isinstance(found, Rejection):
         return found
@@ -161,19 +147,30 @@ def _close(row: Row, mode: str, found: Rendering, weights: list[float]) -> _Chat
     return _Chat(row, mode, text, found.spans, weights, supervised, add_eos, found.rule)
 
 
-def _spelled(row: Row, reserved: frozenset[str]) -> str:
-    """Where a message or tool of the row spells a special token, "" where none does."""
-    pattern = _any_of(reserved)
-    if pattern is None:
-        return ""
-    messages = as_served([message.template for message in row.messages])
-    for place, values in (("message", messages), ("tool", row.tools)):
+class _Spelled:
+    """Finds special tokens that some rows spell in a message or a tool."""
+
+    def __init__(self, reserved: frozenset[str]) -> None:
+        self._pattern = _any_of(reserved)
+        # By identity, of rows that outlive this: conversations share their tools.
+        self._in_tools: dict[int, str] = {}
+
+    def in_row(self, row: Row) -> str:
+        """Where, "" for nowhere."""
+        if id(row.tools) not in self._in_tools:
+            self._in_tools[id(row.tools)] = self._in_values("tool", row.tools)
+        messages = as_served([message.template for message in row.messages])
+        return self._in_values("message", messages) or self._in_tools[id(row.tools)]
+
+    def _in_values(self, place: str, values: Sequence[Mapping[str, Any]]) -> str:
+        if self._pattern is None:
+            return ""
         for i, value in enumerate(values):
             for text in _texts(value):
-                match = pattern.search(text)
+                match = self._pattern.search(text)
                 if match:
                     return f"{place} {i}: {match.group()}"
-    return ""
+        return ""
 
 
 @lru_cache(maxsize=16)
@@ -198,27 +195,25 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _tokenize(chats: Sequence[_Chat], tokenizer: Tokenizer) -> list[_Tokens | None]:
-    joint = [
-        _Tokens(encoded.ids, encoded.span, "joint")
-        for encoded in tokenizer.encode_batch([chat.text for chat in chats])
-    ]
+    joint = tokenizer.encode_batch([chat.text for chat in chats])
     found: list[_Tokens | None] = []
-    for chat, tokens, fed in zip(chats, joint, _as_fed(chats, joint, tokenizer), strict=True):
-        cuts = _crossed(chat, tokens, fed)
-        found.append(_apart(chat.text, cuts, tokens.ids, tokenizer) if cuts else tokens)
+    for chat, encoded, fed in zip(chats, joint, _as_fed(chats, joint, tokenizer), strict=True):
+        cuts = _crossed(chat, encoded, fed)
+        apart = _apart(chat.text, cuts, encoded.ids, tokenizer) if cuts else None
+        found.append(apart if cuts else _Tokens(encoded, "joint"))
     return found
 
 
-def _crossed(chat: _Chat, tokens: _Tokens, fed: bool) -> list[int]:
+def _crossed(chat: _Chat, encoded: Encoded, fed: bool) -> list[int]:
     """The borders of supervised turns that are not borders between tokens."""
     borders = sorted({place for span in chat.supervised for place in (span.start, span.end)})
-    crossed = [place for place in borders if not tokens.is_cut(place)]
+    crossed = [place for place in borders if encoded.cut(place) is None]
     if borders and borders[0] not in crossed and not fed:
         crossed.insert(0, borders[0])
     return crossed
 
 
-def _as_fed(chats: Sequence[_Chat], joint: Sequence[_Tokens], tokenizer: Tokenizer) -> list[bool]:
+def _as_fed(chats: Sequence[_Chat], joint: Sequence[Encoded], tokenizer: Tokenizer) -> list[bool]:
     """Whether the ids in front of the first supervised turn are those of its prefix alone.
 
     Text on the two sides of a special token is tokenized apart anyway, so it is enough to look
@@ -226,7 +221,7 @@ def _as_fed(chats: Sequence[_Chat], joint: Sequence[_Tokens], tokenizer: Tokeniz
     that differs (or there is no such token) the whole prefix is compared.
     """
     special = _special_ids(tokenizer)
-    tails = [_tail(chat, tokens, special) for chat, tokens in zip(chats, joint, strict=True)]
+    tails = [_tail(chat, encoded, special) for chat, encoded in zip(chats, joint, strict=True)]
     texts = list({text for text, _ in tails})
     alone = dict(zip(texts, tokenizer.encode_ids(texts), strict=True))
     fed = [alone[text] == ids for text, ids in tails]
@@ -245,17 +240,17 @@ def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(ids[0] for ids in encoded if len(ids) == 1)
 
 
-def _tail(chat: _Chat, tokens: _Tokens, special: frozenset[int]) -> tuple[str, list[int]]:
+def _tail(chat: _Chat, encoded: Encoded, special: frozenset[int]) -> tuple[str, list[int]]:
     """Text and ids from the last special token to the first supervised turn."""
     if not chat.supervised:  # with compute_loss_on=all nothing is asked of a server
         return "", []
     start = chat.supervised[0].start
-    end = tokens.before(start)
+    end = encoded.before(start)
     first = end - 1
-    while first > 0 and tokens.ids[first] not in special:
+    while first > 0 and encoded.ids[first] not in special:
         first -= 1
-    begin = tokens.span(first)[0] if first > 0 else 0
-    return chat.text[begin:start], tokens.ids[max(first, 0) : end]
+    begin = encoded.span(first)[0] if first > 0 else 0
+    return chat.text[begin:start], encoded.ids[max(first, 0) : end]
 
 
 def _apart(text: str, cuts: list[int], joint: list[int], tokenizer: Tokenizer) -> _Tokens | None:
@@ -265,23 +260,15 @@ def _apart(text: str, cuts: list[int], joint: list[int], tokenizer: Tokenizer) -
     for context in ("", *NEUTRAL_CONTEXTS):
         first, *others = tokenizer.encode_batch([pieces[0], *(context + p for p in pieces[1:])])
         ids, spans = list(first.ids), [first.span(i) for i in range(len(first.ids))]
-        clean = True
-        for cut, encoded in zip(cuts, others, strict=True):
-            begin = _first_behind(encoded, len(context))
-            clean &= begin is not None
+        begins = [encoded.cut(len(context)) for encoded in others]
+        for cut, encoded, begin in zip(cuts, others, begins, strict=True):
             for i in range(begin or 0, len(encoded.ids)):
                 start, end = encoded.span(i)
                 ids.append(encoded.ids[i])
                 spans.append((start - len(context) + cut, end - len(context) + cut))
-        if clean and tokenizer.decode(ids, skip_special_tokens=False) == wanted:
-            return _Tokens(ids, spans.__getitem__, "context" if context else "separate")
+        if None not in begins and tokenizer.decode(ids, skip_special_tokens=False) == wanted:
+            return _Tokens(JoinedEncoded(ids, spans), "context" if context else "separate")
     return None
-
-
-def _first_behind(encoded: Encoded, length: int) -> int | None:
-    """The first token behind so many characters; None where a token takes in both sides."""
-    tokens = _Tokens(encoded.ids, encoded.span, "")
-    return tokens.before(length) if tokens.is_cut(length) else None
 
 
 def _no_boundary(chat: _Chat) -> Rejection:
@@ -294,7 +281,8 @@ def _no_boundary(chat: _Chat) -> Rejection:
 
 
 def _example(chat: _Chat, tokens: _Tokens, tokenizer: Tokenizer) -> Example | Rejection:
-    ids = np.asarray([*tokens.ids, *([tokenizer.eos_id] * chat.add_eos)], dtype=np.int32)
+    encoded = tokens.encoded
+    ids = np.asarray([*encoded.ids, *([tokenizer.eos_id] * chat.add_eos)], dtype=np.int32)
     bos = tokenizer.bos_id
     if bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
         return Rejection(chat.row.row_id, REASON_TWO_BOS, repr(chat.text[:24]))
@@ -305,7 +293,7 @@ def _example(chat: _Chat, tokens: _Tokens, tokenizer: Tokenizer) -> Example | Re
         if bos is not None and bos != tokenizer.eos_id:  # some formats begin each question with it
             weights[ids == bos], rules[ids == bos] = 0.0, BOS
     for span, weight in zip(chat.spans, chat.weights, strict=True):
-        first, stop, end = map(tokens.before, (span.start, span.stop, span.end))
+        first, stop, end = map(encoded.before, (span.start, span.stop, span.end))
         if chat.add_eos and span is chat.spans[-1]:
             stop, end = len(ids) - 1, len(ids)
         weights[first:end] = weight

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +42,10 @@ from torchprime.errors import DataError
 # Part of every cache key: to be raised whenever the same rows would give other examples or blocks.
 DATA_VERSION = 1
 
-CHUNK_ROWS = 2048
-# Starting processes takes seconds; fewer rows than this are done sooner without.
-PARALLEL_FROM = 20_000
+CHUNK_ROWS = 512
+# Starting processes takes seconds: what is done sooner than this goes without.
+PARALLEL_AFTER_SECONDS = 1.5
+AHEAD, MOST_PENDING = 2, 32  # chunks that wait for each process, and that wait for the first
 EXAMPLES_FILE, REPORT_FILE = "examples.arrow", "report.json"
 PLAN_FILES = {name: f"plan_{name}.npy" for name in ("examples", "begins", "lengths", "starts")}
 
@@ -330,32 +331,40 @@ class _Job:
 
     def _outcomes(self, chunks: Iterator[list[Row]]) -> Iterator[_Outcome]:
         """Of each chunk, in order. The first rows are done here; if there are many, processes
-        take over, a few chunks ahead of what is asked for."""
+        help."""
         work = _Work(self.tokenizer, self.template, self.settings)
-        done = 0
+        started = time.perf_counter()
         for chunk in chunks:
             yield work.run(chunk)
-            done += len(chunk)
             # A limit on examples says how many rows to read next only after the last ones.
-            if done >= PARALLEL_FROM and self.workers > 1 and self.settings.max_examples is None:
+            alone = self.workers == 1 or self.settings.max_examples is not None
+            if not alone and time.perf_counter() - started >= PARALLEL_AFTER_SECONDS:
                 break
         first = next(chunks, None)
         if first is None:
             return
-        pending: deque[Future[_Outcome]] = deque()
         with ProcessPoolExecutor(
-            self.workers,
+            self.workers - 1,  # this process is one of the workers
             mp_context=multiprocessing.get_context("spawn"),  # a fork would copy XLA's threads
             initializer=_start_worker,
             initargs=(self.tokenizer.folder, self.template, self.settings),
         ) as pool:
-            pending.append(pool.submit(_run_in_worker, first))
-            for chunk in chunks:
-                pending.append(pool.submit(_run_in_worker, chunk))
-                if len(pending) > 2 * self.workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            yield from self._shared_out(chain([first], chunks), work, pool)
+
+    def _shared_out(
+        self, chunks: Iterator[list[Row]], work: _Work, pool: ProcessPoolExecutor
+    ) -> Iterator[_Outcome]:
+        """Every process has a few chunks ahead; when all have, the next one is done here."""
+        pending: deque[Future[_Outcome] | _Outcome] = deque()
+        for chunk in chunks:
+            open_futures = sum(isinstance(p, Future) and not p.done() for p in pending)
+            given_away = open_futures < AHEAD * (self.workers - 1)
+            pending.append(pool.submit(_run_in_worker, chunk) if given_away else work.run(chunk))
+            too_many = len(pending) > MOST_PENDING * self.workers
+            while pending and (too_many or not isinstance(pending[0], Future) or pending[0].done()):
+                yield _result(pending.popleft())
+                too_many = False
+        yield from map(_result, pending)
 
     def _check(self, account: _Account) -> None:
         """Too many rejected rows, or no example at all, end the run with the counts by reason."""
@@ -437,6 +446,10 @@ class _Job:
             tokenizer_fingerprint=self.tokenizer.fingerprint(),
             template_fingerprint=None if self.template is None else self.template.fingerprint(),
         )
+
+
+def _result(pending: Future[_Outcome] | _Outcome) -> _Outcome:
+    return pending.result() if isinstance(pending, Future) else pending
 
 
 def _chunks(rows: Iterator[Row], missing: Callable[[], int]) -> Iterator[list[Row]]:

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from functools import lru_cache
 from itertools import chain, islice
 from typing import Any
 
@@ -74,6 +75,7 @@ SHAREGPT_ROLES = {
 MESSAGE_STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
 MAX_WEIGHT = 10
+LONGEST_SHARED_TOOLS = 100_000  # characters
 MAX_NESTING = 64  # of tools and tool calls; templates and hashes walk them recursively
 
 FIELD_MISSING = "field {} is missing"
@@ -522,11 +524,22 @@ def _turns(fields: dict[str, Any], name: str, columns: Mapping[str, str]) -> lis
 
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     """A list of objects, or the text of one; null and blank text are none."""
-    if isinstance(value, str):
-        value = _parse(value) if value.strip() else None
-        if value is None:  # what the text "null" says, too
-            return ()
-    if value is None:
+    if not isinstance(value, str):
+        return _tool_list(value)
+    shared = len(value) <= LONGEST_SHARED_TOOLS
+    return _shared_tools(value) if shared else _tools_of_text(value)
+
+
+def _tools_of_text(text: str) -> tuple[Mapping[str, Any], ...]:
+    return _tool_list(_parse(text) if text.strip() else None)
+
+
+# Conversations share their tools: the same text is read and checked once.
+_shared_tools = lru_cache(maxsize=256)(_tools_of_text)
+
+
+def _tool_list(value: Any) -> tuple[Mapping[str, Any], ...]:
+    if value is None:  # what the text "null" says, too
         return ()
     if not isinstance(value, list):
         raise _Unusable(BAD_TOOLS, "malformed JSON" if value is _MISSING else _type(value))

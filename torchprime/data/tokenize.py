@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from torchprime.data.rows import Row
 from torchprime.data.sources import Rejection
-from torchprime.data.tokenizer import Encoded, Tokenizer
+from torchprime.data.tokenizer import Tokenizer
 from torchprime.errors import DataError
 
 IGNORED = -100
@@ -120,7 +120,14 @@ def tokenize_rows(
     """One result per row of text, in order. Give many rows at once: the tokenizer works in
     batches."""
     modes = [loss_mode(compute_loss_on, row) for row in rows]
-    found = _split_at_boundary(rows, tokenizer)
+    found: list[_Parts | None] = []
+    for row in rows:
+        ids = tokenizer.joint_ids(row.prompt, row.completion)
+        found.append(None if ids is None else _Parts(*ids, "joint"))
+    unseen = [i for i, parts in enumerate(found) if parts is None]
+    looked_at = _split_at_boundary([rows[i] for i in unseen], tokenizer)
+    for i, parts in zip(unseen, looked_at, strict=True):
+        found[i] = parts
     return [
         _example(row, parts, tokenizer, mode) if parts else _no_boundary(row)
         for row, parts, mode in zip(rows, found, modes, strict=True)
@@ -166,7 +173,7 @@ def _split_at_boundary(rows: Sequence[Row], tokenizer: Tokenizer) -> list[_Parts
     found: list[_Parts | None] = []
     for row, whole, prompt in zip(rows, joint, prompts, strict=True):
         cut = len(prompt)
-        exact = whole.ids[:cut] == prompt and _cut_is_clean(whole, cut, len(row.prompt))
+        exact = whole.ids[:cut] == prompt and whole.cut(len(row.prompt)) == cut
         found.append(_Parts(prompt, whole.ids[cut:], "joint") if exact else None)
 
     for context in ("", *NEUTRAL_CONTEXTS):
@@ -185,24 +192,16 @@ def _split_at_boundary(rows: Sequence[Row], tokenizer: Tokenizer) -> list[_Parts
     return found
 
 
-def _cut_is_clean(encoded: Encoded, cut: int, boundary: int) -> bool:
-    """No token stands for characters on both sides: one ends at the boundary, the next starts."""
-    before_ends = cut == 0 or encoded.span(cut - 1)[1] <= boundary
-    after_starts = cut == len(encoded.ids) or encoded.span(cut)[0] >= boundary
-    return before_ends and after_starts
-
-
 def _completions_after(
     context: str, completions: Sequence[str], tokenizer: Tokenizer
 ) -> list[list[int] | None]:
     """Each completion's ids when it follows `context`; None where a token takes in both."""
-    results: list[list[int] | None] = []
-    for encoded in tokenizer.encode_batch([context + completion for completion in completions]):
-        starts = (i for i in range(len(encoded.ids)) if encoded.span(i)[0] >= len(context))
-        cut = next(starts, len(encoded.ids))
-        clean = _cut_is_clean(encoded, cut, len(context))
-        results.append(encoded.ids[cut:] if clean else None)
-    return results
+    encodings = tokenizer.encode_batch([context + completion for completion in completions])
+    cuts = [encoded.cut(len(context)) for encoded in encodings]
+    return [
+        None if cut is None else encoded.ids[cut:]
+        for encoded, cut in zip(encodings, cuts, strict=True)
+    ]
 
 
 def fit_to_block(example: Example, block_size: int, truncation: str) -> Example | Rejection:

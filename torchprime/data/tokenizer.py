@@ -13,34 +13,18 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from torchprime.data.encoded import Encoded, LibraryEncoded
+from torchprime.data.words import WordEncoder, byte_characters
 from torchprime.errors import CheckpointError
 
 PROBE = "a"
 REPLACEMENT = "\ufffd"  # what decoding makes of bytes that are no character
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One text's ids; `span(i)` gives the characters [start, end) that token i stands for."""
-
-    ids: list[int]
-    _encoding: tokenizers.Encoding = field(repr=False)
-
-    def span(self, index: int) -> tuple[int, int]:
-        # One span at a time: listing all offsets of a data set costs as much as encoding it.
-        span = self._encoding.token_to_chars(index)
-        assert span is not None, "special tokens are never added here"
-        return span
-
-    @property
-    def offsets(self) -> list[tuple[int, int]]:
-        return self._encoding.offsets
 
 
 @dataclass(frozen=True)
@@ -60,13 +44,26 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
         """Ids and character spans of every text, without special tokens."""
-        encodings = self._raw.encode_batch(list(texts), add_special_tokens=False)
-        return [Encoded(encoding.ids, encoding) for encoding in encodings]
+        by_words = [self._words and self._words.encode(text) for text in texts]
+        rest = [text for text, done in zip(texts, by_words, strict=True) if done is None]
+        others = iter(self._raw.encode_batch(rest, add_special_tokens=False) if rest else ())
+        return [done or LibraryEncoded(next(others)) for done in by_words]
 
     def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same ids without spans, which is faster."""
-        encodings = self._raw.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        """The same ids without spans, which the library is faster at."""
+        by_words = [self._words and self._words.encode(text) for text in texts]
+        rest = [text for text, done in zip(texts, by_words, strict=True) if done is None]
+        others = iter(self._raw.encode_batch_fast(rest, add_special_tokens=False) if rest else ())
+        return [(done or next(others)).ids for done in by_words]
+
+    def joint_ids(self, prompt: str, completion: str) -> tuple[list[int], list[int]] | None:
+        """The ids of both sides in their joint text, if no token crosses and the prompt's are
+        those it has alone. None says only that this is not seen at a glance."""
+        return self._words and self._words.joint_ids(prompt, completion)
+
+    @cached_property
+    def _words(self) -> WordEncoder | None:
+        return WordEncoder.of(self._raw)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """What a model is given to answer this prompt: its ids, after BOS where that is used."""
@@ -124,10 +121,7 @@ class Tokenizer:
 @lru_cache(maxsize=1)
 def _byte_of() -> dict[str, int]:
     """The characters that byte-level vocabularies write bytes with, and which bytes they are."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    moved = {chr(256 + place): byte for place, byte in enumerate(others)}
-    return moved | {chr(byte): byte for byte in printable}
+    return {character: byte for byte, character in enumerate(byte_characters())}
 
 
 def _piece(text: str, token: str) -> str:

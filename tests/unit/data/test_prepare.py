@@ -236,7 +236,7 @@ def test_processes_change_nothing(
     path, settings = write_rows(*rows), {"max_rejected_fraction": 1.0}
     packed, report = run(path, **settings)
     monkeypatch.setattr(prepare, "CHUNK_ROWS", 50)
-    monkeypatch.setattr(prepare, "PARALLEL_FROM", 100)
+    monkeypatch.setattr(prepare, "PARALLEL_AFTER_SECONDS", 0.0)
     with_two, report_two = run(path, workers=2, **settings)
     assert same_blocks(packed, with_two)
     assert report.rejected == report_two.rejected and report.num_rejected > 100
