@@ -1,4 +1,4 @@
-"""Tokenizers of each kind, built by hand so that their pieces are known, and a run's command line.
+"""A tokenizer of each kind, whose pieces are known, and a run's command line.
 
 The commands around a run read no weights: a checkpoint's config.json is enough for them.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -24,6 +23,7 @@ CHAT = (
     "{% else %}{{ m.content }}<|end|>{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+MERGES = [("▁", "t"), ("▁t", "o")]  # of the two like sentencepiece
 # What a checkpoint of this tokenizer's size would say.
 CONFIG = {
     "model_type": "llama",
@@ -40,61 +40,29 @@ CONFIG = {
 }
 
 
-def _byte_level(merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIALS, *alphabet])}
-    for left, right in merges:
-        vocab[left + right] = len(vocab)
-    raw = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_tokens(list(MARKUP))
-    return raw
-
-
-def _sentencepiece(fallback: bool) -> tokenizers.Tokenizer:
-    """A space in front of every text; what is not ASCII becomes bytes, or is left out."""
-    letters = [chr(c) for c in range(33, 127)] + ([] if fallback else ["\n", "é", "€"])
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)] if fallback else []
-    vocab = {token: i for i, token in enumerate([*SPECIALS, "▁", *letters, *bytes_])}
-    merges = [("▁", "t"), ("▁t", "o")]
-    for left, right in merges:
-        vocab[left + right] = len(vocab)
-    raw = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=fallback))
-    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    whole = [decoders.ByteFallback()] if fallback else []
-    raw.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), *whole, decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return raw
-
-
-def save(raw: tokenizers.Tokenizer, folder: Path, template: str | None = None) -> Path:
-    raw.add_special_tokens(list(SPECIALS))
-    folder.mkdir(parents=True, exist_ok=True)
-    raw.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": SPECIALS[1], "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
 @pytest.fixture(scope="session")
-def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+def byte_level(by_hand: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Its merges make " to", and a token of a space and the first two bytes of €."""
-    merges = [("Ġ", "t"), ("Ġt", "o"), ("Ġ", "â"), ("Ġâ", "Ĥ")]
-    folder = save(_byte_level(merges), tmp_path_factory.mktemp("bytes"), CHAT)
+    raw = by_hand.byte_level(SPECIALS, [("Ġ", "t"), ("Ġt", "o"), ("Ġ", "â"), ("Ġâ", "Ĥ")])
+    raw.add_tokens(list(MARKUP))
+    settings = {"eos_token": SPECIALS[1], "chat_template": CHAT}
+    folder = by_hand.save(raw, tmp_path_factory.mktemp("bytes"), settings)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="session")
-def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(save(_sentencepiece(False), tmp_path_factory.mktemp("pieces")))
+def sentencepiece(by_hand: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    raw = by_hand.sentencepiece(SPECIALS, MERGES, letters=["\n", "é", "€"])
+    folder = by_hand.save(raw, tmp_path_factory.mktemp("pieces"), {"eos_token": SPECIALS[1]})
+    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="session")
-def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return load_tokenizer(save(_sentencepiece(True), tmp_path_factory.mktemp("fallback")))
+def byte_fallback(by_hand: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    raw = by_hand.sentencepiece(SPECIALS, MERGES, byte_fallback=True)
+    folder = by_hand.save(raw, tmp_path_factory.mktemp("fallback"), {"eos_token": SPECIALS[1]})
+    return load_tokenizer(folder)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Tiny tokenizers built by hand, so that every merge in them is known, and ways to write files."""
+"""Tiny tokenizers whose every merge is known, real ones, and ways to write files."""
 
 from __future__ import annotations
 
@@ -9,51 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import processors
 
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer
 
 SPECIALS = ("<s>", "</s>", "<pad>")
-
-
-def save_tokenizer(
-    folder: Path, raw: tokenizers.Tokenizer, config: dict[str, object] | None
-) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    raw.save(str(folder / "tokenizer.json"))
-    if config is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def byte_level(merges: Sequence[tuple[str, str]] = (), trim_offsets: bool = False):
-    """Byte-level BPE without a splitting regex: these merges happen anywhere, and only these."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIALS, *alphabet])}
-    for left, right in merges:
-        vocab[left + right] = len(vocab)
-    raw = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    if trim_offsets:
-        raw.post_processor = processors.ByteLevel(trim_offsets=True)
-    raw.add_special_tokens(list(SPECIALS))
-    return raw
-
-
-def sentencepiece_like(merges: Sequence[tuple[str, str]] = ()):
-    """As converted from sentencepiece: a space is put in front of every text, "_" stands for it."""
-    letters = [chr(c) for c in range(33, 127)]
-    vocab = {token: i for i, token in enumerate([*SPECIALS, "▁", "\n", *letters])}
-    for left, right in merges:
-        vocab[left + right] = len(vocab)
-    raw = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    raw.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    raw.add_special_tokens(list(SPECIALS))
-    return raw
+Merges = Sequence[tuple[str, str]]
 
 
 def begin_with_bos(raw: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -64,23 +25,33 @@ def begin_with_bos(raw: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 @pytest.fixture
-def build() -> SimpleNamespace:
-    """The functions above, for tests: a conftest is not for importing."""
+def build(by_hand: SimpleNamespace) -> SimpleNamespace:
+    """Raw tokenizers with the special tokens <s>, </s> and <pad>, and the saving of them."""
+
+    def byte_level(merges: Merges = (), trim_offsets: bool = False) -> tokenizers.Tokenizer:
+        raw = by_hand.byte_level(SPECIALS, merges)
+        if trim_offsets:
+            raw.post_processor = processors.ByteLevel(trim_offsets=True)
+        return raw
+
+    def sentencepiece_like(merges: Merges = ()) -> tokenizers.Tokenizer:
+        return by_hand.sentencepiece(SPECIALS, merges, letters=["\n"])
+
     return SimpleNamespace(
         byte_level=byte_level,
         sentencepiece_like=sentencepiece_like,
         begin_with_bos=begin_with_bos,
-        save=save_tokenizer,
+        save=by_hand.save,
     )
 
 
 @pytest.fixture
-def make_tokenizer(tmp_path: Path) -> Callable[..., Tokenizer]:
+def make_tokenizer(by_hand: SimpleNamespace, tmp_path: Path) -> Callable[..., Tokenizer]:
     """Save a raw tokenizer with these settings and load it back the way a run does."""
 
     def make(raw: tokenizers.Tokenizer, **config: object) -> Tokenizer:
         folder = tmp_path / f"tokenizer{len(list(tmp_path.iterdir()))}"
-        return load_tokenizer(save_tokenizer(folder, raw, {"eos_token": "</s>"} | config))
+        return load_tokenizer(by_hand.save(raw, folder, {"eos_token": "</s>"} | config))
 
     return make
 

@@ -786,7 +786,7 @@ def test_a_stop_that_generation_config_names_is_no_surprise(
 ) -> None:
     raw = build.byte_level()
     raw.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    folder = build.save(tmp_path / "t", raw, {"eos_token": "</s>"})
+    folder = build.save(raw, tmp_path / "t", {"eos_token": "</s>"})
     stop = {"eos_token_id": [raw.token_to_id("</s>"), raw.token_to_id("<|im_end|>")]}
     (folder / "generation_config.json").write_text(json.dumps(stop))
     found = resolve_template("chatml", load_tokenizer(folder))

@@ -104,7 +104,7 @@ def test_settings_saved_by_someones_call_are_undone(
 
 
 def test_special_tokens_map_fills_in(build: SimpleNamespace, tmp_path: Path) -> None:
-    folder = build.save(tmp_path, build.byte_level(), None)
+    folder = build.save(build.byte_level(), tmp_path, None)
     (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}}')
     assert load_tokenizer(folder).eos_id == 1
 
@@ -131,14 +131,14 @@ def test_no_folder_no_file_no_eos(build: SimpleNamespace, tmp_path: Path) -> Non
     message = error_of(tmp_path)
     assert f"no tokenizer.json in {tmp_path} (it has tokenizer.model)" in message
     assert "Convert with: python -c" in message
-    build.save(tmp_path, build.byte_level(), {})
+    build.save(build.byte_level(), tmp_path, {})
     message = error_of(tmp_path)
     assert "names no eos_token" in message
     assert f'Add "eos_token": "<its text>" to {tmp_path}/tokenizer_config.json' in message
 
 
 def test_broken_files(build: SimpleNamespace, tmp_path: Path) -> None:
-    build.save(tmp_path, build.byte_level(), {"eos_token": "<end>"})
+    build.save(build.byte_level(), tmp_path, {"eos_token": "<end>"})
     assert "eos_token '<end>'" in error_of(tmp_path)
     assert "is not in its vocabulary of 259 tokens" in error_of(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
@@ -151,10 +151,10 @@ def test_broken_files(build: SimpleNamespace, tmp_path: Path) -> None:
 
 def test_bos_that_disagrees_or_comes_twice(build: SimpleNamespace, tmp_path: Path) -> None:
     raw = build.begin_with_bos(build.byte_level())
-    build.save(tmp_path, raw, {"eos_token": "</s>", "bos_token": "<pad>"})
+    build.save(raw, tmp_path, {"eos_token": "</s>", "bos_token": "<pad>"})
     assert "begins every text with '<s>'. Make them agree" in error_of(tmp_path)
     raw.post_processor = type(raw.post_processor)(
         single="<s> <pad> $A", special_tokens=[("<s>", 0), ("<pad>", 2)]
     )
-    build.save(tmp_path, raw, {"eos_token": "</s>"})
+    build.save(raw, tmp_path, {"eos_token": "</s>"})
     assert "begins every text with 2 tokens (<s> <pad>)" in error_of(tmp_path)

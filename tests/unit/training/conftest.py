@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchprime.config.compose import compose_config
@@ -28,23 +27,6 @@ VOCAB = len(SPECIALS) + 256
 BLOCK, BATCH = 64, 4
 
 
-def save_tokenizer(folder: Path, extra_tokens: Sequence[str] = ()) -> Path:
-    """One token per byte and four special ones, so that ids can be told without us."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = tokenizers.Tokenizer(
-        models.BPE(vocab={t: i for i, t in enumerate([*SPECIALS, *alphabet])}, merges=[])
-    )
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens(SPECIALS)
-    raw.add_tokens(list(extra_tokens))
-    folder.mkdir(parents=True, exist_ok=True)
-    raw.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": "</s>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
-
-
 def make_row(number: int) -> dict[str, str]:
     """Words of different lengths, so that blocks are filled differently."""
     word = "abcdefghijklm"[number % 7 : number % 7 + 3 + number % 5]
@@ -52,7 +34,22 @@ def make_row(number: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_tokenizer_folder(by_hand: SimpleNamespace) -> Callable[..., Path]:
+    """A tokenizer of one token per byte and four special ones, so that ids can be told without
+    us."""
+
+    def make(folder: Path, extra_tokens: Sequence[str] = ()) -> Path:
+        raw = by_hand.byte_level(SPECIALS)
+        raw.add_tokens(list(extra_tokens))
+        return by_hand.save(raw, folder, {"eos_token": "</s>", "pad_token": "<pad>"})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(
+    make_tokenizer_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A pretrained model of two layers, as transformers saves it, with its tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -68,7 +65,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=1,
         pad_token_id=2,
     )
-    folder = save_tokenizer(tmp_path_factory.mktemp("tiny"))
+    folder = make_tokenizer_folder(tmp_path_factory.mktemp("tiny"))
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -127,9 +124,3 @@ def order_of() -> Callable[[list[str]], DataOrder]:
         return DataOrder(data, config.seed, config.task.global_batch_size)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def make_tokenizer_folder() -> Callable[..., Path]:
-    """`save_tokenizer`, for tests: a conftest is not for importing."""
-    return save_tokenizer
