@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,10 @@ from torchprime.metrics.read_logs import half_digits, read_run
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter
 
-RECORD = StepRecord(
-    step=1,
-    epoch=0.1,
-    loss=2.5,
-    grad_norm=1.5,
-    lr=1e-4,
-    supervised_tokens=600,
-    real_tokens=900,
-    slot_tokens=1024,
-    batch_hash="0123456789abcdef",
-    step_seconds=1.0,
-    supervised_tokens_per_s=1512.4,
-    slot_tokens_per_s=1024.0,
-    mfu=None,
-    device_memory_bytes=None,
-    host_memory_bytes=1 << 30,
-    compiles=None,
-)
+
+@pytest.fixture
+def record(step_record: StepRecord) -> StepRecord:
+    return replace(step_record, step=1, loss=2.5, grad_norm=1.5, supervised_tokens_per_s=1512.4)
 
 
 @pytest.fixture
@@ -49,9 +36,11 @@ def write(tmp_path: Path) -> Callable[[str, Any], Path]:
 # Ours ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_folder_gives_its_records_facts_and_config(write, tmp_path: Path) -> None:
+def test_a_run_folder_gives_its_records_facts_and_config(
+    write, record: StepRecord, tmp_path: Path
+) -> None:
     writer = JsonlWriter(tmp_path / "run" / "metrics.jsonl")
-    writer.write(RECORD)
+    writer.write(record)
     writer.close()
     write("run/run.json", {"model": {"dtype": "bfloat16"}, "backend": "torch_xla"})
     write("run/config.yaml", "seed: 7\ntask:\n  max_steps: 3\n")
@@ -249,11 +238,11 @@ def test_lines_that_are_no_training_step(write, line: str) -> None:
     assert list(run.steps) == [1]
 
 
-def test_our_own_lines_are_read_back(tmp_path: Path) -> None:
+def test_our_own_lines_are_read_back(record: StepRecord, tmp_path: Path) -> None:
     path = tmp_path / "console.log"
     with path.open("w") as stream:
         writer = ConsoleWriter(total_steps=6, stream=stream)
-        writer.write(RECORD)
+        writer.write(record)
         writer.close()
     logged = read_run("x", path).steps[1]
     assert (logged.loss, logged.grad_norm, logged.lr) == (2.5, 1.5, 1e-4)

@@ -22,24 +22,6 @@ from torchprime.metrics.writers import (
     read_metrics,
 )
 
-STEP = StepRecord(
-    step=10,
-    epoch=0.25,
-    loss=1.2345,
-    grad_norm=0.98,
-    lr=1e-4,
-    supervised_tokens=600,
-    real_tokens=900,
-    slot_tokens=1024,
-    batch_hash="0123456789abcdef",
-    step_seconds=1.0,
-    supervised_tokens_per_s=512.4,
-    slot_tokens_per_s=1024.0,
-    mfu=None,
-    device_memory_bytes=None,
-    host_memory_bytes=1 << 30,
-    compiles=None,
-)
 EVAL = EvalRecord(step=10, eval_loss=math.log(4), eval_supervised_tokens=1500, seconds=2.04)
 
 
@@ -48,10 +30,12 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_every_record_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+def test_every_record_is_on_disk_as_soon_as_it_is_written(
+    tmp_path: Path, step_record: StepRecord
+) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     writer: Writer = JsonlWriter(path)
-    writer.write(STEP)
+    writer.write(step_record)
     assert len(path.read_text().splitlines()) == 1
     writer.write(EVAL)
     lines = path.read_text().splitlines()
@@ -60,21 +44,25 @@ def test_every_record_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> Non
     writer.close()  # closing twice is allowed: a failing run closes on its way out too
 
 
-def test_closing_syncs_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_syncs_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_record: StepRecord
+) -> None:
     synced = []
     monkeypatch.setattr(os, "fsync", synced.append)
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
-    writer.write(STEP)
+    writer.write(step_record)
     assert not synced
     writer.close()
     assert len(synced) == 1
 
 
-def test_a_second_writer_appends_after_cutting_a_torn_line(tmp_path: Path) -> None:
+def test_a_second_writer_appends_after_cutting_a_torn_line(
+    tmp_path: Path, step_record: StepRecord
+) -> None:
     path = tmp_path / "metrics.jsonl"
     for torn in ("", '{"kind": "train", "st'):
         writer = JsonlWriter(path)
-        writer.write(STEP)
+        writer.write(step_record)
         writer.close()
         with path.open("a") as file:
             file.write(torn)
@@ -83,10 +71,12 @@ def test_a_second_writer_appends_after_cutting_a_torn_line(tmp_path: Path) -> No
     assert path.read_text().endswith("}\n")
 
 
-def test_reading_gives_nan_back_and_skips_a_line_still_being_written(tmp_path: Path) -> None:
+def test_reading_gives_nan_back_and_skips_a_line_still_being_written(
+    tmp_path: Path, step_record: StepRecord
+) -> None:
     path = tmp_path / "metrics.jsonl"
     writer = JsonlWriter(path)
-    writer.write(replace(STEP, loss=math.nan))
+    writer.write(replace(step_record, loss=math.nan))
     writer.close()
     with path.open("a") as file:
         file.write('{"kind": "tr')
@@ -106,10 +96,12 @@ def test_reading_a_missing_file_says_which_was_expected(tmp_path: Path) -> None:
         read_metrics(tmp_path / "nowhere.jsonl")
 
 
-def test_tensorboard_gets_the_numbers_by_kind_and_step(tmp_path: Path) -> None:
+def test_tensorboard_gets_the_numbers_by_kind_and_step(
+    tmp_path: Path, step_record: StepRecord
+) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     writer: Writer = TensorBoardWriter(tmp_path)
-    writer.write(STEP)
+    writer.write(step_record)
     writer.write(EVAL)
     writer.close()
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
@@ -123,10 +115,10 @@ def test_tensorboard_gets_the_numbers_by_kind_and_step(tmp_path: Path) -> None:
     assert (perplexity.step, perplexity.value) == (10, pytest.approx(4))
 
 
-def test_plain_lines_when_the_stream_is_no_terminal() -> None:
+def test_plain_lines_when_the_stream_is_no_terminal(step_record: StepRecord) -> None:
     stream = io.StringIO()
     writer: Writer = ConsoleWriter(total_steps=200, stream=stream)
-    writer.write(STEP)
+    writer.write(step_record)
     writer.write(EVAL)
     writer.close()
     assert stream.getvalue() == (
@@ -136,10 +128,10 @@ def test_plain_lines_when_the_stream_is_no_terminal() -> None:
     )
 
 
-def test_a_bar_with_an_eta_on_a_terminal() -> None:
+def test_a_bar_with_an_eta_on_a_terminal(step_record: StepRecord) -> None:
     stream = Terminal()
     writer: Writer = ConsoleWriter(total_steps=200, stream=stream)
-    writer.write(STEP)
+    writer.write(step_record)
     shown = stream.getvalue().rsplit("\r", 1)[-1]
     assert "10/200" in shown
     assert "5%" in shown
@@ -150,11 +142,11 @@ def test_a_bar_with_an_eta_on_a_terminal() -> None:
     writer.close()
 
 
-def test_a_resumed_run_s_bar_starts_where_it_left() -> None:
+def test_a_resumed_run_s_bar_starts_where_it_left(step_record: StepRecord) -> None:
     stream = Terminal()
     writer = ConsoleWriter(total_steps=200, start_step=100, stream=stream)
     assert "100/200" in stream.getvalue()
-    writer.write(replace(STEP, step=110))
+    writer.write(replace(step_record, step=110))
     writer.close()
     assert "110/200" in stream.getvalue()
 
