@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchprime.data.batch import Batch
-from torchprime.data.leaks import LeakReport
+from torchprime.data.leak_report import LeakReport
 from torchprime.data.order import EMPTY_BLOCK, batch_indices
 from torchprime.data.packed import PackedDataset
 from torchprime.data.report import DataReport
