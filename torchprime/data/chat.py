@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from torchprime.data.encoded import Encoded, JoinedEncoded
+from torchprime.data.records import Rejection
 from torchprime.data.rows import Row
-from torchprime.data.sources import Rejection
 from torchprime.data.templates import (
     ChatTemplate,
     Rendering,

@@ -18,59 +18,40 @@ Each may be compressed (.gz .bz2 .xz .zst). A name that says nothing goes by its
 
 from __future__ import annotations
 
-import bz2
-import codecs
 import csv
-import gzip
 import io
 import json
-import lzma
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import IO, Any
 
-import zstandard
-
+from torchprime.data.json_text import JsonFault, JsonText
+from torchprime.data.records import (
+    BEYOND_PARSER,
+    MALFORMED_JSON,
+    MAX_ROW_BYTES,
+    NOT_UTF8,
+    TOO_LARGE,
+    WRONG_FIELD_COUNT,
+    Record,
+    Records,
+    Rejection,
+    as_object,
+    bad_byte,
+)
+from torchprime.data.streams import READ_BYTES, UTF8_BOM, PlainStream
 from torchprime.errors import DataError
 
-MAX_ROW_BYTES = 64 * 2**20  # a longer row is a mistake in the file, not a row
-READ_BYTES = 64 * 2**10  # what is asked of a file at a time
 BATCH_BYTES = 8 * 2**20  # of Parquet rows decoded at a time
 BATCH_ROWS = 1024
-UTF8_BOM = b"\xef\xbb\xbf"
-
-MALFORMED_JSON = "malformed JSON"
-NOT_UTF8 = "not valid UTF-8"
-NOT_AN_OBJECT = "not a JSON object"
-BEYOND_PARSER = "JSON beyond the parser's limits"
-TOO_LARGE = f"row larger than {MAX_ROW_BYTES // 2**20} MiB"
-WRONG_FIELD_COUNT = "wrong number of fields"
-# The file itself is at fault, not what somebody wrote into a row.
-UNREADABLE = frozenset(
-    (MALFORMED_JSON, NOT_UTF8, NOT_AN_OBJECT, BEYOND_PARSER, TOO_LARGE, WRONG_FIELD_COUNT)
-)
 
 LINE_EXTENSIONS = (".jsonl", ".ndjson")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 EXTENSIONS = (*LINE_EXTENSIONS, ".json", ".parquet", *DELIMITERS)
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
-
-@dataclass(frozen=True)
-class Rejection:
-    """A record that cannot be used. The reason groups; the detail is this record's own."""
-
-    row_id: str
-    reason: str
-    detail: str = ""
-
-
-Record = dict[str, Any] | Rejection
-Records = Iterator[tuple[str, Record]]
 Open = Callable[[], IO[bytes]]
 
 
@@ -83,8 +64,8 @@ def read_records(name: str, open_file: Open, split: str = "train") -> Records:
     """
     extension, compression = split_name(name)
 
-    def open_plain() -> _Stream:
-        return _Stream(open_file(), compression)
+    def open_plain() -> PlainStream:
+        return PlainStream(open_file(), compression)
 
     def open_buffered() -> io.BufferedReader:
         return io.BufferedReader(open_plain(), READ_BYTES)
@@ -112,89 +93,6 @@ def split_name(name: str) -> tuple[str, str]:
 def known_formats() -> str:
     """The extensions that can be read, for messages."""
     return f"{' '.join(EXTENSIONS)}, each also with {' '.join(COMPRESSIONS)}"
-
-
-# Bytes ------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def only_os_errors() -> Iterator[None]:
-    """Whatever a remote store or a decompressor raises, as an OSError that names it."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-class _Stream(io.RawIOBase):
-    """The plain bytes of a file; a fault of any kind is an OSError."""
-
-    def __init__(self, handle: IO[bytes], compression: str) -> None:
-        self._handle = handle
-        self._plain: Any = _decompressed(handle, compression)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return self._plain is self._handle and bool(self._handle.seekable())
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._handle.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._handle.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        with only_os_errors():
-            data = self._plain.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            super().close()
-            self._handle.close()
-
-
-def _decompressed(handle: IO[bytes], compression: str) -> Any:
-    if compression == ".gz":
-        return gzip.GzipFile(fileobj=handle)
-    if compression == ".bz2":
-        return bz2.BZ2File(handle)
-    if compression == ".xz":
-        return lzma.LZMAFile(handle)
-    return _Zstandard(handle) if compression == ".zst" else handle
-
-
-class _Zstandard:
-    """All frames of a zstd file. The library's own reader takes a file that was cut for its end."""
-
-    # One byte may stand for thousands: little goes in at a time, so that little comes out.
-    PIECE = 16 * 2**10
-
-    def __init__(self, handle: IO[bytes]) -> None:
-        self._handle = handle
-        self._frame: Any = None
-        self._ahead = b""  # compressed, of the next frame
-        self._plain = memoryview(b"")
-
-    def read(self, size: int) -> memoryview:
-        while not self._plain:
-            piece = self._ahead or self._handle.read(self.PIECE)
-            self._ahead = b""
-            if not piece:
-                if self._frame is not None:
-                    raise EOFError("the zstd file ends in the middle of a frame")
-                break
-            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            self._plain = memoryview(frame.decompress(piece))
-            self._ahead = frame.unused_data
-            self._frame = None if frame.eof else frame
-        taken, self._plain = self._plain[:size], self._plain[size:]
-        return taken
 
 
 # Lines ------------------------------------------------------------------------------------------
@@ -227,198 +125,15 @@ def _parse_line(raw: bytes, row_id: str) -> Record:
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Rejection(row_id, NOT_UTF8, _bad_byte(error, error.start))
+        return Rejection(row_id, NOT_UTF8, bad_byte(error, error.start))
     except json.JSONDecodeError as error:
         return Rejection(row_id, MALFORMED_JSON, f"{error.msg}: column {error.colno}")
     except (ValueError, RecursionError) as error:  # numbers or nesting
         return Rejection(row_id, BEYOND_PARSER, str(error))
-    return _as_object(value, row_id)
-
-
-def _bad_byte(error: UnicodeDecodeError, offset: int) -> str:
-    return f"byte {offset + 1:,} is 0x{error.object[error.start]:02x} ({error.reason})"
-
-
-def _as_object(value: Any, row_id: str) -> Record:
-    if isinstance(value, dict):
-        return value
-    kind = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(
-        type(value), "a number"
-    )
-    detail = f'{kind}, expected an object such as {{"prompt": ..., "completion": ...}}'
-    return Rejection(row_id, NOT_AN_OBJECT, detail)
+    return as_object(value, row_id)
 
 
 # JSON -------------------------------------------------------------------------------------------
-
-
-class _JsonFault(DataError):
-    """A document that cannot be read on from this line."""
-
-    def __init__(self, message: str, line: int) -> None:
-        super().__init__(message)
-        self.line = line
-
-
-class _JsonText:
-    """A JSON document seen through a window of text that moves along the file.
-
-    Values are decoded by the standard library, so that one means here what it means on a line of
-    JSON Lines. A value that does not decode may only be cut by the window's edge: the window grows
-    until it does, or until the fault is known to lie before the edge.
-    """
-
-    # A fault this near to the edge may be the cut itself: "-Infinit", "\u00e", "1.".
-    EDGE = 16
-    SPACE = re.compile(r"[ \t\n\r]*")
-    SCALAR_END = re.compile(r"[\s,\]}]")
-
-    def __init__(self, name: str, stream: io.BufferedReader) -> None:
-        self.name = name
-        self.item = 0  # of an array: the one being read, or read last
-        self._stream = stream
-        self._utf8 = codecs.getincrementaldecoder("utf-8")()
-        self._decode = json.JSONDecoder().raw_decode
-        self._window, self._pos = "", 0
-        self._line, self._column = 1, 1  # of the window's first character
-        self._bytes = 0  # read so far
-        self._ended = False
-        self._broken: tuple[str, int] | None = None  # a bad byte just after the window; its line
-
-    def peek(self) -> str:
-        """The next character that is no space, which is then the next to read; "" at the end."""
-        while True:
-            self._pos = self.SPACE.match(self._window, self._pos).end()  # type: ignore[union-attr]
-            if self._pos < len(self._window):
-                return self._window[self._pos]
-            if not self._more():
-                return ""
-
-    def take(self, expected: str) -> None:
-        if self.peek() != expected:
-            raise self.fault(f"expecting '{expected}'")
-        self._pos += 1
-
-    def value(self) -> Any:
-        """The value that begins here, decoded; raises _JsonFault."""
-        if self.peek() not in '{["':
-            self._hold_scalar()
-        while True:
-            try:
-                value, end = self._decode(self._window, self._pos)
-            except json.JSONDecodeError as error:
-                problem, ahead = error.msg, error.pos - self._pos
-            except (ValueError, RecursionError) as error:  # numbers or nesting
-                raise self.fault(f"it is beyond the parser's limits ({error})") from None
-            else:
-                self._check_size(end - self._pos)
-                self._pos = end
-                return value
-            held = len(self._window) - self._pos
-            cut = problem.startswith("Unterminated") or ahead >= held - self.EDGE
-            if not cut or not self._more():
-                raise self.fault(problem[:1].lower() + problem[1:], self._pos + ahead)
-            self._check_size(held)
-
-    def _hold_scalar(self) -> None:
-        """Have a number in the window to its end: half of one decodes too."""
-        while not self.SCALAR_END.search(self._window, self._pos) and self._more():
-            self._check_size(len(self._window) - self._pos)
-
-    def items(self) -> Iterator[Any]:
-        """The items of the array that begins here."""
-        self.take("[")
-        self.item = 0
-        if self.peek() == "]":
-            self.take("]")
-            return
-        while True:
-            self.item += 1
-            yield self.value()
-            if self.peek() == "]":
-                self.take("]")
-                return
-            if self.peek() != ",":
-                raise self.fault("expecting ',' delimiter")
-            self.take(",")
-
-    def fields(self) -> Iterator[str]:
-        """The keys of the object that begins here; at each the caller reads the value."""
-        self.take("{")
-        if self.peek() == "}":
-            self.take("}")
-            return
-        while True:
-            if self.peek() != '"':
-                raise self.fault("expecting property name enclosed in double quotes")
-            key = self.value()
-            self.take(":")
-            yield key
-            if self.peek() == "}":
-                self.take("}")
-                return
-            if self.peek() != ",":
-                raise self.fault("expecting ',' delimiter")
-            self.take(",")
-
-    def line(self) -> int:
-        return self._place(self._pos)[0]
-
-    def fault(self, problem: str, at: int | None = None) -> _JsonFault:
-        line, column = self._place(self._pos if at is None else at)
-        item = f", item {self.item}" if self.item else ""
-        return _JsonFault(
-            f"{self.name}: malformed JSON: {problem}: line {line}, column {column}{item}. "
-            f"Expected one array of objects (.json) or one object per line (.jsonl); "
-            f"correct the file there",
-            line,
-        )
-
-    def _check_size(self, size: int) -> None:
-        if size <= MAX_ROW_BYTES:
-            return
-        line, column = self._place(self._pos)
-        item = f"item {self.item}" if self.item else "the value"
-        raise _JsonFault(
-            f"{self.name}: {item} at line {line}, column {column} is larger than "
-            f"{MAX_ROW_BYTES:,} bytes, the largest row. Split it, or take it out",
-            line,
-        )
-
-    def _place(self, pos: int) -> tuple[int, int]:
-        """Line and column of a position in the window, both from 1."""
-        lines = self._window.count("\n", 0, pos)
-        if not lines:
-            return self._line, self._column + pos
-        return self._line + lines, pos - self._window.rindex("\n", 0, pos)
-
-    def _more(self) -> bool:
-        """Move the window to here and make it longer; False at the end of the file."""
-        if self._broken:
-            raise _JsonFault(*self._broken)
-        if self._ended:
-            return False
-        self._line, self._column = self._place(self._pos)
-        # As much again as is held: a large value is decoded a few times, not once a piece.
-        raw = self._stream.read(max(READ_BYTES, len(self._window) - self._pos))
-        self._ended = not raw
-        piece = raw if self._bytes else raw.removeprefix(UTF8_BOM)
-        kept = self._utf8.getstate()[0]
-        try:
-            text = self._utf8.decode(piece, final=self._ended)
-        except UnicodeDecodeError as error:
-            # What stands before the bad byte is good, and may be all that is asked for.
-            text = error.object[: error.start].decode("utf-8")
-            line = self._place(len(self._window))[0] + text.count("\n")
-            where = self._bytes + len(raw) - len(piece) - len(kept) + error.start
-            message = (
-                f"{self.name}: not valid UTF-8: {_bad_byte(error, where)}, line {line}. "
-                f"Save the file as UTF-8"
-            )
-            self._broken = message, line
-        self._bytes += len(raw)
-        self._window, self._pos = self._window[self._pos :] + text, 0
-        return not self._ended or bool(self._broken)
 
 
 ONE_ROW, LINES = 1, 2  # what a JSON file that begins with { may hold beside a list under a key
@@ -443,11 +158,11 @@ def _read_json(
         yield from _read_lines(name, open_file)
         return
     with open_file() as stream:
-        text = _JsonText(name, stream)
+        text = JsonText(name, stream)
         items = iter([text.value()]) if shape == ONE_ROW else _items_under(text, shape)
         for number, item in enumerate(items, start=1):
             row_id = f"{name}#{number}"
-            yield row_id, _as_object(item, row_id)
+            yield row_id, as_object(item, row_id)
 
 
 def _first_byte(stream: io.BufferedReader) -> bytes:
@@ -458,7 +173,7 @@ def _first_byte(stream: io.BufferedReader) -> bytes:
     return head[:1]
 
 
-def _items_under(text: _JsonText, key: int | str | None) -> Iterator[Any]:
+def _items_under(text: JsonText, key: int | str | None) -> Iterator[Any]:
     """The items of the document's one array: the document itself, or the value of `key`."""
     if key is None:
         yield from text.items()
@@ -481,12 +196,12 @@ def _shape_of_object(
     first of lines, that is one line.
     """
     with open_file() as stream:
-        text = _JsonText(name, stream)
+        text = JsonText(name, stream)
         text.peek()
         first_line = text.line()
         try:
             lists, is_conversation = _lists_of_objects(text)
-        except _JsonFault as fault:
+        except JsonFault as fault:
             # Whether the document is broken or only a first line of many.
             if fault.line == first_line or _second_line_is_object(open_file):
                 return LINES
@@ -494,7 +209,7 @@ def _shape_of_object(
         one_line = text.line() == first_line
         try:
             alone = not text.peek()
-        except _JsonFault:
+        except JsonFault:
             alone = False
         if not alone and not one_line:
             raise text.fault(
@@ -513,7 +228,7 @@ def _shape_of_object(
     )
 
 
-def _lists_of_objects(text: _JsonText) -> tuple[list[str], bool]:
+def _lists_of_objects(text: JsonText) -> tuple[list[str], bool]:
     """The keys whose value is a list of objects, and whether one is the turns of a conversation.
 
     An object with turns is itself a row.
@@ -600,7 +315,7 @@ def _text_lines(name: str, stream: io.BufferedReader) -> Iterator[str]:
             yield raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{name}:{number}: not valid UTF-8: {_bad_byte(error, error.start)} of the line. "
+                f"{name}:{number}: not valid UTF-8: {bad_byte(error, error.start)} of the line. "
                 f"Save the file as UTF-8"
             ) from None
 
@@ -608,7 +323,7 @@ def _text_lines(name: str, stream: io.BufferedReader) -> Iterator[str]:
 # Parquet ----------------------------------------------------------------------------------------
 
 
-def _read_parquet(name: str, open_plain: Callable[[], _Stream]) -> Records:
+def _read_parquet(name: str, open_plain: Callable[[], PlainStream]) -> Records:
     # late: a quarter of a second, and only these files need it.
     import pyarrow
     import pyarrow.parquet
@@ -638,7 +353,7 @@ def _batch_size(metadata: Any) -> int:
 
 
 @contextmanager
-def _seekable(stream: _Stream) -> Iterator[IO[bytes]]:
+def _seekable(stream: PlainStream) -> Iterator[IO[bytes]]:
     """Parquet is read from its end: a compressed file is first unpacked, to disk."""
     if stream.seekable():
         yield stream  # type: ignore[misc]
@@ -662,5 +377,5 @@ def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
 
 def _as_parquet_record(row: dict[str, Any] | UnicodeDecodeError, row_id: str) -> Record:
     if isinstance(row, UnicodeDecodeError):
-        return Rejection(row_id, NOT_UTF8, _bad_byte(row, row.start))
+        return Rejection(row_id, NOT_UTF8, bad_byte(row, row.start))
     return row

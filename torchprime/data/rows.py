@@ -29,7 +29,8 @@ from functools import lru_cache
 from itertools import chain, islice
 from typing import Any
 
-from torchprime.data.sources import Rejection, SourceSpec, read_rows
+from torchprime.data.records import Rejection
+from torchprime.data.sources import SourceSpec, read_rows
 from torchprime.errors import DataError
 
 # What a record needs to be of a kind.

@@ -31,13 +31,12 @@ from torchprime.data.readers import (
     DELIMITERS,
     EXTENSIONS,
     LINE_EXTENSIONS,
-    Records,
     known_formats,
-    only_os_errors,
     read_records,
     split_name,
 )
-from torchprime.data.readers import Rejection as Rejection  # most know it from here
+from torchprime.data.records import Records
+from torchprime.data.streams import only_os_errors
 from torchprime.errors import DataError
 
 if TYPE_CHECKING:

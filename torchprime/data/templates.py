@@ -33,8 +33,8 @@ from typing import Any
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from torchprime.data.records import Rejection
 from torchprime.data.rows import Message, Row
-from torchprime.data.sources import Rejection
 from torchprime.data.tokenizer import Tokenizer, _read_json, _settings, _token
 from torchprime.errors import DataError
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from torchprime.data.records import Rejection
 from torchprime.data.rows import Row
-from torchprime.data.sources import Rejection
 from torchprime.data.tokenizer import Tokenizer
 from torchprime.errors import DataError
 

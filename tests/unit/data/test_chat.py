@@ -27,8 +27,8 @@ from torchprime.data.chat import (
     REASON_TWO_BOS,
     tokenize_chat,
 )
+from torchprime.data.records import Rejection
 from torchprime.data.rows import Message, Row
-from torchprime.data.sources import Rejection
 from torchprime.data.templates import (
     REASON_LEFT_OUT,
     REASON_REFUSED,

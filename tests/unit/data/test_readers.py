@@ -21,13 +21,20 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchprime.data import readers
-from torchprime.data.readers import Rejection, read_records
+from torchprime.data import json_text, readers, records, streams
+from torchprime.data.readers import read_records
+from torchprime.data.records import Rejection
 from torchprime.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"héllo {i} \u2028,\t{{[", "completion": f'a "quote"\nline {i}'} for i in range(300)
 ]
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, name: str, value: int) -> None:
+    """MAX_ROW_BYTES or READ_BYTES, wherever it is looked at."""
+    for module in (readers, json_text):
+        monkeypatch.setattr(module, name, value)
 
 
 def zstd_two_frames(data: bytes) -> bytes:
@@ -125,20 +132,20 @@ def test_lines_with_their_numbers_blank_ones_counted() -> None:
 @pytest.mark.parametrize(
     ("line", "reason", "detail"),
     [
-        (b'{"a": 1,}', readers.MALFORMED_JSON, "column"),
-        (b'{"a": ', readers.MALFORMED_JSON, "Expecting value: column 7"),
-        (b'{"a": "cut in ha', readers.MALFORMED_JSON, "Unterminated string starting at: column 7"),
-        (b'{"a": 1} {"a": 2}', readers.MALFORMED_JSON, "Extra data: column 10"),
-        (b"\x00\x00", readers.MALFORMED_JSON, "Expecting value"),
-        (b'{"a": "\xe9"}', readers.NOT_UTF8, "byte 8 is 0xe9"),
-        (b"\xff\xfe{", readers.NOT_UTF8, "byte 1 is 0xff"),
-        (b"[1]", readers.NOT_AN_OBJECT, "an array, expected an object"),
-        (b'"text"', readers.NOT_AN_OBJECT, "a string"),
-        (b"null", readers.NOT_AN_OBJECT, "null"),
-        (b"true", readers.NOT_AN_OBJECT, "a boolean"),
-        (b"4.5", readers.NOT_AN_OBJECT, "a number"),
-        (b"NaN", readers.NOT_AN_OBJECT, "a number"),
-        (b"[" * 200_000, readers.BEYOND_PARSER, "recursion"),
+        (b'{"a": 1,}', records.MALFORMED_JSON, "column"),
+        (b'{"a": ', records.MALFORMED_JSON, "Expecting value: column 7"),
+        (b'{"a": "cut in ha', records.MALFORMED_JSON, "Unterminated string starting at: column 7"),
+        (b'{"a": 1} {"a": 2}', records.MALFORMED_JSON, "Extra data: column 10"),
+        (b"\x00\x00", records.MALFORMED_JSON, "Expecting value"),
+        (b'{"a": "\xe9"}', records.NOT_UTF8, "byte 8 is 0xe9"),
+        (b"\xff\xfe{", records.NOT_UTF8, "byte 1 is 0xff"),
+        (b"[1]", records.NOT_AN_OBJECT, "an array, expected an object"),
+        (b'"text"', records.NOT_AN_OBJECT, "a string"),
+        (b"null", records.NOT_AN_OBJECT, "null"),
+        (b"true", records.NOT_AN_OBJECT, "a boolean"),
+        (b"4.5", records.NOT_AN_OBJECT, "a number"),
+        (b"NaN", records.NOT_AN_OBJECT, "a number"),
+        (b"[" * 200_000, records.BEYOND_PARSER, "recursion"),
     ],
 )
 @pytest.mark.parametrize(
@@ -161,7 +168,7 @@ def test_a_broken_line_is_one_rejection(
 def test_a_number_of_too_many_digits() -> None:
     (record,) = rows_of("t.jsonl", b'{"a": ' + b"9" * 5000 + b"}")
     if isinstance(record, Rejection):  # Python 3.10 before its security release has no limit
-        assert record.reason == readers.BEYOND_PARSER
+        assert record.reason == records.BEYOND_PARSER
 
 
 def test_constants_outside_of_json_are_floats() -> None:
@@ -172,18 +179,18 @@ def test_constants_outside_of_json_are_floats() -> None:
 
 
 def test_a_line_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 20)
+    limit(monkeypatch, "MAX_ROW_BYTES", 20)
     just = b'{"a": "' + b"x" * 11 + b'"}'
     assert len(just) == 20
     for end in (b"\n", b""):
         too_long = just[:9] + b"x" + just[9:]
         found = read("t.jsonl", too_long + b"\n" + just + b"\n" + too_long * 9000 + end + just)
         assert [row_id for row_id, _ in found] == [f"t.jsonl:{i + 1}" for i in range(len(found))]
-        assert found[0][1] == Rejection("t.jsonl:1", readers.TOO_LARGE)
+        assert found[0][1] == Rejection("t.jsonl:1", records.TOO_LARGE)
         assert found[1][1] == {"a": "x" * 11}
-        assert found[2][1] == Rejection("t.jsonl:3", readers.TOO_LARGE)
+        assert found[2][1] == Rejection("t.jsonl:3", records.TOO_LARGE)
         assert len(found) == (4 if end else 3)
-    assert readers.TOO_LARGE == "row larger than 64 MiB"
+    assert records.TOO_LARGE == "row larger than 64 MiB"
 
 
 # Arrays -----------------------------------------------------------------------------------------
@@ -239,7 +246,7 @@ def test_array_items_that_are_no_objects() -> None:
     assert [row_id for row_id, _ in found] == [f"t.json#{i}" for i in range(1, 8)]
     details = [r.detail.split(",")[0] for _, r in found if isinstance(r, Rejection)]
     assert details == ["a number", "a string", "an array", "null", "a number"]
-    assert {r.reason for _, r in found if isinstance(r, Rejection)} == {readers.NOT_AN_OBJECT}
+    assert {r.reason for _, r in found if isinstance(r, Rejection)} == {records.NOT_AN_OBJECT}
     assert (found[0][1], found[6][1]) == ({"a": 1}, {"b": {}})
 
 
@@ -260,7 +267,7 @@ def test_array_items_that_are_no_objects() -> None:
 def test_a_broken_array_names_the_place(
     monkeypatch: pytest.MonkeyPatch, piece: int, content: bytes, expected: str
 ) -> None:
-    monkeypatch.setattr(readers, "READ_BYTES", piece)
+    limit(monkeypatch, "READ_BYTES", piece)
     message = error_of("t.json", content)
     assert message.startswith("t.json: ")
     assert expected in message
@@ -273,7 +280,7 @@ def test_lone_surrogates_and_large_numbers_stay_as_they_are() -> None:
 
 
 def test_an_item_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 100)
+    limit(monkeypatch, "MAX_ROW_BYTES", 100)
     message = error_of("t.json", json.dumps([{"a": "x"}, {"a": "x" * 200}]).encode())
     assert "item 2 at line 1, column 14 is larger than 100 bytes" in message
 
@@ -286,7 +293,7 @@ def test_an_item_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_object_with_one_list(
     monkeypatch: pytest.MonkeyPatch, indent: int | None, piece: int
 ) -> None:
-    monkeypatch.setattr(readers, "READ_BYTES", piece)
+    limit(monkeypatch, "READ_BYTES", piece)
     document = {"version": 1.5, "tags": ["x"], "train": [{"a": 1}, {"a": 2}], "meta": {"b": []}}
     found = read("t.json", json.dumps(document, indent=indent).encode())
     assert found == [("t.json#1", {"a": 1}), ("t.json#2", {"a": 2})]
@@ -336,9 +343,9 @@ def test_lines_in_a_json_file_whose_first_is_cut(monkeypatch: pytest.MonkeyPatch
         assert found[1:] == [{"a": 2}, {"a": 3}]
     found = rows_of("t.json", b'{"a": 1}\n\xff\xfe\n{"a": 3}\n')
     assert [type(record) for record in found] == [dict, Rejection, dict]
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 30)
+    limit(monkeypatch, "MAX_ROW_BYTES", 30)
     found = rows_of("t.json", b'{"a": "' + b"x" * 40 + b'"}\n{"a": 2}\n')
-    assert found == [Rejection("t.json:1", readers.TOO_LARGE), {"a": 2}]
+    assert found == [Rejection("t.json:1", records.TOO_LARGE), {"a": 2}]
 
 
 def test_unknown_names_go_by_content() -> None:
@@ -360,9 +367,9 @@ def test_csv_records() -> None:
     content = b'\xef\xbb\xbfq,a,n\r\n1,"x\r\ny, ""z""",\r\n\r\nonly,two\r\n4,,""\r\n1,2,3,4\r\n'
     assert read("t.csv", content) == [
         ("t.csv:2", {"q": "1", "a": 'x\r\ny, "z"', "n": None}),
-        ("t.csv:5", Rejection("t.csv:5", readers.WRONG_FIELD_COUNT, "2, the header has 3")),
+        ("t.csv:5", Rejection("t.csv:5", records.WRONG_FIELD_COUNT, "2, the header has 3")),
         ("t.csv:6", {"q": "4", "a": None, "n": None}),
-        ("t.csv:7", Rejection("t.csv:7", readers.WRONG_FIELD_COUNT, "4, the header has 3")),
+        ("t.csv:7", Rejection("t.csv:7", records.WRONG_FIELD_COUNT, "4, the header has 3")),
     ]
     assert read("t.csv", b"\n\nq\n") == []
     assert read("t.tsv", b"q\ta\n1,5\t2\n") == [("t.tsv:2", {"q": "1,5", "a": "2"})]
@@ -387,7 +394,7 @@ def test_broken_csv(content: bytes, expected: str) -> None:
 
 
 def test_csv_line_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 20)
+    limit(monkeypatch, "MAX_ROW_BYTES", 20)
     assert "t.csv:2: the line is longer than 20 bytes" in error_of("t.csv", b"q\n" + b"x" * 21)
 
 
@@ -410,7 +417,7 @@ def test_parquet_with_bytes_that_are_no_utf8() -> None:
     found = rows_of("t.parquet", out.getvalue())
     assert (found[0], found[2]) == ({"a": "good"}, {"a": "fine"})
     assert isinstance(found[1], Rejection)
-    assert (found[1].row_id, found[1].reason) == ("t.parquet#2", readers.NOT_UTF8)
+    assert (found[1].row_id, found[1].reason) == ("t.parquet#2", records.NOT_UTF8)
 
 
 def test_broken_parquet() -> None:
@@ -458,7 +465,7 @@ def test_rows_of_an_endless_file(name: str, start: bytes, again: bytes) -> None:
 
     rows = read_records(name, open_file)
     assert isinstance(next(rows)[1], dict)
-    assert sum(handle.taken for handle in opened) <= 3 * readers.READ_BYTES
+    assert sum(handle.taken for handle in opened) <= 3 * streams.READ_BYTES
     tracemalloc.start()
     try:
         assert sum(1 for _ in islice(rows, 20_000)) == 20_000  # 20 MB
@@ -471,7 +478,7 @@ def test_rows_of_an_endless_file(name: str, start: bytes, again: bytes) -> None:
 
 
 def test_a_line_that_never_ends_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 2**20)
+    limit(monkeypatch, "MAX_ROW_BYTES", 2**20)
     content = b'{"a": "' + b"x" * 50 * 2**20 + b'"}\n{"a": 1}\n'
     rows = read_records("t.jsonl", lambda: io.BytesIO(content))
     tracemalloc.start()
@@ -480,7 +487,7 @@ def test_a_line_that_never_ends_is_not_held(monkeypatch: pytest.MonkeyPatch) -> 
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert found == [Rejection("t.jsonl:1", readers.TOO_LARGE), {"a": 1}]
+    assert found == [Rejection("t.jsonl:1", records.TOO_LARGE), {"a": 1}]
     assert peak < 5 * 2**20
 
 

@@ -22,8 +22,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from torchprime.data import sources
+from torchprime.data.records import Rejection
 from torchprime.data.sources import (
-    Rejection,
     SourceSpec,
     expected_rows,
     read_rows,

@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchprime.data.records import Rejection
 from torchprime.data.rows import Message, Row
-from torchprime.data.sources import Rejection
 from torchprime.data.templates import (
     FAMILIES,
     FOLDER,

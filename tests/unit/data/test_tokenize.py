@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from torchprime.data.records import Rejection
 from torchprime.data.rows import QUESTION_PROMPT, Row
-from torchprime.data.sources import Rejection
 from torchprime.data.tokenize import RULES, Example, fit_to_block, tokenize_rows
 from torchprime.data.tokenizer import Tokenizer
 from torchprime.errors import DataError

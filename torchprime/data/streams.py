@@ -1,0 +1,96 @@
+"""The plain bytes of a file, compressed or not, wherever it lies."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import zstandard
+
+READ_BYTES = 64 * 2**10  # what is asked of a file at a time
+UTF8_BOM = b"\xef\xbb\xbf"
+
+
+@contextmanager
+def only_os_errors() -> Iterator[None]:
+    """Whatever a remote store or a decompressor raises, as an OSError that names it."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+class PlainStream(io.RawIOBase):
+    """The plain bytes of a file; a fault of any kind is an OSError."""
+
+    def __init__(self, handle: IO[bytes], compression: str) -> None:
+        self._handle = handle
+        self._plain: Any = _decompressed(handle, compression)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._plain is self._handle and bool(self._handle.seekable())
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._handle.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._handle.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        with only_os_errors():
+            data = self._plain.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._handle.close()
+
+
+def _decompressed(handle: IO[bytes], compression: str) -> Any:
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=handle)
+    if compression == ".bz2":
+        return bz2.BZ2File(handle)
+    if compression == ".xz":
+        return lzma.LZMAFile(handle)
+    return _Zstandard(handle) if compression == ".zst" else handle
+
+
+class _Zstandard:
+    """All frames of a zstd file. The library's own reader takes a file that was cut for its end."""
+
+    # One byte may stand for thousands: little goes in at a time, so that little comes out.
+    PIECE = 16 * 2**10
+
+    def __init__(self, handle: IO[bytes]) -> None:
+        self._handle = handle
+        self._frame: Any = None
+        self._ahead = b""  # compressed, of the next frame
+        self._plain = memoryview(b"")
+
+    def read(self, size: int) -> memoryview:
+        while not self._plain:
+            piece = self._ahead or self._handle.read(self.PIECE)
+            self._ahead = b""
+            if not piece:
+                if self._frame is not None:
+                    raise EOFError("the zstd file ends in the middle of a frame")
+                break
+            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._plain = memoryview(frame.decompress(piece))
+            self._ahead = frame.unused_data
+            self._frame = None if frame.eof else frame
+        taken, self._plain = self._plain[:size], self._plain[size:]
+        return taken
