@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
-from torchprime.data.templates import ChatTemplate, resolve_template
+from torchprime.data.rendering import ChatTemplate
+from torchprime.data.templates import resolve_template
 from torchprime.data.tokenizer import Tokenizer
 from torchprime.training.datasets import RunData, prepare_run_data
 from torchprime.training.model_files import find_model

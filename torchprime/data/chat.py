@@ -27,15 +27,8 @@ import numpy as np
 
 from torchprime.data.encoded import Encoded, JoinedEncoded
 from torchprime.data.records import Rejection
+from torchprime.data.rendering import ChatTemplate, as_served
 from torchprime.data.rows import Row
-from torchprime.data.templates import (
-    ChatTemplate,
-    Rendering,
-    Span,
-    as_served,
-    reserved_texts,
-    turn_spans,
-)
 from torchprime.data.tokenize import (
     ALL,
     ASSISTANT,
@@ -49,6 +42,7 @@ from torchprime.data.tokenize import (
     loss_mode,
 )
 from torchprime.data.tokenizer import Tokenizer
+from torchprime.data.turns import Rendering, Span, reserved_texts, turn_spans
 
 REASON_TURN_BOUNDARY = "no exact token boundary at an assistant turn"
 REASON_SPECIAL = "message content spells a special token"

@@ -30,11 +30,11 @@ from torchprime.data.mixture import Share, choose, shares_of
 from torchprime.data.pack import Plan, pack
 from torchprime.data.packed import PackedDataset
 from torchprime.data.records import UNREADABLE, Rejection
+from torchprime.data.rendering import ChatTemplate
 from torchprime.data.report import DataReport, SourceReport, describe_rejected, length_summary
 from torchprime.data.rows import FormatDecision, Row, RowReading, open_rows
 from torchprime.data.sources import SourceSpec, expected_rows, source_fingerprint
 from torchprime.data.store import ExampleStore, StoreWriter, to_record_batch, writing
-from torchprime.data.templates import ChatTemplate
 from torchprime.data.tokenize import Example, fit_to_block, loss_mode, tokenize_rows
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer
 from torchprime.errors import DataError

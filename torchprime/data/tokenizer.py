@@ -143,12 +143,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Read tokenizer.json and the settings beside it; what is missing is a CheckpointError."""
     folder = Path(folder)
     raw, raw_bytes = _load_raw(folder)
-    settings = _settings(folder)
+    settings = read_settings(folder)
     vocab = raw.get_vocab(with_added_tokens=True)
 
     eos_id = _eos_id(settings, vocab, folder)
     bos_id, add_bos = _bos(raw, settings, vocab, eos_id, folder)
-    pad_id = vocab.get(_token(settings, "pad_token") or "", eos_id)
+    pad_id = vocab.get(token_named(settings, "pad_token") or "", eos_id)
 
     # Its work is done: what a text begins and ends with is decided in tokenize.py, and a
     # post-processor that trims offsets would hide where a token really starts.
@@ -195,7 +195,9 @@ def _load_raw(folder: Path) -> tuple[tokenizers.Tokenizer, bytes]:
     return raw, raw_bytes
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty if there is no file; one that is malformed is a
+    CheckpointError."""
     if not path.is_file():
         return {}
     try:
@@ -207,14 +209,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; the older special_tokens_map.json fills what it leaves open."""
-    settings = _read_json(folder / "special_tokens_map.json")
-    newer = _read_json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "special_tokens_map.json")
+    newer = read_json(folder / "tokenizer_config.json")
     return settings | {key: value for key, value in newer.items() if value is not None}
 
 
-def _token(settings: dict[str, Any], name: str) -> str | None:
+def token_named(settings: dict[str, Any], name: str) -> str | None:
     """A special token's text; it is written as a string or as an object with `content`."""
     value = settings.get(name)
     if isinstance(value, dict):
@@ -223,7 +225,7 @@ def _token(settings: dict[str, Any], name: str) -> str | None:
 
 
 def _eos_id(settings: dict[str, Any], vocab: dict[str, int], folder: Path) -> int:
-    token = _token(settings, "eos_token")
+    token = token_named(settings, "eos_token")
     if token is None:
         raise CheckpointError(
             f"the tokenizer in {folder} names no eos_token, so no answer could be taught to end. "
@@ -260,7 +262,7 @@ def _bos(
             f"the tokenizer in {folder} begins every text with {len(leading)} tokens ({names}); "
             f"at most one, BOS, is supported"
         )
-    token = _token(settings, "bos_token")
+    token = token_named(settings, "bos_token")
     asked = settings.get("add_bos_token")
     if token is None:
         bos_id = leading[0] if leading else None
@@ -289,6 +291,6 @@ def _leading_specials(raw: tokenizers.Tokenizer) -> list[int]:
 
 def _generation_eos_ids(folder: Path) -> tuple[int, ...]:
     """The ids generation stops at; information only: training supervises eos_token."""
-    value = _read_json(folder / "generation_config.json").get("eos_token_id")
+    value = read_json(folder / "generation_config.json").get("eos_token_id")
     ids = value if isinstance(value, list) else [value]
     return tuple(i for i in ids if isinstance(i, int))

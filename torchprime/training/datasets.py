@@ -22,12 +22,12 @@ from torchprime.data.leak_report import LeakReport
 from torchprime.data.leaks import find_leaks
 from torchprime.data.packed import PackedDataset
 from torchprime.data.prepare import DATA_VERSION, Part, Settings, Side, prepare_dataset
+from torchprime.data.rendering import ChatTemplate, render
 from torchprime.data.report import DataReport
 from torchprime.data.rows import Row, RowReading, open_rows
 from torchprime.data.shingles import TextRow
 from torchprime.data.sources import SourceSpec
 from torchprime.data.split import SplitRule, content_text, plan_split
-from torchprime.data.templates import ChatTemplate, render
 from torchprime.data.tokenizer import Tokenizer
 from torchprime.errors import DataError
 

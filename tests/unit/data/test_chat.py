@@ -28,16 +28,12 @@ from torchprime.data.chat import (
     tokenize_chat,
 )
 from torchprime.data.records import Rejection
+from torchprime.data.rendering import ChatTemplate, render
 from torchprime.data.rows import Message, Row
-from torchprime.data.templates import (
-    REASON_LEFT_OUT,
-    REASON_REFUSED,
-    ChatTemplate,
-    render,
-    resolve_template,
-)
+from torchprime.data.templates import resolve_template
 from torchprime.data.tokenize import REASON_UNSUPERVISED, RULES, Example
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer
+from torchprime.data.turns import REASON_LEFT_OUT, REASON_REFUSED
 from torchprime.errors import DataError
 
 MakeTokenizer = Callable[..., Tokenizer]

@@ -19,24 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchprime.data.records import Rejection
+from torchprime.data.rendering import ChatTemplate, TemplateRefusal, as_served, render
 from torchprime.data.rows import Message, Row
-from torchprime.data.templates import (
-    FAMILIES,
-    FOLDER,
+from torchprime.data.templates import FAMILIES, FOLDER, reasoning_policy, resolve_template
+from torchprime.data.tokenizer import Tokenizer, load_tokenizer
+from torchprime.data.turns import (
     REASON_LEFT_OUT,
     REASON_MARKS,
     REASON_NO_SPAN,
     REASON_REFUSED,
-    ChatTemplate,
     Rendering,
-    TemplateRefusal,
-    as_served,
-    reasoning_policy,
-    render,
-    resolve_template,
     turn_spans,
 )
-from torchprime.data.tokenizer import Tokenizer, load_tokenizer
 from torchprime.errors import DataError
 
 MakeTokenizer = Callable[..., Tokenizer]
