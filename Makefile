@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | check | parity | wheel. Each sets up .venv first, once.
+# make quickstart | test | test-slow | check | parity | noise | wheel. Each sets up .venv first, once.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup quickstart test test-slow check parity wheel
+.PHONY: setup quickstart test test-slow check parity noise wheel
 
 setup: $(STAMP)
 
@@ -38,6 +38,9 @@ check: setup
 
 parity: setup
 	$(BIN)/python experimental/parity_matrix/run.py --page
+
+noise: setup
+	$(BIN)/python experimental/parity_matrix/run.py --noise --page
 
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation

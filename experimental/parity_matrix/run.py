@@ -1,12 +1,17 @@
 """The same small experiment on every backend, mesh and mode, and whether all curves agree.
 
-    make parity    # or: python experimental/parity_matrix/run.py [--steps N] [--only NAME;...]
+    make parity    # or: python experimental/parity_matrix/run.py [--reduced] [--only NAME;...]
+    make noise     # or: python experimental/parity_matrix/run.py --noise
 
-One config, one data order, fp32: XLA on one device, FSDP, FSDP x tensor, scan with remat,
-accumulation; torch.distributed with one, two and four processes; and transformers' own Trainer as
-an independent witness. `torchprime compare` judges them; its table and figure go into
-docs/parity.md. Real weights and rows (../shared) are used when they are there, the shipped ones
-otherwise.
+One config, one data order: XLA on one device, FSDP, FSDP x tensor, scan with remat, accumulation;
+torch.distributed with one, two and four processes; and transformers' own Trainer as an independent
+witness. `torchprime compare` judges them.
+
+In fp32, by its fixed bands; real weights and rows (../shared) are used when they are there, the
+shipped ones otherwise. With --noise in bf16, on the shipped ones: first the noise floor is measured
+on runs of one backend that differ in accumulation and mesh, then the other backend and the witness
+are judged by it, and a run that is wrong on purpose must not pass. With --page the tables, the
+figure and the floor go into the repository.
 """
 
 from __future__ import annotations
@@ -19,46 +24,98 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from torchprime.atomic import write_json
 from torchprime.cli.comparing import compare_main
+from torchprime.metrics.compare import AGREE, DIFFER
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = REPO.parent / "shared"
 PAGE = REPO / "docs" / "parity.md"
-BEGIN, END = "<!-- matrix: written by make parity -->", "<!-- end of matrix -->"
+FLOOR = Path(__file__).with_name("bf16_noise_floor.json")
 
 XLA, NATIVE, WITNESS = "torch_xla", "torch_native", "transformers"
-# name -> backend, processes or virtual devices, overrides
-CASES: dict[str, tuple[str, int, list[str]]] = {
-    "xla, 1 device": (XLA, 1, []),
-    "xla, fsdp 4": (XLA, 4, ["ici_mesh.fsdp=4"]),
-    "xla, fsdp 2 x tensor 2": (XLA, 4, ["ici_mesh.fsdp=2", "ici_mesh.tensor=2"]),
-    "xla, scan and remat": (XLA, 1, ["remat=scan_full"]),
-    "xla, 4 micro-batches": (XLA, 1, ["task.gradient_accumulation_steps=4"]),
-    "native, 1 process": (NATIVE, 1, []),
-    "native, fsdp 2": (NATIVE, 2, ["ici_mesh.fsdp=2"]),
-    "native, data 2 x fsdp 2": (NATIVE, 4, ["ici_mesh.data=2", "ici_mesh.fsdp=2"]),
-    "native, fsdp 2 x tensor 2": (NATIVE, 4, ["ici_mesh.fsdp=2", "ici_mesh.tensor=2"]),
-    "transformers.Trainer": (WITNESS, 1, []),
+
+
+class Case(NamedTuple):
+    """One way to run the experiment."""
+
+    backend: str
+    count: int  # processes, or virtual devices
+    overrides: Sequence[str] = ()
+
+
+CASES = {
+    "xla, 1 device": Case(XLA, 1),
+    "xla, fsdp 4": Case(XLA, 4, ["ici_mesh.fsdp=4"]),
+    "xla, fsdp 2 x tensor 2": Case(XLA, 4, ["ici_mesh.fsdp=2", "ici_mesh.tensor=2"]),
+    "xla, scan and remat": Case(XLA, 1, ["remat=scan_full"]),
+    "xla, 4 micro-batches": Case(XLA, 1, ["task.gradient_accumulation_steps=4"]),
+    "native, 1 process": Case(NATIVE, 1),
+    "native, fsdp 2": Case(NATIVE, 2, ["ici_mesh.fsdp=2"]),
+    "native, data 2 x fsdp 2": Case(NATIVE, 4, ["ici_mesh.data=2", "ici_mesh.fsdp=2"]),
+    "native, fsdp 2 x tensor 2": Case(NATIVE, 4, ["ici_mesh.fsdp=2", "ici_mesh.tensor=2"]),
+    "transformers.Trainer": Case(WITNESS, 1),
 }
+# What fits into a test, which looks at the curves alone.
+REDUCED_STEPS, CURVES_ALONE = 8, ["isolation_probe=false", "task.export_checkpoint_path=null"]
+REDUCED = (
+    "xla, 1 device", "xla, fsdp 2 x tensor 2", "native, 1 process", "native, fsdp 2",
+    "transformers.Trainer",
+)  # fmt: skip
+
+# In bf16: the runs whose spread is the floor, those judged by it, and one that it has to tell.
+FLOOR_CASES = {
+    "native, 1 process": CASES["native, 1 process"],
+    "native, 4 micro-batches": Case(NATIVE, 1, ["task.gradient_accumulation_steps=4"]),
+    "native, fsdp 2": CASES["native, fsdp 2"],
+}
+JUDGED_CASES = {
+    name: CASES[name]
+    for name in ("native, fsdp 2 x tensor 2", "xla, 1 device", "transformers.Trainer")
+}
+WRONG_CASES = {
+    "native, another beta1": Case(NATIVE, 1, ["task.optimizer.betas=[0.85,0.999]"]),
+    "native, no clipping": Case(NATIVE, 1, ["task.max_grad_norm=null"]),
+}
+
+STEPS = "task.max_steps"
+SHIPPED = ["model=quickstart", "dataset=quickstart", "dataset.block_size=256"]
+RECIPE = [
+    "task=sft", "eval=none", "task.global_batch_size=8", "task.lr_scheduler.warmup_steps=5",
+    "logging_steps=1",
+]  # fmt: skip
+
+
+# Running ------------------------------------------------------------------------------------------
 
 
 def experiment(steps: int) -> list[str]:
     """What all cases have in common."""
     weights, rows = SHARED / "models" / "stories260K", SHARED / "data" / "gsm8k" / "train.jsonl"
+    source = SHIPPED
     if weights.is_dir() and rows.is_file():
         source = [
             f"model.pretrained_model={weights}", "dataset=file",
             f"dataset.file_dataset_path={rows}", "dataset.block_size=512",
             "dataset.max_rejected_fraction=1.0",
         ]  # fmt: skip
-    else:
-        source = ["model=quickstart", "dataset=quickstart", "dataset.block_size=256"]
     return [
-        *source, "task=sft", "eval=none", "torch_dtype=float32", f"task.max_steps={steps}",
-        "task.global_batch_size=8", "task.optimizer.learning_rate=1e-3",
-        "task.lr_scheduler.name=cosine", "task.lr_scheduler.warmup_steps=5", "logging_steps=1",
+        *source, *RECIPE, "torch_dtype=float32", "task.optimizer.learning_rate=1e-3",
+        "task.lr_scheduler.name=cosine", f"{STEPS}={steps}",
+    ]  # fmt: skip
+
+
+def bf16_experiment(steps: int) -> list[str]:
+    """The same in bf16. Its learning rate does not depend on the last step, so that a shorter run
+    is the beginning of a longer one and one floor holds for both; and it is lower, since at 1e-3
+    rounding decides where these weights go, and a floor is so high that it tells nothing."""
+    return [
+        *SHIPPED, *RECIPE, "torch_dtype=bfloat16", "task.optimizer.learning_rate=1e-4",
+        "task.lr_scheduler.name=constant", f"{STEPS}={steps}",
     ]  # fmt: skip
 
 
@@ -73,71 +130,160 @@ def command_of(backend: str, count: int) -> list[str]:
     return [*launch, f"--nproc_per_node={count}", "-m", "torchprime.torch_native.train"]
 
 
-def run_case(name: str, out: Path, steps: int) -> Path:
-    """Train one case; its run folder."""
-    backend, count, overrides = CASES[name]
+def run_case(name: str, case: Case, overrides: Sequence[str], out: Path) -> str:
+    """Train one case; `NAME=FOLDER`, as compare takes it."""
     folder = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     environment = {key: value for key, value in os.environ.items() if key != "CPU_NUM_DEVICES"}
-    if backend == XLA:
+    if case.backend == XLA:
         environment["PJRT_DEVICE"] = "CPU"
     else:
         environment["OMP_NUM_THREADS"] = "1"  # threads that spin on shared cores cost more
     place = [f"output_dir={out}", f"run_name={folder}"]
+    command = [*command_of(case.backend, case.count), *overrides, *case.overrides, *place]
     started = time.perf_counter()
-    done = subprocess.run(
-        [*command_of(backend, count), *experiment(steps), *overrides, *place],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
     print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-    return out / folder
+    return f"{name}={out / folder}"
 
 
-def main() -> int:
-    """Run the cases one after the other, compare, and write the page; the verdict's exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--only", help="names of cases, separated by semicolons")
-    parser.add_argument("--out", type=Path, default=REPO / "outputs" / "parity")
-    parser.add_argument("--page", action="store_true", help="write table and figure into docs/")
-    args = parser.parse_args()
-    shutil.rmtree(args.out, ignore_errors=True)
-    names = args.only.split(";") if args.only else list(CASES)
-    runs = [f"{name}={run_case(name, args.out, args.steps)}" for name in names]
-    verdict = compare_main([*runs, "--out", str(args.out), "--figure", "matrix"])
-    if args.page:
-        write_page(args.out)
-    return verdict
+def run_cases(cases: Mapping[str, Case], overrides: Sequence[str], out: Path) -> list[str]:
+    """One after the other."""
+    return [run_case(name, case, overrides, out) for name, case in cases.items()]
 
 
-def write_page(out: Path) -> None:
-    """The verdict's table and figure, between the marks in docs/parity.md."""
-    verdict = json.loads((out / "parity.json").read_text(encoding="utf-8"))
-    shutil.copyfile(out / "matrix.png", PAGE.parent / "figures" / "parity_matrix.png")
-    lines = [
+# Judging ------------------------------------------------------------------------------------------
+
+
+def judge(runs: Sequence[str], out: Path, *options: str) -> dict[str, Any]:
+    """The verdict of compare, as in its parity.json."""
+    compare_main([*runs, "--out", str(out), *options])
+    return json.loads((out / "parity.json").read_text(encoding="utf-8"))
+
+
+def run_reduced(out: Path) -> int:
+    """A few cases and steps in fp32; the exit code."""
+    cases = {name: CASES[name] for name in REDUCED}
+    runs = run_cases(cases, [*experiment(REDUCED_STEPS), *CURVES_ALONE], out)
+    return compare_main([*runs, "--out", str(out), "--figure", "none"])
+
+
+def run_matrix(cases: Mapping[str, Case], steps: int, out: Path, page: bool) -> int:
+    """All cases in fp32, judged by the fixed bands; the exit code."""
+    runs = run_cases(cases, experiment(steps), out)
+    verdict = judge(runs, out, "--figure", "matrix")
+    if page:
+        shutil.copyfile(out / "matrix.png", PAGE.parent / "figures" / "parity_matrix.png")
+        write_page("matrix", matrix_lines(verdict))
+    return 0 if verdict["verdict"] == AGREE else 1
+
+
+def run_noise(steps: int, out: Path, page: bool) -> int:
+    """Measure bf16's noise, judge by it, and see that what is wrong is told; the exit code."""
+    overrides = bf16_experiment(steps)
+    alike = run_cases(FLOOR_CASES, overrides, out)
+    floor = out / FLOOR.name
+    if compare_main(["--measure-noise", *alike, "--out", str(floor)]):
+        return 2
+    content = json.loads(floor.read_text(encoding="utf-8"))
+    for run in content["runs"]:
+        run["path"] = Path(run["path"]).name  # where it lay on this machine tells nobody anything
+    write_json(floor, content)
+    found = {}
+    for expected, cases in ((AGREE, JUDGED_CASES), (DIFFER, WRONG_CASES)):
+        runs = [alike[0], *run_cases(cases, overrides, out)]
+        found[expected] = judge(runs, out, "--noise-floor", str(floor), "--figure", expected)
+    if page:
+        shutil.copyfile(floor, FLOOR)
+        write_page("noise", noise_lines(content, found))
+    right = all(p["verdict"] == e for e, verdict in found.items() for p in verdict["pairs"])
+    return 0 if right else 1
+
+
+# The page -----------------------------------------------------------------------------------------
+
+TABLE = ["| run | same batches | loss | gradient norm | verdict |", "|---|---|---|---|---|"]
+
+
+def rows_of(verdict: Mapping[str, Any]) -> list[str]:
+    """A line of the table for each run, with its largest relative differences."""
+    lines = []
+    for pair in verdict["pairs"]:
+        worst = {q: pair["quantities"][q]["worst"]["relative"] for q in ("loss", "grad_norm")}
+        same = "yes" if pair["data"]["same"] else "no"
+        first = pair["first_beyond"]
+        at = f", first at step {first['step']} ({first['quantity']})" if first else ""
+        lines.append(
+            f"| {pair['run']} | {same} | {worst['loss']:.1e} | {worst['grad_norm']:.1e} "
+            f"| {pair['verdict']}{at} |"
+        )
+    return lines
+
+
+def matrix_lines(verdict: Mapping[str, Any]) -> list[str]:
+    """What the page says of the fp32 matrix."""
+    return [
         f"{verdict['steps']['judged']} steps, {len(verdict['pairs']) + 1} runs, reference "
         f"`{verdict['reference']}`: **{verdict['verdict']}**. Largest relative differences:",
         "",
         "![The curves of all runs lie on each other](figures/parity_matrix.png)",
         "",
-        "| run | same batches | loss | gradient norm | verdict |",
-        "|---|---|---|---|---|",
+        *TABLE,
+        *rows_of(verdict),
     ]
-    for pair in verdict["pairs"]:
-        worst = {q: pair["quantities"][q]["worst"]["relative"] for q in ("loss", "grad_norm")}
-        same = "yes" if pair["data"]["same"] else "no"
-        lines.append(
-            f"| {pair['run']} | {same} | {worst['loss']:.1e} | {worst['grad_norm']:.1e} "
-            f"| {pair['verdict']} |"
-        )
+
+
+def noise_lines(floor: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the page says of bf16."""
+    spreads, factor = floor["spreads"], floor["factor"]
+    measured = ", ".join("`{}`".format(run["label"]) for run in floor["runs"])
+    lines = [
+        f"{floor['dtype']}, floor of {measured}:",
+        "",
+        "| quantity | median spread | largest spread | widest band |",
+        "|---|---|---|---|",
+    ]
+    for name, title in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        values = sorted(spreads[name].values())
+        middle, most = values[len(values) // 2], values[-1]
+        lines.append(f"| {title} | {middle:.1e} | {most:.1e} | {factor * most:.1e} |")
+    reference = found[AGREE]["reference"]
+    lines += ["", f"Judged by it, against `{reference}`:", "", *TABLE]
+    return [*lines, *rows_of(found[AGREE]), *rows_of(found[DIFFER])]
+
+
+def write_page(name: str, lines: Sequence[str]) -> None:
+    """Put them between the marks of that name in docs/parity.md."""
+    begin, end = f"<!-- {name}: written by the tool -->", f"<!-- end of {name} -->"
     text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
+    assert begin in text and end in text, f"{PAGE} has no place for {name}"
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
     body = "\n".join(lines)
-    PAGE.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{begin}\n{body}\n{end}{after}", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, judge, write; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--only", help="names of cases, separated by semicolons")
+    parser.add_argument(
+        "--reduced", action="store_true", help="what the test runs: few cases and steps"
+    )
+    parser.add_argument("--noise", action="store_true", help="bf16: measure its noise, judge by it")
+    parser.add_argument("--out", type=Path, help="default: outputs/parity or outputs/noise")
+    parser.add_argument("--page", action="store_true", help="write what was found into docs/")
+    args = parser.parse_args(argv)
+    out = args.out or REPO / "outputs" / ("noise" if args.noise else "parity")
+    shutil.rmtree(out, ignore_errors=True)
+    if args.noise:
+        return run_noise(args.steps, out, args.page)
+    if args.reduced:
+        return run_reduced(out)
+    names = args.only.split(";") if args.only else list(CASES)
+    return run_matrix({name: CASES[name] for name in names}, args.steps, out, args.page)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 
 It takes the training job's command line and writes the same run folder, for `torchprime compare`.
 Rows, blocks and their order are torchprime's, because two runs on different data prove nothing.
-All that computes is not: model and attention, accumulation, clipping, AdamW, schedule and mixed
-precision are transformers', accelerate's and torch's, set up from the config by their own names.
-Only the loss is spelled out below, since Trainer has no weights per token.
+All that computes is not: model and attention, accumulation, clipping, AdamW and schedule are
+transformers', accelerate's and torch's, set up from the config by their own names. Only the loss is
+spelled out below, since Trainer has no weights per token, and AdamW's fp32 copies of bf16 weights.
 
 It runs on the CPU, on one GPU, and under torchrun with a whole copy of the model on each GPU (DDP):
 the mesh of the config is not used. Packed blocks are kept apart by an explicit mask, [b, 1, S, S],
@@ -129,6 +129,33 @@ def weighted_loss(outputs: Any, labels: Mapping[str, Tensor], num_items_in_batch
         logits.flatten(0, 1), labels["targets"].flatten(), ignore_index=-100, reduction="none"
     )
     return (each * labels["weights"].flatten()).sum() / num_items_in_batch
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """torch's AdamW on fp32 copies of bf16 weights, which it then rounds them to.
+
+    Trainer's own bf16 is autocast: products in bf16, but sums between layers and norms in fp32.
+    That is another computation than a bf16 run of ours, by more than its noise (docs/parity.md).
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], **kwargs: Any) -> None:
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        copied = []
+        for group in groups:
+            copies = [weight.detach().float() for weight in group["params"]]
+            self.pairs += zip(group["params"], copies, strict=True)
+            copied.append({**group, "params": copies})
+        super().__init__(copied, **kwargs)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """The gradients of the weights, already clipped, move the copies."""
+        for weight, copy in self.pairs:
+            assert weight.grad is not None
+            copy.grad = weight.grad.float()
+        super().step(closure)
+        for weight, copy in self.pairs:
+            weight.copy_(copy)
 
 
 class WitnessTrainer(Trainer):
@@ -328,7 +355,6 @@ def training_arguments(
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
         seed=c.seed % 2**32,
-        bf16=c.torch_dtype == "bfloat16",
         max_steps=total_steps,
         per_device_train_batch_size=t.global_batch_size // accumulation // processes,
         gradient_accumulation_steps=accumulation,
@@ -352,13 +378,19 @@ def training_arguments(
 
 
 def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
-    """transformers' model in the weights' dtype, and fp32 if that was bf16: Trainer then computes
-    in bf16 from fp32 weights, as we do from master weights."""
+    """transformers' model, computing in the weights' dtype."""
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention, local_files_only=True
     )
-    return model.float()
+
+
+def optimizer_of(args: TrainingArguments, dtype: torch.dtype) -> dict[str, Any]:
+    """Trainer's own AdamW, or the one with fp32 copies of bf16 weights, as arguments for it."""
+    if dtype == torch.float32:
+        return {}
+    _, settings = Trainer.get_optimizer_cls_and_kwargs(args)
+    return {"optimizer_cls_and_kwargs": (MasterAdamW, settings)}
 
 
 # The run ------------------------------------------------------------------------------------------
@@ -470,7 +502,8 @@ def train(
     """Load, make the run's folder, and run Trainer."""
     assert files.folder is not None
     total = plan["total_steps"]
-    model = load_model(files.folder, getattr(torch, c.torch_dtype), attention)
+    dtype = getattr(torch, c.torch_dtype)
+    model = load_model(files.folder, dtype, attention)
     if c.remat.policy == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     args = training_arguments(
@@ -501,6 +534,7 @@ def train(
         data_collator=collate,
         compute_loss_func=weighted_loss,
         callbacks=[recorder],
+        **optimizer_of(args, dtype),
     )
     trainer.remove_callback(PrinterCallback)
     try:

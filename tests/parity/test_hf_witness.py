@@ -232,6 +232,21 @@ def test_the_first_loss_is_that_of_the_examples_alone(witnessed: Path, alone: fl
     assert steps_of(witnessed)[0]["loss"] == pytest.approx(alone, rel=1e-5)
 
 
+def test_bf16_weights_move_by_their_fp32_copies(witness: ModuleType) -> None:
+    """A step of 1e-3 is less than half of what a bf16 weight of 1 can take."""
+    weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = witness.MasterAdamW([{"params": [weight], "weight_decay": 0.0}], lr=1e-3)
+    wide = torch.nn.Parameter(torch.ones(3))
+    reference = torch.optim.AdamW([wide], lr=1e-3, weight_decay=0.0)
+    for step in range(40):
+        gradient = torch.tensor([1.0, 0.5, -2.0]) * (1 + step % 3)
+        weight.grad, wide.grad = gradient.bfloat16(), gradient.bfloat16().float()
+        optimizer.step()
+        reference.step()
+        assert torch.equal(weight, wide.bfloat16())
+    assert (weight - 1).abs().min() > 0.03
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_mask_keeps_segments_apart(
     witness: ModuleType, config: TrainConfig, order: DataOrder, alone: float, attention: str
