@@ -32,7 +32,8 @@ from torchprime.data.packed import PackedDataset
 from torchprime.data.records import UNREADABLE, Rejection
 from torchprime.data.rendering import ChatTemplate
 from torchprime.data.report import DataReport, SourceReport, describe_rejected, length_summary
-from torchprime.data.rows import FormatDecision, Row, RowReading, open_rows
+from torchprime.data.row_format import FormatDecision
+from torchprime.data.rows import Row, RowReading, open_rows
 from torchprime.data.sources import SourceSpec, expected_rows, source_fingerprint
 from torchprime.data.store import ExampleStore, StoreWriter, to_record_batch, writing
 from torchprime.data.tokenize import Example, fit_to_block, loss_mode, tokenize_rows

@@ -23,7 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchprime.data.rows import Message, Row
+from torchprime.data.messages import Message
+from torchprime.data.rows import Row
 from torchprime.errors import ConfigError, DataError
 
 Side = Literal["train", "eval"]

@@ -19,9 +19,10 @@ from typing import Any
 
 import jinja2
 
+from torchprime.data.messages import Message
 from torchprime.data.records import Rejection
 from torchprime.data.rendering import ChatTemplate, TemplateRefusal, generation_prompt, render
-from torchprime.data.rows import Message, Row
+from torchprime.data.rows import Row
 from torchprime.data.tokenizer import Tokenizer, read_json, read_settings, token_named
 from torchprime.data.turns import reserved_texts, turn_spans
 from torchprime.errors import DataError

@@ -27,9 +27,10 @@ from torchprime.data.chat import (
     REASON_TWO_BOS,
     tokenize_chat,
 )
+from torchprime.data.messages import Message
 from torchprime.data.records import Rejection
 from torchprime.data.rendering import ChatTemplate, render
-from torchprime.data.rows import Message, Row
+from torchprime.data.rows import Row
 from torchprime.data.templates import resolve_template
 from torchprime.data.tokenize import REASON_UNSUPERVISED, RULES, Example
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer

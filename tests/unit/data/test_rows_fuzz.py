@@ -19,16 +19,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torchprime.data.rows import (
-    FIELDS,
-    REASONS,
-    Rejection,
-    Row,
-    RowReading,
-    decide_format,
-    open_rows,
-    read_row,
-)
+from torchprime.data.fields import REASONS
+from torchprime.data.records import Rejection
+from torchprime.data.row_format import FIELDS, decide_format
+from torchprime.data.rows import Row, RowReading, open_rows, read_row
 from torchprime.data.sources import SourceSpec
 from torchprime.errors import DataError
 

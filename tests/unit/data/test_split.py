@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchprime.data.rows import Message, Row
+from torchprime.data.messages import Message
+from torchprime.data.rows import Row
 from torchprime.data.split import (
     SplitRule,
     TimeSplit,

@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchprime.data.messages import Message
 from torchprime.data.records import Rejection
 from torchprime.data.rendering import ChatTemplate, TemplateRefusal, as_served, render
-from torchprime.data.rows import Message, Row
+from torchprime.data.rows import Row
 from torchprime.data.templates import FAMILIES, FOLDER, reasoning_policy, resolve_template
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer
 from torchprime.data.turns import (
