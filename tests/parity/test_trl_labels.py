@@ -26,12 +26,14 @@ import numpy as np
 import pytest
 import tokenizers
 
-from torchprime.data import chat, templates, tokenize
+from torchprime.data import chat, tokenize
 from torchprime.data.prepare import Part, Settings, prepare_dataset
 from torchprime.data.report import DataReport
 from torchprime.data.rows import QUESTION_PROMPT, RowReading
 from torchprime.data.sources import SourceSpec
+from torchprime.data.templates import resolve_template
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer
+from torchprime.data.turns import REASON_LEFT_OUT
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="trl is not installed"
@@ -55,7 +57,7 @@ LOST_CALL = "TRL trains on an empty answer where the template leaves out a tool 
 FAKED = "TRL lets a message end its own turn by spelling the token"
 UNSEEN = "TRL leaves the first token without a label"
 REJECTED = {
-    templates.REASON_LEFT_OUT: LOST_CALL,
+    REASON_LEFT_OUT: LOST_CALL,
     chat.REASON_SPECIAL: FAKED,
     tokenize.REASON_UNPREDICTED: UNSEEN,
 }
@@ -410,7 +412,7 @@ def _prepare_ours(
         [Part(SourceSpec(file_dataset_path=str(found.our_rows)), RowReading())],
         tokenizer,
         Settings(BLOCK, compute_loss_on=case.mode, packing="none", max_rejected_fraction=1.0),
-        template=templates.resolve_template(chosen, tokenizer),
+        template=resolve_template(chosen, tokenizer),
     )
     rows: dict[int, tuple[list[int], list[bool]]] = {}
     for block in range(data.num_blocks):
