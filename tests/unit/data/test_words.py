@@ -159,7 +159,7 @@ def test_both_sides_of_a_boundary(name: str, raws: dict, encoders: dict) -> None
     def ids(text: str) -> list[int]:
         return raw.encode(text, add_special_tokens=False).ids
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=400, deadline=None, derandomize=True)
     @given(TEXTS, st.sampled_from(["", "! So:\n", " x: ", " it'", "7  \n "]), TEXTS)
     def check(start: str, end: str, completion: str) -> None:
         prompt = start + end
