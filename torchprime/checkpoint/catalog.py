@@ -1,0 +1,135 @@
+"""The checkpoints of a run: which there are, which is whole, which are kept.
+
+They are ordered by the step in their name. A clock has no part in it: it may go backwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from torchprime.checkpoint.manifest import Manifest, read_manifest
+from torchprime.checkpoint.storage import MANIFEST, Storage, sha256_of
+from torchprime.errors import CheckpointError
+
+LATEST, BEST = "latest", "best"
+SCORE = "eval_loss"  # of a manifest's metrics
+STEP = re.compile(r"step_(\d{8,})")
+LEFTOVER = re.compile(r"\..*\.(partial|removed)")  # of a writer that was killed
+
+
+class Catalog:
+    """The folders step_NNNNNNNN of a storage, and the pointers `latest` and `best`: small files
+    with the name of one."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    @staticmethod
+    def name_of(step: int) -> str:
+        return f"step_{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Of all checkpoints with a manifest, ascending."""
+        found = [STEP.fullmatch(name) for name in self.storage.names()]
+        return sorted(
+            int(match[1])
+            for match in found
+            if match and self.storage.exists(f"{match[0]}/{MANIFEST}")
+        )
+
+    def check(self, name: str, deep: bool = True) -> None:
+        """See that every file of a checkpoint is there, has its size and, if `deep`, its hash.
+
+        Raises:
+            CheckpointError: naming the first file that is not as it was written.
+        """
+        for file, expected in read_manifest(self.storage, name).files.items():
+            path = f"{name}/{file}"
+            where, size = self.storage.describe(path), self.storage.size(path)
+            if size is None:
+                raise CheckpointError(f"{where} is missing.")
+            if size != expected["bytes"]:
+                raise CheckpointError(
+                    f"{where} is damaged: it has {size:,} bytes, not {expected['bytes']:,}."
+                )
+            with self.storage.open(path) as opened:
+                changed = deep and sha256_of(opened)[0] != expected["sha256"]
+            if changed:
+                raise CheckpointError(f"{where} is damaged: its sha256 is not the manifest's.")
+
+    def newest_whole(self, say: Callable[[str], None]) -> str | None:
+        """The newest checkpoint of which every file is as it was written; others are skipped,
+        with a message."""
+        for step in reversed(self.steps()):
+            name = self.name_of(step)
+            try:
+                self.check(name)
+            except CheckpointError as error:
+                say(f"checkpoint {name} is skipped: {error}")
+                continue
+            return name
+        return None
+
+    def point(self, pointer: str, name: str) -> None:
+        """Let `latest` or `best` name this checkpoint."""
+        self.storage.write_bytes(pointer, f"{name}\n".encode())
+
+    def pointed(self, pointer: str) -> str | None:
+        """Which checkpoint a pointer names, None if there is no such pointer."""
+        if not self.storage.exists(pointer):
+            return None
+        return self.storage.read_bytes(pointer).decode().strip() or None
+
+    def retain(self, keep_last: int | None, keep_best: int, keep_every: int | None) -> list[str]:
+        """Remove the checkpoints that nothing keeps; their names.
+
+        Args:
+            keep_last: so many of the newest stay; None keeps all.
+            keep_best: so many with the lowest score stay.
+            keep_every: those whose step is a multiple stay.
+        """
+        if keep_last is None:
+            return []
+        steps = self.steps()
+        scores = {
+            name: _score(read_manifest(self.storage, name)) for name in map(self.name_of, steps)
+        }
+        best = sorted((score, name) for name, score in scores.items() if score is not None)
+        kept = {self.name_of(step) for step in steps[-keep_last:]}
+        kept |= {name for _, name in best[:keep_best]}
+        kept |= {name for name in map(self.pointed, (LATEST, BEST)) if name}
+        if keep_every:
+            kept |= {self.name_of(step) for step in steps if step % keep_every == 0}
+        removed = [name for name in map(self.name_of, steps) if name not in kept]
+        for name in removed:
+            self.storage.remove(name)
+        return removed
+
+    def set_aside_after(self, step: int, say: Callable[[str], None]) -> None:
+        """Give the checkpoints behind a step other names: a run that goes on from that step will
+        write its own."""
+        for later in self.steps():
+            if later <= step:
+                continue
+            name, number = self.name_of(later), 1
+            while self.storage.exists(f"set_aside_{number}_{name}"):
+                number += 1
+            other = f"set_aside_{number}_{name}"
+            self.storage.rename(name, other)
+            say(f"checkpoint {name} is not part of what goes on from here: now {other}")
+        for pointer in (LATEST, BEST):
+            pointed = STEP.fullmatch(self.pointed(pointer) or "")
+            if pointed and int(pointed[1]) > step:
+                self.point(pointer, self.name_of(step))
+
+    def clean(self) -> None:
+        """Remove what killed writers left; only the process that holds the run's lock may."""
+        for name in self.storage.names():
+            if LEFTOVER.fullmatch(name):
+                self.storage.remove(name)
+
+
+def _score(manifest: Manifest) -> float | None:
+    """The held-out loss after that very step, if it was measured; lower is better."""
+    return manifest.metrics.get(SCORE)
