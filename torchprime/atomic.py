@@ -15,14 +15,19 @@ from typing import Any
 from torchprime.errors import CheckpointError
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write whole or not at all: temporary name, fsync, rename."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """As write_bytes, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -47,15 +52,22 @@ def refuse_used_folder(out: Path) -> None:
     )
 
 
+def partial_of(out: Path) -> Path:
+    """The name of a folder that is being written."""
+    return out.with_name(f".{out.name}.partial")
+
+
 @contextmanager
-def atomic_folder(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     """Give a temporary sibling of `out` to write into, and rename it to `out` at the end.
 
     An exception inside removes what was written; after a kill, the leftover has another name
-    (`.NAME.partial`) and the next attempt clears it.
+    (`.NAME.partial`) and the next attempt clears it. What is at `out` already is refused, or, with
+    `replace`, kept until the new one is whole and removed then.
     """
-    refuse_used_folder(out)
-    partial = out.parent / f".{out.name}.partial"
+    if not replace:
+        refuse_used_folder(out)
+    partial = partial_of(out)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -65,12 +77,36 @@ def atomic_folder(out: Path) -> Iterator[Path]:
             sync(path)
         partial.chmod(0o755)
         sync(partial)
-        refuse_used_folder(out)
+        if replace:
+            _set_aside(out)
+        else:
+            refuse_used_folder(out)
         os.rename(partial, out)
         sync(out.parent)
+        shutil.rmtree(_removed(out), ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder whole or not at all, if it is there: renamed first, emptied then.
+
+    After a kill in between, what is left has another name (`.NAME.removed`).
+    """
+    _set_aside(folder)
+    shutil.rmtree(_removed(folder), ignore_errors=True)
+
+
+def _removed(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.removed")
+
+
+def _set_aside(folder: Path) -> None:
+    shutil.rmtree(_removed(folder), ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, _removed(folder))
+        sync(folder.parent)
 
 
 def sync(path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from torchprime.atomic import atomic_folder, write_json, write_text
+from torchprime.atomic import atomic_folder, remove_folder, write_json, write_text
 from torchprime.errors import CheckpointError
 
 
@@ -98,3 +98,31 @@ def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
         out.mkdir()
         (out / "theirs").write_text("theirs")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_a_replaced_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_folder(out, replace=True) as folder:
+        (folder / "new").write_text("new")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    with atomic_folder(out, replace=True) as folder:
+        (folder / "new").write_text("new")
+        assert (out / "old").read_text() == "old"
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_a_removed_folder_is_renamed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a").write_text("1")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # killed before anything is deleted
+        remove_folder(out)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".out.removed", "a"]
+    out.mkdir()
+    remove_folder(out)  # the leftover is in the way of nothing
+    remove_folder(out)  # nor is its absence
+    assert list(tmp_path.iterdir()) == []

@@ -6,16 +6,23 @@ Every family has its switches on: rope scaling, tied and untied embeddings, bias
 from __future__ import annotations
 
 import json
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from torchprime.checkpoint.hf_read import SafetensorsReader
+from torchprime.checkpoint.manifest import Manifest
+from torchprime.checkpoint.shards import TensorShards, write_shards
+from torchprime.checkpoint.storage import MANIFEST, FolderWriter, Storage
 
 SIZES = dict(
     vocab_size=320,
@@ -147,3 +154,91 @@ def export(tokenizer_folder: Path):
         return export_hf(out, **{**arguments, **changes})
 
     return run
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    """The same tests on a folder and on a second file system, each in a place of its own."""
+    if request.param == "local":
+        yield Storage.of(tmp_path / "checkpoints")
+        return
+    url = f"memory://{uuid.uuid4().hex}/checkpoints"
+    yield Storage.of(url)
+    memory = fsspec.filesystem("memory")
+    if memory.exists(url):
+        memory.rm(url, recursive=True)
+
+
+def make_manifest(**changes: Any) -> Manifest:
+    fields: dict[str, Any] = dict(
+        backend="torch_native",
+        mesh={"data": 1, "fsdp": 2},
+        processes=1,
+        config={"seed": 1},
+        versions={"torch": torch.__version__},
+        created="2026-11-21T12:00:00+00:00",
+        model={"names": 2, "dtype": "float32", "parameters": 34, "hash": "a" * 64},
+        optimizer={"name": "adamw", "slots": ["exp_avg", "exp_avg_sq"]},
+        scheduler={
+            "name": "cosine",
+            "peak": 1e-4,
+            "warmup_steps": 2,
+            "total_steps": 10,
+            "min_lr_ratio": 0.1,
+        },
+        global_step=3,
+        rng={"torch": "AAAA"},
+        data_position={"seed": 1, "next_step": 4, "global_batch_size": 8, "num_blocks": 100},
+        tokenizer_fingerprint="b" * 64,
+        template_fingerprint=None,
+        data_manifest={"train": "c" * 64},
+        eval_manifest=None,
+        best_metric={"name": "eval_loss", "value": 2.5, "step": 2},
+    )
+    return Manifest(**{**fields, **changes})
+
+
+def cut(name: str, tensor: torch.Tensor, parts: Sequence[int]) -> list[TensorShards]:
+    """The tensor cut along each dim into so many parts, as numbered owners hold them."""
+    regions = [((), ())]
+    for size, count in zip(tensor.shape, parts, strict=True):
+        width = -(-size // count)
+        steps = [
+            (min(i * width, size), min((i + 1) * width, size) - min(i * width, size))
+            for i in range(count)
+        ]
+        regions = [((*o, start), (*s, n)) for o, s in regions for start, n in steps]
+
+    def values(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[torch.Tensor]:
+        return [tensor[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]]
+
+    return [
+        TensorShards(
+            name, tuple(tensor.shape), tensor.dtype, [(o, n)], lambda o=o, n=n: values(o, n)
+        )
+        for o, n in regions
+    ]
+
+
+def write_checkpoint(
+    storage: Storage, name: str, tensors: dict[str, torch.Tensor], **changes: Any
+) -> None:
+    """A checkpoint as one process writes it, uncut."""
+    with storage.create(name) as writer:
+        shards = [
+            shard
+            for key, tensor in tensors.items()
+            for shard in cut(key, tensor, (1,) * tensor.dim())
+        ]
+        write_shards(writer, shards)
+        finish(writer, **changes)
+
+
+def finish(writer: FolderWriter, **changes: Any) -> None:
+    writer.write_bytes(MANIFEST, make_manifest(files=dict(writer.files), **changes).to_bytes())
+
+
+@pytest.fixture(scope="session")
+def run_checkpoint() -> SimpleNamespace:
+    """The functions above, for tests: a conftest is not for importing."""
+    return SimpleNamespace(manifest=make_manifest, cut=cut, write=write_checkpoint, finish=finish)

@@ -1,0 +1,176 @@
+"""Tensors as they are cut over the devices, into one torch.distributed.checkpoint (DCP).
+
+A backend lists its tensors by Hugging Face name with the regions that this process holds. The
+regions become DCP's write items; all processes see all items, what several hold is written by one,
+and each writes one file, tensor after tensor, so that the host holds one tensor's shards and not
+the model. The main process adds `.metadata`, which says where each region lies. The result knows no
+mesh: any other mesh, either backend and torch's own tools read it.
+
+DCP's own file writer is not used: in torch 2.9 it keeps every tensor it wrote until its file ends.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from torchprime.checkpoint.storage import FileFacts, FolderWriter
+from torchprime.errors import CheckpointError
+
+METADATA = ".metadata"
+DCP_VERSION = "1.0.0"
+
+Place = tuple[int, ...]
+Gather = Callable[[Any], list[Any]]
+Written = dict[MetadataIndex, _StorageInfo]
+
+
+@dataclass(frozen=True)
+class TensorShards:
+    """What one process holds of a tensor.
+
+    Attributes:
+        shape: of the whole tensor.
+        chunks: (offsets, sizes) of each region held here; regions that other processes or devices
+            hold, too, are written once.
+        read: gives the chunks' values in host memory, in their order. Called once, when the tensor
+            is written, and not at all where other processes write all of it.
+    """
+
+    name: str
+    shape: Place
+    dtype: torch.dtype
+    chunks: list[tuple[Place, Place]]
+    read: Callable[[], list[Tensor]]
+
+
+def write_shards(
+    writer: FolderWriter,
+    tensors: Sequence[TensorShards],
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    gather: Gather | None = None,
+) -> None:
+    """Write the tensors of all processes into one folder; every process has to call this.
+
+    Args:
+        gather: gives every process the objects of all, in order; needed for several processes.
+            Called twice: before writing, with the plans, and after, with what was written.
+
+    Raises:
+        CheckpointError: this process could not write, or another one; all processes raise.
+    """
+    assert gather or process_count == 1, "several processes need a way to exchange their plans"
+    exchange: Gather = gather or (lambda mine: [mine])
+    plans, metadata = create_default_global_save_plan(
+        dedup_save_plans(exchange(SavePlan(_write_items(tensors))))
+    )
+    _check_complete(metadata)
+    written: Written = {}
+    failure: Exception | None = None
+    try:
+        file = f"__{process_index}_0.distcp"
+        written = _write_file(writer, file, plans[process_index].items, tensors)
+    except Exception as error:  # told to the others first, so that none of them waits for ever
+        failure = error
+    mine = (written, writer.files, None if failure is None else str(failure))
+    parts: list[tuple[Written, dict[str, FileFacts], str | None]] = exchange(mine)
+    if failure is not None:
+        raise failure
+    for index, (_, files, reason) in enumerate(parts):
+        if reason is not None:
+            raise CheckpointError(f"Process {index} could not write its part: {reason}")
+        writer.adopt(files)
+    if process_index == 0:
+        metadata.storage_data = {key: value for part, _, _ in parts for key, value in part.items()}
+        metadata.storage_meta = StorageMeta()
+        metadata.version = DCP_VERSION
+        writer.write_bytes(METADATA, pickle.dumps(metadata))
+
+
+def _write_items(tensors: Sequence[TensorShards]) -> list[WriteItem]:
+    """The plan of this process: one item a region, without those that hold nothing."""
+    items: dict[MetadataIndex, WriteItem] = {}
+    for tensor in tensors:
+        properties = TensorProperties(dtype=tensor.dtype)
+        size = torch.Size(tensor.shape)
+        for offsets, sizes in tensor.chunks:
+            index = MetadataIndex(tensor.name, offsets)
+            if index in items or 0 in sizes:
+                continue
+            chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            data = TensorWriteData(chunk, properties, size)
+            items[index] = WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+    return list(items.values())
+
+
+def _check_complete(metadata: Metadata) -> None:
+    """A tensor that its regions do not fill would come back with a hole: our own mistake."""
+    for name, tensor in metadata.state_dict_metadata.items():
+        held = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)  # type: ignore[union-attr]
+        whole = math.prod(tensor.size)  # type: ignore[union-attr]
+        if held != whole:
+            raise ValueError(f"The regions of {name} hold {held} of its {whole} values.")
+
+
+def _write_file(
+    writer: FolderWriter, file: str, items: list[WriteItem], tensors: Sequence[TensorShards]
+) -> Written:
+    """Write the regions that fell to this process; each tensor is read, written and let go."""
+    regions: dict[str, list[WriteItem]] = defaultdict(list)
+    for item in items:
+        regions[item.index.fqn].append(item)
+    written: Written = {}
+    if not regions:
+        return written
+    with writer.stream(file) as stream:
+        for tensor in tensors:
+            if tensor.name not in regions:
+                continue
+            values = {
+                offsets: value
+                for (offsets, _), value in zip(tensor.chunks, tensor.read(), strict=True)
+            }
+            for item in regions[tensor.name]:
+                assert item.tensor_data is not None and item.index.offset is not None
+                value = values.pop(tuple(item.index.offset))
+                start = stream.tell()
+                torch.save(_alone(value, item.tensor_data, tensor.name), cast(IO[bytes], stream))
+                written[item.index] = _StorageInfo(file, start, stream.tell() - start)
+                del value
+    return written
+
+
+def _alone(value: Tensor, planned: TensorWriteData, name: str) -> Tensor:
+    """The tensor with a storage of just its size: torch.save writes the whole storage."""
+    assert value.shape == planned.chunk.sizes and value.dtype == planned.properties.dtype, (
+        f"{name}: {value.dtype} {tuple(value.shape)} read, {planned} planned"
+    )
+    value = value.detach().contiguous()
+    if value.untyped_storage().nbytes() != value.numel() * value.element_size():
+        value = value.clone()
+    return value

@@ -1,0 +1,445 @@
+"""Where checkpoints lie: a local folder, or any place that fsspec knows (gs://, s3://, memory://).
+
+A checkpoint is a folder that exists whole or not at all. Locally it is written under another name,
+synced and renamed. Object stores cannot rename, so there the manifest decides: it is written last
+and deleted first, and a folder without one does not exist. Every file is hashed in a thread beside
+its writing, so that the bytes are touched once and the manifest can name their sha256.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, TypedDict
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from torchprime.atomic import atomic_folder, partial_of, remove_folder, write_bytes
+from torchprime.errors import CheckpointError, RuntimeSetupError, UserError
+
+MANIFEST = "manifest.json"
+PIECE = 32 << 20  # bytes that are written while they are hashed; on URLs, also what is buffered
+INLINE = 1 << 20  # below this, handing bytes to another thread takes longer than hashing them
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class FileFacts(TypedDict):
+    """What the manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class HashingFile:
+    """A file being written, with its size and hash; `torch.save` can write to it."""
+
+    def __init__(
+        self, file: BinaryIO, hasher: Executor, telling: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self._file, self._hasher, self._telling = file, hasher, telling
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of it; what is large is hashed by another thread meanwhile."""
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), PIECE):
+            self._write_piece(view[start : start + PIECE])
+        self._bytes += len(view)
+        return len(view)
+
+    def _write_piece(self, piece: memoryview) -> None:
+        if len(piece) < INLINE:
+            self._digest.update(piece)
+            with self._telling():
+                self._file.write(piece)
+            return
+        hashed = self._hasher.submit(self._digest.update, piece)
+        try:
+            with self._telling():
+                self._file.write(piece)
+        finally:
+            hashed.result()  # the caller's memory may be gone after this call
+
+    def tell(self) -> int:
+        return self._bytes
+
+    def flush(self) -> None:
+        """Nothing to do before the end; torch.save asks for it."""
+
+    def facts(self) -> FileFacts:
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+
+class FolderWriter(ABC):
+    """A folder that is being written. `files` says what is in it so far, as the manifest wants it.
+
+    Several processes may write into one folder, each its own files; the main one takes over what
+    the others wrote with `adopt`.
+    """
+
+    def __init__(self, storage: Storage, name: str, hasher: Executor) -> None:
+        self.files: dict[str, FileFacts] = {}
+        self._storage, self._name, self._hasher = storage, name, hasher
+
+    @contextmanager
+    def stream(self, name: str) -> Iterator[HashingFile]:
+        """Write a file piece by piece; at the end it is on the disk, or at the store."""
+        assert MANIFEST not in self.files, f"{name} comes after the manifest"
+        doing = f"Writing {self._storage.describe(f'{self._name}/{name}')}"
+        telling = partial(self._storage.telling, doing)
+        with telling():
+            file = self._open(name)
+        hashing = HashingFile(file, self._hasher, telling)
+        try:
+            yield hashing
+        except BaseException:
+            with suppress(Exception):  # what went wrong first is what is told
+                file.close()
+            raise
+        with telling(), file:
+            self._sync(file)
+        self.files[name] = hashing.facts()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a small file."""
+        with self.stream(name) as file:
+            file.write(data)
+
+    def adopt(self, files: Mapping[str, FileFacts]) -> None:
+        """Count files as written that other processes have written."""
+        self.files.update(files)
+
+    @abstractmethod
+    @contextmanager
+    def local_folder(self, name: str) -> Iterator[Path]:
+        """A folder of this machine for code that writes files itself; its files become NAME/..."""
+        raise NotImplementedError
+        yield
+
+    @abstractmethod
+    def _open(self, name: str) -> BinaryIO:
+        """The file, opened for writing."""
+
+    @abstractmethod
+    def _sync(self, file: BinaryIO) -> None:
+        """Have the bytes where they are safe."""
+
+
+class _LocalFolderWriter(FolderWriter):
+    def __init__(self, storage: Storage, name: str, hasher: Executor, folder: Path) -> None:
+        super().__init__(storage, name, hasher)
+        self._folder = folder
+
+    @contextmanager
+    def local_folder(self, name: str) -> Iterator[Path]:
+        folder = self._folder / name
+        with self._storage.telling(f"Writing {self._storage.describe(f'{self._name}/{name}')}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
+            for path in _files_under(folder):
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    digest, size = sha256_of(file)
+                self.files[f"{name}/{path.relative_to(folder).as_posix()}"] = {
+                    "bytes": size,
+                    "sha256": digest,
+                }
+
+    def _open(self, name: str) -> BinaryIO:
+        path = self._folder / name
+        if not self._folder.is_dir():
+            raise CheckpointError(
+                f"{self._folder} was made by the first process, and this one does not see it: all "
+                "processes must share the checkpoint folder. Use a shared file system, or set "
+                "checkpoint.folder to a URL such as gs://BUCKET/RUN."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("wb")
+
+    def _sync(self, file: BinaryIO) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _UrlFolderWriter(FolderWriter):
+    def __init__(self, storage: UrlStorage, name: str, hasher: Executor) -> None:
+        super().__init__(storage, name, hasher)
+        self._urls = storage
+
+    @contextmanager
+    def local_folder(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="torchprime-") as temporary:
+            folder = Path(temporary)
+            yield folder
+            for path in _files_under(folder):
+                with (
+                    path.open("rb") as source,
+                    self.stream(f"{name}/{path.relative_to(folder).as_posix()}") as target,
+                ):
+                    for piece in iter(lambda: source.read(PIECE), b""):
+                        target.write(piece)
+
+    def _open(self, name: str) -> BinaryIO:
+        return self._urls.open_to_write(f"{self._name}/{name}")
+
+    def _sync(self, file: BinaryIO) -> None:
+        """Closing is enough: the store then has it or raises."""
+
+
+class Storage(ABC):
+    """Folders and small files by name, in one place."""
+
+    failures: tuple[type[Exception], ...] = (OSError,)  # what the place itself may raise
+
+    @staticmethod
+    def of(place: str | Path) -> Storage:
+        """The storage at a local path or fsspec URL; nothing is made there yet.
+
+        Raises:
+            RuntimeSetupError: no package here reads that kind of URL.
+        """
+        if isinstance(place, Path) or "://" not in place:
+            return LocalStorage(Path(place))
+        if place.startswith(("file://", "local://")):
+            return LocalStorage(Path(place.split("://", 1)[1]))
+        return UrlStorage(place)
+
+    @abstractmethod
+    def describe(self, name: str = "") -> str:
+        """The full path or URL, for messages."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """What lies here, hidden names too, sorted; empty if the place does not exist yet."""
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """A file's size in bytes; None if there is no such file."""
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """A file to read, seekable."""
+
+    @abstractmethod
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a small file whole or not at all."""
+
+    @abstractmethod
+    @contextmanager
+    def _folder(self, name: str, hasher: Executor, main: bool) -> Iterator[FolderWriter]:
+        """Begin and end what `create` promises."""
+        raise NotImplementedError
+        yield
+
+    @abstractmethod
+    def remove(self, folder_name: str) -> None:
+        """Remove a folder, if it is there: at once not a checkpoint any more, then its files."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """What can still be written here; None if nobody knows."""
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self.size(name) is not None
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.telling(f"Reading {self.describe(name)}"), self.open(name) as file:
+            return file.read()
+
+    @contextmanager
+    def create(self, folder_name: str, *, main: bool = True) -> Iterator[FolderWriter]:
+        """Write a folder that appears at the end, whole, in the place of an older one if any.
+
+        The last file written must be the manifest. After an exception or a kill there is no such
+        folder, or still the older one.
+
+        Args:
+            main: false in all processes but one. The main process must enter before, and leave
+                after, the others write: exchange something (see `write_shards`) in between.
+
+        Raises:
+            CheckpointError: no space, no permission, or what else the place says.
+        """
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher,
+            self.telling(f"Writing {self.describe(folder_name)}", (OSError,)),
+            self._folder(folder_name, hasher, main) as writer,
+        ):
+            yield writer
+            assert not main or list(writer.files)[-1:] == [MANIFEST], "the manifest comes last"
+
+    @contextmanager
+    def telling(
+        self, doing: str, failures: tuple[type[Exception], ...] | None = None
+    ) -> Iterator[None]:
+        """Turn what the place raises into a message that says what to do."""
+        failures = failures or self.failures
+        try:
+            yield
+        except UserError:
+            raise
+        except failures as error:
+            raise CheckpointError(f"{doing} failed: {self._advice(error)}") from error
+
+    def _advice(self, error: Exception) -> str:
+        code = error.errno if isinstance(error, OSError) else None
+        if code in FULL:
+            free = self.free_bytes()
+            left = "" if free is None else f" ({free / 1e9:.2f} GB left)"
+            return (
+                f"no space{left}. Nothing else was touched; earlier checkpoints are as they were. "
+                "Free space, keep fewer (checkpoint.keep_last, keep_best, keep_every), or set "
+                "checkpoint.folder to another disk."
+            )
+        if code in FORBIDDEN:
+            return f"{error}. Give this user the right to write there, or set checkpoint.folder."
+        return f"{type(error).__name__}: {error}."
+
+
+class LocalStorage(Storage):
+    """A folder of this machine, or one that all machines see."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser()
+
+    def describe(self, name: str = "") -> str:
+        return str(self.root / name)
+
+    def names(self) -> list[str]:
+        with self.telling(f"Reading {self.root}"):
+            return sorted(os.listdir(self.root)) if self.root.is_dir() else []
+
+    def size(self, name: str) -> int | None:
+        path = self.root / name
+        with self.telling(f"Looking at {path}"):
+            return path.stat().st_size if path.is_file() else None
+
+    def open(self, name: str) -> BinaryIO:
+        with self.telling(f"Reading {self.root / name}"):
+            return (self.root / name).open("rb")
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        with self.telling(f"Writing {self.root / name}"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_bytes(self.root / name, data)
+
+    @contextmanager
+    def _folder(self, name: str, hasher: Executor, main: bool) -> Iterator[FolderWriter]:
+        if not main:
+            yield _LocalFolderWriter(self, name, hasher, partial_of(self.root / name))
+            return
+        with atomic_folder(self.root / name, replace=True) as folder:
+            yield _LocalFolderWriter(self, name, hasher, folder)
+
+    def remove(self, folder_name: str) -> None:
+        with self.telling(f"Removing {self.root / folder_name}"):
+            remove_folder(self.root / folder_name)
+
+    def free_bytes(self) -> int | None:
+        there = self.root.absolute()
+        while not there.exists():
+            there = there.parent
+        return shutil.disk_usage(there).free
+
+
+class UrlStorage(Storage):
+    """A place behind fsspec. What its libraries raise has no common base."""
+
+    failures = (Exception,)
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            self._fs, path = url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            known = ", ".join(sorted(fsspec.available_protocols()))
+            raise RuntimeSetupError(
+                f"{url} cannot be used as a place for checkpoints: {error}. Install the package "
+                f"that it names (gcsfs for gs://, s3fs for s3://). Kinds known: {known}."
+            ) from error
+        self._path = path.rstrip("/")
+
+    def _at(self, name: str) -> str:
+        return f"{self._path}/{name}"
+
+    def describe(self, name: str = "") -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def names(self) -> list[str]:
+        with self.telling(f"Reading {self.url}"):
+            self._fs.invalidate_cache()
+            try:
+                entries = self._fs.ls(self._path, detail=False)
+            except FileNotFoundError:
+                return []
+            names = {str(entry).rstrip("/").removeprefix(self._path) for entry in entries}
+            return sorted(name.strip("/") for name in names if name.strip("/"))
+
+    def size(self, name: str) -> int | None:
+        with self.telling(f"Looking at {self.describe(name)}"):
+            self._fs.invalidate_cache()
+            try:
+                info = self._fs.info(self._at(name))
+            except FileNotFoundError:
+                return None
+            return int(info["size"]) if info["type"] == "file" else None
+
+    def open(self, name: str) -> BinaryIO:
+        with self.telling(f"Reading {self.describe(name)}"):
+            return self._fs.open(self._at(name), "rb")
+
+    def open_to_write(self, name: str) -> BinaryIO:
+        """A file to write; it appears when it is closed."""
+        self._fs.makedirs(self._at(name).rpartition("/")[0], exist_ok=True)
+        return self._fs.open(self._at(name), "wb", block_size=PIECE)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        with self.telling(f"Writing {self.describe(name)}"):
+            self._fs.makedirs(self._path, exist_ok=True)
+            self._fs.pipe_file(self._at(name), data)
+
+    @contextmanager
+    def _folder(self, name: str, hasher: Executor, main: bool) -> Iterator[FolderWriter]:
+        if main:
+            self.remove(name)
+        yield _UrlFolderWriter(self, name, hasher)
+
+    def remove(self, folder_name: str) -> None:
+        with self.telling(f"Removing {self.describe(folder_name)}"):
+            self._fs.invalidate_cache()
+            for path in (self._at(f"{folder_name}/{MANIFEST}"), self._at(folder_name)):
+                if self._fs.exists(path):
+                    self._fs.rm(path, recursive=path.endswith(folder_name))
+            self._fs.invalidate_cache()
+
+    def free_bytes(self) -> int | None:
+        return None
+
+
+def sha256_of(file: io.BufferedIOBase | Any) -> tuple[str, int]:
+    """sha256 and size of what is left to read."""
+    digest, size = hashlib.sha256(), 0
+    buffer = bytearray(INLINE)
+    view = memoryview(buffer)
+    while count := file.readinto(buffer):
+        digest.update(view[:count])
+        size += count
+    return digest.hexdigest(), size
+
+
+def _files_under(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
