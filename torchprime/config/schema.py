@@ -253,7 +253,7 @@ class ModelConfig:
 
     pretrained_model: str | None = None
     tokenizer_name: str | None = None
-    attention_kernel: Literal["auto", "splash", "flex", "reference"] = "auto"
+    attention_kernel: Literal["auto", "splash", "flash", "flex", "reference"] = "auto"
     # HF config.json keys, to train from scratch or plan without the weights.
     architecture: dict[str, Any] | None = None
 

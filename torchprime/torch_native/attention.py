@@ -1,12 +1,16 @@
-"""Attention on CUDA: FlexAttention with a block mask made of the segments, or the reference core.
+"""Attention on CUDA: flash-attn or FlexAttention, or the reference core.
 
-FlexAttention never makes the [S, S] scores in memory and skips blocks that the causal mask, the
-window or the segments rule out. The block mask is made once per forward and shared by all layers.
+None of the first two makes the [S, S] scores in memory, and both skip what the causal mask, the
+window or the segments rule out. flash-attn is told where segments begin in the blocks laid end to
+end; FlexAttention gets a block mask made of them. Either is made once per forward, in `prepare`,
+and shared by all layers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from importlib import import_module, metadata
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +19,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torchprime.errors import ConfigError
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
+
+# flash-attn's kernels are for this generation of GPUs and later ones.
+FLASH_CAPABILITY = (8, 0)
 
 
 class FlexAttention(nn.Module):
@@ -43,28 +50,132 @@ class FlexAttention(nn.Module):
         return self.attend(q, k, v, block_mask=prepared, scale=self.scale, enable_gqa=grouped)
 
 
-def choose_kernel(wanted: str, device: torch.device) -> tuple[str, str]:
+class FlashAttention(nn.Module):
+    """flash-attn's kernel for sequences of different lengths, behind the core's two methods.
+
+    Args:
+        attend: `flash_attn.flash_attn_varlen_func`.
+    """
+
+    def __init__(self, head_dim: int, window: int | None, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.scale, self.attend = head_dim**-0.5, attend
+        # Its window counts positions before and after the query; ours counts the query too.
+        self.window = (-1, -1) if window is None else (window - 1, 0)
+
+    def prepare(self, segment_ids: Tensor) -> Tensor:
+        """segment_ids [B, S] -> int32 [segments + 1]: where each begins in the B * S tokens laid
+        end to end, and the end of the last. A block's padding is a segment like any other. How many
+        there are is known on the device: the host waits for it, once per forward."""
+        begins = torch.ones_like(segment_ids, dtype=torch.bool)
+        begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+        starts = begins.flatten().nonzero().flatten()
+        end = starts.new_tensor([segment_ids.numel()])
+        offsets = torch.cat([starts, end]).to(torch.int32)
+        # Each batch has another number of them, which must not compile the layers anew.
+        torch._dynamo.maybe_mark_dynamic(offsets, 0)
+        return offsets
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor) -> Tensor:
+        """q [B, H, S, h]; k, v [B, K, S, h] -> [B, H, S, h]."""
+        B, _, S, _ = q.shape
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * S, heads, h]
+        out = self.attend(
+            q,
+            k,
+            v,
+            cu_seqlens_q=prepared,
+            cu_seqlens_k=prepared,
+            max_seqlen_q=S,  # an upper bound, known without asking the device
+            max_seqlen_k=S,
+            softmax_scale=self.scale,
+            causal=True,
+            window_size=self.window,
+        )
+        return out.unflatten(0, (B, S)).transpose(1, 2)
+
+
+# Choosing -----------------------------------------------------------------------------------------
+
+
+class Flash(NamedTuple):
+    """What was found of flash-attn."""
+
+    attend: Callable[..., Tensor] | None  # flash_attn_varlen_func, if it can be used
+    told: str  # its version, or what is in its way
+
+
+def find_flash() -> Flash:
+    """Look for flash-attn. Built against one version of torch, it may not load in another."""
+    try:
+        version = metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return Flash(None, "flash-attn is not installed")
+    try:
+        return Flash(import_module("flash_attn").flash_attn_varlen_func, f"flash-attn {version}")
+    except (ImportError, OSError, AttributeError) as error:
+        return Flash(None, f"flash-attn {version} cannot be loaded ({error})")
+
+
+def choose_kernel(
+    wanted: str,
+    device_type: str,
+    *,
+    full_precision: bool,
+    capability: tuple[int, int] | None,
+    flash: Flash,
+) -> tuple[str, str]:
     """Resolve `auto` and refuse a kernel that is not there.
+
+    Args:
+        capability: of the GPU, (major, minor).
 
     Returns:
         The kernel's name and why.
     """
+    obstacle = _flash_obstacle(device_type, full_precision, capability, flash)
     if wanted == "splash":
         raise ConfigError(
             "model.attention_kernel=splash runs on TPUs only, and this run is on "
-            f"{device.type}; use auto, flex or reference."
+            f"{device_type}; use auto, flash, flex or reference."
+        )
+    if wanted == "flash" and obstacle:
+        raise ConfigError(
+            f"model.attention_kernel=flash: {obstacle}. Use auto, flex or reference, or install "
+            "flash-attn for this torch (pip install flash-attn --no-build-isolation)."
         )
     if wanted != "auto":
         return wanted, "as configured"
-    if device.type == "cuda":
-        return "flex", "auto on CUDA"
-    return "reference", f"auto on {device.type}"
+    if device_type != "cuda":
+        return "reference", f"auto on {device_type}"
+    if obstacle:
+        return "flex", f"auto on CUDA: {obstacle}"
+    return "flash", f"auto on CUDA: {flash.told}"
 
 
-def inject_attention(model: CausalLM, kernel: str, device: torch.device) -> None:
+def _flash_obstacle(
+    device_type: str, full_precision: bool, capability: tuple[int, int] | None, flash: Flash
+) -> str | None:
+    if device_type != "cuda":
+        return f"it runs on CUDA only, and this run is on {device_type}"
+    if flash.attend is None:
+        return flash.told
+    if full_precision:
+        return "flash-attn computes in bfloat16, and this run is in float32"
+    if capability is not None and capability < FLASH_CAPABILITY:
+        needed, has = (".".join(map(str, each)) for each in (FLASH_CAPABILITY, capability))
+        return f"flash-attn needs compute capability {needed}, and this GPU has {has}"
+    return None
+
+
+def inject_attention(model: CausalLM, kernel: str, device_type: str) -> None:
     """Put the chosen kernel into every layer."""
-    if kernel == "flex":
-        compiled = device.type == "cuda"
+    if kernel == "flash":
+        attend = find_flash().attend
+        assert attend is not None  # it was chosen
+        replace_attention_cores(model, lambda size, window: FlashAttention(size, window, attend))
+    elif kernel == "flex":
+        compiled = device_type == "cuda"
         replace_attention_cores(model, lambda size, window: FlexAttention(size, window, compiled))
     else:
         replace_attention_cores(model, ReferenceAttention)

@@ -24,7 +24,7 @@ from torchprime.losses import LossSums
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native import placement
-from torchprime.torch_native.attention import choose_kernel, inject_attention
+from torchprime.torch_native.attention import choose_kernel, find_flash, inject_attention
 from torchprime.torch_native.mesh import make_mesh
 from torchprime.torch_native.remat import apply_remat
 from torchprime.torch_native.runtime import start_processes, watched
@@ -73,15 +73,27 @@ class NativeBackend:
         attention_kernel: str = "auto",
         remat_policy: str = "none",
         full_precision: bool = False,
+        compiler: str | None = None,
     ) -> None:
+        """
+        Args:
+            compiler: torch.compile's backend for the layers; None is inductor on CUDA, none on CPU.
+        """
         self.device = start_processes()
         self.mesh = make_mesh(ici_mesh, dcn_mesh, self.device.type)
         self.device_count = self.process_count = dist.get_world_size()
         self.process_index = dist.get_rank()
         cuda = self.device.type == "cuda"
         self.device_kind = torch.cuda.get_device_name(self.device) if cuda else "CPU"
-        self.attention, self.attention_why = choose_kernel(attention_kernel, self.device)
+        self.attention, self.attention_why = choose_kernel(
+            attention_kernel,
+            self.device.type,
+            full_precision=full_precision,
+            capability=torch.cuda.get_device_capability(self.device) if cuda else None,
+            flash=find_flash(),
+        )
         self.remat_policy = remat_policy
+        self.compiler = "inductor" if compiler is None and cuda else compiler
         if full_precision:
             torch.backends.cuda.matmul.allow_tf32 = False
         sizes = {axis: self.mesh[axis].size() for axis in ("data", "fsdp")}
@@ -103,16 +115,20 @@ class NativeBackend:
     ) -> None:
         """Cut and stream in the weights, layer by layer."""
         self.model = model
-        inject_attention(model, self.attention, self.device)
+        inject_attention(model, self.attention, self.device.type)
         apply_remat(model.model.layers, self.remat_policy)
-        if self.device.type == "cuda":
+        if self.compiler is not None:
             for layer in model.model.layers.children():
-                layer.compile()
+                layer.compile(backend=self.compiler)
         self.root = _Loss(model)
         placement.load(self.root, model, table, self.mesh, tensor_of, dtype, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See Backend."""
+        # A forward leaves the root's own weights gathered. What is handed out below may share their
+        # storage, which FSDP2 could then no longer free.
+        assert isinstance(self.root, FSDPModule)
+        self.root.reshard()
         return placement.gather(self.model)
 
     def save_sharded(self, folder: str) -> None:
@@ -263,7 +279,7 @@ class NativeBackend:
 
     def compiles(self) -> int:
         """See Backend. Graphs of torch.compile; none in eager mode."""
-        if self.device.type != "cuda":
+        if self.compiler is None:
             return 0
         counters: Any = torch._dynamo.utils.counters
         return int(counters["stats"]["unique_graphs"])

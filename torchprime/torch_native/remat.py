@@ -6,11 +6,24 @@ nothing to do in eager mode. Parameter names stay as they are.
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from torchprime.models.decoder import DecoderLayer, LayerContext
+
+
+class CheckpointedLayer(DecoderLayer):
+    """A layer that keeps nothing for its backward but its input.
+
+    A class, so that torch.compile makes one graph for all layers: it would pass over a layer whose
+    `forward` is a `functools.partial`, and compile each anew whose `forward` is a closure.
+    """
+
+    def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
+        again = checkpoint(super().forward, x_BSD, context, use_reentrant=False)
+        return cast(Tensor, again)
 
 
 def apply_remat(layers: nn.Module, policy: str) -> None:
@@ -18,5 +31,4 @@ def apply_remat(layers: nn.Module, policy: str) -> None:
     if policy != "full":
         return
     for layer in layers.children():
-        plain: Any = layer.forward
-        layer.forward = partial(checkpoint, plain, use_reentrant=False)  # type: ignore[method-assign]
+        layer.__class__ = CheckpointedLayer

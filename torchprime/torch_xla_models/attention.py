@@ -101,10 +101,10 @@ def choose_kernel(wanted: str, block_size: int) -> tuple[str, str]:
             "model.attention_kernel=splash runs on TPUs only, and this run is on "
             f"{device}; use auto or reference."
         )
-    if wanted == "flex":
+    if wanted in ("flash", "flex"):
         raise ConfigError(
-            "model.attention_kernel=flex is a kernel of the GPU backend, and this run is on XLA; "
-            "use auto, splash or reference."
+            f"model.attention_kernel={wanted} is a kernel of the GPU backend, and this run is on "
+            "XLA; use auto, splash or reference."
         )
     if wanted == "splash" and not fits:
         raise ConfigError(

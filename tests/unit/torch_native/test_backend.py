@@ -20,10 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "torch_xla_models")
 
 import reference  # noqa: E402
 
-from torchprime.errors import ConfigError  # noqa: E402
-from torchprime.models.attention import ReferenceAttention  # noqa: E402
-from torchprime.torch_native.attention import FlexAttention, choose_kernel  # noqa: E402
-
 WORKER = Path(__file__).parent / "worker.py"
 # name -> processes and how they are used
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -32,6 +28,11 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor2-qwen3": (2, {"mesh": {"tensor": 2}, "family": "qwen3"}),
     "fsdp2-tensor2-tied": (4, {"mesh": {"fsdp": 2, "tensor": 2}, "tied": True}),
     "hsdp-remat": (4, {"mesh": {"data": 2, "fsdp": 2}, "remat": "full"}),
+    "compiled-flex": (1, {"mesh": {}, "compiler": "aot_eager", "kernel": "flex"}),
+    "fsdp2-compiled-remat-accumulate2": (
+        2,
+        {"mesh": {"fsdp": 2}, "compiler": "aot_eager", "remat": "full", "accumulation": 2},
+    ),
 }
 
 
@@ -90,26 +91,9 @@ def test_every_process_holds_its_share_only(way: str, trained) -> None:
     assert share == 1 / (mesh.get("fsdp", 1) * mesh.get("tensor", 1))
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_flex_attention_is_the_references(window: int | None) -> None:
-    torch.manual_seed(0)
-    B, H, K, S, h = 2, 4, 2, 48, 8
-    q, k, v = (torch.randn(B, n, S, h, requires_grad=True) for n in (H, K, K))
-    segments = torch.tensor([[1] * 20 + [2] * 20 + [0] * 8, [1] * 48], dtype=torch.int32)
-    flex, plain = FlexAttention(h, window, compiled=False), ReferenceAttention(h, window)
-    real = (segments > 0)[:, None, :, None]
-    weight = torch.randn(B, H, S, h) * real
-    results = []
-    for core in (flex, plain):
-        out = core(q, k, v, core.prepare(segments))
-        gradients = torch.autograd.grad((out * weight).sum(), (q, k, v))
-        results.append([out * real, *gradients])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def test_kernels_by_device() -> None:
-    assert choose_kernel("auto", torch.device("cpu"))[0] == "reference"
-    assert choose_kernel("auto", torch.device("cuda"))[0] == "flex"
-    with pytest.raises(ConfigError, match="splash runs on TPUs only.*use auto, flex or reference"):
-        choose_kernel("splash", torch.device("cuda"))
+@pytest.mark.parametrize("way", [way for way in WAYS if "compiled" in way])
+def test_layers_share_one_graph_from_the_first_step_on(way: str, trained) -> None:
+    """As on CUDA, but without its code generator: what torch.compile sees, it sees here too."""
+    out, _ = trained(way)
+    compiles = json.loads((out / "numbers.json").read_text())["compiles"]
+    assert compiles == [1] * reference.STEPS

@@ -20,8 +20,8 @@ from torchprime.torch_native.runtime import TIMEOUT_VARIABLE
 JOB = Path(__file__).parent / "job.py"
 OVERRIDES = (
     "model=quickstart", "dataset=quickstart", "dataset.block_size=64",
-    "dataset.max_rejected_fraction=1.0", "task=sft", "eval=none", "task.max_steps=4",
-    "task.global_batch_size=4", "ici_mesh.fsdp=2", "logging_steps=1",
+    "dataset.max_rejected_fraction=1.0", "task=sft", "eval=quickstart", "eval.max_examples=20",
+    "task.max_steps=4", "task.global_batch_size=4", "ici_mesh.fsdp=2", "logging_steps=1",
 )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ def main(out: Path, way: dict) -> None:
         attention_kernel=way.get("kernel", "auto"),
         remat_policy=way.get("remat", "none"),
         full_precision=True,
+        compiler=way.get("compiler"),
     )
     config, base = reference.make_model(way.get("tied", False), way.get("family", "llama"))
     start = {name: p.detach().clone() for name, p in base.named_parameters()}
@@ -47,12 +48,13 @@ def main(out: Path, way: dict) -> None:
     options = StepOptions(accumulation, 3, max_grad_norm=reference.CLIP, num_sources=2)
     backend.prepare_training(AdamW(eps=reference.EPS, weight_decay=reference.DECAY), options)
 
-    losses, norms, by_source = [], [], []
+    losses, norms, by_source, compiles = [], [], [], []
     for step in range(reference.STEPS):
         batch = reference.make_batch(step)
         numbers = backend.read(backend.train_step(backend.put(batch, accumulation), reference.LR))
         losses.append(numbers.loss)
         norms.append(numbers.grad_norm)
+        compiles.append(backend.compiles())
         weights = batch.source_weights(2)
         by_source.append([s / w for s, w in zip(numbers.source_loss_sums, weights, strict=True)])
     sums = backend.eval_step(backend.put(reference.make_batch(99), 1))
@@ -67,6 +69,7 @@ def main(out: Path, way: dict) -> None:
             "losses": losses,
             "norms": norms,
             "by_source": by_source,
+            "compiles": compiles,
             "held_out": loss_sum / weight_sum,
             "largest_share": held,
         }

@@ -1,0 +1,203 @@
+"""Attention kernels of GPUs: what they are told of segments, and which one is chosen.
+
+flash-attn itself runs on CUDA only. Here a function of its signature stands for it, which knows
+nothing but the offsets it is given.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchprime.errors import ConfigError
+from torchprime.models.attention import ReferenceAttention
+from torchprime.torch_native import attention
+from torchprime.torch_native.attention import (
+    Flash,
+    FlashAttention,
+    FlexAttention,
+    choose_kernel,
+    find_flash,
+)
+
+B, H, K, S, h = 4, 4, 2, 48, 8
+# The ids of neighbouring blocks are equal where they meet; segments of one token; a block without
+# any padding, one of padding only.
+SEGMENTS = torch.tensor(
+    [
+        [1] * 20 + [2] * 20 + [0] * 8,
+        [1] * 48,
+        [1] * 1 + [2] * 1 + [3] * 46,
+        [0] * 48,
+    ],
+    dtype=torch.int32,
+)
+WINDOWS = [None, 1, 5, 100]
+
+
+def attend_alone(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Causal attention of one sequence, written out: q [H, n, h]; k, v [K, n, h]."""
+    k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
+    n = q.shape[1]
+    back = torch.arange(n)[:, None] - torch.arange(n)[None, :]
+    seen = (back >= 0) & (back < (n + 1 if window is None else window))
+    scores = (q @ k.transpose(1, 2)) / q.shape[2] ** 0.5
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+def segment_by_segment(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Each segment by itself, found by its id in its block."""
+    out = torch.zeros_like(q)
+    for block, ids in enumerate(SEGMENTS):
+        for segment in ids.unique():
+            here = ids == segment
+            alone = (x[block][:, here] for x in (q, k, v))
+            out[block, :, here] = attend_alone(*alone, window)
+    return out
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """The stand-in: q [tokens, H, h]; k, v [tokens, K, h] -> [tokens, H, h]."""
+    assert causal and softmax_scale == q.shape[2] ** -0.5
+    assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
+    assert window_size == (-1, -1) or window_size[1] == 0
+    lengths = cu_seqlens_q.diff()
+    assert cu_seqlens_q[0] == 0 and cu_seqlens_q[-1] == len(q) and (lengths > 0).all()
+    assert lengths.max() <= max_seqlen_q == max_seqlen_k
+    window = None if window_size[0] < 0 else window_size[0] + 1
+    pieces = [
+        attend_alone(*(x[start:stop].transpose(0, 1) for x in (q, k, v)), window).transpose(0, 1)
+        for start, stop in zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], strict=True)
+    ]
+    return torch.cat(pieces)
+
+
+def results(core: Any, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Outputs and gradients of a core, or of a function of q, k and v."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, n, S, h, dtype=torch.float64) for n in (H, K, K))
+    weight = torch.randn(B, H, S, h, dtype=torch.float64).to(dtype)
+    inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    out = core(*inputs, core.prepare(SEGMENTS)) if hasattr(core, "prepare") else core(*inputs)
+    gradients = torch.autograd.grad((out * weight).sum(), inputs)
+    return [x.double() for x in (out, *gradients)]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kernel", ["flash", "flex", "reference"])
+def test_kernels_are_attention_segment_by_segment(kernel: str, window: int | None) -> None:
+    cores = {
+        "flash": lambda: FlashAttention(h, window, flash_attn_varlen_func),
+        "flex": lambda: FlexAttention(h, window, compiled=False),
+        "reference": lambda: ReferenceAttention(h, window),
+    }
+    expected = results(lambda q, k, v: segment_by_segment(q, k, v, window), torch.float64)
+    for ours, theirs in zip(results(cores[kernel]()), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_offsets_cut_where_ids_change_and_where_blocks_end() -> None:
+    offsets = FlashAttention(h, None, flash_attn_varlen_func).prepare(SEGMENTS)
+    assert offsets.tolist() == [0, 20, 40, 48, 96, 97, 98, 144, 192]
+    assert offsets.dtype == torch.int32
+
+
+def graphs() -> int:
+    counters: Any = torch._dynamo.utils.counters
+    return int(counters["stats"]["unique_graphs"])
+
+
+def blocks_of(*lengths: int) -> Tensor:
+    """Two blocks with segments of these lengths."""
+    ids = [number for number, length in enumerate(lengths, start=1) for _ in range(length)]
+    return torch.tensor([ids, ids], dtype=torch.int32)
+
+
+def test_another_number_of_segments_compiles_nothing_anew() -> None:
+    """What torch.compile guards on is the same on the CPU, without its code generator."""
+    torch._dynamo.reset()
+    flash, flex = (FlashAttention(h, None, flash_attn_varlen_func), FlexAttention(h, 9, False))
+    flex.make_mask = torch.compile(flex.make_mask, backend="eager")
+
+    @torch.compile(backend="eager")
+    def reads_offsets(offsets: Tensor) -> Tensor:
+        return offsets.diff() * 2
+
+    counts = []
+    for lengths in [(16, 16), (32,), (8, 8, 8, 8), (1, 31), (10, 10, 12), (31, 1)]:
+        before = graphs()
+        reads_offsets(flash.prepare(blocks_of(*lengths)))
+        flex.prepare(blocks_of(*lengths))
+        counts.append(graphs() - before)
+    assert counts == [2, 0, 0, 0, 0, 0]
+
+
+# Choosing -----------------------------------------------------------------------------------------
+
+FOUND, MISSING = Flash(flash_attn_varlen_func, "flash-attn 2.8.3"), Flash(None, "not installed")
+
+
+def choose(wanted: str = "auto", device: str = "cuda", **others: Any) -> tuple[str, str]:
+    given: dict[str, Any] = {"full_precision": False, "capability": (9, 0), "flash": FOUND}
+    return choose_kernel(wanted, device, **(given | others))
+
+
+@pytest.mark.parametrize(
+    ("facts", "kernel", "why"),
+    [
+        ({}, "flash", "auto on CUDA: flash-attn 2.8.3"),
+        ({"flash": MISSING}, "flex", "auto on CUDA: not installed"),
+        ({"full_precision": True}, "flex", "this run is in float32"),
+        ({"capability": (7, 5)}, "flex", "needs compute capability 8.0, and this GPU has 7.5"),
+        ({"device": "cpu"}, "reference", "auto on cpu"),
+        ({"wanted": "reference"}, "reference", "as configured"),
+        ({"wanted": "flex", "device": "cpu"}, "flex", "as configured"),
+    ],
+)
+def test_the_kernel_and_why(facts: dict[str, Any], kernel: str, why: str) -> None:
+    chosen, told = choose(**facts)
+    assert chosen == kernel and why in told
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"wanted": "splash"}, "splash runs on TPUs only.*use auto, flash, flex or reference"),
+        ({"wanted": "flash", "flash": MISSING}, "flash: not installed.*pip install flash-attn"),
+        ({"wanted": "flash", "device": "cpu"}, "CUDA only, and this run is on cpu.*Use auto"),
+        ({"wanted": "flash", "full_precision": True}, "computes in bfloat16"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused(facts: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        choose(**facts)
+
+
+def test_flash_attn_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise attention.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(attention.metadata, "version", missing)
+    assert find_flash() == Flash(None, "flash-attn is not installed")
+    monkeypatch.setattr(attention.metadata, "version", lambda name: "2.8.3")
+    stand_in: Any = ModuleType("flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
+    assert find_flash().attend is None and "2.8.3 cannot be loaded" in find_flash().told
+    stand_in.flash_attn_varlen_func = flash_attn_varlen_func
+    assert find_flash() == FOUND
