@@ -5,17 +5,18 @@ They are ordered by the step in their name. A clock has no part in it: it may go
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
-from torchprime.checkpoint.manifest import Manifest, read_manifest
+from torchprime.checkpoint.manifest import read_manifest
 from torchprime.checkpoint.storage import MANIFEST, Storage, sha256_of
 from torchprime.errors import CheckpointError
 
 LATEST, BEST = "latest", "best"
 SCORE = "eval_loss"  # of a manifest's metrics
 STEP = re.compile(r"step_(\d{8,})")
-LEFTOVER = re.compile(r"\..*\.(partial|removed)")  # of a writer that was killed
+OURS = re.compile(r"^\.*(set_aside_\d+_)?step_\d{8,}")  # whatever else lies there is not touched
 
 
 class Catalog:
@@ -31,12 +32,16 @@ class Catalog:
 
     def steps(self) -> list[int]:
         """Of all checkpoints with a manifest, ascending."""
-        found = [STEP.fullmatch(name) for name in self.storage.names()]
-        return sorted(
-            int(match[1])
-            for match in found
-            if match and self.storage.exists(f"{match[0]}/{MANIFEST}")
-        )
+        return [
+            step
+            for step in self._numbered()
+            if self.storage.exists(f"{self.name_of(step)}/{MANIFEST}")
+        ]
+
+    def _numbered(self) -> list[int]:
+        """Of all folders with a checkpoint's name, ascending."""
+        found = (STEP.fullmatch(name) for name in self.storage.names())
+        return sorted(int(match[1]) for match in found if match)
 
     def check(self, name: str, deep: bool = True) -> None:
         """See that every file of a checkpoint is there, has its size and, if `deep`, its hash.
@@ -53,15 +58,18 @@ class Catalog:
                 raise CheckpointError(
                     f"{where} is damaged: it has {size:,} bytes, not {expected['bytes']:,}."
                 )
-            with self.storage.open(path) as opened:
-                changed = deep and sha256_of(opened)[0] != expected["sha256"]
-            if changed:
+            if deep and self._sha256(path) != expected["sha256"]:
                 raise CheckpointError(f"{where} is damaged: its sha256 is not the manifest's.")
+
+    def _sha256(self, path: str) -> str:
+        where = self.storage.describe(path)
+        with self.storage.telling(f"Reading {where}"), self.storage.open(path) as file:
+            return sha256_of(file)[0]
 
     def newest_whole(self, say: Callable[[str], None]) -> str | None:
         """The newest checkpoint of which every file is as it was written; others are skipped,
         with a message."""
-        for step in reversed(self.steps()):
+        for step in reversed(self._numbered()):
             name = self.name_of(step)
             try:
                 self.check(name)
@@ -92,10 +100,8 @@ class Catalog:
         if keep_last is None:
             return []
         steps = self.steps()
-        scores = {
-            name: _score(read_manifest(self.storage, name)) for name in map(self.name_of, steps)
-        }
-        best = sorted((score, name) for name, score in scores.items() if score is not None)
+        scores = {name: self._score(name) for name in map(self.name_of, steps)}
+        best = sorted((score, name) for name, score in scores.items() if math.isfinite(score))
         kept = {self.name_of(step) for step in steps[-keep_last:]}
         kept |= {name for _, name in best[:keep_best]}
         kept |= {name for name in map(self.pointed, (LATEST, BEST)) if name}
@@ -113,7 +119,7 @@ class Catalog:
             if later <= step:
                 continue
             name, number = self.name_of(later), 1
-            while self.storage.exists(f"set_aside_{number}_{name}"):
+            while f"set_aside_{number}_{name}" in self.storage.names():
                 number += 1
             other = f"set_aside_{number}_{name}"
             self.storage.rename(name, other)
@@ -125,11 +131,14 @@ class Catalog:
 
     def clean(self) -> None:
         """Remove what killed writers left; only the process that holds the run's lock may."""
-        for name in self.storage.names():
-            if LEFTOVER.fullmatch(name):
+        for name in self.storage.leftovers():
+            if OURS.search(name):
                 self.storage.remove(name)
 
-
-def _score(manifest: Manifest) -> float | None:
-    """The held-out loss after that very step, if it was measured; lower is better."""
-    return manifest.metrics.get(SCORE)
+    def _score(self, name: str) -> float:
+        """The held-out loss after that very step, lower is better; infinite if it was not measured
+        or nobody can tell."""
+        try:
+            return float(read_manifest(self.storage, name).metrics.get(SCORE, math.inf))
+        except CheckpointError:
+            return math.inf

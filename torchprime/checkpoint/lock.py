@@ -1,4 +1,8 @@
-"""One process at a time writes into a run's folder."""
+"""One process at a time writes into a run's folder.
+
+The lock is the system's (flock), so it ends with the process, however that ends. What the file says
+is for people; nothing is decided by it, nor by any clock.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,23 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 
 from torchprime.errors import RuntimeSetupError
 
 LOCK = ".lock"
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """A forked helper would keep the lock when its parent is killed: it closes its copy."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
@@ -22,7 +38,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         RuntimeSetupError: another process holds it, or the folder can't be written.
     """
-    path = folder / LOCK
+    path, mine = folder / LOCK, os.getpid()
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -33,22 +49,32 @@ def run_lock(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise RuntimeSetupError(
                 f"{folder} is in use by {_holder(path)}. Wait for that run or stop it; or give "
                 "this one its own name (run_name=NAME)."
             ) from error
+        except OSError as error:
+            raise RuntimeSetupError(
+                f"output_dir: the file system of {folder} has no locks ({error.strerror}), and two "
+                "runs in one folder would destroy each other. Set output_dir to a local folder; "
+                "checkpoints can go elsewhere (checkpoint.folder)."
+            ) from error
         os.ftruncate(descriptor, 0)
-        holder = {"pid": os.getpid(), "host": socket.gethostname()}
+        since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        _held.add(descriptor)
         yield
     finally:
-        os.close(descriptor)
+        if os.getpid() == mine:
+            os.close(descriptor)
+            _held.discard(descriptor)
 
 
 def _holder(path: Path) -> str:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {held['pid']} on {held['host']}"
+        return f"process {held['pid']} on {held['host']} since {held['since']}"
     except (OSError, ValueError, KeyError):
         return "another process"

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -25,12 +26,13 @@ from typing import Any, BinaryIO, TypedDict
 import fsspec
 from fsspec.core import url_to_fs
 
-from torchprime.atomic import atomic_folder, partial_of, remove_folder, write_bytes
+from torchprime.atomic import atomic_folder, partial_of, remove_folder, sync, write_bytes
 from torchprime.errors import CheckpointError, RuntimeSetupError, UserError
 
 MANIFEST = "manifest.json"
 PIECE = 32 << 20  # bytes that are written while they are hashed; on URLs, also what is buffered
 INLINE = 1 << 20  # below this, handing bytes to another thread takes longer than hashing them
+LEFTOVER = re.compile(r"\..*\.(partial|removed)")  # as atomic.py names them
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -51,6 +53,7 @@ class HashingFile:
         self._file, self._hasher, self._telling = file, hasher, telling
         self._digest = hashlib.sha256()
         self._bytes = 0
+        self.failure: CheckpointError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         """Write all of it; what is large is hashed by another thread meanwhile."""
@@ -63,15 +66,21 @@ class HashingFile:
     def _write_piece(self, piece: memoryview) -> None:
         if len(piece) < INLINE:
             self._digest.update(piece)
-            with self._telling():
-                self._file.write(piece)
+            self._put(piece)
             return
         hashed = self._hasher.submit(self._digest.update, piece)
         try:
-            with self._telling():
-                self._file.write(piece)
+            self._put(piece)
         finally:
             hashed.result()  # the caller's memory may be gone after this call
+
+    def _put(self, piece: memoryview) -> None:
+        try:
+            with self._telling():
+                self._file.write(piece)
+        except CheckpointError as error:
+            self.failure = error
+            raise
 
     def tell(self) -> int:
         return self._bytes
@@ -108,6 +117,8 @@ class FolderWriter(ABC):
         except BaseException:
             with suppress(Exception):  # what went wrong first is what is told
                 file.close()
+            if hashing.failure is not None:  # torch.save hides it behind one of its own
+                raise hashing.failure from None
             raise
         with telling(), file:
             self._sync(file)
@@ -249,6 +260,15 @@ class Storage(ABC):
         """Remove a folder, if it is there: at once not a checkpoint any more, then its files."""
 
     @abstractmethod
+    def rename(self, folder_name: str, new_name: str) -> None:
+        """Give a folder another name, which must be free; after a kill it has at least one of
+        both."""
+
+    @abstractmethod
+    def leftovers(self) -> list[str]:
+        """Folders whose writing or removing was cut short by a kill, or goes on just now."""
+
+    @abstractmethod
     def free_bytes(self) -> int | None:
         """What can still be written here; None if nobody knows."""
 
@@ -349,6 +369,14 @@ class LocalStorage(Storage):
         with self.telling(f"Removing {self.root / folder_name}"):
             remove_folder(self.root / folder_name)
 
+    def rename(self, folder_name: str, new_name: str) -> None:
+        with self.telling(f"Renaming {self.root / folder_name}"):
+            os.rename(self.root / folder_name, self.root / new_name)
+            sync(self.root)
+
+    def leftovers(self) -> list[str]:
+        return [name for name in self.names() if LEFTOVER.fullmatch(name)]
+
     def free_bytes(self) -> int | None:
         there = self.root.absolute()
         while not there.exists():
@@ -423,8 +451,22 @@ class UrlStorage(Storage):
             self._fs.invalidate_cache()
             for path in (self._at(f"{folder_name}/{MANIFEST}"), self._at(folder_name)):
                 if self._fs.exists(path):
-                    self._fs.rm(path, recursive=path.endswith(folder_name))
+                    self._fs.rm(path, recursive=True)
+
+    def rename(self, folder_name: str, new_name: str) -> None:
+        old, new = self._at(folder_name), self._at(new_name)
+        with self.telling(f"Renaming {self.describe(folder_name)}"):
             self._fs.invalidate_cache()
+            # The manifest is copied last and removed first: never two that are half there.
+            for path in sorted(self._fs.find(old), key=lambda path: path.endswith(f"/{MANIFEST}")):
+                target = new + path.removeprefix(old)
+                self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self._fs.cp_file(path, target)
+        self.remove(folder_name)
+
+    def leftovers(self) -> list[str]:
+        folders = [name for name in self.names() if self.size(name) is None]
+        return [name for name in folders if not self.exists(f"{name}/{MANIFEST}")]
 
     def free_bytes(self) -> int | None:
         return None
