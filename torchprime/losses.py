@@ -98,6 +98,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad * grad_x, grad * grad_w, None, None, None, None
 
 
+def token_weights(targets: Tensor, loss_weights: Tensor) -> Tensor:
+    """Each token's weight [B, S], 0 where there is no target."""
+    return torch.where(targets == IGNORED, 0.0, loss_weights)
+
+
 def chunked_cross_entropy(
     hidden: Tensor, output_weight: Tensor, targets: Tensor, loss_weights: Tensor, chunks: int = 8
 ) -> LossSums:
@@ -113,7 +118,7 @@ def chunked_cross_entropy(
     Returns:
         The loss in nats, as a sum to differentiate and per token to look at.
     """
-    weights = torch.where(targets == IGNORED, 0.0, loss_weights)
+    weights = token_weights(targets, loss_weights)
     # Inside a Function's forward grad mode is always off: look at it here.
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)
     loss_sum, each = _ChunkedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]

@@ -424,6 +424,7 @@ def facts_of(
         "processes": args.world_size,
         "mesh": plan["mesh"],
         "attention": model.config._attn_implementation,
+        "loss": "torch",
         "model": {
             "pretrained": c.model.pretrained_model,
             "parameters": parameters,

@@ -313,6 +313,7 @@ class TaskConfig:
     max_grad_norm: float | None = 1.0
     max_grad_value: float | None = None
     loss_chunks: int = 8
+    loss_kernel: Literal["auto", "liger", "chunked"] = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     export_checkpoint_path: str | None = None  # relative: inside the run's folder

@@ -12,7 +12,8 @@ from torchprime.metrics.read_logs import LoggedStep, Run
 
 # What of run.json may matter; the rest is derived, or different by nature.
 _FACTS = (
-    "versions", "backend", "device", "processes", "mesh", "attention", "model", "fingerprints",
+    "versions", "backend", "device", "processes", "mesh", "attention", "loss", "model",
+    "fingerprints",
 )  # fmt: skip
 _OWN_KEYS = ("config.run_name", "config.output_dir")
 

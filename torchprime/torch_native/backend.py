@@ -8,6 +8,7 @@ loss, weight and norm are summed over processes, so that every process takes the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +26,19 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native import placement
 from torchprime.torch_native.attention import choose_kernel, find_flash, inject_attention
+from torchprime.torch_native.fused_loss import (
+    Liger,
+    choose_loss,
+    find_liger,
+    fused_cross_entropy,
+)
 from torchprime.torch_native.mesh import make_mesh
 from torchprime.torch_native.remat import apply_remat
 from torchprime.torch_native.runtime import start_processes, watched
 from torchprime.training.backend import StepNumbers, StepOptions
 from torchprime.training.optim import Adafactor, Optimizer, Parameter, decays
 from torchprime.training.step import (
+    CrossEntropy,
     ParameterState,
     TrainState,
     eval_sums,
@@ -51,13 +59,13 @@ class _Loss(nn.Module):
     """What a step calls: the model and its loss as one module, so that FSDP2 has the output
     projection whole while the loss multiplies by it."""
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, cross_entropy: CrossEntropy | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.cross_entropy = model, cross_entropy
         self.chunks = 1
 
     def forward(self, *fields: Tensor) -> LossSums:
-        return loss_of(self.model, fields, self.chunks)
+        return loss_of(self.model, fields, self.chunks, self.cross_entropy)
 
 
 class NativeBackend:
@@ -71,6 +79,7 @@ class NativeBackend:
         dcn_mesh: Mapping[str, int],
         *,
         attention_kernel: str = "auto",
+        loss_kernel: str = "auto",
         remat_policy: str = "none",
         full_precision: bool = False,
         compiler: str | None = None,
@@ -92,6 +101,11 @@ class NativeBackend:
             capability=torch.cuda.get_device_capability(self.device) if cuda else None,
             flash=find_flash(),
         )
+        liger = find_liger() if cuda else Liger(None, "")
+        self.loss, self.loss_why = choose_loss(loss_kernel, self.device.type, liger)
+        self.cross_entropy: CrossEntropy | None = None  # our own
+        if self.loss == "liger" and liger.forward is not None:
+            self.cross_entropy = partial(fused_cross_entropy, liger_forward=liger.forward)
         self.remat_policy = remat_policy
         self.compiler = "inductor" if compiler is None and cuda else compiler
         if full_precision:
@@ -120,7 +134,7 @@ class NativeBackend:
         if self.compiler is not None:
             for layer in model.model.layers.children():
                 layer.compile(backend=self.compiler)
-        self.root = _Loss(model)
+        self.root = _Loss(model, self.cross_entropy)
         placement.load(self.root, model, table, self.mesh, tensor_of, dtype, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -22,6 +22,7 @@ def make_backend(config: TrainConfig):
         {axis: getattr(config.ici_mesh, axis) for axis in AXES},
         {axis: getattr(config.dcn_mesh, axis) for axis in AXES},
         attention_kernel=config.model.attention_kernel,
+        loss_kernel=config.task.loss_kernel,
         remat_policy=config.remat.policy,
         full_precision=config.torch_dtype == "float32",
     )

@@ -28,6 +28,7 @@ from torch_xla._internal import tpu
 from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
 from torchprime.data.batch import Batch
+from torchprime.errors import ConfigError
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
@@ -69,6 +70,7 @@ class XlaBackend:
         dcn_mesh: Mapping[str, int],
         *,
         attention_kernel: str = "auto",
+        loss_kernel: str = "auto",
         scan_layers: bool = False,
         remat_policy: str = "none",
         optimization_barrier: bool = False,
@@ -83,6 +85,7 @@ class XlaBackend:
         self.process_index = xr.process_index()
         self.process_count = xr.process_count()
         self.attention, self.attention_why = choose_kernel(attention_kernel, block_size)
+        self.loss, self.loss_why = _choose_loss(loss_kernel)
         self._remat = partial(
             apply_remat,
             scan_layers=scan_layers,
@@ -287,6 +290,16 @@ def _device_kind() -> str:
         return kind
     named = os.environ.get("TPU_ACCELERATOR_TYPE") or os.environ.get("ACCELERATOR_TYPE")
     return named or f"TPU v{tpu.version()}"
+
+
+def _choose_loss(wanted: str) -> tuple[str, str]:
+    """The compiler fuses ours; there is no other here."""
+    if wanted == "liger":
+        raise ConfigError(
+            "task.loss_kernel=liger is a kernel of the GPU backend, and this run is on XLA; use "
+            "auto or chunked."
+        )
+    return "chunked", "the one there is on XLA"
 
 
 def _multiply_in_full_precision() -> None:

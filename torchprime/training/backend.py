@@ -53,6 +53,8 @@ class Backend(Protocol):
     process_count: int
     attention: str  # the attention kernel in use
     attention_why: str  # and why it is that one
+    loss: str  # the same for the cross-entropy
+    loss_why: str
 
     def place(
         self,

@@ -30,6 +30,8 @@ FIELDS = ("input_ids", "targets", "position_ids", "segment_ids", "loss_weights")
 # One more where several sources are mixed: each token's source, for the losses by source.
 SOURCE_FIELD = "source_ids"
 
+# hidden [b, S, D], output weight [V, D], targets [b, S], weights [b, S] -> the loss.
+CrossEntropy = Callable[[Tensor, Tensor, Tensor, Tensor], LossSums]
 Micro = Callable[[tuple[Tensor, ...]], tuple[Tensor, list[Tensor]]]
 Accumulate = Callable[[Micro, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
 
@@ -69,11 +71,17 @@ def host_fields(batch: Batch) -> list[Tensor]:
     return [torch.from_numpy(getattr(batch, field)) for field in fields]
 
 
-def loss_of(model: CausalLM, fields: Sequence[Tensor], chunks: int) -> LossSums:
-    """The loss of one micro-batch whose fields are [b, S]."""
+def loss_of(
+    model: CausalLM,
+    fields: Sequence[Tensor],
+    chunks: int,
+    cross_entropy: CrossEntropy | None = None,
+) -> LossSums:
+    """The loss of one micro-batch whose fields are [b, S]; None: our own, in chunks."""
     input_ids, targets, position_ids, segment_ids, loss_weights = fields[: len(FIELDS)]
     hidden = model(input_ids, position_ids, segment_ids)
-    return chunked_cross_entropy(hidden, model.output_weight, targets, loss_weights, chunks)
+    given = (hidden, model.output_weight, targets, loss_weights)
+    return chunked_cross_entropy(*given, chunks) if cross_entropy is None else cross_entropy(*given)
 
 
 def source_sums(each: Tensor, sources: Tensor, count: int) -> list[Tensor]:

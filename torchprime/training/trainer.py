@@ -123,6 +123,7 @@ class Trainer:
         self.plan = self._make_plan()
         self.check_output()
         self.say(self.plan.describe())
+        self.say(f"  loss         {self.backend.loss} ({self.backend.loss_why})")
         self.say(f"  attention    {self.backend.attention} ({self.backend.attention_why})")
 
     def weights(self) -> Callable[[str], Tensor]:
@@ -257,6 +258,7 @@ class Trainer:
             "processes": self.backend.process_count,
             "mesh": self.config.mesh_shape(),
             "attention": self.backend.attention,
+            "loss": self.backend.loss,
             "model": {
                 "pretrained": self.config.model.pretrained_model,
                 "parameters": self.files.num_parameters,

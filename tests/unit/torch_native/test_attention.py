@@ -7,6 +7,7 @@ nothing but the offsets it is given.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -110,6 +111,30 @@ def test_kernels_are_attention_segment_by_segment(kernel: str, window: int | Non
     expected = results(lambda q, k, v: segment_by_segment(q, k, v, window), torch.float64)
     for ours, theirs in zip(results(cores[kernel]()), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("kernel", ["flash", "flex"])
+def test_the_kernels_themselves(kernel: str, window: int | None) -> None:
+    """On CUDA in bf16, with sizes that they take, against double precision."""
+    flash = find_flash()
+    if kernel == "flash" and flash.attend is None:
+        pytest.skip(flash.told)
+    made: dict[str, Callable[[], Any]] = {
+        "flash": lambda: FlashAttention(64, window, flash.attend),  # type: ignore[arg-type]
+        "flex": lambda: FlexAttention(64, window, compiled=True),
+    }
+    torch.manual_seed(0)
+    segments = torch.tensor([[1] * 100 + [2] * 156, [1] * 256], dtype=torch.int32, device="cuda")
+    q, k, v = (torch.randn(2, n, 256, 64, device="cuda") for n in (8, 2, 2))
+    out = []
+    for core, dtype in ((made[kernel](), torch.bfloat16), (ReferenceAttention(64, window), None)):
+        given = [x.to(dtype or torch.float64).requires_grad_() for x in (q, k, v)]
+        mixed = core(*given, core.prepare(segments))
+        out.append([mixed, *torch.autograd.grad(mixed.pow(2).sum(), given)])
+    for ours, theirs in zip(*out, strict=True):
+        assert (ours - theirs).abs().max() <= 2e-2 * theirs.abs().max()
 
 
 def test_offsets_cut_where_ids_change_and_where_blocks_end() -> None:

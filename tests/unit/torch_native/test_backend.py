@@ -24,7 +24,8 @@ WORKER = Path(__file__).parent / "worker.py"
 # name -> processes and how they are used
 WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "alone-flex": (1, {"mesh": {}, "kernel": "flex", "remat": "full"}),
-    "fsdp2-accumulate2": (2, {"mesh": {"fsdp": 2}, "accumulation": 2}),
+    "fsdp2-fused-loss": (2, {"mesh": {"fsdp": 2}, "fused": True, "accumulation": 2}),
+    "fsdp2": (2, {"mesh": {"fsdp": 2}}),
     "tensor2-qwen3": (2, {"mesh": {"tensor": 2}, "family": "qwen3"}),
     "fsdp2-tensor2-tied": (4, {"mesh": {"fsdp": 2, "tensor": 2}, "tied": True}),
     "hsdp-remat": (4, {"mesh": {"data": 2, "fsdp": 2}, "remat": "full"}),

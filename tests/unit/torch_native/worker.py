@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 os.environ["USE_TORCH_XLA"] = "0"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "torch_xla_models"))
 
+import liger_stand_in  # noqa: E402
 import reference  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -22,6 +24,7 @@ from torchprime.models.architecture import architecture_from_hf  # noqa: E402
 from torchprime.models.decoder import CausalLM  # noqa: E402
 from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_native.backend import NativeBackend  # noqa: E402
+from torchprime.torch_native.fused_loss import fused_cross_entropy  # noqa: E402
 from torchprime.torch_native.runtime import stop_processes  # noqa: E402
 from torchprime.training.backend import StepOptions  # noqa: E402
 from torchprime.training.optim import AdamW  # noqa: E402
@@ -38,6 +41,8 @@ def main(out: Path, way: dict) -> None:
         full_precision=True,
         compiler=way.get("compiler"),
     )
+    if way.get("fused"):
+        backend.cross_entropy = partial(fused_cross_entropy, liger_forward=liger_stand_in.forward)
     config, base = reference.make_model(way.get("tied", False), way.get("family", "llama"))
     start = {name: p.detach().clone() for name, p in base.named_parameters()}
     with torch.device("meta"):

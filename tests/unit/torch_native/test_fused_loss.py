@@ -1,0 +1,164 @@
+"""The fused cross-entropy is ours by another kernel: sums, weights and shares of every token.
+
+Liger runs on CUDA only. A function of its signature stands for it here, and the test marked `gpu`
+asks the real one the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchprime.errors import ConfigError
+from torchprime.losses import LossSums
+from torchprime.torch_native import fused_loss
+from torchprime.torch_native.fused_loss import (
+    NEEDED,
+    Liger,
+    choose_loss,
+    find_liger,
+    fused_cross_entropy,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import liger_stand_in  # noqa: E402
+
+B, S, D, V = 3, 16, 8, 40
+STAND_IN = partial(fused_cross_entropy, liger_forward=liger_stand_in.forward)
+
+
+def example(dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[Tensor]:
+    """hidden, output weight, targets, weights: some without target, some without weight."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(B, S, D), torch.randn(V, D) * 0.5
+    targets = torch.randint(0, V, (B, S), dtype=torch.int32)
+    weights = torch.randint(0, 4, (B, S)) * 0.5
+    targets[0, 3:7] = -100  # with weights above 0, which then count for nothing
+    targets[2] = -100
+    assert (weights == 0).any() and (weights[0, 3:7] > 0).any()
+    wide = [x.to(device, dtype).requires_grad_() for x in (hidden, weight)]
+    return [*wide, targets.to(device), weights.to(device)]
+
+
+def written_out(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> LossSums:
+    """Weighted cross-entropy by torch, with full logits."""
+    logits = (hidden @ weight.t()).flatten(0, 1)
+    nll = F.cross_entropy(logits, targets.long().flatten(), reduction="none").view_as(weights)
+    counted = torch.where(targets >= 0, weights, 0.0)
+    each = nll * counted
+    return LossSums(each.sum(), counted.sum(), each.detach())
+
+
+def everything(loss: Callable[..., LossSums], given: list[Tensor]) -> list[Tensor]:
+    sums = loss(*given)
+    assert not sums.each.requires_grad
+    # Twice the sum, so that the factor from above has to arrive.
+    gradients = torch.autograd.grad(2 * sums.loss_sum, given[:2])
+    return [x.detach().cpu().double() for x in (*sums, *gradients)]
+
+
+def test_sums_shares_and_gradients_are_those_written_out() -> None:
+    found, expected = (everything(loss, example(torch.float32)) for loss in (STAND_IN, written_out))
+    exact = everything(written_out, example())
+    assert exact[0] > 10 and exact[1] > 5
+    for ours, theirs, double in zip(found, expected, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, double, rtol=1e-5, atol=1e-5)
+
+
+def test_an_infinite_logit_where_nothing_counts_changes_nothing() -> None:
+    given = example(torch.float32)
+    plain = everything(STAND_IN, given)
+    given[0].data[0, 4] = torch.inf  # no target
+    given[0].data[2, 0] = torch.nan
+    sums = STAND_IN(*given)
+    assert sums.loss_sum.item() == plain[0].item() and torch.isfinite(sums.each).all()
+
+
+def test_without_gradients_none_are_asked_for() -> None:
+    asked = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["compute_gradients"])
+        return liger_stand_in.forward(*args, **kwargs)
+
+    given = example(torch.float32)
+    with torch.no_grad():
+        fused_cross_entropy(*given, liger_forward=forward)
+    fused_cross_entropy(*given, liger_forward=forward)
+    assert asked == [False, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_liger_itself(dtype: torch.dtype, off: float) -> None:
+    liger = find_liger()
+    if liger.forward is None:
+        pytest.skip(liger.told)
+    loss = partial(fused_cross_entropy, liger_forward=liger.forward)
+    found = everything(loss, example(dtype, "cuda"))
+    expected = everything(
+        written_out, [x.double() if x.is_floating_point() else x for x in example(dtype, "cuda")]
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= off * theirs.abs().max()
+
+
+# Choosing -----------------------------------------------------------------------------------------
+
+FOUND, MISSING = Liger(liger_stand_in.forward, "liger-kernel 0.8.5"), Liger(None, "not installed")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "liger", "expected"),
+    [
+        ("auto", "cuda", FOUND, ("liger", "auto on CUDA: liger-kernel 0.8.5")),
+        ("auto", "cuda", MISSING, ("chunked", "auto on CUDA: not installed")),
+        ("auto", "cpu", FOUND, ("chunked", "auto on cpu")),
+        ("chunked", "cuda", FOUND, ("chunked", "as configured")),
+        ("liger", "cuda", FOUND, ("liger", "as configured")),
+    ],
+)
+def test_the_kernel_and_why(
+    wanted: str, device: str, liger: Liger, expected: tuple[str, str]
+) -> None:
+    assert choose_loss(wanted, device, liger) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "liger", "said"),
+    [("cuda", MISSING, "liger: not installed.*torchprime"), ("cpu", FOUND, "CUDA only.*on cpu")],
+)
+def test_a_kernel_that_cannot_run_is_refused(device: str, liger: Liger, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"task.loss_kernel=.*{said}"):
+        choose_loss("liger", device, liger)
+
+
+def test_liger_is_looked_for_and_asked_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise fused_loss.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(fused_loss.metadata, "version", missing)
+    assert find_liger() == Liger(None, "liger-kernel is not installed")
+    monkeypatch.setattr(fused_loss.metadata, "version", lambda name: "0.5.0")
+    module: Any = ModuleType("liger_kernel.ops.fused_linear_cross_entropy")
+    for name in ("liger_kernel", "liger_kernel.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert "0.5.0 cannot be loaded" in find_liger().told
+    # Before it took a weight per token it gave wrong gradients for them, without a word.
+    module.fused_linear_cross_entropy_forward = lambda _input, weight, target, accum_dtype: None
+    assert find_liger().forward is None and "no token_grad_output" in find_liger().told
+    module.fused_linear_cross_entropy_forward = liger_stand_in.forward
+    assert find_liger() == Liger(liger_stand_in.forward, "liger-kernel 0.5.0")
+    assert set(NEEDED) < set(liger_stand_in.forward.__annotations__)

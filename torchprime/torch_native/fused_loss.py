@@ -1,0 +1,131 @@
+"""Cross-entropy by Liger's fused kernel where it is installed, else our own in chunks.
+
+Liger's library makes logits for some tokens at a time, as losses.py does, but loss and gradient of
+a row of them in one kernel. What a loss has to be stays ours: a sum over supervised tokens, each
+with its weight, and every token's share. Liger takes a factor per token for the gradient; that it
+does so only lately is why a version without it is not used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module, metadata
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from torchprime.errors import ConfigError
+from torchprime.losses import IGNORED, LossSums, token_weights
+
+# What we ask of Liger's function by name. A version without one of these is not used.
+NEEDED = ("token_grad_output", "compute_gradients", "weight_requires_grad", "accum_dtype")
+
+
+class Liger(NamedTuple):
+    """What was found of Liger."""
+
+    forward: Callable[..., Any] | None  # fused_linear_cross_entropy_forward, if it can be used
+    told: str  # its version, or what is in its way
+
+
+def find_liger() -> Liger:
+    """Look for Liger's function, and whether it takes a weight for each token."""
+    try:
+        version = metadata.version("liger-kernel")
+    except metadata.PackageNotFoundError:
+        return Liger(None, "liger-kernel is not installed")
+    try:
+        module = import_module("liger_kernel.ops.fused_linear_cross_entropy")
+        forward = module.fused_linear_cross_entropy_forward
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return Liger(None, f"liger-kernel {version} cannot be loaded ({error})")
+    missing = [name for name in NEEDED if name not in inspect.signature(forward).parameters]
+    if missing:
+        return Liger(
+            None, f"liger-kernel {version} takes no weight per token (no {missing[0]}); 0.8.5 does"
+        )
+    return Liger(forward, f"liger-kernel {version}")
+
+
+def choose_loss(wanted: str, device_type: str, liger: Liger) -> tuple[str, str]:
+    """Resolve `auto` and refuse a kernel that is not there.
+
+    Returns:
+        `liger` or `chunked`, and why.
+    """
+    if device_type != "cuda":
+        obstacle = f"liger runs on CUDA only, and this run is on {device_type}"
+    else:
+        obstacle = "" if liger.forward else liger.told
+    if wanted == "liger" and obstacle:
+        raise ConfigError(
+            f"task.loss_kernel=liger: {obstacle}. Use auto or chunked, or install it "
+            "(pip install 'torchprime[gpu]')."
+        )
+    if wanted != "auto":
+        return wanted, "as configured"
+    if device_type != "cuda":
+        return "chunked", f"auto on {device_type}"
+    if obstacle:
+        return "chunked", f"auto on CUDA: {obstacle}"
+    return "liger", f"auto on CUDA: {liger.told}"
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BSD: Tensor,
+        w_VD: Tensor,
+        t_BS: Tensor,
+        weight_BS: Tensor,
+        need_grad: bool,
+        liger_forward: Callable[..., Any],
+    ) -> tuple[Tensor, Tensor]:
+        # A token without weight is one without a target: its logits are never looked at.
+        targets = torch.where(weight_BS != 0, t_BS, IGNORED).long()
+        found = liger_forward(
+            x_BSD.flatten(0, 1),
+            w_VD,
+            targets.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
+            accum_dtype=torch.float32,  # of the weight's gradient, over chunks
+            token_grad_output=weight_BS.flatten(),
+            compute_gradients=need_grad,
+            weight_requires_grad=need_grad,
+        )
+        # Loss per token first; at the end the gradients to input, weight and bias.
+        each = found[0].view_as(weight_BS) * weight_BS
+        if need_grad:
+            grad_x, grad_w = found[-3], found[-2]
+            ctx.save_for_backward(grad_x.view_as(x_BSD), grad_w.to(w_VD.dtype))
+        ctx.mark_non_differentiable(each)
+        return each.sum(), each
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_w = ctx.saved_tensors
+        return grad * grad_x, grad * grad_w, None, None, None, None
+
+
+def fused_cross_entropy(
+    hidden: Tensor,
+    output_weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor,
+    *,
+    liger_forward: Callable[..., Any],
+) -> LossSums:
+    """`torchprime.losses.chunked_cross_entropy` by Liger's function, which cuts its own chunks."""
+    weights = token_weights(targets, loss_weights)
+    # Inside a Function's forward grad mode is always off: look at it here.
+    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)
+    loss_sum, each = _FusedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden, output_weight, targets, weights, need_grad, liger_forward
+    )
+    return LossSums(loss_sum, weights.sum(), each)
