@@ -20,7 +20,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
 from torchprime.data.batch import Batch
-from torchprime.errors import ConfigError
 from torchprime.losses import LossSums
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
@@ -36,7 +35,7 @@ from torchprime.torch_native.mesh import make_mesh
 from torchprime.torch_native.remat import apply_remat
 from torchprime.torch_native.runtime import start_processes, watched
 from torchprime.training.backend import StepNumbers, StepOptions
-from torchprime.training.optim import Adafactor, Optimizer, Parameter, decays
+from torchprime.training.optim import Optimizer, Parameter, decays
 from torchprime.training.step import (
     CrossEntropy,
     ParameterState,
@@ -154,17 +153,13 @@ class NativeBackend:
 
     def prepare_training(self, optimizer: Optimizer, options: StepOptions) -> None:
         """See Backend."""
-        if isinstance(optimizer, Adafactor) and self.device_count > 1:
-            raise ConfigError(
-                "task.optimizer.name=adafactor takes means over whole matrices, which this backend "
-                "has only on one process. Use adamw, or the XLA backend."
-            )
         self.optimizer, self.options = optimizer, options
         self.root.chunks = options.loss_chunks
         parameters = {}
         for name, parameter in self.model.named_parameters():
             shard = placement.local(parameter)
-            info = Parameter(tuple(shard.shape), shard.dtype, decays(name), False)
+            mean = placement.mean_of(parameter)
+            info = Parameter(tuple(shard.shape), shard.dtype, decays(name), False, mean)
             slots = {
                 slot: torch.zeros([shard.shape[d] for d in keeps.dims], device=self.device)
                 for slot, keeps in optimizer.slots(info).items()

@@ -10,9 +10,11 @@ since the loss multiplies by the whole vocabulary; along fsdp FSDP2 cuts dim 0 o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -28,6 +30,7 @@ from torchprime.errors import ConfigError
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native.runtime import waiting
+from torchprime.training.optim import Mean, mean_over
 
 TENSOR = "tensor"
 
@@ -113,6 +116,31 @@ def local(parameter: Tensor) -> Tensor:
     """This process' shard, sharing storage."""
     value = parameter.detach()
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def mean_of(parameter: Tensor) -> Mean:
+    """The mean over dims of the whole parameter, by processes that hold shards of it.
+
+    A dim that is cut is summed here and then along each axis that cuts it. Shards may be uneven or
+    empty: the sum is divided by the size of the whole.
+    """
+    if not isinstance(parameter, DTensor):
+        return mean_over
+    shape, mesh = parameter.shape, parameter.device_mesh
+    cutting: dict[int, list[dist.ProcessGroup]] = {}
+    for axis, placed in enumerate(parameter.placements):
+        dim = getattr(placed, "dim", None)  # of shards, plain and strided; replicas have none
+        if dim is not None and mesh.size(axis) > 1:
+            cutting.setdefault(dim, []).append(mesh.get_group(axis))
+
+    def mean(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+        dims = tuple(dim % len(shape) for dim in dims)
+        total = values.sum(dim=dims, keepdim=True)
+        for group in (group for dim in dims for group in cutting.get(dim, ())):
+            dist.all_reduce(total, group=group)
+        return total / math.prod(shape[dim] for dim in dims)
+
+    return mean
 
 
 def copies(parameter: Tensor, mesh: DeviceMesh) -> int:

@@ -9,7 +9,7 @@ unless `master_weights=false`: a bf16 weight of 1.0 cannot take a step smaller t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,6 +22,14 @@ class Slot(NamedTuple):
     dims: tuple[int, ...]
 
 
+Mean = Callable[[Tensor, tuple[int, ...]], Tensor]
+
+
+def mean_over(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The mean over some dims, which stay with size 1."""
+    return values.mean(dim=dims, keepdim=True)
+
+
 class Parameter(NamedTuple):
     """What an optimizer may know of a parameter."""
 
@@ -29,6 +37,9 @@ class Parameter(NamedTuple):
     dtype: torch.dtype
     decays: bool  # weight decay applies: matrices and embeddings, not norms and biases
     stacked: bool  # dim 0 counts layers: statistics are per layer
+    # The mean over dims of the whole parameter, of values that lie like it; where this process
+    # holds a shard, it asks the others.
+    mean: Mean = mean_over
 
 
 class Optimizer(Protocol):
@@ -121,22 +132,21 @@ class Adafactor:
         lr: Tensor,
         step: Tensor,
     ) -> dict[str, Tensor]:
-        beta = 1 - torch.pow(step, -0.8)
+        beta, mean = 1 - torch.pow(step, -0.8), parameter.mean
         square = gradient * gradient + self.eps
         new: dict[str, Tensor] = {}
         if "exp_avg_sq_row" in state:
-            row = beta * state["exp_avg_sq_row"] + (1 - beta) * square.mean(-1)
-            column = beta * state["exp_avg_sq_col"] + (1 - beta) * square.mean(-2)
-            new.update(exp_avg_sq_row=row, exp_avg_sq_col=column)
-            scale = (row / row.mean(-1, keepdim=True)).rsqrt()[..., None] * column.rsqrt()[
-                ..., None, :
-            ]
+            # Of the parameter's dims, the one that was averaged away with size 1.
+            row = beta * state["exp_avg_sq_row"][..., None] + (1 - beta) * mean(square, (-1,))
+            column = beta * state["exp_avg_sq_col"][..., None, :] + (1 - beta) * mean(square, (-2,))
+            new.update(exp_avg_sq_row=row.squeeze(-1), exp_avg_sq_col=column.squeeze(-2))
+            scale = (row / mean(row, (-2,))).rsqrt() * column.rsqrt()
         else:
             new["exp_avg_sq"] = beta * state["exp_avg_sq"] + (1 - beta) * square
             scale = new["exp_avg_sq"].rsqrt()
         update = scale * gradient
         own_dims = tuple(range(int(parameter.stacked), update.dim()))
-        size = update.pow(2).mean(dim=own_dims, keepdim=True).sqrt()
+        size = mean(update.pow(2), own_dims).sqrt()
         update = update / (size / self.clip).clamp(min=1.0)
         if parameter.decays and self.weight_decay:
             weight = weight * (1 - lr * self.weight_decay)

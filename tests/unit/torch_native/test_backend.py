@@ -29,6 +29,9 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor2-qwen3": (2, {"mesh": {"tensor": 2}, "family": "qwen3"}),
     "fsdp2-tensor2-tied": (4, {"mesh": {"fsdp": 2, "tensor": 2}, "tied": True}),
     "hsdp-remat": (4, {"mesh": {"data": 2, "fsdp": 2}, "remat": "full"}),
+    "adafactor": (1, {"mesh": {}, "optimizer": "adafactor"}),
+    "adafactor-fsdp2": (2, {"mesh": {"fsdp": 2}, "optimizer": "adafactor"}),
+    "adafactor-fsdp2-tensor2": (4, {"mesh": {"fsdp": 2, "tensor": 2}, "optimizer": "adafactor"}),
     "compiled-flex": (1, {"mesh": {}, "compiler": "aot_eager", "kernel": "flex"}),
     "fsdp2-compiled-remat-accumulate2": (
         2,
@@ -46,7 +49,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
     def get(way: str) -> tuple[Path, dict]:
         if way not in done:
             processes, how = WAYS[way]
-            key = (how.get("tied", False), how.get("family", "llama"))
+            key = (
+                how.get("tied", False),
+                how.get("family", "llama"),
+                how.get("optimizer", "adamw"),
+            )
             if key not in references:
                 references[key] = reference.train(*key)
             out = tmp_path_factory.mktemp(way)
@@ -90,6 +97,18 @@ def test_every_process_holds_its_share_only(way: str, trained) -> None:
     mesh = WAYS[way][1]["mesh"]
     share = json.loads((out / "numbers.json").read_text())["largest_share"]
     assert share == 1 / (mesh.get("fsdp", 1) * mesh.get("tensor", 1))
+
+
+@pytest.mark.parametrize("way", ["adafactor-fsdp2", "adafactor-fsdp2-tensor2"])
+def test_adafactors_means_are_of_whole_matrices(way: str, trained) -> None:
+    """Shards of a matrix are updated as one process updates the whole, to rounding."""
+    found, alone = (trained(each)[0] for each in (way, "adafactor"))
+    numbers, expected = (json.loads((o / "numbers.json").read_text()) for o in (found, alone))
+    for name in ("losses", "norms"):
+        assert numbers[name] == pytest.approx(expected[name], rel=1e-5)
+    weights, whole = (torch.load(o / "weights.pt", weights_only=True) for o in (found, alone))
+    for name, weight in whole.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if "compiled" in way])

@@ -27,7 +27,7 @@ from torchprime.torch_native.backend import NativeBackend  # noqa: E402
 from torchprime.torch_native.fused_loss import fused_cross_entropy  # noqa: E402
 from torchprime.torch_native.runtime import stop_processes  # noqa: E402
 from torchprime.training.backend import StepOptions  # noqa: E402
-from torchprime.training.optim import AdamW  # noqa: E402
+from torchprime.training.optim import Adafactor, AdamW  # noqa: E402
 
 
 def main(out: Path, way: dict) -> None:
@@ -51,7 +51,11 @@ def main(out: Path, way: dict) -> None:
     table = ShardingTable(shipped.parameters, shipped.activations, 100)
     backend.place(model, table, lambda name: start[name], torch.float32)
     options = StepOptions(accumulation, 3, max_grad_norm=reference.CLIP, num_sources=2)
-    backend.prepare_training(AdamW(eps=reference.EPS, weight_decay=reference.DECAY), options)
+    if way.get("optimizer") == "adafactor":
+        optimizer = Adafactor(reference.FACTOR_EPS, reference.DECAY)
+    else:
+        optimizer = AdamW(eps=reference.EPS, weight_decay=reference.DECAY)
+    backend.prepare_training(optimizer, options)
 
     losses, norms, by_source, compiles = [], [], [], []
     for step in range(reference.STEPS):

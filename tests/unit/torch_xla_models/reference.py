@@ -10,12 +10,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers.optimization import Adafactor
 
 from torchprime.data.batch import Batch
 
 # Adam divides by a root that is near 0 where gradients are tiny, and so amplifies their rounding:
 # an epsilon above that noise lets final weights be compared closely.
 V, B, S, LR, CLIP, DECAY, EPS, STEPS = 64, 8, 16, 3e-2, 0.5, 0.1, 1e-3, 4
+FACTOR_EPS = 1e-6  # the same for Adafactor, which adds it to squares
 
 CONFIG = LlamaConfig(
     vocab_size=V,
@@ -90,17 +92,22 @@ def loss_of(model, batch: Batch, source: int | None = None) -> torch.Tensor:
     return (nll * weights).sum() / weights.sum()
 
 
-def train(tied: bool = False, family: str = "llama") -> dict:
+def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
+    """torch's AdamW, or transformers' Adafactor with a given learning rate."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=LR, eps=EPS)
+    given = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
+    return Adafactor(groups, lr=LR, eps=(FACTOR_EPS, 1e-3), **given)
+
+
+def train(tied: bool = False, family: str = "llama", optimizer_name: str = "adamw") -> dict:
     """Losses, gradient norms and final weights of a few updates."""
     _, model = make_model(tied, family)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     plain = [p for n, p in model.named_parameters() if "norm" in n]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}],
-        lr=LR,
-        eps=EPS,
-    )
+    groups = [{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = make_optimizer(optimizer_name, groups)
     losses, norms, by_source = [], [], []
     for step in range(STEPS):
         with torch.no_grad():
