@@ -32,6 +32,7 @@ from torchprime.errors import CheckpointError, RuntimeSetupError, UserError
 MANIFEST = "manifest.json"
 PIECE = 32 << 20  # bytes that are written while they are hashed; on URLs, also what is buffered
 INLINE = 1 << 20  # below this, handing bytes to another thread takes longer than hashing them
+OBJECT_STORES = {"abfs", "abfss", "adl", "az", "gcs", "gs", "hf", "oss", "s3", "s3a"}
 LEFTOVER = re.compile(r"\..*\.(partial|removed)")  # as atomic.py names them
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -432,12 +433,18 @@ class UrlStorage(Storage):
 
     def open_to_write(self, name: str) -> BinaryIO:
         """A file to write; it appears when it is closed."""
-        self._fs.makedirs(self._at(name).rpartition("/")[0], exist_ok=True)
+        self._make_parent(self._at(name))
         return self._fs.open(self._at(name), "wb", block_size=PIECE)
+
+    def _make_parent(self, path: str) -> None:
+        """Not in object stores: they have no folders, and would make a bucket of a typing error."""
+        protocol = self._fs.protocol
+        if not OBJECT_STORES & set([protocol] if isinstance(protocol, str) else protocol):
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.telling(f"Writing {self.describe(name)}"):
-            self._fs.makedirs(self._path, exist_ok=True)
+            self._make_parent(self._at(name))
             self._fs.pipe_file(self._at(name), data)
 
     @contextmanager
@@ -460,7 +467,7 @@ class UrlStorage(Storage):
             # The manifest is copied last and removed first: never two that are half there.
             for path in sorted(self._fs.find(old), key=lambda path: path.endswith(f"/{MANIFEST}")):
                 target = new + path.removeprefix(old)
-                self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self._make_parent(target)
                 self._fs.cp_file(path, target)
         self.remove(folder_name)
 

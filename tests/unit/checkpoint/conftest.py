@@ -6,6 +6,7 @@ Every family has its switches on: rope scaling, tied and untied embeddings, bias
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -156,17 +157,22 @@ def export(tokenizer_folder: Path):
     return run
 
 
-@pytest.fixture(params=["local", "memory"])
+# A real object store can be named besides: TORCHPRIME_TEST_STORE=gs://bucket/folder
+STORE = os.environ.get("TORCHPRIME_TEST_STORE")
+
+
+@pytest.fixture(params=["local", "memory:/", *([STORE] if STORE else [])])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
-    """The same tests on a folder and on a second file system, each in a place of its own."""
+    """The same tests on a folder and on other file systems, each in a place of its own."""
     if request.param == "local":
         yield Storage.of(tmp_path / "checkpoints")
         return
-    url = f"memory://{uuid.uuid4().hex}/checkpoints"
-    yield Storage.of(url)
-    memory = fsspec.filesystem("memory")
-    if memory.exists(url):
-        memory.rm(url, recursive=True)
+    url = f"{request.param}/{uuid.uuid4().hex}"
+    yield Storage.of(f"{url}/checkpoints")
+    fs, path = fsspec.core.url_to_fs(url)
+    fs.invalidate_cache()
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
 
 
 def make_manifest(**changes: Any) -> Manifest:

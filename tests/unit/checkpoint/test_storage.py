@@ -20,7 +20,7 @@ from torchprime.checkpoint import storage as storage_module
 from torchprime.checkpoint.storage import MANIFEST, LocalStorage, Storage
 from torchprime.errors import CheckpointError, RuntimeSetupError
 
-BIG = bytes(range(256)) * 10_000  # larger than what is hashed inline
+BIG = bytes(range(256)) * 26_000  # 6.7 MB: larger than the smallest part that S3 takes
 
 
 def write(storage: Storage, name: str, content: bytes = b"abc") -> None:
@@ -32,7 +32,7 @@ def write(storage: Storage, name: str, content: bytes = b"abc") -> None:
 def test_files_are_written_hashed_and_counted(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage_module, "PIECE", 1_500_000)  # one write in pieces, large and small
+    monkeypatch.setattr(storage_module, "PIECE", 6_000_000)  # one write in pieces, large and small
     with storage.create("one") as writer:
         with writer.stream("deep/big") as file:
             file.write(b"head")
