@@ -115,6 +115,7 @@ def write_shards(
 
 def _write_items(tensors: Sequence[TensorShards]) -> list[WriteItem]:
     """The plan of this process: one item a region, without those that hold nothing."""
+    assert len({tensor.name for tensor in tensors}) == len(tensors), "a tensor is listed twice"
     items: dict[MetadataIndex, WriteItem] = {}
     for tensor in tensors:
         properties = TensorProperties(dtype=tensor.dtype)
