@@ -37,5 +37,14 @@ class RecompileError(UserError):
     """A step compiled again after warm-up, though everything in it should be static."""
 
 
+class StoppedError(UserError):
+    """Not a mistake: the run was asked to stop, saved what it has, and goes on when started again.
+
+    Its exit code (EX_TEMPFAIL) tells a scheduler from failures and from a finished run.
+    """
+
+    exit_code = 75
+
+
 class IsolationError(UserError):
     """Segments of a packed block see each other, or the proof that they do not failed."""

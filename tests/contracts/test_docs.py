@@ -85,7 +85,7 @@ def described(hint: Any) -> str:
     if get_origin(hint) is dict:
         return "mapping"
     if get_origin(hint) is list:
-        return "list of sections"
+        return "list of texts" if get_args(hint) == (str,) else "list of sections"
     words = {int: "whole number", float: "number", bool: "true or false", str: "text"}
     return {**words, type(None): "null"}[hint]
 

@@ -159,7 +159,7 @@ def parse_command(argv: list[str]) -> Command:
     return Command(
         config_name=given.config_name,
         config_dir=_user_folder(given.config_dir),
-        overrides=[_with_own_keys(text) for text in given.overrides],
+        overrides=[_in_full(text) for text in given.overrides],
         flags=flags,
         many_runs=given.multirun and not flags,
     )
@@ -292,8 +292,15 @@ def _finish(composed: DictConfig, default_run_name: str) -> TrainConfig:
     return config
 
 
-def _with_own_keys(override: str) -> str:
-    """Hydra adds no key unless told to, and in a mapping of columns every key is the user's own."""
+def _in_full(override: str) -> str:
+    """What Hydra would not take as it is written.
+
+    It adds no key unless told to, and in a mapping of columns every key is the user's own. And a
+    section has no value, but `resume=auto` says what is meant.
+    """
+    if override.startswith("resume="):
+        value = override.removeprefix("resume=")
+        return f'resume.source="{value}"' if value.isdigit() else f"resume.source={value}"
     return f"++{override}" if OWN_KEYS.match(override) else override
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torchprime.config.compose import compose_config, parse_command, run_hydra_main
 from torchprime.config.schema import TrainConfig
-from torchprime.errors import UserError
+from torchprime.errors import StoppedError, UserError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -25,6 +25,9 @@ def run_main(main: Callable[[TrainConfig], int], argv: list[str] | None = None) 
             run_hydra_main(command, main)
             return 0
         return main(compose_config(argv))
+    except StoppedError as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return stop.exit_code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

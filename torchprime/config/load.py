@@ -151,7 +151,10 @@ def _value(wanted: Any, given: Any, key: str) -> Any:
     if origin is tuple:
         return _tuple(get_args(wanted), given, key)
     if origin is list:
-        return _sections(get_args(wanted)[0], given, key)
+        (item,) = get_args(wanted)
+        if dataclasses.is_dataclass(item):
+            return _sections(typing.cast(type, item), given, key)
+        return _list(item, given, key)
     if origin is dict:
         return _mapping(get_args(wanted)[1], given, key)
     return _scalar(wanted, given, key)
@@ -163,6 +166,12 @@ def _choice(options: tuple[str, ...], given: Any, key: str) -> str:
     close = nearest(str(given), options)
     fix = f"Did you mean {key}={close}?" if close else f"Write {key}={options[0]}, for example."
     refuse(key, given, f"one of {', '.join(options)}", fix)
+
+
+def _list(item: Any, given: Any, key: str) -> list[Any]:
+    if not isinstance(given, list | tuple):
+        refuse(key, given, "a list", f"Write {key}=[{given}].")
+    return [_value(item, value, f"{key}[{i}]") for i, value in enumerate(given)]
 
 
 def _tuple(items: tuple[Any, ...], given: Any, key: str) -> tuple[Any, ...]:

@@ -412,6 +412,43 @@ class RematConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """When all that a run needs to go on is written, and which of it is kept."""
+
+    folder: str | None = None  # null: checkpoints/ in the run's folder; or a URL (gs://, s3://)
+    every_steps: int | None = None
+    every_minutes: float | None = None
+    asynchronous: bool = True
+    hf: bool = False  # also as a Hugging Face folder, inside the checkpoint
+    keep_last: int | None = 2
+    keep_best: int = 1
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        _not_empty("checkpoint.folder", self.folder)
+        _at_least("checkpoint.every_steps", self.every_steps, 1)
+        _positive("checkpoint.every_minutes", self.every_minutes)
+        _at_least("checkpoint.keep_last", self.keep_last, 1)
+        _at_least("checkpoint.keep_best", self.keep_best, 0)
+        _at_least("checkpoint.keep_every", self.keep_every, 1)
+
+    @property
+    def enabled(self) -> bool:
+        return self.every_steps is not None or self.every_minutes is not None
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    """Where a run begins; `resume=X` on the command line is `resume.source=X`."""
+
+    source: str = "auto"  # or never, a step of this run, a checkpoint's folder or URL
+    allow_changes: list[str] = field(default_factory=list)  # keys that may differ from it
+
+    def __post_init__(self) -> None:
+        _not_empty("resume.source", self.source)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run, whole. Its folder is `<output_dir>/<run_name>`."""
 
@@ -423,6 +460,8 @@ class TrainConfig:
     dcn_mesh: MeshConfig
     sharding: ShardingConfig
     remat: RematConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     seed: int = 42
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     logging_steps: int = 10

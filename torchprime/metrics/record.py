@@ -75,7 +75,23 @@ class EvalRecord:
         return {"kind": self.kind, **values, "eval_perplexity": self.eval_perplexity}
 
 
-Record = StepRecord | EvalRecord
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """A checkpoint that is whole. Training stood still for `stall_seconds` of `write_seconds`."""
+
+    kind: ClassVar[str] = "checkpoint"
+
+    step: int
+    name: str
+    bytes: int
+    stall_seconds: float
+    write_seconds: float  # from the step's end to the last rename
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+Record = StepRecord | EvalRecord | CheckpointRecord
 
 
 def to_json(record: Record) -> str:

@@ -16,11 +16,20 @@ from typing import Any, Protocol, TextIO
 from tqdm import tqdm
 
 from torchprime.errors import DataError, RuntimeSetupError
-from torchprime.metrics.record import EvalRecord, Record, StepRecord, from_json, to_json
+from torchprime.metrics.record import (
+    CheckpointRecord,
+    EvalRecord,
+    Record,
+    StepRecord,
+    from_json,
+    to_json,
+)
 
 
 class Writer(Protocol):
     def write(self, record: Record) -> None: ...
+
+    def sync(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -38,12 +47,15 @@ class JsonlWriter:
         self._file.write(to_json(record) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
-        if self._file.closed:
-            return
+    def sync(self) -> None:
+        """Have what was written on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._file.close()
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -79,9 +91,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class TensorBoardWriter:
-    """Scalars `train/<name>` and `eval/<name>` in `<run folder>/tensorboard`."""
+    """Scalars `train/<name>` and `eval/<name>` in `<run folder>/tensorboard`.
 
-    def __init__(self, run_folder: str | Path) -> None:
+    `start_step` is the number of updates a resumed run has already done: what an earlier start
+    wrote behind it is not shown.
+    """
+
+    def __init__(self, run_folder: str | Path, start_step: int = 0) -> None:
         try:
             # late: takes a second, and only this writer needs it
             from torch.utils.tensorboard import SummaryWriter
@@ -90,7 +106,9 @@ class TensorBoardWriter:
                 f"TensorBoard metrics need the package tensorboard, which is missing ({error}); "
                 "install it with `pip install tensorboard`"
             ) from error
-        self._summary = SummaryWriter(log_dir=str(Path(run_folder) / "tensorboard"))
+        purged = start_step + 1 if start_step else None
+        folder = str(Path(run_folder) / "tensorboard")
+        self._summary = SummaryWriter(log_dir=folder, purge_step=purged)
 
     def write(self, record: Record) -> None:
         values = record.to_dict()
@@ -100,6 +118,9 @@ class TensorBoardWriter:
             if name != "step" and isinstance(value, int | float):
                 tag = f"{record.kind}/{name.removeprefix('eval_')}"
                 self._summary.add_scalar(tag, value, record.step)
+
+    def sync(self) -> None:
+        """It is a view; the truth is elsewhere."""
 
     def close(self) -> None:
         self._summary.close()
@@ -124,7 +145,12 @@ class ConsoleWriter:
                 dynamic_ncols=True,
             )
 
+    def sync(self) -> None:
+        """Nothing is kept back."""
+
     def write(self, record: Record) -> None:
+        if isinstance(record, CheckpointRecord):  # whoever wrote it has said so
+            return
         if self._bar is None:
             print(self._line(record), file=self._stream, flush=True)
         elif isinstance(record, EvalRecord):
@@ -142,7 +168,7 @@ class ConsoleWriter:
         if self._bar is not None:
             self._bar.close()
 
-    def _line(self, record: Record) -> str:
+    def _line(self, record: StepRecord | EvalRecord) -> str:
         parts = [f"step {record.step}/{self._total_steps}"]
         if isinstance(record, StepRecord):
             remaining = (self._total_steps - record.step) * record.step_seconds

@@ -7,6 +7,7 @@ loss, weight and norm are summed over processes, so that every process takes the
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
+from torchprime.checkpoint.shards import TensorShards
 from torchprime.data.batch import Batch
 from torchprime.losses import LossSums
 from torchprime.models.decoder import CausalLM
@@ -33,8 +35,8 @@ from torchprime.torch_native.fused_loss import (
 )
 from torchprime.torch_native.mesh import make_mesh
 from torchprime.torch_native.remat import apply_remat
-from torchprime.torch_native.runtime import start_processes, watched
-from torchprime.training.backend import StepNumbers, StepOptions
+from torchprime.torch_native.runtime import start_processes, transport_timeout, watched
+from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim import Optimizer, Parameter, decays
 from torchprime.training.step import (
     CrossEntropy,
@@ -115,6 +117,8 @@ class NativeBackend:
             "fsdp"
         ] + self.mesh.get_local_rank("fsdp")
         self.tensor_group = self.mesh["tensor"].get_group()
+        # Its own, so that a thread may talk over it while a step talks over the other.
+        self.host_group = dist.new_group(backend="gloo", timeout=transport_timeout())
         self._profile: profile | None = None
 
     # -- weights in and out --------------------------------------------------------------------
@@ -151,25 +155,118 @@ class NativeBackend:
 
     # -- training ------------------------------------------------------------------------------
 
-    def prepare_training(self, optimizer: Optimizer, options: StepOptions) -> None:
+    def prepare_training(
+        self, optimizer: Optimizer, options: StepOptions, resumed: ResumedState | None = None
+    ) -> None:
         """See Backend."""
         self.optimizer, self.options = optimizer, options
         self.root.chunks = options.loss_chunks
+        make = self._new_state if resumed is None else partial(self._resumed_state, resumed)
         parameters = {}
         for name, parameter in self.model.named_parameters():
             shard = placement.local(parameter)
             mean = placement.mean_of(parameter)
             info = Parameter(tuple(shard.shape), shard.dtype, decays(name), False, mean)
-            slots = {
-                slot: torch.zeros([shard.shape[d] for d in keeps.dims], device=self.device)
-                for slot, keeps in optimizer.slots(info).items()
-            }
-            wide = shard.dtype != torch.float32 and options.master_weights
-            master = shard.float() if wide else None
-            parameters[name] = ParameterState(info, shard, slots, master)
-        zero = torch.zeros((), device=self.device)
-        self.state = TrainState(parameters, zero, zero.clone())
+            parameters[name] = make(name, parameter, info, shard)
+        counts = (0 if resumed is None else resumed.updates, 0)
+        self.state = TrainState(
+            parameters, *(torch.tensor(float(n), device=self.device) for n in counts)
+        )
         self.copies = [placement.copies(p, self.mesh) for p in self.model.parameters()]
+
+    def _has_master(self, shard: Tensor) -> bool:
+        return shard.dtype != torch.float32 and self.options.master_weights
+
+    def _new_state(
+        self, name: str, parameter: Tensor, info: Parameter, shard: Tensor
+    ) -> ParameterState:
+        slots = {
+            slot: torch.zeros([shard.shape[d] for d in keeps.dims], device=self.device)
+            for slot, keeps in self.optimizer.slots(info).items()
+        }
+        return ParameterState(
+            info, shard, slots, shard.float() if self._has_master(shard) else None
+        )
+
+    def _resumed_state(
+        self, resumed: ResumedState, name: str, parameter: Tensor, info: Parameter, shard: Tensor
+    ) -> ParameterState:
+        offsets, sizes = placement.region(parameter)
+
+        def own(full_name: str, dims: Sequence[int]) -> Tensor:
+            """This process' shard of a state that keeps these dims of its parameter."""
+            cut = tuple(slice(offsets[d], offsets[d] + sizes[d]) for d in dims)
+            part = resumed.tensor_of(full_name)[cut]
+            return part.to(device=self.device, dtype=torch.float32, copy=True)
+
+        slots = {
+            slot: own(f"optimizer.{slot}.{name}", keeps.dims)
+            for slot, keeps in self.optimizer.slots(info).items()
+        }
+        every = range(parameter.dim())
+        master = own(f"master.{name}", every) if self._has_master(shard) else None
+        return ParameterState(info, shard, slots, master)
+
+    def checkpoint_tensors(self) -> list[TensorShards]:
+        """See Backend."""
+        found = []
+        for name, parameter in self.model.named_parameters():
+            state, (offsets, sizes) = self.state.parameters[name], placement.region(parameter)
+            here = placement.writes(parameter, self.mesh) and 0 not in sizes
+            kept = self.optimizer.slots(state.info)
+            every = tuple(range(parameter.dim()))
+            tensors = {f"model.{name}": (state.weight, every)}
+            tensors |= {
+                f"optimizer.{slot}.{name}": (tensor, kept[slot].dims)
+                for slot, tensor in state.slots.items()
+            }
+            tensors |= {} if state.master is None else {f"master.{name}": (state.master, every)}
+            for full, (tensor, dims) in tensors.items():
+                chunk = tuple(offsets[d] for d in dims), tuple(sizes[d] for d in dims)
+                shape = tuple(parameter.shape[d] for d in dims)
+                read = partial(_host_copies, [tensor] if here else [])
+                found.append(TensorShards(full, shape, tensor.dtype, [chunk] if here else [], read))
+        return found
+
+    @watched
+    def progress(self) -> tuple[int, int]:
+        """See Backend."""
+        return int(self.state.step), int(self.state.bad_step)
+
+    @watched
+    def gather_objects(self, value: Any) -> list[Any]:
+        """See Backend."""
+        gathered: list[Any] = [None] * self.process_count
+        dist.all_gather_object(gathered, value, group=self.host_group)
+        return gathered
+
+    @watched
+    def largest(self, value: int) -> int:
+        """See Backend."""
+        found = torch.tensor(value, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def preempted(self, step: int) -> bool:
+        """See Backend. torch.distributed has no notice of its own."""
+        return False
+
+    def seed(self, seed: int) -> None:
+        """See Backend."""
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def rng_state(self) -> str:
+        """See Backend."""
+        if self.device.type != "cuda":
+            return ""
+        return base64.b64encode(torch.cuda.get_rng_state(self.device).numpy().tobytes()).decode()
+
+    def set_rng_state(self, state: str) -> None:
+        """See Backend."""
+        if self.device.type == "cuda" and state:
+            values = torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8)
+            torch.cuda.set_rng_state(values, self.device)
 
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
         """See Backend. Fields travel as [A, b, S], b this process' share of a micro-batch."""
@@ -298,3 +395,8 @@ class NativeBackend:
         if self.device.type != "cuda":
             return None
         return int(torch.cuda.max_memory_allocated(self.device))
+
+
+def _host_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """On the host, in memory that later updates do not touch."""
+    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]

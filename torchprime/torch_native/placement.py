@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -149,3 +150,24 @@ def copies(parameter: Tensor, mesh: DeviceMesh) -> int:
     if isinstance(parameter, DTensor) and TENSOR in (parameter.device_mesh.mesh_dim_names or ()):
         pieces *= mesh[TENSOR].size()
     return mesh.size() // pieces
+
+
+def region(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(offsets, sizes) of this process' shard in the whole parameter."""
+    if not isinstance(parameter, DTensor):
+        return (0,) * parameter.dim(), tuple(parameter.shape)
+    sizes, offsets = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return tuple(offsets), tuple(sizes)
+
+
+def writes(parameter: Tensor, mesh: DeviceMesh) -> bool:
+    """Whether this process is the one that writes its shard, of all that hold the same."""
+    cut: set[str] = set()
+    if isinstance(parameter, DTensor):
+        names = parameter.device_mesh.mesh_dim_names or ()
+        placed = zip(names, parameter.placements, strict=True)
+        cut = {name for name, placement in placed if not placement.is_replicate()}
+    names = mesh.mesh_dim_names or ()
+    return all(name in cut or mesh.get_local_rank(name) == 0 for name in names)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,9 +25,11 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torch_xla._internal import tpu
 from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
+from torchprime.checkpoint.shards import TensorShards
 from torchprime.data.batch import Batch
 from torchprime.errors import ConfigError
 from torchprime.models.decoder import CausalLM
@@ -42,9 +45,10 @@ from torchprime.torch_xla_models.mesh import (
     send_batch,
     to_device,
 )
+from torchprime.torch_xla_models.placement import Placed
 from torchprime.torch_xla_models.remat import apply_remat, device_loop
 from torchprime.torch_xla_models.runtime import check_loop_requirements
-from torchprime.training.backend import StepNumbers, StepOptions
+from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim import Optimizer, Parameter, decays
 from torchprime.training.step import (
     Micro,
@@ -92,6 +96,7 @@ class XlaBackend:
             policy=remat_policy,
             optimization_barrier=optimization_barrier,
         )
+        self._watches_preemption = False
         check_loop_requirements()
         if full_precision:
             _multiply_in_full_precision()
@@ -154,28 +159,103 @@ class XlaBackend:
 
     # -- training ------------------------------------------------------------------------------
 
-    def prepare_training(self, optimizer: Optimizer, options: StepOptions) -> None:
+    def prepare_training(
+        self, optimizer: Optimizer, options: StepOptions, resumed: ResumedState | None = None
+    ) -> None:
         """See Backend. State exists before the first step, so that step 2 is step 1's graph."""
         self.optimizer, self.options = optimizer, options
         parameters = {}
         for name, weight in self.model.named_parameters():
             entry = self.placed[name]
             info = Parameter(tuple(weight.shape), weight.dtype, decays(name), entry.stacked)
-            parameters[name] = self._parameter_state(info, weight, entry.spec)
-        step, bad_step = (to_device(torch.zeros(()), self.mesh, ()) for _ in range(2))
+            make = self._new_state if resumed is None else partial(self._resumed_state, resumed)
+            parameters[name] = make(info, weight, entry)
+        counts = (0 if resumed is None else resumed.updates, 0)
+        step, bad_step = (to_device(torch.tensor(float(n)), self.mesh, ()) for n in counts)
         self.state = TrainState(parameters, step, bad_step)
         torch_xla.sync()
 
-    def _parameter_state(self, info: Parameter, weight: Tensor, spec: tuple) -> ParameterState:
+    def _has_master(self, weight: Tensor) -> bool:
+        return weight.dtype != torch.float32 and self.options.master_weights
+
+    def _new_state(self, info: Parameter, weight: Tensor, entry: Placed) -> ParameterState:
         slots = {}
         for slot, keeps in self.optimizer.slots(info).items():
             shape = [info.shape[d] for d in keeps.dims]
             zeros = torch.zeros(shape, dtype=torch.float32, device=weight.device)
-            slots[slot] = constrain(zeros, self.mesh, tuple(spec[d] for d in keeps.dims))
+            slots[slot] = constrain(zeros, self.mesh, tuple(entry.spec[d] for d in keeps.dims))
         master = None
-        if weight.dtype != torch.float32 and self.options.master_weights:
-            master = constrain(weight.detach().float(), self.mesh, spec)
+        if self._has_master(weight):
+            master = constrain(weight.detach().float(), self.mesh, entry.spec)
         return ParameterState(info, weight, slots, master)
+
+    def _resumed_state(
+        self, resumed: ResumedState, info: Parameter, weight: Tensor, entry: Placed
+    ) -> ParameterState:
+        def sent(prefix: str, dims: Sequence[int]) -> Tensor:
+            host = placement.host_tensor(
+                entry, lambda name: resumed.tensor_of(f"{prefix}.{name}"), torch.float32
+            )
+            return to_device(host, self.mesh, tuple(entry.spec[d] for d in dims))
+
+        slots = {
+            slot: sent(f"optimizer.{slot}", keeps.dims)
+            for slot, keeps in self.optimizer.slots(info).items()
+        }
+        master = sent("master", range(weight.dim())) if self._has_master(weight) else None
+        return ParameterState(info, weight, slots, master)
+
+    def checkpoint_tensors(self) -> list[TensorShards]:
+        """See Backend."""
+        self.synchronize()  # the shards of a tensor still being computed can't be looked at
+        found = []
+        for name, state in self.state.parameters.items():
+            entry = self.placed[name]
+            tensors = {"model": state.weight.detach()}
+            tensors |= {f"optimizer.{slot}": tensor for slot, tensor in state.slots.items()}
+            tensors |= {} if state.master is None else {"master": state.master}
+            for prefix, tensor in tensors.items():
+                names = [f"{prefix}.{hf_name}" for hf_name in entry.hf_names]
+                found += placement.checkpoint_shards(tensor, names, entry.stacked)
+        return found
+
+    def progress(self) -> tuple[int, int]:
+        """See Backend."""
+        return int(self.state.step.item()), int(self.state.bad_step.item())
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """See Backend."""
+        if self.process_count == 1:
+            return [value]
+        packed = pickle.dumps(value)
+        return [pickle.loads(each) for each in xm.rendezvous("torchprime-objects", packed)]
+
+    def largest(self, value: int) -> int:
+        """See Backend."""
+        if self.process_count == 1:
+            return value
+        return max(map(int, xm.rendezvous("torchprime-largest", str(value).encode())))
+
+    def preempted(self, step: int) -> bool:
+        """See Backend. A slice of TPUs has a notice of its own, on which all hosts agree."""
+        if self.process_count == 1 or xr.device_type() != "TPU":
+            return False
+        if not self._watches_preemption:
+            XLAC._activate_preemption_sync_manager()
+            self._watches_preemption = True
+        return XLAC._sync_point_reached(step)
+
+    def seed(self, seed: int) -> None:
+        """See Backend."""
+        xm.set_rng_state(seed)
+
+    def rng_state(self) -> str:
+        """See Backend."""
+        return str(xm.get_rng_state())
+
+    def set_rng_state(self, state: str) -> None:
+        """See Backend."""
+        xm.set_rng_state(int(state))
 
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
         """See Backend. Fields travel as [A, b, S]."""

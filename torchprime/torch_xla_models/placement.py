@@ -7,7 +7,8 @@ layer by layer into one host buffer; its peak is that one tensor, not the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
+from torchprime.checkpoint.shards import TensorShards
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.torch_xla_models.mesh import axis_sizes, to_device
@@ -61,7 +63,7 @@ def load(
 ) -> None:
     """Give every parameter its storage on the mesh, in dtype, and move the constants."""
     for name, entry in placed.items():
-        host = _read(entry, tensor_of, dtype)
+        host = host_tensor(entry, tensor_of, dtype)
         _replace(model, name, nn.Parameter(to_device(host, mesh, entry.spec)))
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
@@ -69,7 +71,8 @@ def load(
         model.get_submodule(owner).register_buffer(leaf, moved, persistent=False)
 
 
-def _read(entry: Placed, tensor_of: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+def host_tensor(entry: Placed, tensor_of: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+    """What an entry holds, whole on the host."""
     first = tensor_of(entry.hf_names[0])
     if not entry.stacked:
         return first.to(dtype)
@@ -118,6 +121,57 @@ def from_local_shards(tensor: Tensor) -> Tensor:
     for (shard, _), (_, indices) in zip(shards, places, strict=True):
         host[tuple(indices) if isinstance(indices, list) else indices] = shard
     return host
+
+
+def checkpoint_shards(tensor: Tensor, names: Sequence[str], stacked: bool) -> list[TensorShards]:
+    """A tensor on the mesh as a checkpoint holds it: an entry for each of its names, which are its
+    layers where it is a stack. Copies of a shard are written once."""
+    places = XLAC._get_local_shard_replica_and_indices([tensor])[0]
+    first = int(stacked)
+    shape = tuple(tensor.shape)
+    kept: list[int] = []
+    chunks: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for number, (replica, indices) in enumerate(places):
+        slices = indices if isinstance(indices, list) else [slice(0, size) for size in shape]
+        offsets = tuple(cut.start for cut in slices)
+        sizes = tuple(cut.stop - cut.start for cut in slices)
+        if replica == 0 and 0 not in sizes:  # padding makes shards of nothing
+            kept.append(number)
+            chunks.append((offsets[first:], sizes[first:]))
+    host = _HostShards(tensor, kept, [sizes for _, sizes in chunks], uses=len(names), skip=first)
+    return [
+        TensorShards(name, shape[first:], tensor.dtype, chunks, partial(host.layer, index))
+        if stacked
+        else TensorShards(name, shape, tensor.dtype, chunks, host.whole)
+        for index, name in enumerate(names)
+    ]
+
+
+class _HostShards:
+    """The shards of a tensor on the host, fetched at the first use and let go after the last."""
+
+    def __init__(
+        self, tensor: Tensor, kept: list[int], sizes: list[tuple[int, ...]], uses: int, skip: int
+    ) -> None:
+        self._tensor, self._kept, self._sizes, self._left = tensor, kept, sizes, uses
+        self._skip = skip
+        self._shards: list[Tensor] = []
+
+    def whole(self) -> list[Tensor]:
+        """Each shard, without padding."""
+        if not self._shards:
+            found = XLAC._get_local_shards([self._tensor])[0]
+            for number, sizes in zip(self._kept, self._sizes, strict=True):
+                cut = (slice(None),) * self._skip + tuple(slice(0, size) for size in sizes)
+                self._shards.append(found[number][0].to(self._tensor.dtype)[cut])
+        shards, self._left = self._shards, self._left - 1
+        if not self._left:
+            self._shards = []
+        return shards
+
+    def layer(self, index: int) -> list[Tensor]:
+        """The same of one layer of a stack."""
+        return [shard[index] for shard in self.whole()]
 
 
 def _layers_over_processes(tensor: Tensor, entry: Placed) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from torchprime.checkpoint.shards import TensorShards
 from torchprime.data.batch import Batch
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
@@ -43,6 +44,14 @@ class StepOptions:
     num_sources: int = 1  # several: the step also sums the loss by source
 
 
+@dataclass(frozen=True)
+class ResumedState:
+    """An optimizer's state from a checkpoint: whole host tensors by the checkpoint's names."""
+
+    tensor_of: Callable[[str], Tensor]
+    updates: int
+
+
 class Backend(Protocol):
     """One kind of machine. `device` values are opaque to the loop."""
 
@@ -66,8 +75,10 @@ class Backend(Protocol):
         """Give the storage-less model its weights, one tensor at a time, each to its shards."""
         ...
 
-    def prepare_training(self, optimizer: Optimizer, options: StepOptions) -> None:
-        """Make the optimizer's state, sharded like its parameters."""
+    def prepare_training(
+        self, optimizer: Optimizer, options: StepOptions, resumed: ResumedState | None = None
+    ) -> None:
+        """Make the optimizer's state, sharded like its parameters: zeros, or a checkpoint's."""
         ...
 
     def put(self, batch: Batch, accumulation: int) -> Any:
@@ -93,6 +104,42 @@ class Backend(Protocol):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights on the host, one at a time, by Hugging Face name; every process has to go
         through all of them."""
+        ...
+
+    def checkpoint_tensors(self) -> list[TensorShards]:
+        """Weights and optimizer state as a checkpoint names them (checkpoint/shards.py), each with
+        the shards that this process writes. Nothing moves to the host before they are read, one
+        after the other in this order."""
+        ...
+
+    def progress(self) -> tuple[int, int]:
+        """Updates done, and the first whose loss or gradient was not finite, 0 if none. Waits."""
+        ...
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """What each process gave, in the order of processes, on every process. May be called from
+        another thread, from one at a time."""
+        ...
+
+    def largest(self, value: int) -> int:
+        """The largest of what each process gives; all of them must call it."""
+        ...
+
+    def preempted(self, step: int) -> bool:
+        """Whether the machine is about to be taken away, as its runtime says and all processes
+        have agreed for this step; False where the runtime says nothing."""
+        ...
+
+    def seed(self, seed: int) -> None:
+        """Begin the device's random numbers."""
+        ...
+
+    def rng_state(self) -> str:
+        """The device's random state as text, "" where it has none of its own."""
+        ...
+
+    def set_rng_state(self, state: str) -> None:
+        """Give back what `rng_state` gave."""
         ...
 
     def save_sharded(self, folder: str) -> None:

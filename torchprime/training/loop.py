@@ -167,7 +167,7 @@ def train_loop(
     backend: Backend,
     order: DataOrder,
     *,
-    total_steps: int,
+    steps: range,
     accumulation: int,
     learning_rate: Callable[[int], float],
     logging_steps: int,
@@ -176,7 +176,8 @@ def train_loop(
     guard: CompileGuard,
     watch: Stopwatch,
 ) -> StepNumbers:
-    """Run all updates and return the numbers of the last one.
+    """Run these updates, of which the last is the run's last, and return its numbers; NaN if there
+    are none left.
 
     Raises:
         DivergedError: a loss or gradient norm was not finite; the weights are those before it.
@@ -185,13 +186,13 @@ def train_loop(
     try:
         for hook in hooks:
             hook.on_start()
-        batches = load_ahead(backend, order, accumulation, range(total_steps))
+        batches = load_ahead(backend, order, accumulation, steps)
         with closing(batches):  # ends the thread now, whatever a traceback still holds on to
             return _run_steps(
                 backend,
                 order,
                 batches,
-                total_steps=total_steps,
+                steps=steps,
                 learning_rate=learning_rate,
                 logging_steps=logging_steps,
                 flops_per_token=flops_per_token,
@@ -200,7 +201,7 @@ def train_loop(
                 watch=watch,
             )
     finally:
-        for hook in hooks:
+        for hook in reversed(hooks):  # a later one may still need what an earlier one lets go of
             hook.on_end()
 
 
@@ -209,7 +210,7 @@ def _run_steps(
     order: DataOrder,
     batches: Iterator[Loaded],
     *,
-    total_steps: int,
+    steps: range,
     learning_rate: Callable[[int], float],
     logging_steps: int,
     flops_per_token: float,
@@ -219,21 +220,21 @@ def _run_steps(
 ) -> StepNumbers:
     numbers = StepNumbers(float("nan"), float("nan"), 0.0, 0)
     watch.restart()
-    for step, loaded in enumerate(batches):
+    for step, loaded in zip(steps, batches, strict=True):
         for hook in hooks:
             hook.before_step(step)
         rate = learning_rate(step)
         with guard.watch("train step", loaded.shapes):
             handle = backend.train_step(loaded.device, rate)
         watch.count(supervised_tokens=loaded.supervised_tokens, slot_tokens=loaded.slot_tokens)
-        done, last = step + 1, step + 1 == total_steps
+        done, last = step + 1, step + 1 == steps.stop
         if done % logging_steps == 0 or last:
             numbers = backend.read(handle)
             _refuse_divergence(numbers, order)
             record = _record(backend, order, loaded, numbers, done, rate, watch, flops_per_token)
             for hook in hooks:
                 hook.on_record(record)
-        elif done == 1:
+        elif step == steps.start:
             # The first step is mostly compiling: it would distort the first record's rates.
             backend.synchronize()
             watch.restart()

@@ -6,9 +6,11 @@ the tokenizer fits the vocabulary, and the weights' names and shapes are exactly
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,12 @@ class ModelFiles:
         """The model without storage."""
         with torch.device("meta"):
             return CausalLM(self.architecture)
+
+    def fingerprint(self) -> str:
+        """sha256 of the architecture and of names and shapes of the weights: equal ones, equal
+        programs."""
+        described = {"architecture": asdict(self.architecture), "shapes": dict(self.shapes)}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def generation_config(self) -> dict[str, Any] | None:
         """The checkpoint's generation_config.json, if it has one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -13,9 +14,10 @@ from typing import Any
 import yaml
 
 import torchprime
-from torchprime.atomic import write_text
+from torchprime.atomic import write_json, write_text
 from torchprime.errors import RuntimeSetupError
 
+CONFIG, FACTS = "config.yaml", "run.json"
 PACKAGES = (
     "torch", "torch_xla", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "jax",
 )  # fmt: skip
@@ -30,7 +32,8 @@ def check(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         raise RuntimeSetupError(
             f"output_dir/run_name: {folder} already holds another run. Give this one its own name "
-            "(run_name=NAME) or another output_dir, or remove that folder."
+            "(run_name=NAME) or another output_dir, or remove that folder. (Only a run that writes "
+            "checkpoints, checkpoint.every_steps=N, can go on where it ended.)"
         )
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir():
@@ -57,7 +60,15 @@ def _cannot(folder: Path, why: str) -> str:
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """config.yaml: every value the run used, resolved."""
-    write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+    write_text(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False))
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any], step: int) -> None:
+    """run.json: what runs now, and in `starts` each start of this run and at which step it was."""
+    path = folder / FACTS
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    now = {key: facts[key] for key in ("command", "versions", "backend", "device", "mesh")}
+    write_json(path, {**facts, "starts": [*starts, {"step": step, **now}]})
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,24 +22,32 @@ import torch
 from torch import Tensor
 
 from torchprime.atomic import write_json
+from torchprime.checkpoint.catalog import Catalog
+from torchprime.checkpoint.lock import run_lock
+from torchprime.checkpoint.manifest import Manifest
+from torchprime.checkpoint.storage import Storage
 from torchprime.config.schema import TrainConfig
 from torchprime.data.templates import resolve_template
 from torchprime.errors import ConfigError, DivergedError, UserError
 from torchprime.metrics.throughput import Stopwatch, model_flops_per_token
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from torchprime.sharding import ShardingTable
-from torchprime.training import run_folder
+from torchprime.training import resuming, run_folder
 from torchprime.training.backend import Backend, StepNumbers, StepOptions
+from torchprime.training.changes import find_changes, refuse_changes
 from torchprime.training.datasets import prepare_run_data
 from torchprime.training.exporting import Exporter
+from torchprime.training.hooks.checkpoint import CheckpointHook
 from torchprime.training.hooks.heldout import HeldoutHook
 from torchprime.training.hooks.metrics import MetricsHook
 from torchprime.training.hooks.profile import ProfileHook
 from torchprime.training.loop import CompileGuard, DataOrder, Hook, train_loop
 from torchprime.training.model_files import find_model, pretrained_tensors, random_tensors
-from torchprime.training.optim import learning_rate, make_optimizer
+from torchprime.training.optim import Parameter, learning_rate, make_optimizer
 from torchprime.training.plan import Plan, estimate_memory, plan_steps
 from torchprime.training.probe import probe_isolation
+from torchprime.training.resuming import Past, ResumePoint
+from torchprime.training.saving import Retention, Saver
 
 
 class Trainer:
@@ -65,22 +76,40 @@ class Trainer:
         self.heldout: HeldoutHook | None = None
         self.exporter: Exporter | None = None
         self.export_folder: Path | None = None
+        self.saver: Saver | None = None
+        self.point: ResumePoint | None = None
+        self.past = Past()
 
     # -- the whole ---------------------------------------------------------------------------------
 
     def run(self) -> StepNumbers | None:
         """Prepare, train and finish; None after a dry run."""
+        with ExitStack() as self.held:
+            return self._run()
+
+    def _run(self) -> StepNumbers | None:
         self.prepare()
         if self.config.dry_run:
             self.say("dry_run=true: everything above is ready; stopping before the first step.")
             return None
+        if self.is_complete():
+            self.say(f"{self.folder} holds this run, complete; there is nothing left to do.")
+            return self.past.numbers
         self.start()
         try:
             numbers = self.train()
         except DivergedError as error:
             raise DivergedError(f"{error} {self._keep_weights()}") from error
         self.finish(numbers)
+        if self.saver is not None:
+            self.saver.require()
         return numbers
+
+    def is_complete(self) -> bool:
+        """Whether every step is done and what the config wants exported is there."""
+        if self.point is None or not self.point.own or self.point.step < self.plan.total_steps:
+            return False
+        return self.export_folder is None or self.export_folder.is_dir()
 
     def say(self, line: str) -> None:
         """A line for a person; of several processes only the first speaks."""
@@ -92,8 +121,10 @@ class Trainer:
     def prepare(self) -> None:
         """Read and check everything, up to but without the weights."""
         c = self.config
+        place = resuming.checkpoints_place(self.folder, c.checkpoint.folder)
+        self.catalog = Catalog(Storage.of(place))
         if not c.dry_run:
-            run_folder.check(self.folder)
+            resuming.may_go_on(c.resume.source, self.folder, self.catalog)
         self.files = find_model(
             pretrained_model=c.model.pretrained_model,
             tokenizer_name=c.model.tokenizer_name,
@@ -121,6 +152,8 @@ class Trainer:
         )
         self.order = DataOrder(self.data, c.seed, c.task.global_batch_size)
         self.plan = self._make_plan()
+        if not c.dry_run:
+            self._find_point()
         self.check_output()
         self.say(self.plan.describe())
         self.say(f"  loss         {self.backend.loss} ({self.backend.loss_why})")
@@ -165,7 +198,28 @@ class Trainer:
         if c.task.export_checkpoint_path is not None:
             # A relative path is inside the run's folder, an absolute one or a `..` where it says.
             self.export_folder = self.folder / c.task.export_checkpoint_path
-            self.exporter.check(self.export_folder)
+            if not self.is_complete():
+                self.exporter.check(self.export_folder)
+
+    def _find_point(self) -> None:
+        """Where to begin; all that differs from there is said, or refused."""
+        c = self.config
+        if self.backend.process_index == 0 and self.folder.is_dir():
+            self.held.enter_context(run_lock(self.folder))
+        self.point = resuming.agree_on_point(self.backend, c.resume.source, self.catalog, self.say)
+        if self.point is None:
+            return
+        changes = find_changes(self.point.reader.manifest, c.to_dict(), self.identity())
+        refuse_changes(changes, c.resume.allow_changes, self.point.where)
+        self.say(f"going on from {self.point.where}")
+        for change in changes:
+            self.say(f"  {change.describe()}")
+        if self.point.own:
+            self.past = Past.of(self.folder / resuming.METRICS, self.point.step)
+
+    def identity(self) -> dict[str, str | None]:
+        """Fingerprints of what a run's steps are made of."""
+        return {"model": self.files.fingerprint(), **self.rows.fingerprints()}
 
     def _make_plan(self) -> Plan:
         c, a = self.config, self.files.architecture
@@ -222,10 +276,11 @@ class Trainer:
 
     def start(self) -> None:
         """Place the weights, then make the run's folder: what fails in between leaves none."""
-        c = self.config
+        c, point = self.config, self.point
         assert self.tensor_of is not None
         self.model = self.files.build()
-        self.backend.place(self.model, self.table, self.tensor_of, self.dtype)
+        tensor_of = self.tensor_of if point is None else point.weight
+        self.backend.place(self.model, self.table, tensor_of, self.dtype)
         self.tensor_of = None  # lets go of the checkpoint's mapped files
         self.backend.prepare_training(
             self.optimizer,
@@ -237,16 +292,43 @@ class Trainer:
                 master_weights=c.task.optimizer.master_weights,
                 num_sources=len(self.data.source_names),
             ),
+            None if point is None else point.state(),
         )
         if c.isolation_probe:
             rows = c.task.global_batch_size // c.task.gradient_accumulation_steps
             vocab = self.files.architecture.vocab_size
             self.say(f"  {probe_isolation(self.backend, self.data, rows, vocab)}")
+        if point is not None:
+            states = point.reader.manifest.rng
+            resuming.restore_rng(states)
+            if point.reader.manifest.backend == self.backend.name:
+                self.backend.set_rng_state(states["device"])
+        else:
+            resuming.seed_rng(c.seed)
+            self.backend.seed(c.seed)
         if self.backend.process_index == 0:
+            self._open_folder()
+
+    def _open_folder(self) -> None:
+        """Make the run's folder, or take it up where its run ended."""
+        goes_on = self.point is not None and self.point.own
+        if goes_on:
+            resuming.cut_metrics(self.folder / resuming.METRICS, self.first_step)
+            self.catalog.set_aside_after(self.first_step, self.say)
+        elif resuming.died_early(self.folder):
+            resuming.set_aside(self.folder, self.say)
+        else:
             run_folder.claim(self.folder)
-            run_folder.write_config(self.folder, c.to_dict())
-            write_json(self.folder / "data_report.json", self.rows.reports())
-            write_json(self.folder / "run.json", self.facts())
+            self.held.enter_context(run_lock(self.folder))
+        self.catalog.clean()
+        run_folder.write_config(self.folder, self.config.to_dict())
+        write_json(self.folder / "data_report.json", self.rows.reports())
+        run_folder.write_facts(self.folder, self.facts(), self.first_step)
+
+    @property
+    def first_step(self) -> int:
+        """Updates that were done before this start."""
+        return 0 if self.point is None else self.point.step
 
     def facts(self) -> dict[str, Any]:
         """run.json: what ran, on what, with which data; enough to compare two runs."""
@@ -284,16 +366,19 @@ class Trainer:
                 emit=self.metrics.emit,
                 guard=guard,
                 watch=watch,
+                past=(self.past.first_eval, self.past.last_eval),
             )
             hooks.append(self.heldout)
         if c.profile_start_step is not None and c.profile_end_step is not None:
             folder = c.profile_dir or str(self.folder / "profile")
             start, end = c.profile_start_step, c.profile_end_step
             hooks.append(ProfileHook(self.backend, start=start, end=end, folder=folder))
-        return train_loop(
+        if c.checkpoint.enabled:
+            hooks.append(self._checkpoints())
+        numbers = train_loop(
             self.backend,
             self.order,
-            total_steps=self.plan.total_steps,
+            steps=range(self.first_step, self.plan.total_steps),
             accumulation=c.task.gradient_accumulation_steps,
             learning_rate=partial(
                 learning_rate,
@@ -318,14 +403,82 @@ class Trainer:
             guard=guard,
             watch=watch,
         )
+        none_left = self.first_step >= self.plan.total_steps
+        return self.past.numbers or numbers if none_left else numbers
+
+    def _checkpoints(self) -> CheckpointHook:
+        """Writes them, after all that happens at the same step."""
+        c, metrics, heldout = self.config.checkpoint, self.metrics, self.heldout
+        assert metrics is not None
+        self.saver = Saver(
+            self.backend,
+            self.catalog,
+            manifest=self.manifest,
+            more=lambda writer: None,
+            before_commit=metrics.sync,
+            retention=Retention(c.keep_last, c.keep_best, c.keep_every),
+            asynchronous=c.asynchronous,
+            best=None if self.point is None else self.point.reader.manifest.best_metric,
+            say=self.say,
+        )
+        return CheckpointHook(
+            self.backend,
+            self.saver,
+            every_steps=c.every_steps,
+            every_minutes=c.every_minutes,
+            logging_steps=self.config.logging_steps,
+            folder=self.folder,
+            score=heldout.loss_after if heldout is not None else lambda step: None,
+            emit=metrics.emit,
+        )
+
+    def manifest(self, step: int) -> Manifest:
+        """All that a run needs to go on after this step, but for the tensors."""
+        c, identity = self.config, self.identity()
+        dtypes = str(self.dtype).removeprefix("torch.")
+        slots = self.optimizer.slots(Parameter((2, 2), self.dtype, False, False))
+        return Manifest(
+            backend=self.backend.name,
+            mesh=c.mesh_shape(),
+            processes=self.backend.process_count,
+            config=c.to_dict(),
+            versions=run_folder.versions(),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            model={
+                "names": len(self.files.shapes),
+                "dtype": dtypes,
+                "parameters": self.files.num_parameters,
+                "hash": identity["model"],
+            },
+            optimizer={"name": c.task.optimizer.name, "slots": sorted(slots)},
+            scheduler={
+                **asdict(c.task.lr_scheduler),
+                "peak": c.task.optimizer.learning_rate,
+                "warmup_steps": self.plan.warmup_steps,
+                "total_steps": self.plan.total_steps,
+            },
+            global_step=step,
+            rng=resuming.rng_states(self.backend.rng_state()),
+            data_position={
+                "seed": c.seed,
+                "next_step": step,
+                "global_batch_size": c.task.global_batch_size,
+                "num_blocks": self.data.num_blocks,
+            },
+            tokenizer_fingerprint=identity["tokenizer"],
+            template_fingerprint=identity["template"],
+            data_manifest={"fingerprint": identity["data"]},
+            eval_manifest={"fingerprint": identity["eval"]} if identity["eval"] else None,
+            best_metric=None,
+        )
 
     def _writers(self) -> list[Writer]:
         if self.backend.process_index != 0:
             return []
         return [
-            JsonlWriter(self.folder / "metrics.jsonl"),
-            TensorBoardWriter(self.folder),
-            ConsoleWriter(self.plan.total_steps),
+            JsonlWriter(self.folder / resuming.METRICS),
+            TensorBoardWriter(self.folder, self.first_step),
+            ConsoleWriter(self.plan.total_steps, self.first_step),
         ]
 
     # -- after -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torchprime.models.architecture import architecture_from_hf  # noqa: E402
 from torchprime.models.decoder import CausalLM  # noqa: E402
 from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_xla_models.backend import XlaBackend  # noqa: E402
-from torchprime.training.backend import StepOptions  # noqa: E402
+from torchprime.training.backend import ResumedState, StepOptions  # noqa: E402
 from torchprime.training.optim import AdamW  # noqa: E402
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
@@ -48,6 +48,7 @@ def make_backend(reference_runs, shipped_table):
         dtype: torch.dtype = torch.float32,
         optimizer=None,
         options: dict | None = None,
+        resumed: ResumedState | None = None,
         **remat,
     ) -> XlaBackend:
         sizes = {axis: mesh.get(axis, 1) for axis in AXES}
@@ -56,7 +57,10 @@ def make_backend(reference_runs, shipped_table):
         with torch.device("meta"):
             model = CausalLM(architecture_from_hf(config.to_dict()))
         start = reference_runs[tied]["start"]
-        backend.place(model, shipped_table, lambda name: start[name], dtype)
+        if resumed is None:
+            backend.place(model, shipped_table, lambda name: start[name], dtype)
+        else:
+            backend.place(model, shipped_table, lambda n: resumed.tensor_of(f"model.{n}"), dtype)
         chosen = StepOptions(
             gradient_accumulation_steps=accumulation,
             loss_chunks=3,
@@ -64,7 +68,7 @@ def make_backend(reference_runs, shipped_table):
             **(options or {}),
         )
         backend.prepare_training(
-            optimizer or AdamW(eps=reference.EPS, weight_decay=reference.DECAY), chosen
+            optimizer or AdamW(eps=reference.EPS, weight_decay=reference.DECAY), chosen, resumed
         )
         backend.accumulation = accumulation
         return backend

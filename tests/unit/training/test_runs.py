@@ -190,6 +190,7 @@ def test_run_folder_says_what_ran(first: Run, tiny: Path) -> None:
     assert data["eval"]["rows"] == 9
     left = {path.name for path in first.folder.iterdir()}
     names = {
+        ".lock",
         "config.yaml",
         "run.json",
         "data_report.json",
@@ -363,7 +364,7 @@ def loop(backend: Any, *, steps: int = 8, logging_steps: int = 3, data: Any = No
     train_loop(
         backend,
         DataOrder(data or blocks(), 0, 2),
-        total_steps=steps,
+        steps=range(steps),
         accumulation=1,
         learning_rate=lambda step: step / 100,
         logging_steps=logging_steps,

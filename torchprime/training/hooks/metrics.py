@@ -25,6 +25,11 @@ class MetricsHook(BaseHook):
         for writer in self.writers:
             writer.write(record)
 
+    def sync(self) -> None:
+        """See that what was written so far is on the disk."""
+        for writer in self.writers:
+            writer.sync()
+
     def on_end(self) -> None:
         """Flush and close."""
         for writer in self.writers:

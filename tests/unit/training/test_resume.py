@@ -1,0 +1,347 @@
+"""Runs that are cut short and go on: bit for bit on the same mesh, to rounding on another."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torchprime.checkpoint.catalog import Catalog
+from torchprime.checkpoint.hf_read import SafetensorsReader
+from torchprime.checkpoint.reader import CheckpointReader
+from torchprime.checkpoint.storage import Storage
+from torchprime.training import saving
+from torchprime.training.hooks.checkpoint import NOW_FILE, CheckpointHook
+
+Run = Callable[[list[str]], int]
+Command = Callable[..., list[str]]
+STEPS, EVERY = 12, 3  # the data has fewer blocks than that: an epoch ends in between
+TIMES = ("step_seconds", "supervised_tokens_per_s", "slot_tokens_per_s", "mfu", "seconds")
+HOST = ("host_memory_bytes", "device_memory_bytes", "compiles")
+
+
+def overrides(folder: Path, heldout: Path) -> list[str]:
+    return [
+        f"output_dir={folder.parent}",
+        f"run_name={folder.name}",
+        f"task.max_steps={STEPS}",
+        f"checkpoint.every_steps={EVERY}",
+        "checkpoint.keep_last=null",
+        "logging_steps=1",
+        "eval=file",
+        f"eval.file_dataset_path={heldout}",
+        "eval.every_steps=6",
+        "task.export_checkpoint_path=export",
+    ]
+
+
+def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Without what a machine's mood decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in (*TIMES, *HOST)}
+        for line in lines
+        if line["kind"] == kind
+    ]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Every record, every weight of the export, every tensor of the last checkpoint."""
+    for kind in ("train", "eval"):
+        assert records(folder, kind) == records(other, kind)
+    ours, theirs = SafetensorsReader(folder / "export"), SafetensorsReader(other / "export")
+    assert ours.names() == theirs.names()
+    assert all(torch.equal(ours.get(name), theirs.get(name)) for name in ours.names())
+    last = [
+        CheckpointReader(Storage.of(each / "checkpoints"), Catalog.name_of(STEPS))
+        for each in (folder, other)
+    ]
+    names = sorted(last[0].tensor_names())
+    assert names == sorted(last[1].tensor_names()) and len(names) > 60
+    assert all(torch.equal(last[0].get(name), last[1].get(name)) for name in names)
+    assert last[0].manifest.rng == last[1].manifest.rng
+
+
+@pytest.fixture(scope="module")
+def whole(
+    run: Run, command: Command, rows: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(command(*overrides(folder, rows[1]))) == 0
+    return folder
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def killed_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Ends a run behind a step, as a kill would: nothing gets a chance to tidy up."""
+
+    def arm(step: int) -> None:
+        original = CheckpointHook.after_step
+
+        def after_step(self: CheckpointHook, done: int, last: bool) -> None:
+            original(self, done, last)
+            if done == step:
+                monkeypatch.setattr(CheckpointHook, "after_step", original)
+                raise Killed
+
+        monkeypatch.setattr(CheckpointHook, "after_step", after_step)
+
+    return arm
+
+
+@pytest.fixture
+def cut_short(
+    run: Run,
+    command: Command,
+    rows: tuple[Path, Path],
+    tmp_path: Path,
+    killed_after: Callable[[int], None],
+) -> Callable[..., tuple[Path, list[str]]]:
+    """A run's folder after a kill behind a step, and the command that made it."""
+
+    def make(step: int, *more: str) -> tuple[Path, list[str]]:
+        folder = tmp_path / "run"
+        argv = command(*overrides(folder, rows[1]), *more)
+        killed_after(step)
+        with pytest.raises(Killed):
+            run(argv)
+        return folder, argv
+
+    return make
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_the_same_command_goes_on_exactly(
+    step: int, whole: Path, run: Run, cut_short: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, argv = cut_short(step)
+    assert len(records(folder)) == step
+    assert run(argv) == 0
+    assert f"going on from {folder}/checkpoints/step_{step // EVERY * EVERY:08d}" in (
+        capsys.readouterr().err
+    )
+    assert_same_run(folder, whole)
+    starts = json.loads((folder / "run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, step // EVERY * EVERY]
+
+
+def test_a_complete_run_is_left_alone(
+    whole: Path, run: Run, command: Command, rows: tuple[Path, Path], capsys: Any
+) -> None:
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert run(command(*overrides(whole, rows[1]))) == 0
+    assert "nothing left to do" in capsys.readouterr().err
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_lost_export_is_written_again(
+    whole: Path, run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "export")
+    assert run(command(*overrides(folder, rows[1]))) == 0
+    assert_same_run(folder, whole)
+
+
+def test_another_mesh_and_accumulation_go_on_to_rounding(
+    whole: Path, run: Run, cut_short: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, argv = cut_short(6)
+    moved = [
+        *(each for each in argv if not each.startswith("ici_mesh")),
+        "ici_mesh.data=4",
+        "task.gradient_accumulation_steps=1",
+        "remat.scan_layers=true",
+    ]
+    assert run(moved) == 0
+    assert "harmless     ici_mesh.tensor: 2 -> 1" in capsys.readouterr().err
+    for ours, theirs in zip(records(folder), records(whole), strict=True):
+        assert ours["batch_hash"] == theirs["batch_hash"]
+        assert ours["lr"] == theirs["lr"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+# What a run goes on from -------------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_skipped(
+    whole: Path, run: Run, cut_short: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, argv = cut_short(7)
+    shard = folder / "checkpoints/step_00000006/__0_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert run(argv) == 0
+    said = capsys.readouterr().err
+    assert "checkpoint step_00000006 is skipped" in said and "__0_0.distcp is damaged" in said
+    assert "going on from" in said and "step_00000003" in said
+    assert_same_run(folder, whole)
+    assert (folder / "checkpoints/set_aside_1_step_00000006").is_dir()
+
+
+def test_a_step_can_be_named(
+    whole: Path, run: Run, cut_short: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, argv = cut_short(7)
+    assert run([*argv, "resume=4"]) == 2
+    assert "has no checkpoint of step 4. It has 3, 6." in capsys.readouterr().err
+    assert run([*argv, "resume=3"]) == 0
+    assert_same_run(folder, whole)
+
+
+def test_never_refuses_and_a_path_begins_another_run(
+    whole: Path, run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path, capsys: Any
+) -> None:
+    assert run(command(*overrides(whole, rows[1]), "resume=never")) == 2
+    assert "already holds another run" in capsys.readouterr().err
+    other = tmp_path / "other"
+    source = whole / "checkpoints/step_00000009"
+    assert run(command(*overrides(other, rows[1]), f"resume={source}")) == 0
+    assert records(other) == records(whole)[9:]
+    nowhere = tmp_path / "third"
+    assert run(command(*overrides(nowhere, rows[1]), f"resume={tmp_path}/no")) == 2
+    assert "there is no checkpoint with a manifest.json" in capsys.readouterr().err
+    assert not nowhere.exists()
+
+
+def test_a_kill_before_the_first_checkpoint_begins_again(
+    whole: Path, run: Run, cut_short: Callable
+) -> None:
+    folder, argv = cut_short(2)
+    assert run(argv) == 0
+    assert_same_run(folder, whole)
+    kept = (folder / "metrics.before_1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in kept] == ["eval", "train", "train"]
+
+
+def test_changes_are_refused_or_allowed(
+    run: Run, cut_short: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, argv = cut_short(3)
+    before = sorted(p.name for p in folder.rglob("*"))
+    assert run([*argv, "task.max_steps=13"]) == 2
+    assert "questionable task.max_steps: 12 -> 13" in capsys.readouterr().err
+    assert run([*argv, "seed=1"]) == 2
+    assert "refused      seed: 42 -> 1" in capsys.readouterr().err
+    assert run([*argv, "dataset.compute_loss_on=all"]) == 2
+    assert "refused      data: " in capsys.readouterr().err
+    assert sorted(p.name for p in folder.rglob("*")) == sorted([*before])
+    allowed = ["task.max_steps=4", "resume.allow_changes=[task.max_steps]"]
+    assert run([*argv, *allowed]) == 0
+    assert [r["step"] for r in records(folder)] == [1, 2, 3, 4]
+
+
+# When checkpoints are written ---------------------------------------------------------------------
+
+
+def test_a_signal_saves_and_stops(
+    whole: Path, run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path, capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    argv = command(*overrides(folder, rows[1]))
+    original = CheckpointHook.before_step
+
+    def signalled(self: CheckpointHook, step: int) -> None:
+        if step == 4:
+            monkeypatch.setattr(CheckpointHook, "before_step", original)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(CheckpointHook, "before_step", signalled)
+    assert run(argv) == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "stopped: SIGTERM after step 5" in capsys.readouterr().err
+    assert len(records(folder)) == 5
+    assert run(argv) == 0
+    assert "step_00000005" in capsys.readouterr().err
+    assert_same_run(folder, whole)
+
+
+def test_a_file_asks_for_a_checkpoint(
+    run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    original = CheckpointHook.before_step
+
+    def touch(self: CheckpointHook, step: int) -> None:
+        if step == 1:
+            (folder / NOW_FILE).touch()
+
+    monkeypatch.setattr(CheckpointHook, "before_step", touch)
+    argv = command(
+        *overrides(folder, rows[1]), "task.max_steps=4", "checkpoint.every_steps=null",
+        "checkpoint.every_minutes=600", "checkpoint.asynchronous=false",
+    )  # fmt: skip
+    assert run(argv) == 0
+    monkeypatch.setattr(CheckpointHook, "before_step", original)
+    written = records(folder, "checkpoint")
+    assert [r["step"] for r in written] == [2, 4]
+    assert all(r["stall_seconds"] == r["write_seconds"] and r["bytes"] > 1e5 for r in written)
+    assert not (folder / NOW_FILE).exists()
+    assert Catalog(Storage.of(folder / "checkpoints")).pointed("latest") == "step_00000004"
+
+
+def test_what_is_kept(run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    kept = ("checkpoint.keep_last=1", "checkpoint.keep_every=4", "checkpoint.every_steps=1")
+    argv = command(*overrides(folder, rows[1]), *kept, "task.max_steps=6", "eval.every_steps=2")
+    assert run([*argv, "task.optimizer.learning_rate=3.0"]) == 0
+    losses = {r["step"]: r["eval_loss"] for r in records(folder, "eval") if r["step"]}
+    best = min(losses, key=lambda step: losses[step])
+    catalog = Catalog(Storage.of(folder / "checkpoints"))
+    assert catalog.steps() == sorted({best, 4, 6})
+    assert catalog.pointed("best") == catalog.name_of(best)
+    assert catalog.pointed("latest") == catalog.name_of(6)
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run_at_once(
+    run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path, capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saving, "write_shards", full)
+    assert run(command(*overrides(folder, rows[1]), "task.max_steps=4")) == 2
+    said = capsys.readouterr().err
+    assert "checkpoint of step 3 NOT written: " in said and "no space" in said
+    assert "error: the last checkpoint could not be written" in said
+    assert [r["step"] for r in records(folder)] == [1, 2, 3, 4]
+    assert SafetensorsReader(folder / "export").names()
+    assert Catalog(Storage.of(folder / "checkpoints")).steps() == []
+
+
+def test_a_url_will_do(
+    whole: Path, run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    place = "checkpoint.folder=memory://bucket/checkpoints"
+    argv = command(*overrides(folder, rows[1]), place)
+    allowed = "resume.allow_changes=[task.max_steps,task.lr_scheduler]"
+    assert run([*argv, "task.max_steps=6"]) == 0
+    catalog = Catalog(Storage.of("memory://bucket/checkpoints/run"))
+    assert catalog.steps() == [3, 6]
+    shutil.rmtree(folder / "export")
+    assert run([*argv, allowed]) == 0
+    assert [r["batch_hash"] for r in records(folder)] == [r["batch_hash"] for r in records(whole)]
+    assert catalog.steps() == [3, 6, 9, 12]

@@ -1,0 +1,125 @@
+"""When a checkpoint is written: every so many steps or minutes, when asked for, and at the end.
+
+A run is asked by a signal (SIGTERM, as preempted machines get it, or SIGINT): the step under way is
+finished, a checkpoint is written and the run ends with its own exit code. A second signal ends it
+at once. Or by a file, `checkpoint.now` in the run's folder, after which it goes on. With several
+processes any of them may be asked; they agree at logged steps, where the host waits anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torchprime.errors import StoppedError
+from torchprime.metrics.record import CheckpointRecord
+from torchprime.training.backend import Backend
+from torchprime.training.loop import BaseHook
+from torchprime.training.saving import Saver
+
+NOW_FILE = "checkpoint.now"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GO_ON, SAVE, STOP = range(3)
+
+
+class StopSignals:
+    """Remembers the first signal; the second ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def watch(self) -> None:
+        """From now on; only Python's main thread may."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def release(self) -> None:
+        """As it was before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.received is not None:
+            os.write(2, f"\n{name} again: stopping at once, unsaved\n".encode())
+            os._exit(128 + number)
+        self.received = name
+        text = f"\n{name}: finishing the step, then a checkpoint; once more stops at once\n"
+        os.write(2, text.encode())  # print is not for signal handlers
+
+
+class CheckpointHook(BaseHook):
+    """Decides after each step; `Saver` does it.
+
+    Args:
+        logging_steps: processes agree on what they were asked at these steps.
+        score: the held-out loss after this very step, None if it was not measured.
+        emit: writes a record.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        saver: Saver,
+        *,
+        every_steps: int | None,
+        every_minutes: float | None,
+        logging_steps: int,
+        folder: Path,
+        score: Callable[[int], float | None],
+        emit: Callable[[CheckpointRecord], None],
+    ) -> None:
+        self.backend, self.saver = backend, saver
+        self.every_steps, self.every_minutes = every_steps, every_minutes
+        self.logging_steps, self.now_file = logging_steps, folder / NOW_FILE
+        self.score, self.emit = score, emit
+        self.signals = StopSignals()
+        self._saved_at = time.monotonic()  # not the clock, which may be set
+
+    def on_start(self) -> None:
+        self.signals.watch()
+
+    def after_step(self, step: int, last: bool) -> None:
+        asked = self._asked(step, last)
+        due = last or (self.every_steps is not None and step % self.every_steps == 0)
+        if due or asked != GO_ON:
+            self._save(step, wait=last or asked == STOP)
+        for record in self.saver.finished():
+            self.emit(record)
+        if asked == STOP and not last:
+            raise StoppedError(
+                f"{self.signals.received or 'asked by another process'} after step {step}; "
+                "everything is saved, and the same command goes on from there."
+            )
+
+    def on_end(self) -> None:
+        self.signals.release()
+        self.saver.close()
+
+    def _asked(self, step: int, last: bool) -> int:
+        """The most that any process was asked for."""
+        alone = self.backend.process_count == 1
+        if not alone and not last and step % self.logging_steps:
+            return GO_ON
+        wish = GO_ON
+        if self.backend.preempted(step) or self.signals.received is not None:
+            wish = STOP
+        elif self.backend.process_index == 0:
+            minutes = self.every_minutes
+            late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+            if late or self.now_file.exists():
+                self.now_file.unlink(missing_ok=True)
+                wish = SAVE
+        return wish if alone else self.backend.largest(wish)
+
+    def _save(self, step: int, wait: bool) -> None:
+        self._saved_at = time.monotonic()
+        self.saver.save(step, score=self.score(step), wait=wait)

@@ -1,0 +1,224 @@
+"""Where a run begins: at its first step, or at a checkpoint.
+
+`auto` goes on from the newest whole checkpoint of the run's own folder, if there is one; `never`
+does not look; a number is a step of this run; anything else is a checkpoint's folder or URL, from
+which a new run goes on. A run that was killed before its first checkpoint begins again.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from torchprime.atomic import write_text
+from torchprime.checkpoint.catalog import Catalog
+from torchprime.checkpoint.reader import CheckpointReader
+from torchprime.checkpoint.storage import MANIFEST, Storage
+from torchprime.errors import CheckpointError, UserError
+from torchprime.metrics.record import EvalRecord, StepRecord
+from torchprime.metrics.writers import read_metrics
+from torchprime.training import run_folder
+from torchprime.training.backend import Backend, ResumedState, StepNumbers
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A whole checkpoint; `own` if it is one of the run's own."""
+
+    reader: CheckpointReader
+    where: str
+    own: bool
+
+    def state(self) -> ResumedState:
+        """What the backend makes its state of."""
+        return ResumedState(self.reader.get, self.step)
+
+    def weight(self, name: str) -> Tensor:
+        """A weight by its Hugging Face name."""
+        return self.reader.get(f"model.{name}")
+
+    @property
+    def step(self) -> int:
+        return self.reader.manifest.step
+
+
+def checkpoints_place(folder: Path, given: str | None) -> str:
+    """Where a run's checkpoints are: in its folder, or where the config says, under its name."""
+    return str(folder / "checkpoints") if given is None else f"{given.rstrip('/')}/{folder.name}"
+
+
+def agree_on_point(
+    backend: Backend, source: str, catalog: Catalog, say: Callable[[str], None]
+) -> ResumePoint | None:
+    """`find_point` of the first process, for all: only it reads every file."""
+    if backend.process_count == 1:
+        return find_point(source, catalog, say)
+    found: tuple[str | None, Exception | None] = None, None
+    if backend.process_index == 0:
+        try:
+            point = find_point(source, catalog, say)
+            found = point and point.reader.name, None
+        except UserError as error:
+            found = None, error
+    name, error = backend.gather_objects(found)[0]
+    if error is not None:
+        raise error
+    if name is None:
+        return None
+    own = source == "auto" or source.isdigit()
+    storage = catalog.storage if own else _split(source)[0]
+    return ResumePoint(CheckpointReader(storage, name), storage.describe(name), own)
+
+
+def find_point(source: str, catalog: Catalog, say: Callable[[str], None]) -> ResumePoint | None:
+    """The checkpoint to begin at, checked file by file; None to begin at the first step.
+
+    Raises:
+        CheckpointError: what is named is not there, or is damaged.
+    """
+    if source == "never":
+        return None
+    if source == "auto":
+        name = catalog.newest_whole(say)
+    elif source.isdigit():
+        name = catalog.name_of(int(source))
+        if int(source) not in catalog.steps():
+            raise CheckpointError(
+                f"resume={source}: {catalog.storage.describe('')} has no checkpoint of step "
+                f"{source}. It has {', '.join(map(str, catalog.steps())) or 'none'}."
+            )
+        catalog.check(name, deep=True)
+    else:
+        return _foreign(source)
+    if name is None:
+        return None
+    return ResumePoint(
+        CheckpointReader(catalog.storage, name), catalog.storage.describe(name), own=True
+    )
+
+
+def _foreign(place: str) -> ResumePoint:
+    storage, name = _split(place)
+    if not storage.exists(f"{name}/{MANIFEST}"):
+        raise CheckpointError(
+            f"resume={place}: there is no checkpoint with a manifest.json. Give the folder of one, "
+            "as <run>/checkpoints/step_00000600, or auto, never or a step of this run."
+        )
+    Catalog(storage).check(name, deep=True)
+    return ResumePoint(CheckpointReader(storage, name), place, own=False)
+
+
+def _split(place: str) -> tuple[Storage, str]:
+    parent, _, name = place.rstrip("/").rpartition("/")
+    return Storage.of(parent or "."), name
+
+
+def may_go_on(source: str, folder: Path, catalog: Catalog) -> None:
+    """Refuse early, without looking into checkpoints, a folder whose run this cannot go on with.
+
+    Raises:
+        RuntimeSetupError: the folder holds another run.
+    """
+    own = source == "auto" or source.isdigit()
+    if not (own and (catalog.steps() or died_early(folder))):
+        run_folder.check(folder)
+
+
+def died_early(folder: Path) -> bool:
+    """Whether the folder's run was to write checkpoints."""
+    try:
+        config = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
+        wanted = config["checkpoint"]
+        return wanted["every_steps"] is not None or wanted["every_minutes"] is not None
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return False
+
+
+# Random state -------------------------------------------------------------------------------------
+
+
+def rng_states(device: str) -> dict[str, str]:
+    """Of every generator a run may draw from, as text."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": json.dumps(random.getstate()),
+        "numpy": json.dumps([kind, np.asarray(keys).tolist(), position, has_gauss, gauss]),
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        "device": device,
+    }
+
+
+def seed_rng(seed: int) -> None:
+    """Begin them all, but for the device's, from the run's seed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def restore_rng(states: Mapping[str, str]) -> None:
+    """Give back what `rng_states` gave, but for the device's."""
+    version, numbers, gauss = json.loads(states["python"])
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(tuple(json.loads(states["numpy"])))
+    packed = bytearray(base64.b64decode(states["torch"]))
+    torch.set_rng_state(torch.frombuffer(packed, dtype=torch.uint8))
+
+
+# Records ------------------------------------------------------------------------------------------
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Keep the records up to a step; those behind it are made again."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what a kill left torn is not kept
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the records of a run say of the steps before its resumption."""
+
+    numbers: StepNumbers | None = None
+    first_eval: float | None = None
+    last_eval: float | None = None
+
+    @classmethod
+    def of(cls, path: Path, step: int) -> Past:
+        """The records up to a step."""
+        records = read_metrics(path) if path.is_file() else []
+        records = [record for record in records if record["step"] <= step]
+        steps = [r for r in records if r["kind"] == StepRecord.kind]
+        losses = [r["eval_loss"] for r in records if r["kind"] == EvalRecord.kind]
+        last = steps[-1] if steps else None
+        return cls(
+            None
+            if last is None
+            else StepNumbers(last["loss"], last["grad_norm"], float("nan"), bad_step=0),
+            losses[0] if losses else None,
+            losses[-1] if losses else None,
+        )
+
+
+def set_aside(folder: Path, say: Callable[[str], None]) -> None:
+    """Keep the records of a run that begins again under another name."""
+    metrics = folder / METRICS
+    if not metrics.is_file() or not metrics.stat().st_size:
+        return
+    number = 1
+    while (other := folder / f"metrics.before_{number}.jsonl").exists():
+        number += 1
+    metrics.rename(other)
+    say(f"no checkpoint was written before: beginning again; the records so far are in {other}")
