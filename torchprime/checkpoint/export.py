@@ -2,8 +2,8 @@
 
 Weights come one at a time; each is cast, checked to be finite, hashed and written to its planned
 place (safetensors_write). Config, tokenizer, generation settings and model card go beside them
-(portable). All of it is written to a temporary folder that becomes the export by one rename:
-whoever sees the folder sees all of it. `verify` then reads it back.
+(hf_files), and at last the certificate, after the proofs. All of it is written to a temporary
+folder that becomes the export by one rename: whoever sees the folder sees all of it.
 
 `check_export` finds every reason to refuse before the first training step, not after the last.
 """
@@ -12,25 +12,24 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from torchprime.atomic import atomic_folder, refuse_used_folder, write_json
-from torchprime.checkpoint.portable import (
-    check_tokenizer,
-    portable_config,
-    portable_generation_config,
-    write_tokenizer,
-)
+from torchprime.atomic import atomic_folder, refuse_used_folder
+from torchprime.checkpoint.certificate import Certificate
+from torchprime.checkpoint.hf_files import Spec, write_hf_files
+from torchprime.checkpoint.portable import check_tokenizer
 from torchprime.checkpoint.safetensors_write import ShardWriter, plan_shards
 from torchprime.errors import CheckpointError
 
-Spec = Mapping[str, tuple[int, ...]]
+# Given the folder, complete but for the certificate, and the weights' hashes: prove and write it.
+Certify = Callable[[Path, Mapping[str, str]], Certificate]
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class ExportResult:
     files: dict[str, int]  # name -> bytes
     hashes: dict[str, str]  # tensor -> sha256, as tensor_hash gives it
     num_parameters: int
+    certificate: Certificate | None
 
 
 def check_export(
@@ -64,8 +64,17 @@ def check_export(
     _require_space(out, spec, dtype)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_json(folder / "config.json", portable_config(config, spec, dtype, eos_token_id))
-        write_tokenizer(folder, tokenizer_folder, eos=eos_token_id, chat_template=chat_template)
+        write_hf_files(
+            folder,
+            spec=spec,
+            config=config,
+            dtype=dtype,
+            tokenizer_folder=tokenizer_folder,
+            eos_token_id=eos_token_id,
+            generation_config=None,
+            card="",
+            chat_template=chat_template,
+        )
         check_tokenizer(folder)
 
 
@@ -82,47 +91,90 @@ def export_hf(
     card: str,
     max_shard_bytes: int,
     chat_template: str | None = None,
+    certify: Certify | None = None,
+) -> ExportResult:
+    """Write a Hugging Face folder at `out`, whole or not at all, from a run's own files.
+
+    `write_hf_files` and `write_export` say what the arguments are.
+
+    Raises:
+        CheckpointError: used target, contradicting or incomplete input, weights not finite.
+    """
+    small_files = partial(
+        write_hf_files,
+        spec=spec,
+        config=config,
+        dtype=dtype,
+        tokenizer_folder=Path(tokenizer_folder),
+        eos_token_id=eos_token_id,
+        generation_config=generation_config,
+        card=card,
+        chat_template=chat_template,
+    )
+    return write_export(
+        out,
+        small_files=small_files,
+        weights=weights,
+        spec=spec,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        certify=certify,
+    )
+
+
+def write_export(
+    out: Path,
+    *,
+    small_files: Callable[[Path], None],
+    weights: Iterable[tuple[str, torch.Tensor]],
+    spec: Spec,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    certify: Certify | None = None,
 ) -> ExportResult:
     """Write a Hugging Face folder at `out`, whole or not at all.
 
     Args:
         out: must not exist, or be an empty folder.
+        small_files: writes all but the weights into the folder it is given.
         weights: (HF name, tensor) in any order, each once; taken one at a time and not kept.
         spec: name -> shape of every weight, in the order wanted in the files. Tied: no lm_head.
-        config: the source's config.json, parsed.
         dtype: of the exported weights.
-        tokenizer_folder: holds tokenizer.json and what goes with it.
-        eos_token_id: the stop token that was trained.
-        chat_template: the one that was trained with; None keeps the tokenizer's own.
-        generation_config: the source's generation_config.json, parsed; None if it has none.
-        card: the text of README.md.
         max_shard_bytes: files are split above it.
+        certify: called last, before the folder is in its place. A certificate with a failed check
+            is written, too: it is for the caller to refuse it, with the weights still there.
 
     Raises:
-        CheckpointError: used target, contradicting or incomplete input, weights not finite.
+        CheckpointError: used target, incomplete input, weights not finite.
     """
     out = Path(out)
     _require_space(out, spec, dtype)
-    final_config = portable_config(config, spec, dtype, eos_token_id)
-    generation = portable_generation_config(generation_config, config, eos_token_id)
     with atomic_folder(out) as folder:
-        write_json(folder / "config.json", final_config)
-        write_json(folder / "generation_config.json", generation)
-        write_tokenizer(
-            folder, Path(tokenizer_folder), eos=eos_token_id, chat_template=chat_template
-        )
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        with ShardWriter(folder, spec, dtype, max_shard_bytes) as writer:
-            source = iter(weights)
-            while writer.write_next(source):
-                pass
-            writer.finish()
+        small_files(folder)
+        hashes = write_weights(folder, weights, spec, dtype, max_shard_bytes)
+        certificate = certify(folder, hashes) if certify else None
         sizes = {
             str(path.relative_to(folder)): path.stat().st_size
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-    return ExportResult(out, sizes, writer.hashes, _count(spec))
+    return ExportResult(out, sizes, hashes, _count(spec), certificate)
+
+
+def write_weights(
+    folder: Path,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    spec: Spec,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> dict[str, str]:
+    """Write the safetensors files into a folder; the tensors' hashes, by name."""
+    with ShardWriter(folder, spec, dtype, max_shard_bytes) as writer:
+        source = iter(weights)
+        while writer.write_next(source):
+            pass
+        writer.finish()
+    return writer.hashes
 
 
 def _count(spec: Spec) -> int:

@@ -79,15 +79,13 @@ def portable_config(
     result = {
         key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path")
     }
-    name = str(dtype).removeprefix("torch.")
     result |= {
         "architectures": [CLASSES[architecture.family]],
         "tie_word_embeddings": tied,
         "num_key_value_heads": architecture.num_key_value_heads,
         "head_dim": architecture.head_dim,
         "rms_norm_eps": architecture.rms_norm_eps,
-        "dtype": name,
-        "torch_dtype": name,
+        **both_dtype_spellings(dtype),
         **_both_rope_spellings(architecture.rope),
     }
     if result.get("eos_token_id") is None:
@@ -96,6 +94,12 @@ def portable_config(
         # Left out, transformers would take its own default of 4096.
         result["sliding_window"] = architecture.sliding_window
     return result
+
+
+def both_dtype_spellings(dtype: torch.dtype) -> dict[str, str]:
+    """What config.json says of its weights' dtype."""
+    name = str(dtype).removeprefix("torch.")
+    return {"dtype": name, "torch_dtype": name}
 
 
 def _both_rope_spellings(rope: Rope) -> dict[str, Any]:
@@ -161,7 +165,7 @@ def write_tokenizer(
         )
     settings_path = tokenizer_folder / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
-    templates = _chat_templates(tokenizer_folder, settings)
+    templates = chat_templates(tokenizer_folder, settings)
     if chat_template is not None:
         templates["default"] = chat_template
     settings = _portable_tokenizer_config(settings, _token_of(source, eos))
@@ -213,8 +217,12 @@ def _special_tokens_map(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name. Files win over the inline one, as in transformers."""
+def chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Templates by name. Files win over the inline one, as in transformers.
+
+    Args:
+        settings: tokenizer_config.json, parsed.
+    """
     templates: dict[str, str] = {}
     file = folder / "chat_template.jinja"
     if file.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 
@@ -34,10 +35,32 @@ def compare(argv: list[str]) -> int:
     return compare_main(argv)
 
 
+def export(argv: list[str]) -> int:
+    """Make a Hugging Face folder of a run's checkpoint, without an accelerator."""
+    os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
+    # late: as above, and transformers looks for torch_xla when imported
+    from torchprime.cli.exporting import export_main
+
+    return export_main(argv)
+
+
+def verify(argv: list[str]) -> int:
+    """Check an export by its certificate: files, weights, logits, stop tokens."""
+    os.environ["USE_TORCH_XLA"] = "0"
+    # late: as above
+    from torchprime.cli.exporting import verify_main
+
+    return verify_main(argv)
+
+
 # These take a run's config, with the flags and overrides of the training job.
 CONFIG_COMMANDS: dict[str, Callable[[TrainConfig], int]] = {"prepare": prepare, "inspect": inspect}
 # These take arguments of their own.
-OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {"compare": compare}
+OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "compare": compare,
+    "export": export,
+    "verify": verify,
+}
 
 
 def usage() -> str:
@@ -45,6 +68,8 @@ def usage() -> str:
     lines = [
         "usage: torchprime prepare|inspect --config-name NAME [key=value ...]",
         "       torchprime compare RUN RUN [RUN ...]",
+        "       torchprime export CHECKPOINT --out DIR",
+        "       torchprime verify DIR",
         "",
     ]
     for name, command in {**CONFIG_COMMANDS, **OTHER_COMMANDS}.items():

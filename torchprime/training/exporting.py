@@ -1,32 +1,32 @@
 """The end of a run: weights leave the device, become a Hugging Face folder, and are proved.
 
-Proof has two parts. The files are read back and every tensor's bytes must be those that left the
-device; and transformers, loading the folder, must compute the logits that the trainer computes. The
-second needs the model in host memory, so it is done when there is room, and said when not.
+Before the folder is in its place, the files are read back and every tensor's bytes must be those
+that left the device; transformers, loading the folder, must compute the logits that the trainer
+computes; and what else the certificate lists. The logits need the model in host memory, so they
+are compared when there is room, and it is said when not.
+
+A checkpoint keeps the small files and the facts of an export, so that one can be made of it later.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from torchprime.atomic import atomic_folder
-from torchprime.checkpoint.card import model_card
+from torchprime.atomic import atomic_folder, write_json
+from torchprime.checkpoint.certificate import certify
 from torchprime.checkpoint.export import ExportResult, check_export, export_hf
-from torchprime.checkpoint.verify import compare_logits, read_back
+from torchprime.checkpoint.hf_files import FACTS, ExportFacts, write_hf_files
+from torchprime.checkpoint.logits import PROMPT_TOKENS, PromptLogits, encode_prompts, no_room
 from torchprime.training.backend import Backend
 from torchprime.training.model_files import ModelFiles
-
-# Largest difference of logits between the trainer and transformers, relative to the largest logit.
-# fp32 differs by rounding order only (measured 1e-6 to 1e-5). bf16 rounds every activation to 8
-# bits, each 2^-9 off, in an order that differs between the two: a few roundings add up.
-LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-PROBE_TOKENS = 64
 
 
 class Exporter:
@@ -39,13 +39,13 @@ class Exporter:
         dtype: torch.dtype,
         max_shard_bytes: int,
         card_facts: Mapping[str, Any],
-        probe: list[int],
         chat_template: str | None,
         stop_ids: Sequence[int],
+        fingerprints: Mapping[str, str | None],
         say: Callable[[str], None],
     ) -> None:
         self.files, self.dtype, self.max_shard_bytes = files, dtype, max_shard_bytes
-        self.card_facts, self.probe, self.say = card_facts, probe[:PROBE_TOKENS], say
+        self.card_facts, self.fingerprints, self.say = card_facts, fingerprints, say
         self.chat_template, self.stop_ids = chat_template, stop_ids
 
     def check(self, out: Path) -> None:
@@ -61,6 +61,30 @@ class Exporter:
             chat_template=self.chat_template,
         )
 
+    def facts(self, step: int | None, metrics: Mapping[str, Any]) -> ExportFacts:
+        """What an export of the weights after `step` updates has to know."""
+        template = self.chat_template
+        folder = self.files.folder
+        return ExportFacts(
+            spec=dict(self.files.shapes),
+            dtype=self.dtype,
+            max_shard_bytes=self.max_shard_bytes,
+            stop_ids=tuple(sorted({self.files.tokenizer.eos_id, *self.stop_ids})),
+            template=None if template is None else hashlib.sha256(template.encode()).hexdigest(),
+            base_model=self.card_facts.get("base_model"),
+            base_folder=None if folder is None else str(folder.absolute()),
+            step=step,
+            card={**self.card_facts, "chat": template is not None},
+            metrics=dict(metrics),
+            fingerprints=dict(self.fingerprints),
+        )
+
+    def write_small_files(self, folder: Path, *, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write what a checkpoint keeps for an export: all of it but the weights, and the facts."""
+        facts = self.facts(step, metrics)
+        write_hf_files(folder, **self._small_files(facts))
+        write_json(folder / FACTS, facts.to_dict())
+
     def write_sharded(self, out: Path, backend: Backend) -> None:
         """Leave the weights in shards instead (convert_to_safetensors=false): no conversion, no
         proof."""
@@ -69,58 +93,78 @@ class Exporter:
         self.say(f"wrote shards to {out} (torch.distributed.checkpoint, not a Hugging Face folder)")
 
     def write(
-        self, out: Path, backend: Backend, metrics: Mapping[str, Any], *, prove_logits: bool = True
+        self,
+        out: Path,
+        backend: Backend,
+        metrics: Mapping[str, Any],
+        *,
+        step: int | None,
+        prove_logits: bool = True,
     ) -> ExportResult | None:
         """Export the backend's weights to `out` and prove it; other processes only hand over.
 
-        Every process takes part in bringing a sharded tensor to a host and in computing logits, so
+        Every process takes part in computing logits and in bringing a sharded tensor to a host, so
         all do the same of these in the same order, also where the first one fails to write.
+
+        Args:
+            metrics: the last values, for card and certificate.
+            step: updates made; None if unknown.
+            prove_logits: false leaves them out, where the weights may compute no finite ones.
+
+        Raises:
+            CheckpointError: it could not be written, or a check of the certificate failed; in the
+                latter case the folder is there, with the certificate that says so.
         """
+        trained = self._trained_logits(backend) if prove_logits else "the run diverged"
         weights = backend.weights()
-        together = backend.process_count > 1
-        if backend.process_index != 0:
-            self._take_part(weights, backend, prove_logits)
-            return None
         try:
-            result = self._export(out, weights, metrics)
-        except BaseException:
-            if together:
-                self._take_part(weights, backend, prove_logits)
-            raise
-        no_room = self._no_room()
-        trained = backend.logits(self.probe) if prove_logits and (together or not no_room) else None
-        read_back(out, result.hashes)
-        checked = f"{len(result.hashes)} tensors read back equal the trained weights"
-        if trained is None or no_room:
-            compared = f"logits not compared{no_room if prove_logits else ''}"
-        else:
-            compared = self._compare(out, trained)
-        self.say(f"exported to {out}: {checked}; {compared}")
+            if backend.process_index != 0:
+                return None
+            result = self._export(out, weights, self.facts(step, metrics), trained)
+        finally:
+            if backend.process_count > 1:
+                for _ in weights:  # the rest of this process' share in bringing them to a host
+                    pass
+        certificate = result.certificate
+        assert certificate is not None
+        certificate.require(out)
+        proofs = (certificate.check(name).detail for name in ("weights", "logits"))
+        self.say(f"exported to {out}: {'; '.join(proofs)}; certificate: {certificate.tally()}")
         return result
 
-    def _take_part(
-        self, weights: Iterator[tuple[str, Tensor]], backend: Backend, prove_logits: bool
-    ) -> None:
-        """What is left of a process' share in an export that another one writes."""
-        for _ in weights:
-            pass
-        if prove_logits:
-            backend.logits(self.probe)
-
     def _export(
-        self, out: Path, weights: Iterator[tuple[str, Tensor]], metrics: Mapping[str, Any]
+        self,
+        out: Path,
+        weights: Iterator[tuple[str, Tensor]],
+        facts: ExportFacts,
+        trained: PromptLogits | str,
     ) -> ExportResult:
+        made = "random weights" if facts.base_model is None else facts.base_model
+        after = "" if facts.step is None else f" after {facts.step} updates"
         return export_hf(
             out,
+            **self._small_files(facts),
             weights=weights,
+            max_shard_bytes=self.max_shard_bytes,
+            certify=partial(
+                certify,
+                facts=facts,
+                origin=f"a run from {made}{after}, at its end",
+                trained=trained,
+                base=self.files.folder,
+            ),
+        )
+
+    def _small_files(self, facts: ExportFacts) -> dict[str, Any]:
+        """The arguments of `write_hf_files`."""
+        return dict(
             spec=self.files.shapes,
             config=self.files.hf_config,
             dtype=self.dtype,
             tokenizer_folder=self.files.tokenizer.folder,
             eos_token_id=self.files.tokenizer.eos_id,
             generation_config=self._generation_config(),
-            card=model_card({**self.card_facts, "metrics": metrics}),
-            max_shard_bytes=self.max_shard_bytes,
+            card=facts.card_text(),
             chat_template=self.chat_template,
         )
 
@@ -134,19 +178,19 @@ class Exporter:
         stops = [] if known is None else [known] if isinstance(known, int) else list(known)
         return {**(found or {}), "eos_token_id": list(dict.fromkeys([*stops, *trained]))}
 
-    def _no_room(self) -> str:
-        """Why transformers cannot load the export here, in brackets; empty if it can."""
-        needed = 2 * self.files.num_parameters * self.dtype.itemsize
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if needed <= free:
-            return ""
-        return (
-            f" (transformers needs about {needed / 1e9:.1f} GB of host memory, {free / 1e9:.1f} GB "
-            "are free)"
-        )
+    def _trained_logits(self, backend: Backend) -> PromptLogits | str:
+        """The trainer's logits for the prompts, or why transformers cannot be compared with them.
 
-    def _compare(self, out: Path, trained: Tensor) -> str:
-        ids = torch.tensor([self.probe]).numpy()
-        tolerance = LOGIT_TOLERANCE[self.dtype]
-        difference = compare_logits(out, ids, trained.numpy()[None], tolerance=tolerance)
-        return f"logits of transformers match the trainer's to {difference:.0e} of the largest"
+        Room is one host's matter, so several processes compute them all the same.
+        """
+        reason = no_room(self.files.num_parameters, self.dtype)
+        if reason and backend.process_count == 1:
+            return reason
+        logits = np.stack([backend.logits(ids).numpy() for ids in self._prompts.tolist()])
+        where = f"the trainer ({backend.name}, {backend.device_count} x {backend.device_kind})"
+        return reason or PromptLogits(self._prompts, logits, where)
+
+    @cached_property
+    def _prompts(self) -> np.ndarray:
+        longest = min(PROMPT_TOKENS, self.files.architecture.max_position_embeddings)
+        return encode_prompts(self.files.tokenizer.folder / "tokenizer.json", longest=longest)

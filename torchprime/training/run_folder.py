@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -60,7 +61,16 @@ def _cannot(folder: Path, why: str) -> str:
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """config.yaml: every value the run used, resolved."""
-    write_text(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False))
+    write_text(folder / CONFIG, _config_text(config))
+
+
+def config_fingerprint(config: Mapping[str, Any]) -> str:
+    """sha256 of config.yaml, as `sha256sum` gives it."""
+    return hashlib.sha256(_config_text(config).encode()).hexdigest()
+
+
+def _config_text(config: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(config), sort_keys=False)
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any], step: int) -> None:

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -156,8 +155,8 @@ class Trainer:
             self._find_point()
         self.check_output()
         self.say(self.plan.describe())
-        self.say(f"  loss         {self.backend.loss} ({self.backend.loss_why})")
         self.say(f"  attention    {self.backend.attention} ({self.backend.attention_why})")
+        self.say(f"  loss         {self.backend.loss} ({self.backend.loss_why})")
 
     def weights(self) -> Callable[[str], Tensor]:
         """Where initial values come from: the checkpoint if one is named, else random."""
@@ -177,9 +176,7 @@ class Trainer:
                 "base_model": c.model.pretrained_model,
                 "dataset": self.rows.report.source,
                 "command": run_folder.command(),
-                "steps": self.plan.total_steps,
                 "parameters": self.files.num_parameters,
-                "dtype": c.torch_dtype,
                 "versions": run_folder.versions(),
             },
             # Only what was trained on replaces the tokenizer's own template.
@@ -187,7 +184,10 @@ class Trainer:
             if self.template is not None and self.rows.report.has_chats
             else None,
             stop_ids=self.data.stop_ids(),
-            probe=self.data.batch(np.zeros(1, dtype=np.int64)).input_ids[0].tolist(),
+            fingerprints={
+                **self.rows.fingerprints(),
+                "config": run_folder.config_fingerprint(c.to_dict()),
+            },
             say=self.say,
         )
         if not c.task.convert_to_safetensors and self.backend.process_count > 1:
@@ -488,7 +488,9 @@ class Trainer:
         if self.export_folder is None or self.exporter is None:
             return
         if self.config.task.convert_to_safetensors:
-            self.exporter.write(self.export_folder, self.backend, self._final_metrics(numbers))
+            metrics = self._final_metrics(numbers)
+            steps = self.plan.total_steps
+            self.exporter.write(self.export_folder, self.backend, metrics, step=steps)
         else:
             self.exporter.write_sharded(self.export_folder, self.backend)
 
@@ -510,7 +512,7 @@ class Trainer:
         assert self.exporter is not None
         folder = self.folder / "checkpoints" / "before_divergence"
         try:
-            self.exporter.write(folder, self.backend, {}, prove_logits=False)
+            self.exporter.write(folder, self.backend, {}, step=None, prove_logits=False)
         except (UserError, OSError) as error:
             return f"The weights before it could not be kept: {error}"
         return f"The weights before it are kept in {folder}."

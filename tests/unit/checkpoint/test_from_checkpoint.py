@@ -1,0 +1,421 @@
+"""An export from a checkpoint is the export at the end of the run, to the byte, from wherever the
+checkpoint lies and however its tensors are cut."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from torchprime.atomic import write_json
+from torchprime.checkpoint.catalog import Catalog
+from torchprime.checkpoint.export import export_hf
+from torchprime.checkpoint.from_checkpoint import add_weights, export_checkpoint, find_checkpoint
+from torchprime.checkpoint.hf_files import FACTS, ExportFacts, read_facts, write_hf_files
+from torchprime.checkpoint.hf_read import SafetensorsReader
+from torchprime.checkpoint.reader import CheckpointReader
+from torchprime.checkpoint.recheck import recheck
+from torchprime.checkpoint.shards import TensorShards, write_shards
+from torchprime.checkpoint.storage import Storage
+from torchprime.checkpoint.verify import load_transformers
+from torchprime.errors import CheckpointError
+
+NAME = "step_00000007"
+TEMPLATES = {"zeta": "z{{ messages }}", "default": "d{{ messages }}", "alpha": "a{{ messages }}"}
+Files = dict[str, bytes]
+
+
+def facts_of(checkpoint, **changes: Any) -> ExportFacts:
+    fields: dict[str, Any] = dict(
+        spec=checkpoint.spec,
+        dtype=torch.float32,
+        max_shard_bytes=30_000,
+        stop_ids=(0,),
+        base_model="some/model",
+        base_folder=str(checkpoint.folder),
+        step=7,
+        card={"name": "tuned", "base_model": "some/model", "versions": {"torch": "2"}},
+        metrics={"train loss of the last step": 1.25},
+        fingerprints={"data": "d" * 64},
+    )
+    return ExportFacts(**{**fields, **changes})
+
+
+def small_files(checkpoint, facts: ExportFacts, tokenizer_folder: Path) -> dict[str, Any]:
+    """As a run has them: `write_hf_files`' arguments."""
+    return dict(
+        spec=checkpoint.spec,
+        config=checkpoint.config,
+        dtype=facts.dtype,
+        tokenizer_folder=tokenizer_folder,
+        eos_token_id=0,
+        generation_config={"temperature": 0.5},
+        card=facts.card_text(),
+    )
+
+
+def trained(checkpoint, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    weights = checkpoint.reader.weights(checkpoint.spec)
+    return {n: (t + torch.randn_like(t) * 1e-3).to(dtype) for n, t in weights}
+
+
+@pytest.fixture
+def save(run_checkpoint, tokenizer_folder) -> Callable[..., None]:
+    """Write a run's checkpoint, each tensor in two parts."""
+
+    def halves(key: str, tensor: torch.Tensor) -> TensorShards:
+        parts = run_checkpoint.cut(key, tensor, (2, *[1] * (tensor.dim() - 1)))
+        chunks = [chunk for part in parts for chunk in part.chunks]
+        return dataclasses.replace(
+            parts[0], chunks=chunks, read=lambda: [value for part in parts for value in part.read()]
+        )
+
+    def run(
+        storage: Storage,
+        checkpoint,
+        weights: dict[str, torch.Tensor],
+        *,
+        name: str = NAME,
+        facts: ExportFacts | None = None,
+        more: dict[str, torch.Tensor] | None = None,
+        keep: Callable[[Path], object] = lambda folder: None,
+    ) -> None:
+        facts = facts or facts_of(checkpoint)
+        tensors = {f"model.{name}": tensor for name, tensor in weights.items()} | (more or {})
+        with storage.create(name) as writer:
+            write_shards(writer, [halves(key, tensor) for key, tensor in tensors.items()])
+            with writer.local_folder("hf") as folder:
+                write_hf_files(folder, **small_files(checkpoint, facts, tokenizer_folder))
+                write_json(folder / FACTS, facts.to_dict())
+                keep(folder)
+            run_checkpoint.finish(writer)
+
+    return run
+
+
+@pytest.fixture
+def at_the_end(tokenizer_folder) -> Callable[..., Path]:
+    """The export that the run itself makes of these weights."""
+
+    def run(out: Path, checkpoint, weights, facts: ExportFacts | None = None) -> Path:
+        facts = facts or facts_of(checkpoint)
+        return export_hf(
+            out,
+            **small_files(checkpoint, facts, tokenizer_folder),
+            weights=weights.items(),
+            max_shard_bytes=facts.max_shard_bytes,
+        ).folder
+
+    return run
+
+
+def contents(folder: Path) -> Files:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
+
+
+def exported(storage: Storage, out: Path, **options: Any) -> Files:
+    """An export's files without the certificate, which has to verify."""
+    export_checkpoint(storage, NAME, out, say=lambda line: None, **options)
+    failed = [check for check in recheck(out)[1] if check.passed is False]
+    assert not failed, failed
+    files = contents(out)
+    del files["certificate.json"]
+    return files
+
+
+# The same bytes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "tied_llama"])
+def test_an_export_from_a_checkpoint_is_the_runs_to_the_byte(
+    storage, family, request, save, at_the_end, tmp_path
+) -> None:
+    """From a folder and from another file system."""
+    checkpoint = request.getfixturevalue(family)
+    weights = trained(checkpoint)
+    save(storage, checkpoint, weights)
+    wanted = contents(at_the_end(tmp_path / "end", checkpoint, weights))
+    assert len([name for name in wanted if name.endswith(".safetensors")]) > 1
+    assert exported(storage, tmp_path / "out") == wanted
+
+
+@pytest.fixture
+def local(tmp_path) -> Storage:
+    return Storage.of(tmp_path / "run" / "checkpoints")
+
+
+def test_templates_in_no_order_stay_as_the_run_wrote_them(
+    local, llama, save, at_the_end, tmp_path, tokenizer_folder, monkeypatch
+) -> None:
+    settings = json.loads((tokenizer_folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": n, "template": t} for n, t in TEMPLATES.items()]
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    original = small_files
+    monkeypatch.setitem(
+        globals(), "small_files", lambda checkpoint, facts, _: original(checkpoint, facts, folder)
+    )
+    weights = trained(llama)
+    save(local, llama, weights)
+    wanted = contents(at_the_end(tmp_path / "end", llama, weights))
+    assert "additional_chat_templates/zeta.jinja" in wanted
+    assert exported(local, tmp_path / "out") == wanted
+
+
+def test_another_dtype_changes_weights_config_and_card_alone(
+    local, llama, save, at_the_end, tmp_path
+) -> None:
+    """And is what a run in that dtype would have written of these weights."""
+    weights = trained(llama)
+    save(local, llama, weights)
+    rounded = facts_of(llama, dtype=torch.bfloat16)
+    wanted = contents(at_the_end(tmp_path / "end", llama, weights, rounded))
+    found = exported(local, tmp_path / "out", dtype=torch.bfloat16)
+    assert found == wanted
+    assert load_transformers(tmp_path / "out").dtype == torch.bfloat16
+    same = exported(local, tmp_path / "same")
+    changed = {name for name in same if not name.startswith("model") and same[name] != found[name]}
+    assert changed == {"config.json", "README.md"}
+
+
+def test_float32_comes_from_the_master_weights(local, llama, save, tmp_path) -> None:
+    fine = trained(llama)
+    coarse = {name: tensor.bfloat16() for name, tensor in fine.items()}
+    facts = facts_of(llama, dtype=torch.bfloat16)
+    more = {f"master.{name}": tensor for name, tensor in fine.items()}
+    save(local, llama, coarse, facts=facts, more=more)
+    exported(local, tmp_path / "fp32", dtype=torch.float32)
+    exported(local, tmp_path / "bf16")
+    for folder, weights in (("fp32", fine), ("bf16", coarse)):
+        reader = SafetensorsReader(tmp_path / folder)
+        assert reader.names().keys() == weights.keys()
+        assert all(torch.equal(reader.get(name), weights[name]) for name in weights)
+
+
+def test_float32_without_master_weights_is_the_model_widened(local, llama, save, tmp_path) -> None:
+    coarse = trained(llama, torch.bfloat16)
+    save(local, llama, coarse, facts=facts_of(llama, dtype=torch.bfloat16))
+    exported(local, tmp_path / "out", dtype=torch.float32)
+    reader = SafetensorsReader(tmp_path / "out")
+    assert all(torch.equal(reader.get(name), coarse[name].float()) for name in coarse)
+
+
+def test_one_tensor_in_memory_at_a_time(local, llama, save, tmp_path, monkeypatch) -> None:
+    save(local, llama, trained(llama))
+    monkeypatch.setattr(
+        "torchprime.checkpoint.from_checkpoint.no_room", lambda *_: "not to be in memory"
+    )
+    alive: list[weakref.ref] = []
+    plain = CheckpointReader.get
+
+    def get(self: CheckpointReader, name: str, region: Any = None) -> torch.Tensor:
+        assert not [r for r in alive if r() is not None], f"another is held when {name} is read"
+        tensor = plain(self, name, region)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(CheckpointReader, "get", get)
+    export_checkpoint(local, NAME, tmp_path / "out", say=lambda line: None)
+    assert len(alive) == len(llama.spec)
+
+
+# What proves it -----------------------------------------------------------------------------------
+
+
+def test_the_certificate_says_where_it_comes_from(local, tied_llama, save, tmp_path) -> None:
+    save(local, tied_llama, trained(tied_llama))
+    said: list[str] = []
+    export_checkpoint(local, NAME, tmp_path / "out", say=said.append)
+    certificate = recheck(tmp_path / "out")[0]
+    assert certificate.origin == f"{NAME} of a run from some/model after 7 updates"
+    assert certificate.metrics == {"train loss of the last step": 1.25}
+    logits = certificate.check("logits")
+    assert logits.passed and "decoder on the CPU" in logits.values["computed_by"]
+    base = certificate.check("base").values
+    assert base["changed"] == base["tensors"] == len(tied_llama.spec)
+    assert len(said) == 1 and "certificate: 6 checks passed, 1 not made (chat template)" in said[0]
+    for text in (str(tmp_path / "out"), "read back equal", "logits of transformers match"):
+        assert text in said[0]
+
+
+def test_logits_are_those_of_the_checkpoints_tensors(
+    local, llama, save, tmp_path, monkeypatch
+) -> None:
+    """Not of the files that were written: those are what is judged."""
+    save(local, llama, trained(llama))
+    plain = transformers.LlamaForCausalLM.forward
+
+    def forward(self: Any, *args: Any, **more: Any) -> Any:
+        output = plain(self, *args, **more)
+        output.logits[..., 0] += 1.0
+        return output
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    with pytest.raises(CheckpointError, match="(?s)certificate failed.*logits: .*logits differ"):
+        export_checkpoint(local, NAME, tmp_path / "out", say=lambda line: None)
+    assert (tmp_path / "out" / "certificate.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [(None, "are not here"), ("nowhere", "are not here"), (".", "are not here")],
+)
+def test_a_base_that_is_elsewhere_by_now_is_not_compared(
+    local, llama, save, tmp_path, folder, reason
+) -> None:
+    base_folder = None if folder is None else str(tmp_path / folder)
+    save(local, llama, trained(llama), facts=facts_of(llama, base_folder=base_folder))
+    export_checkpoint(local, NAME, tmp_path / "out", say=lambda line: None)
+    check = recheck(tmp_path / "out")[0].check("base")
+    assert check.passed is None and reason in check.detail and "some/model" in check.detail
+    export_checkpoint(local, NAME, tmp_path / "given", base=llama.folder, say=lambda line: None)
+    assert recheck(tmp_path / "given")[0].check("base").passed
+
+
+def test_from_random_weights_there_is_no_base(local, llama, save, tmp_path) -> None:
+    save(local, llama, trained(llama), facts=facts_of(llama, base_model=None, base_folder=None))
+    exported(local, tmp_path / "out")
+    check = recheck(tmp_path / "out")[0].check("base")
+    assert check.passed is None and "random weights" in check.detail
+
+
+def test_a_checkpoint_with_weights_in_hf_is_loadable_and_certified(
+    storage, llama, save, at_the_end, tmp_path
+) -> None:
+    """checkpoint.hf=true; and it exports like one without."""
+    weights = trained(llama)
+    save(storage, llama, weights, keep=lambda folder: add_weights(folder, weights.items()))
+    names = CheckpointReader(storage, NAME).manifest.files
+    hf = tmp_path / "hf"
+    for name in names:
+        if name.startswith("hf/"):
+            (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+            (tmp_path / name).write_bytes(storage.read_bytes(f"{NAME}/{name}"))
+    model = load_transformers(hf).state_dict()
+    assert all(torch.equal(model[name], weights[name]) for name in weights)
+    verdicts = {check.name: check.passed for check in recheck(hf, llama.folder)[1]}
+    assert verdicts["files"] and verdicts["weights"] and verdicts["base"]
+    assert verdicts["logits"] is None and False not in verdicts.values()
+    wanted = contents(at_the_end(tmp_path / "end", llama, weights))
+    assert exported(storage, tmp_path / "out") == wanted
+
+
+# What an export cannot be made of -----------------------------------------------------------------
+
+
+def test_used_targets_are_refused_before_anything_is_read(local, llama, save, tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+    with pytest.raises(CheckpointError, match="already holds"):
+        export_checkpoint(local, NAME, out, say=lambda line: None)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_a_checkpoint_without_what_an_export_needs(local, run_checkpoint, tmp_path) -> None:
+    run_checkpoint.write(local, NAME, {"model.w": torch.ones(2)})
+    with pytest.raises(CheckpointError, match="has no hf/export.json"):
+        export_checkpoint(local, NAME, tmp_path / "out", say=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_weight_is_named(local, llama, save, tmp_path) -> None:
+    weights = trained(llama)
+    del weights["model.norm.weight"]
+    save(local, llama, weights)
+    with pytest.raises(CheckpointError, match="no tensor model.model.norm.weight"):
+        export_checkpoint(local, NAME, tmp_path / "out", say=lambda line: None)
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "format None"),
+        ('{"format_version": 9}', "format 9"),
+        ('{"format_version": 1, "dtype": "float32"}', "does not hold an export's facts"),
+        ("[", "cannot be read as JSON"),
+    ],
+)
+def test_facts_that_cannot_be_read(tmp_path, content, message) -> None:
+    (tmp_path / FACTS).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_facts(tmp_path / FACTS)
+
+
+def test_facts_survive_being_written(tmp_path, llama) -> None:
+    facts = facts_of(llama, template=hashlib.sha256(b"x").hexdigest())
+    write_json(tmp_path / FACTS, facts.to_dict())
+    found = read_facts(tmp_path / FACTS)
+    assert dataclasses.asdict(found) == dataclasses.asdict(facts)
+    assert list(found.spec) == list(llama.spec)  # the order of the files
+
+
+# Which checkpoint ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(local, run_checkpoint) -> Storage:
+    for step in (5, 10, 15):
+        run_checkpoint.write(local, Catalog.name_of(step), {"model.w": torch.full((2,), step)})
+    catalog = Catalog(local)
+    catalog.point("latest", "step_00000010")
+    catalog.point("best", "step_00000005")
+    return local
+
+
+@pytest.mark.parametrize(
+    ("place", "step"),
+    [
+        ("run/checkpoints/step_00000010", 10),
+        ("run/checkpoints/step_00000010/", 10),
+        ("run/checkpoints/latest", 10),
+        ("run/checkpoints/best", 5),
+        ("run/checkpoints", 15),
+        ("run", 15),
+    ],
+)
+def test_places_that_mean_a_checkpoint(several, tmp_path, place, step, monkeypatch) -> None:
+    given = (str(tmp_path / place), f"file://{tmp_path / place}", place)
+    monkeypatch.chdir(tmp_path)
+    for each in given:
+        storage, name = find_checkpoint(each + ("/" if place.endswith("/") else ""), print)
+        assert name == f"step_{step:08d}"
+        assert CheckpointReader(storage, name).get("model.w").tolist() == [step, step]
+
+
+def test_a_url_means_a_checkpoint(storage, run_checkpoint) -> None:
+    run_checkpoint.write(storage, "step_00000003", {"model.w": torch.ones(2)})
+    for place in ("step_00000003", ""):
+        found, name = find_checkpoint(storage.describe(place), print)
+        assert name == "step_00000003" and found.exists(f"{name}/manifest.json")
+
+
+def test_a_damaged_checkpoint_is_refused_and_skipped(several, tmp_path) -> None:
+    (shard,) = (tmp_path / "run" / "checkpoints" / "step_00000015").glob("*.distcp")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{shard.name} is damaged"):
+        find_checkpoint(str(shard.parent), print)
+    said: list[str] = []
+    assert find_checkpoint(str(tmp_path / "run"), said.append)[1] == "step_00000010"
+    assert "step_00000015 is skipped" in said[0] and "step_00000010" in said[-1]
+
+
+@pytest.mark.parametrize("place", ["nowhere", "run/checkpoints/step_00000099", "run/other"])
+def test_places_without_a_checkpoint_say_what_to_give(several, tmp_path, place) -> None:
+    with pytest.raises(CheckpointError, match="There is no whole checkpoint at .*latest"):
+        find_checkpoint(str(tmp_path / place), print)

@@ -1,0 +1,234 @@
+"""From a run's checkpoint to a Hugging Face folder: without the run, its rows or a device.
+
+A checkpoint keeps the small files of an export and its facts (hf/, see hf_files). They are copied,
+and the weights read from the shards one at a time, so that the result is, to the byte, the export
+that the run itself would have made of these weights, and the host holds one tensor and not the
+model. Only the certificate differs: there is no trainer to ask for logits, so our decoder computes
+them on the CPU where the model fits into memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchprime.atomic import refuse_used_folder, write_json
+from torchprime.checkpoint.catalog import BEST, LATEST, Catalog
+from torchprime.checkpoint.certificate import CERTIFICATE, Certificate, certify
+from torchprime.checkpoint.export import ExportResult, write_export, write_weights
+from torchprime.checkpoint.hf_files import CARD, FACTS, ExportFacts, read_facts
+from torchprime.checkpoint.hf_read import INDEX, SafetensorsReader
+from torchprime.checkpoint.logits import (
+    PROMPT_TOKENS,
+    PromptLogits,
+    decoder_logits,
+    encode_prompts,
+    no_room,
+)
+from torchprime.checkpoint.portable import both_dtype_spellings, read_json
+from torchprime.checkpoint.reader import CheckpointReader
+from torchprime.checkpoint.storage import MANIFEST, Storage
+from torchprime.errors import CheckpointError
+from torchprime.models.architecture import architecture_from_hf
+
+HF = "hf"  # the folder in a checkpoint
+CHECKPOINTS = "checkpoints"  # the folder in a run's
+
+
+def find_checkpoint(place: str, say: Callable[[str], None]) -> tuple[Storage, str]:
+    """Which checkpoint a path or URL means, all its files seen to be as they were written.
+
+    Args:
+        place: a checkpoint's folder; `latest` or `best` beside it; or a folder of checkpoints or a
+            run's folder, which mean the newest whole one.
+
+    Returns:
+        The storage and the checkpoint's name in it.
+
+    Raises:
+        CheckpointError: there is none there, or it is damaged.
+    """
+    place = place.rstrip("/")
+    parent, _, name = (place if "://" in place else str(Path(place).absolute())).rpartition("/")
+    storage = Storage.of(parent)
+    catalog = Catalog(storage)
+    if name in (LATEST, BEST) and (pointed := catalog.pointed(name)):
+        name = pointed
+    if storage.exists(f"{name}/{MANIFEST}"):
+        catalog.check(name)
+        return storage, name
+    for folder in (place, f"{place}/{CHECKPOINTS}"):
+        storage = Storage.of(folder)
+        if (newest := Catalog(storage).newest_whole(say)) is not None:
+            say(f"the newest whole checkpoint in {folder} is {newest}")
+            return storage, newest
+    raise CheckpointError(
+        f"There is no whole checkpoint at {place}: it holds no {MANIFEST}, and neither do folders "
+        f"step_NNNNNNNN in it or in {place}/{CHECKPOINTS}. Give a checkpoint's folder "
+        f"(RUN/{CHECKPOINTS}/step_00000600), RUN/{CHECKPOINTS}/{LATEST} or a run's folder."
+    )
+
+
+def export_checkpoint(
+    storage: Storage,
+    name: str,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    base: Path | None = None,
+    say: Callable[[str], None],
+) -> ExportResult:
+    """Export the checkpoint `name` to `out`, whole or not at all, and prove it.
+
+    Args:
+        dtype: of the exported weights; None for the one that was trained in. For float32 the
+            master weights are taken, if there are any.
+        base: the folder of the base's weights; None looks where they lay during the run.
+
+    Raises:
+        CheckpointError: used target, a checkpoint without what an export needs, a failed check; in
+            the latter case the folder is there, with the certificate that says so.
+    """
+    refuse_used_folder(out)
+    with CheckpointReader(storage, name) as reader, tempfile.TemporaryDirectory() as temporary:
+        kept = Path(temporary)
+        _fetch_small_files(reader, kept)
+        written = read_facts(kept / FACTS)
+        facts = replace(written, dtype=dtype or written.dtype)
+        tensor_of = partial(_tensor, reader, _prefixes(reader, facts))
+        result = write_export(
+            out,
+            small_files=partial(_copy_small_files, kept, written, facts),
+            weights=((weight, tensor_of(weight)) for weight in facts.spec),
+            spec=facts.spec,
+            dtype=facts.dtype,
+            max_shard_bytes=facts.max_shard_bytes,
+            certify=lambda folder, hashes: certify(
+                folder,
+                hashes,
+                facts=facts,
+                origin=f"{name} of {_run(facts)}",
+                trained=_decoder_logits(folder, facts, tensor_of),
+                base=_base(facts, base),
+            ),
+        )
+    assert result.certificate is not None
+    result.certificate.require(out)
+    proofs = (result.certificate.check(part).detail for part in ("weights", "logits"))
+    tally = result.certificate.tally()
+    say(f"exported {name} to {out}: {'; '.join(proofs)}; certificate: {tally}")
+    return result
+
+
+def add_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> Certificate:
+    """Make of a checkpoint's hf/ a folder that loads: give it weights and a certificate.
+
+    What would hold up training (the base, logits in transformers) is left to `verify`.
+
+    Args:
+        folder: holds what `Exporter.write_small_files` wrote.
+        weights: (HF name, tensor), each once; taken one at a time and not kept.
+    """
+    facts = read_facts(folder / FACTS)
+    hashes = write_weights(folder, weights, facts.spec, facts.dtype, facts.max_shard_bytes)
+    return certify(
+        folder,
+        hashes,
+        facts=facts,
+        origin=f"a checkpoint of {_run(facts)}",
+        trained="training went on meanwhile",
+        base="training went on meanwhile; `torchprime verify DIR --base FOLDER` compares them",
+    )
+
+
+def _run(facts: ExportFacts) -> str:
+    made = "random weights" if facts.base_model is None else facts.base_model
+    return f"a run from {made}" + ("" if facts.step is None else f" after {facts.step} updates")
+
+
+# What the checkpoint holds ------------------------------------------------------------------------
+
+
+def _fetch_small_files(reader: CheckpointReader, folder: Path) -> None:
+    """Copy hf/ to a local folder, without weights and certificate (checkpoint.hf=true)."""
+    prefix = f"{HF}/"
+    names = [name.removeprefix(prefix) for name in reader.manifest.files if name.startswith(prefix)]
+    if FACTS not in names:
+        raise CheckpointError(
+            f"{reader.storage.describe(reader.name)} has no {prefix}{FACTS}, which an export needs."
+        )
+    for name in names:
+        if name.endswith(".safetensors") or name in (INDEX, CERTIFICATE):
+            continue
+        path = folder / name
+        if folder.resolve() not in path.resolve().parents:
+            raise CheckpointError(f"{MANIFEST} names a file outside of the checkpoint: {name}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(reader.storage.read_bytes(f"{reader.name}/{prefix}{name}"))
+
+
+def _copy_small_files(kept: Path, written: ExportFacts, facts: ExportFacts, folder: Path) -> None:
+    """As they were written; what tells of the dtype is changed with it."""
+    shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FACTS))
+    if facts.dtype != written.dtype:
+        config = read_json(kept / "config.json") | both_dtype_spellings(facts.dtype)
+        write_json(folder / "config.json", config)
+        (folder / CARD).write_text(facts.card_text(), encoding="utf-8")
+
+
+def _prefixes(reader: CheckpointReader, facts: ExportFacts) -> Mapping[str, str]:
+    """Per weight, which of its tensors is exported: `model`, or `master` where that has more
+    digits and they are asked for."""
+    there = set(reader.tensor_names())
+
+    def prefix(name: str) -> str:
+        coarse = f"model.{name}" in there and reader.dtype(f"model.{name}") != torch.float32
+        wanted = facts.dtype == torch.float32 and coarse and f"master.{name}" in there
+        return "master" if wanted else "model"
+
+    return {name: prefix(name) for name in facts.spec}
+
+
+def _tensor(reader: CheckpointReader, prefixes: Mapping[str, str], name: str) -> Tensor:
+    return reader.get(f"{prefixes[name]}.{name}")
+
+
+# What it is proved by -----------------------------------------------------------------------------
+
+
+def _decoder_logits(
+    folder: Path, facts: ExportFacts, tensor_of: Callable[[str], Tensor]
+) -> PromptLogits | str:
+    """What our decoder computes from the checkpoint's tensors, or why it does not."""
+    config = read_json(folder / "config.json")
+    architecture = architecture_from_hf(config)
+    parameters = sum(torch.Size(shape).numel() for shape in facts.spec.values())
+    if reason := no_room(parameters, facts.dtype):
+        return reason
+    longest = min(PROMPT_TOKENS, architecture.max_position_embeddings)
+    ids = encode_prompts(folder / "tokenizer.json", longest=longest)
+    logits = decoder_logits(config, tensor_of, facts.dtype, ids)
+    return PromptLogits(ids, logits, "torchprime's decoder on the CPU, from the checkpoint")
+
+
+def _base(facts: ExportFacts, given: Path | None) -> Path | str | None:
+    """The base's folder; why there is none; or None if training began from random weights."""
+    if given is not None:
+        return given
+    if facts.base_model is None:
+        return None
+    missing = f"the weights of {facts.base_model} are not here; --base FOLDER compares with them"
+    if facts.base_folder is None or not Path(facts.base_folder).is_dir():
+        return missing
+    try:
+        SafetensorsReader(facts.base_folder).names()
+    except CheckpointError:  # something else lies there by now
+        return missing
+    return Path(facts.base_folder)

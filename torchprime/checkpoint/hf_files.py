@@ -1,0 +1,133 @@
+"""The small files of an export, and the facts that an export needs besides them and the weights.
+
+An export at the end of a run writes the small files beside the weights. A checkpoint keeps the same
+files and the facts (`hf/`), so that it can be exported later, without the run, its rows or a
+device, and the result is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchprime.atomic import write_json
+from torchprime.checkpoint.card import model_card
+from torchprime.checkpoint.portable import (
+    portable_config,
+    portable_generation_config,
+    read_json,
+    write_tokenizer,
+)
+from torchprime.errors import CheckpointError
+
+FACTS = "export.json"
+FACTS_VERSION = 1
+CARD = "README.md"
+
+Spec = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What an export needs to know, as JSON can say it.
+
+    Attributes:
+        spec: name -> shape of every weight, in the order wanted in the files. Tied: no lm_head.
+        dtype: of the exported weights.
+        max_shard_bytes: files are split above it.
+        stop_ids: the ids that were trained to end an answer.
+        template: sha256 of the chat template that was trained with; None without conversations.
+        base_model: as the config names it; None when training began from random weights.
+        base_folder: where its weights lay.
+        step: updates made; None if unknown.
+        card: facts for the model card; see `model_card`.
+        metrics: the last values.
+        fingerprints: of data, config, tokenizer, ...
+    """
+
+    spec: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    max_shard_bytes: int
+    stop_ids: tuple[int, ...]
+    template: str | None = None
+    base_model: str | None = None
+    base_folder: str | None = None
+    step: int | None = None
+    card: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    fingerprints: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def card_text(self) -> str:
+        """README.md."""
+        more = {"steps": self.step, "dtype": self.dtype_name, "metrics": self.metrics}
+        return model_card({**self.card, **more})
+
+    def to_dict(self) -> dict[str, Any]:
+        content = dataclasses.asdict(self)
+        content["spec"] = {name: list(shape) for name, shape in self.spec.items()}
+        return {"format_version": FACTS_VERSION, **content, "dtype": self.dtype_name}
+
+
+def read_facts(path: Path) -> ExportFacts:
+    """The facts that a checkpoint keeps.
+
+    Raises:
+        CheckpointError: missing, malformed or of another format.
+    """
+    content = read_json(path)
+    version = content.pop("format_version", None)
+    if version != FACTS_VERSION:
+        raise CheckpointError(
+            f"{path} has format {version}; this torchprime reads format {FACTS_VERSION}. Use the "
+            "version that wrote it."
+        )
+    try:
+        content["spec"] = {name: tuple(shape) for name, shape in content["spec"].items()}
+        content["dtype"] = getattr(torch, content["dtype"])
+        content["stop_ids"] = tuple(content["stop_ids"])
+        return ExportFacts(**content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not hold an export's facts: {error}.") from error
+
+
+def write_hf_files(
+    folder: Path,
+    *,
+    spec: Spec,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    tokenizer_folder: Path,
+    eos_token_id: int,
+    generation_config: Mapping[str, Any] | None,
+    card: str,
+    chat_template: str | None = None,
+) -> None:
+    """Write everything of a Hugging Face folder but the weights.
+
+    Args:
+        spec: name -> shape of every weight. Tied: no lm_head.
+        config: the source's config.json, parsed.
+        dtype: of the weights that will be beside these files.
+        tokenizer_folder: holds tokenizer.json and what goes with it.
+        eos_token_id: the stop token that was trained.
+        generation_config: the source's generation_config.json, parsed; None if it has none.
+        card: the text of README.md.
+        chat_template: the one that was trained with; None keeps the tokenizer's own.
+
+    Raises:
+        CheckpointError: contradicting or incomplete input.
+    """
+    generation = portable_generation_config(generation_config, config, eos_token_id)
+    write_json(folder / "config.json", portable_config(config, spec, dtype, eos_token_id))
+    write_json(folder / "generation_config.json", generation)
+    write_tokenizer(folder, tokenizer_folder, eos=eos_token_id, chat_template=chat_template)
+    (folder / CARD).write_text(card, encoding="utf-8")
