@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from torchprime.checkpoint.shards import TensorShards
 from torchprime.data.batch import Batch
-from torchprime.losses import LossSums
+from torchprime.losses import LossSums, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native import placement
@@ -32,6 +32,7 @@ from torchprime.torch_native.fused_loss import (
     choose_loss,
     find_liger,
     fused_cross_entropy,
+    on_supervised_tokens,
 )
 from torchprime.torch_native.mesh import make_mesh
 from torchprime.torch_native.remat import apply_remat
@@ -60,13 +61,12 @@ class _Loss(nn.Module):
     """What a step calls: the model and its loss as one module, so that FSDP2 has the output
     projection whole while the loss multiplies by it."""
 
-    def __init__(self, model: CausalLM, cross_entropy: CrossEntropy | None) -> None:
+    def __init__(self, model: CausalLM, cross_entropy: CrossEntropy) -> None:
         super().__init__()
         self.model, self.cross_entropy = model, cross_entropy
-        self.chunks = 1
 
     def forward(self, *fields: Tensor) -> LossSums:
-        return loss_of(self.model, fields, self.chunks, self.cross_entropy)
+        return loss_of(self.model, fields, partial(on_supervised_tokens, self.cross_entropy))
 
 
 class NativeBackend:
@@ -104,7 +104,7 @@ class NativeBackend:
         )
         liger = find_liger() if cuda else Liger(None, "")
         self.loss, self.loss_why = choose_loss(loss_kernel, self.device.type, liger)
-        self.cross_entropy: CrossEntropy | None = None  # our own
+        self.cross_entropy: CrossEntropy = chunked_cross_entropy
         if self.loss == "liger" and liger.forward is not None:
             self.cross_entropy = partial(fused_cross_entropy, liger_forward=liger.forward)
         self.remat_policy = remat_policy
@@ -160,7 +160,8 @@ class NativeBackend:
     ) -> None:
         """See Backend."""
         self.optimizer, self.options = optimizer, options
-        self.root.chunks = options.loss_chunks
+        if self.loss == "chunked":
+            self.root.cross_entropy = partial(chunked_cross_entropy, chunks=options.loss_chunks)
         make = self._new_state if resumed is None else partial(self._resumed_state, resumed)
         parameters = {}
         for name, parameter in self.model.named_parameters():

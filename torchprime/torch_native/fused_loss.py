@@ -1,4 +1,4 @@
-"""Cross-entropy by Liger's fused kernel where it is installed, else our own in chunks.
+"""Cross-entropy of supervised tokens alone, by Liger's fused kernel where it is installed.
 
 Liger's library makes logits for some tokens at a time, as losses.py does, but loss and gradient of
 a row of them in one kernel. What a loss has to be stays ours: a sum over supervised tokens, each
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from torchprime.errors import ConfigError
 from torchprime.losses import IGNORED, LossSums, token_weights
+from torchprime.training.step import CrossEntropy
 
 # What we ask of Liger's function by name. A version without one of these is not used.
 NEEDED = ("token_grad_output", "compute_gradients", "weight_requires_grad", "accum_dtype")
@@ -111,6 +112,26 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_w = ctx.saved_tensors
         return grad * grad_x, grad * grad_w, None, None, None, None
+
+
+def on_supervised_tokens(
+    cross_entropy: CrossEntropy,
+    hidden: Tensor,
+    output_weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor,
+) -> LossSums:
+    """The same loss with logits of supervised tokens alone, in a batch of one: in fine-tuning half
+    of the slots carry none. How many there are is known on the device: the host waits for it."""
+    weights = token_weights(targets, loss_weights).flatten()
+    chosen = weights.nonzero().flatten()
+    if not len(chosen):
+        chosen = chosen.new_zeros(1)  # of weight 0, so that there is something to go backward from
+    given = (hidden.flatten(0, 1), targets.flatten(), weights)
+    some_hidden, some_targets, some_weights = (x.index_select(0, chosen)[None] for x in given)
+    sums = cross_entropy(some_hidden, output_weight, some_targets, some_weights)
+    each = torch.zeros_like(weights).index_copy(0, chosen, sums.each[0])
+    return LossSums(sums.loss_sum, sums.weight_sum, each.view_as(targets))
 
 
 def fused_cross_entropy(

@@ -32,6 +32,7 @@ from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 from torchprime.checkpoint.shards import TensorShards
 from torchprime.data.batch import Batch
 from torchprime.errors import ConfigError
+from torchprime.losses import chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
@@ -316,8 +317,8 @@ class XlaBackend:
         """See Backend."""
         with torch.no_grad():
             fields = [f[0] for f in batch]
-            chunks = self.options.loss_chunks
-            sums = torch.stack(loss_of(self.model, fields, chunks)[:2])
+            cross_entropy = partial(chunked_cross_entropy, chunks=self.options.loss_chunks)
+            sums = torch.stack(loss_of(self.model, fields, cross_entropy)[:2])
         execute([sums])
         return sums
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -71,17 +72,11 @@ def host_fields(batch: Batch) -> list[Tensor]:
     return [torch.from_numpy(getattr(batch, field)) for field in fields]
 
 
-def loss_of(
-    model: CausalLM,
-    fields: Sequence[Tensor],
-    chunks: int,
-    cross_entropy: CrossEntropy | None = None,
-) -> LossSums:
-    """The loss of one micro-batch whose fields are [b, S]; None: our own, in chunks."""
+def loss_of(model: CausalLM, fields: Sequence[Tensor], cross_entropy: CrossEntropy) -> LossSums:
+    """The loss of one micro-batch whose fields are [b, S]."""
     input_ids, targets, position_ids, segment_ids, loss_weights = fields[: len(FIELDS)]
     hidden = model(input_ids, position_ids, segment_ids)
-    given = (hidden, model.output_weight, targets, loss_weights)
-    return chunked_cross_entropy(*given, chunks) if cross_entropy is None else cross_entropy(*given)
+    return cross_entropy(hidden, model.output_weight, targets, loss_weights)
 
 
 def source_sums(each: Tensor, sources: Tensor, count: int) -> list[Tensor]:
@@ -113,10 +108,11 @@ def train_step(
         What `finish_step` returns.
     """
     weights = [p.weight for p in state.parameters.values()]
+    cross_entropy = partial(chunked_cross_entropy, chunks=chunks)
 
     def micro(fields: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():
-            loss = loss_of(model, fields, chunks)
+            loss = loss_of(model, fields, cross_entropy)
             gradients = list(torch.autograd.grad(loss.loss_sum, weights))
         return micro_sums(loss, fields, num_sources), gradients
 

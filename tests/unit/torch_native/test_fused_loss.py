@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchprime.errors import ConfigError
-from torchprime.losses import LossSums
+from torchprime.losses import LossSums, chunked_cross_entropy
 from torchprime.torch_native import fused_loss
 from torchprime.torch_native.fused_loss import (
     NEEDED,
@@ -27,6 +27,7 @@ from torchprime.torch_native.fused_loss import (
     choose_loss,
     find_liger,
     fused_cross_entropy,
+    on_supervised_tokens,
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -97,6 +98,29 @@ def test_without_gradients_none_are_asked_for() -> None:
         fused_cross_entropy(*given, liger_forward=forward)
     fused_cross_entropy(*given, liger_forward=forward)
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 50])
+def test_logits_of_supervised_tokens_alone_are_enough(chunks: int) -> None:
+    seen = []
+
+    def cross_entropy(hidden: Tensor, *others: Tensor) -> LossSums:
+        seen.append(hidden.shape)
+        return chunked_cross_entropy(hidden, *others, chunks)
+
+    given = example(torch.float32)
+    found = everything(partial(on_supervised_tokens, cross_entropy), given)
+    for ours, double in zip(found, everything(written_out, example()), strict=True):
+        torch.testing.assert_close(ours, double, rtol=1e-5, atol=1e-5)
+    counted = int(((given[2] >= 0) & (given[3] > 0)).sum())
+    assert seen == [(1, counted, D)] and counted <= B * S / 2
+
+
+def test_blocks_without_any_supervised_token_have_a_gradient_of_zero() -> None:
+    given = example(torch.float32)
+    given[3] = torch.zeros_like(given[3])
+    for zero in everything(partial(on_supervised_tokens, STAND_IN), given):
+        assert zero.abs().max() == 0
 
 
 @pytest.mark.gpu

@@ -42,6 +42,7 @@ def main(out: Path, way: dict) -> None:
         compiler=way.get("compiler"),
     )
     if way.get("fused"):
+        backend.loss = "liger"
         backend.cross_entropy = partial(fused_cross_entropy, liger_forward=liger_stand_in.forward)
     config, base = reference.make_model(way.get("tied", False), way.get("family", "llama"))
     start = {name: p.detach().clone() for name, p in base.named_parameters()}
