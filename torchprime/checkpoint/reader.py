@@ -11,7 +11,7 @@ import io
 import math
 import pickle
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,20 +46,19 @@ ALLOWED = {
     ),
 }
 
+Reader = TypeVar("Reader", bound="TensorReader")
 Region = tuple[Sequence[int], Sequence[int]]  # offsets, sizes
 
 
-class CheckpointReader:
-    """One checkpoint: its manifest, and its tensors one at a time.
+class TensorReader:
+    """The tensors in a folder, one at a time; a checkpoint's, or one's that is being written.
 
     Raises:
-        CheckpointError: no manifest, or it or `.metadata` is damaged. That all files are as they
-            were written is for `Catalog.check` to say.
+        CheckpointError: `.metadata` is missing or damaged.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
         self.storage, self.name = storage, name
-        self.manifest = read_manifest(storage, name)
         self._metadata = self._read_metadata()
         self._files: dict[str, BinaryIO] = {}
 
@@ -107,7 +106,7 @@ class CheckpointReader:
             file.close()
         self._files.clear()
 
-    def __enter__(self) -> CheckpointReader:
+    def __enter__(self: Reader) -> Reader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -158,6 +157,19 @@ class CheckpointReader:
                 f"{value.dtype} {list(value.shape)}. The files are not of one checkpoint."
             )
         return value
+
+
+class CheckpointReader(TensorReader):
+    """One checkpoint: its manifest, and its tensors one at a time.
+
+    Raises:
+        CheckpointError: no manifest, or it or `.metadata` is damaged. That all files are as they
+            were written is for `Catalog.check` to say.
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self.manifest = read_manifest(storage, name)
+        super().__init__(storage, name)
 
 
 def _overlap(

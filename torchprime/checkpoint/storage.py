@@ -134,6 +134,11 @@ class FolderWriter(ABC):
         """Count files as written that other processes have written."""
         self.files.update(files)
 
+    @property
+    def where(self) -> tuple[Storage, str]:
+        """Where the files written so far can be read: a storage, and a folder's name in it."""
+        return self._storage, self._name
+
     @abstractmethod
     @contextmanager
     def local_folder(self, name: str) -> Iterator[Path]:
@@ -154,6 +159,10 @@ class _LocalFolderWriter(FolderWriter):
     def __init__(self, storage: Storage, name: str, hasher: Executor, folder: Path) -> None:
         super().__init__(storage, name, hasher)
         self._folder = folder
+
+    @property
+    def where(self) -> tuple[Storage, str]:
+        return self._storage, self._folder.name
 
     @contextmanager
     def local_folder(self, name: str) -> Iterator[Path]:

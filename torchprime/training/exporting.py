@@ -23,8 +23,11 @@ from torch import Tensor
 from torchprime.atomic import atomic_folder, write_json
 from torchprime.checkpoint.certificate import certify
 from torchprime.checkpoint.export import ExportResult, check_export, export_hf
+from torchprime.checkpoint.from_checkpoint import HF, add_weights
 from torchprime.checkpoint.hf_files import FACTS, ExportFacts, write_hf_files
 from torchprime.checkpoint.logits import PROMPT_TOKENS, PromptLogits, encode_prompts, no_room
+from torchprime.checkpoint.reader import TensorReader
+from torchprime.checkpoint.storage import FolderWriter
 from torchprime.training.backend import Backend
 from torchprime.training.model_files import ModelFiles
 
@@ -84,6 +87,22 @@ class Exporter:
         facts = self.facts(step, metrics)
         write_hf_files(folder, **self._small_files(facts))
         write_json(folder / FACTS, facts.to_dict())
+
+    def keep(
+        self, writer: FolderWriter, *, step: int, metrics: Mapping[str, Any], weights: bool
+    ) -> None:
+        """Write a checkpoint's hf/, with the weights too if asked for; its tensors are there."""
+        with writer.local_folder(HF) as folder:
+            self.write_small_files(folder, step=step, metrics=metrics)
+            if not weights:
+                return
+            with TensorReader(*writer.where) as reader:
+                names = self.files.shapes
+                found = ((name, reader.get(f"model.{name}")) for name in names)
+                certificate = add_weights(folder, found)
+        if certificate.failed:  # no reason to lose the checkpoint, which does not need them
+            told = "; ".join(f"{check.name}: {check.detail}" for check in certificate.failed)
+            self.say(f"the weights in {HF}/ of step {step} failed their certificate: {told}")
 
     def write_sharded(self, out: Path, backend: Backend) -> None:
         """Leave the weights in shards instead (convert_to_safetensors=false): no conversion, no

@@ -40,7 +40,8 @@ class Saver:
 
     Args:
         manifest: makes a step's manifest; called when nothing is under way.
-        more: writes further files into the checkpoint's folder, on the first process.
+        more: writes further files into the checkpoint's folder, on the first process; the tensors
+            of all are there by then.
         before_commit: called on the first process before the checkpoint gets its name: what it
             counts on must be on the disk by then.
     """
@@ -51,7 +52,7 @@ class Saver:
         catalog: Catalog,
         *,
         manifest: Callable[[int], Manifest],
-        more: Callable[[FolderWriter], None],
+        more: Callable[[FolderWriter, Manifest], None],
         before_commit: Callable[[], None],
         retention: Retention,
         asynchronous: bool,
@@ -140,7 +141,7 @@ class Saver:
             def complete() -> int:
                 if not first:
                     return 0
-                self.more(writer)
+                self.more(writer, manifest)
                 self.before_commit()
                 files = dict(writer.files)
                 writer.write_bytes(MANIFEST, replace(manifest, files=files).to_bytes())

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from torchprime.atomic import write_json
-from torchprime.checkpoint.catalog import Catalog
+from torchprime.checkpoint.catalog import SCORE, Catalog
 from torchprime.checkpoint.lock import run_lock
 from torchprime.checkpoint.manifest import Manifest
-from torchprime.checkpoint.storage import Storage
+from torchprime.checkpoint.storage import FolderWriter, Storage
 from torchprime.config.schema import TrainConfig
 from torchprime.data.templates import resolve_template
 from torchprime.errors import ConfigError, DivergedError, UserError
@@ -47,6 +47,8 @@ from torchprime.training.plan import Plan, estimate_memory, plan_steps
 from torchprime.training.probe import probe_isolation
 from torchprime.training.resuming import Past, ResumePoint
 from torchprime.training.saving import Retention, Saver
+
+LAST_LOSS = "train loss of the last step"
 
 
 class Trainer:
@@ -414,7 +416,7 @@ class Trainer:
             self.backend,
             self.catalog,
             manifest=self.manifest,
-            more=lambda writer: None,
+            more=self._keep_for_export,
             before_commit=metrics.sync,
             retention=Retention(c.keep_last, c.keep_best, c.keep_every),
             asynchronous=c.asynchronous,
@@ -431,6 +433,13 @@ class Trainer:
             score=heldout.loss_after if heldout is not None else lambda step: None,
             emit=metrics.emit,
         )
+
+    def _keep_for_export(self, writer: FolderWriter, manifest: Manifest) -> None:
+        """What an export of the checkpoint needs besides tensors (hf/)."""
+        assert self.exporter is not None
+        metrics = {key: value for key, value in manifest.metrics.items() if key != SCORE}
+        weights = self.config.checkpoint.hf
+        self.exporter.keep(writer, step=manifest.step, metrics=metrics, weights=weights)
 
     def manifest(self, step: int) -> Manifest:
         """All that a run needs to go on after this step, but for the tensors."""
@@ -470,6 +479,7 @@ class Trainer:
             data_manifest={"fingerprint": identity["data"]},
             eval_manifest={"fingerprint": identity["eval"]} if identity["eval"] else None,
             best_metric=None,
+            metrics=self._metrics_so_far(step),
         )
 
     def _writers(self) -> list[Writer]:
@@ -488,14 +498,25 @@ class Trainer:
         if self.export_folder is None or self.exporter is None:
             return
         if self.config.task.convert_to_safetensors:
-            metrics = self._final_metrics(numbers)
+            metrics = self._final_metrics(numbers.loss)
             steps = self.plan.total_steps
             self.exporter.write(self.export_folder, self.backend, metrics, step=steps)
         else:
             self.exporter.write_sharded(self.export_folder, self.backend)
 
-    def _final_metrics(self, numbers: StepNumbers) -> dict[str, float]:
-        metrics = {"train loss of the last step": numbers.loss}
+    def _metrics_so_far(self, step: int) -> dict[str, float]:
+        """The last that was measured; after the last step, `_final_metrics`."""
+        assert self.metrics is not None
+        record = self.metrics.last
+        if record is None:  # just gone on from a checkpoint
+            return {}
+        found = self._final_metrics(record.loss)
+        if record.step != step:
+            found[f"train loss of step {record.step}"] = found.pop(LAST_LOSS)
+        return found
+
+    def _final_metrics(self, loss: float) -> dict[str, float]:
+        metrics = {LAST_LOSS: loss}
         if self.heldout is not None and self.heldout.first is not None:
             assert self.heldout.last is not None
             metrics["held-out loss before"] = self.heldout.first
