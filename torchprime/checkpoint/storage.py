@@ -46,14 +46,23 @@ class FileFacts(TypedDict):
 
 
 class HashingFile:
-    """A file being written, with its size and hash; `torch.save` can write to it."""
+    """A file being written, with its size and hash; `torch.save` can write to it.
+
+    Args:
+        telling: names the file in what goes wrong.
+        push: has what is written so far on its way to the disk, called every PIECE bytes.
+    """
 
     def __init__(
-        self, file: BinaryIO, hasher: Executor, telling: Callable[[], AbstractContextManager[None]]
+        self,
+        file: BinaryIO,
+        hasher: Executor,
+        telling: Callable[[], AbstractContextManager[None]],
+        push: Callable[[BinaryIO], None],
     ) -> None:
-        self._file, self._hasher, self._telling = file, hasher, telling
+        self._file, self._hasher, self._telling, self._push = file, hasher, telling, push
         self._digest = hashlib.sha256()
-        self._bytes = 0
+        self._bytes = self._unpushed = 0
         self.failure: CheckpointError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
@@ -79,6 +88,10 @@ class HashingFile:
         try:
             with self._telling():
                 self._file.write(piece)
+                self._unpushed += len(piece)
+                if self._unpushed >= PIECE:
+                    self._push(self._file)
+                    self._unpushed = 0
         except CheckpointError as error:
             self.failure = error
             raise
@@ -112,7 +125,7 @@ class FolderWriter(ABC):
         telling = partial(self._storage.telling, doing)
         with telling():
             file = self._open(name)
-        hashing = HashingFile(file, self._hasher, telling)
+        hashing = HashingFile(file, self._hasher, telling, self._push)
         try:
             yield hashing
         except BaseException:
@@ -149,6 +162,10 @@ class FolderWriter(ABC):
     @abstractmethod
     def _open(self, name: str) -> BinaryIO:
         """The file, opened for writing."""
+
+    @abstractmethod
+    def _push(self, file: BinaryIO) -> None:
+        """Have the bytes on their way, without waiting."""
 
     @abstractmethod
     def _sync(self, file: BinaryIO) -> None:
@@ -190,6 +207,13 @@ class _LocalFolderWriter(FolderWriter):
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("wb")
 
+    def _push(self, file: BinaryIO) -> None:
+        """Linux writes out what it is told not to keep. Otherwise the disk would idle while bytes
+        are hashed, fsync would wait at the end, and the cache would hold the model."""
+        file.flush()
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def _sync(self, file: BinaryIO) -> None:
         file.flush()
         os.fsync(file.fileno())
@@ -202,7 +226,12 @@ class _UrlFolderWriter(FolderWriter):
 
     @contextmanager
     def local_folder(self, name: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="torchprime-") as temporary:
+        where = f"{tempfile.gettempdir()} (TMPDIR sets it), to be sent from there,"
+        doing = f"Writing {self._storage.describe(f'{self._name}/{name}')} to {where}"
+        with (
+            self._storage.telling(doing, (OSError,)),
+            tempfile.TemporaryDirectory(prefix="torchprime-") as temporary,
+        ):
             folder = Path(temporary)
             yield folder
             for path in _files_under(folder):
@@ -215,6 +244,9 @@ class _UrlFolderWriter(FolderWriter):
 
     def _open(self, name: str) -> BinaryIO:
         return self._urls.open_to_write(f"{self._name}/{name}")
+
+    def _push(self, file: BinaryIO) -> None:
+        """Parts are sent as they fill up."""
 
     def _sync(self, file: BinaryIO) -> None:
         """Closing is enough: the store then has it or raises."""

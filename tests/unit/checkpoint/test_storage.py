@@ -216,3 +216,15 @@ def test_kinds_of_places(tmp_path: Path) -> None:
         Storage.of("nosuch://bucket")
     assert Storage.of(tmp_path / "not" / "yet").free_bytes() > 0  # type: ignore[operator]
     assert Storage.of("memory://there").free_bytes() is None
+
+
+def test_a_full_temporary_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    storage = Storage.of("memory://temporary")
+    with (
+        pytest.raises(CheckpointError, match=f"one/hf to {tmp_path} .TMPDIR sets it.*no space"),
+        storage.create("one") as writer,
+        writer.local_folder("hf"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
