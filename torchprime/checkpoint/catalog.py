@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from torchprime.checkpoint.manifest import read_manifest
-from torchprime.checkpoint.storage import MANIFEST, Storage, sha256_of
+from torchprime.checkpoint.storage import MANIFEST, FileFacts, Storage, sha256_of
 from torchprime.errors import CheckpointError
 
+CHECKERS = 4  # files hashed at a time
 LATEST, BEST = "latest", "best"
 SCORE = "eval_loss"  # of a manifest's metrics
 STEP = re.compile(r"step_(\d{8,})")
@@ -49,22 +51,29 @@ class Catalog:
         Raises:
             CheckpointError: naming the first file that is not as it was written.
         """
-        for file, expected in read_manifest(self.storage, name).files.items():
-            path = f"{name}/{file}"
-            where, size = self.storage.describe(path), self.storage.size(path)
-            if size is None:
-                raise CheckpointError(f"{where} is missing.")
-            if size != expected["bytes"]:
-                raise CheckpointError(
-                    f"{where} is damaged: it has {size:,} bytes, not {expected['bytes']:,}."
-                )
-            if deep and self._sha256(path) != expected["sha256"]:
-                raise CheckpointError(f"{where} is damaged: its sha256 is not the manifest's.")
+        files = read_manifest(self.storage, name).files
+        with ThreadPoolExecutor(CHECKERS, thread_name_prefix="check") as pool:
+            checks = [
+                pool.submit(self._check_file, f"{name}/{file}", expected, deep)
+                for file, expected in files.items()
+            ]
+        for check in checks:
+            check.result()
 
-    def _sha256(self, path: str) -> str:
-        where = self.storage.describe(path)
+    def _check_file(self, path: str, expected: FileFacts, deep: bool) -> None:
+        where, size = self.storage.describe(path), self.storage.size(path)
+        if size is None:
+            raise CheckpointError(f"{where} is missing.")
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{where} is damaged: it has {size:,} bytes, not {expected['bytes']:,}."
+            )
+        if not deep:
+            return
         with self.storage.telling(f"Reading {where}"), self.storage.open(path) as file:
-            return sha256_of(file)[0]
+            digest, _ = sha256_of(file)
+        if digest != expected["sha256"]:
+            raise CheckpointError(f"{where} is damaged: its sha256 is not the manifest's.")
 
     def newest_whole(self, say: Callable[[str], None]) -> str | None:
         """The newest checkpoint of which every file is as it was written; others are skipped,
