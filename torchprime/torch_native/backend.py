@@ -8,7 +8,7 @@ loss, weight and norm are summed over processes, so that every process takes the
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -302,23 +302,25 @@ class NativeBackend:
                 torch.tensor(lr, dtype=torch.float32, device=self.device),
                 max_grad_norm=o.max_grad_norm,
                 max_grad_value=o.max_grad_value,
+                gradient_scale=self.batch_parts,  # from the mean to the sum
                 squared_norm=self._squared_norm,
             )
         self.model.zero_grad(set_to_none=True)
         return numbers
 
     def _gradients(self) -> list[Tensor]:
-        """This process' shards of the summed gradients. FSDP2 leaves the mean over processes."""
+        """This process' shards of the gradients: the mean over processes, as FSDP2 leaves it."""
         gradients = []
         for name, parameter in self.model.named_parameters():
             assert parameter.grad is not None
-            gradient = placement.local(parameter.grad).float() * self.batch_parts
+            gradient = placement.local(parameter.grad)
             if self.mesh["tensor"].size() > 1 and any(part in name for part in PER_HEAD):
+                gradient = gradient.float()
                 dist.all_reduce(gradient, group=self.tensor_group)
             gradients.append(gradient)
         return gradients
 
-    def _squared_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+    def _squared_norm(self, gradients: Iterable[Tensor]) -> Tensor:
         """Over all processes, a shard that several hold counted once."""
         pairs = zip(gradients, self.copies, strict=True)
         total = torch.stack([g.pow(2).sum() / copies for g, copies in pairs]).sum()

@@ -12,7 +12,7 @@ the host looks (the next logged step), however often it looks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -150,7 +150,7 @@ def supervised_weight(batch: Sequence[Tensor]) -> Tensor:
     return torch.where(targets < 0, 0.0, weights).sum()
 
 
-def sum_of_squares(gradients: Sequence[Tensor]) -> Tensor:
+def sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
     """The squared norm of gradients that are all here, whole."""
     return torch.stack([g.pow(2).sum() for g in gradients]).sum()
 
@@ -165,14 +165,19 @@ def finish_step(
     *,
     max_grad_norm: float | None,
     max_grad_value: float | None,
-    squared_norm: Callable[[Sequence[Tensor]], Tensor] = sum_of_squares,
+    gradient_scale: float = 1.0,
+    squared_norm: Callable[[Iterable[Tensor]], Tensor] = sum_of_squares,
 ) -> Tensor:
     """From the sums of an update's micro-batches to new weights, in place.
+
+    Gradients are widened, divided and clipped one after another, and again for each use: run
+    eagerly, one parameter's are in memory at a time.
 
     Args:
         sums: of `micro_sums` over the whole batch.
         supervised: the batch's global weight.
         gradients: of the loss sum, one per parameter of the state.
+        gradient_scale: what they have to be multiplied by to be that.
         squared_norm: of all gradients, where this process holds only its shards of them.
 
     Returns:
@@ -183,28 +188,32 @@ def finish_step(
     # A batch of empty blocks only has weight 0; its sums are 0 as well.
     divisor = supervised.clamp(min=1e-12)
     loss = sums[0] / divisor
-    gradients = [g.float() / divisor for g in gradients]
-    norm = squared_norm(gradients).sqrt()
-    gradients = clipped(gradients, norm, max_grad_norm, max_grad_value)
-    apply_update(state, optimizer, gradients, lr, torch.isfinite(loss) & torch.isfinite(norm))
+
+    def divided() -> Iterator[Tensor]:
+        wide = (g.float() for g in gradients)
+        return ((g if gradient_scale == 1 else g * gradient_scale) / divisor for g in wide)
+
+    norm = squared_norm(divided()).sqrt()
+    ready = clipped(divided(), norm, max_grad_norm, max_grad_value)
+    apply_update(state, optimizer, ready, lr, torch.isfinite(loss) & torch.isfinite(norm))
     return torch.cat([torch.stack([loss, norm, supervised, state.bad_step]), sums[1:]])
 
 
 def clipped(
-    gradients: Sequence[Tensor], norm: Tensor, max_norm: float | None, max_value: float | None
-) -> list[Tensor]:
+    gradients: Iterable[Tensor], norm: Tensor, max_norm: float | None, max_value: float | None
+) -> Iterator[Tensor]:
     """Scale to the global norm, then clamp each element, as torch's two functions in a row."""
-    out = list(gradients)
+    out = iter(gradients)
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        out = [g * factor for g in out]
+        out = (g * factor for g in out)
     if max_value is not None:
-        out = [g.clamp(-max_value, max_value) for g in out]
+        out = (g.clamp(-max_value, max_value) for g in out)
     return out
 
 
 def apply_update(
-    state: TrainState, optimizer: Optimizer, gradients: Sequence[Tensor], lr: Tensor, finite: Tensor
+    state: TrainState, optimizer: Optimizer, gradients: Iterable[Tensor], lr: Tensor, finite: Tensor
 ) -> None:
     """Update parameters and state in place, or nothing if this or an earlier step was bad."""
     step = state.step + 1

@@ -1,0 +1,89 @@
+"""One update in plain tensor operations: what it takes into memory, and what it leaves alone."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from torchprime.training.optim import AdamW, Parameter
+from torchprime.training.step import ParameterState, TrainState, finish_step
+
+COUNT, SHAPE = 6, (4, 3)
+
+
+def state_of(optimizer: AdamW) -> TrainState:
+    torch.manual_seed(0)
+    parameters = {}
+    for number in range(COUNT):
+        weight = torch.randn(SHAPE).bfloat16()
+        info = Parameter(SHAPE, weight.dtype, True, False)
+        slots = {name: torch.zeros(SHAPE) for name in optimizer.slots(info)}
+        parameters[f"w{number}"] = ParameterState(info, weight, slots, weight.float())
+    return TrainState(parameters, torch.zeros(()), torch.zeros(()))
+
+
+class Watching(AdamW):
+    """Counts how many wide gradients are alive when it gets one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[weakref.ref[Tensor]] = []
+        self.alive: list[int] = []
+
+    def update(
+        self,
+        parameter: Parameter,
+        weight: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Tensor],
+        lr: Tensor,
+        step: Tensor,
+    ) -> dict[str, Tensor]:
+        assert gradient.dtype == torch.float32
+        self.seen.append(weakref.ref(gradient))
+        self.alive.append(sum(each() is not None for each in self.seen))
+        return super().update(parameter, weight, gradient, state, lr, step)
+
+
+def test_wide_gradients_are_not_all_in_memory_at_once() -> None:
+    optimizer = Watching()
+    gradients = [torch.randn(SHAPE).bfloat16() for _ in range(COUNT)]
+    finish_step(
+        state_of(optimizer),
+        optimizer,
+        torch.tensor([12.0]),
+        torch.tensor(4.0),
+        gradients,
+        torch.tensor(1e-3),
+        max_grad_norm=0.1,
+        max_grad_value=0.01,
+    )
+    assert len(optimizer.alive) == COUNT and max(optimizer.alive) <= 2
+
+
+def test_a_scale_of_the_gradients_is_a_factor_of_them() -> None:
+    """What FSDP2 leaves is a mean; the scale makes the sum of it."""
+    results = []
+    for scale in (1.0, 8.0):
+        optimizer = AdamW()
+        state = state_of(optimizer)
+        numbers = finish_step(
+            state,
+            optimizer,
+            torch.tensor([12.0]),
+            torch.tensor(4.0),
+            [torch.full(SHAPE, 0.5 * (n + 1) / scale) for n in range(COUNT)],
+            torch.tensor(1e-3),
+            max_grad_norm=1.0,
+            max_grad_value=None,
+            gradient_scale=scale,
+        )
+        squares = sum(12 * (0.5 * (n + 1) / 4) ** 2 for n in range(COUNT))
+        torch.testing.assert_close(numbers[:3], torch.tensor([3.0, squares**0.5, 4.0]))
+        results.append([p.master for p in state.parameters.values()])
+    for one, other in zip(*results, strict=True):
+        assert one is not None and other is not None
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
