@@ -98,8 +98,8 @@ class Certificate:
             told = "".join(f"\n  {check.name}: {check.detail}" for check in self.failed)
             raise CheckpointError(
                 f"The export in {where} is whole, but its certificate failed:{told}\nDo not use it "
-                f"before you know why. {where / CERTIFICATE} has all checks; `torchprime verify "
-                f"{where}` makes them again."
+                f"before you know why; to export again, remove it. {where / CERTIFICATE} has all "
+                f"checks; `torchprime verify {where}` makes them again."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 A checkpoint keeps the small files of an export and its facts (hf/, see hf_files). They are copied,
 and the weights read from the shards one at a time, so that the result is, to the byte, the export
-that the run itself would have made of these weights, and the host holds one tensor and not the
-model. Only the certificate differs: there is no trainer to ask for logits, so our decoder computes
-them on the CPU where the model fits into memory.
+that the run itself would have made of these weights, and writing it takes the memory of one tensor
+and not the model's. Only the certificate differs: there is no trainer to ask for logits, so our
+decoder computes them on the CPU where the model fits into memory.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from torchprime.atomic import atomic_folder, write_json
-from torchprime.checkpoint.certificate import certify
+from torchprime.checkpoint.certificate import CERTIFICATE, certify, read_certificate
 from torchprime.checkpoint.export import ExportResult, check_export, export_hf
 from torchprime.checkpoint.from_checkpoint import HF, add_weights
 from torchprime.checkpoint.hf_files import FACTS, ExportFacts, write_hf_files
@@ -63,6 +63,12 @@ class Exporter:
             max_shard_bytes=self.max_shard_bytes,
             chat_template=self.chat_template,
         )
+
+    @staticmethod
+    def require_certified(out: Path) -> None:
+        """Raise the CheckpointError of an export that is there already and failed."""
+        if (out / CERTIFICATE).is_file():
+            read_certificate(out).require(out)
 
     def facts(self, step: int | None, metrics: Mapping[str, Any]) -> ExportFacts:
         """What an export of the weights after `step` updates has to know."""

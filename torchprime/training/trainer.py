@@ -94,6 +94,8 @@ class Trainer:
             self.say("dry_run=true: everything above is ready; stopping before the first step.")
             return None
         if self.is_complete():
+            if self.export_folder is not None:
+                Exporter.require_certified(self.export_folder)
             self.say(f"{self.folder} holds this run, complete; there is nothing left to do.")
             return self.past.numbers
         self.start()

@@ -6,11 +6,13 @@ import pytest
 
 from torchprime.cli.main import main
 
+COMMANDS = ("prepare", "inspect", "compare", "export", "verify")
+
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == main([]) == 0
     said = capsys.readouterr().out
-    assert all(f"  {name} " in said for name in ("prepare", "inspect", "compare"))
+    assert all(f"  {name} " in said for name in COMMANDS)
 
 
 def test_a_misspelt_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,6 +170,11 @@ def test_a_failed_certificate_ends_the_run_and_keeps_the_weights(job, monkeypatc
     assert [check.name for check in certificate.failed] == ["logits"]
     assert load_transformers(folder / "export")
     assert not list(folder.glob(".export*"))
+    monkeypatch.undo()
+    job("wrong", code=2)  # the run is complete, and its export as bad as before
+    shutil.rmtree(folder / "export")
+    job("wrong")
+    assert not read_certificate(folder / "export").failed
 
 
 # Several processes --------------------------------------------------------------------------------
