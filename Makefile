@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | check | parity | noise | wheel. Each sets up .venv first, once.
+# make quickstart | test | test-slow | check | parity | noise | chaos | wheel. Each sets up .venv first, once.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup quickstart test test-slow check parity noise wheel
+.PHONY: setup quickstart test test-slow check parity noise chaos wheel
 
 setup: $(STAMP)
 
@@ -41,6 +41,11 @@ parity: setup
 
 noise: setup
 	$(BIN)/python experimental/parity_matrix/run.py --noise --page
+
+chaos: setup
+	$(BIN)/python experimental/chaos/run.py --kills 150
+	$(BIN)/python experimental/chaos/run.py --backend xla --kills 20
+	$(BIN)/python experimental/chaos/run.py --cold --kills 6
 
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation

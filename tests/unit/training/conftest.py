@@ -6,6 +6,7 @@ All have one model, one block shape and one mesh, so that XLA compiles each kind
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,12 @@ from torchprime.data.prepare import Settings, prepare_dataset
 from torchprime.data.tokenizer import load_tokenizer
 from torchprime.torch_xla_models.train import main
 from torchprime.training.datasets import RunRows
+from torchprime.training.hooks.checkpoint import CheckpointHook
 from torchprime.training.loop import DataOrder
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import interrupted  # noqa: E402
 
 SPECIALS = ["<s>", "</s>", "<pad>", "<unk>"]
 VOCAB = len(SPECIALS) + 256
@@ -122,5 +128,60 @@ def order_of() -> Callable[[list[str]], DataOrder]:
             Settings(d.block_size, d.compute_loss_on, d.packing, d.truncation),
         )
         return DataOrder(data, config.seed, config.task.global_batch_size)
+
+    return make
+
+
+# Runs that are cut short --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def whole(
+    run: Callable[[list[str]], int],
+    command: Callable[..., list[str]],
+    rows: tuple[Path, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A run that nothing interrupts. Not to be changed: all tests compare with it."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(command(*interrupted.overrides(folder, rows[1]))) == 0
+    return folder
+
+
+@pytest.fixture
+def killed_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Ends a run behind a step, as a kill would: nothing gets a chance to tidy up."""
+
+    def arm(step: int) -> None:
+        original = CheckpointHook.after_step
+
+        def after_step(self: CheckpointHook, done: int, last: bool) -> None:
+            original(self, done, last)
+            if done == step:
+                monkeypatch.setattr(CheckpointHook, "after_step", original)
+                raise interrupted.Killed
+
+        monkeypatch.setattr(CheckpointHook, "after_step", after_step)
+
+    return arm
+
+
+@pytest.fixture
+def cut_short(
+    run: Callable[[list[str]], int],
+    command: Callable[..., list[str]],
+    rows: tuple[Path, Path],
+    tmp_path: Path,
+    killed_after: Callable[[int], None],
+) -> Callable[..., tuple[Path, list[str]]]:
+    """A run's folder after a kill behind a step, and the command that made it."""
+
+    def make(step: int, *more: str) -> tuple[Path, list[str]]:
+        folder = tmp_path / "run"
+        argv = command(*interrupted.overrides(folder, rows[1]), *more)
+        killed_after(step)
+        with pytest.raises(interrupted.Killed):
+            run(argv)
+        return folder, argv
 
     return make

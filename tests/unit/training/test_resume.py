@@ -12,115 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from interrupted import EVERY, assert_same_run, overrides, records
 
 from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.hf_read import SafetensorsReader
-from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.storage import Storage
 from torchprime.training import saving
 from torchprime.training.hooks.checkpoint import NOW_FILE, CheckpointHook
 
 Run = Callable[[list[str]], int]
 Command = Callable[..., list[str]]
-STEPS, EVERY = 12, 3  # the data has fewer blocks than that: an epoch ends in between
-TIMES = ("step_seconds", "supervised_tokens_per_s", "slot_tokens_per_s", "mfu", "seconds")
-HOST = ("host_memory_bytes", "device_memory_bytes", "compiles")
-
-
-def overrides(folder: Path, heldout: Path) -> list[str]:
-    return [
-        f"output_dir={folder.parent}",
-        f"run_name={folder.name}",
-        f"task.max_steps={STEPS}",
-        f"checkpoint.every_steps={EVERY}",
-        "checkpoint.keep_last=null",
-        "logging_steps=1",
-        "eval=file",
-        f"eval.file_dataset_path={heldout}",
-        "eval.every_steps=6",
-        "task.export_checkpoint_path=export",
-    ]
-
-
-def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """Without what a machine's mood decides."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in (*TIMES, *HOST)}
-        for line in lines
-        if line["kind"] == kind
-    ]
-
-
-def assert_same_run(folder: Path, other: Path) -> None:
-    """Every record, every weight of the export, every tensor of the last checkpoint."""
-    for kind in ("train", "eval"):
-        assert records(folder, kind) == records(other, kind)
-    ours, theirs = SafetensorsReader(folder / "export"), SafetensorsReader(other / "export")
-    assert ours.names() == theirs.names()
-    assert all(torch.equal(ours.get(name), theirs.get(name)) for name in ours.names())
-    last = [
-        CheckpointReader(Storage.of(each / "checkpoints"), Catalog.name_of(STEPS))
-        for each in (folder, other)
-    ]
-    names = sorted(last[0].tensor_names())
-    assert names == sorted(last[1].tensor_names()) and len(names) > 60
-    assert all(torch.equal(last[0].get(name), last[1].get(name)) for name in names)
-    assert last[0].manifest.rng == last[1].manifest.rng
-
-
-@pytest.fixture(scope="module")
-def whole(
-    run: Run, command: Command, rows: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A run that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert run(command(*overrides(folder, rows[1]))) == 0
-    return folder
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture
-def killed_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Ends a run behind a step, as a kill would: nothing gets a chance to tidy up."""
-
-    def arm(step: int) -> None:
-        original = CheckpointHook.after_step
-
-        def after_step(self: CheckpointHook, done: int, last: bool) -> None:
-            original(self, done, last)
-            if done == step:
-                monkeypatch.setattr(CheckpointHook, "after_step", original)
-                raise Killed
-
-        monkeypatch.setattr(CheckpointHook, "after_step", after_step)
-
-    return arm
-
-
-@pytest.fixture
-def cut_short(
-    run: Run,
-    command: Command,
-    rows: tuple[Path, Path],
-    tmp_path: Path,
-    killed_after: Callable[[int], None],
-) -> Callable[..., tuple[Path, list[str]]]:
-    """A run's folder after a kill behind a step, and the command that made it."""
-
-    def make(step: int, *more: str) -> tuple[Path, list[str]]:
-        folder = tmp_path / "run"
-        argv = command(*overrides(folder, rows[1]), *more)
-        killed_after(step)
-        with pytest.raises(Killed):
-            run(argv)
-        return folder, argv
-
-    return make
 
 
 @pytest.mark.parametrize("step", [5, 6])
