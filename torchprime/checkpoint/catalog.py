@@ -133,10 +133,12 @@ class Catalog:
             other = f"set_aside_{number}_{name}"
             self.storage.rename(name, other)
             say(f"checkpoint {name} is not part of what goes on from here: now {other}")
-        for pointer in (LATEST, BEST):
+        # The best of what is left; of equal ones, or where no score is known, the newest.
+        left = [(self._score(self.name_of(s)), -s) for s in self.steps()] or [(math.inf, -step)]
+        for pointer, other in ((LATEST, step), (BEST, -min(left)[1])):
             pointed = STEP.fullmatch(self.pointed(pointer) or "")
             if pointed and int(pointed[1]) > step:
-                self.point(pointer, self.name_of(step))
+                self.point(pointer, self.name_of(other))
 
     def clean(self) -> None:
         """Remove what killed writers left; only the process that holds the run's lock may."""

@@ -11,15 +11,19 @@ from torchprime.data.rendering import ChatTemplate
 from torchprime.data.templates import resolve_template
 from torchprime.data.tokenizer import Tokenizer
 from torchprime.training.datasets import RunData, prepare_run_data
-from torchprime.training.model_files import find_model
+from torchprime.training.model_files import ModelFiles, find_model
 
 
 class Offline(NamedTuple):
     """What the data commands work on."""
 
     data: RunData
-    tokenizer: Tokenizer
+    files: ModelFiles
     template: ChatTemplate | None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.files.tokenizer
 
 
 def load(config: TrainConfig) -> Offline:
@@ -36,9 +40,7 @@ def load(config: TrainConfig) -> Offline:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    return Offline(
-        prepare_run_data(config, files.tokenizer, template, say), files.tokenizer, template
-    )
+    return Offline(prepare_run_data(config, files.tokenizer, template, say), files, template)
 
 
 def prepare_offline(config: TrainConfig) -> int:

@@ -35,10 +35,19 @@ def compare(argv: list[str]) -> int:
     return compare_main(argv)
 
 
-def export(argv: list[str]) -> int:
-    """Make a Hugging Face folder of a run's checkpoint, without an accelerator."""
+def resume_check(argv: list[str]) -> int:
+    """Say what differs between a run's newest checkpoint and the run as it would go on."""
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
     # late: as above, and transformers looks for torch_xla when imported
+    from torchprime.cli.resuming import resume_check_main
+
+    return resume_check_main(argv)
+
+
+def export(argv: list[str]) -> int:
+    """Make a Hugging Face folder of a run's checkpoint, without an accelerator."""
+    os.environ["USE_TORCH_XLA"] = "0"
+    # late: as above
     from torchprime.cli.exporting import export_main
 
     return export_main(argv)
@@ -58,6 +67,7 @@ CONFIG_COMMANDS: dict[str, Callable[[TrainConfig], int]] = {"prepare": prepare, 
 # These take arguments of their own.
 OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
+    "resume-check": resume_check,
     "export": export,
     "verify": verify,
 }
@@ -68,12 +78,13 @@ def usage() -> str:
     lines = [
         "usage: torchprime prepare|inspect --config-name NAME [key=value ...]",
         "       torchprime compare RUN RUN [RUN ...]",
+        "       torchprime resume-check RUN [key=value ...]",
         "       torchprime export CHECKPOINT --out DIR",
         "       torchprime verify DIR",
         "",
     ]
     for name, command in {**CONFIG_COMMANDS, **OTHER_COMMANDS}.items():
-        lines.append(f"  {name:<9} {(command.__doc__ or '').strip()}")
+        lines.append(f"  {name:<12} {(command.__doc__ or '').strip()}")
     return "\n".join(lines)
 
 

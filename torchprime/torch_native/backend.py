@@ -142,11 +142,14 @@ class NativeBackend:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See Backend."""
-        # A forward leaves the root's own weights gathered. What is handed out below may share their
-        # storage, which FSDP2 could then no longer free.
+        self._reshard()
+        return placement.gather(self.model)
+
+    def _reshard(self) -> None:
+        """A forward leaves the root's own weights gathered. What is handed out may share their
+        storage, which FSDP2 could then no longer free, and is not the shard it seems to be."""
         assert isinstance(self.root, FSDPModule)
         self.root.reshard()
-        return placement.gather(self.model)
 
     def save_sharded(self, folder: str) -> None:
         """See Backend."""
@@ -196,8 +199,10 @@ class NativeBackend:
 
         def own(full_name: str, dims: Sequence[int]) -> Tensor:
             """This process' shard of a state that keeps these dims of its parameter."""
-            cut = tuple(slice(offsets[d], offsets[d] + sizes[d]) for d in dims)
-            part = resumed.tensor_of(full_name)[cut]
+            region = [offsets[d] for d in dims], [sizes[d] for d in dims]
+            if 0 in region[1]:  # more processes than rows: nothing of it is here
+                return torch.zeros(region[1], device=self.device)
+            part = resumed.tensor_of(full_name, region)
             return part.to(device=self.device, dtype=torch.float32, copy=True)
 
         slots = {
@@ -210,6 +215,7 @@ class NativeBackend:
 
     def checkpoint_tensors(self) -> list[TensorShards]:
         """See Backend."""
+        self._reshard()
         found = []
         for name, parameter in self.model.named_parameters():
             state, (offsets, sizes) = self.state.parameters[name], placement.region(parameter)

@@ -46,9 +46,13 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class ResumedState:
-    """An optimizer's state from a checkpoint: whole host tensors by the checkpoint's names."""
+    """An optimizer's state from a checkpoint: host tensors by the checkpoint's names.
 
-    tensor_of: Callable[[str], Tensor]
+    Attributes:
+        tensor_of: gives a tensor, or the region of it with these (offsets, sizes).
+    """
+
+    tensor_of: Callable[..., Tensor]
     updates: int
 
 

@@ -199,10 +199,12 @@ class Saver:
 
 
 def _on_host(shards: TensorShards) -> TensorShards:
-    """The same with its chunks in host memory already."""
+    """The same with its chunks in host memory already; handing them over lets go of them."""
     chunks = shards.read()
 
     def read() -> list[Tensor]:
-        return chunks
+        handed = list(chunks)
+        chunks.clear()
+        return handed
 
     return replace(shards, read=read)

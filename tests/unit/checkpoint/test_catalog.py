@@ -232,6 +232,19 @@ def test_what_lies_behind_a_resume_is_set_aside(
     ]
 
 
+@pytest.mark.parametrize(
+    ("scores", "best"), [({1: 3.0, 2: 2.0, 3: 2.5, 4: 1.0}, 2), ({2: None, 3: None, 4: None}, 3)]
+)
+def test_the_best_of_what_is_left_takes_the_place_of_one_set_aside(
+    storage: Storage, run_checkpoint: SimpleNamespace, scores: dict, best: int
+) -> None:
+    catalog = fill(storage, run_checkpoint, scores)
+    catalog.point(BEST, "step_00000004")
+    catalog.set_aside_after(3, lambda line: None)
+    assert catalog.pointed(BEST) == catalog.name_of(best)
+    assert catalog.pointed(LATEST) is None
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of four megabytes."""

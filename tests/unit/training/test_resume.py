@@ -7,19 +7,25 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from interrupted import EVERY, assert_same_run, overrides, records
+from interrupted import EVERY, STEPS, Killed, assert_same_run, overrides, records
 
 from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.hf_read import SafetensorsReader
 from torchprime.checkpoint.storage import Storage
+from torchprime.cli.resuming import resume_check_main
+from torchprime.config.entry import run_main
+from torchprime.torch_native.train import main as native
 from torchprime.training import saving
 from torchprime.training.hooks.checkpoint import NOW_FILE, CheckpointHook
 
+REPO = Path(__file__).parents[3]
 Run = Callable[[list[str]], int]
 Command = Callable[..., list[str]]
 
@@ -75,6 +81,87 @@ def test_another_mesh_and_accumulation_go_on_to_rounding(
         assert ours["lr"] == theirs["lr"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+# The other backend -------------------------------------------------------------------------------
+
+ALONE = ("ici_mesh.fsdp=1", "ici_mesh.tensor=1", "task.gradient_accumulation_steps=2")
+
+
+def agree(folder: Path, other: Path) -> None:
+    """The same batches, losses to fp32's rounding."""
+    for ours, theirs in zip(records(folder), records(other), strict=True):
+        assert ours["batch_hash"] == theirs["batch_hash"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def native_whole(
+    command: Command, rows: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "native"
+    assert run_main(native, command(*overrides(folder, rows[1]), *ALONE)) == 0
+    return folder
+
+
+def test_native_goes_on_exactly(
+    native_whole: Path, command: Command, rows: tuple[Path, Path], tmp_path: Path,
+    killed_after: Callable[[int], None],
+) -> None:  # fmt: skip
+    folder = tmp_path / "run"
+    argv = command(*overrides(folder, rows[1]), *ALONE)
+    killed_after(5)
+    with pytest.raises(Killed):
+        run_main(native, argv)
+    assert run_main(native, argv) == 0
+    assert [r["step"] for r in records(folder)] == list(range(1, STEPS + 1))
+    assert_same_run(folder, native_whole)
+
+
+def test_from_xla_to_native_and_back(
+    whole: Path, native_whole: Path, run: Run, cut_short: Callable, capsys: Any,
+    killed_after: Callable[[int], None],
+) -> None:  # fmt: skip
+    agree(native_whole, whole)
+    folder, argv = cut_short(3)
+    killed_after(7)
+    with pytest.raises(Killed):
+        run_main(native, [*argv, *ALONE])
+    assert "step_00000003" in capsys.readouterr().err
+    assert run(argv) == 0
+    assert "step_00000006" in capsys.readouterr().err
+    agree(folder, whole)
+
+
+def torchrun(processes: int, argv: list[str]) -> tuple[int, str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launch, f"--nproc_per_node={processes}", "-m", "torchprime.torch_native.train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_several_processes_write_one_checkpoint_and_any_number_goes_on(
+    whole: Path, command: Command, rows: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Four processes, FSDP x tensor; then two, FSDP; then one."""
+    folder = tmp_path / "run"
+    allowed = "resume.allow_changes=[task.max_steps]"
+    argv = [*command(*overrides(folder, rows[1])), allowed, "task.lr_scheduler.name=constant"]
+    argv = [each for each in argv if not each.startswith("ici_mesh")]
+    code, said = torchrun(4, [*argv, "ici_mesh.fsdp=2", "ici_mesh.tensor=2", "task.max_steps=4"])
+    assert code == 0, said[-9000:]
+    first = folder / "checkpoints/step_00000004"
+    assert len(list(first.glob("*.distcp"))) == 4
+    shutil.rmtree(folder / "export")
+    code, said = torchrun(2, [*argv, "ici_mesh.fsdp=2", "task.max_steps=8"])
+    assert code == 0 and "going on from" in said and "step_00000004" in said, said[-3000:]
+    shutil.rmtree(folder / "export")
+    assert run_main(native, argv) == 0
+    straight = tmp_path / "straight"
+    assert run_main(native, [*argv, f"run_name={straight.name}"]) == 0
+    agree(folder, straight)
 
 
 # What a run goes on from -------------------------------------------------------------------------
@@ -146,6 +233,29 @@ def test_changes_are_refused_or_allowed(
     allowed = ["task.max_steps=4", "resume.allow_changes=[task.max_steps]"]
     assert run([*argv, *allowed]) == 0
     assert [r["step"] for r in records(folder)] == [1, 2, 3, 4]
+
+
+def test_resume_check_says_it_beforehand(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert resume_check_main([str(whole)]) == 0
+    said = capsys.readouterr().out
+    assert "step_00000012: step 12, written by torch_xla" in said
+    assert "the run would go on from there" in said
+    assert resume_check_main([str(whole), "ici_mesh.tensor=1", "remat.policy=full"]) == 0
+    assert "harmless     remat.policy: none -> full" in capsys.readouterr().out
+    changed = [str(whole), "task.optimizer.learning_rate=0.5", "dataset.compute_loss_on=all"]
+    assert resume_check_main(changed) == 1
+    said = capsys.readouterr().out
+    assert "questionable task.optimizer.learning_rate: 0.01 -> 0.5" in said
+    assert "refused      data: " in said
+    assert "resume.allow_changes=[task.optimizer.learning_rate" in said
+    allowed = "resume.allow_changes=[task.optimizer]"
+    assert resume_check_main([*changed[:2], allowed]) == 0
+    assert resume_check_main([str(tmp_path)]) == 2
+    assert "holds no config.yaml" in capsys.readouterr().err
+    assert resume_check_main([str(whole), "nonsense=1"]) == 2
+    assert "nonsense" in capsys.readouterr().err
 
 
 # When checkpoints are written ---------------------------------------------------------------------
