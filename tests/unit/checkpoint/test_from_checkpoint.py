@@ -192,7 +192,7 @@ def test_another_dtype_changes_weights_config_and_card_alone(
 
 def test_float32_comes_from_the_master_weights(local, llama, save, tmp_path) -> None:
     fine = trained(llama)
-    coarse = {name: tensor.bfloat16() for name, tensor in fine.items()}
+    coarse = {name: (tensor * 1.1).bfloat16() for name, tensor in fine.items()}  # unlike any fine
     facts = facts_of(llama, dtype=torch.bfloat16)
     more = {f"master.{name}": tensor for name, tensor in fine.items()}
     save(local, llama, coarse, facts=facts, more=more)
