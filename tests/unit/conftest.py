@@ -1,9 +1,11 @@
-"""Tokenizers built by hand, so that every token and merge in them is known."""
+"""Tokenizers built by hand, so that every token and merge in them is known; a disk that is soon
+full."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,3 +74,20 @@ def save(raw: tokenizers.Tokenizer, folder: Path, settings: Mapping[str, Any] | 
 def by_hand() -> SimpleNamespace:
     """The functions above, for tests: a conftest is not for importing."""
     return SimpleNamespace(byte_level=byte_level, sentencepiece=sentencepiece, save=save)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of four megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"no mount here: {error}")
+    if mounted.returncode:
+        pytest.skip(f"this user may not mount a small disk: {mounted.stderr.strip()}")
+    yield place
+    # Lazily: weights that were mapped may wait for the garbage collector.
+    subprocess.run(["umount", "-l", str(place)], check=True)

@@ -40,6 +40,12 @@ class Catalog:
             if self.storage.exists(f"{self.name_of(step)}/{MANIFEST}")
         ]
 
+    def visible(self) -> list[int]:
+        """Of all that were whole once: locally a folder has its name by then, whatever it lacks
+        now; at a store one without manifest was never whole."""
+        unfinished = set(self.storage.leftovers())
+        return [step for step in self._numbered() if self.name_of(step) not in unfinished]
+
     def _numbered(self) -> list[int]:
         """Of all folders with a checkpoint's name, ascending."""
         found = (STEP.fullmatch(name) for name in self.storage.names())
@@ -124,7 +130,7 @@ class Catalog:
     def set_aside_after(self, step: int, say: Callable[[str], None]) -> None:
         """Give the checkpoints behind a step other names: a run that goes on from that step will
         write its own."""
-        for later in self.steps():
+        for later in self.visible():
             if later <= step:
                 continue
             name, number = self.name_of(later), 1

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -41,21 +43,35 @@ class JsonlWriter:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _cut_torn_line(path)
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # nothing is left for closing that could fail
 
     def write(self, record: Record) -> None:
-        self._file.write(to_json(record) + "\n")
-        self._file.flush()
+        line = memoryview((to_json(record) + "\n").encode())
+        with self._telling():
+            while line:
+                line = line[self._file.write(line) :]
 
     def sync(self) -> None:
         """Have what was written on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._telling():
+            os.fsync(self._file.fileno())
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RuntimeSetupError(
+                f"{self._path} cannot be written: {error.strerror}. Make room or give this user "
+                "the right to write there; the same command then goes on from the run's newest "
+                "checkpoint, if it wrote any."
+            ) from error
 
     def close(self) -> None:
         if not self._file.closed:
-            self.sync()
-            self._file.close()
+            with closing(self._file):
+                self.sync()
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -108,9 +124,18 @@ class TensorBoardWriter:
             ) from error
         purged = start_step + 1 if start_step else None
         folder = str(Path(run_folder) / "tensorboard")
-        self._summary = SummaryWriter(log_dir=folder, purge_step=purged)
+        self._summary: SummaryWriter | None = SummaryWriter(log_dir=folder, purge_step=purged)
 
     def write(self, record: Record) -> None:
+        try:
+            self._add(record)
+        except OSError as error:  # a view: the run does not end by it
+            print(f"TensorBoard's files can't be written any more: {error}", file=sys.stderr)
+            self._summary = None
+
+    def _add(self, record: Record) -> None:
+        if self._summary is None:
+            return
         values = record.to_dict()
         for source, loss in (values.pop("source_losses", None) or {}).items():
             values[f"loss/{source}"] = loss
@@ -123,7 +148,9 @@ class TensorBoardWriter:
         """It is a view; the truth is elsewhere."""
 
     def close(self) -> None:
-        self._summary.close()
+        if self._summary is not None:
+            with suppress(OSError):
+                self._summary.close()
 
 
 class ConsoleWriter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 from torchprime.atomic import write_text
 from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.reader import CheckpointReader
-from torchprime.checkpoint.storage import MANIFEST, Storage
+from torchprime.checkpoint.storage import MANIFEST, LocalStorage, Storage
 from torchprime.errors import CheckpointError, UserError
 from torchprime.metrics.record import EvalRecord, StepRecord
 from torchprime.metrics.writers import read_metrics
@@ -91,6 +92,13 @@ def find_point(source: str, catalog: Catalog, say: Callable[[str], None]) -> Res
         return None
     if source == "auto":
         name = catalog.newest_whole(say)
+        if name is None and (damaged := catalog.visible()):
+            raise CheckpointError(
+                f"{catalog.storage.describe()}: none of the {len(damaged)} checkpoints is whole; "
+                "each is named above with its damage. Nothing was touched, for some copy or backup "
+                "may mend one. To begin again at the first step, give the run another name "
+                "(run_name=NAME), or move that folder away."
+            )
     elif source.isdigit():
         name = catalog.name_of(int(source))
         if int(source) not in catalog.steps():
@@ -122,6 +130,24 @@ def _foreign(place: str) -> ResumePoint:
 def _split(place: str) -> tuple[Storage, str]:
     parent, _, name = place.rstrip("/").rpartition("/")
     return Storage.of(parent or "."), name
+
+
+def check_writable(storage: Storage) -> None:
+    """See early that checkpoints can be written, where that can be known without writing.
+
+    Raises:
+        CheckpointError: a local folder in which this user may not write.
+    """
+    if not isinstance(storage, LocalStorage):
+        return
+    root = storage.root.absolute()
+    place = next(place for place in (root, *root.parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        why = f"{place} can't be written" if place.is_dir() else f"{place} is a file"
+        raise CheckpointError(
+            f"checkpoint.folder: {root} cannot hold checkpoints ({why}). Give this user the right "
+            "to write there, or set checkpoint.folder to another place."
+        )
 
 
 def may_go_on(source: str, folder: Path, catalog: Catalog) -> None:

@@ -27,10 +27,12 @@ PACKAGES = (
 def check(folder: Path) -> None:
     """Refuse a folder that holds another run or could not be made; make nothing.
 
+    Hidden files are no run: a lock, and what a kill left before the first file had its name.
+
     Raises:
         RuntimeSetupError: naming the folder and what is in its way.
     """
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise RuntimeSetupError(
             f"output_dir/run_name: {folder} already holds another run. Give this one its own name "
             "(run_name=NAME) or another output_dir, or remove that folder. (Only a run that writes "

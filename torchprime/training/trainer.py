@@ -80,6 +80,7 @@ class Trainer:
         self.saver: Saver | None = None
         self.point: ResumePoint | None = None
         self.past = Past()
+        self._locked = False
 
     # -- the whole ---------------------------------------------------------------------------------
 
@@ -199,6 +200,8 @@ class Trainer:
                 "task.convert_to_safetensors=false writes from one host only for now; there are "
                 f"{self.backend.process_count}. Set it to true."
             )
+        if c.checkpoint.enabled and not c.dry_run:
+            resuming.check_writable(self.catalog.storage)
         if c.task.export_checkpoint_path is not None:
             # A relative path is inside the run's folder, an absolute one or a `..` where it says.
             self.export_folder = self.folder / c.task.export_checkpoint_path
@@ -209,7 +212,7 @@ class Trainer:
         """Where to begin; all that differs from there is said, or refused."""
         c = self.config
         if self.backend.process_index == 0 and self.folder.is_dir():
-            self.held.enter_context(run_lock(self.folder))
+            self._lock()
         self.point = resuming.agree_on_point(self.backend, c.resume.source, self.catalog, self.say)
         if self.point is None:
             return
@@ -220,6 +223,12 @@ class Trainer:
             self.say(f"  {change.describe()}")
         if self.point.own:
             self.past = Past.of(self.folder / resuming.METRICS, self.point.step)
+
+    def _lock(self) -> None:
+        """Keep other processes out of the run's folder, once."""
+        if not self._locked:
+            self.held.enter_context(run_lock(self.folder))
+            self._locked = True
 
     def identity(self) -> dict[str, str | None]:
         """Fingerprints of what a run's steps are made of."""
@@ -323,7 +332,7 @@ class Trainer:
             resuming.set_aside(self.folder, self.say)
         else:
             run_folder.claim(self.folder)
-            self.held.enter_context(run_lock(self.folder))
+            self._lock()
         self.catalog.clean()
         run_folder.write_config(self.folder, self.config.to_dict())
         write_json(self.folder / "data_report.json", self.rows.reports())
