@@ -341,6 +341,16 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run_at_once(
     assert SafetensorsReader(folder / "export").names()
     assert Catalog(Storage.of(folder / "checkpoints")).steps() == []
 
+    stopped = tmp_path / "stopped"
+    plain = CheckpointHook.before_step
+    asked = lambda self, step: step or os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    monkeypatch.setattr(CheckpointHook, "before_step", asked)
+    assert run(command(*overrides(stopped, rows[1]), "task.max_steps=4")) == 2
+    monkeypatch.setattr(CheckpointHook, "before_step", plain)
+    said = capsys.readouterr().err
+    assert "error: the last checkpoint could not be written" in said
+    assert "everything is saved" not in said
+
 
 def test_a_url_will_do(
     whole: Path, run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path

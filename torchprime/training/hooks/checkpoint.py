@@ -95,6 +95,7 @@ class CheckpointHook(BaseHook):
         for record in self.saver.finished():
             self.emit(record)
         if asked == STOP and not last:
+            self.saver.require()
             raise StoppedError(
                 f"{self.signals.received or 'asked by another process'} after step {step}; "
                 "everything is saved, and the same command goes on from there."
