@@ -33,7 +33,7 @@ from torchprime.checkpoint.certificate import (
 )
 from torchprime.checkpoint.hf_read import SafetensorsReader
 from torchprime.checkpoint.logits import encode_prompts, no_room
-from torchprime.checkpoint.safetensors_write import tensor_hash
+from torchprime.checkpoint.safetensors_write import is_finite, tensor_hash
 from torchprime.checkpoint.verify import transformers_logits
 from torchprime.errors import CheckpointError
 
@@ -121,7 +121,7 @@ def _weights(folder: Path, recorded: dict[str, Any]) -> Found:
     hashes = {}
     for name in reader.names():
         tensor = reader.get(name)
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise CheckpointError(f"{name} holds NaN or infinite values")
         hashes[name] = tensor_hash(tensor)
     values = weights_values(reader, hashes)
@@ -175,8 +175,8 @@ def _logits(folder: Path, recorded: dict[str, Any], certificate: Certificate) ->
             f"allowed is {recorded['tolerance']:.0e}"
         )
     return (
-        f"transformers' logits behind {len(prompts)} prompts are those of "
-        f"{recorded['computed_by']} to {worst:.0e} of the largest"
+        f"behind {len(prompts)} prompts transformers' logits are the certified ones to {worst:.0e} "
+        f"of the largest (computed by {recorded['computed_by']})"
     ), {}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -77,6 +78,15 @@ def tensor_hash(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite: the extremes say so, without copies of the tensor and
+    several times faster than torch.isfinite (NaN is carried over to both)."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.detach().aminmax()
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
 def _raw_bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
@@ -142,7 +152,7 @@ class ShardWriter:
         name, tensor = item
         self._check(name, tensor)
         tensor = tensor.detach().to("cpu", self._dtype).contiguous()
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise CheckpointError(
                 f"The weight {name} holds NaN or infinite values; nothing was exported. Use a "
                 "checkpoint from before the loss diverged, or a lower learning rate."

@@ -180,13 +180,21 @@ def with_change(checkpoint, name, value):
         yield (key, value if key == name else tensor)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(llama, export, tmp_path, value):
-    bad = torch.ones(32)
-    bad[3] = value
-    with pytest.raises(CheckpointError, match="model.norm.weight holds NaN or infinite"):
-        export(tmp_path / "out", llama, weights=with_change(llama, "model.norm.weight", bad))
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(llama, export, tmp_path, value, dtype):
+    for place in (0, 3, 31):
+        bad = torch.linspace(-3e38, 3e38, 32)
+        bad[place] = value
+        weights = with_change(llama, "model.norm.weight", bad)
+        with pytest.raises(CheckpointError, match="model.norm.weight holds NaN or infinite"):
+            export(tmp_path / "out", llama, weights=weights, dtype=dtype)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_large_weights_are_finite(llama, export, tmp_path):
+    large = torch.full((32,), 3e38)
+    export(tmp_path / "out", llama, weights=with_change(llama, "model.norm.weight", large))
 
 
 def test_missing_weights_are_listed(llama, export, tmp_path):
