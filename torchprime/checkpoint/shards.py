@@ -57,8 +57,10 @@ class TensorShards:
         shape: of the whole tensor.
         chunks: (offsets, sizes) of each region held here; regions that other processes or devices
             hold, too, are written once.
-        read: gives the chunks' values in host memory, in their order. Called once, when the tensor
-            is written, and not at all where other processes write all of it.
+        read: gives the chunks' values, in their order. Called once, when the tensor is written, and
+            not at all where other processes write all of it.
+        live: `read` gives the training's own memory, on its device: what is written later than the
+            next update begins has to be copied before.
     """
 
     name: str
@@ -66,6 +68,7 @@ class TensorShards:
     dtype: torch.dtype
     chunks: list[tuple[Place, Place]]
     read: Callable[[], list[Tensor]]
+    live: bool = False
 
 
 def write_shards(
@@ -183,7 +186,7 @@ def _alone(value: Tensor, planned: TensorWriteData, name: str) -> Tensor:
     assert value.shape == planned.chunk.sizes and value.dtype == planned.properties.dtype, (
         f"{name}: {value.dtype} {tuple(value.shape)} read, {planned} planned"
     )
-    value = value.detach().contiguous()
+    value = value.detach().cpu().contiguous()
     if value.untyped_storage().nbytes() != value.numel() * value.element_size():
         value = value.clone()
     return value

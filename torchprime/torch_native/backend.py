@@ -231,8 +231,8 @@ class NativeBackend:
             for full, (tensor, dims) in tensors.items():
                 chunk = tuple(offsets[d] for d in dims), tuple(sizes[d] for d in dims)
                 shape = tuple(parameter.shape[d] for d in dims)
-                read = partial(_host_copies, [tensor] if here else [])
-                found.append(TensorShards(full, shape, tensor.dtype, [chunk] if here else [], read))
+                chunks, read = ([chunk], partial(list, [tensor])) if here else ([], list)
+                found.append(TensorShards(full, shape, tensor.dtype, chunks, read, live=True))
         return found
 
     @watched
@@ -404,8 +404,3 @@ class NativeBackend:
         if self.device.type != "cuda":
             return None
         return int(torch.cuda.max_memory_allocated(self.device))
-
-
-def _host_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """On the host, in memory that later updates do not touch."""
-    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]

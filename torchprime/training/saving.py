@@ -2,8 +2,9 @@
 
 The steps under way are finished and the shards of this process are copied to host memory: for so
 long training stands still. A thread then writes them, hashing as it goes, and the folder gets its
-manifest and its name last. With `asynchronous=false` nothing is copied ahead: tensors are fetched
-and written one after the other, so host memory holds one at a time, and training waits.
+manifest and its name last. With `asynchronous=false`, and where the run waits anyway, nothing is
+copied ahead: tensors are fetched and written one after the other, so host memory holds one at a
+time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchprime.checkpoint.catalog import BEST, LATEST, SCORE, Catalog
@@ -67,6 +69,7 @@ class Saver:
         self.problem: Exception | None = None  # of the last checkpoint, if it could not be written
         self._bug: Exception | None = None
         self._thread: threading.Thread | None = None
+        self._copies: dict[str, list[Tensor]] = {}
         self._finished: list[CheckpointRecord] = []
 
     def save(self, step: int, *, score: float | None, wait: bool) -> None:
@@ -83,15 +86,14 @@ class Saver:
         if score is not None:
             manifest.metrics[SCORE] = score
         tensors = self.backend.checkpoint_tensors()
-        if not self.asynchronous:
-            return self._write(manifest, tensors, started, None)
-        tensors = [_on_host(shards) for shards in tensors]
+        if wait or not self.asynchronous:
+            self._write(manifest, tensors, started, None)
+            return self._join()
+        tensors = [self._on_host(shards) for shards in tensors]
         stall = time.perf_counter() - started
-        arguments = (manifest, tensors, started, None if wait else stall)
+        arguments = (manifest, tensors, started, stall)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._thread.start()
-        if wait:
-            self._join()
 
     def _write(
         self,
@@ -197,14 +199,24 @@ class Saver:
             bug, self._bug = self._bug, None
             raise bug
 
+    def _on_host(self, shards: TensorShards) -> TensorShards:
+        """The same with its chunks in host memory that no update touches.
 
-def _on_host(shards: TensorShards) -> TensorShards:
-    """The same with its chunks in host memory already; handing them over lets go of them."""
-    chunks = shards.read()
+        What had to be copied is kept for the next checkpoint: pages that the system gives anew cost
+        several times what the copy does. Handing over the others lets go of them.
+        """
+        chunks = shards.read()
+        if shards.live:
+            if shards.name not in self._copies:
+                empty = [torch.empty_like(chunk, device="cpu") for chunk in chunks]
+                self._copies[shards.name] = empty
+            for copy, chunk in zip(self._copies[shards.name], chunks, strict=True):
+                copy.copy_(chunk)
+            chunks = list(self._copies[shards.name])
 
-    def read() -> list[Tensor]:
-        handed = list(chunks)
-        chunks.clear()
-        return handed
+        def read() -> list[Tensor]:
+            handed = list(chunks)
+            chunks.clear()
+            return handed
 
-    return replace(shards, read=read)
+        return replace(shards, read=read, live=False)
