@@ -139,6 +139,11 @@ def choose_kernel(
             "model.attention_kernel=splash runs on TPUs only, and this run is on "
             f"{device_type}; use auto, flash, flex or reference."
         )
+    if wanted == "flex" and device_type == "cpu" and not flex_trains_on_cpu():
+        raise ConfigError(
+            f"model.attention_kernel=flex: torch {torch.__version__} has no backward for it on the "
+            "CPU. Use auto or reference."
+        )
     if wanted == "flash" and obstacle:
         raise ConfigError(
             f"model.attention_kernel=flash: {obstacle}. Use auto, flex or reference, or install "
@@ -151,6 +156,17 @@ def choose_kernel(
     if obstacle:
         return "flex", f"auto on CUDA: {obstacle}"
     return "flash", f"auto on CUDA: {flash.told}"
+
+
+def flex_trains_on_cpu() -> bool:
+    """Whether this torch differentiates FlexAttention on the CPU: 2.9 does, 2.13 refuses."""
+    q = torch.zeros(1, 1, 1, 16, requires_grad=True)
+    try:
+        attended: Any = flex_attention(q, q, q)
+        attended.sum().backward()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _flash_obstacle(

@@ -24,6 +24,7 @@ from torchprime.torch_native.attention import (
     FlexAttention,
     choose_kernel,
     find_flash,
+    flex_trains_on_cpu,
 )
 
 B, H, K, S, h = 4, 4, 2, 48, 8
@@ -39,6 +40,7 @@ SEGMENTS = torch.tensor(
     dtype=torch.int32,
 )
 WINDOWS = [None, 1, 5, 100]
+NO_FLEX = "this torch has no backward for FlexAttention on the CPU"
 
 
 def attend_alone(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -108,6 +110,8 @@ def test_kernels_are_attention_segment_by_segment(kernel: str, window: int | Non
         "flex": lambda: FlexAttention(h, window, compiled=False),
         "reference": lambda: ReferenceAttention(h, window),
     }
+    if kernel == "flex" and not flex_trains_on_cpu():
+        pytest.skip(NO_FLEX)
     expected = results(lambda q, k, v: segment_by_segment(q, k, v, window), torch.float64)
     for ours, theirs in zip(results(cores[kernel]()), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -192,12 +196,21 @@ def choose(wanted: str = "auto", device: str = "cuda", **others: Any) -> tuple[s
         ({"capability": (7, 5)}, "flex", "needs compute capability 8.0, and this GPU has 7.5"),
         ({"device": "cpu"}, "reference", "auto on cpu"),
         ({"wanted": "reference"}, "reference", "as configured"),
-        ({"wanted": "flex", "device": "cpu"}, "flex", "as configured"),
+        ({"wanted": "flex"}, "flex", "as configured"),
     ],
 )
 def test_the_kernel_and_why(facts: dict[str, Any], kernel: str, why: str) -> None:
     chosen, told = choose(**facts)
     assert chosen == kernel and why in told
+
+
+def test_flex_on_a_cpu_that_cannot_train_with_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "flex_trains_on_cpu", lambda: False)
+    with pytest.raises(ConfigError, match="flex: torch .* has no backward for it on the CPU"):
+        choose("flex", "cpu")
+    assert choose("flex", "cuda") == ("flex", "as configured")
 
 
 @pytest.mark.parametrize(

@@ -59,14 +59,17 @@ def main(out: Path, way: dict) -> None:
     backend.prepare_training(optimizer, options)
 
     losses, norms, by_source, compiles = [], [], [], []
+    compiled = backend.compiles()
     for step in range(reference.STEPS):
         batch = reference.make_batch(step)
         numbers = backend.read(backend.train_step(backend.put(batch, accumulation), reference.LR))
         losses.append(numbers.loss)
         norms.append(numbers.grad_norm)
-        compiles.append(backend.compiles())
+        compiles.append(backend.compiles() - compiled)
         weights = batch.source_weights(2)
         by_source.append([s / w for s, w in zip(numbers.source_loss_sums, weights, strict=True)])
+    unchanged = (torch.equal(start[name], p) for name, p in base.named_parameters())
+    assert all(unchanged), "training wrote into the tensors that it began from"
     sums = backend.eval_step(backend.put(reference.make_batch(99), 1))
     loss_sum, weight_sum = backend.read_eval([sums])
     logits = backend.logits(list(range(11)))
