@@ -305,7 +305,8 @@ class NativeBackend:
                 totals[:-1],
                 totals[-1],
                 self._gradients(),
-                torch.tensor(lr, dtype=torch.float32, device=self.device),
+                # Filled there: a copy of a number from the host would wait for the device.
+                torch.full((), lr, dtype=torch.float32, device=self.device),
                 max_grad_norm=o.max_grad_norm,
                 max_grad_value=o.max_grad_value,
                 gradient_scale=self.batch_parts,  # from the mean to the sum

@@ -68,6 +68,11 @@ def start_processes() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        if local_rank >= (count := torch.cuda.device_count()):
+            raise RuntimeSetupError(
+                f"LOCAL_RANK={local_rank}, but this host has {count} GPUs that are visible. Start "
+                f"torchrun --nproc_per_node={count}, or look at CUDA_VISIBLE_DEVICES."
+            )
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return device

@@ -83,6 +83,26 @@ def test_a_failed_export_keeps_nobody_waiting(tmp_path: Path) -> None:
     assert two.code == 0, two.printed
 
 
+def test_the_gsm8k_run_takes_the_named_config_and_the_machines_mesh(tmp_path: Path) -> None:
+    repo = JOB.parents[3]
+    script = repo / "experimental" / "torchrun_gpu_sft" / "run_sft_gsm8k.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    # No weights and rows of the hub: the rest is the named config's.
+    base = repo / "torchprime" / "assets" / "quickstart" / "base"
+    given = [f"model.pretrained_model={base}", "dataset=quickstart", "eval=none"]
+    given += [f"output_dir={tmp_path}", "dataset.block_size=256"]
+    done = subprocess.run(
+        [*launch, str(script), *given, "dry_run=true", "torch_dtype=float32"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mesh         fsdp=2" in done.stderr and "64 per update" in done.stderr
+    assert done.stderr.count("steps        60") == 1  # one process speaks
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("mishap", ["die", "hang"])
 def test_a_lost_process_ends_the_others_with_a_message(mishap: str, tmp_path: Path) -> None:
     with processes(mishap, tmp_path, **{TIMEOUT_VARIABLE: "15"}) as (first, _):

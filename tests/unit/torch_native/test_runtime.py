@@ -8,13 +8,15 @@ import sys
 import threading
 
 import pytest
+import torch
 
-from torchprime.errors import ConfigError
+from torchprime.errors import ConfigError, RuntimeSetupError
 from torchprime.torch_native.runtime import (
     TIMEOUT_SECONDS,
     TIMEOUT_VARIABLE,
     group,
     lost_partner,
+    start_processes,
     timeout_seconds,
     transport_timeout,
     waiting,
@@ -82,6 +84,14 @@ def test_the_timeout_is_the_environments(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv(TIMEOUT_VARIABLE, wrong)
         with pytest.raises(ConfigError, match=f"{TIMEOUT_VARIABLE}: given '{wrong}', expected"):
             timeout_seconds()
+
+
+def test_more_processes_than_gpus_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(RuntimeSetupError, match="LOCAL_RANK=2.*2 GPUs.*--nproc_per_node=2"):
+        start_processes()
 
 
 def test_only_transport_errors_become_the_message() -> None:
