@@ -1,6 +1,6 @@
 """Fine-tuning on GPUs: ours against TRL's SFTTrainer, both packed, on GSM8K's rows.
 
-A real model's shape with random weights, real rows in blocks of 4,096 tokens, bf16, one session on
+A real model's shape with random weights, real rows in blocks of 4,096 tokens, bf16, in one go on
 one machine, each case in processes of its own. Ours is the main job under torchrun, read from its
 metrics.jsonl. TRL's is SFTTrainer with packing, which lays examples end to end and tells attention
 where they begin, and its own loss, which makes logits of supervised tokens alone; it is tried with
