@@ -16,11 +16,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch_xla
 import torch_xla.backends
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 import torch_xla.debug.profiler as xp
+import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -37,15 +37,9 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.attention import KERNEL_MULTIPLE, choose_kernel, inject_attention
+from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.linear import replace_linears
-from torchprime.torch_xla_models.mesh import (
-    axis_sizes,
-    constrain,
-    execute,
-    make_mesh,
-    send_batch,
-    to_device,
-)
+from torchprime.torch_xla_models.mesh import axis_sizes, constrain, make_mesh
 from torchprime.torch_xla_models.placement import Placed
 from torchprime.torch_xla_models.remat import apply_remat, device_loop
 from torchprime.torch_xla_models.runtime import check_loop_requirements
@@ -81,10 +75,12 @@ class XlaBackend:
         optimization_barrier: bool = False,
         full_precision: bool = False,
         block_size: int = KERNEL_MULTIPLE,
+        make_tensors: Callable[[xs.Mesh], DeviceTensors] = DeviceTensors,
     ) -> None:
         if not xr.is_spmd():
             xr.use_spmd()
         self.mesh = make_mesh(ici_mesh, dcn_mesh)
+        self.tensors = make_tensors(self.mesh)
         self.device_count = xr.global_runtime_device_count()
         self.device_kind = _device_kind()
         self.process_index = xr.process_index()
@@ -123,7 +119,7 @@ class XlaBackend:
             shard_output=self._shard_layer_output,
         )
         self.placed = placement.placements(model, table, self.mesh)
-        placement.load(model, self.placed, tensor_of, dtype, self.mesh)
+        placement.load(model, self.placed, tensor_of, dtype, self.tensors)
 
     def _constrain_activations(self) -> None:
         for name, module in self.model.named_modules():
@@ -172,9 +168,9 @@ class XlaBackend:
             make = self._new_state if resumed is None else partial(self._resumed_state, resumed)
             parameters[name] = make(info, weight, entry)
         counts = (0 if resumed is None else resumed.updates, 0)
-        step, bad_step = (to_device(torch.tensor(float(n)), self.mesh, ()) for n in counts)
+        step, bad_step = (self.tensors.send(torch.tensor(float(n)), ()) for n in counts)
         self.state = TrainState(parameters, step, bad_step)
-        torch_xla.sync()
+        self.tensors.materialize(self.state.tensors())
 
     def _has_master(self, weight: Tensor) -> bool:
         return weight.dtype != torch.float32 and self.options.master_weights
@@ -183,11 +179,10 @@ class XlaBackend:
         slots = {}
         for slot, keeps in self.optimizer.slots(info).items():
             shape = [info.shape[d] for d in keeps.dims]
-            zeros = torch.zeros(shape, dtype=torch.float32, device=weight.device)
-            slots[slot] = constrain(zeros, self.mesh, tuple(entry.spec[d] for d in keeps.dims))
+            slots[slot] = self.tensors.zeros(shape, tuple(entry.spec[d] for d in keeps.dims))
         master = None
         if self._has_master(weight):
-            master = constrain(weight.detach().float(), self.mesh, entry.spec)
+            master = self.tensors.widened(weight, entry.spec)
         return ParameterState(info, weight, slots, master)
 
     def _resumed_state(
@@ -197,7 +192,7 @@ class XlaBackend:
             host = placement.host_tensor(
                 entry, lambda name: resumed.tensor_of(f"{prefix}.{name}"), torch.float32
             )
-            return to_device(host, self.mesh, tuple(entry.spec[d] for d in dims))
+            return self.tensors.send(host, tuple(entry.spec[d] for d in dims))
 
         slots = {
             slot: sent(f"optimizer.{slot}", keeps.dims)
@@ -261,11 +256,11 @@ class XlaBackend:
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
         """See Backend. Fields travel as [A, b, S]."""
         host = [f.view(accumulation, -1, f.shape[-1]) for f in host_fields(batch)]
-        return send_batch(host, self.mesh, self.batch_spec)
+        return self.tensors.send_batch(host, self.batch_spec)
 
     def train_step(self, batch: list[Tensor], lr: float) -> Tensor:
         """See Backend."""
-        rate = to_device(torch.tensor(lr, dtype=torch.float32), self.mesh, ())
+        rate = self.tensors.send(torch.tensor(lr, dtype=torch.float32), ())
         o = self.options
         numbers = train_step(
             self.model,
@@ -279,7 +274,7 @@ class XlaBackend:
             max_grad_value=o.max_grad_value,
             num_sources=o.num_sources,
         )
-        execute([*self.state.tensors(), numbers])
+        self.tensors.run([*self.state.tensors(), numbers])
         return numbers
 
     def _accumulate(
@@ -319,7 +314,7 @@ class XlaBackend:
             fields = [f[0] for f in batch]
             cross_entropy = partial(chunked_cross_entropy, chunks=self.options.loss_chunks)
             sums = torch.stack(loss_of(self.model, fields, cross_entropy)[:2])
-        execute([sums])
+        self.tensors.run([sums])
         return sums
 
     def read_eval(self, handles: list[Tensor]) -> tuple[float, float]:
@@ -336,7 +331,7 @@ class XlaBackend:
         positions = torch.arange(len(ids), dtype=torch.int32)
         segments = (positions < len(input_ids)).int()
         fields = [t.expand(rows, -1).contiguous() for t in (ids, positions, segments)]
-        sent = send_batch(fields, self.mesh, self.batch_spec[1:])
+        sent = self.tensors.send_batch(fields, self.batch_spec[1:])
         with torch.no_grad():
             out = self.model.logits(*sent)
         return out.cpu()[0, : len(input_ids)]

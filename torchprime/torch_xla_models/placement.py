@@ -19,7 +19,8 @@ from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torchprime.checkpoint.shards import TensorShards
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
-from torchprime.torch_xla_models.mesh import axis_sizes, to_device
+from torchprime.torch_xla_models.device_tensors import DeviceTensors
+from torchprime.torch_xla_models.mesh import axis_sizes
 from torchprime.torch_xla_models.remat import STACKED
 
 
@@ -59,24 +60,24 @@ def load(
     placed: dict[str, Placed],
     tensor_of: Callable[[str], Tensor],
     dtype: torch.dtype,
-    mesh: xs.Mesh,
+    tensors: DeviceTensors,
 ) -> None:
     """Give every parameter its storage on the mesh, in dtype, and move the constants."""
     for name, entry in placed.items():
         host = host_tensor(entry, tensor_of, dtype)
-        _replace(model, name, nn.Parameter(to_device(host, mesh, entry.spec)))
+        _replace(model, name, nn.Parameter(tensors.send(host, entry.spec)))
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
-        moved = to_device(buffer, mesh, ((),) * buffer.dim())
+        moved = tensors.send(buffer, ((),) * buffer.dim())
         model.get_submodule(owner).register_buffer(leaf, moved, persistent=False)
 
 
 def host_tensor(entry: Placed, tensor_of: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
-    """What an entry holds, whole on the host."""
+    """What an entry holds, whole on the host; without storage if its parts have none."""
     first = tensor_of(entry.hf_names[0])
     if not entry.stacked:
         return first.to(dtype)
-    host = torch.empty((len(entry.hf_names), *first.shape), dtype=dtype)
+    host = first.new_empty((len(entry.hf_names), *first.shape), dtype=dtype)
     host[0] = first
     for index, name in enumerate(entry.hf_names[1:], start=1):
         host[index] = tensor_of(name)
