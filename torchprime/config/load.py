@@ -134,6 +134,11 @@ def _section(cls: type[Any], given: Any, key: str) -> Any:
     return cls(**values)
 
 
+def checked_value(wanted: Any, given: Any, key: str) -> Any:
+    """One value against one annotation: as the annotation has it, or a ConfigError."""
+    return _value(wanted, given, key)
+
+
 def _value(wanted: Any, given: Any, key: str) -> Any:
     """One value against one annotation."""
     origin = get_origin(wanted)

@@ -1,0 +1,117 @@
+"""A grader of the user's own: a Python function named by its dotted path.
+
+It gets a Sample and returns True or False, a number, or None where it does not apply. Anything else
+it does stops the run with the row's name: a grade made up from a mistake would be believed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import numbers
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from torchprime.config.schema import refuse
+from torchprime.errors import DataError
+from torchprime.evaluation.samples import Grader, Sample
+
+
+def python_grader(key: str, path: str) -> Grader:
+    """What the function says: True is 1, False is 0, a number itself, None not counted.
+
+    Args:
+        path: `package.module:function` or `package.module.function`.
+
+    Raises:
+        DataError: (when grading) the function raises or returns something else.
+    """
+    function = _resolve(path, f"{key}.path")
+
+    def grade(sample: Sample) -> float | None:
+        try:
+            value = function(sample)
+        except Exception as error:
+            raise DataError(_message(key, path, sample, f"it raised {_told(error)}")) from error
+        if value is None:
+            return None
+        number = isinstance(value, bool | np.bool_ | numbers.Real)
+        if not number or not math.isfinite(value):
+            raise DataError(_message(key, path, sample, f"it returned {value!r}"))
+        return float(value)
+
+    return grade
+
+
+def _message(key: str, path: str, sample: Sample, what: str) -> str:
+    return (
+        f"{key}.path: {path} graded row {sample.row_id}, and {what}; expected True or False, a "
+        f"finite number, or None where it does not apply. Correct the function."
+    )
+
+
+def _told(error: Exception) -> str:
+    """The exception with the place where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+
+
+def _resolve(path: str, key: str) -> Callable[[Sample], Any]:
+    module_name, _, name = path.partition(":") if ":" in path else path.rpartition(".")
+    names = [*module_name.split("."), *name.split(".")]
+    if not all(part.isidentifier() for part in names):
+        refuse(key, path, "package.module:function", "Write the dotted path of a function.")
+    found = _imported(module_name, path, key)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            refuse(
+                key,
+                path,
+                f"a function of {module_name}, which has no {part}",
+                f"Correct the name, or define it in {_file_of(module_name)}.",
+            )
+        found = getattr(found, part)
+    if not callable(found):
+        refuse(key, path, f"a function, but it is {found!r}", "Name a function of one Sample.")
+    if not _takes_one(found):
+        refuse(
+            key,
+            path,
+            f"a function of one Sample, but its arguments are {inspect.signature(found)}",
+            "Give it one argument that has no default, and the others defaults.",
+        )
+    return found
+
+
+def _imported(module: str, path: str, key: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        lacking = f"no module {error.name} can be imported"
+        fix = "Install it, or put the folder that holds it on PYTHONPATH (PYTHONPATH=. for here)."
+        refuse(key, path, f"a function of a module, but {lacking}", fix)
+    except Exception as error:
+        refuse(
+            key,
+            path,
+            f"a function of a module, but importing {module} raised {_told(error)}",
+            "Correct the module.",
+        )
+
+
+def _file_of(module: str) -> str:
+    return getattr(importlib.import_module(module), "__file__", None) or module
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # some builtins do not tell
+        return True
+    return True
