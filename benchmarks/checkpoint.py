@@ -20,6 +20,7 @@ are the kernel's high-water mark above what was resident before.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -244,7 +245,9 @@ def run_save(args: argparse.Namespace) -> dict[str, Any]:
     other = None
     if backend.process_count == 1 and available_memory() > 2.5 * size:  # the copy has room
         other = make_saver(backend, args.folder / "asynchronous", True)
-        found["first_stall"] = [save_once(other).stall_seconds]  # later ones use its memory again
+        other.reserve()
+        time.sleep(size / 0.3e9)  # a run's first steps, which mostly compile
+        found["first_stall"] = [save_once(other).stall_seconds]
     plain = args.folder / "plain.bin"
     for _ in range(args.repeats):
         if backend.process_count == 1:
@@ -307,6 +310,7 @@ def run_load(args: argparse.Namespace) -> dict[str, Any]:
     load(args, folder, to_train=False)  # imports, and whatever else happens once
     for _ in range(args.repeats):
         for where, seconds in found.items():
+            gc.collect()  # of a file that is still mapped no page can be dropped
             if where == "disk":
                 drop_from_cache(files)
             seconds.append(timed(lambda where=where: load(args, folder, where == "training")))
@@ -332,6 +336,7 @@ def load_ours(backend: Any, args: argparse.Namespace, folder: Path, to_train: bo
         from torchprime.torch_native.placement import local
 
         touch((local(p) for p in model.parameters()), to_train)
+        backend.model = backend.root = None
 
 
 def load_theirs(args: argparse.Namespace, folder: Path, to_train: bool) -> None:
@@ -415,6 +420,8 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, tuple[float, str]]:
     if "stall_seconds" in save:
         stall = save["stall_seconds"] / save["synchronous_seconds"]
         ratio["stall of an asynchronous save / synchronous save"] = stall, "at most 0.10"
+        first = save["first_stall_seconds"] / save["synchronous_seconds"]
+        ratio["the same of the first one of a run"] = first, "at most 0.10"
         speed = save["plain_seconds"] / save["total_seconds"]
         ratio["bytes/s of an asynchronous save / of a plain file"] = speed, ""
     if save:

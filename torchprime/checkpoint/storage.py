@@ -32,6 +32,7 @@ from torchprime.errors import CheckpointError, RuntimeSetupError, UserError
 MANIFEST = "manifest.json"
 PIECE = 32 << 20  # bytes that are written while they are hashed; on URLs, also what is buffered
 INLINE = 1 << 20  # below this, handing bytes to another thread takes longer than hashing them
+HASHERS = 4  # threads, and files that are written at a time
 OBJECT_STORES = {"abfs", "abfss", "adl", "az", "gcs", "gs", "hf", "oss", "s3", "s3a"}
 LEFTOVER = re.compile(r"\..*\.(partial|removed)")  # as atomic.py names them
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -62,22 +63,25 @@ class HashingFile:
     ) -> None:
         self._file, self._hasher, self._telling, self._push = file, hasher, telling, push
         self._digest = hashlib.sha256()
+        self._small = bytearray()  # an archive's headers come in dozens of writes
         self._bytes = self._unpushed = 0
         self.failure: CheckpointError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         """Write all of it; what is large is hashed by another thread meanwhile."""
         view = memoryview(data).cast("B")
+        self._bytes += len(view)
+        if len(view) < INLINE:
+            self._small += view
+            if len(self._small) >= INLINE:
+                self.hand_on()
+            return len(view)
+        self.hand_on()
         for start in range(0, len(view), PIECE):
             self._write_piece(view[start : start + PIECE])
-        self._bytes += len(view)
         return len(view)
 
     def _write_piece(self, piece: memoryview) -> None:
-        if len(piece) < INLINE:
-            self._digest.update(piece)
-            self._put(piece)
-            return
         hashed = self._hasher.submit(self._digest.update, piece)
         try:
             self._put(piece)
@@ -98,6 +102,13 @@ class HashingFile:
 
     def tell(self) -> int:
         return self._bytes
+
+    def hand_on(self) -> None:
+        """Write what was gathered of small writes."""
+        if self._small:
+            small, self._small = memoryview(self._small), bytearray()
+            self._digest.update(small)
+            self._put(small)
 
     def flush(self) -> None:
         """Nothing to do before the end; torch.save asks for it."""
@@ -135,6 +146,7 @@ class FolderWriter(ABC):
                 raise hashing.failure from None
             raise
         with telling(), file:
+            hashing.hand_on()
             self._sync(file)
         self.files[name] = hashing.facts()
 
@@ -337,7 +349,7 @@ class Storage(ABC):
             CheckpointError: no space, no permission, or what else the place says.
         """
         with (
-            ThreadPoolExecutor(1, thread_name_prefix="hash") as hasher,
+            ThreadPoolExecutor(HASHERS, thread_name_prefix="hash") as hasher,
             self.telling(f"Writing {self.describe(folder_name)}", (OSError,)),
             self._folder(folder_name, hasher, main) as writer,
         ):

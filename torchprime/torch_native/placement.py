@@ -1,7 +1,8 @@
 """From Hugging Face names to sharded parameters (FSDP2, DTensor) and back.
 
-Layer by layer: its tensors are read whole on the host, cut along the tensor axis where the sharding
-table says so, moved, and cut along fsdp. Never more than one layer is whole at a time.
+The model is cut without storage: layer by layer along the tensor axis where the sharding table
+says so, then along fsdp. After that each parameter's shard is read, alone: of mapped files a
+process touches what it keeps, and no parameter is ever whole on a device.
 
 The table's `tensor` entries of linear layers decide which way they are cut: along `out` (column
 wise) or along `in` (row wise). The embedding and the output projection stay whole along tensor,
@@ -74,34 +75,44 @@ def load(
         "mesh": mesh["data", "fsdp"],
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
     }
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # no storage yet
     layers = model.model.layers
     assert isinstance(layers, nn.ModuleList)
-    for index, layer in enumerate(layers):
-        _fill(layer, f"model.layers.{index}.", tensor_of, dtype, device)
+    for layer in layers:
         if mesh[TENSOR].size() > 1:
             styles = tensor_styles(layer, table, mesh[TENSOR].size())
             parallelize_module(layer, mesh[TENSOR], styles, src_data_rank=None)
         fully_shard(layer, **options)
-    _fill(model, "", tensor_of, dtype, device)
     fully_shard(root, **options)
+    _fill(model, tensor_of, dtype, device)
+    root.to(device)  # changes nothing, but has FSDP2 take over the new shards
 
 
 def _fill(
-    module: nn.Module,
-    prefix: str,
-    tensor_of: Callable[[str], Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
+    model: CausalLM, tensor_of: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Parameters that have no storage yet, and constants."""
-    for name, parameter in list(module.named_parameters()):
-        if parameter.is_meta:
-            owner, _, leaf = name.rpartition(".")
-            value = tensor_of(prefix + name).to(device=device, dtype=dtype, copy=True)
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(value))
-    for name, buffer in list(module.named_buffers()):
+    """Give each parameter its shard, and move constants.
+
+    Where nothing is to be changed (one process on a CPU, the files' own type) the shard is the
+    mapped file: private to this process, copied page by page as updates write to it.
+    """
+    for name, parameter in list(model.named_parameters()):
+        assert isinstance(parameter, DTensor)
+        cut = tuple(slice(at, at + size) for at, size in zip(*region(parameter), strict=True))
+        shard = DTensor.from_local(
+            tensor_of(name)[cut].to(device=device, dtype=dtype).contiguous(),
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
         owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(shard))
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
 
 
 def gather(model: CausalLM) -> Iterator[tuple[str, Tensor]]:

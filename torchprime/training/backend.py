@@ -76,7 +76,8 @@ class Backend(Protocol):
         tensor_of: Callable[[str], Tensor],
         dtype: torch.dtype,
     ) -> None:
-        """Give the storage-less model its weights, one tensor at a time, each to its shards."""
+        """Give the storage-less model its weights, one tensor at a time, each to its shards. What
+        `tensor_of` returns may become the model's own memory, which updates write to."""
         ...
 
     def prepare_training(

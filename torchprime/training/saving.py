@@ -70,7 +70,24 @@ class Saver:
         self._bug: Exception | None = None
         self._thread: threading.Thread | None = None
         self._copies: dict[str, list[Tensor]] = {}
+        self._reserving: threading.Thread | None = None
         self._finished: list[CheckpointRecord] = []
+
+    def reserve(self) -> None:
+        """Begin to take the host memory that asynchronous checkpoints copy to: pages that the
+        system gives anew cost several times what the copy into them does, so the first checkpoint
+        would hold up training for as long as writing it takes."""
+        if not self.asynchronous:
+            return
+        live = [shards for shards in self.backend.checkpoint_tensors() if shards.live]
+
+        def take() -> None:
+            for shards in live:
+                sizes = [size for _, size in shards.chunks]
+                self._copies[shards.name] = [torch.zeros(s, dtype=shards.dtype) for s in sizes]
+
+        self._reserving = threading.Thread(target=take, name="checkpoint-memory", daemon=True)
+        self._reserving.start()
 
     def save(self, step: int, *, score: float | None, wait: bool) -> None:
         """Begin a checkpoint; end it too where `wait` says so."""
@@ -89,6 +106,9 @@ class Saver:
         if wait or not self.asynchronous:
             self._write(manifest, tensors, started, None)
             return self._join()
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
         tensors = [self._on_host(shards) for shards in tensors]
         stall = time.perf_counter() - started
         arguments = (manifest, tensors, started, stall)
@@ -202,8 +222,8 @@ class Saver:
     def _on_host(self, shards: TensorShards) -> TensorShards:
         """The same with its chunks in host memory that no update touches.
 
-        What had to be copied is kept for the next checkpoint: pages that the system gives anew cost
-        several times what the copy does. Handing over the others lets go of them.
+        The memory of what had to be copied is kept for the next checkpoint (see `reserve`). Handing
+        over the others lets go of them.
         """
         chunks = shards.read()
         if shards.live:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from torchprime.checkpoint import shards as shards_module
 from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.shards import TensorShards, write_shards
 from torchprime.checkpoint.storage import FolderWriter, Storage
@@ -214,6 +215,57 @@ def test_one_tensor_is_in_memory_at_a_time(
     shards = [TensorShards(f"w{i}", (6, 2), torch.float32, chunks, read) for i in range(4)]
     write_all(storage, shards, run_checkpoint)
     assert len(alive) == 8
+
+
+@pytest.fixture
+def three_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a large checkpoint on a machine with cores enough."""
+    monkeypatch.setattr(shards_module, "SMALLEST_FILE", 100)
+    monkeypatch.setattr(shards_module, "MOST_FILES", 3)
+    monkeypatch.setattr(shards_module.os, "cpu_count", lambda: 8)
+
+
+@pytest.mark.usefixtures("three_files")
+def test_what_is_large_goes_into_several_files(
+    tmp_path: Path, run_checkpoint: SimpleNamespace
+) -> None:
+    tensors = {f"w{i}": torch.randn(10 + i, 4) for i in range(7)}
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def reading(tensor: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+        def read() -> list[torch.Tensor]:
+            assert len([ref for ref in alive if ref() is not None]) < 3, "more than one a file"
+            value = tensor.clone()
+            alive.append(weakref.ref(value))
+            return [value]
+
+        return read
+
+    shards = [
+        TensorShards(name, tuple(w.shape), w.dtype, [((0, 0), tuple(w.shape))], reading(w))
+        for name, w in tensors.items()
+    ]
+    with write_all(Storage.of(tmp_path), shards, run_checkpoint) as reader:
+        assert all(equal(reader.get(name), tensor) for name, tensor in tensors.items())
+        files = {name: facts["bytes"] for name, facts in reader.manifest.files.items()}
+    assert sorted(files) == [".metadata", "__0_0.distcp", "__0_1.distcp", "__0_2.distcp"]
+    dcp_to_torch_save(tmp_path / "step", tmp_path / "plain.pt")
+    plain = torch.load(tmp_path / "plain.pt", weights_only=True)
+    assert all(equal(plain[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.usefixtures("three_files")
+def test_a_file_that_fails_fails_all(storage: Storage, run_checkpoint: SimpleNamespace) -> None:
+    def broken() -> list[torch.Tensor]:
+        raise CheckpointError("the device is gone")
+
+    chunk = [((0, 0), (10, 4))]
+    whole = [TensorShards(f"w{i}", (10, 4), torch.float32, chunk, lambda: [torch.ones(10, 4)])
+             for i in range(4)]  # fmt: skip
+    with pytest.raises(CheckpointError, match="the device is gone"):
+        write_all(storage, [*whole, replace(whole[0], name="bad", read=broken)], run_checkpoint)
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        CheckpointReader(storage, "step")
 
 
 def test_a_view_is_written_without_what_it_views(

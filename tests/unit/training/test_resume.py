@@ -17,9 +17,11 @@ import pytest
 from interrupted import EVERY, STEPS, Killed, assert_same_run, overrides, records
 
 from torchprime.checkpoint.catalog import Catalog
+from torchprime.checkpoint.certificate import hash_files
 from torchprime.checkpoint.hf_read import SafetensorsReader
 from torchprime.checkpoint.storage import Storage
 from torchprime.cli.resuming import resume_check_main
+from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
 from torchprime.torch_native.train import main as native
 from torchprime.training import saving
@@ -101,7 +103,11 @@ def native_whole(
     command: Command, rows: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "native"
-    assert run_main(native, command(*overrides(folder, rows[1]), *ALONE)) == 0
+    argv = command(*overrides(folder, rows[1]), *ALONE)
+    base = Path(compose_config(argv).model.pretrained_model or "")
+    before = hash_files(base)
+    assert run_main(native, argv) == 0
+    assert hash_files(base) == before  # its weights began as the files, mapped
     return folder
 
 

@@ -86,6 +86,8 @@ class CheckpointHook(BaseHook):
 
     def on_start(self) -> None:
         self.signals.watch()
+        if self.every_steps is not None or self.every_minutes is not None:
+            self.saver.reserve()
 
     def after_step(self, step: int, last: bool) -> None:
         asked = self._asked(step, last)
