@@ -10,6 +10,7 @@ import importlib
 import inspect
 import math
 import numbers
+import reprlib
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -35,16 +36,27 @@ def python_grader(key: str, path: str) -> Grader:
     def grade(sample: Sample) -> float | None:
         try:
             value = function(sample)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(_message(key, path, sample, f"it raised {_told(error)}")) from error
         if value is None:
             return None
-        number = isinstance(value, bool | np.bool_ | numbers.Real)
-        if not number or not math.isfinite(value):
-            raise DataError(_message(key, path, sample, f"it returned {value!r}"))
-        return float(value)
+        grade = _finite(value)
+        if grade is None:
+            raise DataError(_message(key, path, sample, f"it returned {reprlib.repr(value)}"))
+        return grade
 
     return grade
+
+
+def _finite(value: Any) -> float | None:
+    """A truth value or a number of Python or numpy as a float; None for anything else."""
+    if not isinstance(value, bool | np.bool_ | numbers.Real):
+        return None
+    try:
+        grade = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return grade if math.isfinite(grade) else None
 
 
 def _message(key: str, path: str, sample: Sample, what: str) -> str:
@@ -54,7 +66,7 @@ def _message(key: str, path: str, sample: Sample, what: str) -> str:
     )
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """The exception with the place where it was raised."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
@@ -62,18 +74,19 @@ def _told(error: Exception) -> str:
 
 def _resolve(path: str, key: str) -> Callable[[Sample], Any]:
     module_name, _, name = path.partition(":") if ":" in path else path.rpartition(".")
-    names = [*module_name.split("."), *name.split(".")]
-    if not all(part.isidentifier() for part in names):
-        refuse(key, path, "package.module:function", "Write the dotted path of a function.")
+    if not all(part.isidentifier() for part in [*module_name.split("."), *name.split(".")]):
+        refuse(
+            key,
+            path,
+            "package.module:function",
+            "For def grade(sample) in graders.py write graders:grade.",
+        )
     found = _imported(module_name, path, key)
     for part in name.split("."):
         if not hasattr(found, part):
-            refuse(
-                key,
-                path,
-                f"a function of {module_name}, which has no {part}",
-                f"Correct the name, or define it in {_file_of(module_name)}.",
-            )
+            where = getattr(found, "__file__", None) or module_name
+            lacking = f"a function of {module_name}, but it has no {part}"
+            refuse(key, path, lacking, f"Correct the name, or define it in {where}.")
         found = getattr(found, part)
     if not callable(found):
         refuse(key, path, f"a function, but it is {found!r}", "Name a function of one Sample.")
@@ -82,7 +95,7 @@ def _resolve(path: str, key: str) -> Callable[[Sample], Any]:
             key,
             path,
             f"a function of one Sample, but its arguments are {inspect.signature(found)}",
-            "Give it one argument that has no default, and the others defaults.",
+            "Leave it one argument without a default.",
         )
     return found
 
@@ -91,20 +104,20 @@ def _imported(module: str, path: str, key: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        lacking = f"no module {error.name} can be imported"
-        fix = "Install it, or put the folder that holds it on PYTHONPATH (PYTHONPATH=. for here)."
-        refuse(key, path, f"a function of a module, but {lacking}", fix)
-    except Exception as error:
+        refuse(
+            key,
+            path,
+            f"a function of a module, but there is no module {error.name}",
+            "Correct the name, install it, or put the folder that holds it on PYTHONPATH "
+            "(PYTHONPATH=. for this one). What is inside of a class stands behind a colon.",
+        )
+    except (Exception, SystemExit) as error:
         refuse(
             key,
             path,
             f"a function of a module, but importing {module} raised {_told(error)}",
             "Correct the module.",
         )
-
-
-def _file_of(module: str) -> str:
-    return getattr(importlib.import_module(module), "__file__", None) or module
 
 
 def _takes_one(function: Callable[..., Any]) -> bool:

@@ -8,24 +8,38 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonschema
 import regex
-from jsonschema.validators import Draft202012Validator, extend, validator_for
+from jsonschema.validators import (
+    Draft4Validator,
+    Draft6Validator,
+    Draft7Validator,
+    Draft201909Validator,
+    Draft202012Validator,
+    extend,
+)
 from jsonschema_specifications import REGISTRY
-from referencing import Resource
+from referencing import Specification
 from referencing.exceptions import Unresolvable
-from referencing.jsonschema import DRAFT202012
+from referencing.jsonschema import specification_with
 
 from torchprime.config.schema import refuse
 from torchprime.errors import ConfigError, DataError
 from torchprime.evaluation.samples import Grader, Sample
 from torchprime.evaluation.text_grading import PATTERN_SECONDS
 
-FENCE = re.compile(r"```(?:json|JSON)?[ \t]*\n(.*)\n[ \t]*```", re.DOTALL)
+FENCE = re.compile(r"```(?:json|JSON)?[ \t\r]*\n(.*)\n[ \t]*```", re.DOTALL)
+DRAFTS = (
+    Draft202012Validator,
+    Draft201909Validator,
+    Draft7Validator,
+    Draft6Validator,
+    Draft4Validator,
+)
 _NOT_JSON = object()
 
 
@@ -56,7 +70,9 @@ def json_schema_grader(key: str, schema: Any, fenced: bool = False) -> Grader:
             return 0.0
         try:
             return float(validator.is_valid(document))
-        except (RecursionError, OverflowError, TimeoutError) as error:
+        except OverflowError:  # 1e999 is infinite here, and then a multiple of nothing
+            return 0.0
+        except (RecursionError, TimeoutError) as error:
             raise DataError(
                 f"{key}.schema: checking the output of row {sample.row_id} "
                 f"({len(sample.output)} characters) ended in {type(error).__name__}, expected a "
@@ -118,17 +134,30 @@ def _validator(schema: Any, key: str) -> Any:
             "a mapping, or the path of a file with one",
             "Write the schema below it in YAML, such as {type: object}.",
         )
-    draft = validator_for(schema, default=Draft202012Validator)
+    draft = _draft(schema, f"{key}.$schema")
     try:
         draft.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise ConfigError(
             f"{key}: given {error.instance!r} at {error.json_path}, expected a JSON Schema of "
-            f"{draft.META_SCHEMA['$id']}: {error.message}. Correct it there."
+            f"{_uri(draft)}: {error.message}. Correct it there."
         ) from None
-    _check_references(schema, key)
+    _check_references(schema, specification_with(_uri(draft)), key)
     # Without a registry of its own jsonschema would fetch what a reference names.
     return extend(draft, {"pattern": _pattern})(schema, registry=REGISTRY)
+
+
+def _draft(schema: dict[str, Any], key: str) -> Any:
+    """The validator of the draft that the schema names."""
+    given = schema.get("$schema", _uri(Draft202012Validator))
+    for draft in DRAFTS:
+        if isinstance(given, str) and given.rstrip("#") == _uri(draft):
+            return draft
+    refuse(key, given, f"one of {', '.join(map(_uri, DRAFTS))}", "Leave it out for 2020-12.")
+
+
+def _uri(draft: Any) -> str:
+    return draft.ID_OF(draft.META_SCHEMA).rstrip("#")
 
 
 def _pattern(
@@ -139,21 +168,26 @@ def _pattern(
         yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
 
 
-def _check_references(schema: Mapping[str, Any], key: str) -> None:
-    """Every $ref leads somewhere inside the schema; it would otherwise only show when met."""
-    resource = Resource.from_contents(schema, default_specification=DRAFT202012)
-    todo = [(resource, REGISTRY.resolver_with_root(resource))]
+def _check_references(schema: dict[str, Any], draft: Specification, key: str) -> None:
+    """Every $ref leads somewhere inside the schema; otherwise it would only show when met."""
+    root = draft.create_resource(schema)
+    todo, seen = [(root, REGISTRY.resolver_with_root(root))], set()
     while todo:
         resource, resolver = todo.pop()
-        given = resource.contents.get("$ref") if isinstance(resource.contents, Mapping) else None
+        if id(resource.contents) in seen:
+            continue
+        seen.add(id(resource.contents))
+        todo += [(inner, resolver.in_subresource(inner)) for inner in resource.subresources()]
+        given = resource.contents.get("$ref") if isinstance(resource.contents, dict) else None
+        if given is None:
+            continue
         try:
-            if given is not None:
-                resolver.lookup(given)
+            target = resolver.lookup(given)
         except Unresolvable:
             refuse(
                 f"{key} ($ref)",
                 given,
-                "a reference into the schema itself; nothing is fetched from elsewhere",
+                "a reference into the schema itself, since nothing is fetched from elsewhere",
                 "Put what it names below $defs and write '#/$defs/NAME'.",
             )
-        todo += [(inner, resolver.in_subresource(inner)) for inner in resource.subresources()]
+        todo.append((draft.create_resource(target.contents), target.resolver))

@@ -75,7 +75,8 @@ def regex_grader(
             raise DataError(
                 f"{key}.pattern: {pattern!r} took more than {PATTERN_SECONDS:g} s on the {on} of "
                 f"row {sample.row_id} ({len(text)} characters), expected a pattern that does not "
-                f"backtrack without an end. Make nested repeats such as (a+)+ possessive: (a++)+."
+                f"backtrack without an end. Let its alternatives begin differently, or make its "
+                f"repeats possessive: a++ for a+."
             ) from None
 
     return grade
