@@ -6,6 +6,8 @@ that is not a `UserError` is our own bug and keeps its traceback.
 
 from __future__ import annotations
 
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as shells report it
+
 
 class UserError(Exception):
     """A mistake in what the user gave: configuration, data, weights, environment."""

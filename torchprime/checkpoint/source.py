@@ -111,9 +111,12 @@ def _no_such_folder(name: str, folder: Path) -> str:
 
 def _require_checkpoint(folder: Path, source: str) -> None:
     if not (folder / "config.json").is_file():
+        inside = folder / "export"  # of a run
+        hint = "Give the folder that holds them."
         raise CheckpointError(
             f"There is no config.json in {source}; a checkpoint folder holds config.json and "
-            "*.safetensors. Give the folder that holds them."
+            f"*.safetensors. "
+            + (f"Did you mean {inside}?" if (inside / "config.json").is_file() else hint)
         )
     if any(folder.glob("*.safetensors")):
         return

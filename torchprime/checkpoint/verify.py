@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
@@ -61,20 +62,27 @@ def load_transformers(folder: Path) -> Any:
     """The folder's model in transformers, on the CPU, in its own dtype, every weight accounted for.
 
     Raises:
-        CheckpointError: transformers reports missing, unexpected or mismatched weights. Left to
-            itself it only warns, and fills in random ones.
+        CheckpointError: transformers reports missing, unexpected or mismatched weights (left to
+            itself it only warns, and fills in random ones), or cannot load the folder at all.
     """
     config = read_json(Path(folder) / "config.json")
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    with _no_progress_bar():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, name),
-            local_files_only=True,
-            use_safetensors=True,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
+    try:
+        with _no_progress_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, name),
+                local_files_only=True,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+    except Exception as error:  # it raises nearly anything for a damaged folder
+        first = (str(error).splitlines() or ["no text"])[0]
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot load the model in {folder}: "
+            f"{type(error).__name__}: {first}"
+        ) from error
     model, report = loaded
     bad = {kind: sorted(map(str, entries)) for kind, entries in report.items() if entries}
     if bad:

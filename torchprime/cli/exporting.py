@@ -8,8 +8,6 @@ recheck.py say how.
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,9 +16,8 @@ from torchprime.checkpoint.certificate import Certificate, Check, tally
 from torchprime.checkpoint.from_checkpoint import export_checkpoint, find_checkpoint
 from torchprime.checkpoint.recheck import recheck
 from torchprime.checkpoint.source import resolve_pretrained
+from torchprime.cli.arguments import make_parser, run_command
 from torchprime.cli.stdout import print_lines
-from torchprime.config.entry import INTERRUPTED
-from torchprime.errors import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MARKS = {True: "passed", False: "FAILED", None: "not made"}
@@ -36,49 +33,24 @@ A certificate is no signature: it does not tell who made it.
 
 def export_main(argv: list[str]) -> int:
     """Run `export` with the arguments after it; the exit code."""
-    parser = _parser("export", "Make a Hugging Face folder of a run's checkpoint.", EXPORT_EPILOG)
+    parser = make_parser(
+        "torchprime export", "Make a Hugging Face folder of a run's checkpoint.", EXPORT_EPILOG
+    )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
     add("--out", metavar="DIR", required=True, help="the new folder; must not exist, or be empty")
     add("--dtype", choices=list(DTYPES), help="of the weights (default: as they were trained)")
     add("--base", metavar="FOLDER", help="the base's weights, if they lie elsewhere by now")
-    return _run(parser, argv, _export)
+    return run_command(parser, argv, _export)
 
 
 def verify_main(argv: list[str]) -> int:
     """Run `verify` with the arguments after it; the exit code."""
-    parser = _parser("verify", "Check an export by its certificate.", VERIFY_EPILOG)
+    parser = make_parser("torchprime verify", "Check an export by its certificate.", VERIFY_EPILOG)
     add = parser.add_argument
     add("folder", metavar="DIR")
     add("--base", metavar="FOLDER", help="the base's weights (folder or hub name), to compare with")
-    return _run(parser, argv, _verify)
-
-
-def _parser(name: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"torchprime {name}",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def _run(
-    parser: argparse.ArgumentParser, argv: list[str], command: Callable[[argparse.Namespace], int]
-) -> int:
-    try:
-        given = parser.parse_args(argv)
-    except SystemExit as stop:  # argparse has printed the help or the mistake
-        return stop.code if isinstance(stop.code, int) else 2
-    try:
-        return command(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return run_command(parser, argv, _verify)
 
 
 def _say(line: str) -> None:

@@ -2,7 +2,7 @@
 
 torchprime/data/inspection.py says what is shown; this file draws it. Rows may hold anything, so
 nothing of them reaches a terminal or a page as it is: control characters, marks of direction and
-stray bytes are written out (`clean`, `visible`), and on the page all else is escaped.
+stray bytes are written out (torchprime/data/visible.py), and on the page all else is escaped.
 
 The page (torchprime/assets/inspect) is one file that loads nothing: a policy in it forbids the
 browser any request, and any script but its own.
@@ -32,24 +32,19 @@ from torchprime.config.compose import assets_dir
 from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
 from torchprime.data.inspection import (
-    ESCAPE,
-    NEWLINE,
     SHOWN_BATCHES,
-    SPACE,
-    TEXT,
     Bin,
     Block,
     Inspection,
     Segment,
     ShownTemplate,
     Token,
-    clean,
     count_rules,
     first_batches,
     length_bins,
-    visible,
 )
 from torchprime.data.report import DataReport
+from torchprime.data.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
 from torchprime.errors import RuntimeSetupError
 from torchprime.training.plan import count_steps
 

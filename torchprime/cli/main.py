@@ -62,6 +62,15 @@ def verify(argv: list[str]) -> int:
     return verify_main(argv)
 
 
+def chat(argv: list[str]) -> int:
+    """Ask a model, and its base beside it."""
+    os.environ["USE_TORCH_XLA"] = "0"
+    # late: as above
+    from torchprime.cli.chatting import chat_main
+
+    return chat_main(argv)
+
+
 # These take a run's config, with the flags and overrides of the training job.
 CONFIG_COMMANDS: dict[str, Callable[[TrainConfig], int]] = {"prepare": prepare, "inspect": inspect}
 # These take arguments of their own.
@@ -70,6 +79,7 @@ OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume-check": resume_check,
     "export": export,
     "verify": verify,
+    "chat": chat,
 }
 
 
@@ -81,6 +91,7 @@ def usage() -> str:
         "       torchprime resume-check RUN [key=value ...]",
         "       torchprime export CHECKPOINT --out DIR",
         "       torchprime verify DIR",
+        "       torchprime chat --model DIR [--base DIR]",
         "",
     ]
     for name, command in {**CONFIG_COMMANDS, **OTHER_COMMANDS}.items():

@@ -7,15 +7,21 @@ import sys
 from collections.abc import Iterable
 from typing import Literal
 
+Errors = Literal["replace", "backslashreplace"]
 
-def print_lines(lines: Iterable[str], errors: Literal["replace", "backslashreplace"]) -> None:
+
+def print_lines(lines: Iterable[str], errors: Errors) -> None:
     """To stdout, also where that knows less than Unicode or is closed early (`| head`).
 
     Args:
         errors: what becomes of a character that stdout's encoding lacks: `?`, or its escape.
     """
+    print_text("\n".join(lines) + "\n", errors)
+
+
+def print_text(text: str, errors: Errors) -> None:
+    """As `print_lines`, of a text that need not end with its line; it is seen at once."""
     encoding = sys.stdout.encoding or "utf-8"
-    text = "\n".join(lines) + "\n"
     try:
         sys.stdout.write(text.encode(encoding, errors).decode(encoding))
         sys.stdout.flush()

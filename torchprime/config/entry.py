@@ -11,9 +11,7 @@ from collections.abc import Callable
 
 from torchprime.config.compose import compose_config, parse_command, run_hydra_main
 from torchprime.config.schema import TrainConfig
-from torchprime.errors import StoppedError, UserError
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+from torchprime.errors import INTERRUPTED, StoppedError, UserError
 
 
 def run_main(main: Callable[[TrainConfig], int], argv: list[str] | None = None) -> int:

@@ -21,6 +21,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "text": ("text",),
 }
+# What a model is given of a row of question and answer.
+QUESTION_PROMPT = "Question:\n{question}\n\n\nAnswer:\n"
 STRUCTURED = ("messages", "sharegpt")
 CANONICAL_FIELDS = (
     *(field for fields in FIELDS.values() for field in fields),

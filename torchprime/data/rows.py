@@ -52,12 +52,17 @@ from torchprime.data.messages import (
     read_tools,
 )
 from torchprime.data.records import Rejection
-from torchprime.data.row_format import FormatDecision, check_columns, decide_format, rename
+from torchprime.data.row_format import (
+    QUESTION_PROMPT,
+    FormatDecision,
+    check_columns,
+    decide_format,
+    rename,
+)
 from torchprime.data.sources import SourceSpec, read_rows
 
 SAMPLE_ROWS = 100
 
-QUESTION_PROMPT = "Question:\n{question}\n\n\nAnswer:\n"
 # The wording is Alpaca's own: models and servers of that form know no other.
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. "

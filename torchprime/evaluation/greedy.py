@@ -38,14 +38,7 @@ def generation_samples(
         raise DataError(f"Prompts {empty} are empty; a prompt needs at least one token.")
     stops = list(eos_ids)
     model = load_transformers(folder)
-    # The folder's own settings (sampling, repetition penalty) would fill in what is left open here.
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops or None,
-        pad_token_id=stops[0] if stops else 0,
-    )
+    model.generation_config = generation_settings(stops, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, list[int]] = {}
     for start in range(0, len(order), ROWS_AT_ONCE):
@@ -56,6 +49,25 @@ def generation_samples(
         for index, tokens in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
             answers[index] = _until_stop(tokens, stops)
     return [answers[index] for index in range(len(prompts))]
+
+
+def generation_settings(
+    stops: Sequence[int], max_new_tokens: int, temperature: float = 0.0
+) -> GenerationConfig:
+    """Greedy, or sampled from the whole distribution, and nothing of the folder's own settings.
+
+    Those (sampling, repetition penalty) would fill in what is left open here: give a model these
+    as its generation_config.
+    """
+    sampled = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    return GenerationConfig(
+        do_sample=bool(temperature),
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stops) or None,
+        pad_token_id=stops[0] if stops else 0,
+        **sampled,
+    )
 
 
 def _left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -118,5 +118,9 @@ def test_pickles_only_says_how_to_convert(tmp_path):
 
 
 def test_folder_without_config(tmp_path):
-    with pytest.raises(CheckpointError, match="no config.json"):
+    with pytest.raises(CheckpointError, match="no config.json.*Give the folder that"):
+        resolve_pretrained(str(tmp_path), cache_dir=None, weights=True)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no config.json.*Did you mean .*/export?"):
         resolve_pretrained(str(tmp_path), cache_dir=None, weights=True)

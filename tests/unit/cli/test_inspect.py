@@ -15,20 +15,11 @@ import numpy as np
 import pytest
 
 from torchprime.cli.main import main
-from torchprime.data.inspection import (
-    ESCAPE,
-    NEWLINE,
-    SPACE,
-    TEXT,
-    clean,
-    count_rules,
-    first_batches,
-    length_bins,
-    visible,
-)
+from torchprime.data.inspection import count_rules, first_batches, length_bins
 from torchprime.data.packed import PackedDataset
 from torchprime.data.tokenize import ALL, ASSISTANT, BOS, CONTEXT, OFF, STOP, Example
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer
+from torchprime.data.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
 from torchprime.training.loop import DataOrder
 
 ESC = "\x1b"

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from torchprime.config.compose import assets_dir, compose_config
-from torchprime.config.entry import INTERRUPTED, run_main
+from torchprime.config.entry import run_main
 from torchprime.config.schema import TrainConfig
-from torchprime.errors import ConfigError, DataError
+from torchprime.errors import INTERRUPTED, ConfigError, DataError
 
 QUICKSTART = ["--config-name", "quickstart"]
 

@@ -1,0 +1,42 @@
+"""The frame around a command that takes arguments of its own: they go in, an exit code comes out,
+and no traceback for a mistake.
+
+Light on imports: experimental/vllm_tpu_deployment uses it in an environment without Hydra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from torchprime.errors import INTERRUPTED, UserError
+
+
+def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser that prints the epilog as it is written, and knows no abbreviations."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run_command(
+    parser: argparse.ArgumentParser, argv: list[str], command: Callable[[argparse.Namespace], int]
+) -> int:
+    """Parse the arguments and run the command with them; the exit code."""
+    try:
+        given = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed the help or the mistake
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        return command(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
