@@ -118,6 +118,24 @@ class LayerStack(nn.ModuleList):
             x_BSD = layer(x_BSD, context)
         return x_BSD
 
+    def templates(self) -> list[nn.Module]:
+        """The layers whose code runs."""
+        return list(self)
+
+    def with_cache(
+        self, x_BSD: Tensor, context: LayerContext, cache: Any
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """`forward` while models/cached.py has its cores in: the layers look at their part of the
+        cache (if it is not None), and each one's new keys and values are returned too."""
+        keys, values = [], []
+        for index, layer in enumerate(self):
+            core: Any = layer.self_attn.core  # pyright: ignore[reportAttributeAccessIssue]
+            core.cache = None if cache is None else (cache.keys[index], cache.values[index])
+            x_BSD = layer(x_BSD, context)
+            keys.append(core.new[0])
+            values.append(core.new[1])
+        return x_BSD, keys, values
+
 
 class Decoder(nn.Module):
     """Embedding, layers, norm: what Hugging Face calls `model` inside the causal LM."""

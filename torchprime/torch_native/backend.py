@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from torchprime.checkpoint.shards import TensorShards
 from torchprime.data.batch import Batch
-from torchprime.losses import LossSums, chunked_cross_entropy
+from torchprime.evaluation.generation import Answer, GenerateOptions
+from torchprime.losses import chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native import placement
@@ -34,6 +35,7 @@ from torchprime.torch_native.fused_loss import (
     fused_cross_entropy,
     on_supervised_tokens,
 )
+from torchprime.torch_native.generation import Generator
 from torchprime.torch_native.mesh import make_mesh
 from torchprime.torch_native.remat import apply_remat
 from torchprime.torch_native.runtime import start_processes, transport_timeout, watched
@@ -65,7 +67,10 @@ class _Loss(nn.Module):
         super().__init__()
         self.model, self.cross_entropy = model, cross_entropy
 
-    def forward(self, *fields: Tensor) -> LossSums:
+    def forward(self, *fields: Tensor, instead: Callable[[], Any] | None = None) -> Any:
+        """The loss, or what is run `instead` with the root's weights whole (generation)."""
+        if instead is not None:
+            return instead()
         return loss_of(self.model, fields, partial(on_supervised_tokens, self.cross_entropy))
 
 
@@ -372,6 +377,22 @@ class NativeBackend:
                 return self.model.logits(ids, positions, torch.ones_like(ids)).cpu()[0]
         finally:
             root.reshard()
+
+    def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
+        """See Backend. Each process answers its part of every batch."""
+        generator = Generator(
+            self.model,
+            self.root,
+            self.device,
+            part=self.batch_part,
+            parts=self.batch_parts,
+            largest=self.largest,
+            own_core=self.attention == "flash",
+            compiled=self.compiler is not None,
+        )
+        mine = generator.generate(prompts, options)
+        answers = {n: a for part in self.gather_objects(mine) for n, a in part.items()}
+        return [answers[number] for number in range(len(prompts))]
 
     @watched
     def synchronize(self) -> None:

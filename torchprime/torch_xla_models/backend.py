@@ -32,12 +32,14 @@ from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 from torchprime.checkpoint.shards import TensorShards
 from torchprime.data.batch import Batch
 from torchprime.errors import ConfigError
+from torchprime.evaluation.generation import Answer, GenerateOptions
 from torchprime.losses import chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.attention import KERNEL_MULTIPLE, choose_kernel, inject_attention
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
+from torchprime.torch_xla_models.generation import Generator
 from torchprime.torch_xla_models.linear import replace_linears
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain, make_mesh
 from torchprime.torch_xla_models.placement import Placed
@@ -335,6 +337,11 @@ class XlaBackend:
         with torch.no_grad():
             out = self.model.logits(*sent)
         return out.cpu()[0, : len(input_ids)]
+
+    def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
+        """See Backend."""
+        generator = Generator(self.model, self.tensors, self.table, self.placed)
+        return generator.generate(prompts, options)
 
     def synchronize(self) -> None:
         """See Backend."""

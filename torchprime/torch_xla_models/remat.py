@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch_xla.experimental.scan import _scan_impl_flat
 
 from torchprime.models.decoder import CausalLM, LayerContext
+from torchprime.torch_xla_models.linear import XlaLinear
 
 STACKED = "stacked"
 
@@ -255,6 +256,42 @@ class ScannedLayers(nn.Module):
             return [self.runner.call(h, layer, _unflatten(rest)), *rest], []
 
         return device_loop(body, [x, *_flatten(context)], weights)[0][0]
+
+    def templates(self) -> list[nn.Module]:
+        """See LayerStack."""
+        return [self.runner.template]
+
+    def with_cache(
+        self, x: Tensor, context: LayerContext, cache: Any
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """See LayerStack; a cache, keys and values are stacks like the weights."""
+        template = self.runner.template
+        core: Any = template.get_submodule("self_attn.core")
+        kept = [] if cache is None else [*cache.keys, *cache.values]
+        weights = [p for _, p in self.stacked.named_parameters()]
+        turned = {
+            name: module.transposed
+            for name, module in self.stacked.named_modules()
+            if isinstance(module, XlaLinear) and module.transposed is not None
+        }
+        linears: list[Any] = [template.get_submodule(name) for name in turned]
+        first, second = len(kept), len(kept) + len(weights)
+
+        def body(carry: Sequence[Tensor], layer: Sequence[Tensor]):
+            h, *rest = carry
+            core.cache = tuple(layer[:first]) or None
+            for linear, weight in zip(linears, layer[second:], strict=True):
+                linear.transposed = weight
+            h = self.runner.call(h, layer[first:second], _unflatten(rest))
+            return [h, *rest], list(core.new)
+
+        stacks = [*kept, *weights, *turned.values()]
+        try:
+            carry, (keys, values) = device_loop(body, [x, *_flatten(context)], stacks)
+        finally:
+            for linear in linears:
+                linear.transposed = None
+        return carry[0], [keys], [values]
 
 
 def apply_remat(

@@ -7,7 +7,7 @@ and never sees a config object.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torchprime.checkpoint.shards import TensorShards
 from torchprime.data.batch import Batch
+from torchprime.evaluation.generation import Answer, GenerateOptions
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.training.optim import Optimizer
@@ -154,6 +155,18 @@ class Backend(Protocol):
 
     def logits(self, input_ids: list[int]) -> Tensor:
         """fp32 [S, V] logits of one unpadded sequence, for checks; every process has to call it."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
+        """Answer prompts (token ids), greedily or sampled; the answers in the prompts' order.
+
+        Every process calls it with the same prompts and gets all answers. Programs depend on the
+        batch size and on the bucket of a prompt's length, not on the length itself. Weights, the
+        optimizer's state and the programs of training stay as they are.
+
+        Raises:
+            DataError: a prompt that is empty or leaves no room in options.max_length.
+        """
         ...
 
     def synchronize(self) -> None:

@@ -1,0 +1,153 @@
+"""Greedy answers on XLA equal transformers' generate, token for token, whatever cuts the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import answers
+import pytest
+import reference
+import torch
+
+from torchprime.errors import DataError
+from torchprime.evaluation.generation import Answer
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.decoder import CausalLM
+from torchprime.torch_xla_models.backend import XlaBackend
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+WAYS = {
+    "llama-tied": dict(mesh={"fsdp": 2, "tensor": 2}),
+    "qwen2": dict(mesh={"tensor": 4}),  # more than there are kv heads
+    "qwen3": dict(mesh={"fsdp": 2, "tensor": 2}, scan_layers=True),
+    "mistral": dict(mesh={"data": 2, "fsdp": 2}, remat_policy="full"),
+}
+
+
+@pytest.fixture(scope="module")
+def truths() -> dict[str, tuple]:
+    """Model and transformers' answers without stop tokens, by name; each made once."""
+    found = {}
+    for name in answers.CONFIGS:
+        model = answers.make_model(name)
+        found[name] = model, answers.expected(model, answers.prompts(), answers.options())
+    return found
+
+
+def placed(name, model, table, mesh, dtype=torch.float32, **how) -> XlaBackend:
+    backend = XlaBackend({a: mesh.get(a, 1) for a in AXES}, dict.fromkeys(AXES, 1), **how)
+    weights = dict(model.named_parameters())
+    with torch.device("meta"):
+        ours = CausalLM(architecture_from_hf(answers.CONFIGS[name].to_dict()))
+    backend.place(ours, table, lambda n: weights[n].detach(), dtype)
+    return backend
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_greedy_equals_transformers(name: str, truths, shipped_table) -> None:
+    model, free = truths[name]
+    backend = placed(name, model, shipped_table, **WAYS[name])
+    stops = answers.some_stops(free)
+    stopped = answers.cut(free, stops)
+    assert len({len(a.ids) for a in stopped}) > 3, stopped
+    if name == "llama-tied":  # that cutting is what transformers does
+        assert stopped == answers.expected(
+            model, answers.prompts(), answers.options(stop_ids=stops)
+        )
+    before = backend.compiles()
+    assert backend.generate(answers.prompts(), answers.options()) == free
+    # Two programs for each of two buckets, and on the CPU one that transposes weights.
+    assert backend.compiles() - before == 5
+    # Other prompts of the same buckets, other stop tokens: nothing compiles.
+    before = backend.compiles()
+    assert backend.generate(answers.prompts(), answers.options(stop_ids=stops)) == stopped
+    others = answers.prompts((30, 2, 63, 140, 9, 8, 70), seed=5)
+    backend.generate(others, answers.options())
+    assert backend.compiles() == before
+
+
+def test_one_device(truths, tmp_path: Path) -> None:
+    names = ["llama-tied", "qwen2", "qwen3"]
+    worker = Path(__file__).parent / "one_device.py"
+    command = [sys.executable, str(worker), str(tmp_path / "out.json"), *names]
+    environment = {**os.environ, "CPU_NUM_DEVICES": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    for name in names:
+        assert [Answer(*a) for a in found[name]] == truths[name][1], name
+
+
+def test_a_batch_ends_with_its_longest_answer(truths, shipped_table, monkeypatch) -> None:
+    model, free = truths["llama-tied"]
+    backend = placed("llama-tied", model, shipped_table, **WAYS["llama-tied"])
+    calls = []
+    chunk = "torchprime.torch_xla_models.generation.Generator._chunk"
+    monkeypatch.setattr(chunk, lambda *args: calls.append(args))
+    asked = answers.prompts()[1]
+    first = free[1].ids[0]
+    found = backend.generate([asked], answers.options(stop_ids=(first,)))
+    assert found == [Answer([], True)] and not calls
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_training_goes_on_as_if_nothing_was_generated(scan, make_backend, reference_runs) -> None:
+    """The third step has to be the first one's program: if generation took weights for something
+    else, torch_xla would no longer update them in place."""
+    backend = make_backend({"fsdp": 2, "tensor": 2}, scan_layers=scan)
+    expected = reference_runs[False]["losses"]
+    given = answers.options(max_length=80, batch_size=8)
+    prompts = [[t % reference.V for t in p] for p in answers.prompts((3, 20))]
+    losses, generated = [], []
+    for step in range(3):
+        batch = backend.put(reference.make_batch(step), 1)
+        before = backend.compiles()
+        losses.append(backend.read(backend.train_step(batch, reference.LR)).loss)
+        assert backend.compiles() - before == (step == 0)
+        weights = {n: w.clone() for n, w in backend.weights()}
+        generated.append(backend.generate(prompts, given))
+        for name, weight in backend.weights():
+            assert torch.equal(weight, weights[name]), name
+    assert losses == pytest.approx(expected[:3], rel=1e-5)
+    assert generated[0] != generated[1] != generated[2]  # the weights are those of the moment
+
+
+def test_bf16_takes_the_likeliest(truths, shipped_table) -> None:
+    """Rounding decides between neighbours; so each token is held to the logits of one forward."""
+    model, _ = truths["llama-tied"]
+    how = WAYS["llama-tied"]
+    backend = placed("llama-tied", model, shipped_table, dtype=torch.bfloat16, **how)
+    prompt = answers.prompts()[3][:50]
+    answer = backend.generate([prompt], answers.options())[0].ids
+    assert len(answer) == answers.NEW
+    logits = backend.logits(prompt + answer)[len(prompt) - 1 : -1]
+    short = logits.amax(-1) - logits[torch.arange(len(answer)), torch.tensor(answer)]
+    assert (short < 0.03 * logits.std()).all(), short
+
+
+def test_sampling_depends_on_the_prompts_place_alone(truths, shipped_table) -> None:
+    """Not on the batch a prompt is in, nor on the mesh; another seed is another answer."""
+    model, _ = truths["qwen2"]
+    sampled = dict(temperature=0.8, top_k=20, top_p=0.9, seed=7)
+    found = {}
+    for tensor, size in ((4, 4), (1, 8)):
+        mesh = {"tensor": tensor, "fsdp": 4 // tensor}
+        backend = placed("qwen2", model, shipped_table, mesh)
+        given = answers.options(**sampled, batch_size=size)
+        found[size] = backend.generate(answers.prompts(), given)
+        before = backend.compiles()
+        others = sampled | {"seed": 8, "temperature": 0.7}
+        other = backend.generate(answers.prompts(), answers.options(**others, batch_size=size))
+        assert backend.compiles() == before and other != found[size]
+    assert found[4] == found[8]
+    assert found[4] != truths["qwen2"][1]
+
+
+def test_a_prompt_without_room_names_itself(truths, shipped_table) -> None:
+    backend = placed("qwen2", truths["qwen2"][0], shipped_table, **WAYS["qwen2"])
+    with pytest.raises(DataError, match=r"Prompt 1 has 160 tokens.* context of 160"):
+        backend.generate([[1], [2] * 160], answers.options())

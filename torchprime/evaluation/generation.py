@@ -1,0 +1,302 @@
+"""Generation's host side, and the arithmetic that every backend shares.
+
+Prompts are sorted by length and cut into batches of equal size; a batch is padded on the left to
+the smallest bucket that holds its longest prompt, so that few shapes exist and each is compiled
+once. A backend reads a batch's prompts, then makes tokens in chunks; between chunks the host looks
+at what was made (`Decoding`) and ends the batch when every row has met a stop token or its limit.
+
+A sampled token is the argmax of logits / temperature + Gumbel noise, where the noise is a hash of
+(seed, the prompt's place in the call, the token's number, the vocabulary id): what a prompt is
+answered does not depend on the batch it is in, on the mesh or on the backend, to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from torchprime.errors import ConfigError, DataError
+
+SMALLEST_BUCKET = 64
+# Tokens per traced program. More would be thrown away behind the last stop token of a batch.
+CHUNK = 32
+# Of the interval that a threshold lies in: from a spread of logits to less than one's last bit.
+HALVINGS = 40
+SALT = 0x51ED270B
+
+# Shape suffixes: B batch, V vocab.
+
+
+class Answer(NamedTuple):
+    """What followed a prompt."""
+
+    ids: list[int]  # without the stop token
+    stopped: bool  # by a stop token; else by a limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """How prompts are answered.
+
+    Attributes:
+        max_new_tokens: at most so many tokens, the stop token counted.
+        stop_ids: tokens that end an answer; may be empty.
+        max_length: the model's context: a prompt and its answer are never longer.
+        temperature: 0 takes the likeliest token.
+        top_k: sample among the k likeliest; None for all.
+        top_p: sample among the fewest tokens that have this probability together.
+        batch_size: prompts at once, over all devices.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    max_length: int
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "max_length": (self.max_length >= 2, "2 or more"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more, or none"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "batch_size": (self.batch_size >= 1, "1 or more"),
+            "seed": (-(2**63) <= self.seed < 2**63, "an integer of 64 bits"),
+        }
+        for name, (fine, expected) in checks.items():
+            if not fine:
+                raise ConfigError(f"{name}: given {getattr(self, name)}, expected {expected}.")
+
+    @property
+    def sampled(self) -> bool:
+        """Whether tokens are drawn, not just the likeliest taken."""
+        return self.temperature > 0
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """How many tokens may follow a prompt."""
+        return min(self.max_new_tokens, self.max_length - len(prompt))
+
+
+# Batches ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts that are answered together; rows behind the last prompt are fillers.
+
+    Attributes:
+        ids: int32 [B, S], each prompt at the right end of its row.
+        padding: int32 [B], slots of a row that hold no prompt.
+        rows: int32 [B], the prompts' places in the call; -1 for fillers.
+        chunks: programs of `chunk` tokens that may follow the first token.
+    """
+
+    ids: npt.NDArray[np.int32]
+    padding: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int32]
+    chunk: int
+    chunks: int
+
+    @property
+    def slots(self) -> int:
+        """Of the cache: a prompt's, and one for every token that another one follows."""
+        return self.ids.shape[1] + self.chunk * self.chunks
+
+    def part(self, index: int, count: int) -> PromptBatch:
+        """The rows of one of `count` parts."""
+        size = len(self.rows) // count
+        rows = slice(index * size, (index + 1) * size)
+        return replace(self, ids=self.ids[rows], padding=self.padding[rows], rows=self.rows[rows])
+
+
+def plan_batches(
+    prompts: Sequence[Sequence[int]], options: GenerateOptions, multiple: int = 1
+) -> list[PromptBatch]:
+    """Cut a call's prompts into batches.
+
+    Args:
+        prompts: token ids; every process gives the same.
+        multiple: the batch's size is rounded up to a multiple of it.
+
+    Raises:
+        DataError: a prompt that is empty or leaves no room for an answer.
+    """
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"Prompt {number} is empty; a prompt needs at least one token.")
+        if options.room(prompt) < 1:
+            raise DataError(
+                f"Prompt {number} has {len(prompt)} tokens, which leaves no room for an answer in "
+                f"the context of {options.max_length}. Give at most {options.max_length - 1}."
+            )
+    if not prompts:
+        return []
+    # A handful of prompts does not fill a large batch; powers of two keep the shapes few.
+    wanted = min(options.batch_size, _power_of_two(len(prompts)))
+    size = -(-wanted // multiple) * multiple
+    follow = min(options.max_new_tokens, options.max_length - 1) - 1
+    chunks = -(-follow // CHUNK)
+    chunk = -(-follow // (8 * chunks)) * 8 if chunks else 0
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    batches = []
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
+        length = bucket(len(prompts[numbers[-1]]), options.max_length)
+        ids = np.zeros((size, length), np.int32)
+        padding = np.full(size, length - 1, np.int32)  # a filler is one token long
+        rows = np.full(size, -1, np.int32)
+        for row, number in enumerate(numbers):
+            rows[row], padding[row] = number, length - len(prompts[number])
+            ids[row, padding[row] :] = prompts[number]
+        batches.append(PromptBatch(ids, padding, rows, chunk, chunks))
+    return batches
+
+
+def bucket(length: int, limit: int) -> int:
+    """The slots that a prompt of this length is padded to: a power of two from 64 on, or the limit.
+
+    >>> [bucket(length, 300) for length in (1, 64, 65, 200, 257)]
+    [64, 64, 128, 256, 300]
+    """
+    return max(length, min(limit, max(SMALLEST_BUCKET, _power_of_two(length))))
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+class Decoding:
+    """A batch's answers as they grow, on the host."""
+
+    def __init__(
+        self, batch: PromptBatch, prompts: Sequence[Sequence[int]], options: GenerateOptions
+    ) -> None:
+        self.rows = batch.rows.tolist()
+        self.answers: dict[int, list[int]] = {row: [] for row in self.rows if row >= 0}
+        self.open = {row: options.room(prompts[row]) for row in self.answers}
+        self.stopped: set[int] = set()
+        self.stops = frozenset(options.stop_ids)
+
+    def add(self, tokens: Sequence[Sequence[int]]) -> None:
+        """Take the tokens that were made, of all rows of the batch, in the order of time."""
+        for made in tokens:
+            for row, token in zip(self.rows, made, strict=True):
+                if row not in self.open:
+                    continue
+                if token in self.stops:
+                    self.stopped.add(row)
+                    del self.open[row]
+                    continue
+                self.answers[row].append(token)
+                if len(self.answers[row]) == self.open[row]:
+                    del self.open[row]
+
+    def found(self) -> dict[int, Answer]:
+        """Answers by the prompts' places in the call."""
+        return {row: Answer(ids, row in self.stopped) for row, ids in self.answers.items()}
+
+
+# Choosing a token ---------------------------------------------------------------------------------
+
+
+class Sampling(NamedTuple):
+    """What sampling depends on, as scalar tensors on the device: none of it is in the program."""
+
+    seed: Tensor  # int32 [2], the low and the high half
+    temperature: Tensor  # fp32
+    top_k: Tensor  # fp32
+    top_p: Tensor  # fp32
+
+
+def sampling_tensors(options: GenerateOptions) -> Sampling:
+    """On the CPU."""
+    halves = np.array([options.seed], np.int64).view(np.int32)
+    return Sampling(
+        torch.from_numpy(halves),
+        torch.tensor(options.temperature, dtype=torch.float32),
+        torch.tensor(float(options.top_k or 0)),
+        torch.tensor(options.top_p, dtype=torch.float32),
+    )
+
+
+def choose(
+    logits: Tensor, options: GenerateOptions, sampling: Sampling, rows: Tensor, number: Tensor
+) -> Tensor:
+    """The next token of each row.
+
+    Args:
+        logits: fp32 [B, V].
+        options: of which only the kind of choice is read, the numbers are in `sampling`.
+        rows: int32 [B], the prompts' places in the call.
+        number: int32 scalar, how many tokens were made before.
+
+    Returns:
+        int32 [B].
+    """
+    if options.sampled:
+        logits = allowed(logits / sampling.temperature, options, sampling)
+        logits = logits + gumbel_noise(sampling.seed, rows, number, logits.shape[1])
+    return torch.argmax(logits, dim=-1).to(torch.int32)
+
+
+def allowed(logits: Tensor, options: GenerateOptions, sampling: Sampling) -> Tensor:
+    """-inf in place of what top_k and then top_p leave out, as transformers does one after the
+    other. Tokens as likely as the last one that is kept are kept too."""
+    if options.top_k is not None:
+        counts = torch.ones_like(logits)
+        logits = _cut(logits, _threshold(logits, counts, sampling.top_k))
+    if options.top_p < 1:
+        shares = torch.softmax(logits, dim=-1)
+        logits = _cut(logits, _threshold(logits, shares, sampling.top_p))
+    return logits
+
+
+def _cut(logits: Tensor, threshold: Tensor) -> Tensor:
+    return torch.where(logits >= threshold, logits, float("-inf"))
+
+
+def _threshold(logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
+    """The largest value [B, 1] such that logits from it on weigh `target` or more together.
+
+    By halving the interval until it is as narrow as two neighbouring numbers: a sort of a large
+    vocabulary takes longer on every device.
+    """
+    high = logits.amax(-1, keepdim=True)
+    low = torch.where(torch.isinf(logits), high, logits).amin(-1, keepdim=True)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        weight = torch.where(logits >= middle, weights, 0.0).sum(-1, keepdim=True)
+        enough = weight >= target
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low
+
+
+def gumbel_noise(seed: Tensor, rows: Tensor, number: Tensor, vocabulary: int) -> Tensor:
+    """fp32 [B, V]: independent Gumbel noise, a pure function of its place."""
+    key = _mixed(_mixed(seed[0]) ^ seed[1])
+    key = _mixed(_mixed(key ^ rows) ^ number)
+    ids = torch.arange(vocabulary, dtype=torch.int32, device=rows.device)
+    bits = _mixed(_mixed(ids ^ SALT) ^ key[:, None])
+    # The small end decides: it is where noise is largest, and a float is finest.
+    unsigned = bits.to(torch.float32)
+    unsigned = torch.where(bits < 0, unsigned + 2.0**32, unsigned)
+    uniform = ((unsigned + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of 32 bits in which every bit of the input flips about half of the output's."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, None)):
+        x = x ^ ((x >> shift) & (2 ** (32 - shift) - 1))  # int32 shifts keep the sign: mask it off
+        x = x if factor is None else x * factor
+    return x

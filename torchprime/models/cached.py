@@ -1,0 +1,164 @@
+"""Going on from what was read: the decoder with keys and values kept from earlier tokens.
+
+A batch of prompts is padded on the left to one length, so that every row writes the same slot of
+its cache next and one number says where; a row's positions begin behind its padding. The prompts
+are read by an ordinary forward whose attention cores also hand out what they were given
+(`read_prompts`). From then on one token per row goes through the layers, and its attention looks at
+the cache and at itself (`next_hidden`). Layers only read the cache: what a token adds to it comes
+back beside the hidden states, and the caller writes it into the next slot, in place.
+
+Meanwhile `cached_attention` puts a `CachedAttention` around every layer's core. The layers do not
+know, and a container of layers needs one method more (`LayerStack.with_cache`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchprime.models.decoder import CausalLM, LayerContext
+from torchprime.models.rope import rotary_tables
+
+# Shape suffixes: B batch, S sequence, D hidden, H heads, K kv heads, h head size, C cache slots.
+
+
+class Cache(NamedTuple):
+    """Keys and values by layer; one entry [layers, ...] for all where the container of layers is a
+    loop over stacks. Keys lie as the product with queries wants them."""
+
+    keys: tuple[Tensor, ...]  # each [B, K, h, C]
+    values: tuple[Tensor, ...]  # each [B, K, C, h]
+
+
+class CachedAttention(nn.Module):
+    """Stands around an attention core while text is generated.
+
+    Args:
+        core: reads the prompts.
+        finish: what is done to the output [B, H, 1, h] for a single token, as hooks of the core do
+            to its own.
+    """
+
+    def __init__(
+        self, core: nn.Module, head_dim: int, finish: Callable[[Tensor], Tensor] | None
+    ) -> None:
+        super().__init__()
+        self.core, self.finish, self.scale = core, finish, head_dim**-0.5
+        self.cache: tuple[Tensor, Tensor] | None = None  # of this layer; None reads prompts
+        self.new: tuple[Tensor, Tensor] | None = None  # what the last call adds to it
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Any) -> Tensor:
+        """As a core's; with a cache `prepared` is `_mask` and there is one token per row."""
+        self.new = k.transpose(-1, -2), v
+        if self.cache is None:
+            return self.core(q, k, v, prepared)
+        out = self._one_token(q, k, v, *self.cache, prepared)
+        return out if self.finish is None else self.finish(out)
+
+    def _one_token(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+    ) -> Tensor:
+        """One softmax, in fp32, over the slots that the mask leaves and the token itself."""
+        B, H, _, h = q.shape
+        q = (q * self.scale).view(B, k.shape[1], -1, h)
+        scores = torch.matmul(q, keys).float() + mask
+        own = (q.float() * k.float()).sum(-1, keepdim=True)
+        top = torch.maximum(scores.amax(-1, keepdim=True), own)
+        weights, own = torch.exp(scores - top), torch.exp(own - top)
+        total = weights.sum(-1, keepdim=True) + own
+        mixed = torch.matmul(weights.to(v.dtype), values).float() + own * v.float()
+        return (mixed / total).to(q.dtype).view(B, H, 1, h)
+
+
+@contextmanager
+def cached_attention(
+    model: CausalLM,
+    finish: Callable[[Tensor], Tensor] | None = None,
+    make_core: Callable[[int, int | None], nn.Module] | None = None,
+) -> Iterator[None]:
+    """While inside, every layer has a CachedAttention around its core, or around what `make_core`
+    makes of head size and window, where the layer's own is not for this."""
+    decoder: Any = model.model
+    head_dim = model.architecture.head_dim
+    attentions = [layer.self_attn for layer in decoder.layers.templates()]
+    cores, preparers = [attention.core for attention in attentions], decoder.preparers
+    for attention, core in zip(attentions, cores, strict=True):
+        window = decoder.windows[attention.kind]
+        reads = core if make_core is None else make_core(head_dim, window)
+        attention.core = CachedAttention(reads, head_dim, finish)
+    if make_core is not None:
+        decoder.preparers = [make_core(head_dim, window) for window in decoder.windows]
+    try:
+        yield
+    finally:
+        decoder.preparers = preparers
+        for attention, core in zip(attentions, cores, strict=True):
+            attention.core = core
+
+
+def read_prompts(model: CausalLM, ids: Tensor, padding: Tensor) -> tuple[Tensor, Cache]:
+    """Run prompts through the model.
+
+    Args:
+        ids: integers [B, S], padded on the left.
+        padding: int32 [B], how many of a row's slots are padding.
+
+    Returns:
+        The hidden states [B, D] of each row's last token, after the final norm, and the keys and
+        values of all S slots.
+    """
+    decoder: Any = model.model
+    places = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
+    positions = places - padding[:, None]
+    segments = (positions >= 0).to(torch.int32)
+    prepared = tuple(core.prepare(segments) for core in decoder.preparers)
+    hidden, cache = _through_layers(decoder, ids, positions.clamp(min=0), prepared, None)
+    return decoder.norm(hidden[:, -1:])[:, 0], cache
+
+
+def next_hidden(
+    model: CausalLM, ids: Tensor, padding: Tensor, slot: Tensor, cache: Cache
+) -> tuple[Tensor, Cache]:
+    """Run one more token per row through the model.
+
+    Args:
+        ids: integers [B].
+        padding: int32 [B], as in `read_prompts`.
+        slot: int32 scalar tensor, the tokens' place: all slots before it are filled.
+
+    Returns:
+        The hidden states [B, D] after the final norm, and the keys and values to write to `slot`.
+    """
+    decoder: Any = model.model
+    # From the values, whose slots are their second to last dim, stacked or not.
+    places = torch.arange(cache.values[0].shape[-2], dtype=torch.int32, device=ids.device)
+    masks = tuple(_mask(places, padding, slot, window) for window in decoder.windows)
+    positions = (slot - padding)[:, None]
+    hidden, new = _through_layers(decoder, ids[:, None], positions, masks, cache)
+    return decoder.norm(hidden)[:, 0], new
+
+
+def _mask(places: Tensor, padding: Tensor, slot: Tensor, window: int | None) -> Tensor:
+    """Additive fp32 [B, 1, 1, C]: 0 where a slot holds an earlier token of the row's, within the
+    window. The token itself, which is in no slot yet, counts as one of the window's."""
+    seen = (places >= padding[:, None]) & (places < slot)
+    if window is not None:
+        seen = seen & (places > slot - window)
+    return torch.where(seen, 0.0, -1e30).to(torch.float32)[:, None, None]
+
+
+def _through_layers(
+    decoder: Any,
+    ids: Tensor,
+    positions: Tensor,
+    prepared: tuple[Any, ...],
+    cache: Cache | None,
+) -> tuple[Tensor, Cache]:
+    x_BSD = decoder.embed_tokens(ids)
+    cos, sin = rotary_tables(decoder.rotary_speeds, positions, x_BSD.dtype)
+    hidden, keys, values = decoder.layers.with_cache(x_BSD, LayerContext(cos, sin, prepared), cache)
+    return hidden, Cache(tuple(keys), tuple(values))

@@ -1,0 +1,194 @@
+"""Generation on torch.distributed: every process answers its part of each batch, all in step.
+
+The layers are called as in training, so that FSDP2 gathers their weights. For the whole of a call
+they are kept gathered where memory allows, else gathered for every token. A collective waits for
+all processes, so all of them run as many forwards as the one with the longest answer: whether to go
+on is asked once per chunk. Along the tensor axis processes see the same rows, compute their own
+heads, and choose the same tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from torchprime.evaluation.generation import (
+    Answer,
+    Decoding,
+    GenerateOptions,
+    PromptBatch,
+    Sampling,
+    choose,
+    plan_batches,
+    sampling_tensors,
+)
+from torchprime.models.cached import Cache, cached_attention, next_hidden, read_prompts
+from torchprime.models.decoder import CausalLM
+from torchprime.torch_native.runtime import waiting
+
+# Shape suffixes: B batch, S sequence, H heads, K kv heads, h head size.
+
+
+class PromptAttention(nn.Module):
+    """torch's own attention under a mask, for prompts: training's kernels may be compiled for other
+    shapes, and the reference core makes all scores at once."""
+
+    def __init__(self, head_dim: int, window: int | None) -> None:
+        super().__init__()
+        self.scale, self.window = head_dim**-0.5, window
+
+    def prepare(self, segment_ids: Tensor) -> Tensor:
+        """segment_ids [B, S] -> bool [B, 1, S, S], true where a key is seen."""
+        place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+        distance = place[:, None] - place[None, :]
+        seen = distance >= 0
+        if self.window is not None:
+            seen = seen & (distance < self.window)
+        return (seen & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor) -> Tensor:
+        """q [B, H, S, h]; k, v [B, K, S, h] -> [B, H, S, h]."""
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=prepared, scale=self.scale)
+
+
+class Generator:
+    """Answers prompts with a placed model.
+
+    Args:
+        root: what FSDP2 was applied to last; calls what it is given as `instead`.
+        part: which of `parts` of a batch this process answers.
+        largest: the largest of what each process gives.
+        own_core: prompts are read with the layers' own attention core.
+        compiled: the layers are compiled for training, and are not to be for this.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        root: nn.Module,
+        device: torch.device,
+        *,
+        part: int,
+        parts: int,
+        largest: Callable[[int], int],
+        own_core: bool,
+        compiled: bool,
+    ) -> None:
+        self.model, self.root, self.device = model, root, device
+        self.part, self.parts, self.largest = part, parts, largest
+        self.make_core = None if own_core else PromptAttention
+        self.compiled = compiled
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], options: GenerateOptions
+    ) -> dict[int, Answer]:
+        """The answers that this process made, by the prompts' places."""
+        batches = plan_batches(prompts, options, self.parts)
+        answers: dict[int, Answer] = {}
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(cached_attention(self.model, make_core=self.make_core))
+            if self.compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(self._gathered())
+            for batch in batches:
+                run = partial(self._answer, batch.part(self.part, self.parts), prompts, options)
+                answers |= self.root(instead=run)
+        return answers
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Layers keep what they gathered until the end, if there is room for all of it."""
+        layers: list[Any] = list(self.model.model.layers.children())
+        keep = not self.largest(int(not self._fits()))
+        for layer in layers:
+            layer.set_reshard_after_forward(not keep, recurse=False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.reshard()
+                layer.set_reshard_after_forward(True, recurse=False)
+            assert isinstance(self.root, FSDPModule)
+            self.root.reshard()
+
+    def _fits(self) -> bool:
+        """Whether all weights, whole, would take less than half of what memory is left."""
+        needed = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+            free += torch.cuda.memory_reserved(self.device)
+            free -= torch.cuda.memory_allocated(self.device)
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return 2 * needed < free
+
+    def _answer(
+        self, batch: PromptBatch, prompts: Sequence[Sequence[int]], options: GenerateOptions
+    ) -> dict[int, Answer]:
+        ids, padding, rows = (
+            torch.from_numpy(field).to(self.device)
+            for field in (batch.ids, batch.padding, batch.rows)
+        )
+        sampling = Sampling(*(t.to(self.device) for t in sampling_tensors(options)))
+        decoding = Decoding(batch, prompts, options)
+
+        def token_of(hidden: Tensor, number: int) -> Tensor:
+            logits = F.linear(hidden, self.model.output_weight).float()
+            place = torch.full((), number, dtype=torch.int32, device=self.device)
+            return choose(logits, options, sampling, rows, place)
+
+        length = batch.ids.shape[1]
+        with waiting("reading prompts"):
+            hidden, read = read_prompts(self.model, ids, padding)
+            cache = _allocated(read, batch.slots)
+            token = token_of(hidden, 0)
+            decoding.add([token.tolist()])
+        for chunk in range(batch.chunks):
+            with waiting("generating"):
+                if not self.largest(len(decoding.open)):
+                    break
+                tokens = []
+                for made in range(chunk * batch.chunk, (chunk + 1) * batch.chunk):
+                    slot = torch.full((), length + made, dtype=torch.int32, device=self.device)
+                    hidden, new = next_hidden(self.model, token, padding, slot, cache)
+                    _write(cache, new, slot)
+                    token = token_of(hidden, made + 1)
+                    tokens.append(token)
+                decoding.add(torch.stack(tokens).tolist())
+        return decoding.found()
+
+
+def _allocated(read: Cache, slots: int) -> Cache:
+    """A cache of so many slots that begins with what was read."""
+
+    def keys(found: Tensor) -> Tensor:
+        cache = found.new_zeros((*found.shape[:-1], slots))
+        cache[..., : found.shape[-1]] = found
+        return cache
+
+    def values(found: Tensor) -> Tensor:
+        cache = found.new_zeros((*found.shape[:-2], slots, found.shape[-1]))
+        cache[..., : found.shape[-2], :] = found
+        return cache
+
+    return Cache(tuple(map(keys, read.keys)), tuple(map(values, read.values)))
+
+
+def _write(cache: Cache, new: Cache, slot: Tensor) -> None:
+    index = slot[None].long()
+    for old, keys in zip(cache.keys, new.keys, strict=True):
+        old.index_copy_(-1, index, keys)
+    for old, values in zip(cache.values, new.values, strict=True):
+        old.index_copy_(-2, index, values)

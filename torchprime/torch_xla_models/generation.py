@@ -1,0 +1,226 @@
+"""Generation under XLA: a program that reads a batch's prompts, and one that makes a chunk of
+tokens in a loop on the device.
+
+Which slot comes next, which token number it is and what sampling depends on are data, so that the
+two programs of a batch size and bucket serve every prompt. The cache is cut like activations: the
+batch as the sharding table says, kv heads along the tensor axis where it divides them. A chunk
+updates it in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import torch_xla.core.xla_builder as xb
+import torch_xla.core.xla_op_registry as xor
+import torch_xla.runtime as xr
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from torchprime.evaluation.generation import (
+    Answer,
+    Decoding,
+    GenerateOptions,
+    PromptBatch,
+    Sampling,
+    choose,
+    plan_batches,
+    sampling_tensors,
+)
+from torchprime.models.cached import Cache, cached_attention, next_hidden, read_prompts
+from torchprime.models.decoder import CausalLM
+from torchprime.sharding import ShardingTable, Spec
+from torchprime.torch_xla_models.device_tensors import DeviceTensors
+from torchprime.torch_xla_models.linear import XlaLinear
+from torchprime.torch_xla_models.mesh import axis_sizes, constrain
+from torchprime.torch_xla_models.placement import Placed
+from torchprime.torch_xla_models.remat import device_loop
+
+TENSOR = "tensor"
+Pick = Callable[..., Tensor]
+
+
+def _update_slot(cache: xb.Op, new: xb.Op, slot: xb.Op, dim: int) -> xb.Op:
+    indices = [slot.zeros_like()] * cache.shape().rank
+    indices[dim] = slot
+    return cache.dynamic_update_slice(new, indices)
+
+
+# torch's own ways to write to a place that is data become a scatter, or a copy of the whole cache.
+_WRITE = xor.register("torchprime_write_slot", _update_slot)
+
+
+class _Step(nn.Module):
+    """From tokens to logits, as a module: the loop gets its weights as arguments. What a loop's
+    body reads without being given it, torch_xla takes for another tensor with the same data, and
+    the next training step could not write to that data in place: it would be another program."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.model = model
+        self.turned: Tensor | None = None  # the output projection as [D, V]
+
+    def forward(
+        self, token: Tensor, padding: Tensor, slot: Tensor, cache: Cache
+    ) -> tuple[Tensor, Cache]:
+        hidden, new = next_hidden(self.model, token, padding, slot, cache)
+        return self.logits(hidden), new
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 [B, V]."""
+        turned = self.model.output_weight.t() if self.turned is None else self.turned
+        return torch.matmul(hidden, turned).float()
+
+
+class Generator:
+    """Answers prompts with a placed model.
+
+    Args:
+        tensors: makes tensors on the mesh and runs what was traced.
+        table: says how activations are cut.
+        placed: how parameters are.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tensors: DeviceTensors,
+        table: ShardingTable,
+        placed: Mapping[str, Placed],
+    ) -> None:
+        self.model, self.tensors, self.placed = model, tensors, placed
+        self.mesh = mesh = tensors.mesh
+        self.step = _Step(model)
+        sizes = axis_sizes(mesh)
+        self.batch_axes = table.batch_axes()
+        self.multiple = 1
+        for axis in self.batch_axes:
+            self.multiple *= sizes[axis]
+        divides = model.architecture.num_key_value_heads % sizes.get(TENSOR, 1) == 0
+        self.head_axes = (TENSOR,) if TENSOR in sizes and divides else ()
+
+    def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
+        """See Backend."""
+        answers: dict[int, Answer] = {}
+        batches = plan_batches(prompts, options, self.multiple)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(cached_attention(self.model, self._cut_heads))
+            if batches and xr.device_type() == "CPU":
+                stack.enter_context(self._turned())
+            for batch in batches:
+                answers |= self._answer(batch, prompts, options)
+        return [answers[number] for number in range(len(prompts))]
+
+    def _answer(
+        self, batch: PromptBatch, prompts: Sequence[Sequence[int]], options: GenerateOptions
+    ) -> dict[int, Answer]:
+        sampling = Sampling(
+            *(self.tensors.send(t, ((),) * t.dim()) for t in sampling_tensors(options))
+        )
+        (ids,) = self.tensors.send_batch([torch.from_numpy(batch.ids)], (self.batch_axes, ()))
+        padding, rows = self.tensors.send_batch(
+            [torch.from_numpy(batch.padding), torch.from_numpy(batch.rows)], ((),)
+        )
+        pick = partial(choose, options=options, sampling=sampling, rows=rows)
+        decoding = Decoding(batch, prompts, options)
+
+        hidden, cache = read_prompts(self.model, ids, padding)
+        cache = self._cut(_widened(cache, batch.slots - batch.ids.shape[1]))
+        token = self._replicated(pick(self.step.logits(hidden), number=self._scalar(0)))
+        self.tensors.run([token, *cache.keys, *cache.values])
+        decoding.add([token.cpu().tolist()])
+        for number in range(batch.chunks):
+            if not decoding.open:
+                break
+            made = self._chunk(batch, number * batch.chunk, token, padding, cache, pick)
+            decoding.add(made.cpu().tolist())
+        return decoding.found()
+
+    def _chunk(
+        self,
+        batch: PromptBatch,
+        before: int,
+        token: Tensor,
+        padding: Tensor,
+        cache: Cache,
+        pick: Pick,
+    ) -> Tensor:
+        """Make a chunk of tokens [chunk, B]; `token` and the cache are updated in place."""
+        count = len(cache.keys)
+        names, weights = zip(*self.step.named_parameters(), strict=True)
+
+        def body(carry: Sequence[Tensor], _: Sequence[Tensor]):
+            token, slot, number, *rest = carry
+            flat, weights = rest[: 2 * count], rest[2 * count :]
+            old = Cache(tuple(flat[:count]), tuple(flat[count:]))
+            given = dict(zip(names, weights, strict=True))
+            logits, new = functional_call(self.step, given, (token, padding, slot, old))
+            made = self._replicated(pick(logits, number=number))
+            grown = self._cut(_written(old, new, slot))
+            return [made, slot + 1, number + 1, *grown.keys, *grown.values, *weights], [made]
+
+        start = [token, self._scalar(batch.ids.shape[1] + before), self._scalar(1 + before)]
+        times = torch.zeros(batch.chunk, device=token.device)
+        flat = [*cache.keys, *cache.values]
+        (last, _, _, *grown), (made,) = device_loop(body, [*start, *flat, *weights], [times])
+        for old, new in zip([token, *flat], [last, *grown[: 2 * count]], strict=True):
+            old.copy_(new)  # in place: the program reuses the buffer
+        self.tensors.run([made, token, *flat])
+        return made
+
+    @contextmanager
+    def _turned(self) -> Iterator[None]:
+        """Meanwhile there is a copy of every matrix as [in, out]."""
+        linears = {n: m for n, m in self.model.named_modules() if isinstance(m, XlaLinear)}
+
+        def turned(name: str, weight: Tensor) -> Tensor:
+            *stacked, rows, columns = self.placed[f"{name}.weight"].spec
+            return constrain(weight.transpose(-1, -2), self.mesh, (*stacked, columns, rows))
+
+        output = "model.embed_tokens" if self.model.lm_head is None else "lm_head"
+        self.step.turned = turned(output, self.model.output_weight)
+        copies = {name: turned(name, linear.weight) for name, linear in linears.items()}
+        self.tensors.run([self.step.turned, *copies.values()])
+        for name, linear in linears.items():
+            linear.transposed = copies[name]
+        try:
+            yield
+        finally:
+            self.step.turned = None
+            for linear in linears.values():
+                linear.transposed = None
+
+    def _scalar(self, value: int) -> Tensor:
+        return self.tensors.send(torch.tensor(value, dtype=torch.int32), ())
+
+    def _replicated(self, tensor: Tensor) -> Tensor:
+        return constrain(tensor, self.mesh, ((),) * tensor.dim())
+
+    def _cut(self, cache: Cache) -> Cache:
+        """Annotated: [(layers,) B, K, ., .]."""
+        spec: Spec = (self.batch_axes, self.head_axes, (), ())
+
+        def cut(tensor: Tensor) -> Tensor:
+            return constrain(tensor, self.mesh, ((),) * (tensor.dim() - len(spec)) + spec)
+
+        return Cache(tuple(map(cut, cache.keys)), tuple(map(cut, cache.values)))
+
+    def _cut_heads(self, out: Tensor) -> Tensor:
+        return constrain(out, self.mesh, (self.batch_axes, self.head_axes, (), ()))
+
+
+def _widened(cache: Cache, slots: int) -> Cache:
+    """With so many empty slots behind."""
+    keys = tuple(F.pad(each, (0, slots)) for each in cache.keys)
+    return Cache(keys, tuple(F.pad(each, (0, 0, 0, slots)) for each in cache.values))
+
+
+def _written(cache: Cache, new: Cache, slot: Tensor) -> Cache:
+    keys = tuple(_WRITE(c, n, slot, dim=-1) for c, n in zip(cache.keys, new.keys, strict=True))
+    values = (_WRITE(c, n, slot, dim=-2) for c, n in zip(cache.values, new.values, strict=True))
+    return Cache(keys, tuple(values))
