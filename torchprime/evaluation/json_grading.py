@@ -169,7 +169,7 @@ def _pattern(
 
 
 def _check_references(schema: dict[str, Any], draft: Specification, key: str) -> None:
-    """Every $ref leads somewhere inside the schema; otherwise it would only show when met."""
+    """Every reference leads somewhere inside the schema; otherwise it would only show when met."""
     root = draft.create_resource(schema)
     todo, seen = [(root, REGISTRY.resolver_with_root(root))], set()
     while todo:
@@ -178,16 +178,20 @@ def _check_references(schema: dict[str, Any], draft: Specification, key: str) ->
             continue
         seen.add(id(resource.contents))
         todo += [(inner, resolver.in_subresource(inner)) for inner in resource.subresources()]
-        given = resource.contents.get("$ref") if isinstance(resource.contents, dict) else None
-        if given is None:
-            continue
-        try:
-            target = resolver.lookup(given)
-        except Unresolvable:
-            refuse(
-                f"{key} ($ref)",
-                given,
-                "a reference into the schema itself, since nothing is fetched from elsewhere",
-                "Put what it names below $defs and write '#/$defs/NAME'.",
-            )
-        todo.append((draft.create_resource(target.contents), target.resolver))
+        for name in ("$ref", "$dynamicRef"):
+            given = resource.contents.get(name) if isinstance(resource.contents, dict) else None
+            if given is not None:
+                target = _target(resolver, given, f"{key} ({name})")
+                todo.append((draft.create_resource(target.contents), target.resolver))
+
+
+def _target(resolver: Any, given: str, key: str) -> Any:
+    try:
+        return resolver.lookup(given)
+    except Unresolvable:
+        refuse(
+            key,
+            given,
+            "a reference into the schema itself, since nothing is fetched from elsewhere",
+            "Put what it names below $defs and write '#/$defs/NAME'.",
+        )
