@@ -2,23 +2,23 @@
 
 python experimental/quickstart_assets/score.py FOLDER [FOLDER...] [--skip 100]
 
-Form: the answer stops by itself and its last line is `#### N`. Right: that N is the row's. The
-first 100 rows chose the recipe's settings, so they are left out by default.
+Form: the answer stops by itself and its last line is `#### N`. Right: that N is the row's. Both are
+the graders of an evaluation during training. The first 100 rows chose the recipe's settings, so
+they are left out by default.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 from torchprime.config.compose import assets_dir
 from torchprime.data.rows import load_rows
 from torchprime.data.sources import SourceSpec
 from torchprime.data.tokenizer import load_tokenizer
+from torchprime.evaluation.graders import Sample, make_grader
 from torchprime.evaluation.greedy import generation_samples
 
-FINAL = re.compile(r"\n#### (-?\d+)$")
 LONGEST_ANSWER = 64
 
 
@@ -30,6 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     test = assets_dir() / "quickstart" / "data" / "test.jsonl"
     rows = load_rows(SourceSpec(file_dataset_path=str(test)), 10_000)[args.skip :]
+    has_form, has_answer = make_grader("gsm8k_format"), make_grader("gsm8k_answer")
     for folder in args.folders:
         tokenizer = load_tokenizer(folder)
         prompts = [tokenizer.prompt_ids(row.prompt) for row in rows]
@@ -37,11 +38,11 @@ def main() -> None:
         formed = right = 0
         for ids, row in zip(answers, rows, strict=True):
             stopped = bool(ids) and ids[-1] == tokenizer.eos_id
-            found = FINAL.search(tokenizer.decode(ids[:-1])) if stopped else None
-            wanted = FINAL.search(row.completion)
-            assert wanted is not None
-            formed += found is not None
-            right += found is not None and found.group(1) == wanted.group(1)
+            ids = ids[:-1] if stopped else ids
+            output = tokenizer.decode(ids)
+            sample = Sample(row.row_id, row.prompt, output, row.completion, stopped, len(ids))
+            formed += bool(has_form(sample))
+            right += bool(has_form(sample) and has_answer(sample))
         total = len(rows)
         print(f"{folder}: {total} rows, form {formed / total:.1%}, right {right / total:.1%}")
 
