@@ -220,7 +220,7 @@ def save_once(saver: Any) -> Any:
         saver.catalog.storage.remove("step_00000000")
     os.sync()
     saver.backend.gather_objects(None)
-    saver.save(0, score=None, wait=False)
+    saver.save(0, scores={}, wait=False)
     saver.require()
     return saver.finished()[0]
 

@@ -57,7 +57,10 @@ ENTRIES = {"native": "torchprime.torch_native.train", "xla": "torchprime.torch_x
 PACKAGES = ("python", "torch", "torch_xla", "transformers")
 STEPS, EVAL_EVERY = 8, 3
 # What no two runs have in common.
-TIMES = ("step_seconds", "supervised_tokens_per_s", "slot_tokens_per_s", "mfu", "seconds")
+TIMES = (
+    "step_seconds", "supervised_tokens_per_s", "slot_tokens_per_s", "mfu", "seconds",
+    "generate_seconds", "share_of_run",
+)  # fmt: skip
 HOST = ("host_memory_bytes", "device_memory_bytes", "compiles")
 
 BEFORE, TRAINING = "before the first step", "training"

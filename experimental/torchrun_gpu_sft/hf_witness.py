@@ -46,8 +46,9 @@ from transformers import (
 from transformers.utils import logging
 
 from torchprime.atomic import write_json
+from torchprime.config.checks import refuse
 from torchprime.config.entry import run_main
-from torchprime.config.schema import AXES, TrainConfig, refuse
+from torchprime.config.schema import AXES, TrainConfig
 from torchprime.data.order import batch_indices
 from torchprime.data.templates import resolve_template
 from torchprime.errors import ConfigError, DivergedError, RuntimeSetupError

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from torchprime.checkpoint.manifest import read_manifest
@@ -16,17 +16,31 @@ from torchprime.errors import CheckpointError
 
 CHECKERS = 4  # files hashed at a time
 LATEST, BEST = "latest", "best"
-SCORE = "eval_loss"  # of a manifest's metrics
+
+Rank = tuple[float, ...]  # of a checkpoint among others, lower is better
 STEP = re.compile(r"step_(\d{8,})")
 OURS = re.compile(r"^\.*(set_aside_\d+_)?step_\d{8,}")  # whatever else lies there is not touched
 
 
+def by_loss(scores: Mapping[str, float]) -> Rank | None:
+    """The lower the held-out loss the better; None where it is not known."""
+    loss = scores.get("eval_loss", math.nan)
+    return (loss,) if math.isfinite(loss) else None
+
+
 class Catalog:
     """The folders step_NNNNNNNN of a storage, and the pointers `latest` and `best`: small files
-    with the name of one."""
+    with the name of one.
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
+    Args:
+        rank: which of two checkpoints is better, by their scores; None for one that is no candidate
+            for the best.
+    """
+
+    def __init__(
+        self, storage: Storage, rank: Callable[[Mapping[str, float]], Rank | None] = by_loss
+    ) -> None:
+        self.storage, self.rank = storage, rank
 
     @staticmethod
     def name_of(step: int) -> str:
@@ -109,14 +123,14 @@ class Catalog:
 
         Args:
             keep_last: so many of the newest stay; None keeps all.
-            keep_best: so many with the lowest score stay.
+            keep_best: so many of the best by rank stay.
             keep_every: those whose step is a multiple stay.
         """
         if keep_last is None:
             return []
         steps = self.steps()
-        scores = {name: self._score(name) for name in map(self.name_of, steps)}
-        best = sorted((score, name) for name, score in scores.items() if math.isfinite(score))
+        ranks = {name: self._rank(name) for name in map(self.name_of, steps)}
+        best = sorted((rank, name) for name, rank in ranks.items() if rank is not None)
         kept = {self.name_of(step) for step in steps[-keep_last:]}
         kept |= {name for _, name in best[:keep_best]}
         kept |= {name for name in map(self.pointed, (LATEST, BEST)) if name}
@@ -139,8 +153,10 @@ class Catalog:
             other = f"set_aside_{number}_{name}"
             self.storage.rename(name, other)
             say(f"checkpoint {name} is not part of what goes on from here: now {other}")
-        # The best of what is left; of equal ones, or where no score is known, the newest.
-        left = [(self._score(self.name_of(s)), -s) for s in self.steps()] or [(math.inf, -step)]
+        # The best of what is left; of equal ones, or where no rank is known, the newest.
+        ranks = ((self._rank(self.name_of(s)), -s) for s in self.steps())
+        left = [((math.inf,) if rank is None else rank, s) for rank, s in ranks]
+        left = left or [((math.inf,), -step)]
         for pointer, other in ((LATEST, step), (BEST, -min(left)[1])):
             pointed = STEP.fullmatch(self.pointed(pointer) or "")
             if pointed and int(pointed[1]) > step:
@@ -152,10 +168,9 @@ class Catalog:
             if OURS.search(name):
                 self.storage.remove(name)
 
-    def _score(self, name: str) -> float:
-        """The held-out loss after that very step, lower is better; infinite if it was not measured
-        or nobody can tell."""
+    def _rank(self, name: str) -> Rank | None:
+        """A checkpoint's rank; None if it has none, or nobody can tell."""
         try:
-            return float(read_manifest(self.storage, name).metrics.get(SCORE, math.inf))
+            return self.rank(read_manifest(self.storage, name).scores)
         except CheckpointError:
-            return math.inf
+            return None

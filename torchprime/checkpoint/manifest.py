@@ -23,7 +23,7 @@ REQUIRED = {
     "optimizer": ("name", "slots"),
     "scheduler": ("name", "peak", "warmup_steps", "total_steps", "min_lr_ratio"),
     "data_position": ("seed", "next_step", "global_batch_size", "num_blocks"),
-    "best_metric": ("name", "value", "step"),
+    "best_metric": ("scores", "step"),
 }
 
 
@@ -45,9 +45,10 @@ class Manifest:
             pure order.
         tokenizer_fingerprint, template_fingerprint: the latter null without a chat template.
         data_manifest, eval_manifest: fingerprints of the prepared data, by source.
-        best_metric: `name`, `value`, `step`, or null.
+        best_metric: `scores` and `step` of the best so far, or null.
         hooks: what hooks remember, by hook.
         metrics: the last values.
+        scores: what was measured on held-out rows after this very step, by metric.
         files: size and sha256 of every other file of the folder.
     """
 
@@ -71,6 +72,7 @@ class Manifest:
     best_metric: dict[str, Any] | None
     hooks: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
     files: dict[str, FileFacts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -17,7 +17,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchprime.config.schema import AXES, AxisSpec, TrainConfig, refuse
+from torchprime.config.checks import refuse
+from torchprime.config.schema import AXES, AxisSpec, TrainConfig
 from torchprime.errors import ConfigError
 
 _FLOAT_TEXT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")

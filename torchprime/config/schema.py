@@ -12,8 +12,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
+from torchprime.config.checks import (
+    at_least,
+    fraction,
+    not_empty,
+    one_source,
+    positive,
+    refuse,
+    shown,
+    some_source,
+)
+from torchprime.config.evaluation import EvalConfig, ExportConfig, SelectionConfig
 from torchprime.errors import ConfigError
 
 Axis = Literal["data", "fsdp", "expert", "context", "tensor"]
@@ -23,67 +34,6 @@ AXES: tuple[str, ...] = get_args(Axis)
 
 # One entry per dim of a tensor: an axis, several axes (the first is the major one) or null.
 AxisSpec = list[str | list[str] | None]
-
-
-def refuse(key: str, given: object, expected: str, fix: str) -> NoReturn:
-    """The one form of a message about a value."""
-    raise ConfigError(f"{key}: given {_shown(given)}, expected {expected}. {fix}")
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value)
-
-
-def _at_least(key: str, value: float | None, least: float) -> None:
-    if value is not None and not (value >= least and math.isfinite(value)):
-        refuse(key, value, f"at least {least}", f"Set {key}={least} or more.")
-
-
-def _positive(key: str, value: float | None) -> None:
-    if value is not None and not (value > 0 and math.isfinite(value)):
-        refuse(key, value, "a number above 0", f"Set {key} to a number above 0.")
-
-
-def _fraction(key: str, value: float | None, *, one_allowed: bool = True) -> None:
-    if value is None:
-        return
-    if not 0 <= value <= 1 or (value == 1 and not one_allowed):
-        upper = "1" if one_allowed else "less than 1"
-        refuse(key, value, f"a fraction from 0 to {upper}", f"Write 5% as {key}=0.05.")
-
-
-def _not_empty(key: str, value: str | None) -> None:
-    if value is not None and not value.strip():
-        refuse(key, value, "a name, or null for none", f"Give it a value or set {key}=null.")
-
-
-def _some_source(section: str, hub: str | None, path: str | None) -> None:
-    if hub is None and path is None:
-        example = " Choose a dataset (dataset=gsm8k), or set" if section == "dataset" else " Set"
-        raise ConfigError(
-            f"{section}.hf_dataset_name and {section}.file_dataset_path: given null and null, "
-            f"expected one of the two.{example} {section}.file_dataset_path=rows.jsonl."
-        )
-
-
-def _one_source(section: str, hub: str | None, hub_config: str | None, path: str | None) -> None:
-    """A hub name and a file are alternatives: which of them is meant is never guessed."""
-    hub_key, path_key = f"{section}.hf_dataset_name", f"{section}.file_dataset_path"
-    _not_empty(hub_key, hub)
-    _not_empty(path_key, path)
-    if hub is not None and path is not None:
-        raise ConfigError(
-            f"{hub_key} and {path_key}: given {hub!r} and {path!r}, expected only one of the two. "
-            f"To read the file add {hub_key}=null {section}.hf_dataset_config_name=null; "
-            f"to read the hub's dataset add {path_key}=null."
-        )
-    if hub_config is not None and hub is None:
-        key = f"{section}.hf_dataset_config_name"
-        refuse(key, hub_config, f"null, since {hub_key} is null", f"Set {key}=null.")
 
 
 Format = Literal[
@@ -106,10 +56,10 @@ class MixturePart:
     replay: bool = False  # general data, of which dataset.replay_share is taken
 
     def check(self, key: str) -> None:
-        _not_empty(f"{key}.name", self.name)
-        _one_source(key, self.hf_dataset_name, self.hf_dataset_config_name, self.file_dataset_path)
-        _some_source(key, self.hf_dataset_name, self.file_dataset_path)
-        _positive(f"{key}.weight", self.weight)
+        not_empty(f"{key}.name", self.name)
+        one_source(key, self.hf_dataset_name, self.hf_dataset_config_name, self.file_dataset_path)
+        some_source(key, self.hf_dataset_name, self.file_dataset_path)
+        positive(f"{key}.weight", self.weight)
 
 
 @dataclass(frozen=True)
@@ -146,12 +96,12 @@ class DatasetConfig:
     num_proc: int | None = None  # processes that tokenize; null: one per core, 8 at most
 
     def __post_init__(self) -> None:
-        _one_source(
+        one_source(
             "dataset", self.hf_dataset_name, self.hf_dataset_config_name, self.file_dataset_path
         )
         self._check_mixture()
-        _not_empty("dataset.split", self.split)
-        _not_empty("dataset.chat_template", self.chat_template)
+        not_empty("dataset.split", self.split)
+        not_empty("dataset.chat_template", self.chat_template)
         if self.format == "text" and self.compute_loss_on not in ("auto", "all"):
             refuse(
                 "dataset.compute_loss_on",
@@ -159,18 +109,18 @@ class DatasetConfig:
                 "all, since rows of dataset.format=text have no completion",
                 "Set dataset.compute_loss_on=all.",
             )
-        _at_least("dataset.block_size", self.block_size, 2)  # one target needs two tokens
-        _at_least("dataset.max_train_examples", self.max_train_examples, 1)
-        _fraction("dataset.max_rejected_fraction", self.max_rejected_fraction)
-        _at_least("dataset.max_unreadable_rows", self.max_unreadable_rows, 0)
+        at_least("dataset.block_size", self.block_size, 2)  # one target needs two tokens
+        at_least("dataset.max_train_examples", self.max_train_examples, 1)
+        fraction("dataset.max_rejected_fraction", self.max_rejected_fraction)
+        at_least("dataset.max_unreadable_rows", self.max_unreadable_rows, 0)
         for key in ("id_key", "group_key", "time_key", "prepared_dir"):
-            _not_empty(f"dataset.{key}", getattr(self, key))
-        _at_least("dataset.num_proc", self.num_proc, 1)
+            not_empty(f"dataset.{key}", getattr(self, key))
+        at_least("dataset.num_proc", self.num_proc, 1)
         self._check_split()
 
     def _check_mixture(self) -> None:
         if not self.mixture:
-            _some_source("dataset", self.hf_dataset_name, self.file_dataset_path)
+            some_source("dataset", self.hf_dataset_name, self.file_dataset_path)
             if self.replay_share is not None:
                 refuse(
                     "dataset.replay_share",
@@ -190,7 +140,7 @@ class DatasetConfig:
         names = [part.name for part in self.mixture]
         if len(set(names)) < len(names):
             refuse("dataset.mixture", names, "a name of its own for each part", "Rename one.")
-        _fraction("dataset.replay_share", self.replay_share, one_allowed=False)
+        fraction("dataset.replay_share", self.replay_share, one_allowed=False)
         if self.max_train_examples is not None:
             refuse(
                 "dataset.max_train_examples",
@@ -200,7 +150,7 @@ class DatasetConfig:
             )
 
     def _check_split(self) -> None:
-        _fraction("dataset.eval_fraction", self.eval_fraction, one_allowed=False)
+        fraction("dataset.eval_fraction", self.eval_fraction, one_allowed=False)
         if self.eval_fraction == 0:
             refuse("dataset.eval_fraction", 0.0, "a fraction above 0, or null", "Set it to null.")
         if self.time_key is not None and self.eval_fraction is None:
@@ -217,34 +167,8 @@ class DatasetConfig:
                 "null together with dataset.eval_fraction",
                 "Set dataset.max_train_examples=null.",
             )
-        _positive("dataset.leak_threshold", self.leak_threshold)
-        _fraction("dataset.leak_threshold", self.leak_threshold)
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Held-out rows: their loss before the first step, every `every_steps` and at the end."""
-
-    hf_dataset_name: str | None = None
-    hf_dataset_config_name: str | None = None
-    file_dataset_path: str | None = None
-    split: str | None = None
-    max_examples: int | None = None
-    every_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        _one_source(
-            "eval", self.hf_dataset_name, self.hf_dataset_config_name, self.file_dataset_path
-        )
-        _not_empty("eval.split", self.split)
-        if self.hf_dataset_name is not None and self.split is None:
-            refuse("eval.split", None, "a split of the hub's dataset", "Set eval.split=test.")
-        _at_least("eval.max_examples", self.max_examples, 1)
-        _at_least("eval.every_steps", self.every_steps, 1)
-
-    @property
-    def enabled(self) -> bool:
-        return self.hf_dataset_name is not None or self.file_dataset_path is not None
+        positive("dataset.leak_threshold", self.leak_threshold)
+        fraction("dataset.leak_threshold", self.leak_threshold)
 
 
 @dataclass(frozen=True)
@@ -258,8 +182,8 @@ class ModelConfig:
     architecture: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _not_empty("model.pretrained_model", self.pretrained_model)
-        _not_empty("model.tokenizer_name", self.tokenizer_name)
+        not_empty("model.pretrained_model", self.pretrained_model)
+        not_empty("model.tokenizer_name", self.tokenizer_name)
 
 
 @dataclass(frozen=True)
@@ -273,11 +197,11 @@ class OptimizerConfig:
     master_weights: bool = True
 
     def __post_init__(self) -> None:
-        _positive("task.optimizer.learning_rate", self.learning_rate)
+        positive("task.optimizer.learning_rate", self.learning_rate)
         for i, beta in enumerate(self.betas):
-            _fraction(f"task.optimizer.betas[{i}]", beta, one_allowed=False)
-        _positive("task.optimizer.eps", self.eps)
-        _at_least("task.optimizer.weight_decay", self.weight_decay, 0)
+            fraction(f"task.optimizer.betas[{i}]", beta, one_allowed=False)
+        positive("task.optimizer.eps", self.eps)
+        at_least("task.optimizer.weight_decay", self.weight_decay, 0)
 
 
 @dataclass(frozen=True)
@@ -296,9 +220,9 @@ class SchedulerConfig:
                 f"{steps_key} and {ratio_key}: given {self.warmup_steps} and {self.warmup_ratio}, "
                 f"expected at most one of the two. Add {ratio_key}=null or {steps_key}=null."
             )
-        _at_least(steps_key, self.warmup_steps, 0)
-        _fraction(ratio_key, self.warmup_ratio)
-        _fraction("task.lr_scheduler.min_lr_ratio", self.min_lr_ratio)
+        at_least(steps_key, self.warmup_steps, 0)
+        fraction(ratio_key, self.warmup_ratio)
+        fraction("task.lr_scheduler.min_lr_ratio", self.min_lr_ratio)
 
 
 @dataclass(frozen=True)
@@ -322,15 +246,15 @@ class TaskConfig:
     sample_prompts: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("task.global_batch_size", self.global_batch_size, 1)
-        _at_least("task.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        at_least("task.global_batch_size", self.global_batch_size, 1)
+        at_least("task.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
         self._check_length()
-        _positive("task.max_grad_norm", self.max_grad_norm)
-        _positive("task.max_grad_value", self.max_grad_value)
-        _at_least("task.loss_chunks", self.loss_chunks, 1)
-        _not_empty("task.export_checkpoint_path", self.export_checkpoint_path)
-        _positive("task.max_shard_size_gb", self.max_shard_size_gb)
-        _at_least("task.sample_prompts", self.sample_prompts, 0)
+        positive("task.max_grad_norm", self.max_grad_norm)
+        positive("task.max_grad_value", self.max_grad_value)
+        at_least("task.loss_chunks", self.loss_chunks, 1)
+        not_empty("task.export_checkpoint_path", self.export_checkpoint_path)
+        positive("task.max_shard_size_gb", self.max_shard_size_gb)
+        at_least("task.sample_prompts", self.sample_prompts, 0)
 
     def _check_length(self) -> None:
         if self.max_steps is None and self.num_epochs is None:
@@ -344,8 +268,8 @@ class TaskConfig:
                 f"{self.num_epochs}, expected only one of the two. Add task.num_epochs=null or "
                 "task.max_steps=null."
             )
-        _at_least("task.max_steps", self.max_steps, 1)
-        _positive("task.num_epochs", self.num_epochs)
+        at_least("task.max_steps", self.max_steps, 1)
+        positive("task.num_epochs", self.num_epochs)
 
 
 @dataclass(frozen=True)
@@ -360,7 +284,7 @@ class MeshConfig:
 
     def check(self, section: str) -> None:
         for axis in AXES:
-            _at_least(f"{section}.{axis}", getattr(self, axis), 1)
+            at_least(f"{section}.{axis}", getattr(self, axis), 1)
         for axis in ("expert", "context"):
             size = getattr(self, axis)
             if size != 1:
@@ -385,7 +309,7 @@ class ShardingConfig:
         for section in ("parameters", "activations"):
             for pattern, spec in getattr(self, section).items():
                 _check_axes_once(f"sharding.{section}['{pattern}']", spec)
-        _at_least("sharding.max_unsharded_params", self.max_unsharded_params, 0)
+        at_least("sharding.max_unsharded_params", self.max_unsharded_params, 0)
 
 
 def _check_axes_once(key: str, spec: AxisSpec) -> None:
@@ -425,12 +349,12 @@ class CheckpointConfig:
     keep_every: int | None = None
 
     def __post_init__(self) -> None:
-        _not_empty("checkpoint.folder", self.folder)
-        _at_least("checkpoint.every_steps", self.every_steps, 1)
-        _positive("checkpoint.every_minutes", self.every_minutes)
-        _at_least("checkpoint.keep_last", self.keep_last, 1)
-        _at_least("checkpoint.keep_best", self.keep_best, 0)
-        _at_least("checkpoint.keep_every", self.keep_every, 1)
+        not_empty("checkpoint.folder", self.folder)
+        at_least("checkpoint.every_steps", self.every_steps, 1)
+        positive("checkpoint.every_minutes", self.every_minutes)
+        at_least("checkpoint.keep_last", self.keep_last, 1)
+        at_least("checkpoint.keep_best", self.keep_best, 0)
+        at_least("checkpoint.keep_every", self.keep_every, 1)
 
     @property
     def enabled(self) -> bool:
@@ -445,7 +369,7 @@ class ResumeConfig:
     allow_changes: list[str] = field(default_factory=list)  # keys that may differ from it
 
     def __post_init__(self) -> None:
-        _not_empty("resume.source", self.source)
+        not_empty("resume.source", self.source)
 
 
 @dataclass(frozen=True)
@@ -460,6 +384,8 @@ class TrainConfig:
     dcn_mesh: MeshConfig
     sharding: ShardingConfig
     remat: RematConfig
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     seed: int = 42
@@ -478,8 +404,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
             refuse("seed", self.seed, "a whole number from 0 to 2**63 - 1", "Set seed=42.")
-        _at_least("logging_steps", self.logging_steps, 1)
-        _not_empty("output_dir", self.output_dir)
+        at_least("logging_steps", self.logging_steps, 1)
+        not_empty("output_dir", self.output_dir)
         self._check_run_name()
         self._check_profile()
         self._check_model()
@@ -516,9 +442,44 @@ class TrainConfig:
                 "Set eval.hf_dataset_name, eval.file_dataset_path or dataset.eval_fraction, or "
                 "eval.every_steps=null.",
             )
+        wanting: dict[str, tuple[Any, Any]] = {
+            "eval.generate.max_examples": (self.eval.generate.max_examples, 0),
+            "selection.gates": (self.selection.gates, []),
+            "selection.early_stopping.metric": (self.selection.early_stopping.metric, None),
+            "export.which": (self.export.which, "last"),
+        }
+        for key, (given, none) in wanting.items():
+            if given != none and not self.holds_out:
+                refuse(
+                    key,
+                    given,
+                    f"{shown(none)}, since no held-out rows are given",
+                    "Choose some (eval=gsm8k_test, eval.file_dataset_path or "
+                    f"dataset.eval_fraction), or set {key}={shown(none)}.",
+                )
+        if self.export.which == "best" and not self.task.convert_to_safetensors:
+            refuse(
+                "task.convert_to_safetensors",
+                False,
+                "true, since export.which=best exports from a checkpoint",
+                "Set it to true, or export.which=last.",
+            )
+        stopping = self.selection.early_stopping.metric
+        if stopping is not None and self.eval.every_steps is None:
+            refuse(
+                "eval.every_steps",
+                None,
+                "a number, since selection.early_stopping looks at evaluations while training",
+                "Set eval.every_steps=50, for example.",
+            )
+
+    @property
+    def saves(self) -> bool:
+        """Whether the run writes checkpoints, of its own accord or for `export.which=best`."""
+        return self.checkpoint.enabled or self.export.which == "best"
 
     def _check_run_name(self) -> None:
-        _not_empty("run_name", self.run_name)
+        not_empty("run_name", self.run_name)
         if self.run_name is not None and (
             self.run_name in (".", "..") or any(mark in self.run_name for mark in "/\\")
         ):
@@ -531,12 +492,12 @@ class TrainConfig:
 
     def _check_profile(self) -> None:
         start, end = self.profile_start_step, self.profile_end_step
-        _at_least("profile_start_step", start, 0)
+        at_least("profile_start_step", start, 0)
         if (start is None) != (end is None):
             missing = "profile_end_step" if end is None else "profile_start_step"
             raise ConfigError(
-                f"profile_start_step and profile_end_step: given {_shown(start)} and "
-                f"{_shown(end)}, expected both or neither. Set {missing} too."
+                f"profile_start_step and profile_end_step: given {shown(start)} and "
+                f"{shown(end)}, expected both or neither. Set {missing} too."
             )
         if start is not None and end is not None and end <= start:
             refuse(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from torchprime.config.schema import refuse
+from torchprime.config.checks import refuse
 from torchprime.errors import DataError
 from torchprime.evaluation.samples import Grader, Sample
 

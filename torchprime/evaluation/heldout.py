@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,23 +16,37 @@ class EvalBackend(Protocol):
 
     def put(self, batch: Batch, accumulation: int) -> Any: ...
 
-    def eval_step(self, batch: Any) -> Any: ...
+    def eval_step(self, batch: Any, num_sources: int = 1) -> Any: ...
 
-    def read_eval(self, handles: list[Any]) -> tuple[float, float]: ...
+    def read_eval(self, handles: list[Any]) -> tuple[float, ...]: ...
 
 
-def heldout_loss(backend: EvalBackend, data: PackedDataset, batch_size: int) -> float:
-    """Mean loss in nats per supervised token over all blocks.
+class HeldoutLoss(NamedTuple):
+    """In nats per supervised token; by source where there are several, None for one without any."""
+
+    mean: float
+    by_source: dict[str, float | None] | None
+
+
+def heldout_loss(backend: EvalBackend, data: PackedDataset, batch_size: int) -> HeldoutLoss:
+    """Mean loss over all blocks: the sum over their tokens, divided once.
 
     Args:
         batch_size: blocks per forward; the last one is filled with empty blocks, so that every
             forward has the shape of the first.
     """
-    handles = []
+    names = data.source_names
+    handles, weights = [], np.zeros(len(names))
     for start in range(0, data.num_blocks, batch_size):
         indices = np.full(batch_size, EMPTY_BLOCK, dtype=np.int64)
         count = min(batch_size, data.num_blocks - start)
         indices[:count] = np.arange(start, start + count)
-        handles.append(backend.eval_step(backend.put(data.batch(indices), 1)))
-    loss_sum, weight_sum = backend.read_eval(handles)
-    return loss_sum / weight_sum
+        batch = data.batch(indices)
+        weights += batch.source_weights(len(names)) or 0.0
+        handles.append(backend.eval_step(backend.put(batch, 1), len(names)))
+    loss_sum, weight_sum, *sums = backend.read_eval(handles)
+    by_source = None
+    if len(names) > 1:
+        trios = zip(names, sums, weights.tolist(), strict=True)
+        by_source = {name: total / weight if weight else None for name, total, weight in trios}
+    return HeldoutLoss(loss_sum / weight_sum, by_source)

@@ -27,7 +27,7 @@ from referencing import Specification
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import specification_with
 
-from torchprime.config.schema import refuse
+from torchprime.config.checks import refuse
 from torchprime.errors import ConfigError, DataError
 from torchprime.evaluation.samples import Grader, Sample
 from torchprime.evaluation.text_grading import PATTERN_SECONDS

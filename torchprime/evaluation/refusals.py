@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from torchprime.config.schema import refuse
+from torchprime.config.checks import refuse
 from torchprime.evaluation.samples import Grader, Sample
 
 # As `_plain` makes texts: lower case, straight apostrophes, single spaces.

@@ -9,7 +9,7 @@ from typing import Literal
 
 import regex
 
-from torchprime.config.schema import refuse
+from torchprime.config.checks import refuse
 from torchprime.errors import DataError
 from torchprime.evaluation.samples import Grader, Sample
 

@@ -54,7 +54,15 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """The held-out loss after `step` finished updates; step 0 is before the first."""
+    """What was measured on held-out rows after `step` finished updates; step 0 is before the first.
+
+    Attributes:
+        train_loss: mean of the training losses logged since the evaluation before; None for none.
+        source_losses: the held-out loss by source, where there are several.
+        scores: by grader, the fields of evaluation.intervals.Score, where answers were graded.
+        generated_tokens, generate_seconds: of those answers.
+        share_of_run: all evaluations' part of the seconds since the run started.
+    """
 
     kind: ClassVar[str] = "eval"
 
@@ -62,6 +70,12 @@ class EvalRecord:
     eval_loss: float
     eval_supervised_tokens: int
     seconds: float
+    train_loss: float | None = None
+    source_losses: dict[str, float | None] | None = None
+    scores: dict[str, dict[str, Any]] | None = None
+    generated_tokens: int | None = None
+    generate_seconds: float | None = None
+    share_of_run: float | None = None
 
     @property
     def eval_perplexity(self) -> float:
@@ -71,7 +85,7 @@ class EvalRecord:
             return math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
+        values = {name: v for name, v in dataclasses.asdict(self).items() if v is not None}
         return {"kind": self.kind, **values, "eval_perplexity": self.eval_perplexity}
 
 

@@ -47,6 +47,7 @@ from torchprime.training.step import (
     TrainState,
     eval_sums,
     finish_step,
+    forward_sums,
     host_fields,
     loss_of,
     micro_sums,
@@ -353,14 +354,14 @@ class NativeBackend:
     # -- looking -------------------------------------------------------------------------------
 
     @watched
-    def eval_step(self, batch: list[Tensor]) -> Tensor:
+    def eval_step(self, batch: list[Tensor], num_sources: int = 1) -> Tensor:
         """See Backend."""
         with torch.no_grad():
-            loss = self.root(*(field[0] for field in batch))
-            return self._over_batch(torch.stack([loss.loss_sum, loss.weight_sum]))
+            fields = [field[0] for field in batch]
+            return self._over_batch(forward_sums(self.root(*fields), fields, num_sources))
 
     @watched
-    def read_eval(self, handles: list[Tensor]) -> tuple[float, float]:
+    def read_eval(self, handles: list[Tensor]) -> tuple[float, ...]:
         """See Backend. Summed on the host in double precision."""
         return eval_sums(handle.tolist() for handle in handles)
 

@@ -52,6 +52,7 @@ from torchprime.training.step import (
     ParameterState,
     TrainState,
     eval_sums,
+    forward_sums,
     host_fields,
     loss_of,
     step_numbers,
@@ -310,16 +311,16 @@ class XlaBackend:
 
     # -- looking -------------------------------------------------------------------------------
 
-    def eval_step(self, batch: list[Tensor]) -> Tensor:
+    def eval_step(self, batch: list[Tensor], num_sources: int = 1) -> Tensor:
         """See Backend."""
         with torch.no_grad():
             fields = [f[0] for f in batch]
             cross_entropy = partial(chunked_cross_entropy, chunks=self.options.loss_chunks)
-            sums = torch.stack(loss_of(self.model, fields, cross_entropy)[:2])
+            sums = forward_sums(loss_of(self.model, fields, cross_entropy), fields, num_sources)
         self.tensors.run([sums])
         return sums
 
-    def read_eval(self, handles: list[Tensor]) -> tuple[float, float]:
+    def read_eval(self, handles: list[Tensor]) -> tuple[float, ...]:
         """See Backend. Summed on the host in double precision."""
         return eval_sums(handle.cpu().tolist() for handle in handles)
 

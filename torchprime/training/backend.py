@@ -99,12 +99,16 @@ class Backend(Protocol):
         """Wait for a step and bring its numbers to the host."""
         ...
 
-    def eval_step(self, batch: Any) -> Any:
-        """Start a forward without update; returns a handle for `read_eval`."""
+    def eval_step(self, batch: Any, num_sources: int = 1) -> Any:
+        """Start a forward without update; returns a handle for `read_eval`.
+
+        Args:
+            num_sources: of the rows the batch is from; with several, it sums the loss by source.
+        """
         ...
 
-    def read_eval(self, handles: list[Any]) -> tuple[float, float]:
-        """(loss sum, weight sum) over several eval steps."""
+    def read_eval(self, handles: list[Any]) -> tuple[float, ...]:
+        """(loss sum, weight sum, then the loss sum by source) over several eval steps."""
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -25,7 +25,7 @@ HARMLESS_KEYS = (
     "output_dir", "run_name", "dry_run", "allow_recompile", "isolation_probe", "profile_",
     "dataset", "eval", "model", "task.name", "task.gradient_accumulation_steps", "task.loss_chunks",
     "task.export_checkpoint_path", "task.convert_to_safetensors", "task.max_shard_size_gb",
-    "task.sample_prompts",
+    "task.sample_prompts", "selection", "export",
 )  # fmt: skip
 REFUSED_KEYS = (
     "seed", "torch_dtype", "task.global_batch_size", "task.optimizer.name",

@@ -140,8 +140,8 @@ class RunRows:
                 if side is None or side.has(row):
                     yield row
 
-    def first_heldout(self, count: int) -> list[Row]:
-        """To show answers to a person."""
+    def first_heldout(self, count: int | None) -> list[Row]:
+        """To be asked; None for all."""
         return list(islice(self.rows("eval"), count))
 
 

@@ -163,6 +163,13 @@ class CompileGuard:
         )
 
 
+@dataclass
+class RunControl:
+    """By which a hook ends the run: the step under way is its last."""
+
+    stop_reason: str | None = None
+
+
 def train_loop(
     backend: Backend,
     order: DataOrder,
@@ -175,9 +182,10 @@ def train_loop(
     hooks: Sequence[Hook],
     guard: CompileGuard,
     watch: Stopwatch,
+    control: RunControl,
 ) -> StepNumbers:
-    """Run these updates, of which the last is the run's last, and return its numbers; NaN if there
-    are none left.
+    """Run these updates, of which the last is the run's last unless a hook ends it earlier, and
+    return the last one's numbers; NaN if there are none left.
 
     Raises:
         DivergedError: a loss or gradient norm was not finite; the weights are those before it.
@@ -199,6 +207,7 @@ def train_loop(
                 hooks=hooks,
                 guard=guard,
                 watch=watch,
+                control=control,
             )
     finally:
         for hook in reversed(hooks):  # a later one may still need what an earlier one lets go of
@@ -217,10 +226,11 @@ def _run_steps(
     hooks: Sequence[Hook],
     guard: CompileGuard,
     watch: Stopwatch,
+    control: RunControl,
 ) -> StepNumbers:
     numbers = StepNumbers(float("nan"), float("nan"), 0.0, 0)
     watch.restart()
-    for step, loaded in zip(steps, batches, strict=True):
+    for step, loaded in zip(steps, batches, strict=False):  # a hook may end it earlier
         for hook in hooks:
             hook.before_step(step)
         rate = learning_rate(step)
@@ -239,7 +249,11 @@ def _run_steps(
             backend.synchronize()
             watch.restart()
         for hook in hooks:
-            hook.after_step(done, last)
+            hook.after_step(done, last or control.stop_reason is not None)
+        if control.stop_reason is not None and not last:
+            numbers = backend.read(handle)
+            _refuse_divergence(numbers, order)
+            break
     return numbers
 
 

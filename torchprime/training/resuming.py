@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,9 @@ from torchprime.atomic import write_text
 from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.storage import MANIFEST, LocalStorage, Storage
+from torchprime.config.evaluation import LOSSES
 from torchprime.errors import CheckpointError, UserError
+from torchprime.evaluation.selection import Evaluated
 from torchprime.metrics.record import EvalRecord, StepRecord
 from torchprime.metrics.writers import read_metrics
 from torchprime.training import run_folder
@@ -166,7 +169,8 @@ def died_early(folder: Path) -> bool:
     try:
         config = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
         wanted = config["checkpoint"]
-        return wanted["every_steps"] is not None or wanted["every_minutes"] is not None
+        asked = wanted["every_steps"] is not None or wanted["every_minutes"] is not None
+        return asked or config["export"]["which"] == "best"
     except (OSError, yaml.YAMLError, KeyError, TypeError):
         return False
 
@@ -218,8 +222,8 @@ class Past:
     """What the records of a run say of the steps before its resumption."""
 
     numbers: StepNumbers | None = None
-    first_eval: float | None = None
-    last_eval: float | None = None
+    history: tuple[Evaluated, ...] = ()  # one for each evaluated step
+    losses: tuple[float, ...] = ()  # of training, logged since the last of them
 
     @classmethod
     def of(cls, path: Path, step: int) -> Past:
@@ -227,15 +231,23 @@ class Past:
         records = read_metrics(path) if path.is_file() else []
         records = [record for record in records if record["step"] <= step]
         steps = [r for r in records if r["kind"] == StepRecord.kind]
-        losses = [r["eval_loss"] for r in records if r["kind"] == EvalRecord.kind]
+        evaluations = [evaluated(r) for r in records if r["kind"] == EvalRecord.kind]
         last = steps[-1] if steps else None
         return cls(
             None
             if last is None
             else StepNumbers(last["loss"], last["grad_norm"], float("nan"), bad_step=0),
-            losses[0] if losses else None,
-            losses[-1] if losses else None,
+            tuple({one.step: one for one in evaluations}.values()),
+            tuple(r["loss"] for r in steps if not evaluations or r["step"] > evaluations[-1].step),
         )
+
+
+def evaluated(record: Mapping[str, Any]) -> Evaluated:
+    """What is decided by, from an evaluation's record."""
+    graded = record.get("scores") or {}
+    scores = {name: record[name] for name in LOSSES}
+    scores |= {name: score["value"] for name, score in graded.items()}
+    return Evaluated(record["step"], scores, record.get("train_loss"), graded)
 
 
 def set_aside(folder: Path, say: Callable[[str], None]) -> None:

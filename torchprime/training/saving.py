@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchprime.checkpoint.catalog import BEST, LATEST, SCORE, Catalog
+from torchprime.checkpoint.catalog import BEST, LATEST, Catalog
 from torchprime.checkpoint.manifest import Manifest
 from torchprime.checkpoint.shards import TensorShards, write_shards
 from torchprime.checkpoint.storage import MANIFEST, FolderWriter
@@ -65,6 +65,7 @@ class Saver:
         self.manifest, self.more, self.before_commit = manifest, more, before_commit
         self.retention, self.asynchronous = retention, asynchronous
         self.best = dict(best) if best else None
+        self.best_rank = catalog.rank(best["scores"]) if best else None
         self.say = say
         self.problem: Exception | None = None  # of the last checkpoint, if it could not be written
         self._bug: Exception | None = None
@@ -89,19 +90,22 @@ class Saver:
         self._reserving = threading.Thread(target=take, name="checkpoint-memory", daemon=True)
         self._reserving.start()
 
-    def save(self, step: int, *, score: float | None, wait: bool) -> None:
-        """Begin a checkpoint; end it too where `wait` says so."""
+    def save(self, step: int, *, scores: Mapping[str, float], wait: bool) -> None:
+        """Begin a checkpoint; end it too where `wait` says so.
+
+        Args:
+            scores: what was measured after this very step; empty if nothing was.
+        """
         started = time.perf_counter()
         self._join()
         updates, bad = self.backend.progress()
         if bad:  # the loop will say so at the next logged step; these weights go elsewhere
             return
         assert updates == step, f"the device has done {updates} updates, the loop {step}"
-        if score is not None and (self.best is None or score < self.best["value"]):
-            self.best = {"name": SCORE, "value": score, "step": step}
-        manifest = replace(self.manifest(step), best_metric=self.best)
-        if score is not None:
-            manifest.metrics[SCORE] = score
+        if self.is_best(scores):
+            self.best_rank = self.catalog.rank(scores)
+            self.best = {"scores": dict(scores), "step": step}
+        manifest = replace(self.manifest(step), best_metric=self.best, scores=dict(scores))
         tensors = self.backend.checkpoint_tensors()
         if wait or not self.asynchronous:
             self._write(manifest, tensors, started, None)
@@ -114,6 +118,11 @@ class Saver:
         arguments = (manifest, tensors, started, stall)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._thread.start()
+
+    def is_best(self, scores: Mapping[str, float]) -> bool:
+        """Whether these are better than those of every checkpoint before."""
+        rank = self.catalog.rank(scores)
+        return rank is not None and (self.best_rank is None or rank < self.best_rank)
 
     def _write(
         self,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor
 
 from torchprime.errors import ConfigError, UserError
 from torchprime.evaluation.greedy import generation_samples
-from torchprime.training.backend import StepNumbers
 from torchprime.training.datasets import question_of
 from torchprime.training.model_files import pretrained_tensors
 from torchprime.training.trainer import Trainer
@@ -28,35 +28,33 @@ class SFTTrainer(Trainer):
             )
         return pretrained_tensors(self.files)
 
-    def finish(self, numbers: StepNumbers) -> None:
-        """Export, then print answers of the base and the tuned model side by side."""
-        super().finish(numbers)
+    def show_export(self, out: Path) -> None:
+        """Print answers of the base and the tuned model side by side."""
         count = self.config.task.sample_prompts
-        exported = self.export_folder is not None and self.config.task.convert_to_safetensors
-        if count and exported and self.backend.process_index == 0:
+        whole = self.config.task.convert_to_safetensors
+        if count and whole and self.backend.process_index == 0:
             try:
-                self.say(self.side_by_side(count))
+                self.say(self.side_by_side(count, out))
             except UserError as error:  # the run is done and exported; this was only to look at
                 self.say(f"no answers to show: {error}")
 
-    def side_by_side(self, count: int) -> str:
+    def side_by_side(self, count: int, out: Path) -> str:
         """Greedy answers of both models, in transformers, to the first held-out prompts."""
-        assert self.files.folder is not None and self.export_folder is not None
+        assert self.files.folder is not None
         tokenizer = self.files.tokenizer
         questions = [
             question_of(row, tokenizer, self.template)
             for row in self.rows.sources.first_heldout(count)
         ]
-        stops = sorted({tokenizer.eos_id, *self.data.stop_ids()})
         prompts = [question.ids for question in questions]
         limit = min(SAMPLE_TOKENS, self.config.dataset.block_size)
-        folders = (self.files.folder, self.export_folder)
-        answers = [generation_samples(f, prompts, stops, limit) for f in folders]
+        folders = (self.files.folder, out)
+        answers = [generation_samples(f, prompts, self.stop_ids, limit) for f in folders]
         lines = [f"{count} held-out questions, greedy answers before and after:"]
         for question, base, tuned in zip(questions, *answers, strict=True):
             shown = {"question": question.text, "expected": question.answer}
             for name, ids in (("base", base), ("tuned", tuned)):
-                stopped = bool(ids) and ids[-1] in stops
+                stopped = bool(ids) and ids[-1] in self.stop_ids
                 text = tokenizer.decode(ids[:-1] if stopped else ids)
                 shown[name] = text + ("" if stopped else " [no stop]")
             lines.append("")

@@ -12,6 +12,7 @@ the host looks (the next logged step), however often it looks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -243,7 +244,12 @@ def step_numbers(vector: Sequence[float]) -> StepNumbers:
     )
 
 
-def eval_sums(vectors: Iterable[Sequence[float]]) -> tuple[float, float]:
-    """(loss sum, weight sum) over eval steps that gave [loss sum, weight sum] each."""
-    rows = list(vectors)
-    return sum(row[0] for row in rows), sum(row[1] for row in rows)
+def forward_sums(loss: LossSums, fields: Sequence[Tensor], num_sources: int) -> Tensor:
+    """What a forward without update gives: [loss sum, weight sum, then the loss sum by source]."""
+    sums = micro_sums(loss, fields, num_sources)
+    return torch.cat([sums[:1], loss.weight_sum.detach()[None], sums[1:]])
+
+
+def eval_sums(vectors: Iterable[Sequence[float]]) -> tuple[float, ...]:
+    """The sums over eval steps of what `forward_sums` gave."""
+    return tuple(math.fsum(column) for column in zip(*vectors, strict=True))

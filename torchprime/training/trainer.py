@@ -21,13 +21,16 @@ import torch
 from torch import Tensor
 
 from torchprime.atomic import write_json
-from torchprime.checkpoint.catalog import SCORE, Catalog
+from torchprime.checkpoint.catalog import Catalog
+from torchprime.checkpoint.from_checkpoint import export_checkpoint
 from torchprime.checkpoint.lock import run_lock
 from torchprime.checkpoint.manifest import Manifest
 from torchprime.checkpoint.storage import FolderWriter, Storage
+from torchprime.config.evaluation import LOSSES
 from torchprime.config.schema import TrainConfig
 from torchprime.data.templates import resolve_template
 from torchprime.errors import ConfigError, DivergedError, UserError
+from torchprime.evaluation.before_after import table_lines
 from torchprime.metrics.throughput import Stopwatch, model_flops_per_token
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from torchprime.sharding import ShardingTable
@@ -35,12 +38,13 @@ from torchprime.training import resuming, run_folder
 from torchprime.training.backend import Backend, StepNumbers, StepOptions
 from torchprime.training.changes import find_changes, refuse_changes
 from torchprime.training.datasets import prepare_run_data
+from torchprime.training.evaluating import make_choosing, make_evaluation, make_graders
 from torchprime.training.exporting import Exporter
 from torchprime.training.hooks.checkpoint import CheckpointHook
-from torchprime.training.hooks.heldout import HeldoutHook
+from torchprime.training.hooks.evaluation import EvaluationHook
 from torchprime.training.hooks.metrics import MetricsHook
 from torchprime.training.hooks.profile import ProfileHook
-from torchprime.training.loop import CompileGuard, DataOrder, Hook, train_loop
+from torchprime.training.loop import CompileGuard, DataOrder, Hook, RunControl, train_loop
 from torchprime.training.model_files import find_model, pretrained_tensors, random_tensors
 from torchprime.training.optim import Parameter, learning_rate, make_optimizer
 from torchprime.training.plan import Plan, estimate_memory, plan_steps
@@ -74,7 +78,8 @@ class Trainer:
         self.folder = Path(config.output_dir) / (config.run_name or config.task.name)
         self.dtype = getattr(torch, config.torch_dtype)
         self.metrics: MetricsHook | None = None
-        self.heldout: HeldoutHook | None = None
+        self.evaluations: EvaluationHook | None = None
+        self.control = RunControl()
         self.exporter: Exporter | None = None
         self.export_folder: Path | None = None
         self.saver: Saver | None = None
@@ -111,9 +116,18 @@ class Trainer:
 
     def is_complete(self) -> bool:
         """Whether every step is done and what the config wants exported is there."""
-        if self.point is None or not self.point.own or self.point.step < self.plan.total_steps:
+        if self.point is None or not self.point.own:
+            return False
+        if self.point.step < self.plan.total_steps and not self.stopped_early():
             return False
         return self.export_folder is None or self.export_folder.is_dir()
+
+    def stopped_early(self) -> bool:
+        """Whether the run that this one goes on with had ended itself after its last step."""
+        history, stopping = self.past.history, self.choosing.stopping
+        if stopping is None or not history or history[-1].step != self.first_step:
+            return False
+        return stopping.reason(history) is not None
 
     def say(self, line: str) -> None:
         """A line for a person; of several processes only the first speaks."""
@@ -126,7 +140,9 @@ class Trainer:
         """Read and check everything, up to but without the weights."""
         c = self.config
         place = resuming.checkpoints_place(self.folder, c.checkpoint.folder)
-        self.catalog = Catalog(Storage.of(place))
+        self.choosing = make_choosing(c.eval, c.selection)
+        graders = make_graders(c.eval)
+        self.catalog = Catalog(Storage.of(place), self.choosing.rule.rank)
         if not c.dry_run:
             resuming.may_go_on(c.resume.source, self.folder, self.catalog)
         self.files = find_model(
@@ -146,6 +162,19 @@ class Trainer:
         self.template = resolve_template(c.dataset.chat_template, self.files.tokenizer)
         self.rows = prepare_run_data(c, self.files.tokenizer, self.template, self.say)
         self.data = self.rows.train
+        self.stop_ids = tuple(sorted({self.files.tokenizer.eos_id, *self.data.stop_ids()}))
+        self.evaluation = make_evaluation(
+            c.eval,
+            self.choosing,
+            graders,
+            rows=self.rows.sources,
+            tokenizer=self.files.tokenizer,
+            template=self.template,
+            stop_ids=self.stop_ids,
+            max_length=longest,
+            seed=c.seed,
+            folder=self.folder,
+        )
         self.backend = self.make_backend(c)
         self.speaks = self.backend.process_index == 0
         self.optimizer = make_optimizer(
@@ -188,7 +217,7 @@ class Trainer:
             chat_template=self.template.text
             if self.template is not None and self.rows.report.has_chats
             else None,
-            stop_ids=self.data.stop_ids(),
+            stop_ids=self.stop_ids,
             fingerprints={
                 **self.rows.fingerprints(),
                 "config": run_folder.config_fingerprint(c.to_dict()),
@@ -200,7 +229,7 @@ class Trainer:
                 "task.convert_to_safetensors=false writes from one host only for now; there are "
                 f"{self.backend.process_count}. Set it to true."
             )
-        if c.checkpoint.enabled and not c.dry_run:
+        if c.saves and not c.dry_run:
             resuming.check_writable(self.catalog.storage)
         if c.task.export_checkpoint_path is not None:
             # A relative path is inside the run's folder, an absolute one or a `..` where it says.
@@ -371,27 +400,31 @@ class Trainer:
         self.metrics = MetricsHook(self._writers())
         hooks: list[Hook] = [self.metrics]
         if self.rows.heldout is not None:
-            self.heldout = HeldoutHook(
+            self.evaluations = EvaluationHook(
                 self.backend,
                 self.rows.heldout,
+                self.evaluation,
                 batch_size=c.task.global_batch_size // c.task.gradient_accumulation_steps,
                 every_steps=c.eval.every_steps,
                 emit=self.metrics.emit,
+                say=self.say,
                 guard=guard,
                 watch=watch,
-                past=(self.past.first_eval, self.past.last_eval),
+                control=self.control,
+                past=self.past,
             )
-            hooks.append(self.heldout)
+            hooks.append(self.evaluations)
         if c.profile_start_step is not None and c.profile_end_step is not None:
             folder = c.profile_dir or str(self.folder / "profile")
             start, end = c.profile_start_step, c.profile_end_step
             hooks.append(ProfileHook(self.backend, start=start, end=end, folder=folder))
-        if c.checkpoint.enabled:
+        if c.saves:
             hooks.append(self._checkpoints())
+        last = self.first_step if self.stopped_early() else self.plan.total_steps
         numbers = train_loop(
             self.backend,
             self.order,
-            steps=range(self.first_step, self.plan.total_steps),
+            steps=range(self.first_step, last),
             accumulation=c.task.gradient_accumulation_steps,
             learning_rate=partial(
                 learning_rate,
@@ -415,13 +448,13 @@ class Trainer:
             hooks=hooks,
             guard=guard,
             watch=watch,
+            control=self.control,
         )
-        none_left = self.first_step >= self.plan.total_steps
-        return self.past.numbers or numbers if none_left else numbers
+        return self.past.numbers or numbers if self.first_step >= last else numbers
 
     def _checkpoints(self) -> CheckpointHook:
         """Writes them, after all that happens at the same step."""
-        c, metrics, heldout = self.config.checkpoint, self.metrics, self.heldout
+        c, metrics, evaluations = self.config.checkpoint, self.metrics, self.evaluations
         assert metrics is not None
         self.saver = Saver(
             self.backend,
@@ -431,7 +464,7 @@ class Trainer:
             before_commit=metrics.sync,
             retention=Retention(c.keep_last, c.keep_best, c.keep_every),
             asynchronous=c.asynchronous,
-            best=None if self.point is None else self.point.reader.manifest.best_metric,
+            best=self.point.reader.manifest.best_metric if self.point and self.point.own else None,
             say=self.say,
         )
         return CheckpointHook(
@@ -441,16 +474,16 @@ class Trainer:
             every_minutes=c.every_minutes,
             logging_steps=self.config.logging_steps,
             folder=self.folder,
-            score=heldout.loss_after if heldout is not None else lambda step: None,
+            scores=(lambda step: {}) if evaluations is None else evaluations.scores_after,
+            save_best=self.config.export.which == "best",
             emit=metrics.emit,
         )
 
     def _keep_for_export(self, writer: FolderWriter, manifest: Manifest) -> None:
         """What an export of the checkpoint needs besides tensors (hf/)."""
         assert self.exporter is not None
-        metrics = {key: value for key, value in manifest.metrics.items() if key != SCORE}
         weights = self.config.checkpoint.hf
-        self.exporter.keep(writer, step=manifest.step, metrics=metrics, weights=weights)
+        self.exporter.keep(writer, step=manifest.step, metrics=manifest.metrics, weights=weights)
 
     def manifest(self, step: int) -> Manifest:
         """All that a run needs to go on after this step, but for the tensors."""
@@ -505,33 +538,65 @@ class Trainer:
     # -- after -------------------------------------------------------------------------------------
 
     def finish(self, numbers: StepNumbers) -> None:
-        """After the last step: export, if the config names a place."""
-        if self.export_folder is None or self.exporter is None:
-            return
+        """After the last step: export, if the config names a place, and say what changed."""
+        step = self.backend.progress()[0]
+        if self.export_folder is not None:
+            self._export(self.export_folder, step, numbers.loss)
+            self.show_export(self.export_folder)
+        if self.evaluations is not None:
+            saved = self.saver.best if self.saver is not None else None
+            history = self.evaluations.history
+            best = saved["step"] if saved else self.choosing.rule.best(history)
+            for line in table_lines(history, best):
+                self.say(f"  {line}")
+
+    def show_export(self, out: Path) -> None:
+        """What there is to see of an export, for a person."""
+
+    def _export(self, out: Path, step: int, loss: float) -> None:
+        """The best step's weights from its checkpoint, or the last one's from the device."""
+        assert self.exporter is not None
+        metrics: dict[str, Any] = self._metrics_at(step, loss, step)
+        if self.config.export.which == "best":
+            assert self.saver is not None and self.evaluations is not None
+            best = self.saver.best
+            if best is not None and best["step"] != step:
+                if self.backend.process_index == 0:
+                    self._export_checkpoint(out, best["step"])
+                return
+            if best is None:
+                failed = self.choosing.rule.failed(self.evaluations.history[-1].scores)
+                why = ", ".join(map(str, failed)) or "no value was finite"
+                metrics["selection"] = f"no step qualifies (the last one: not {why}); the last step"
+                self.say(f"export.which=best: {metrics['selection']} is exported instead")
         if self.config.task.convert_to_safetensors:
-            metrics = self._final_metrics(numbers.loss)
-            steps = self.plan.total_steps
-            self.exporter.write(self.export_folder, self.backend, metrics, step=steps)
+            self.exporter.write(out, self.backend, metrics, step=step)
         else:
-            self.exporter.write_sharded(self.export_folder, self.backend)
+            self.exporter.write_sharded(out, self.backend)
+
+    def _export_checkpoint(self, out: Path, step: int) -> None:
+        name = self.catalog.name_of(step)
+        self.say(f"the best step is {step}: exporting {self.catalog.storage.describe(name)}")
+        self.catalog.check(name)
+        export_checkpoint(self.catalog.storage, name, out, base=self.files.folder, say=self.say)
 
     def _metrics_so_far(self, step: int) -> dict[str, float]:
-        """The last that was measured; after the last step, `_final_metrics`."""
+        """The last that was measured, for a checkpoint."""
         assert self.metrics is not None
         record = self.metrics.last
-        if record is None:  # just gone on from a checkpoint
-            return {}
-        found = self._final_metrics(record.loss)
-        if record.step != step:
-            found[f"train loss of step {record.step}"] = found.pop(LAST_LOSS)
-        return found
+        # None when just gone on from a checkpoint.
+        return {} if record is None else self._metrics_at(step, record.loss, record.step)
 
-    def _final_metrics(self, loss: float) -> dict[str, float]:
-        metrics = {LAST_LOSS: loss}
-        if self.heldout is not None and self.heldout.first is not None:
-            assert self.heldout.last is not None
-            metrics["held-out loss before"] = self.heldout.first
-            metrics["held-out loss after"] = self.heldout.last
+    def _metrics_at(self, step: int, loss: float, loss_step: int) -> dict[str, Any]:
+        """What is known of the weights after a step; what is older says of which step it is."""
+        metrics = {LAST_LOSS if loss_step == step else f"train loss of step {loss_step}": loss}
+        history = self.evaluations.history if self.evaluations is not None else []
+        if history:
+            last, now = history[-1], history[-1].step == step
+            metrics["held-out loss before"] = history[0].scores["eval_loss"]
+            after = "held-out loss after" if now else f"held-out loss of step {last.step}"
+            metrics[after] = last.scores["eval_loss"]
+            metrics |= {n: v for n, v in last.scores.items() if now and n not in LOSSES}
         return metrics
 
     def _keep_weights(self) -> str:

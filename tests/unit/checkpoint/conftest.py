@@ -199,7 +199,7 @@ def make_manifest(**changes: Any) -> Manifest:
         template_fingerprint=None,
         data_manifest={"train": "c" * 64},
         eval_manifest=None,
-        best_metric={"name": "eval_loss", "value": 2.5, "step": 2},
+        best_metric={"scores": {"eval_loss": 2.5, "right": 0.75}, "step": 2},
     )
     return Manifest(**{**fields, **changes})
 

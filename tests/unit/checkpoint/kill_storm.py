@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from torchprime.checkpoint.catalog import LATEST, SCORE, Catalog
+from torchprime.checkpoint.catalog import LATEST, Catalog
 from torchprime.checkpoint.lock import run_lock
 from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.shards import write_shards
@@ -49,7 +49,7 @@ def work(folder: Path, helper: ModuleType, count: int) -> None:
             with catalog.storage.create(name) as writer:
                 write_shards(writer, helper.cut("w", torch.full(SHAPE, float(step)), (1, 1)))
                 score = float((step * 7) % 10)
-                helper.finish(writer, global_step=step, metrics={SCORE: score})
+                helper.finish(writer, global_step=step, scores={"eval_loss": score})
             catalog.point(LATEST, name)
             catalog.retain(KEEP_LAST, KEEP_BEST, None)
 

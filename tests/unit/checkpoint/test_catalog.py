@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchprime.checkpoint.catalog import BEST, LATEST, SCORE, Catalog
+from torchprime.checkpoint.catalog import BEST, LATEST, Catalog
 from torchprime.checkpoint.storage import MANIFEST, LocalStorage, Storage
 from torchprime.errors import CheckpointError
 
@@ -24,10 +24,10 @@ def fill(
     """Checkpoints at these steps with these scores, written in this order."""
     catalog = Catalog(storage)
     for step, score in steps.items():
-        metrics = {} if score is None else {SCORE: score}
+        scores = {} if score is None else {"eval_loss": score}
         name = catalog.name_of(step)
         tensors = {"model.a": torch.full((50, 50), float(step)), "model.b": torch.ones(3)}
-        helper.write(storage, name, tensors, global_step=step, metrics=metrics, **changes)
+        helper.write(storage, name, tensors, global_step=step, scores=scores, **changes)
     return catalog
 
 

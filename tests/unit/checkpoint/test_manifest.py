@@ -28,7 +28,7 @@ def test_round_trip(storage: Storage, run_checkpoint: SimpleNamespace) -> None:
 def test_every_changed_digit_is_found(run_checkpoint: SimpleNamespace) -> None:
     text = run_checkpoint.manifest(files=FILES).to_bytes().decode()
     digits = [match.start() for match in re.finditer(r"\d", text)]
-    assert len(digits) > 100
+    assert len(digits) > 90
     for place in digits:
         changed = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
         with pytest.raises(CheckpointError, match="^where "):

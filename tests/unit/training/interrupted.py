@@ -14,7 +14,8 @@ from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.storage import Storage
 
 STEPS, EVERY = 12, 3  # the data has fewer blocks than that: an epoch ends in between
-TIMES = ("step_seconds", "supervised_tokens_per_s", "slot_tokens_per_s", "mfu", "seconds")
+TIMES = ("step_seconds", "supervised_tokens_per_s", "slot_tokens_per_s", "mfu", "seconds",
+         "share_of_run", "generate_seconds")  # fmt: skip
 HOST = ("host_memory_bytes", "device_memory_bytes", "compiles")
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta, tzinfo
 from itertools import count
@@ -223,6 +224,9 @@ def test_a_second_process_is_refused_and_the_first_goes_on(
         return {path: path.stat().st_mtime_ns for path in files}
 
     def second() -> None:
+        latest = folder / "checkpoints" / "latest"
+        while not latest.exists():  # a thread of the first writes the checkpoint of step 3
+            time.sleep(0.02)
         before = times()
         command_line = [sys.executable, entry, *argv]
         ended.append(subprocess.run(command_line, capture_output=True, text=True))

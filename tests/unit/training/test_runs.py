@@ -33,7 +33,7 @@ from torchprime.metrics.record import StepRecord
 from torchprime.metrics.throughput import Stopwatch
 from torchprime.metrics.writers import read_metrics
 from torchprime.training.backend import StepNumbers
-from torchprime.training.loop import BaseHook, CompileGuard, DataOrder, train_loop
+from torchprime.training.loop import BaseHook, CompileGuard, DataOrder, RunControl, train_loop
 
 STEPS, LOGGED, PEAK = 7, [3, 6, 7], 0.01
 # Linear: up from 0 in 2 updates, then down to a tenth at update 7.
@@ -372,6 +372,7 @@ def loop(backend: Any, *, steps: int = 8, logging_steps: int = 3, data: Any = No
         hooks=[keep],
         guard=CompileGuard(backend, allow=False),
         watch=Stopwatch(),
+        control=RunControl(),
     )
     return keep
 

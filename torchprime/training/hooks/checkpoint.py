@@ -1,4 +1,5 @@
-"""When a checkpoint is written: every so many steps or minutes, when asked for, and at the end.
+"""When a checkpoint is written: every so many steps or minutes, at the best step so far where that
+is wanted, when asked for, and at the end.
 
 A run is asked by a signal (SIGTERM, as preempted machines get it, or SIGINT): the step under way is
 finished, a checkpoint is written and the run ends with its own exit code. A second signal ends it
@@ -12,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -61,7 +62,8 @@ class CheckpointHook(BaseHook):
 
     Args:
         logging_steps: processes agree on what they were asked at these steps.
-        score: the held-out loss after this very step, None if it was not measured.
+        scores: what was measured on held-out rows after this very step.
+        save_best: whether a step that is the best so far is saved too.
         emit: writes a record.
     """
 
@@ -74,24 +76,26 @@ class CheckpointHook(BaseHook):
         every_minutes: float | None,
         logging_steps: int,
         folder: Path,
-        score: Callable[[int], float | None],
+        scores: Callable[[int], Mapping[str, float]],
+        save_best: bool,
         emit: Callable[[CheckpointRecord], None],
     ) -> None:
         self.backend, self.saver = backend, saver
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.logging_steps, self.now_file = logging_steps, folder / NOW_FILE
-        self.score, self.emit = score, emit
+        self.scores, self.save_best, self.emit = scores, save_best, emit
         self.signals = StopSignals()
         self._saved_at = time.monotonic()  # not the clock, which may be set
 
     def on_start(self) -> None:
         self.signals.watch()
-        if self.every_steps is not None or self.every_minutes is not None:
+        if self.every_steps is not None or self.every_minutes is not None or self.save_best:
             self.saver.reserve()
 
     def after_step(self, step: int, last: bool) -> None:
         asked = self._asked(step, last)
         due = last or (self.every_steps is not None and step % self.every_steps == 0)
+        due = due or (self.save_best and self.saver.is_best(self.scores(step)))
         if due or asked != GO_ON:
             self._save(step, wait=last or asked == STOP)
         for record in self.saver.finished():
@@ -125,4 +129,4 @@ class CheckpointHook(BaseHook):
 
     def _save(self, step: int, wait: bool) -> None:
         self._saved_at = time.monotonic()
-        self.saver.save(step, score=self.score(step), wait=wait)
+        self.saver.save(step, scores=self.scores(step), wait=wait)

@@ -1,0 +1,69 @@
+"""What the schema's sections check themselves with: the forms of a message about a value."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+from torchprime.errors import ConfigError
+
+
+def refuse(key: str, given: object, expected: str, fix: str) -> NoReturn:
+    """The one form of a message about a value."""
+    raise ConfigError(f"{key}: given {shown(given)}, expected {expected}. {fix}")
+
+
+def shown(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value)
+
+
+def at_least(key: str, value: float | None, least: float) -> None:
+    if value is not None and not (value >= least and math.isfinite(value)):
+        refuse(key, value, f"at least {least}", f"Set {key}={least} or more.")
+
+
+def positive(key: str, value: float | None) -> None:
+    if value is not None and not (value > 0 and math.isfinite(value)):
+        refuse(key, value, "a number above 0", f"Set {key} to a number above 0.")
+
+
+def fraction(key: str, value: float | None, *, one_allowed: bool = True) -> None:
+    if value is None:
+        return
+    if not 0 <= value <= 1 or (value == 1 and not one_allowed):
+        upper = "1" if one_allowed else "less than 1"
+        refuse(key, value, f"a fraction from 0 to {upper}", f"Write 5% as {key}=0.05.")
+
+
+def not_empty(key: str, value: str | None) -> None:
+    if value is not None and not value.strip():
+        refuse(key, value, "a name, or null for none", f"Give it a value or set {key}=null.")
+
+
+def some_source(section: str, hub: str | None, path: str | None) -> None:
+    if hub is None and path is None:
+        example = " Choose a dataset (dataset=gsm8k), or set" if section == "dataset" else " Set"
+        raise ConfigError(
+            f"{section}.hf_dataset_name and {section}.file_dataset_path: given null and null, "
+            f"expected one of the two.{example} {section}.file_dataset_path=rows.jsonl."
+        )
+
+
+def one_source(section: str, hub: str | None, hub_config: str | None, path: str | None) -> None:
+    """A hub name and a file are alternatives: which of them is meant is never guessed."""
+    hub_key, path_key = f"{section}.hf_dataset_name", f"{section}.file_dataset_path"
+    not_empty(hub_key, hub)
+    not_empty(path_key, path)
+    if hub is not None and path is not None:
+        raise ConfigError(
+            f"{hub_key} and {path_key}: given {hub!r} and {path!r}, expected only one of the two. "
+            f"To read the file add {hub_key}=null {section}.hf_dataset_config_name=null; "
+            f"to read the hub's dataset add {path_key}=null."
+        )
+    if hub_config is not None and hub is None:
+        key = f"{section}.hf_dataset_config_name"
+        refuse(key, hub_config, f"null, since {hub_key} is null", f"Set {key}=null.")

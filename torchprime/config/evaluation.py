@@ -1,0 +1,152 @@
+"""The sections about held-out rows: what is measured on them, and what follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torchprime.config.checks import at_least, fraction, not_empty, one_source, positive, refuse
+
+LOSSES = ("eval_loss", "eval_perplexity")  # measured wherever rows are held out
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Answers to held-out prompts, made wherever the held-out loss is measured, and graded."""
+
+    max_examples: int | None = 0  # the first so many held-out rows; null: all, 0: none
+    max_new_tokens: int = 256
+    batch_size: int = 32  # prompts at a time, over all devices
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_k: int | None = None
+    top_p: float = 1.0
+    every_steps: int | None = None  # a multiple of eval.every_steps; null: whenever that is
+
+    def __post_init__(self) -> None:
+        key = "eval.generate"
+        at_least(f"{key}.max_examples", self.max_examples, 0)
+        at_least(f"{key}.max_new_tokens", self.max_new_tokens, 1)
+        at_least(f"{key}.batch_size", self.batch_size, 1)
+        at_least(f"{key}.temperature", self.temperature, 0)
+        at_least(f"{key}.top_k", self.top_k, 1)
+        positive(f"{key}.top_p", self.top_p)
+        fraction(f"{key}.top_p", self.top_p)
+        at_least(f"{key}.every_steps", self.every_steps, 1)
+
+    @property
+    def enabled(self) -> bool:
+        return self.max_examples != 0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out rows: their loss, and graded answers to them, before the first step, every
+    `every_steps` and at the end."""
+
+    hf_dataset_name: str | None = None
+    hf_dataset_config_name: str | None = None
+    file_dataset_path: str | None = None
+    split: str | None = None
+    max_examples: int | None = None
+    every_steps: int | None = None
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    # Each with a name and a kind, and the kind's options (docs/evaluation.md).
+    graders: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        one_source(
+            "eval", self.hf_dataset_name, self.hf_dataset_config_name, self.file_dataset_path
+        )
+        not_empty("eval.split", self.split)
+        if self.hf_dataset_name is not None and self.split is None:
+            refuse("eval.split", None, "a split of the hub's dataset", "Set eval.split=test.")
+        at_least("eval.max_examples", self.max_examples, 1)
+        at_least("eval.every_steps", self.every_steps, 1)
+        self._check_graders()
+        between, every = self.generate.every_steps, self.every_steps
+        if between is not None and (every is None or between % every):
+            refuse(
+                "eval.generate.every_steps",
+                between,
+                "null, since eval.every_steps is null"
+                if every is None
+                else f"a multiple of eval.every_steps={every}",
+                "Set eval.every_steps too, or eval.generate.every_steps=null.",
+            )
+
+    def _check_graders(self) -> None:
+        names = []
+        for place, grader in enumerate(self.graders):
+            key = f"eval.graders[{place}]"
+            for part in ("name", "kind"):
+                if not isinstance(grader.get(part), str) or not grader[part].strip():
+                    refuse(
+                        f"{key}.{part}",
+                        grader.get(part),
+                        f"a {part}",
+                        f"Write each grader as {{name: answer_accuracy, kind: gsm8k_answer}}; "
+                        f"add its {part}.",
+                    )
+            name = grader["name"]
+            if not name.replace("_", "a").isalnum() or name[0].isdigit() or name in LOSSES:
+                refuse(
+                    f"{key}.name",
+                    name,
+                    f"letters, digits and _, not one of {', '.join(LOSSES)}",
+                    "Rename it.",
+                )
+            names.append(name)
+        if len(set(names)) < len(names):
+            refuse("eval.graders", names, "a name of its own for each grader", "Rename one.")
+        if self.graders and not self.generate.enabled:
+            refuse(
+                "eval.generate.max_examples",
+                0,
+                "how many held-out rows are answered, since eval.graders grade answers",
+                "Set eval.generate.max_examples=200, or eval.graders=[].",
+            )
+
+    @property
+    def metrics(self) -> list[str]:
+        """What an evaluation measures, by name."""
+        return [*LOSSES, *(grader["name"] for grader in self.graders)]
+
+    @property
+    def enabled(self) -> bool:
+        return self.hf_dataset_name is not None or self.file_dataset_path is not None
+
+
+@dataclass(frozen=True)
+class EarlyStoppingConfig:
+    """End the run after `patience` evaluations without an improvement of more than `min_delta`."""
+
+    metric: str | None = None  # null: never
+    mode: Literal["min", "max"] = "min"
+    patience: int = 3
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        not_empty("selection.early_stopping.metric", self.metric)
+        at_least("selection.early_stopping.patience", self.patience, 1)
+        at_least("selection.early_stopping.min_delta", self.min_delta, 0)
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """Which evaluated step is the best: of those that pass every gate, the first by ranking."""
+
+    gates: list[str] = field(default_factory=list)  # "format_pass >= 0.98"
+    ranking: list[str] = field(default_factory=lambda: ["eval_loss asc"])
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+
+    def __post_init__(self) -> None:
+        if not self.ranking:
+            refuse("selection.ranking", [], "at least one metric", 'Set ["eval_loss asc"].')
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is exported at the end."""
+
+    # best: by `selection`; an evaluated step that is the best so far is then kept as a checkpoint.
+    which: Literal["best", "last"] = "last"

@@ -1,0 +1,56 @@
+"""What training changed, in a table for people: base, last and best step, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torchprime.evaluation.selection import Evaluated
+from torchprime.metrics.writers import shown
+
+
+def columns(history: Sequence[Evaluated], best_step: int | None) -> dict[str, Evaluated]:
+    """The evaluations that are compared, by heading: those with the most metrics.
+
+    Args:
+        history: in the order of steps.
+        best_step: which of them was chosen; None if none was.
+    """
+    last = history[-1]
+    found = {"base": history[0]} if history[0].step == 0 else {}
+    if last.step:
+        both = " = best" if best_step == last.step else ""
+        found[f"last{both} (step {last.step})"] = last
+    best = [one for one in history if one.step == best_step != last.step]
+    if best:
+        found[f"best (step {best_step})"] = best[0]
+    return found
+
+
+def table(history: Sequence[Evaluated], best_step: int | None) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: a metric's name, with its count, and its value in each column."""
+    chosen = columns(history, best_step)
+    names = list(dict.fromkeys(name for one in chosen.values() for name in one.scores))
+    rows = []
+    for name in names:
+        counts = {s["count"] for one in chosen.values() if (s := one.graded.get(name))}
+        label = name + (f" (n={counts.pop()})" if len(counts) == 1 else "")
+        rows.append([label, *(_cell(one, name) for one in chosen.values())])
+    return ["", *chosen], rows
+
+
+def _cell(one: Evaluated, name: str) -> str:
+    score: Mapping[str, object] | None = one.graded.get(name)
+    if score is not None:
+        return shown(score)
+    value = one.scores.get(name)
+    return "-" if value is None else f"{value:,.4f}"
+
+
+def table_lines(history: Sequence[Evaluated], best_step: int | None) -> list[str]:
+    """The table for a terminal; 95% intervals in brackets."""
+    headings, rows = table(history, best_step)
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (headings, *rows)
+    ]

@@ -1,0 +1,94 @@
+"""What a model does when it is asked: held-out prompts -> answers -> grades -> scores.
+
+    prompts  --backend.generate-->  samples  --graders-->  grades  --intervals-->  scores by name
+
+A run's trainer and a person's command line ask in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import NamedTuple, Protocol
+
+from torchprime.errors import DataError
+from torchprime.evaluation.generation import Answer, GenerateOptions
+from torchprime.evaluation.intervals import Score, score
+from torchprime.evaluation.samples import Grader, Sample
+
+Grades = dict[str, float | None]  # by grader; None where it does not apply
+
+
+class Prompt(NamedTuple):
+    """A held-out row as something to be asked."""
+
+    row_id: str
+    text: str  # what a person reads
+    ids: list[int]  # what a server gives the model
+    reference: str
+
+
+class Generator(Protocol):
+    """The part of a backend that answers."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], options: GenerateOptions
+    ) -> list[Answer]: ...
+
+
+def check_prompts(prompts: Sequence[Prompt], max_length: int) -> None:
+    """Every prompt leaves room for an answer.
+
+    Raises:
+        DataError: naming the first that does not, its length and the limit.
+    """
+    for prompt in prompts:
+        if len(prompt.ids) >= max_length:
+            raise DataError(
+                f"eval: the prompt of held-out row {prompt.row_id} has {len(prompt.ids):,} tokens, "
+                f"and the model's context has {max_length:,} positions, so no answer fits. Remove "
+                "the row, or lower eval.generate.max_examples to the rows before it."
+            )
+
+
+def ask(
+    backend: Generator,
+    prompts: Sequence[Prompt],
+    options: GenerateOptions,
+    decode: Callable[[list[int]], str],
+) -> list[Sample]:
+    """The model's answers, in the order of the prompts."""
+    answers = backend.generate([prompt.ids for prompt in prompts], options)
+    return [
+        Sample(p.row_id, p.text, decode(a.ids), p.reference, a.stopped, len(a.ids))
+        for p, a in zip(prompts, answers, strict=True)
+    ]
+
+
+def grade(samples: Sequence[Sample], graders: Mapping[str, Grader]) -> list[Grades]:
+    """What each grader says of each sample."""
+    return [{name: grader(sample) for name, grader in graders.items()} for sample in samples]
+
+
+def scores_of(grades: Sequence[Grades], names: Sequence[str]) -> dict[str, Score]:
+    """Each grader's mean with its count and interval.
+
+    Raises:
+        DataError: a grader applies to no row at all.
+    """
+    found = {name: score([each[name] for each in grades]) for name in names}
+    idle = [name for name, value in found.items() if value is None]
+    if idle:
+        raise DataError(
+            f"eval.graders: {', '.join(idle)} applies to none of the {len(grades)} held-out rows "
+            "(no answer of that form in their completions?). Choose graders that fit the rows "
+            "(docs/evaluation.md), or other held-out rows."
+        )
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def sample_lines(samples: Sequence[Sample], grades: Sequence[Grades]) -> Iterator[str]:
+    """One JSON line per sample, as evaluations/step_*.jsonl holds them."""
+    for sample, grade in zip(samples, grades, strict=True):
+        yield json.dumps({**asdict(sample), "grades": grade}, ensure_ascii=False) + "\n"

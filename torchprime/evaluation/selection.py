@@ -1,0 +1,224 @@
+"""Which evaluated step is the best, when a run should end early, and whether it overfits.
+
+    scores of a step  ->  gates (must all hold)  ->  ranking (metrics in turn)  ->  a rank
+
+All three look at the same thing: what was measured after which step, in order. They keep no state
+of their own, so a run that goes on from a checkpoint decides as the uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torchprime.config.checks import refuse
+from torchprime.config.load import nearest
+
+RELATIONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+GATE = re.compile(r"\s*(\w+)\s*(>=|<=|>|<)\s*(\S+)\s*")
+ORDER = re.compile(r"\s*(\w+)\s+(asc|desc)\s*")
+
+Rank = tuple[float, ...]  # lower is better
+Scores = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was measured after a step, and the mean training loss since the evaluation before.
+
+    Attributes:
+        graded: of the scores that graders gave, count and interval too (intervals.Score).
+    """
+
+    step: int
+    scores: dict[str, float] = field(default_factory=dict)
+    train_loss: float | None = None
+    graded: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Gate(NamedTuple):
+    """A condition that a step has to meet."""
+
+    metric: str
+    relation: str
+    bound: float
+
+    def holds(self, scores: Scores) -> bool:
+        """Whether it was measured and is so; NaN never is."""
+        value = scores.get(self.metric, math.nan)
+        return RELATIONS[self.relation](value, self.bound)
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.relation} {self.bound:g}"
+
+
+class Order(NamedTuple):
+    """A metric, and which way it is better."""
+
+    metric: str
+    descending: bool
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'desc' if self.descending else 'asc'}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Gates first, then a ranking."""
+
+    gates: tuple[Gate, ...] = ()
+    ranking: tuple[Order, ...] = (Order("eval_loss", False),)
+
+    def rank(self, scores: Scores) -> Rank | None:
+        """A step's place among others, by comparison; None if it is no candidate: a gate fails, or
+        a metric of the ranking was not measured or is not finite."""
+        if self.failed(scores):
+            return None
+        values = [scores.get(order.metric, math.nan) for order in self.ranking]
+        if not all(map(math.isfinite, values)):
+            return None
+        pairs = zip(values, self.ranking, strict=True)
+        return tuple(-value if order.descending else value for value, order in pairs)
+
+    def failed(self, scores: Scores) -> list[Gate]:
+        """The gates that these scores do not pass."""
+        return [gate for gate in self.gates if not gate.holds(scores)]
+
+    def best(self, history: Sequence[Evaluated]) -> int | None:
+        """The step that ranks first, the earliest of equal ones; None if none is a candidate. The
+        base, step 0, is none."""
+        ranks = ((self.rank(one.scores), one.step) for one in history if one.step)
+        return min(((rank, step) for rank, step in ranks if rank is not None), default=(0, None))[1]
+
+    def __str__(self) -> str:
+        ranked = ", then ".join(map(str, self.ranking))
+        return " and ".join(map(str, self.gates)) + ("; " if self.gates else "") + ranked
+
+
+def parse_rule(gates: Sequence[str], ranking: Sequence[str], known: Collection[str]) -> Rule:
+    """From the config's texts.
+
+    Args:
+        known: the metrics that the run measures.
+
+    Raises:
+        ConfigError: not a condition or an order, or a metric that nothing measures.
+    """
+    parsed_gates = []
+    for place, text in enumerate(gates):
+        key = f"selection.gates[{place}]"
+        match = GATE.fullmatch(text)
+        bound = _number(match[3]) if match else None
+        if match is None or bound is None:
+            refuse(
+                key,
+                text,
+                "a metric, one of >=, <=, >, < and a number",
+                'Write "format_pass >= 0.98", for example.',
+            )
+        parsed_gates.append(Gate(known_metric(match[1], known, key), match[2], bound))
+    orders = []
+    for place, text in enumerate(ranking):
+        key = f"selection.ranking[{place}]"
+        match = ORDER.fullmatch(text)
+        if match is None:
+            refuse(
+                key,
+                text,
+                "a metric and asc (lower is better) or desc",
+                'Write "eval_loss asc", for example.',
+            )
+        orders.append(Order(known_metric(match[1], known, key), match[2] == "desc"))
+    return Rule(tuple(parsed_gates), tuple(orders))
+
+
+def known_metric(name: str, known: Collection[str], key: str) -> str:
+    """The name itself, if the run measures it.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if name not in known:
+        close = nearest(name, known)
+        refuse(
+            key,
+            name,
+            f"a metric that this run measures: {', '.join(known)}",
+            (f"Did you mean {close}? " if close else "") + "Or add a grader of that name to "
+            "eval.graders.",
+        )
+    return name
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """Patience with one metric."""
+
+    metric: str
+    highest: bool  # whether more is better
+    patience: int
+    min_delta: float
+
+    def reason(self, history: Sequence[Evaluated]) -> str | None:
+        """Why to stop after the last of these evaluations; None to go on.
+
+        The evaluation before the first step does not count: what a base model does by chance should
+        not end its training.
+        """
+        sign = -1.0 if self.highest else 1.0
+        best, since = math.inf, 0
+        best_at: Evaluated | None = None
+        for one in history:
+            value = one.scores.get(self.metric)
+            if one.step == 0 or value is None:
+                continue
+            if sign * value < best - (self.min_delta if best_at else 0.0):
+                best, best_at, since = sign * value, one, 0
+            else:
+                since += 1
+        if since < self.patience:
+            return None
+        told = "none was finite"
+        if best_at is not None:
+            told = f"the best was {best_at.scores[self.metric]:.4g} after step {best_at.step}"
+        return (
+            f"{self.metric} has not improved by more than {self.min_delta:g} in {since} "
+            f"evaluations; {told}"
+        )
+
+
+def overfitting(history: Sequence[Evaluated]) -> str | None:
+    """What says, at the last of these evaluations, that the run learns its rows by heart.
+
+    That is: the held-out loss has risen at the last two evaluations in a row, while the training
+    loss has fallen at both.
+    """
+    if len(history) < 3:
+        return None
+    low, middle, last = history[-3:]
+    held = [one.scores.get("eval_loss", math.nan) for one in (low, middle, last)]
+    trained = [one.train_loss for one in (low, middle, last)]
+    first, second, third = (math.nan if loss is None else loss for loss in trained)
+    if not (held[0] < held[1] < held[2] and first > second > third):
+        return None
+    return (
+        f"overfitting: from step {low.step} to {last.step} the held-out loss rose from "
+        f"{held[0]:.4f} over {held[1]:.4f} to {held[2]:.4f}, while the training loss fell from "
+        f"{first:.4f} over {second:.4f} to {third:.4f}"
+    )

@@ -1,0 +1,143 @@
+"""The eval and selection sections become what a run asks, how it grades, and how it chooses.
+
+Everything that a config can get wrong about it is found here, before a weight is read: a grader or
+a metric that does not exist, a prompt that leaves no room. The config stops here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchprime.config.evaluation import EvalConfig, SelectionConfig
+from torchprime.data.rendering import ChatTemplate
+from torchprime.data.tokenizer import Tokenizer
+from torchprime.evaluation.behaviour import Prompt, check_prompts
+from torchprime.evaluation.generation import GenerateOptions
+from torchprime.evaluation.graders import make_grader
+from torchprime.evaluation.samples import Grader
+from torchprime.evaluation.selection import EarlyStopping, Rule, known_metric, parse_rule
+from torchprime.training.datasets import RunRows, question_of
+
+EVALUATIONS = "evaluations"  # the folder in a run's
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """What follows from what is measured."""
+
+    rule: Rule
+    stopping: EarlyStopping | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked at an evaluation, and what follows from it.
+
+    Attributes:
+        prompts: of the held-out rows that are answered; none where only the loss is measured.
+        decode: from an answer's token ids to its text.
+        answers_every: answered every so many steps; None: whenever the loss is measured.
+        folder: where samples are written.
+    """
+
+    prompts: list[Prompt]
+    options: GenerateOptions
+    decode: Callable[[list[int]], str]
+    graders: Mapping[str, Grader]
+    answers_every: int | None
+    folder: Path
+    choosing: Choosing
+
+    @property
+    def stopping(self) -> EarlyStopping | None:
+        return self.choosing.stopping
+
+    def samples_file(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}.jsonl"
+
+    def complete(self, scores: Mapping[str, float]) -> bool:
+        """Whether these have a value from every grader."""
+        return all(name in scores for name in self.graders)
+
+
+def make_choosing(eval: EvalConfig, selection: SelectionConfig) -> Choosing:
+    """Check gates, ranking and patience against what the run measures.
+
+    Raises:
+        ConfigError: a text that is no rule, or a metric that is not measured.
+    """
+    stopping = selection.early_stopping
+    rule = parse_rule(selection.gates, selection.ranking, eval.metrics)
+    if stopping.metric is None:
+        return Choosing(rule, None)
+    metric = known_metric(stopping.metric, eval.metrics, "selection.early_stopping.metric")
+    highest = stopping.mode == "max"
+    return Choosing(rule, EarlyStopping(metric, highest, stopping.patience, stopping.min_delta))
+
+
+def make_graders(eval: EvalConfig) -> dict[str, Grader]:
+    """The graders by name.
+
+    Raises:
+        ConfigError: a kind, option or value that does not exist.
+    """
+    graders = {}
+    for place, given in enumerate(eval.graders):
+        options = {key: value for key, value in given.items() if key not in ("name", "kind")}
+        key = f"eval.graders[{place}]"
+        graders[given["name"]] = make_grader(given["kind"], key=key, **options)
+    return graders
+
+
+def make_evaluation(
+    eval: EvalConfig,
+    choosing: Choosing,
+    graders: Mapping[str, Grader],
+    *,
+    rows: RunRows,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    stop_ids: tuple[int, ...],
+    max_length: int,
+    seed: int,
+    folder: Path,
+) -> Evaluation:
+    """Read and check the prompts.
+
+    Args:
+        rows: where the held-out rows are.
+        stop_ids: tokens that end an answer.
+        max_length: the model's context.
+        folder: of the run.
+
+    Raises:
+        DataError: a prompt that leaves no room for an answer.
+    """
+    g = eval.generate
+    prompts = []
+    if g.enabled:
+        for row in rows.first_heldout(g.max_examples):
+            asked = question_of(row, tokenizer, template)
+            prompts.append(Prompt(row.row_id, asked.text, asked.ids, asked.answer))
+        check_prompts(prompts, max_length)
+    options = GenerateOptions(
+        max_new_tokens=g.max_new_tokens,
+        stop_ids=stop_ids,
+        max_length=max_length,
+        temperature=g.temperature,
+        top_k=g.top_k,
+        top_p=g.top_p,
+        seed=seed,
+        batch_size=g.batch_size,
+    )
+    return Evaluation(
+        prompts,
+        options,
+        tokenizer.decode,
+        graders,
+        g.every_steps,
+        folder / EVALUATIONS,
+        choosing,
+    )

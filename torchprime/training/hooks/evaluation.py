@@ -1,0 +1,165 @@
+"""Held-out loss and graded answers before the first step, every so many steps, and at the end.
+
+What is measured decides: whether the step is the best so far (the checkpoint hook asks), whether to
+end the run early, and whether to warn of overfitting. All processes measure and decide the same;
+the first one grades, since a grader may be anybody's code, and tells the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torchprime.atomic import write_text
+from torchprime.data.packed import PackedDataset
+from torchprime.errors import UserError
+from torchprime.evaluation.behaviour import ask, grade, sample_lines, scores_of
+from torchprime.evaluation.heldout import heldout_loss
+from torchprime.evaluation.intervals import Score
+from torchprime.evaluation.samples import Sample
+from torchprime.evaluation.selection import overfitting
+from torchprime.metrics.record import EvalRecord, StepRecord
+from torchprime.metrics.throughput import Stopwatch
+from torchprime.training.backend import Backend
+from torchprime.training.evaluating import Evaluation
+from torchprime.training.loop import BaseHook, CompileGuard, RunControl
+from torchprime.training.resuming import Past, evaluated
+
+
+class EvaluationHook(BaseHook):
+    """Its time is taken out of the steps' by pausing their stopwatch.
+
+    Args:
+        data: the packed held-out rows.
+        evaluation: what is asked, how it is graded, and what follows from it.
+        batch_size: blocks per forward of the held-out loss.
+        every_steps: None measures only before the first step and after the last.
+        emit: writes a record.
+        control: by which the run is ended early.
+        past: what a run that goes on has measured already.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        data: PackedDataset,
+        evaluation: Evaluation,
+        *,
+        batch_size: int,
+        every_steps: int | None,
+        emit: Callable[[EvalRecord], None],
+        say: Callable[[str], None],
+        guard: CompileGuard,
+        watch: Stopwatch,
+        control: RunControl,
+        past: Past,
+    ) -> None:
+        self.backend, self.data, self.evaluation = backend, data, evaluation
+        self.batch_size, self.every_steps = batch_size, every_steps
+        self.emit, self.say, self.guard, self.watch = emit, say, guard, watch
+        self.control, self.history = control, list(past.history)
+        self._losses = list(past.losses)  # of training, since the last evaluation
+        self._started = time.perf_counter()
+        self.seconds = 0.0  # of all evaluations of this start
+
+    def on_start(self) -> None:
+        self._started = time.perf_counter()
+        if not self.history:
+            self._evaluate(0, answers=True)
+
+    def on_record(self, record: StepRecord) -> None:
+        self._losses.append(record.loss)
+
+    def scores_after(self, step: int) -> dict[str, float]:
+        """What was measured after this very step, {} if nothing was."""
+        last = self.history[-1] if self.history else None
+        return last.scores if last is not None and last.step == step else {}
+
+    def after_step(self, step: int, last: bool) -> None:
+        due = self.every_steps is not None and step % self.every_steps == 0
+        if not (last or due):
+            return
+        between = self.evaluation.answers_every or self.every_steps or 1
+        self._evaluate(step, answers=last or step % between == 0)
+        if last:
+            return
+        stopping = self.evaluation.stopping
+        reason = None if stopping is None else stopping.reason(self.history)
+        if reason is not None:
+            if not self.evaluation.complete(self.scores_after(step)):
+                self._evaluate(step, answers=True)  # the run's last, so with its answers
+            self.control.stop_reason = reason
+            self.say(f"early stopping after step {step}: {reason}")
+
+    def on_end(self) -> None:
+        if self.history and self.seconds:
+            share = self.seconds / max(time.perf_counter() - self._started, 1e-9)
+            self.say(f"evaluation took {self.seconds:.1f} s, {share:.1%} of the run")
+
+    def _evaluate(self, step: int, answers: bool) -> None:
+        self.backend.synchronize()  # steps still under way are the steps' time
+        with self.watch.paused():
+            started = time.perf_counter()
+            with self.guard.watch("held-out step", (self.batch_size, self.data.block_size)):
+                loss = heldout_loss(self.backend, self.data, self.batch_size)
+            generated: dict[str, Any] = {}
+            if answers and self.evaluation.prompts:
+                generated = self._answers(step)
+            now = time.perf_counter()
+            self.seconds += now - started
+            record = EvalRecord(
+                step=step,
+                eval_loss=loss.mean,
+                eval_supervised_tokens=self.data.supervised_tokens,
+                seconds=now - started,
+                train_loss=sum(self._losses) / len(self._losses) if self._losses else None,
+                source_losses=loss.by_source,
+                share_of_run=self.seconds / (now - self._started) if step else None,
+                **generated,
+            )
+        if self.history and self.history[-1].step == step:  # measured again, now with answers
+            self.history.pop()
+        self.history.append(evaluated(record.to_dict()))
+        self._losses.clear()
+        self.emit(record)
+        if answers and (warning := overfitting(self.history)) is not None:
+            self.say(warning)
+
+    def _answers(self, step: int) -> dict[str, Any]:
+        """The fields of a record that are about answers."""
+        started = time.perf_counter()
+        e = self.evaluation
+        shapes = (e.options.batch_size, e.options.max_new_tokens)
+        with self.guard.watch("generation", shapes):
+            samples = ask(self.backend, e.prompts, e.options, e.decode)
+        seconds = time.perf_counter() - started
+        scores = self._from_first(lambda: self._grade(step, samples))
+        return {
+            "scores": {name: asdict(score) for name, score in scores.items()},
+            "generated_tokens": sum(sample.tokens for sample in samples),
+            "generate_seconds": seconds,
+        }
+
+    def _grade(self, step: int, samples: Sequence[Sample]) -> dict[str, Score]:
+        e = self.evaluation
+        grades = grade(samples, e.graders)
+        e.folder.mkdir(exist_ok=True)
+        write_text(e.samples_file(step), "".join(sample_lines(samples, grades)))
+        return scores_of(grades, list(e.graders))
+
+    def _from_first(self, part: Callable[[], dict[str, Score]]) -> dict[str, Score]:
+        """What the first process makes, or its failure, on all of them."""
+        made: dict[str, Score] = {}
+        problem: UserError | None = None
+        if self.backend.process_index == 0:
+            try:
+                made = part()
+            except UserError as error:
+                problem = error
+        if self.backend.process_count > 1:
+            made, problem = self.backend.gather_objects((made, problem))[0]
+        if problem is not None:
+            raise problem
+        return made
