@@ -24,6 +24,13 @@ def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentPa
     )
 
 
+def positive(text: str) -> int:
+    """A type for arguments: a whole number of 1 or more."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
 def run_command(
     parser: argparse.ArgumentParser, argv: list[str], command: Callable[[argparse.Namespace], int]
 ) -> int:

@@ -24,7 +24,7 @@ import torch
 
 from torchprime.checkpoint.certificate import CERTIFICATE, read_certificate
 from torchprime.checkpoint.source import resolve_pretrained
-from torchprime.cli.arguments import make_parser, run_command
+from torchprime.cli.arguments import make_parser, positive, run_command
 from torchprime.cli.columns import beside, column_width, shown, wrap
 from torchprime.cli.stdout import print_lines, print_text
 from torchprime.errors import CheckpointError, ConfigError, DataError, RuntimeSetupError
@@ -73,18 +73,12 @@ def chat_main(argv: list[str]) -> int:
         help="put what is asked into the words of training rows with question and answer",
     )
     add("--system", metavar="TEXT", help="the system's message; needs a chat template")
-    add("--max-new-tokens", type=_positive, default=256, metavar="N", help="default: 256")
+    add("--max-new-tokens", type=positive, default=256, metavar="N", help="default: 256")
     add("--temperature", type=_temperature, default=0.0, metavar="T", help="default: 0, greedy")
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
     add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else cpu")
     add("--json", action="store_true", help="print an object for each prompt")
     return run_command(parser, argv, _chat)
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
 
 
 def _temperature(text: str) -> float:

@@ -71,6 +71,15 @@ def chat(argv: list[str]) -> int:
     return chat_main(argv)
 
 
+def lm_eval(argv: list[str]) -> int:
+    """Score an export on standard benchmarks, by EleutherAI's lm-eval harness."""
+    os.environ["USE_TORCH_XLA"] = "0"
+    # late: as above
+    from torchprime.cli.harness import lm_eval_main
+
+    return lm_eval_main(argv)
+
+
 # These take a run's config, with the flags and overrides of the training job.
 CONFIG_COMMANDS: dict[str, Callable[[TrainConfig], int]] = {"prepare": prepare, "inspect": inspect}
 # These take arguments of their own.
@@ -80,6 +89,7 @@ OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "verify": verify,
     "chat": chat,
+    "lm-eval": lm_eval,
 }
 
 
@@ -92,6 +102,7 @@ def usage() -> str:
         "       torchprime export CHECKPOINT --out DIR",
         "       torchprime verify DIR",
         "       torchprime chat --model DIR [--base DIR]",
+        "       torchprime lm-eval DIR --tasks NAME[,NAME ...]",
         "",
     ]
     for name, command in {**CONFIG_COMMANDS, **OTHER_COMMANDS}.items():
