@@ -7,9 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import torch
+
+from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
 from torchprime.data.packed import PackedDataset
-from torchprime.sharding import Spec, shard_count
+from torchprime.errors import ConfigError
+from torchprime.sharding import ShardingTable, Spec, shard_count
+from torchprime.training.datasets import RunData
+from torchprime.training.model_files import ModelFiles
 from torchprime.training.optim import Optimizer, Parameter, decays
 
 GIB = 2**30
@@ -118,6 +124,70 @@ class Plan:
                 f"{self.eval_budget['blocks']:,} blocks"
             )
         return "\n".join(f"  {line}" for line in lines)
+
+
+def plan_run(
+    config: TrainConfig,
+    files: ModelFiles,
+    rows: RunData,
+    optimizer: Optimizer,
+    dtype: torch.dtype,
+) -> tuple[ShardingTable, Plan]:
+    """What a config comes to, with the table by which it is sharded.
+
+    Raises:
+        ConfigError: names or shapes that the sharding table does not fit, a scan over layers that
+            differ.
+    """
+    c, a = config, files.architecture
+    mesh = c.mesh_shape()
+    table = ShardingTable(
+        c.sharding.parameters, c.sharding.activations, c.sharding.max_unsharded_params
+    )
+    specs = table.parameter_specs(files.shapes, mesh)
+    model = files.build()
+    table.check_activations(name for name, _ in model.named_modules())
+    if c.remat.scan_layers and len(model.model.windows) > 1:
+        raise ConfigError(
+            "remat.scan_layers=true needs layers that are all alike, but this model mixes full "
+            "and sliding-window attention; set remat.scan_layers=false."
+        )
+    steps = plan_steps(
+        rows.train,
+        seed=c.seed,
+        global_batch_size=c.task.global_batch_size,
+        max_steps=c.task.max_steps,
+        num_epochs=c.task.num_epochs,
+        warmup_steps=c.task.lr_scheduler.warmup_steps,
+        warmup_ratio=c.task.lr_scheduler.warmup_ratio,
+    )
+    accumulation = c.task.gradient_accumulation_steps
+    memory = estimate_memory(
+        files.shapes,
+        specs,
+        mesh,
+        optimizer,
+        weight_bytes=dtype.itemsize,
+        master_weights=c.task.optimizer.master_weights,
+        accumulation=accumulation,
+        micro_batch=c.task.global_batch_size // accumulation,
+        block_size=c.dataset.block_size,
+        hidden_size=a.hidden_size,
+        intermediate_size=a.intermediate_size,
+        vocab_size=a.vocab_size,
+        num_layers=a.num_hidden_layers,
+        loss_chunks=c.task.loss_chunks,
+        full_remat=c.remat.policy == "full",
+    )
+    held_out = rows.heldout
+    plan = Plan(
+        **steps._asdict(),
+        eval_budget=held_out and {"examples": held_out.num_examples, "blocks": held_out.num_blocks},
+        parameters=files.num_parameters,
+        mesh=mesh,
+        memory=memory,
+    )
+    return table, plan
 
 
 def _spread(numbers: Mapping[str, float]) -> str:

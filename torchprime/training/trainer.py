@@ -11,8 +11,6 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,33 +24,30 @@ from torchprime.checkpoint.from_checkpoint import export_checkpoint
 from torchprime.checkpoint.lock import run_lock
 from torchprime.checkpoint.manifest import Manifest
 from torchprime.checkpoint.storage import FolderWriter, Storage
-from torchprime.config.evaluation import LOSSES
 from torchprime.config.schema import TrainConfig
 from torchprime.data.templates import resolve_template
 from torchprime.errors import ConfigError, DivergedError, UserError
 from torchprime.evaluation.before_after import table_lines
 from torchprime.metrics.throughput import Stopwatch, model_flops_per_token
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
-from torchprime.sharding import ShardingTable
 from torchprime.training import resuming, run_folder
 from torchprime.training.backend import Backend, StepNumbers, StepOptions
 from torchprime.training.changes import find_changes, refuse_changes
 from torchprime.training.datasets import prepare_run_data
 from torchprime.training.evaluating import make_choosing, make_evaluation, make_graders
 from torchprime.training.exporting import Exporter
+from torchprime.training.facts import make_manifest, metrics_at, run_facts
 from torchprime.training.hooks.checkpoint import CheckpointHook
 from torchprime.training.hooks.evaluation import EvaluationHook
 from torchprime.training.hooks.metrics import MetricsHook
 from torchprime.training.hooks.profile import ProfileHook
 from torchprime.training.loop import CompileGuard, DataOrder, Hook, RunControl, train_loop
 from torchprime.training.model_files import find_model, pretrained_tensors, random_tensors
-from torchprime.training.optim import Parameter, learning_rate, make_optimizer
-from torchprime.training.plan import Plan, estimate_memory, plan_steps
+from torchprime.training.optim import learning_rate, make_optimizer
+from torchprime.training.plan import plan_run
 from torchprime.training.probe import probe_isolation
 from torchprime.training.resuming import Past, ResumePoint
 from torchprime.training.saving import Retention, Saver
-
-LAST_LOSS = "train loss of the last step"
 
 
 class Trainer:
@@ -184,7 +179,7 @@ class Trainer:
             weight_decay=c.task.optimizer.weight_decay,
         )
         self.order = DataOrder(self.data, c.seed, c.task.global_batch_size)
-        self.plan = self._make_plan()
+        self.table, self.plan = plan_run(c, self.files, self.rows, self.optimizer, self.dtype)
         if not c.dry_run:
             self._find_point()
         self.check_output()
@@ -263,57 +258,6 @@ class Trainer:
         """Fingerprints of what a run's steps are made of."""
         return {"model": self.files.fingerprint(), **self.rows.fingerprints()}
 
-    def _make_plan(self) -> Plan:
-        c, a = self.config, self.files.architecture
-        mesh = c.mesh_shape()
-        self.table = ShardingTable(
-            c.sharding.parameters, c.sharding.activations, c.sharding.max_unsharded_params
-        )
-        specs = self.table.parameter_specs(self.files.shapes, mesh)
-        model = self.files.build()
-        self.table.check_activations(name for name, _ in model.named_modules())
-        if c.remat.scan_layers and len(model.model.windows) > 1:
-            raise ConfigError(
-                "remat.scan_layers=true needs layers that are all alike, but this model mixes full "
-                "and sliding-window attention; set remat.scan_layers=false."
-            )
-        steps = plan_steps(
-            self.data,
-            seed=c.seed,
-            global_batch_size=c.task.global_batch_size,
-            max_steps=c.task.max_steps,
-            num_epochs=c.task.num_epochs,
-            warmup_steps=c.task.lr_scheduler.warmup_steps,
-            warmup_ratio=c.task.lr_scheduler.warmup_ratio,
-        )
-        accumulation = c.task.gradient_accumulation_steps
-        memory = estimate_memory(
-            self.files.shapes,
-            specs,
-            mesh,
-            self.optimizer,
-            weight_bytes=self.dtype.itemsize,
-            master_weights=c.task.optimizer.master_weights,
-            accumulation=accumulation,
-            micro_batch=c.task.global_batch_size // accumulation,
-            block_size=c.dataset.block_size,
-            hidden_size=a.hidden_size,
-            intermediate_size=a.intermediate_size,
-            vocab_size=a.vocab_size,
-            num_layers=a.num_hidden_layers,
-            loss_chunks=c.task.loss_chunks,
-            full_remat=c.remat.policy == "full",
-        )
-        held_out = self.rows.heldout
-        return Plan(
-            **steps._asdict(),
-            eval_budget=held_out
-            and {"examples": held_out.num_examples, "blocks": held_out.num_blocks},
-            parameters=self.files.num_parameters,
-            mesh=mesh,
-            memory=memory,
-        )
-
     # -- the run -----------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -365,32 +309,13 @@ class Trainer:
         self.catalog.clean()
         run_folder.write_config(self.folder, self.config.to_dict())
         write_json(self.folder / "data_report.json", self.rows.reports())
-        run_folder.write_facts(self.folder, self.facts(), self.first_step)
+        facts = run_facts(self.config, self.backend, self.files, self.rows, self.plan)
+        run_folder.write_facts(self.folder, facts, self.first_step)
 
     @property
     def first_step(self) -> int:
         """Updates that were done before this start."""
         return 0 if self.point is None else self.point.step
-
-    def facts(self) -> dict[str, Any]:
-        """run.json: what ran, on what, with which data; enough to compare two runs."""
-        return {
-            "command": run_folder.command(),
-            "versions": run_folder.versions(),
-            "backend": self.backend.name,
-            "device": {"kind": self.backend.device_kind, "count": self.backend.device_count},
-            "processes": self.backend.process_count,
-            "mesh": self.config.mesh_shape(),
-            "attention": self.backend.attention,
-            "loss": self.backend.loss,
-            "model": {
-                "pretrained": self.config.model.pretrained_model,
-                "parameters": self.files.num_parameters,
-                "dtype": self.config.torch_dtype,
-            },
-            "fingerprints": self.rows.fingerprints(),
-            "plan": self.plan.to_dict(),
-        }
 
     def train(self) -> StepNumbers:
         """Run the loop with its hooks."""
@@ -487,42 +412,15 @@ class Trainer:
 
     def manifest(self, step: int) -> Manifest:
         """All that a run needs to go on after this step, but for the tensors."""
-        c, identity = self.config, self.identity()
-        dtypes = str(self.dtype).removeprefix("torch.")
-        slots = self.optimizer.slots(Parameter((2, 2), self.dtype, False, False))
-        return Manifest(
-            backend=self.backend.name,
-            mesh=c.mesh_shape(),
-            processes=self.backend.process_count,
-            config=c.to_dict(),
-            versions=run_folder.versions(),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            model={
-                "names": len(self.files.shapes),
-                "dtype": dtypes,
-                "parameters": self.files.num_parameters,
-                "hash": identity["model"],
-            },
-            optimizer={"name": c.task.optimizer.name, "slots": sorted(slots)},
-            scheduler={
-                **asdict(c.task.lr_scheduler),
-                "peak": c.task.optimizer.learning_rate,
-                "warmup_steps": self.plan.warmup_steps,
-                "total_steps": self.plan.total_steps,
-            },
-            global_step=step,
-            rng=resuming.rng_states(self.backend.rng_state()),
-            data_position={
-                "seed": c.seed,
-                "next_step": step,
-                "global_batch_size": c.task.global_batch_size,
-                "num_blocks": self.data.num_blocks,
-            },
-            tokenizer_fingerprint=identity["tokenizer"],
-            template_fingerprint=identity["template"],
-            data_manifest={"fingerprint": identity["data"]},
-            eval_manifest={"fingerprint": identity["eval"]} if identity["eval"] else None,
-            best_metric=None,
+        return make_manifest(
+            self.config,
+            step,
+            self.backend,
+            self.files,
+            self.identity(),
+            self.optimizer,
+            self.plan,
+            num_blocks=self.data.num_blocks,
             metrics=self._metrics_so_far(step),
         )
 
@@ -588,16 +486,8 @@ class Trainer:
         return {} if record is None else self._metrics_at(step, record.loss, record.step)
 
     def _metrics_at(self, step: int, loss: float, loss_step: int) -> dict[str, Any]:
-        """What is known of the weights after a step; what is older says of which step it is."""
-        metrics = {LAST_LOSS if loss_step == step else f"train loss of step {loss_step}": loss}
         history = self.evaluations.history if self.evaluations is not None else []
-        if history:
-            last, now = history[-1], history[-1].step == step
-            metrics["held-out loss before"] = history[0].scores["eval_loss"]
-            after = "held-out loss after" if now else f"held-out loss of step {last.step}"
-            metrics[after] = last.scores["eval_loss"]
-            metrics |= {n: v for n, v in last.scores.items() if now and n not in LOSSES}
-        return metrics
+        return metrics_at(step, loss, loss_step, history)
 
     def _keep_weights(self) -> str:
         """After a divergence the device still has the weights from before it: save those.

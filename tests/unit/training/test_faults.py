@@ -19,7 +19,7 @@ from interrupted import STEPS, assert_same_run, overrides, records
 from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.manifest import read_manifest
 from torchprime.checkpoint.storage import Storage
-from torchprime.training import trainer
+from torchprime.training import facts
 from torchprime.training.hooks.checkpoint import CheckpointHook
 
 Run = Callable[[list[str]], int]
@@ -251,7 +251,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(
         def now(cls, tz: tzinfo | None = None) -> datetime:
             return datetime(2030, 1, 1, tzinfo=tz) - timedelta(days=next(days))
 
-    monkeypatch.setattr(trainer, "datetime", Backwards)
+    monkeypatch.setattr(facts, "datetime", Backwards)
     monkeypatch.setattr("time.time", lambda: 2e9 - 86400.0 * next(days))
     folder, argv = cut_short(8)
     storage = Storage.of(folder / "checkpoints")
