@@ -21,7 +21,9 @@ from torchprime.checkpoint.hf_read import SafetensorsReader
 from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.storage import Storage
 from torchprime.config.entry import run_main
+from torchprime.evaluation.heldout import HeldoutLoss
 from torchprime.torch_native.train import main as native
+from torchprime.training.hooks import evaluation
 
 Run = Callable[[list[str]], int]
 Command = Callable[..., list[str]]
@@ -264,6 +266,20 @@ def test_a_prompt_that_leaves_no_room_is_named(
     assert run(argv) == 2
     said = capsys.readouterr().err
     assert "the prompt of held-out row" in said and "128 positions" in said
+
+
+def test_overfitting_is_told_with_its_numbers(
+    evaluated: Callable[..., list[str]], run: Run, scripted: Any, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The training loss of these rows falls; the held-out loss is made to rise from step 2 on."""
+    losses = iter([9.0, 1.0, 1.1, 1.2, 1.0])
+    monkeypatch.setattr(evaluation, "heldout_loss", lambda *_: HeldoutLoss(next(losses), None))
+    scripted(*[0.0] * 5)
+    assert run(evaluated("task.export_checkpoint_path=null")) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "overfitting" in line]
+    assert len(told) == 1
+    assert "from step 2 to 6 the held-out loss rose from 1.0000 over 1.1000 to 1.2000" in told[0]
 
 
 def test_losses_by_source_are_those_of_the_sources_alone(

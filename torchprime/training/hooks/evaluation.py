@@ -83,6 +83,8 @@ class EvaluationHook(BaseHook):
             return
         between = self.evaluation.answers_every or self.every_steps or 1
         self._evaluate(step, answers=last or step % between == 0)
+        if (warning := overfitting(self.history)) is not None:
+            self.say(warning)
         if last:
             return
         stopping = self.evaluation.stopping
@@ -124,8 +126,6 @@ class EvaluationHook(BaseHook):
         self.history.append(evaluated(record.to_dict()))
         self._losses.clear()
         self.emit(record)
-        if answers and (warning := overfitting(self.history)) is not None:
-            self.say(warning)
 
     def _answers(self, step: int) -> dict[str, Any]:
         """The fields of a record that are about answers."""
