@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | check | parity | noise | chaos | wheel. Each sets up .venv first, once.
+# make quickstart | test | test-slow | check | parity | noise | chaos | tpu-report | wheel. Each sets up .venv first, once.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup quickstart test test-slow check parity noise chaos wheel
+.PHONY: setup libtpu quickstart test test-slow check parity noise chaos tpu-report wheel
 
 setup: $(STAMP)
 
@@ -20,11 +20,18 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[xla,dev]'
 	@touch $@
 
+# The TPU's compiler, in a folder of its own, since jax looks for a TPU where it is a package.
+LIBTPU := $(VENV)/libtpu
+libtpu: setup
+	@test -f $(LIBTPU)/libtpu/libtpu.so || $(BIN)/python -m pip install -q \
+	  --disable-pip-version-check --no-deps --target $(LIBTPU) libtpu==0.0.21 torchax==0.0.7 || \
+	  echo "libtpu could not be installed: tests that compile for a TPU are skipped" >&2
+
 quickstart: setup
 	$(BIN)/python torchprime/torch_xla_models/train.py --config-name quickstart \
 		run_name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
-test: setup
+test: libtpu
 	$(BIN)/python -m pytest
 
 test-slow: setup
@@ -46,6 +53,9 @@ chaos: setup
 	$(BIN)/python experimental/chaos/run.py --kills 150
 	$(BIN)/python experimental/chaos/run.py --backend xla --kills 20
 	$(BIN)/python experimental/chaos/run.py --cold --kills 6
+
+tpu-report: libtpu
+	$(BIN)/python experimental/tpu_report/run.py
 
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation

@@ -8,6 +8,7 @@ sequence, and the gradients are made with them in the same pass, so that memory 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +17,15 @@ from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 
-# Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab.
+# Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab, G groups of rows, T tokens
+# of a group.
 
 
 def _chunk(
-    x_BCD: Tensor, w_VD: Tensor, t_BC: Tensor, weight_BC: Tensor, need_grad: bool
+    x_BCD: Tensor, w_VD: Tensor, t_BC: Tensor, weight_BC: Tensor, need_grad: bool, groups: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Weighted losses [B, C] of one chunk and, where wanted, the gradients of their sum to hidden
-    states and weight.
+    states and weight, the latter [G, D, V] apart for each group of rows.
 
     The gradient of -log softmax(z)[t] is softmax(z) - onehot(t). The one-hot is a comparison, not a
     gather: it stays local when the vocabulary is sharded, and it fuses.
@@ -44,10 +46,9 @@ def _chunk(
     g = (exp / total - onehot.to(exp.dtype)) * weight_BC[..., None]
     g_BCV = g.to(x_BCD.dtype)
     grad_x = torch.matmul(g_BCV, w_VD)
-    # As (x' g)', since XLA on the CPU transposes the left side in memory: better D wide than V
-    # wide.
-    grad_w = torch.matmul(x_BCD.flatten(0, 1).t(), g_BCV.flatten(0, 1)).t()
-    return losses, grad_x, grad_w
+    # As x' g, since XLA on the CPU transposes the left side in memory: better D wide than V wide.
+    x_GTD, g_GTV = (each.reshape(groups, -1, each.shape[-1]) for each in (x_BCD, g_BCV))
+    return losses, grad_x, torch.matmul(x_GTD.transpose(1, 2), g_GTV)
 
 
 class LossSums(NamedTuple):
@@ -56,6 +57,25 @@ class LossSums(NamedTuple):
     loss_sum: Tensor  # fp32 scalar
     weight_sum: Tensor  # fp32 scalar
     each: Tensor  # fp32 [B, S], every token's share of loss_sum; carries no gradient
+
+
+class Spread(NamedTuple):
+    """How the loss lies over devices; without a word of that, on one.
+
+    The gradient of a weight that devices share is summed over chunks apart for each group of rows,
+    and over groups at the end. Where the rows of a group lie on one device, devices talk once and
+    not once for each chunk.
+    """
+
+    groups: int = 1
+    # Annotates the weight's gradient [V, D], where it is summed over groups, with how it is cut.
+    cut_gradient: Callable[[Tensor], Tensor] = lambda gradient: gradient
+    # Gives back (a chunk's input, the sum so far) so that the chunk begins after the sum is there:
+    # a compiler that sees all chunks at once would keep the parts of all for one long sum.
+    in_order: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, total: (x, total)
+
+
+ONE_DEVICE = Spread()
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -67,6 +87,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         t_BS: Tensor,
         weight_BS: Tensor,
         chunks: int,
+        spread: Spread,
         need_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         length = -(-x_BSD.shape[1] // chunks)
@@ -76,8 +97,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_w: Tensor | None = None
         for start in range(0, x_BSD.shape[1], length):
             part = slice(start, start + length)
+            x_BCD = x_BSD[:, part]
+            if grad_w is not None:
+                x_BCD, grad_w = spread.in_order(x_BCD, grad_w)
             loss, gx, gw = _chunk(
-                x_BSD[:, part], w_VD, t_BS[:, part], weight_BS[:, part], need_grad
+                x_BCD, w_VD, t_BS[:, part], weight_BS[:, part], need_grad, spread.groups
             )
             loss_sum = loss_sum + loss.sum()
             losses.append(loss)
@@ -86,7 +110,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 # Summed in fp32: with bf16 weights the sum over chunks would lose low bits.
                 grad_w = gw.float() if grad_w is None else grad_w + gw
         if grad_w is not None:
-            ctx.save_for_backward(torch.cat(grads_x, dim=1), grad_w.to(w_VD.dtype))
+            # Devices exchange it in the weights' type, like every other gradient.
+            whole = grad_w.to(w_VD.dtype).sum(dim=0).t()
+            ctx.save_for_backward(torch.cat(grads_x, dim=1), spread.cut_gradient(whole))
         each = torch.cat(losses, dim=1)
         ctx.mark_non_differentiable(each)
         return loss_sum, each
@@ -95,7 +121,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_w = ctx.saved_tensors
-        return grad * grad_x, grad * grad_w, None, None, None, None
+        return grad * grad_x, grad * grad_w, None, None, None, None, None
 
 
 def token_weights(targets: Tensor, loss_weights: Tensor) -> Tensor:
@@ -104,7 +130,12 @@ def token_weights(targets: Tensor, loss_weights: Tensor) -> Tensor:
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, output_weight: Tensor, targets: Tensor, loss_weights: Tensor, chunks: int = 8
+    hidden: Tensor,
+    output_weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor,
+    chunks: int = 8,
+    spread: Spread = ONE_DEVICE,
 ) -> LossSums:
     """Weighted sum of next-token losses without full logits.
 
@@ -114,6 +145,7 @@ def chunked_cross_entropy(
         targets: integers [B, S], already shifted; -100 carries no loss.
         loss_weights: fp32 [B, S]; counted only where there is a target.
         chunks: pieces the sequence is cut into; memory for logits falls by this factor.
+        spread: how rows and weight lie over devices.
 
     Returns:
         The loss in nats, as a sum to differentiate and per token to look at.
@@ -122,6 +154,6 @@ def chunked_cross_entropy(
     # Inside a Function's forward grad mode is always off: look at it here.
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)
     loss_sum, each = _ChunkedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, output_weight, targets, weights, chunks, need_grad
+        hidden, output_weight, targets, weights, chunks, spread, need_grad
     )
     return LossSums(loss_sum, weights.sum(), each)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from torchprime.losses import chunked_cross_entropy
+from torchprime.losses import Spread, chunked_cross_entropy
 
 B, S, D, V = 3, 13, 8, 29
 
@@ -31,12 +31,13 @@ def _naive(hidden, weight, targets, loss_weights):
     return loss.detach(), loss_weights[supervised].double().sum(), h.grad, w.grad
 
 
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("chunks", [1, 2, 5, 13, 64])
-def test_equals_the_plain_loss_and_its_gradients(chunks: int) -> None:
+def test_equals_the_plain_loss_and_its_gradients(chunks: int, groups: int) -> None:
     hidden, weight, targets, loss_weights = _case()
     loss, weight_sum, grad_h, grad_w = _naive(hidden, weight, targets, loss_weights)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    ours, our_weight, _ = chunked_cross_entropy(h, w, targets, loss_weights, chunks)
+    ours, our_weight, _ = chunked_cross_entropy(h, w, targets, loss_weights, chunks, Spread(groups))
     (ours * 0.5).backward()  # an upstream gradient other than 1
     torch.testing.assert_close(ours.double(), loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(our_weight.double(), weight_sum, rtol=1e-6, atol=0)

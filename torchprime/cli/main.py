@@ -80,6 +80,15 @@ def lm_eval(argv: list[str]) -> int:
     return lm_eval_main(argv)
 
 
+def doctor(argv: list[str]) -> int:
+    """Say what this host can do: TPU, GPU, virtual devices, the TPU's compiler, versions."""
+    os.environ["USE_TORCH_XLA"] = "0"
+    # late: as above
+    from torchprime.cli.doctor import doctor_main
+
+    return doctor_main(argv)
+
+
 # These take a run's config, with the flags and overrides of the training job.
 CONFIG_COMMANDS: dict[str, Callable[[TrainConfig], int]] = {"prepare": prepare, "inspect": inspect}
 # These take arguments of their own.
@@ -90,6 +99,7 @@ OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "verify": verify,
     "chat": chat,
     "lm-eval": lm_eval,
+    "doctor": doctor,
 }
 
 
@@ -103,6 +113,7 @@ def usage() -> str:
         "       torchprime verify DIR",
         "       torchprime chat --model DIR [--base DIR]",
         "       torchprime lm-eval DIR --tasks NAME[,NAME ...]",
+        "       torchprime doctor [--quick]",
         "",
     ]
     for name, command in {**CONFIG_COMMANDS, **OTHER_COMMANDS}.items():

@@ -25,6 +25,7 @@ from torchprime.config.checks import (
     some_source,
 )
 from torchprime.config.evaluation import EvalConfig, ExportConfig, SelectionConfig
+from torchprime.config.topologies import check_devices, topology
 from torchprime.errors import ConfigError
 
 Axis = Literal["data", "fsdp", "expert", "context", "tensor"]
@@ -394,6 +395,12 @@ class TrainConfig:
     output_dir: str = "outputs"
     run_name: str | None = None  # null: the config's name
     dry_run: bool = False
+    # A slice's name (v6e-8): compile the step for it and stop; neither TPU nor weights are needed.
+    compile_only: str | None = None
+    compile_time_limit: float = 30.0  # minutes
+    compile_search: bool = True  # where it does not fit, compile changes until one does
+    # Compiled programs on a TPU, kept across restarts; auto: in the user's cache folder.
+    compile_cache: str | None = "auto"
     allow_recompile: bool = False
     # Before the first step: change a segment's tokens, and see that no other's loss moves.
     isolation_probe: bool = True
@@ -406,6 +413,18 @@ class TrainConfig:
             refuse("seed", self.seed, "a whole number from 0 to 2**63 - 1", "Set seed=42.")
         at_least("logging_steps", self.logging_steps, 1)
         not_empty("output_dir", self.output_dir)
+        positive("compile_time_limit", self.compile_time_limit)
+        not_empty("compile_cache", self.compile_cache)
+        if self.compile_cache is not None and "://" in self.compile_cache:
+            refuse(
+                "compile_cache",
+                self.compile_cache,
+                "a folder: torch_xla opens no URLs",
+                "Mount the bucket (gcsfuse BUCKET /mnt/cache) and set compile_cache=/mnt/cache.",
+            )
+        if self.compile_only is not None:
+            slices = math.prod(getattr(self.dcn_mesh, axis) for axis in AXES)
+            check_devices(topology(self.compile_only), self.mesh_shape(), slices)
         self._check_run_name()
         self._check_profile()
         self._check_model()

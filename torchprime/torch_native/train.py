@@ -11,6 +11,7 @@ import sys
 
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig
+from torchprime.errors import ConfigError
 
 
 def make_backend(config: TrainConfig):
@@ -30,6 +31,11 @@ def make_backend(config: TrainConfig):
 
 def main(config: TrainConfig) -> int:
     """Train as configured; the exit code."""
+    if config.compile_only is not None:
+        raise ConfigError(
+            f"compile_only: given {config.compile_only!r}, expected null: this is the GPU backend. "
+            "The TPU's compiler is under torchprime/torch_xla_models/train.py."
+        )
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
     # late: transformers looks for torch_xla when imported
     from torchprime.torch_native.runtime import group

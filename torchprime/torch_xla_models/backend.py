@@ -33,7 +33,7 @@ from torchprime.checkpoint.shards import TensorShards
 from torchprime.data.batch import Batch
 from torchprime.errors import ConfigError
 from torchprime.evaluation.generation import Answer, GenerateOptions
-from torchprime.losses import chunked_cross_entropy
+from torchprime.losses import Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
@@ -41,10 +41,10 @@ from torchprime.torch_xla_models.attention import KERNEL_MULTIPLE, choose_kernel
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.generation import Generator
 from torchprime.torch_xla_models.linear import replace_linears
-from torchprime.torch_xla_models.mesh import axis_sizes, constrain, make_mesh
+from torchprime.torch_xla_models.mesh import axis_sizes, constrain, in_order, make_mesh
 from torchprime.torch_xla_models.placement import Placed
 from torchprime.torch_xla_models.remat import apply_remat, device_loop
-from torchprime.torch_xla_models.runtime import check_loop_requirements
+from torchprime.torch_xla_models.runtime import cache_folder, check_loop_requirements
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim import Optimizer, Parameter, decays
 from torchprime.training.step import (
@@ -78,10 +78,12 @@ class XlaBackend:
         optimization_barrier: bool = False,
         full_precision: bool = False,
         block_size: int = KERNEL_MULTIPLE,
+        compile_cache: str | None = None,
         make_tensors: Callable[[xs.Mesh], DeviceTensors] = DeviceTensors,
     ) -> None:
         if not xr.is_spmd():
             xr.use_spmd()
+        _keep_compiled(compile_cache)
         self.mesh = make_mesh(ici_mesh, dcn_mesh)
         self.tensors = make_tensors(self.mesh)
         self.device_count = xr.global_runtime_device_count()
@@ -256,6 +258,16 @@ class XlaBackend:
         """See Backend."""
         xm.set_rng_state(int(state))
 
+    def _batch_shards(self) -> int:
+        """Into how many parts the rows of a batch are cut."""
+        sizes = axis_sizes(self.mesh)
+        return math.prod(sizes[axis] for axis in self.table.batch_axes())
+
+    def _cut_output_gradient(self, gradient: Tensor) -> Tensor:
+        tied = self.model.lm_head is None
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        return constrain(gradient, self.mesh, self.placed[name].spec)
+
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
         """See Backend. Fields travel as [A, b, S]."""
         host = [f.view(accumulation, -1, f.shape[-1]) for f in host_fields(batch)]
@@ -273,6 +285,7 @@ class XlaBackend:
             rate,
             self._accumulate,
             chunks=o.loss_chunks,
+            spread=Spread(self._batch_shards(), self._cut_output_gradient, in_order),
             max_grad_norm=o.max_grad_norm,
             max_grad_value=o.max_grad_value,
             num_sources=o.num_sources,
@@ -327,8 +340,7 @@ class XlaBackend:
     def logits(self, input_ids: list[int]) -> Tensor:
         """See Backend. The sequence is repeated to fill the batch axes of the mesh, and padded to a
         length that every attention kernel takes."""
-        sizes = axis_sizes(self.mesh)
-        rows = math.prod(sizes[axis] for axis in self.table.batch_axes())
+        rows = self._batch_shards()
         padding = -len(input_ids) % KERNEL_MULTIPLE
         ids = torch.tensor([*input_ids, *[0] * padding], dtype=torch.int32)
         positions = torch.arange(len(ids), dtype=torch.int32)
@@ -374,6 +386,26 @@ def _device_kind() -> str:
         return kind
     named = os.environ.get("TPU_ACCELERATOR_TYPE") or os.environ.get("ACCELERATOR_TYPE")
     return named or f"TPU v{tpu.version()}"
+
+
+def _keep_compiled(wanted: str | None) -> None:
+    """Keep compiled programs on disk, before the first is made. XLA's CPU compiler writes programs
+    that it can't read back (torch_xla 2.9), so this is for TPUs."""
+    folder = cache_folder(wanted)
+    if folder is None or xr.device_type() != "TPU" or _is_keeping_compiled():
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"compile_cache: {folder} cannot be made ({error.strerror}). Set compile_cache to a "
+            "folder that can be written, or to null."
+        ) from error
+    xr.initialize_cache(str(folder))
+
+
+def _is_keeping_compiled() -> bool:
+    return XLAC._xla_computation_cache_is_initialized()
 
 
 def _choose_loss(wanted: str) -> tuple[str, str]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from glob import glob
+from pathlib import Path
 
 from torchprime.errors import RuntimeSetupError
 
@@ -19,14 +21,45 @@ from torchprime.errors import RuntimeSetupError
 CPU_CODE_OPTIONS = "--xla_backend_extra_options=-unroll-threshold=100"
 
 
+# What libtpu is told unless LIBTPU_INIT_ARGS says otherwise. docs/tpu.md has the numbers.
+TPU_FLAGS: dict[str, str] = {
+    # Left at its default, products under FSDP become loops that pass weights from chip to chip by
+    # collective permutes: for the 8B run three times the traffic of gathering, and no less memory.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+}
+# What torch_xla 2.9 sets by itself where it sees a chip, so that a compile without one has it too.
+TORCH_XLA_FLAGS: dict[str, str] = {
+    "xla_tpu_use_enhanced_launch_barrier": "false",
+    "xla_latency_hiding_scheduler_rerun": "1",
+    "xla_tpu_prefer_async_allgather_to_allreduce": "true",
+    "xla_tpu_enable_flash_attention": "false",
+}
+TORCH_XLA_V5_FLAGS: dict[str, str] = {
+    "xla_enable_async_all_gather": "true",
+    "xla_enable_async_collective_permute": "true",
+}
+
+
+def with_flags(given: str, flags: Mapping[str, str]) -> str:
+    """LIBTPU_INIT_ARGS with flags added that are not in it."""
+    named = {part.removeprefix("--").split("=")[0] for part in given.split()}
+    added = [f"--{name}={value}" for name, value in flags.items() if name not in named]
+    return " ".join([*given.split(), *added])
+
+
+def tpu_chips() -> list[str]:
+    """This host's chips, which show as accel or VFIO devices."""
+    return glob("/dev/accel*") + glob("/dev/vfio/[0-9]*")
+
+
 def host_has_tpu() -> bool:
-    """True on a TPU VM: the chips show as VFIO or accel devices, and libtpu is importable."""
-    chips = glob("/dev/accel*") + glob("/dev/vfio/[0-9]*")
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None
+    """True on a TPU VM: chips are there, and libtpu is importable."""
+    return bool(tpu_chips()) and importlib.util.find_spec("libtpu") is not None
 
 
 def prepare_environment(device_count: int) -> None:
-    """Set PJRT_DEVICE, CPU_NUM_DEVICES and XLA_FLAGS where the user did not, and say which device.
+    """Set PJRT_DEVICE, CPU_NUM_DEVICES, XLA_FLAGS and LIBTPU_INIT_ARGS where the user did not, and
+    say which device.
 
     Args:
         device_count: product of the mesh's axes.
@@ -42,7 +75,10 @@ def prepare_environment(device_count: int) -> None:
     # XLA warns once per compilation that its partitioner will be replaced some day.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     chosen = os.environ.get("PJRT_DEVICE")
-    if chosen is None and not host_has_tpu():
+    if chosen in (None, "TPU") and host_has_tpu():
+        given = os.environ.get("LIBTPU_INIT_ARGS", "")
+        os.environ["LIBTPU_INIT_ARGS"] = with_flags(given, TPU_FLAGS)
+    elif chosen is None:
         os.environ["PJRT_DEVICE"] = chosen = "CPU"
         noun = "device" if device_count == 1 else "devices"
         print(
@@ -55,6 +91,17 @@ def prepare_environment(device_count: int) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         if "--xla_backend_extra_options" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {CPU_CODE_OPTIONS}".strip()
+
+
+def cache_folder(wanted: str | None) -> Path | None:
+    """Where this process keeps compiled programs: each host its own place, since hosts compile the
+    same at the same time and torch_xla's files are not made for that."""
+    if wanted is None:
+        return None
+    if wanted == "auto":
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return base / "torchprime" / "compiled"
+    return Path(wanted).expanduser() / f"host-{os.environ.get('TPU_WORKER_ID', '0')}"
 
 
 def check_loop_requirements() -> None:

@@ -7,14 +7,19 @@ XLA runs on the CPU with as many virtual devices as the mesh has.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig
 from torchprime.torch_xla_models.runtime import prepare_environment
 
 
-def make_backend(config: TrainConfig):
-    """The XLA backend for a config's mesh and kernels."""
+def make_backend(config: TrainConfig, **more: Any):
+    """The XLA backend for a config's mesh and kernels.
+
+    Args:
+        more: further arguments of the backend.
+    """
     # late: importing torch_xla fixes the device and the number of virtual devices
     from torchprime.torch_xla_models.backend import XlaBackend
 
@@ -28,11 +33,18 @@ def make_backend(config: TrainConfig):
         optimization_barrier=config.remat.optimization_barrier,
         full_precision=config.torch_dtype == "float32",
         block_size=config.dataset.block_size,
+        compile_cache=None if config.compile_only else config.compile_cache,
+        **more,
     )
 
 
 def main(config: TrainConfig) -> int:
-    """Train as configured; the exit code."""
+    """Train as configured, or with compile_only see whether one could; the exit code."""
+    if config.compile_only is not None:
+        # late: what it imports takes seconds, and training does not want it
+        from torchprime.torch_xla_models.compile_only import compile_only
+
+        return compile_only(config)
     prepare_environment(config.device_count)
     # late: transformers looks for torch_xla when imported, and imports it
     from torchprime.training.sft import SFTTrainer

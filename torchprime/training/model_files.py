@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from torchprime.checkpoint.hf_read import SafetensorsReader, check_names
 from torchprime.checkpoint.portable import read_json
 from torchprime.checkpoint.source import resolve_pretrained
+from torchprime.config.compose import configs_dir
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer
 from torchprime.errors import CheckpointError
 from torchprime.models.architecture import Architecture, architecture_from_hf
@@ -91,6 +93,34 @@ def find_model(
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in CausalLM(parsed).named_parameters()}
     return ModelFiles(folder, hf_config, parsed, tokenizer, shapes)
+
+
+def find_architecture(
+    *, pretrained_model: str | None, architecture: Mapping[str, Any] | None, cache_dir: str | None
+) -> tuple[Mapping[str, Any], str]:
+    """A model's config.json without its weights, and where it is from: a local folder, a shipped
+    option of the group `model`, or else the hub.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if pretrained_model is None:
+        assert architecture is not None  # the schema has seen to it
+        return architecture, "model.architecture"
+    shipped = None if Path(pretrained_model).is_dir() else _shipped_option(pretrained_model)
+    if shipped is not None:
+        return yaml.safe_load(shipped.read_text())["architecture"], f"model={shipped.stem}"
+    folder = resolve_pretrained(pretrained_model, cache_dir=cache_dir, weights=False)
+    return read_json(folder / "config.json"), str(folder / "config.json")
+
+
+def _shipped_option(hub_name: str) -> Path | None:
+    """The file with the architecture of this hub repository, if one ships."""
+    for path in sorted((configs_dir() / "model").glob("*.yaml")):
+        option = yaml.safe_load(path.read_text())
+        if "architecture" in option and option.get("tokenizer_name") == hub_name:
+            return path
+    return None
 
 
 def check_vocabulary(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from torchprime.data.batch import Batch
-from torchprime.losses import LossSums, chunked_cross_entropy
+from torchprime.losses import ONE_DEVICE, LossSums, Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.training.backend import StepNumbers
 from torchprime.training.optim import Optimizer, Parameter
@@ -94,6 +94,7 @@ def train_step(
     accumulate: Accumulate,
     *,
     chunks: int,
+    spread: Spread = ONE_DEVICE,
     max_grad_norm: float | None,
     max_grad_value: float | None,
     num_sources: int = 1,
@@ -103,13 +104,14 @@ def train_step(
     Args:
         batch: FIELDS, each [A, b, S] for A micro-batches; with several sources SOURCE_FIELD too.
         lr: fp32 scalar on the device.
+        chunks, spread: see `chunked_cross_entropy`.
         accumulate: runs a function over the micro-batches and sums what it returns.
 
     Returns:
         What `finish_step` returns.
     """
     weights = [p.weight for p in state.parameters.values()]
-    cross_entropy = partial(chunked_cross_entropy, chunks=chunks)
+    cross_entropy = partial(chunked_cross_entropy, chunks=chunks, spread=spread)
 
     def micro(fields: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():

@@ -1,0 +1,174 @@
+"""Compile the named runs and their variants for TPU slices, and write the table of docs/tpu.md.
+
+    python experimental/tpu_report/run.py            what results.json does not have yet
+    python experimental/tpu_report/run.py --fresh    all of it anew
+    python experimental/tpu_report/run.py 8b-v6e-8   these cases anew
+
+Each case is the training command with `compile_only`, in a process of its own, one after the other:
+minutes each. What is kept of its report goes into results.json, and the table is made of that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+REPO = Path(__file__).resolve().parents[2]
+TRAIN = REPO / "torchprime" / "torch_xla_models" / "train.py"
+RESULTS = Path(__file__).with_name("results.json")
+PAGE = REPO / "docs" / "tpu.md"
+BEGIN, END = "<!-- table: make tpu-report -->", "<!-- end of table -->"
+GIB = 2**30
+
+NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k"]
+FROM_SCRATCH = [*NAMED, "task=train", "model.pretrained_model=null", "task.max_steps=60"]
+ADAFACTOR = ["task.optimizer.name=adafactor"]
+NO_MASTERS = ["task.optimizer.master_weights=false"]
+
+
+class Case(NamedTuple):
+    """One compile."""
+
+    name: str
+    slice_: str
+    what: str
+    argv: list[str]
+
+
+def accumulate(count: int) -> list[str]:
+    return [f"task.gradient_accumulation_steps={count}"]
+
+
+def long_blocks(rows: int) -> list[str]:
+    return ["dataset.block_size=8192", f"task.global_batch_size={rows}"]
+
+
+MATH = [*NAMED, "model.pretrained_model=Qwen/Qwen2.5-Math-1.5B"]
+BIG = [
+    *NAMED, "model.pretrained_model=Llama-3.1-70B", "ici_mesh.fsdp=64", "ici_mesh.tensor=4",
+    *long_blocks(64),
+]  # fmt: skip
+BIG[2] = "model.pretrained_model=meta-llama/Llama-3.1-70B"
+QWEN = [*NAMED, "model.pretrained_model=Qwen/Qwen3-14B"]
+
+CASES = [
+    Case("8b-v6e-8", "v6e-8", "Llama 3 8B, the named run", NAMED),
+    Case("8b-v6e-8-8192-bf16", "v6e-8", "the same, blocks of 8192, no master weights",
+         [*NAMED, *long_blocks(8), *NO_MASTERS]),
+    Case("8b-v6e-8-8192", "v6e-8", "the same, blocks of 8192", [*NAMED, *long_blocks(8)]),
+    Case("8b-v6e-4", "v6e-4", "Llama 3 8B, Adafactor, accumulation 4",
+         [*NAMED, "mesh=fsdp4", *ADAFACTOR, *accumulate(4)]),
+    Case("8b-v5p-8", "v5p-8", "Llama 3 8B", [*NAMED, "mesh=fsdp4"]),
+    Case("8b-v5e-16", "v5e-16", "Llama 3 8B, Adafactor, accumulation 4",
+         [*NAMED, "ici_mesh.fsdp=16", *ADAFACTOR, *accumulate(4)]),
+    Case("8b-v6e-8-accumulate", "v6e-8", "Llama 3 8B, accumulation 4", [*NAMED, *accumulate(4)]),
+    Case("math-1.5b-v6e-4", "v6e-4", "Qwen2.5 Math 1.5B", [*MATH, "mesh=fsdp4"]),
+    Case("math-1.5b-v6e-1", "v6e-1", "Qwen2.5 Math 1.5B, Adafactor, accumulation 8",
+         [*MATH, "mesh=single", *ADAFACTOR, *accumulate(8)]),
+    Case("14b-v6e-16", "v6e-16", "Qwen3 14B", [*QWEN, "ici_mesh.fsdp=16"]),
+    Case("14b-v6e-8", "v6e-8", "Qwen3 14B, Adafactor", [*QWEN, *ADAFACTOR]),
+    Case("14b-v5p-16", "v5p-16", "Qwen3 14B", QWEN),
+    Case("70b-v6e-256", "v6e-256", "Llama 3.1 70B, fsdp 64 x tensor 4, blocks of 8192", BIG),
+]  # fmt: skip
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    """Run one; what is kept of it."""
+    with tempfile.TemporaryDirectory(prefix="tpu-report-") as folder:
+        argv = [*case.argv, f"compile_only={case.slice_}", "compile_search=false"]
+        argv += [f"output_dir={folder}", "run_name=case"]
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, str(TRAIN), *argv], capture_output=True, text=True, check=False
+        )
+        print(done.stdout, done.stderr, sep="\n", flush=True)
+        path = Path(folder) / f"case-{case.slice_}" / "compile_report.json"
+        if not path.is_file():
+            return {"what": case.what, "failed": done.stderr.strip().splitlines()[-1:]}
+        report = json.loads(path.read_text())
+    report.pop("error", None)
+    return {
+        "what": case.what,
+        "argv": case.argv,
+        "wall_s": round(time.perf_counter() - began),
+        **report,
+    }
+
+
+def row(case: Case, r: dict[str, Any]) -> str:
+    """A line of the table."""
+    cells = [case.what, case.slice_]
+    if "settings" not in r:
+        return "| " + " | ".join([*cells, "does not compile", *[""] * 6]) + " |"
+    s = r["settings"]
+    rows = s["global_batch_size"] // s["gradient_accumulation_steps"]
+    cells.append(f"{s['gradient_accumulation_steps']} x {rows} x {s['block_size']}")
+    seconds = f"{r['seconds']['compile']:.0f}"
+    if "memory" not in r:
+        shortage = r.get("shortage") or {"used": 0, "limit": 0}
+        used, limit = (shortage[key] / GIB for key in ("used", "limit"))
+        return (
+            "| "
+            + " | ".join([*cells, f"**no**: {used:.1f} of {limit:.1f}", *[""] * 4, seconds])
+            + " |"
+        )
+    m, moved, theory = r["memory"], r["collectives"], r["collectives_in_theory"]
+    cells.append(f"{m['total'] / GIB:.1f} of {m['limit'] / GIB:.1f}")
+    cells.append(f"{m['argument'] / GIB:.1f} + {m['temp'] / GIB:.1f}")
+    for kind in ("all-gather", "reduce-scatter"):
+        found = moved.get(kind, {"bytes": 0})["bytes"]
+        cells.append(f"{found / GIB:.1f} ({theory[kind] / GIB:.1f})")
+    cells.append(f"{r['flops']['ratio']:.3f}")
+    cells.append(f"{r['slot_tokens_per_s_per_chip_at_most']:,.0f}")
+    cells.append(seconds)
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The table, in the order of CASES."""
+    heads = [
+        "Step", "Slice", "Micro-batches x blocks x tokens", "GiB a chip", "arguments + temporaries",
+        "gathered GiB (theory)", "reduce-scattered GiB (theory)", "products / formula",
+        "slot tokens/s a chip, at most", "compile s",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines += [row(case, results[case.name]) for case in CASES if case.name in results]
+    return "\n".join(lines)
+
+
+def write_page(results: dict[str, dict[str, Any]]) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+
+
+def main() -> int:
+    """Compile what is wanted, writing results and page after each case."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", help="names of cases; none: what is not there yet")
+    parser.add_argument("--fresh", action="store_true", help="all cases anew")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    given = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    names = [case.name for case in CASES]
+    unknown = [name for name in given.cases if name not in names]
+    if unknown:
+        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(names)}")
+    wanted = given.cases or [n for n in names if given.fresh or n not in results]
+    for case in CASES:
+        if case.name in wanted and not given.page:
+            results[case.name] = compile_case(case)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_page(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""`torchprime doctor`: what this host can do, and what of it is broken.
+
+Versions are held to what this package asks for; devices are counted where they announce themselves;
+and what can be tried without a run is tried: XLA on virtual devices, and the TPU's compiler on a
+small step. A line each, `ok`, `none` or `PROBLEM`, and an exit code for scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import NamedTuple
+
+import torch
+from packaging.requirements import Requirement
+
+from torchprime.config.compose import compose_config
+from torchprime.errors import UserError
+from torchprime.torch_xla_models.compile_only import compile_only
+from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips
+from torchprime.torch_xla_models.tpu_library import find_library
+
+OK, NONE, PROBLEM = "ok", "none", "PROBLEM"
+# Extras whose packages matter where they are installed; the others are for developing.
+EXTRAS = ("xla", "tpu", "gpu")
+VIRTUAL = """
+import torch, torch_xla, torch_xla.runtime as xr, torch_xla.distributed.spmd as xs, numpy as np
+xr.use_spmd()
+x = torch.arange(8.0).to("xla")
+xs.mark_sharding(x, xs.Mesh(np.arange(4), (4,), ("fsdp",)), ("fsdp",))
+assert xr.global_runtime_device_count() == 4 and x.sum().item() == 28.0
+"""
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    what: str
+    state: str
+    detail: str
+
+
+def misfits(requirements: list[str], installed: Callable[[str], str | None]) -> list[str]:
+    """What is installed in another version than is asked for, as `have: want` sentences.
+
+    Args:
+        requirements: as in a package's metadata, with markers.
+        installed: the version of a package, None if it is not there.
+    """
+    found = []
+    for text in requirements:
+        needed = Requirement(text)
+        extras = ("", *EXTRAS)
+        if needed.marker and not any(needed.marker.evaluate({"extra": e}) for e in extras):
+            continue
+        version = installed(needed.name)
+        optional = re.search(r"extra\s*==", text) is not None
+        if version is None and not optional:
+            found.append(f"{needed.name} is missing, {needed.specifier or 'any version'} is needed")
+        elif version is not None and not needed.specifier.contains(version, prereleases=True):
+            found.append(f"{needed.name} is {version}, {needed.specifier} is needed")
+    return sorted(set(found))
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> Iterator[Finding]:
+    """Python, and the packages against what this one asks for."""
+    names = ("torch", "torch_xla", "jax", "libtpu", "transformers", "datasets")
+    there = [f"{name} {version}" for name in names if (version := _installed(name))]
+    yield Finding("python", OK, f"{platform.python_version()}; {', '.join(there)}")
+    try:
+        wrong = misfits(metadata.requires("torchprime") or [], _installed)
+    except metadata.PackageNotFoundError:
+        yield Finding("versions", PROBLEM, "torchprime is not installed: pip install -e '.[xla]'")
+        return
+    fix = f"pip install '{'torchprime[tpu]' if host_has_tpu() else 'torchprime[xla]'}'"
+    for each in wrong:
+        yield Finding("versions", PROBLEM, f"{each}. Install what fits: {fix}")
+    if not wrong:
+        yield Finding("versions", OK, "all fit together")
+
+
+def tpu() -> Iterator[Finding]:
+    """Chips of this host."""
+    chips = tpu_chips()
+    if not chips:
+        yield Finding("TPU", NONE, "no chips on this host")
+    elif host_has_tpu():
+        kind = os.environ.get("TPU_ACCELERATOR_TYPE") or os.environ.get("ACCELERATOR_TYPE")
+        yield Finding("TPU", OK, f"{len(chips)} chips of this host{f', of {kind}' if kind else ''}")
+    else:
+        fix = "pip install 'torchprime[tpu]'"
+        yield Finding("TPU", PROBLEM, f"{len(chips)} chips, but no libtpu to drive them: {fix}")
+
+
+def gpu() -> Iterator[Finding]:
+    """CUDA devices, and the kernels that are taken where they are installed."""
+    if not torch.cuda.is_available():
+        yield Finding("GPU", NONE, "torch sees no CUDA device")
+        return
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    kernels = {"flash_attn": "flash-attn", "liger_kernel": "Liger"}
+    there = [shown for name, shown in kernels.items() if importlib.util.find_spec(name)]
+    detail = f"{len(names)} x {names[0]}; kernels: {', '.join(there) or 'torch only'}"
+    yield Finding("GPU", OK, detail)
+
+
+def virtual_devices() -> Iterator[Finding]:
+    """XLA on the CPU, partitioned over four virtual devices, in a process of its own."""
+    if importlib.util.find_spec("torch_xla") is None:
+        yield Finding("virtual devices", NONE, "torch_xla is not installed (extra xla)")
+        return
+    env = {**os.environ, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", VIRTUAL], env=env, capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        yield Finding("virtual devices", OK, "XLA computes on 4 of them")
+    else:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        yield Finding("virtual devices", PROBLEM, f"XLA on the CPU does not work: {last}")
+
+
+def compiler() -> Iterator[Finding]:
+    """The TPU's compiler on the quickstart's step."""
+    what = "TPU compiler"
+    try:
+        library = find_library()
+    except UserError as error:
+        yield Finding(what, PROBLEM if host_has_tpu() else NONE, str(error))
+        return
+    with tempfile.TemporaryDirectory(prefix="torchprime-doctor-") as folder:
+        argv = ["--config-name", "quickstart", "mesh=fsdp4", "remat=scan_full"]
+        argv += ["torch_dtype=bfloat16", "compile_only=v5e-4", f"output_dir={folder}"]
+        try:
+            code = compile_only(compose_config(argv), say=lambda line: None)
+        except UserError as error:
+            yield Finding(what, PROBLEM, str(error))
+            return
+    state = OK if code == 0 else PROBLEM
+    yield Finding(what, state, f"libtpu {library.version} compiles a small step for v5e-4")
+
+
+def doctor_main(argv: list[str]) -> int:
+    """Print the findings; 0 if none is a problem, else 1."""
+    parser = argparse.ArgumentParser(prog="torchprime doctor", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="look only, try nothing")
+    given = parser.parse_args(argv)
+    checks = [versions, tpu, gpu] + ([] if given.quick else [virtual_devices, compiler])
+    problems = 0
+    for check in checks:
+        for finding in check():
+            problems += finding.state == PROBLEM
+            print(f"{finding.state:<8} {finding.what:<16} {finding.detail}", flush=True)
+    if problems:
+        print(f"{problems} problem{'s' if problems > 1 else ''} found", file=sys.stderr)
+    return 1 if problems else 0

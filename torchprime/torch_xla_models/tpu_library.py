@@ -1,0 +1,86 @@
+"""Where the TPU's compiler is on this host: libtpu, a library that needs no TPU to compile.
+
+It may be installed like any package (the `tpu` extra), named by TPU_LIBRARY_PATH, or lie in the
+folder `libtpu` of the virtual environment, where `make libtpu` puts it so that nothing else of the
+environment changes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from torchprime.errors import RuntimeSetupError
+
+# What torch_xla 2.9.0 goes with. Memory figures and limits of kernels depend on it.
+VERSION = "0.0.21"
+# Through which torch_xla calls Pallas kernels. Its wheel brings an older copy, without metadata,
+# that wants flax; one that is installed replaces it.
+TORCHAX = "0.0.7"
+INSTALL = f"pip install --no-deps libtpu=={VERSION} torchax=={TORCHAX}"
+
+
+class Library(NamedTuple):
+    """The compiler's file, and what else a process needs to use it."""
+
+    path: Path
+    version: str
+    python_path: tuple[str, ...]  # folders to import torchax from, before all others
+
+
+def own_folder() -> Path:
+    """Where `make libtpu` puts it."""
+    return Path(sys.prefix) / "libtpu"
+
+
+def find_library() -> Library:
+    """libtpu of the version that fits.
+
+    Raises:
+        RuntimeSetupError: there is none, it is of another version, or torchax is missing; with the
+            command that installs it.
+    """
+    found = _candidates()
+    if not found:
+        raise RuntimeSetupError(
+            f"libtpu, the TPU's compiler, is not installed; it runs on any x86 Linux host. Install "
+            f"it with: {INSTALL}"
+        )
+    path = found[0]
+    folder = path.parents[1]
+    version = _version("libtpu", [folder])
+    if version != VERSION:
+        raise RuntimeSetupError(
+            f"{path} is of version {version or 'unknown'}; torch_xla 2.9.0 goes with {VERSION}, "
+            "and what another one says of memory is not what this one does. "
+            f"Install it with: {INSTALL}"
+        )
+    places = [place for place in (sys.path, [str(folder)]) if _version("torchax", place)]
+    if not places:
+        raise RuntimeSetupError(
+            "torchax, through which torch_xla calls the splash attention kernel, is not installed. "
+            f"Install it with: pip install --no-deps torchax=={TORCHAX}"
+        )
+    return Library(path, version, () if places[0] is sys.path else (str(folder),))
+
+
+def _candidates() -> list[Path]:
+    named = os.environ.get("TPU_LIBRARY_PATH")
+    spec = importlib.util.find_spec("libtpu")
+    places = [
+        *([Path(named)] if named else []),
+        *([Path(spec.origin).parent / "libtpu.so"] if spec and spec.origin else []),
+        own_folder() / "libtpu" / "libtpu.so",
+    ]
+    return [place for place in places if place.is_file()]
+
+
+def _version(package: str, folders: Sequence[str | Path]) -> str | None:
+    """The version of a package as its metadata in one of these folders says."""
+    found = metadata.distributions(name=package, path=[str(folder) for folder in folders])
+    return next((each.version for each in found), None)
