@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,41 +108,46 @@ def _bytes(number: str, unit: str) -> int:
 
 
 def allocation_in_words(dims: Sequence[int], s: Sizes) -> str:
-    """What an array in a chip's memory is, by its size; its own name says nothing to a user."""
-    # The compiler adds and drops dims of size 1, and merges or splits neighbours.
-    size = math.prod(dims)
-    rows_tokens = s.rows * s.block_size
-    chunk = s.rows * -(-s.block_size // s.loss_chunks)
-    vocab, ffn, heads = (each // s.tensor for each in (s.vocab, s.ffn, s.heads))
-    if size in (chunk * vocab, chunk * s.vocab):
-        return "logits of one loss chunk, or their gradient (task.loss_chunks: more, smaller)"
-    if size in (s.vocab * s.hidden, vocab * s.hidden):
-        return "the whole embedding or output weight, or its gradient"
-    for count, of in ((s.layers, "kept of all layers"), (1, "of one layer")):
-        named = {
-            rows_tokens * s.hidden: "hidden states",
-            rows_tokens * ffn: "MLP activations",
-            rows_tokens * heads * s.head_size: "attention heads",
-            rows_tokens * s.block_size * heads: "attention scores",
-        }
-        if size == 2 * count * rows_tokens * ffn:
-            return f"MLP activations {of}"
-        for elements, what in named.items():
-            if size == count * elements:
-                hint = " (remat=scan_full keeps less)" if count > 1 and not s.full_remat else ""
-                return f"{what} {of} for the backward{hint}" if count > 1 else f"{what} {of}"
-    for name, shape in s.shapes.items():
-        whole = math.prod(shape)
-        leaf = re.sub(r"^model\.layers\.\d+\.", "", name)
-        each = "each layer's " if leaf != name else ""
-        depth = s.layers if leaf != name else 1
-        if size == whole * depth // (s.pieces[name] * s.tensor):
-            return f"a chip's part of {each}{leaf}: weight, gradient or optimizer state"
-        if size in (whole, whole // s.tensor):
-            return (
-                f"{'one layer' if each else 'the'}{chr(39) + 's' if each else ''} {leaf}, gathered"
-            )
+    """What an array in a chip's memory is, by its dims; its own name says nothing to a user."""
+    known = list(_known_arrays(s))
+    # The compiler adds and drops dims of size 1 and orders them as it likes; or it merges some.
+    wanted = sorted(dim for dim in dims if dim > 1)
+    for shape, words in known:
+        if sorted(dim for dim in shape if dim > 1) == wanted:
+            return words
+    for shape, words in known:
+        if math.prod(shape) == math.prod(dims) and shape[-1] in dims:
+            return words
     return "a temporary of the step"
+
+
+def _known_arrays(s: Sizes) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Shapes on one chip of what a step is made of."""
+    chunk = -(-s.block_size // s.loss_chunks)
+    vocab, ffn, heads = (each // s.tensor for each in (s.vocab, s.ffn, s.heads))
+    fewer = "task.loss_chunks: more of them are smaller"
+    yield (s.rows, chunk, vocab), f"logits of one loss chunk, or their gradient ({fewer})"
+    yield (vocab, s.hidden), "the whole embedding or output weight, or its gradient"
+    hint = "" if s.full_remat else " (remat=scan_full keeps less)"
+    for shape, what in (
+        ((s.rows, s.block_size, s.hidden), "hidden states"),
+        ((s.rows, s.block_size, ffn), "MLP activations"),
+        ((s.rows, s.block_size, 2 * ffn), "MLP activations"),
+        ((s.rows, heads, s.block_size, s.head_size), "attention heads"),
+        ((s.rows, heads, s.block_size, s.block_size), "attention scores"),
+    ):
+        yield (s.layers, *shape), f"{what} of all layers, kept for the backward{hint}"
+        yield shape, f"{what} of one layer"
+    for name, shape in s.shapes.items():
+        leaf = re.sub(r"^model\.layers\.\d+\.", "", name)
+        inside = leaf != name
+        what = f"{'each layer' + chr(39) + 's ' if inside else ''}{leaf}"
+        pieces = s.pieces[name] * s.tensor
+        for place in range(len(shape)):
+            cut = tuple(n // (pieces if i == place else 1) for i, n in enumerate(shape))
+            stack = (s.layers, *cut) if inside else cut
+            yield stack, f"a chip's part of {what}: weight, gradient or optimizer state"
+        yield shape, f"{'one layer' + chr(39) + 's ' if inside else ''}{leaf}, whole"
 
 
 # -- what travels ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_xla_models.ahead_of_time import Placeholders, trace_step
 from torchprime.torch_xla_models.backend import XlaBackend
+from torchprime.torch_xla_models.mesh import device_order
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim import Adafactor, AdamW
 
@@ -113,3 +114,18 @@ def sharding_of(tensor: torch.Tensor) -> str:
 def model_constant(backend: XlaBackend) -> tuple[tuple[int, ...], str]:
     (speeds,) = backend.model.buffers()
     return tuple(speeds.shape), sharding_of(speeds)
+
+
+def test_devices_lie_on_the_mesh_in_their_order() -> None:
+    """Neighbours along the last axis are neighbours in number, and slices are the outer part of the
+    axis that goes over them."""
+    one = device_order((1, 2, 4), (1, 1, 1), [0] * 8)
+    assert one.tolist() == list(range(8))
+    # Two slices whose devices take turns: data goes over slices.
+    two = device_order((1, 4), (2, 1), [0, 1] * 4)
+    assert two.reshape(2, 4).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    # fsdp over both: the slice is the major part of it, tensor stays inside.
+    both = device_order((2, 2), (2, 1), [0] * 4 + [1] * 4)
+    assert both.reshape(4, 2).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    inner = device_order((2, 2), (1, 2), [0] * 4 + [1] * 4)
+    assert inner.reshape(2, 4).tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]

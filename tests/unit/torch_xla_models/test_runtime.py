@@ -43,3 +43,31 @@ def test_a_tpu_host_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "host_has_tpu", lambda: True)
     runtime.prepare_environment(4)
     assert not {"PJRT_DEVICE", "CPU_NUM_DEVICES", "XLA_FLAGS"} & set(os.environ)
+
+
+def test_a_tpu_gets_the_compilers_flags_and_keeps_the_users(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runtime, "host_has_tpu", lambda: True)
+    runtime.prepare_environment(4)
+    assert os.environ["LIBTPU_INIT_ARGS"].split() == [
+        f"--{name}={value}" for name, value in runtime.TPU_FLAGS.items()
+    ]
+    own = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=0 --other=1"
+    os.environ["LIBTPU_INIT_ARGS"] = own
+    runtime.prepare_environment(4)
+    assert os.environ["LIBTPU_INIT_ARGS"].startswith(own)
+    assert os.environ["LIBTPU_INIT_ARGS"].count("windowed_einsum") == 1
+
+
+def test_the_cpu_gets_no_flags_of_the_tpu() -> None:
+    runtime.prepare_environment(4)
+    assert "LIBTPU_INIT_ARGS" not in os.environ
+
+
+def test_where_compiled_programs_are_kept(tmp_path) -> None:
+    os.environ.update(XDG_CACHE_HOME=str(tmp_path), TPU_WORKER_ID="3")
+    assert runtime.cache_folder("auto") == tmp_path / "torchprime" / "compiled"
+    # A folder that hosts may share: each has its own place in it.
+    assert runtime.cache_folder("/mnt/bucket") == runtime.Path("/mnt/bucket/host-3")
+    assert runtime.cache_folder(None) is None

@@ -1,0 +1,73 @@
+"""The nearest change that fits: the least intrusive first, and nothing tried in vain."""
+
+from __future__ import annotations
+
+from torchprime.config.compose import compose_config
+from torchprime.config.schema import TrainConfig
+from torchprime.config.topologies import GIB
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.torch_xla_models.compile_only import step_sizes
+from torchprime.torch_xla_models.fitting import changed, changes, find_nearest, state_bytes
+from torchprime.training.model_files import find_architecture
+
+NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k", "compile_only=v6e-8"]
+
+
+def sizes_for(config: TrainConfig):
+    found, where = find_architecture(
+        pretrained_model=config.model.pretrained_model, architecture=None, cache_dir=None
+    )
+    assert where == "model=llama-3-8b"
+    return step_sizes(config, architecture_from_hf(found))
+
+
+def test_changes_begin_with_what_leaves_the_mathematics_alone() -> None:
+    config = compose_config([*NAMED, "remat=none"])
+    found = list(changes(config, rows=8))
+    remat = {"remat.policy": "full", "remat.scan_layers": True}
+    assert found[0] == remat
+    assert found[1] == {**remat, "task.gradient_accumulation_steps": 8}
+    assert found[2] == {**remat, "task.optimizer.name": "adafactor"}
+    assert found[-1]["task.optimizer.master_weights"] is False
+    # Where all that is done already, only the optimizer is left.
+    full = compose_config([*NAMED, "task.optimizer.name=adafactor"])
+    assert list(changes(full, rows=1)) == [{"task.optimizer.master_weights": False}]
+
+
+def test_state_by_hand() -> None:
+    """Bytes a parameter: bf16 weight 2, fp32 master 4, two fp32 moments 8."""
+    config = compose_config(NAMED)
+    sizes = sizes_for(config)
+    per_chip = (8_030_261_248 - 65 * 4096) // 8 + 65 * 4096
+    assert state_bytes(config, sizes) == 14 * per_chip
+    lean = changed(config, {"task.optimizer.name": "adafactor"})
+    assert state_bytes(lean, sizes) == 6 * per_chip
+
+
+def test_the_first_that_fits_is_named_and_hopeless_ones_are_not_compiled() -> None:
+    config = compose_config(NAMED)
+    compiled: list[TrainConfig] = []
+
+    def compile_one(candidate: TrainConfig) -> dict:
+        compiled.append(candidate)
+        accumulates = candidate.task.gradient_accumulation_steps > 1
+        return {"fits": accumulates, "memory": {"total": 7 * GIB}}
+
+    said: list[str] = []
+    found = find_nearest(config, sizes_for(config), 10 * GIB, compile_one, said.append)
+    # AdamW's state alone is 13.1 GiB a chip: neither of its changes is tried.
+    assert [c.task.optimizer.name for c in compiled] == ["adafactor", "adafactor"]
+    assert found["overrides"] == [
+        "task.gradient_accumulation_steps=8", "task.optimizer.name=adafactor"
+    ]  # fmt: skip
+    assert found["total"] == 7 * GIB and "too large" in found["tried"][0]
+    assert compose_config([*NAMED, *found["overrides"]]).task.optimizer.name == "adafactor"
+    assert said[-1].endswith(" ".join(found["overrides"]))
+
+
+def test_where_nothing_fits_what_was_tried_is_told() -> None:
+    config = compose_config(NAMED)
+    nothing = find_nearest(
+        config, sizes_for(config), 20 * GIB, lambda c: {"fits": False}, lambda line: None
+    )
+    assert nothing["overrides"] is None and len(nothing["tried"]) == 5
