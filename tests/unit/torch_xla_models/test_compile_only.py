@@ -13,8 +13,9 @@ import pytest
 
 from torchprime.config.entry import run_main
 from torchprime.config.topologies import topology
-from torchprime.errors import RuntimeSetupError
+from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.torch_xla_models import compile_only, tpu_library
+from torchprime.torch_xla_models.attention import choose_kernel
 from torchprime.torch_xla_models.tpu_library import Library, find_library
 from torchprime.torch_xla_models.train import main
 
@@ -126,6 +127,22 @@ def test_a_compiler_that_ends_its_process(monkeypatch, tmp_path) -> None:
     code = "import os; print('Check failed: x', flush=True); os.abort()"
     with pytest.raises(RuntimeSetupError, match=r"(?s)signal SIGABRT.*Check failed: x"):
         apart(monkeypatch, tmp_path, code)
+
+
+def test_what_the_step_objects_to_is_a_users_error(monkeypatch, tmp_path) -> None:
+    """A block size that the kernel cannot take, say, is found where the step is traced."""
+    objection = "model.attention_kernel=splash works in tiles of 128 positions, but ..."
+    code = f"import sys, json; json.dump({{'user_error': {objection!r}}}, open('RESULT', 'w'))"
+    with pytest.raises(UserError, match="works in tiles of 128"):
+        apart(monkeypatch, tmp_path, code.replace("RESULT", str(tmp_path / "result.json")))
+
+
+def test_a_block_size_that_the_kernel_cannot_take(monkeypatch) -> None:
+    monkeypatch.setenv("PJRT_DEVICE", "TPU")  # as in the compiling process
+    with pytest.raises(ConfigError, match="tiles of 128 .*block_size=1000 is not a multiple"):
+        choose_kernel("splash", 1000)
+    assert choose_kernel("auto", 1000)[0] == "reference"
+    assert choose_kernel("auto", 1024)[0] == "splash"
 
 
 def test_the_environment_tells_of_no_other_tpu() -> None:
