@@ -107,7 +107,8 @@ def test_training_goes_on_as_if_nothing_was_generated(scan, make_backend, refere
         batch = backend.put(reference.make_batch(step), 1)
         before = backend.compiles()
         losses.append(backend.read(backend.train_step(batch, reference.LR)).loss)
-        assert backend.compiles() - before == (step == 0)
+        # At most the first: another test may have had the same program compiled already.
+        assert backend.compiles() - before <= (step == 0)
         weights = {n: w.clone() for n, w in backend.weights()}
         generated.append(backend.generate(prompts, given))
         for name, weight in backend.weights():
