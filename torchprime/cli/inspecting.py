@@ -4,31 +4,25 @@ torchprime/data/inspection.py says what is shown; this file draws it. Rows may h
 nothing of them reaches a terminal or a page as it is: control characters, marks of direction and
 stray bytes are written out (torchprime/data/visible.py), and on the page all else is escaped.
 
-The page (torchprime/assets/inspect) is one file that loads nothing: a policy in it forbids the
-browser any request, and any script but its own.
+The page (torchprime/assets/inspect) is one file that loads nothing (torchprime/data/page.py).
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup, escape
 
-import torchprime
 from torchprime.atomic import write_text
 from torchprime.cli.data import Offline, load
 from torchprime.cli.stdout import print_lines
-from torchprime.config.compose import assets_dir
 from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
 from torchprime.data.inspection import (
@@ -43,13 +37,13 @@ from torchprime.data.inspection import (
     first_batches,
     length_bins,
 )
+from torchprime.data.page import SHOWN_IDS, by_count, first_of, render_page
 from torchprime.data.report import DataReport
 from torchprime.data.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
 from torchprime.errors import RuntimeSetupError
 from torchprime.training.plan import count_steps
 
 PRINTED_BLOCKS = 2
-SHOWN_IDS = 5
 BAR = 40  # characters of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -113,11 +107,6 @@ def _look(config: TrainConfig, offline: Offline) -> Inspection:
 
 
 # Both ---------------------------------------------------------------------------------------------
-
-
-def _first(values: Iterable[str], count: int = SHOWN_IDS) -> str:
-    values = list(values)
-    return ", ".join(values[:count]) + (", ..." if len(values) > count else "")
 
 
 def _spread(summary: Mapping[str, Any]) -> str:
@@ -221,19 +210,15 @@ def _report_lines(report: DataReport) -> Iterator[tuple[str, str]]:
                 f"{name}: {source['used_examples']:,} examples of {source['used_tokens']:,} "
                 f"tokens used, {unused:,} not",
             )
-    for reason, ids in _by_count(report.rejected):
+    for reason, ids in by_count(report.rejected):
         detail = report.rejected_details.get(reason)
-        first = f"{_first(ids)}" + (f"; the first: {detail}" if detail else "")
+        first = f"{first_of(ids)}" + (f"; the first: {detail}" if detail else "")
         yield "", f"rejected {len(ids):,}: {reason} ({first})"
     if not report.rejected:
         yield "", "rejected 0"
     if report.truncated:
-        yield "", f"truncated {len(report.truncated):,} ({_first(report.truncated)})"
+        yield "", f"truncated {len(report.truncated):,} ({first_of(report.truncated)})"
     yield "", "boundaries: " + ", ".join(f"{n} {c:,}" for n, c in report.boundaries.items())
-
-
-def _by_count(rejected: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
-    return sorted(rejected.items(), key=lambda item: -len(item[1]))
 
 
 def _histogram(bins: list[Bin], style: _Style) -> Iterator[str]:
@@ -301,26 +286,10 @@ def _in_terminal(kind: str, run: str) -> str:
 
 def page(inspection: Inspection) -> str:
     """One HTML document that needs nothing else."""
-    folder = assets_dir() / "inspect"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_writable,
-    )
-    environment.filters["some"] = _first
-    script = (folder / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html.jinja").render(
+    return render_page(
+        "inspect",
         at=inspection,
-        version=torchprime.__version__,
-        style=Markup((folder / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=digest,
         meanings=RULE_MEANINGS,
-        by_count=_by_count,
         cut=_cut,
         strip=_strip,
         borders=_borders,
@@ -328,11 +297,6 @@ def page(inspection: Inspection) -> str:
         chart=_chart(inspection.bins),
         template_lines=_template_lines(inspection.template),
     )
-
-
-def _writable(value: Any) -> Any:
-    """What an expression in the template becomes; Markup was made here and is left as it is."""
-    return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _strip(block: Block) -> list[tuple[str, int, int]]:
