@@ -62,6 +62,15 @@ def verify(argv: list[str]) -> int:
     return verify_main(argv)
 
 
+def report(argv: list[str]) -> int:
+    """Write a run's report again: report.md and report.html."""
+    os.environ["USE_TORCH_XLA"] = "0"
+    # late: as above
+    from torchprime.cli.reporting import report_main
+
+    return report_main(argv)
+
+
 def chat(argv: list[str]) -> int:
     """Ask a model, and its base beside it."""
     os.environ["USE_TORCH_XLA"] = "0"
@@ -97,6 +106,7 @@ OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "resume-check": resume_check,
     "export": export,
     "verify": verify,
+    "report": report,
     "chat": chat,
     "lm-eval": lm_eval,
     "doctor": doctor,
@@ -111,6 +121,7 @@ def usage() -> str:
         "       torchprime resume-check RUN [key=value ...]",
         "       torchprime export CHECKPOINT --out DIR",
         "       torchprime verify DIR",
+        "       torchprime report RUN [--out DIR]",
         "       torchprime chat --model DIR [--base DIR]",
         "       torchprime lm-eval DIR --tasks NAME[,NAME ...]",
         "       torchprime doctor [--quick]",

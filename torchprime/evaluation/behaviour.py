@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from torchprime.errors import DataError
@@ -17,6 +18,7 @@ from torchprime.evaluation.generation import Answer, GenerateOptions
 from torchprime.evaluation.intervals import Score, score
 from torchprime.evaluation.samples import Grader, Sample
 
+EVALUATIONS = "evaluations"  # the folder in a run's
 Grades = dict[str, float | None]  # by grader; None where it does not apply
 
 
@@ -92,3 +94,36 @@ def sample_lines(samples: Sequence[Sample], grades: Sequence[Grades]) -> Iterato
     """One JSON line per sample, as evaluations/step_*.jsonl holds them."""
     for sample, grade in zip(samples, grades, strict=True):
         yield json.dumps({**asdict(sample), "grades": grade}, ensure_ascii=False) + "\n"
+
+
+def samples_file(run: Path, step: int) -> Path:
+    """Where a run's folder has the samples of a step."""
+    return run / EVALUATIONS / f"step_{step:08d}.jsonl"
+
+
+def read_samples(path: Path) -> list[tuple[Sample, Grades]]:
+    """What `sample_lines` wrote.
+
+    Raises:
+        DataError: naming the file, and the line that is no sample.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}), expected a run's samples") from error
+    names = [spec.name for spec in fields(Sample)]
+    found = []
+    # Not splitlines: an answer may hold other characters that it takes for the end of a line.
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
+        try:
+            values = json.loads(line)
+            grades: Grades = dict(values["grades"])
+            if not all(each is None or isinstance(each, int | float) for each in grades.values()):
+                raise ValueError("a grade is no number")
+            found.append((Sample(**{name: values[name] for name in names}), grades))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path}, line {number}: given {line[:80]!r}, expected a sample as the run wrote "
+                f"it ({type(error).__name__}: {error}). Remove the file to go without its answers."
+            ) from error
+    return found

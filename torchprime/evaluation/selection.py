@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torchprime.config.checks import refuse
+from torchprime.config.evaluation import LOSSES
 from torchprime.config.load import nearest
 
 RELATIONS: dict[str, Callable[[float, float], bool]] = {
@@ -43,6 +44,14 @@ class Evaluated:
     scores: dict[str, float] = field(default_factory=dict)
     train_loss: float | None = None
     graded: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Evaluated:
+        """From an evaluation's record in metrics.jsonl."""
+        graded = record.get("scores") or {}
+        scores = {name: record[name] for name in LOSSES}
+        scores |= {name: score["value"] for name, score in graded.items()}
+        return cls(record["step"], scores, record.get("train_loss"), graded)
 
 
 class Gate(NamedTuple):

@@ -13,14 +13,12 @@ from pathlib import Path
 from torchprime.config.evaluation import EvalConfig, SelectionConfig
 from torchprime.data.rendering import ChatTemplate
 from torchprime.data.tokenizer import Tokenizer
-from torchprime.evaluation.behaviour import Prompt, check_prompts
+from torchprime.evaluation.behaviour import Prompt, check_prompts, samples_file
 from torchprime.evaluation.generation import GenerateOptions
 from torchprime.evaluation.graders import make_grader
 from torchprime.evaluation.samples import Grader
 from torchprime.evaluation.selection import EarlyStopping, Rule, known_metric, parse_rule
 from torchprime.training.datasets import RunRows, question_of
-
-EVALUATIONS = "evaluations"  # the folder in a run's
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Evaluation:
         prompts: of the held-out rows that are answered; none where only the loss is measured.
         decode: from an answer's token ids to its text.
         answers_every: answered every so many steps; None: whenever the loss is measured.
-        folder: where samples are written.
+        folder: of the run.
     """
 
     prompts: list[Prompt]
@@ -55,7 +53,7 @@ class Evaluation:
         return self.choosing.stopping
 
     def samples_file(self, step: int) -> Path:
-        return self.folder / f"step_{step:08d}.jsonl"
+        return samples_file(self.folder, step)
 
     def complete(self, scores: Mapping[str, float]) -> bool:
         """Whether these have a value from every grader."""
@@ -138,6 +136,6 @@ def make_evaluation(
         tokenizer.decode,
         graders,
         g.every_steps,
-        folder / EVALUATIONS,
+        folder,
         choosing,
     )

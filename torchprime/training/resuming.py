@@ -14,7 +14,6 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from torchprime.atomic import write_text
 from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.storage import MANIFEST, LocalStorage, Storage
-from torchprime.config.evaluation import LOSSES
 from torchprime.errors import CheckpointError, UserError
 from torchprime.evaluation.selection import Evaluated
 from torchprime.metrics.record import EvalRecord, StepRecord
@@ -231,7 +229,7 @@ class Past:
         records = read_metrics(path) if path.is_file() else []
         records = [record for record in records if record["step"] <= step]
         steps = [r for r in records if r["kind"] == StepRecord.kind]
-        evaluations = [evaluated(r) for r in records if r["kind"] == EvalRecord.kind]
+        evaluations = [Evaluated.of(r) for r in records if r["kind"] == EvalRecord.kind]
         last = steps[-1] if steps else None
         return cls(
             None
@@ -240,14 +238,6 @@ class Past:
             tuple({one.step: one for one in evaluations}.values()),
             tuple(r["loss"] for r in steps if not evaluations or r["step"] > evaluations[-1].step),
         )
-
-
-def evaluated(record: Mapping[str, Any]) -> Evaluated:
-    """What is decided by, from an evaluation's record."""
-    graded = record.get("scores") or {}
-    scores = {name: record[name] for name in LOSSES}
-    scores |= {name: score["value"] for name, score in graded.items()}
-    return Evaluated(record["step"], scores, record.get("train_loss"), graded)
 
 
 def set_aside(folder: Path, say: Callable[[str], None]) -> None:

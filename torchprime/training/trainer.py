@@ -28,6 +28,7 @@ from torchprime.config.schema import TrainConfig
 from torchprime.data.templates import resolve_template
 from torchprime.errors import ConfigError, DivergedError, UserError
 from torchprime.evaluation.before_after import table_lines
+from torchprime.evaluation.report import write_report
 from torchprime.metrics.throughput import Stopwatch, model_flops_per_token
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from torchprime.training import resuming, run_folder
@@ -436,7 +437,13 @@ class Trainer:
     # -- after -------------------------------------------------------------------------------------
 
     def finish(self, numbers: StepNumbers) -> None:
-        """After the last step: export, if the config names a place, and say what changed."""
+        """After the last step: export, if the config names a place, say what changed, report."""
+        try:
+            self._finish(numbers)
+        finally:  # of an export that failed its checks, too
+            self.report()
+
+    def _finish(self, numbers: StepNumbers) -> None:
         step = self.backend.progress()[0]
         if self.export_folder is not None:
             self._export(self.export_folder, step, numbers.loss)
@@ -447,6 +454,17 @@ class Trainer:
             best = saved["step"] if saved else self.choosing.rule.best(history)
             for line in table_lines(history, best):
                 self.say(f"  {line}")
+
+    def report(self) -> None:
+        """Write report.md and report.html; what keeps them from being written is only said."""
+        if self.backend.process_index != 0:
+            return
+        try:
+            paths = write_report(self.folder)
+        except Exception as error:  # the run is done, and worth more than its report
+            self.say(f"no report: {type(error).__name__}: {error}")
+        else:
+            self.say(f"report: {' and '.join(map(str, paths))}")
 
     def show_export(self, out: Path) -> None:
         """What there is to see of an export, for a person."""

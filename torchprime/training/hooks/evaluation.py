@@ -19,13 +19,13 @@ from torchprime.evaluation.behaviour import ask, grade, sample_lines, scores_of
 from torchprime.evaluation.heldout import heldout_loss
 from torchprime.evaluation.intervals import Score
 from torchprime.evaluation.samples import Sample
-from torchprime.evaluation.selection import overfitting
+from torchprime.evaluation.selection import Evaluated, overfitting
 from torchprime.metrics.record import EvalRecord, StepRecord
 from torchprime.metrics.throughput import Stopwatch
 from torchprime.training.backend import Backend
 from torchprime.training.evaluating import Evaluation
 from torchprime.training.loop import BaseHook, CompileGuard, RunControl
-from torchprime.training.resuming import Past, evaluated
+from torchprime.training.resuming import Past
 
 
 class EvaluationHook(BaseHook):
@@ -123,7 +123,7 @@ class EvaluationHook(BaseHook):
             )
         if self.history and self.history[-1].step == step:  # measured again, now with answers
             self.history.pop()
-        self.history.append(evaluated(record.to_dict()))
+        self.history.append(Evaluated.of(record.to_dict()))
         self._losses.clear()
         self.emit(record)
 
@@ -145,8 +145,9 @@ class EvaluationHook(BaseHook):
     def _grade(self, step: int, samples: Sequence[Sample]) -> dict[str, Score]:
         e = self.evaluation
         grades = grade(samples, e.graders)
-        e.folder.mkdir(exist_ok=True)
-        write_text(e.samples_file(step), "".join(sample_lines(samples, grades)))
+        path = e.samples_file(step)
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, "".join(sample_lines(samples, grades)))
         return scores_of(grades, list(e.graders))
 
     def _from_first(self, part: Callable[[], dict[str, Score]]) -> dict[str, Score]:

@@ -1,0 +1,32 @@
+"""`torchprime report RUN [--out DIR]`: the report of a run, made again from the run's folder.
+
+A run writes it at its end; this is for runs that were cut short, and for folders that came from
+elsewhere. torchprime/evaluation/report.py makes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from torchprime.cli.arguments import make_parser, run_command
+from torchprime.cli.stdout import print_lines
+from torchprime.evaluation.report import write_report
+
+EPILOG = """\
+RUN is a folder, <output_dir>/<run_name>. Exit code: 0; 2 if a file of it is missing or damaged.
+"""
+
+
+def report_main(argv: list[str]) -> int:
+    """Run `report` with the arguments after it; the exit code."""
+    parser = make_parser("torchprime report", "Write report.md and report.html of a run.", EPILOG)
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--out", metavar="DIR", help="where to (default: the run's folder)")
+    return run_command(parser, argv, _report)
+
+
+def _report(given: argparse.Namespace) -> int:
+    paths = write_report(Path(given.run), None if given.out is None else Path(given.out))
+    print_lines(map(str, paths), "backslashreplace")
+    return 0

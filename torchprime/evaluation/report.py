@@ -1,0 +1,34 @@
+"""The report of a run: report.md and report.html, from what lies in the run's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchprime.atomic import write_text
+from torchprime.errors import RuntimeSetupError
+from torchprime.evaluation.report_html import html
+from torchprime.evaluation.report_markdown import markdown
+from torchprime.evaluation.report_reading import read_report
+
+MARKDOWN, PAGE = "report.md", "report.html"
+
+
+def write_report(run: Path, out: Path | None = None) -> list[Path]:
+    """Write both into the run's folder, or into `out`; their paths.
+
+    Raises:
+        UserError: what `read_report` raises, or a file cannot be written.
+    """
+    report = read_report(run)
+    folder = run if out is None else out
+    texts = {folder / MARKDOWN: markdown(report), folder / PAGE: html(report)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            write_text(path, text)
+    except OSError as error:
+        raise RuntimeSetupError(
+            f"{folder}: the report cannot be written there ({error.strerror}). Make room, or name "
+            "another folder: torchprime report RUN --out DIR."
+        ) from error
+    return list(texts)

@@ -1,0 +1,129 @@
+"""Answers of several steps to the same held-out rows, side by side, the telling ones first.
+
+Rows are put in order by what training did to one grade, the one that the run ranked its steps by:
+wrong answers that became right, right ones that became wrong, and what stayed as it was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from torchprime.evaluation.behaviour import Grades, read_samples
+from torchprime.evaluation.samples import Sample
+
+BETTER, WORSE, STILL_WRONG, STILL_RIGHT = "now right", "now wrong", "still wrong", "still right"
+HIGHER, LOWER, SAME, UNGRADED = "better", "worse", "as before", "not graded"
+# How many of each are shown, in this order.
+SHOWN = {BETTER: 4, HIGHER: 4, WORSE: 4, LOWER: 4, STILL_WRONG: 2, STILL_RIGHT: 2, SAME: 2}
+UNGRADED_SHOWN = 6
+LONGEST = 4000  # characters of a prompt or an answer
+
+
+@dataclass(frozen=True)
+class AskedRow:
+    """A held-out row and what each of the compared steps answered, by the table's headings."""
+
+    row_id: str
+    prompt: str
+    reference: str
+    change: str
+    answers: dict[str, tuple[Sample, Grades]]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The rows that are shown.
+
+    Attributes:
+        by: the grader that decided which; None if none was there.
+        counts: how many rows each change has, of all that were answered.
+    """
+
+    by: str | None
+    counts: dict[str, int]
+    rows: list[AskedRow]
+
+
+def read_answers(files: Mapping[str, Path], orders: Mapping[str, bool]) -> Answers:
+    """Pick from the samples of the compared steps.
+
+    Args:
+        files: by heading, the earliest first; the last one is compared with the first.
+        orders: whether more is better, by metric, in the order of the run's ranking.
+
+    Raises:
+        DataError: a file that is no run's samples.
+    """
+    read = {heading: read_samples(path) for heading, path in files.items()}
+    by_row = {
+        heading: {sample.row_id: (sample, grades) for sample, grades in found}
+        for heading, found in read.items()
+    }
+    first, last = list(by_row)[0], list(by_row)[-1]
+    common = [row_id for row_id in by_row[last] if all(row_id in each for each in by_row.values())]
+    grades = [by_row[last][row_id][1] for row_id in common]
+    by = _deciding(grades, orders)
+    binary = by is not None and _is_binary(
+        [by_row[heading][row_id][1].get(by) for heading in (first, last) for row_id in common]
+    )
+    rows = []
+    for row_id in common:
+        sample = by_row[last][row_id][0]
+        change = UNGRADED
+        if by is not None and first != last:
+            before, after = (by_row[heading][row_id][1].get(by) for heading in (first, last))
+            change = _change(before, after, binary, orders.get(by, True))
+        answers = {heading: each[row_id] for heading, each in by_row.items()}
+        rows.append(AskedRow(row_id, sample.prompt, sample.reference, change, answers))
+    counts = Counter(row.change for row in rows)
+    ordered = {change: counts[change] for change in (*SHOWN, UNGRADED) if counts[change]}
+    return Answers(by, ordered, _telling(rows))
+
+
+def _deciding(grades: Sequence[Grades], orders: Mapping[str, bool]) -> str | None:
+    """The first grader of the ranking, else the first that passes or fails, else any."""
+    names = list(grades[0]) if grades else []
+    passes = [name for name in names if _is_binary([each.get(name) for each in grades])]
+    return next(chain((name for name in orders if name in names), passes, names), None)
+
+
+def _is_binary(values: Sequence[float | None]) -> bool:
+    return all(value in (None, 0, 1) for value in values)
+
+
+def _change(before: float | None, after: float | None, binary: bool, highest: bool) -> str:
+    if before is None or after is None:
+        return UNGRADED
+    if binary:
+        return {
+            (0, 1): BETTER,
+            (1, 0): WORSE,
+            (0, 0): STILL_WRONG,
+            (1, 1): STILL_RIGHT,
+        }[int(before), int(after)]
+    if before == after:
+        return SAME
+    return HIGHER if (after > before) == highest else LOWER
+
+
+def _telling(rows: Sequence[AskedRow]) -> list[AskedRow]:
+    shown: list[AskedRow] = []
+    for change, most in SHOWN.items():
+        shown += [row for row in rows if row.change == change][:most]
+    return shown or list(rows[:UNGRADED_SHOWN])
+
+
+def shorten(text: str) -> str:
+    """A long text's beginning, and how much is left out."""
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:LONGEST]} ... ({len(text) - LONGEST:,} more characters)"
+
+
+def grade(value: float | None) -> str:
+    """A grade in a few characters."""
+    return "-" if value is None else f"{value:.4g}"
