@@ -17,9 +17,9 @@ from torchprime.evaluation.samples import Sample
 
 BETTER, WORSE, STILL_WRONG, STILL_RIGHT = "now right", "now wrong", "still wrong", "still right"
 HIGHER, LOWER, SAME, UNGRADED = "better", "worse", "as before", "not graded"
-# How many of each are shown, in this order.
+# How many of each are shown at most, in this order; more of the first ones if that makes few.
 SHOWN = {BETTER: 4, HIGHER: 4, WORSE: 4, LOWER: 4, STILL_WRONG: 2, STILL_RIGHT: 2, SAME: 2}
-UNGRADED_SHOWN = 6
+SHOWN_AT_LEAST = 6
 LONGEST = 4000  # characters of a prompt or an answer
 
 
@@ -114,7 +114,8 @@ def _telling(rows: Sequence[AskedRow]) -> list[AskedRow]:
     shown: list[AskedRow] = []
     for change, most in SHOWN.items():
         shown += [row for row in rows if row.change == change][:most]
-    return shown or list(rows[:UNGRADED_SHOWN])
+    more = [row for row in rows if row not in shown]
+    return shown + more[: max(0, SHOWN_AT_LEAST - len(shown))]
 
 
 def shorten(text: str) -> str:

@@ -106,13 +106,12 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def svg(chart: Chart, best: int | None) -> Markup:
-    """The chart; `best` is marked with a line."""
-    steps = [step for each in chart.series for step, _ in each.points]
+def svg(chart: Chart, last: int, best: int | None) -> Markup:
+    """The chart, from step 0 to the last; `best` is marked with a line."""
     values = [value for each in chart.series for _, value in each.points]
     values += [end for each in chart.series for pair in each.band.values() for end in pair]
     low, high = (0.0, 1.0) if chart.percent else _range(values)
-    scale = _Scale(min(0, *steps), max(*steps, 1), low, high)
+    scale = _Scale(max(last, 1), low, high)
     parts = [*_grid(scale, chart.percent)]
     if best is not None:
         x = scale.x(best)
@@ -127,14 +126,12 @@ def svg(chart: Chart, best: int | None) -> Markup:
 
 @dataclass(frozen=True)
 class _Scale:
-    first: int
     last: int
     low: float
     high: float
 
     def x(self, step: float) -> str:
-        part = (step - self.first) / (self.last - self.first)
-        return f"{LEFT + part * (WIDTH - LEFT - RIGHT):.1f}"
+        return f"{LEFT + step / self.last * (WIDTH - LEFT - RIGHT):.1f}"
 
     def y(self, value: float) -> str:
         part = (value - self.low) / (self.high - self.low)
@@ -156,7 +153,7 @@ def _grid(scale: _Scale, percent: bool) -> Iterable[str]:
         told = f"{value:.0%}" if percent else f"{value:.4g}"
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
         yield f'<text class="y" x="{LEFT - 8}" y="{y}">{told}</text>'
-    for step in ticks(scale.first, scale.last, 6):
+    for step in ticks(0, scale.last, 6):
         if step == int(step):
             x = scale.x(step)
             yield f'<text class="x" x="{x}" y="{HEIGHT - 8}">{int(step):,}</text>'

@@ -15,6 +15,6 @@ def html(report: RunReport) -> str:
     drawn = charts(report.steps, report.evaluations, report.history)
 
     def curve(chart: Chart) -> Markup:
-        return svg(chart, report.best)
+        return svg(chart, report.last_step, report.best)
 
     return render_page("report", at=report, charts=drawn, svg=curve, shorten=shorten, grade=grade)

@@ -14,13 +14,14 @@ from torchprime.data.visible import clean
 from torchprime.evaluation.report_answers import AskedRow, grade, shorten
 from torchprime.evaluation.report_reading import RunReport
 
-SPECIAL = re.compile(r"([\\`*_\[\]|#~])")
+# An underscore between letters and a > behind something mean nothing, and names are full of them.
+SPECIAL = re.compile(r"(^>|[\\`*\[\]|#~]|(?<!\w)_|_(?!\w))")
 
 
 def inline(text: str) -> str:
     """A text inside a line or a cell, as it is and nothing more."""
     shown = " ".join(clean(text).split())
-    shown = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    shown = shown.replace("&", "&amp;").replace("<", "&lt;")
     return SPECIAL.sub(r"\\\1", shown)
 
 

@@ -79,6 +79,11 @@ class RunReport:
     times: dict[str, str]
 
     @property
+    def last_step(self) -> int:
+        """The last that has a record."""
+        return _last_step(self.steps, self.history)
+
+    @property
     def mesh(self) -> str:
         """The axes that are more than 1, with the devices."""
         device = self.facts["device"]
@@ -203,7 +208,7 @@ def _messages(
     history: Sequence[Evaluated],
     rule: Rule,
 ) -> list[str]:
-    done = max([0, *(r["step"] for r in steps), *(one.step for one in history)])
+    done = _last_step(steps, history)
     total = facts["plan"]["total_steps"]
     messages = []
     stopped = _stopping(config, history)
@@ -211,20 +216,24 @@ def _messages(
         messages.append(f"All {total:,} steps are done.")
     elif stopped is not None:
         messages.append(
-            f"Early stopping ended the run after step {done:,} of {total:,}: {stopped}."
+            f"Early stopping after step {done:,} of {total:,}: {stopped}."
         )
     else:
         messages.append(f"warning: the run is not finished: step {done:,} of {total:,} was logged.")
     starts = [start["step"] for start in facts["starts"]]
     if len(starts) > 1:
         told = ", ".join(f"{step:,}" for step in starts[1:])
-        messages.append(f"The run went on from a checkpoint {len(starts) - 1} times: at {told}.")
+        messages.append(f"The run was started {len(starts)} times; it went on after step {told}.")
     if history:
         messages.append(_selection(config, history, rule))
     for end in range(3, len(history) + 1):
         if (warning := overfitting(history[:end])) is not None:
             messages.append(f"warning: {warning}.")
     return messages
+
+
+def _last_step(steps: Sequence[Mapping[str, Any]], history: Sequence[Evaluated]) -> int:
+    return max([0, *(record["step"] for record in steps), *(one.step for one in history)])
 
 
 def _stopping(config: Mapping[str, Any], history: Sequence[Evaluated]) -> str | None:
