@@ -38,7 +38,7 @@ from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.linear import XlaLinear
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain
 from torchprime.torch_xla_models.placement import Placed
-from torchprime.torch_xla_models.remat import device_loop
+from torchprime.torch_xla_models.remat import RecordedLoop
 
 TENSOR = "tensor"
 Pick = Callable[..., Tensor]
@@ -134,23 +134,18 @@ class Generator:
         token = self._replicated(pick(self.step.logits(hidden), number=self._scalar(0)))
         self.tensors.run([token, *cache.keys, *cache.values])
         decoding.add([token.cpu().tolist()])
-        for number in range(batch.chunks):
+        run_chunk = self._chunks(batch, token, padding, cache, pick)
+        for _ in range(batch.chunks):
             if not decoding.open:
                 break
-            made = self._chunk(batch, number * batch.chunk, token, padding, cache, pick)
-            decoding.add(made.cpu().tolist())
+            decoding.add(run_chunk().cpu().tolist())
         return decoding.found()
 
-    def _chunk(
-        self,
-        batch: PromptBatch,
-        before: int,
-        token: Tensor,
-        padding: Tensor,
-        cache: Cache,
-        pick: Pick,
-    ) -> Tensor:
-        """Make a chunk of tokens [chunk, B]; `token` and the cache are updated in place."""
+    def _chunks(
+        self, batch: PromptBatch, token: Tensor, padding: Tensor, cache: Cache, pick: Pick
+    ) -> Callable[[], Tensor]:
+        """What makes the next chunk of tokens [chunk, B] each time it is called. It updates the
+        cache and `token` in place, and where it is."""
         count = len(cache.keys)
         names, weights = zip(*self.step.named_parameters(), strict=True)
 
@@ -164,14 +159,19 @@ class Generator:
             grown = self._cut(_written(old, new, slot))
             return [made, slot + 1, number + 1, *grown.keys, *grown.values, *weights], [made]
 
-        start = [token, self._scalar(batch.ids.shape[1] + before), self._scalar(1 + before)]
+        state = [token, self._scalar(batch.ids.shape[1]), self._scalar(1)]
+        state += [*cache.keys, *cache.values]
         times = torch.zeros(batch.chunk, device=token.device)
-        flat = [*cache.keys, *cache.values]
-        (last, _, _, *grown), (made,) = device_loop(body, [*start, *flat, *weights], [times])
-        for old, new in zip([token, *flat], [last, *grown[: 2 * count]], strict=True):
-            old.copy_(new)  # in place: the program reuses the buffer
-        self.tensors.run([made, token, *flat])
-        return made
+        loop = RecordedLoop(body, [*state, *weights], [times])
+
+        def run() -> Tensor:
+            carry, (made,) = loop.run()
+            for old, new in zip(state, carry[: len(state)], strict=True):
+                old.copy_(new)  # in place: the program reuses the buffer
+            self.tensors.run([made, *state])
+            return made
+
+        return run
 
     @contextmanager
     def _turned(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch_xla.core.xla_model as xm
 from torch import Tensor, nn
+from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torch_xla.experimental.scan import _scan_impl_flat
 
 from torchprime.models.decoder import CausalLM, LayerContext
@@ -40,6 +41,36 @@ def device_loop(
     Device tensors that the body reads without being given them (weights, say) become loop inputs.
     """
     return _scan_impl_flat(body, list(carry), list(xs), reverse=reverse)
+
+
+class RecordedLoop:
+    """A `device_loop` that is traced once and run again with the same tensors, whose contents have
+    changed in place meanwhile: tracing a deep model takes as long as running it for some tokens."""
+
+    def __init__(self, body: Callable[..., Any], carry: Sequence[Tensor], xs: Sequence[Tensor]):
+        self.body, self.carry, self.xs = body, carry, xs
+        self.calls: list[tuple[Any, ...]] = []
+        self.made = 0  # how many `ys` there are
+
+    def run(self) -> tuple[list[Tensor], list[Tensor]]:
+        """As `device_loop`."""
+        run = XLAC._xla_user_computation
+        if self.calls:  # the last one: loops inside the body are recorded before it
+            _, *outputs = run(*self.calls[-1])
+            count, skipped = len(self.carry), len(self.carry) + len(self.xs)
+            return outputs[:count], outputs[skipped : skipped + self.made]
+
+        def record(*call: Any) -> Any:
+            self.calls.append(call)
+            return run(*call)
+
+        XLAC._xla_user_computation = record
+        try:
+            carry, ys = device_loop(self.body, self.carry, self.xs)
+        finally:
+            XLAC._xla_user_computation = run
+        self.made = len(ys)
+        return carry, ys
 
 
 # What a layer's backward would rather not compute again: the outputs of its matrix products. The

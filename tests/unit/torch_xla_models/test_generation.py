@@ -86,8 +86,8 @@ def test_a_batch_ends_with_its_longest_answer(truths, shipped_table, monkeypatch
     model, free = truths["llama-tied"]
     backend = placed("llama-tied", model, shipped_table, **WAYS["llama-tied"])
     calls = []
-    chunk = "torchprime.torch_xla_models.generation.Generator._chunk"
-    monkeypatch.setattr(chunk, lambda *args: calls.append(args))
+    run = "torchprime.torch_xla_models.generation.RecordedLoop.run"
+    monkeypatch.setattr(run, lambda loop: calls.append(loop))
     asked = answers.prompts()[1]
     first = free[1].ids[0]
     found = backend.generate([asked], answers.options(stop_ids=(first,)))
