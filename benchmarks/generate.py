@@ -6,7 +6,11 @@ case's figure is the median over all its repeats of all rounds. The first call o
 apart: it compiles. Answers of all cases are compared token by token. transformers gets the prompts
 as one batch, padded on the left, in each setting of its cache and attention; its best one counts.
 
-    python benchmarks/generate.py [--json FILE] [--rounds N] [--repeats N] [--only NAME;...]
+Where other work runs beside it, seconds say little, and CPU seconds little too as soon as threads
+wait for each other by spinning. `--one-core` gives every case the same one core; tokens per CPU
+second then are what it would make alone.
+
+    python benchmarks/generate.py [--json FILE] [--rounds N] [--repeats N] [--one-core]
 """
 
 from __future__ import annotations
@@ -143,23 +147,29 @@ def transformers_call(case: dict[str, Any], folder: Path, new: int) -> Callable[
     return call
 
 
-def work(case: dict[str, Any], folder: Path, new: int, repeats: int) -> dict[str, Any]:
+def work(
+    case: dict[str, Any], folder: Path, new: int, repeats: int, one_core: bool
+) -> dict[str, Any]:
     """One case, in this process."""
+    if one_core:  # before a library counts them
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     prompts = json.loads((folder / "prompts.json").read_text())
     call = (ours if case["impl"] == "ours" else transformers_call)(case, folder, new)
-    seconds = []
+    seconds, cpu = [], []
     for _ in range(repeats + 1):
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         found = call(prompts)
         seconds.append(time.perf_counter() - started)
+        cpu.append(time.process_time() - used)
     assert all(len(ids) == new for ids in found)
-    return {"first": seconds[0], "seconds": seconds[1:], "answers": found}
+    return {"first": seconds[0], "seconds": seconds[1:], "cpu": cpu[1:], "answers": found}
 
 
 def run_case(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
     """One case in a process of its own; None if it does not run here."""
     command = [sys.executable, __file__, "--work", name, "--folder", str(folder)]
     command += ["--new", str(args.new), "--repeats", str(args.repeats)]
+    command += ["--one-core"] if args.one_core else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{name} does not run: {done.stderr.splitlines()[-1]}", file=sys.stderr)
@@ -171,6 +181,7 @@ def measure(shape: str, names: list[str], args: argparse.Namespace, place: Path)
     """All cases of a shape, in turns."""
     folder = make_folder(shape, place, args.batch)
     seconds: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
     first: dict[str, float] = {}
     answers: dict[str, list] = {}
     for number in range(args.rounds):
@@ -180,12 +191,14 @@ def measure(shape: str, names: list[str], args: argparse.Namespace, place: Path)
             print(f"running: {shape}, round {number + 1}: {name}", file=sys.stderr, flush=True)
             if (found := run_case(name, folder, args)) is not None:
                 seconds.setdefault(name, []).extend(found["seconds"])
+                cpu.setdefault(name, []).extend(found["cpu"])
                 first.setdefault(name, found["first"])
                 answers[name] = found["answers"]
     truth = answers[next(iter(answers))]
     return {
         name: {
             "tokens_per_s": args.batch * args.new / statistics.median(each),
+            "tokens_per_cpu_s": args.batch * args.new / statistics.median(cpu[name]),
             "spread": [args.batch * args.new / x for x in (max(each), min(each))],
             "first_call_seconds": first[name],
             "equal_answers": sum(map(list.__eq__, answers[name], truth)),
@@ -203,12 +216,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--shapes", default=";".join(SHAPES))
+    parser.add_argument("--one-core", action="store_true")
     parser.add_argument("--only", help="names of cases, separated by semicolons")
     parser.add_argument("--work", help=argparse.SUPPRESS)  # a case's name: run it here
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        print(json.dumps(work(CASES[args.work], args.folder, args.new, args.repeats)))
+        case = CASES[args.work]
+        print(json.dumps(work(case, args.folder, args.new, args.repeats, args.one_core)))
         return
     names = args.only.split(";") if args.only else list(CASES)
     versions = ("torch", "torch_xla", "transformers")
@@ -225,18 +240,20 @@ def main() -> None:
 
 def show(shape: str, found: dict[str, dict[str, Any]]) -> None:
     """A Markdown table and the ratio to the best of the other side."""
-    print(f"\n| {shape} | tokens/s | slowest to fastest | first call, s | equal answers |")
-    print("|---|---|---|---|---|")
+    print(f"\n| {shape} | tokens/s | slowest to fastest | per CPU s | first call, s | equal |")
+    print("|---|---|---|---|---|---|")
     for name, r in found.items():
         low, high = r["spread"]
         print(
             f"| {name} | {r['tokens_per_s']:,.0f} | {low:,.0f} to {high:,.0f} "
-            f"| {r['first_call_seconds']:.1f} | {r['equal_answers']} |"
+            f"| {r['tokens_per_cpu_s']:,.0f} | {r['first_call_seconds']:.1f} "
+            f"| {r['equal_answers']} |"
         )
-    speeds = {name: r["tokens_per_s"] for name, r in found.items()}
-    theirs = [speed for name, speed in speeds.items() if name.startswith("transformers")]
-    if theirs and "ours" in speeds:
-        print(f"\n{speeds['ours'] / max(theirs):.2f}x transformers' best setting")
+    for key, what in (("tokens_per_s", "seconds"), ("tokens_per_cpu_s", "CPU seconds")):
+        theirs = [r[key] for name, r in found.items() if name.startswith("transformers")]
+        if theirs and "ours" in found:
+            ratio = found["ours"][key] / max(theirs)
+            print(f"\n{ratio:.2f}x transformers' best setting, by {what}")
 
 
 if __name__ == "__main__":
