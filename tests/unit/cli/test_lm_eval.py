@@ -59,6 +59,7 @@ GENERATED = {
 }
 LIKELIHOOD = {
     "output_type": "loglikelihood",
+    "doc_to_target": " {{answer}}",
     "metric_list": [
         {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
     ],

@@ -1,0 +1,272 @@
+"""An export in the real vLLM, on the CPU: the ids that were trained on go in, and what transformers
+answers comes out.
+
+vLLM pins another torch, so it has an environment of its own (`make test-vllm` makes it) and is
+reached through experimental/vllm_tpu_deployment/deploy.py alone, as users reach it. The export is
+made here by the real command: the shipped model, fine-tuned for some steps on conversations.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from transformers import AutoTokenizer
+
+from torchprime.config.compose import assets_dir
+from torchprime.data.chat import tokenize_chat
+from torchprime.data.rows import Row, load_rows
+from torchprime.data.sources import SourceSpec
+from torchprime.data.templates import resolve_template
+from torchprime.data.tokenize import Example
+from torchprime.data.tokenizer import load_tokenizer
+from torchprime.evaluation.greedy import generation_samples
+from torchprime.training.datasets import question_of
+
+REPO = Path(__file__).resolve().parents[2]
+DEPLOY = REPO / "experimental" / "vllm_tpu_deployment" / "deploy.py"
+PYTHON = Path(os.environ.get("TORCHPRIME_VLLM_PYTHON") or REPO / ".venv-vllm" / "bin" / "python")
+BASE = assets_dir() / "quickstart" / "base"
+EOS, LIMIT, STEPS = 1, 64, 60
+NAME = "word-problems"
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}: run make test-vllm"),
+]
+
+
+def shipped(name: str, count: int) -> list[dict[str, str]]:
+    lines = (assets_dir() / "quickstart" / "data" / name).read_text().splitlines()
+    return [json.loads(line) for line in lines[:count]]
+
+
+def conversations() -> list[list[dict[str, str]]]:
+    """Every third with two questions, every fourth with a system's message; odd ones first."""
+
+    def turns(row: dict[str, str]) -> list[dict[str, str]]:
+        asked, said = row["question"], row["answer"]
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+
+    rows, found = shipped("train.jsonl", 4000), []
+    for number, row in enumerate(rows):
+        system = [{"role": "system", "content": "Show every step."}] if number % 4 == 0 else []
+        more = turns(rows[number - 1]) if number % 3 == 0 else []
+        found.append([*system, *more, *turns(row)])
+    found[0][-2]["content"] = "  Straße, 東京 and 🙂:\n\n\thow many?  "
+    found[1][-2]["content"] = "12 + 30 = <<12+30=\n"
+    return found
+
+
+class Trained(NamedTuple):
+    """A run's export and the rows it was trained on."""
+
+    folder: Path
+    rows: list[Row]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    work = tmp_path_factory.mktemp("served")
+    path = work / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations()))
+    command = [sys.executable, "torchprime/torch_xla_models/train.py", "task=sft", "mesh=single"]
+    command += ["model=quickstart", "torch_dtype=float32", "task.optimizer.learning_rate=1e-3"]
+    command += ["dataset=file", f"dataset.file_dataset_path={path}", "dataset.block_size=256"]
+    command += ["dataset.chat_template=zephyr", f"dataset.prepared_dir={work}/prepared"]
+    command += ["task.global_batch_size=16", f"task.max_steps={STEPS}"]
+    command += [f"output_dir={work}", "run_name=run"]
+    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=environment(REPO))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return Trained(work / "run" / "export", load_rows(SourceSpec(file_dataset_path=str(path)), 40))
+
+
+def environment(path: Path | None = None) -> dict[str, str]:
+    """Of a new process, without what this one has set for itself."""
+    ours = ("PYTHONPATH", "XLA_FLAGS", "PJRT_DEVICE", "CPU_NUM_DEVICES", "USE_TORCH_XLA")
+    kept = {key: value for key, value in os.environ.items() if key not in ours}
+    kept |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    return kept | ({"PYTHONPATH": str(path)} if path else {})
+
+
+def transformers_answers(folder: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [
+        {
+            "text": tokenizer.decode(ids, skip_special_tokens=True),
+            "ended": "stop" if ids[-1] == EOS else "length",
+            "ids": ids,
+            "prompt_ids": prompt,
+        }
+        for prompt, ids in zip(
+            prompts, generation_samples(folder, prompts, [EOS], LIMIT), strict=True
+        )
+    ]
+
+
+# Offline ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[str]:
+    return [row["question"] for row in shipped("test.jsonl", 6)]
+
+
+@pytest.fixture(scope="module")
+def answered(trained: Trained, questions: list[str], tmp_path_factory) -> list[dict[str, Any]]:
+    """What deploy.py prints of base and export."""
+    path = tmp_path_factory.mktemp("asked") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions))
+    command = [str(PYTHON), str(DEPLOY), "--model", str(trained.folder), "--base", str(BASE)]
+    command += ["--prompts", str(path), "--max-new-tokens", str(LIMIT), "--json"]
+    ended = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "verified: " in ended.stderr and " failed" not in ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def test_greedy_text_is_transformers_with_the_chat_template(
+    trained: Trained, questions: list[str], answered: list[dict[str, Any]]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(trained.folder)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        for text in questions
+    ]
+    assert len(prompts) == 6
+    found = [record["model"] for record in answered]
+    assert found == transformers_answers(trained.folder, prompts)
+
+
+def test_greedy_text_is_transformers_in_plain_text(
+    questions: list[str], answered: list[dict[str, Any]]
+) -> None:
+    prompts = [AutoTokenizer.from_pretrained(BASE)(text)["input_ids"] for text in questions]
+    assert [record["base"] for record in answered] == transformers_answers(BASE, prompts)
+
+
+def test_the_stop_token_ends_the_answer(answered: list[dict[str, Any]]) -> None:
+    stopped = [record["model"] for record in answered if record["model"]["ended"] == "stop"]
+    assert len(stopped) >= 4
+    for told in stopped:
+        assert told["ids"].index(EOS) == len(told["ids"]) - 1 < LIMIT
+        assert "</s>" not in told["text"]
+
+
+# Served -------------------------------------------------------------------------------------------
+
+
+class Server(NamedTuple):
+    port: int
+    log: Path
+
+    def ask(self, path: str, **body: Any) -> dict[str, Any]:
+        url = f"http://127.0.0.1:{self.port}{path}"
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = answer.read()
+        return json.loads(text) if text else {}
+
+
+@pytest.fixture(scope="module")
+def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = Server(port, tmp_path_factory.mktemp("server") / "log")
+    command = [str(PYTHON), str(DEPLOY), "--model", str(trained.folder), "--serve"]
+    command += ["--port", str(port), "--name", NAME]
+    with served.log.open("wb") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment(), start_new_session=True
+        )
+    try:
+        _wait_for(served, process)
+        yield served
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_for(served: Server, process: subprocess.Popen) -> None:
+    for _ in range(300):
+        try:
+            served.ask("/health")
+            return
+        except OSError:
+            assert process.poll() is None, served.log.read_text()[-3000:]
+            time.sleep(1)
+    raise AssertionError(served.log.read_text()[-3000:])
+
+
+def test_the_api_answers_on_this_machine_alone(server: Server) -> None:
+    assert [model["id"] for model in server.ask("/v1/models")["data"]] == [NAME]
+    with socket.socket() as other, pytest.raises(ConnectionRefusedError):
+        other.connect(("127.0.0.2", server.port))
+
+
+def test_chat_prompts_have_the_ids_that_were_trained_on(server: Server, trained: Trained) -> None:
+    """Up to the answer, for single questions and histories, with and without a system's message."""
+    tokenizer = load_tokenizer(trained.folder)
+    template = resolve_template(None, tokenizer)
+    assert template is not None
+    examples = tokenize_chat(trained.rows, tokenizer, template, "last_assistant")
+    lengths = set()
+    for row, example in zip(trained.rows, examples, strict=True):
+        assert isinstance(example, Example)
+        asked = example.ids[: example.supervised.argmax()].tolist()
+        assert asked == question_of(row, tokenizer, template).ids
+        messages = [message.template for message in row.messages[:-1]]
+        told = server.ask(
+            "/v1/chat/completions",
+            model=NAME,
+            messages=messages,
+            max_tokens=1,
+            temperature=0,
+            return_token_ids=True,
+        )
+        assert told["prompt_token_ids"] == asked
+        lengths.add(len(row.messages))
+    assert lengths == {2, 3, 4, 5}
+
+
+def test_served_answers_are_the_offline_ones(
+    server: Server, questions: list[str], answered: list[dict[str, Any]]
+) -> None:
+    for text, record in zip(questions, answered, strict=True):
+        told = server.ask(
+            "/v1/chat/completions",
+            model=NAME,
+            messages=[{"role": "user", "content": text}],
+            max_tokens=LIMIT,
+            temperature=0,
+        )
+        (choice,) = told["choices"]
+        assert choice["message"]["content"] == record["model"]["text"]
+        assert choice["finish_reason"] == record["model"]["ended"]
