@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 LIBTPU := $(VENV)/libtpu
 libtpu: setup
 	@test -f $(LIBTPU)/libtpu/libtpu.so || $(BIN)/python -m pip install -q \
-	  --disable-pip-version-check --no-deps --target $(LIBTPU) libtpu==0.0.21 torchax==0.0.7 || \
+	  --disable-pip-version-check --retries 1 --no-deps --target $(LIBTPU) libtpu==0.0.21 torchax==0.0.7 || \
 	  echo "libtpu could not be installed: tests that compile for a TPU are skipped" >&2
 
 quickstart: setup

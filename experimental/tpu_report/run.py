@@ -27,7 +27,6 @@ BEGIN, END = "<!-- table: make tpu-report -->", "<!-- end of table -->"
 GIB = 2**30
 
 NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k"]
-FROM_SCRATCH = [*NAMED, "task=train", "model.pretrained_model=null", "task.max_steps=60"]
 ADAFACTOR = ["task.optimizer.name=adafactor"]
 NO_MASTERS = ["task.optimizer.master_weights=false"]
 
@@ -51,10 +50,9 @@ def long_blocks(rows: int) -> list[str]:
 
 MATH = [*NAMED, "model.pretrained_model=Qwen/Qwen2.5-Math-1.5B"]
 BIG = [
-    *NAMED, "model.pretrained_model=Llama-3.1-70B", "ici_mesh.fsdp=64", "ici_mesh.tensor=4",
-    *long_blocks(64),
+    *NAMED, "model.pretrained_model=meta-llama/Llama-3.1-70B", "ici_mesh.fsdp=64",
+    "ici_mesh.tensor=4", *long_blocks(64),
 ]  # fmt: skip
-BIG[2] = "model.pretrained_model=meta-llama/Llama-3.1-70B"
 QWEN = [*NAMED, "model.pretrained_model=Qwen/Qwen3-14B"]
 
 CASES = [
