@@ -151,5 +151,5 @@ def test_roofline() -> None:
     moved = {"all-gather": {"bytes": int(400e9)}, "all-reduce": {"bytes": int(200e9)}}
     times = roofline(int(918e12), int(3200e9), moved, CHIPS["v6e"])
     assert times == {
-        "compute": 1.0, "hbm": 2.0, "ici": 2.0, "at_least": 2.0, "without_overlap": 5.0
+        "compute": 1.0, "hbm": 2.0, "ici": 2.0, "overlapped": 2.0, "in_turn": 5.0
     }  # fmt: skip
