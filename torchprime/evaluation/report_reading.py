@@ -215,9 +215,7 @@ def _messages(
     if done >= total:
         messages.append(f"All {total:,} steps are done.")
     elif stopped is not None:
-        messages.append(
-            f"Early stopping after step {done:,} of {total:,}: {stopped}."
-        )
+        messages.append(f"Early stopping after step {done:,} of {total:,}: {stopped}.")
     else:
         messages.append(f"warning: the run is not finished: step {done:,} of {total:,} was logged.")
     starts = [start["step"] for start in facts["starts"]]

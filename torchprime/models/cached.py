@@ -27,11 +27,11 @@ from torchprime.models.rope import rotary_tables
 
 
 class Cache(NamedTuple):
-    """Keys and values by layer; one entry [layers, ...] for all where the container of layers is a
-    loop over stacks. Keys lie as the product with queries wants them."""
+    """Keys and values by layer, each [B, K, C, h]; one entry [layers, ...] for all where the
+    container of layers is a loop over stacks."""
 
-    keys: tuple[Tensor, ...]  # each [B, K, h, C]
-    values: tuple[Tensor, ...]  # each [B, K, C, h]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
 
 
 class CachedAttention(nn.Module):
@@ -54,13 +54,13 @@ class CachedAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Any) -> Tensor:
         """As a core's; with a cache `prepared` is `_mask` and there is one token per row."""
         if self.cache is None:
-            self.new = k.transpose(-1, -2), v
+            self.new = k, v
             return self.core(q, k, v, prepared)
         out = self._one_token(q, k, v, *self.cache, prepared)
         # A compiler writes in place only where it can tell that all looks at the old cache come
         # first: so what is written depends on what came of them.
         after = out.view(*k.shape[:2], -1, k.shape[-1])[:, :, :1] * 0
-        self.new = (k + after).transpose(-1, -2), v + after
+        self.new = k + after, v + after
         return out if self.finish is None else self.finish(out)
 
     def _one_token(
@@ -69,7 +69,8 @@ class CachedAttention(nn.Module):
         """One softmax, in fp32, over the slots that the mask leaves and the token itself."""
         B, H, _, h = q.shape
         q = (q * self.scale).view(B, k.shape[1], -1, h)
-        scores = torch.matmul(q, keys).float() + mask
+        # The keys on the left: so each device reads them as they lie, one slot after the other.
+        scores = torch.matmul(keys, q.transpose(-1, -2)).transpose(-1, -2).float() + mask
         own = (q.float() * k.float()).sum(-1, keepdim=True)
         top = torch.maximum(scores.amax(-1, keepdim=True), own)
         weights, own = torch.exp(scores - top), torch.exp(own - top)
@@ -138,8 +139,8 @@ def next_hidden(
         The hidden states [B, D] after the final norm, and the keys and values to write to `slot`.
     """
     decoder: Any = model.model
-    # From the values, whose slots are their second to last dim, stacked or not.
-    places = torch.arange(cache.values[0].shape[-2], dtype=torch.int32, device=ids.device)
+    # The slots are the second to last dim, stacked or not.
+    places = torch.arange(cache.keys[0].shape[-2], dtype=torch.int32, device=ids.device)
     masks = tuple(_mask(places, padding, slot, window) for window in decoder.windows)
     positions = (slot - padding)[:, None]
     hidden, new = _through_layers(decoder, ids[:, None], positions, masks, cache)

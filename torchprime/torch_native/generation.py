@@ -172,23 +172,12 @@ class Generator:
 
 def _allocated(read: Cache, slots: int) -> Cache:
     """A cache of so many slots that begins with what was read."""
-
-    def keys(found: Tensor) -> Tensor:
-        cache = found.new_zeros((*found.shape[:-1], slots))
-        cache[..., : found.shape[-1]] = found
-        return cache
-
-    def values(found: Tensor) -> Tensor:
-        cache = found.new_zeros((*found.shape[:-2], slots, found.shape[-1]))
-        cache[..., : found.shape[-2], :] = found
-        return cache
-
-    return Cache(tuple(map(keys, read.keys)), tuple(map(values, read.values)))
+    missing = slots - read.keys[0].shape[-2]
+    keys, values = (tuple(F.pad(t, (0, 0, 0, missing)) for t in part) for part in read)
+    return Cache(keys, values)
 
 
 def _write(cache: Cache, new: Cache, slot: Tensor) -> None:
     index = slot[None].long()
-    for old, keys in zip(cache.keys, new.keys, strict=True):
-        old.index_copy_(-1, index, keys)
-    for old, values in zip(cache.values, new.values, strict=True):
-        old.index_copy_(-2, index, values)
+    for old, added in zip((*cache.keys, *cache.values), (*new.keys, *new.values), strict=True):
+        old.index_copy_(-2, index, added)

@@ -44,9 +44,9 @@ TENSOR = "tensor"
 Pick = Callable[..., Tensor]
 
 
-def _update_slot(cache: xb.Op, new: xb.Op, slot: xb.Op, dim: int) -> xb.Op:
+def _update_slot(cache: xb.Op, new: xb.Op, slot: xb.Op) -> xb.Op:
     indices = [slot.zeros_like()] * cache.shape().rank
-    indices[dim] = slot
+    indices[-2] = slot
     return cache.dynamic_update_slice(new, indices)
 
 
@@ -216,11 +216,13 @@ class Generator:
 
 def _widened(cache: Cache, slots: int) -> Cache:
     """With so many empty slots behind."""
-    keys = tuple(F.pad(each, (0, slots)) for each in cache.keys)
-    return Cache(keys, tuple(F.pad(each, (0, 0, 0, slots)) for each in cache.values))
+    keys, values = (tuple(F.pad(t, (0, 0, 0, slots)) for t in part) for part in cache)
+    return Cache(keys, values)
 
 
 def _written(cache: Cache, new: Cache, slot: Tensor) -> Cache:
-    keys = tuple(_WRITE(c, n, slot, dim=-1) for c, n in zip(cache.keys, new.keys, strict=True))
-    values = (_WRITE(c, n, slot, dim=-2) for c, n in zip(cache.values, new.values, strict=True))
-    return Cache(keys, tuple(values))
+    keys, values = (
+        tuple(_WRITE(old, each, slot) for old, each in zip(part, added, strict=True))
+        for part, added in zip(cache, new, strict=True)
+    )
+    return Cache(keys, values)
