@@ -78,6 +78,7 @@ class DatasetConfig:
     replay_share: float | None = None
     format: Format = "auto"
     columns: dict[str, str] = field(default_factory=dict)  # our field: the source's column
+    answer_form: Literal["as_is", "think_answer"] = "as_is"  # of prompts' answers
     as_messages: bool = False  # prompt and completion become a user's and an assistant's turn
     chat_template: str | None = None  # null: the tokenizer's own; a family; or a .jinja file
     block_size: int = 1024

@@ -41,6 +41,7 @@ TWO_SYSTEMS = "system is given twice: as a field and as the first turn"
 NO_ASSISTANT = "no assistant turn to learn from"
 ALL_OFF = "every assistant turn has weight 0"
 ROW_WEIGHT = "row weight is not a number from 0 to 10"
+NO_FINAL_LINE = "answer is not reasoning and one line of #### and a value"
 NO_GROUP = "group_key {} is missing"
 BAD_GROUP = "group_key {} is not a string or number"
 NO_TIME = "time_key {} is missing"
@@ -56,7 +57,7 @@ REASONS = (
     *(CONTENT_EMPTY, MESSAGE_NOT_STRING, MESSAGE_NOT_UNICODE, MESSAGE_WEIGHT),
     *(MESSAGE_WEIGHTS_DIFFER, MESSAGE_TRAIN, BAD_TOOL_CALLS, BAD_FUNCTION_CALL, BAD_TOOLS),
     *(TOO_NESTED, TWO_SYSTEMS, NO_ASSISTANT, ALL_OFF, ROW_WEIGHT),
-    *(NO_GROUP, BAD_GROUP, NO_TIME, BAD_TIME, NO_ID, BAD_ID, DUPLICATED_ID),
+    *(NO_FINAL_LINE, NO_GROUP, BAD_GROUP, NO_TIME, BAD_TIME, NO_ID, BAD_ID, DUPLICATED_ID),
 )
 
 MISSING = object()  # what is not there, not even as null

@@ -21,6 +21,12 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
+from torchprime.data.answer_form import (
+    AS_IS,
+    KINDS_WITH_ANSWERS,
+    THINK_ANSWER,
+    think_answer,
+)
 from torchprime.data.fields import (
     ALL_OFF,
     BAD_ID,
@@ -60,6 +66,7 @@ from torchprime.data.row_format import (
     rename,
 )
 from torchprime.data.sources import SourceSpec, read_rows
+from torchprime.errors import DataError
 
 SAMPLE_ROWS = 100
 
@@ -104,6 +111,7 @@ class RowReading:
             "message.content" name keys inside each message.
         group_key, time_key, id_key: columns of what Row.group and Row.time hold, and of an id that
             may occur only once.
+        answer_form: AS_IS, or what answer_form.py makes of prompts' answers.
         as_messages: prompt and completion become a user's and an assistant's turn.
     """
 
@@ -113,6 +121,7 @@ class RowReading:
     time_key: str | None = None
     id_key: str | None = None
     as_messages: bool = False
+    answer_form: str = AS_IS
 
 
 # One record --------------------------------------------------------------------------------------
@@ -129,6 +138,8 @@ def read_row(
     try:
         fields = rename(record, reading.columns)
         body = _READERS[kind](fields, reading.columns or {})
+        if reading.answer_form == THINK_ANSWER and kind in KINDS_WITH_ANSWERS:
+            body["completion"] = think_answer(body.get("completion", ""))
         if reading.as_messages:
             body = _as_messages(body, fields)
         weight = fields.get("weight")
@@ -276,6 +287,12 @@ def open_rows(
     sample = list(islice(records, SAMPLE_ROWS))
     first = [record for _, record in sample]
     decision = decide_format(first, reading.format, reading.columns, section)
+    if reading.answer_form != AS_IS and decision.kind not in KINDS_WITH_ANSWERS:
+        raise DataError(
+            f"dataset.answer_form={reading.answer_form} is for rows with one answer each "
+            f"({', '.join(KINDS_WITH_ANSWERS)}), but these are {decision.kind} ({decision.why}). "
+            "Set dataset.answer_form=as_is"
+        )
     return decision, _read_all(chain(sample, records), decision.kind, reading, source.name)
 
 

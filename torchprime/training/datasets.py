@@ -111,6 +111,7 @@ class RunRows:
             time_key=d.time_key,
             id_key=d.id_key,
             as_messages=d.as_messages,
+            answer_form=d.answer_form,
         )
 
     @cached_property

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from torchprime.data import fields, messages, row_format
+from torchprime.data import answer_form, fields, messages, row_format
 from torchprime.data import rows as rows_module
 from torchprime.data.fields import REASONS
 from torchprime.data.messages import Message
@@ -399,6 +399,59 @@ def test_as_messages_leaves_the_others_as_they_are_and_needs_a_prompt() -> None:
     assert empty.reason == "field prompt is empty"
 
 
+THINK = RowReading(answer_form="think_answer")
+
+
+@pytest.mark.parametrize("kind", ["prompt_completion", "question_answer", "alpaca"])
+def test_answers_as_think_and_answer(kind: str) -> None:
+    field = {"prompt_completion": "completion", "question_answer": "answer", "alpaca": "output"}
+    record = KINDS[kind] | {field[kind]: " She has 3 <<1+2=3>>3.\nSo:\n#### $1,003 \n"}
+    row = accepted(record, kind, THINK)
+    assert row.completion == (
+        "<think>\nShe has 3 <<1+2=3>>3.\nSo:\n</think>\n<answer>\n$1,003\n</answer>"
+    )
+    assert row.prompt == accepted(record, kind).prompt
+    both = RowReading(answer_form="think_answer", as_messages=True)
+    assert templates(accepted(record, kind, both))[1]["content"] == row.completion
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("only reasoning", "#### 7", "reasoning\n####", "reasoning\n#### \n", "a\n#### 1\n#### 2"),
+        *("a\n#### 1\nthat is all", "<think>a</think>\n#### 1", "a\n#### <answer>1</answer>"),
+    ],
+)
+def test_an_answer_without_a_final_line_is_rejected(answer: str) -> None:
+    row = refused(QA | {"answer": answer}, "question_answer", THINK)
+    assert row.reason == "answer is not reasoning and one line of #### and a value"
+    assert row.detail
+
+
+def test_only_rows_with_one_answer_have_a_form(tmp_path: Path) -> None:
+    turns = {"prompt": [USER], "completion": [BOT]}
+    assert "#### and a value" in refused(turns, "prompt_completion", THINK).reason
+    path = tmp_path / "rows.jsonl"
+    for kind in ("messages", "sharegpt", "text"):
+        path.write_text(json.dumps(KINDS[kind]) + "\n")
+        with pytest.raises(DataError, match=f"answer_form=think_answer is for .* are {kind}"):
+            open_rows(SourceSpec(str(path)), THINK)
+
+
+def test_all_of_gsm8k_takes_the_form(shared_dir: Path) -> None:
+    """Every row there is, and graders agree with the row's own value."""
+    for name, count in (("train", 7473), ("test", 1319)):
+        _, rows = open_rows(SourceSpec(str(shared_dir / f"data/gsm8k/{name}.jsonl")), THINK)
+        read = list(rows)
+        assert len(read) == count and all(isinstance(row, Row) for row in read)
+        _, plain = open_rows(SourceSpec(str(shared_dir / f"data/gsm8k/{name}.jsonl")), PLAIN)
+        for row, other in zip(read, plain, strict=True):
+            assert isinstance(row, Row) and isinstance(other, Row)
+            thought, value = other.completion.split("####")
+            assert row.completion.split("\n")[-2] == value.strip()
+            assert row.completion.startswith(f"<think>\n{thought.strip()}\n</think>\n<answer>\n")
+
+
 # ShareGPT ----------------------------------------------------------------------------------------
 
 
@@ -733,7 +786,7 @@ def test_a_row_of_ten_megabytes(write_rows: Callable[..., Path]) -> None:
 def test_reasons_are_all_listed() -> None:
     """Documents and reports rely on the list: nothing else is given, and each entry is used."""
     code = ""
-    for module in (fields, messages, row_format, rows_module):
+    for module in (fields, messages, row_format, answer_form, rows_module):
         source = Path(str(module.__file__)).read_text(encoding="utf-8")
         body = source[source.rindex("\nfrom ") :]  # an import is no use of a name
         code += body[body.index("\n\n") :]
