@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import torch
 import yaml
 
 from torchprime.config.compose import assets_dir, compose_config, configs_dir
+from torchprime.config.evaluation import LOSSES
+from torchprime.data.leaks import find_leaks
+from torchprime.evaluation.samples import Sample
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
+from torchprime.training.evaluating import make_choosing, make_graders
 
 CONFIGS = configs_dir()
 GROUPS = ("dataset", "eval", "mesh", "model", "remat", "sharding", "task")
@@ -160,6 +165,48 @@ def test_quickstart_assets_are_where_the_configs_say() -> None:
     for path in (config.dataset.file_dataset_path, config.eval.file_dataset_path):
         assert path and Path(path).is_file()
     assert Path(str(config.model.pretrained_model), "config.json").is_file()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_what_a_run_grades_and_chooses_by_exists(run: str) -> None:
+    config = compose_config(["--config-name", run, *(GIVEN if run == "default" else [])])
+    assert set(make_graders(config.eval)) == set(config.eval.metrics) - {*LOSSES}
+    make_choosing(config.eval, config.selection)
+    if config.eval.graders and config.task.name == "sft":
+        assert config.export.which == "best" and config.selection.gates
+
+
+def pirate_rows(name: str) -> list[dict[str, str]]:
+    text = (assets_dir() / "pirate" / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_pirate_rows_are_many_and_no_prompt_is_twice() -> None:
+    train, test = pirate_rows("train"), pirate_rows("test")
+    assert len(train) >= 220 and len(test) >= 40
+    texts = [(f"{row['prompt']}", row["prompt"], None) for row in [*train, *test]]
+    found = find_leaks(texts[: len(train)], texts[len(train) :], threshold=0.8, workers=1)
+    assert not found.leaks and not found.exact_duplicate_rows and not found.near_duplicate_rows
+    answers = [row["completion"] for row in [*train, *test]]
+    assert len(set(answers)) == len(answers)
+    # No template: few answers begin alike.
+    begins = Counter(" ".join(answer.split()[:3]) for answer in answers)
+    assert begins.most_common(1)[0][1] <= 5
+
+
+def test_the_pirate_grader_knows_pirates_from_others() -> None:
+    graders = make_graders(compose_config(["eval=pirate_graded", *GIVEN]).eval)
+
+    def share(answers: list[str]) -> float:
+        grade = graders["pirate"]
+        samples = [Sample("row", "", answer, "", True, 1) for answer in answers]
+        return sum(float(grade(sample) or 0) for sample in samples) / len(samples)
+
+    rows = [*pirate_rows("train"), *pirate_rows("test")]
+    assert share([row["completion"] for row in rows]) == 1.0
+    assert share([row["prompt"] for row in rows]) == 0.0
+    plain = assets_dir() / "quickstart" / "data" / "test.jsonl"
+    assert share([json.loads(line)["answer"] for line in plain.open()]) == 0.0
 
 
 def test_pretraining_makes_the_architecture_that_ships() -> None:
