@@ -236,6 +236,6 @@ def test_cfg_job_in_a_process_of_its_own(user_configs: Path) -> None:
     helped = call("--help")
     assert helped.returncode == 0
     assert "torchprime is powered by Hydra" in helped.stdout
-    assert "dataset: file, gsm8k, quickstart" in helped.stdout
+    assert "dataset: file, gsm8k, gsm8k_think, pirate, quickstart" in helped.stdout
 
     assert sorted(user_configs.parent.iterdir()) == before
