@@ -132,6 +132,9 @@ def test_the_best_step_is_kept_and_exported(
     table = [line for line in said.splitlines() if line.strip().startswith(("base", "right"))]
     assert table[0].split("  ")[-1] and "last (step 8)" in table[0] and "best (step 4)" in table[0]
     assert "right (n=3)" in table[1] and "100.0% (43.9 to 100.0)" in table[1]
+    report = (folder / "report.md").read_text()
+    assert "| base | last (step 8) | best (step 4) |" in report and "step_00000004" in report
+    assert "3 now right" in report and "report.html" in said
 
 
 def test_what_is_written_of_answers(
@@ -277,7 +280,7 @@ def test_overfitting_is_told_with_its_numbers(
     monkeypatch.setattr(evaluation, "heldout_loss", lambda *_: HeldoutLoss(next(losses), None))
     scripted(*[0.0] * 5)
     assert run(evaluated("task.export_checkpoint_path=null")) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if "overfitting" in line]
+    told = [line for line in capsys.readouterr().err.splitlines() if "overfitting: " in line]
     assert len(told) == 1
     assert "from step 2 to 6 the held-out loss rose from 1.0000 over 1.1000 to 1.2000" in told[0]
 
