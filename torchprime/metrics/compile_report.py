@@ -127,6 +127,7 @@ def _known_arrays(s: Sizes) -> Iterator[tuple[tuple[int, ...], str]]:
     vocab, ffn, heads = (each // s.tensor for each in (s.vocab, s.ffn, s.heads))
     fewer = "task.loss_chunks: more of them are smaller"
     yield (s.rows, chunk, vocab), f"logits of one loss chunk, or their gradient ({fewer})"
+    yield (s.rows, chunk, s.hidden), "hidden states of one loss chunk"
     yield (vocab, s.hidden), "the whole embedding or output weight, or its gradient"
     hint = "" if s.full_remat else " (remat=scan_full keeps less)"
     for shape, what in (

@@ -133,6 +133,7 @@ def test_a_shortage_in_words(sizes: Sizes) -> None:
         ((14336, 4096), "one layer's mlp.gate_proj.weight, whole"),
         ((8, 32, 1024, 128), "attention heads of one layer"),  # as many as hidden states
         ((8192, 4096), "hidden states of one layer"),  # merged
+        ((8, 128, 4096), "hidden states of one loss chunk"),
         ((7, 11), "a temporary of the step"),
     ],
 )
