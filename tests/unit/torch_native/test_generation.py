@@ -21,7 +21,7 @@ WORKER = Path(__file__).parent / "generate_worker.py"
 WAYS: dict[str, Any] = {
     "alone-compiled": (1, {"mesh": {}, "model": "mistral", "compiler": "aot_eager"}),
     "fsdp2-remat": (2, {"mesh": {"fsdp": 2}, "model": "qwen2", "remat": "full"}),
-    "tensor2": (2, {"mesh": {"tensor": 2}, "model": "qwen3"}),
+    "tensor2": pytest.param((2, {"mesh": {"tensor": 2}, "model": "qwen3"}), marks=pytest.mark.slow),
     "fsdp2-tensor2-gathered-each-time": pytest.param(
         (4, {"mesh": {"fsdp": 2, "tensor": 2}, "model": "llama-tied", "keeps": False}),
         marks=pytest.mark.slow,
