@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from torchprime.checkpoint.manifest import read_manifest
 from torchprime.checkpoint.storage import MANIFEST, FileFacts, Storage, sha256_of
@@ -153,14 +154,26 @@ class Catalog:
             other = f"set_aside_{number}_{name}"
             self.storage.rename(name, other)
             say(f"checkpoint {name} is not part of what goes on from here: now {other}")
-        # The best of what is left; of equal ones, or where no rank is known, the newest.
-        ranks = ((self._rank(self.name_of(s)), -s) for s in self.steps())
-        left = [((math.inf,) if rank is None else rank, s) for rank, s in ranks]
-        left = left or [((math.inf,), -step)]
-        for pointer, other in ((LATEST, step), (BEST, -min(left)[1])):
-            pointed = STEP.fullmatch(self.pointed(pointer) or "")
-            if pointed and int(pointed[1]) > step:
-                self.point(pointer, self.name_of(other))
+        pointed = STEP.fullmatch(self.pointed(LATEST) or "")
+        if pointed and int(pointed[1]) > step:
+            self.point(LATEST, self.name_of(step))
+        if self.pointed(BEST):
+            self.point_to_best()
+
+    def point_to_best(self) -> dict[str, Any] | None:
+        """Let `best` name the best of the checkpoints there are, or take it away if none ranks.
+
+        Returns:
+            Its `step` and `scores`; the earliest of equal ones.
+        """
+        ranked = [(rank, step) for step in self.steps() if (rank := self._rank(self.name_of(step)))]
+        if not ranked:
+            self.storage.remove_file(BEST)
+            return None
+        name = self.name_of(min(ranked)[1])
+        if self.pointed(BEST) != name:
+            self.point(BEST, name)
+        return {"step": min(ranked)[1], "scores": read_manifest(self.storage, name).scores}
 
     def clean(self) -> None:
         """Remove what killed writers left; only the process that holds the run's lock may."""

@@ -314,6 +314,10 @@ class Storage(ABC):
         """Remove a folder, if it is there: at once not a checkpoint any more, then its files."""
 
     @abstractmethod
+    def remove_file(self, name: str) -> None:
+        """Remove a small file, if it is there."""
+
+    @abstractmethod
     def rename(self, folder_name: str, new_name: str) -> None:
         """Give a folder another name, which must be free; after a kill it has at least one of
         both."""
@@ -423,6 +427,10 @@ class LocalStorage(Storage):
         with self.telling(f"Removing {self.root / folder_name}"):
             remove_folder(self.root / folder_name)
 
+    def remove_file(self, name: str) -> None:
+        with self.telling(f"Removing {self.root / name}"):
+            (self.root / name).unlink(missing_ok=True)
+
     def rename(self, folder_name: str, new_name: str) -> None:
         with self.telling(f"Renaming {self.root / folder_name}"):
             os.rename(self.root / folder_name, self.root / new_name)
@@ -512,6 +520,11 @@ class UrlStorage(Storage):
             for path in (self._at(f"{folder_name}/{MANIFEST}"), self._at(folder_name)):
                 if self._fs.exists(path):
                     self._fs.rm(path, recursive=True)
+
+    def remove_file(self, name: str) -> None:
+        if self.exists(name):
+            with self.telling(f"Removing {self.describe(name)}"):
+                self._fs.rm_file(self._at(name))
 
     def rename(self, folder_name: str, new_name: str) -> None:
         old, new = self._at(folder_name), self._at(new_name)

@@ -8,6 +8,9 @@ from typing import Any, Literal
 from torchprime.config.checks import at_least, fraction, not_empty, one_source, positive, refuse
 
 LOSSES = ("eval_loss", "eval_perplexity")  # measured wherever rows are held out
+# Names that graders can't have: the other fields of an evaluation's record, as they are shown.
+TAKEN = (*LOSSES, "loss", "perplexity", "supervised_tokens", "seconds", "train_loss",
+         "generated_tokens", "generate_seconds", "share_of_run", "step")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,11 @@ class EvalConfig:
                         f"add its {part}.",
                     )
             name = grader["name"]
-            if not name.replace("_", "a").isalnum() or name[0].isdigit() or name in LOSSES:
+            if not name.replace("_", "a").isalnum() or name[0].isdigit() or name in TAKEN:
                 refuse(
                     f"{key}.name",
                     name,
-                    f"letters, digits and _, not one of {', '.join(LOSSES)}",
+                    f"letters, digits and _, not one of {', '.join(TAKEN)}",
                     "Rename it.",
                 )
             names.append(name)

@@ -484,6 +484,13 @@ class TrainConfig:
                 "true, since export.which=best exports from a checkpoint",
                 "Set it to true, or export.which=last.",
             )
+        if self.export.which == "best" and self.eval.every_steps is None:
+            refuse(
+                "eval.every_steps",
+                None,
+                "a number, since export.which=best chooses among evaluated steps",
+                "Set eval.every_steps=50, for example, or export.which=last.",
+            )
         stopping = self.selection.early_stopping.metric
         if stopping is not None and self.eval.every_steps is None:
             refuse(

@@ -15,9 +15,9 @@ def columns(history: Sequence[Evaluated], best_step: int | None) -> dict[str, Ev
         history: in the order of steps.
         best_step: which of them was chosen; None if none was.
     """
-    last = history[-1]
-    found = {"base": history[0]} if history[0].step == 0 else {}
-    if last.step:
+    first, last = history[0], history[-1]
+    found = {"base" if first.step == 0 else f"start (step {first.step})": first}
+    if last is not first:
         both = " = best" if best_step == last.step else ""
         found[f"last{both} (step {last.step})"] = last
     best = [one for one in history if one.step == best_step != last.step]

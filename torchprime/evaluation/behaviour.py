@@ -46,6 +46,11 @@ def check_prompts(prompts: Sequence[Prompt], max_length: int) -> None:
         DataError: naming the first that does not, its length and the limit.
     """
     for prompt in prompts:
+        if not prompt.ids:
+            raise DataError(
+                f"eval: the prompt of held-out row {prompt.row_id} is empty, and a model needs a "
+                "token to go on from. Remove the row, or give it a prompt."
+            )
         if len(prompt.ids) >= max_length:
             raise DataError(
                 f"eval: the prompt of held-out row {prompt.row_id} has {len(prompt.ids):,} tokens, "

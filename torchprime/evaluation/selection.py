@@ -170,7 +170,7 @@ def known_metric(name: str, known: Collection[str], key: str) -> str:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        return number if math.isfinite(number := float(text)) else None
     except ValueError:
         return None
 

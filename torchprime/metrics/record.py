@@ -105,19 +105,26 @@ class CheckpointRecord:
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
+BY_SOURCE = "source_losses"  # the one field whose numbers are one level down
 Record = StepRecord | EvalRecord | CheckpointRecord
 
 
 def to_json(record: Record) -> str:
     """One line of valid JSON without the line end."""
     values = record.to_dict()
-    nonfinite = {
+    nonfinite: dict[str, Any] = {
         name: str(value)
         for name, value in values.items()
         if isinstance(value, float) and not math.isfinite(value)
     }
+    values |= dict.fromkeys(nonfinite)
+    by_source = values.get(BY_SOURCE) or {}
+    bad = {s: str(v) for s, v in by_source.items() if v is not None and not math.isfinite(v)}
+    if bad:
+        values[BY_SOURCE] = by_source | dict.fromkeys(bad)
+        nonfinite[BY_SOURCE] = bad
     if nonfinite:
-        values |= dict.fromkeys(nonfinite) | {"nonfinite": nonfinite}
+        values["nonfinite"] = nonfinite
     return json.dumps(values, allow_nan=False)
 
 
@@ -127,4 +134,6 @@ def from_json(line: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, got {type(values).__name__}")
     nonfinite = values.pop("nonfinite", {})
+    for source, value in nonfinite.pop(BY_SOURCE, {}).items():
+        values[BY_SOURCE][source] = float(value)
     return values | {name: float(value) for name, value in nonfinite.items()}

@@ -123,8 +123,10 @@ class NativeBackend:
             "fsdp"
         ] + self.mesh.get_local_rank("fsdp")
         self.tensor_group = self.mesh["tensor"].get_group()
-        # Its own, so that a thread may talk over it while a step talks over the other.
-        self.host_group = dist.new_group(backend="gloo", timeout=transport_timeout())
+        # Groups of their own: for objects, and for a thread that talks while the loop does.
+        self.host_group, self.aside_group = (
+            dist.new_group(backend="gloo", timeout=transport_timeout()) for _ in range(2)
+        )
         self._profile: profile | None = None
 
     # -- weights in and out --------------------------------------------------------------------
@@ -247,10 +249,11 @@ class NativeBackend:
         return int(self.state.step), int(self.state.bad_step)
 
     @watched
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any, *, aside: bool = False) -> list[Any]:
         """See Backend."""
         gathered: list[Any] = [None] * self.process_count
-        dist.all_gather_object(gathered, value, group=self.host_group)
+        group = self.aside_group if aside else self.host_group
+        dist.all_gather_object(gathered, value, group=group)
         return gathered
 
     @watched

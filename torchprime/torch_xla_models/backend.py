@@ -224,12 +224,13 @@ class XlaBackend:
         """See Backend."""
         return int(self.state.step.item()), int(self.state.bad_step.item())
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any, *, aside: bool = False) -> list[Any]:
         """See Backend."""
         if self.process_count == 1:
             return [value]
         packed = pickle.dumps(value)
-        return [pickle.loads(each) for each in xm.rendezvous("torchprime-objects", packed)]
+        tag = f"torchprime-objects{'-aside' * aside}"
+        return [pickle.loads(each) for each in xm.rendezvous(tag, packed)]
 
     def largest(self, value: int) -> int:
         """See Backend."""

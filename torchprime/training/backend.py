@@ -126,9 +126,13 @@ class Backend(Protocol):
         """Updates done, and the first whose loss or gradient was not finite, 0 if none. Waits."""
         ...
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """What each process gave, in the order of processes, on every process. May be called from
-        another thread, from one at a time."""
+    def gather_objects(self, value: Any, *, aside: bool = False) -> list[Any]:
+        """What each process gave, in the order of processes, on every process.
+
+        Args:
+            aside: for a thread that runs beside the loop: what it exchanges is never taken for
+                what the loop exchanges meanwhile. One thread at a time.
+        """
         ...
 
     def largest(self, value: int) -> int:

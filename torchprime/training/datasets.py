@@ -46,6 +46,11 @@ class RunData:
     heldout_report: DataReport | None
     leaks: LeakReport | None
 
+    def rejected_heldout(self) -> set[str]:
+        """Ids of the held-out rows that the preparation left out."""
+        report = self.heldout_report
+        return set() if report is None else {i for ids in report.rejected.values() for i in ids}
+
     def reports(self) -> dict[str, Any]:
         """data_report.json."""
         found: dict[str, Any] = {"dataset": self.report.to_dict()}
@@ -141,8 +146,8 @@ class RunRows:
                 if side is None or side.has(row):
                     yield row
 
-    def first_heldout(self, count: int | None) -> list[Row]:
-        """To be asked; None for all."""
+    def first_heldout(self, count: int) -> list[Row]:
+        """To show answers to a person."""
         return list(islice(self.rows("eval"), count))
 
 

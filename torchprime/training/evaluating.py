@@ -6,8 +6,9 @@ a metric that does not exist, a prompt that leaves no room. The config stops her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from torchprime.config.evaluation import EvalConfig, SelectionConfig
@@ -95,6 +96,7 @@ def make_evaluation(
     graders: Mapping[str, Grader],
     *,
     rows: RunRows,
+    rejected: Collection[str],
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
     stop_ids: tuple[int, ...],
@@ -106,6 +108,7 @@ def make_evaluation(
 
     Args:
         rows: where the held-out rows are.
+        rejected: ids of those that the preparation left out.
         stop_ids: tokens that end an answer.
         max_length: the model's context.
         folder: of the run.
@@ -116,7 +119,8 @@ def make_evaluation(
     g = eval.generate
     prompts = []
     if g.enabled:
-        for row in rows.first_heldout(g.max_examples):
+        kept = (row for row in rows.rows("eval") if row.row_id not in rejected)
+        for row in islice(kept, g.max_examples):
             asked = question_of(row, tokenizer, template)
             prompts.append(Prompt(row.row_id, asked.text, asked.ids, asked.answer))
         check_prompts(prompts, max_length)

@@ -57,6 +57,7 @@ def make_manifest(
     *,
     num_blocks: int,
     metrics: dict[str, Any],
+    hooks: dict[str, Any],
 ) -> Manifest:
     """All that a run needs to go on after a step, but for the tensors.
 
@@ -64,6 +65,7 @@ def make_manifest(
         identity: fingerprints of what the run's steps are made of.
         num_blocks: of the training rows.
         metrics: the last values.
+        hooks: what hooks want to know again.
     """
     slots = optimizer.slots(Parameter((2, 2), getattr(torch, config.torch_dtype), False, False))
     return Manifest(
@@ -99,6 +101,7 @@ def make_manifest(
         data_manifest={"fingerprint": identity["data"]},
         eval_manifest={"fingerprint": identity["eval"]} if identity["eval"] else None,
         best_metric=None,
+        hooks=hooks,
         metrics=metrics,
     )
 

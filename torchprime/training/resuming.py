@@ -12,8 +12,9 @@ import json
 import os
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +23,18 @@ from torch import Tensor
 
 from torchprime.atomic import write_text
 from torchprime.checkpoint.catalog import Catalog
+from torchprime.checkpoint.manifest import Manifest
 from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.storage import MANIFEST, LocalStorage, Storage
 from torchprime.errors import CheckpointError, UserError
 from torchprime.evaluation.selection import Evaluated
-from torchprime.metrics.record import EvalRecord, StepRecord
+from torchprime.metrics.record import StepRecord
 from torchprime.metrics.writers import read_metrics
 from torchprime.training import run_folder
 from torchprime.training.backend import Backend, ResumedState, StepNumbers
 
 METRICS = "metrics.jsonl"
+EVALUATION = "evaluation"  # what the hook keeps in a manifest
 
 
 @dataclass(frozen=True)
@@ -217,27 +220,40 @@ def cut_metrics(path: Path, step: int) -> None:
 
 @dataclass(frozen=True)
 class Past:
-    """What the records of a run say of the steps before its resumption."""
+    """What was measured before a run's resumption; it is in the checkpoint, for all processes."""
 
-    numbers: StepNumbers | None = None
     history: tuple[Evaluated, ...] = ()  # one for each evaluated step
     losses: tuple[float, ...] = ()  # of training, logged since the last of them
 
     @classmethod
-    def of(cls, path: Path, step: int) -> Past:
-        """The records up to a step."""
-        records = read_metrics(path) if path.is_file() else []
-        records = [record for record in records if record["step"] <= step]
-        steps = [r for r in records if r["kind"] == StepRecord.kind]
-        evaluations = [Evaluated.of(r) for r in records if r["kind"] == EvalRecord.kind]
-        last = steps[-1] if steps else None
-        return cls(
-            None
-            if last is None
-            else StepNumbers(last["loss"], last["grad_norm"], float("nan"), bad_step=0),
-            tuple({one.step: one for one in evaluations}.values()),
-            tuple(r["loss"] for r in steps if not evaluations or r["step"] > evaluations[-1].step),
-        )
+    def of(cls, manifest: Manifest) -> Past:
+        """As the evaluation hook left it."""
+        kept = manifest.hooks.get(EVALUATION, {})
+        history = tuple(Evaluated(**each) for each in kept.get("history", ()))
+        return cls(history, tuple(kept.get("losses", ())))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        history = [asdict(each) for each in self.history]
+        return {EVALUATION: {"history": history, "losses": list(self.losses)}}
+
+
+def last_numbers(path: Path, step: int) -> StepNumbers | None:
+    """The last that a run's records say of its steps up to this one; only the first process may
+    have them."""
+    records = read_metrics(path) if path.is_file() else []
+    steps = [r for r in records if r["kind"] == StepRecord.kind and r["step"] <= step]
+    if not steps:
+        return None
+    return StepNumbers(steps[-1]["loss"], steps[-1]["grad_norm"], float("nan"), bad_step=0)
+
+
+def cut_evaluations(folder: Path, step: int) -> None:
+    """Remove the samples of later steps, which are made again, or never."""
+    for path in folder.glob("step_*.jsonl") if folder.is_dir() else ():
+        number = path.stem.removeprefix("step_")
+        if number.isdigit() and int(number) > step:
+            path.unlink()
 
 
 def set_aside(folder: Path, say: Callable[[str], None]) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Saver:
         manifest: makes a step's manifest; called when nothing is under way.
         more: writes further files into the checkpoint's folder, on the first process; the tensors
             of all are there by then.
+        best: `step` and `scores` of the best checkpoint there is, None for none.
         before_commit: called on the first process before the checkpoint gets its name: what it
             counts on must be on the disk by then.
     """
@@ -64,8 +66,9 @@ class Saver:
         self.backend, self.catalog = backend, catalog
         self.manifest, self.more, self.before_commit = manifest, more, before_commit
         self.retention, self.asynchronous = retention, asynchronous
-        self.best = dict(best) if best else None
-        self.best_rank = catalog.rank(best["scores"]) if best else None
+        self._gather = partial(backend.gather_objects, aside=True)
+        self.best = dict(best) if best else None  # of the checkpoints that are whole
+        self._candidate: dict[str, Any] | None = None  # the one being written, if it is better
         self.say = say
         self.problem: Exception | None = None  # of the last checkpoint, if it could not be written
         self._bug: Exception | None = None
@@ -102,10 +105,10 @@ class Saver:
         if bad:  # the loop will say so at the next logged step; these weights go elsewhere
             return
         assert updates == step, f"the device has done {updates} updates, the loop {step}"
-        if self.is_best(scores):
-            self.best_rank = self.catalog.rank(scores)
-            self.best = {"scores": dict(scores), "step": step}
-        manifest = replace(self.manifest(step), best_metric=self.best, scores=dict(scores))
+        better = self.is_best(scores)
+        self._candidate = {"scores": dict(scores), "step": step} if better else None
+        best = self._candidate or self.best
+        manifest = replace(self.manifest(step), best_metric=best, scores=dict(scores))
         tensors = self.backend.checkpoint_tensors()
         if wait or not self.asynchronous:
             self._write(manifest, tensors, started, None)
@@ -120,9 +123,10 @@ class Saver:
         self._thread.start()
 
     def is_best(self, scores: Mapping[str, float]) -> bool:
-        """Whether these are better than those of every checkpoint before."""
+        """Whether these are better than those of every checkpoint, the one being written too."""
         rank = self.catalog.rank(scores)
-        return rank is not None and (self.best_rank is None or rank < self.best_rank)
+        known = [self.catalog.rank(each["scores"]) for each in (self.best, self._candidate) if each]
+        return rank is not None and all(other is None or rank < other for other in known)
 
     def _write(
         self,
@@ -135,12 +139,13 @@ class Saver:
         try:
             size = self._write_folder(manifest, tensors)
         except Exception as error:
-            self.problem = error
+            self.problem, self._candidate = error, None
             if not isinstance(error, (UserError, OSError)):  # our own mistake: raised by `_join`
                 self._bug = error
             self.say(f"checkpoint of step {manifest.step} NOT written: {error}")
             return
         self.problem = None
+        self.best, self._candidate = self._candidate or self.best, None
         took = time.perf_counter() - started
         stood = took if stall is None else stall
         name = self.catalog.name_of(manifest.step)
@@ -166,7 +171,7 @@ class Saver:
                 tensors,
                 process_index=backend.process_index,
                 process_count=backend.process_count,
-                gather=backend.gather_objects,
+                gather=self._gather,
             )
 
             def complete() -> int:
@@ -192,7 +197,7 @@ class Saver:
             problem = error
         alone = self.backend.process_count == 1
         mine = (made if tell else None, problem)
-        told = [mine] if alone else self.backend.gather_objects(mine)
+        told = [mine] if alone else self._gather(mine)
         for _, error in told:
             if error is not None:
                 raise error
@@ -200,8 +205,9 @@ class Saver:
 
     def _point_and_retain(self, name: str) -> None:
         self.catalog.point(LATEST, name)
-        if self.best is not None and name == self.catalog.name_of(self.best["step"]):
-            self.catalog.point(BEST, name)
+        best = self._candidate or self.best
+        if best is not None:  # each time: a kill may have come before the pointer
+            self.catalog.point(BEST, self.catalog.name_of(best["step"]))
         keep = self.retention
         self.catalog.retain(keep.keep_last, keep.keep_best, keep.keep_every)
 

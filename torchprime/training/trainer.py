@@ -28,6 +28,7 @@ from torchprime.config.schema import TrainConfig
 from torchprime.data.templates import resolve_template
 from torchprime.errors import ConfigError, DivergedError, UserError
 from torchprime.evaluation.before_after import table_lines
+from torchprime.evaluation.behaviour import EVALUATIONS
 from torchprime.evaluation.report import write_report
 from torchprime.metrics.throughput import Stopwatch, model_flops_per_token
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
@@ -99,7 +100,7 @@ class Trainer:
             if self.export_folder is not None:
                 Exporter.require_certified(self.export_folder)
             self.say(f"{self.folder} holds this run, complete; there is nothing left to do.")
-            return self.past.numbers
+            return self._numbers_before()
         self.start()
         try:
             numbers = self.train()
@@ -164,6 +165,7 @@ class Trainer:
             self.choosing,
             graders,
             rows=self.rows.sources,
+            rejected=self.rows.rejected_heldout(),
             tokenizer=self.files.tokenizer,
             template=self.template,
             stop_ids=self.stop_ids,
@@ -247,7 +249,7 @@ class Trainer:
         for change in changes:
             self.say(f"  {change.describe()}")
         if self.point.own:
-            self.past = Past.of(self.folder / resuming.METRICS, self.point.step)
+            self.past = Past.of(self.point.reader.manifest)
 
     def _lock(self) -> None:
         """Keep other processes out of the run's folder, once."""
@@ -301,6 +303,7 @@ class Trainer:
         goes_on = self.point is not None and self.point.own
         if goes_on:
             resuming.cut_metrics(self.folder / resuming.METRICS, self.first_step)
+            resuming.cut_evaluations(self.folder / EVALUATIONS, self.first_step)
             self.catalog.set_aside_after(self.first_step, self.say)
         elif resuming.died_early(self.folder):
             resuming.set_aside(self.folder, self.say)
@@ -338,6 +341,7 @@ class Trainer:
                 watch=watch,
                 control=self.control,
                 past=self.past,
+                first_step=self.first_step,
             )
             hooks.append(self.evaluations)
         if c.profile_start_step is not None and c.profile_end_step is not None:
@@ -376,7 +380,10 @@ class Trainer:
             watch=watch,
             control=self.control,
         )
-        return self.past.numbers or numbers if self.first_step >= last else numbers
+        return self._numbers_before() or numbers if self.first_step >= last else numbers
+
+    def _numbers_before(self) -> StepNumbers | None:
+        return resuming.last_numbers(self.folder / resuming.METRICS, self.first_step)
 
     def _checkpoints(self) -> CheckpointHook:
         """Writes them, after all that happens at the same step."""
@@ -390,7 +397,7 @@ class Trainer:
             before_commit=metrics.sync,
             retention=Retention(c.keep_last, c.keep_best, c.keep_every),
             asynchronous=c.asynchronous,
-            best=self.point.reader.manifest.best_metric if self.point and self.point.own else None,
+            best=self._best_checkpoint(),
             say=self.say,
         )
         return CheckpointHook(
@@ -404,6 +411,14 @@ class Trainer:
             save_best=self.config.export.which == "best",
             emit=metrics.emit,
         )
+
+    def _best_checkpoint(self) -> dict[str, Any] | None:
+        """The best of those there are of this run, by the rule of today; found by the first
+        process, which sees to the pointer too."""
+        if self.point is None or not self.point.own:
+            return None
+        first = self.backend.process_index == 0
+        return self.backend.gather_objects(self.catalog.point_to_best() if first else None)[0]
 
     def _keep_for_export(self, writer: FolderWriter, manifest: Manifest) -> None:
         """What an export of the checkpoint needs besides tensors (hf/)."""
@@ -423,6 +438,7 @@ class Trainer:
             self.plan,
             num_blocks=self.data.num_blocks,
             metrics=self._metrics_so_far(step),
+            hooks={} if self.evaluations is None else self.evaluations.remembered(),
         )
 
     def _writers(self) -> list[Writer]:
@@ -449,9 +465,10 @@ class Trainer:
             self._export(self.export_folder, step, numbers.loss)
             self.show_export(self.export_folder)
         if self.evaluations is not None:
-            saved = self.saver.best if self.saver is not None else None
             history = self.evaluations.history
-            best = saved["step"] if saved else self.choosing.rule.best(history)
+            best = self.choosing.rule.best(history)
+            if self.config.export.which == "best" and self.saver is not None:
+                best = self.saver.best["step"] if self.saver.best else None
             for line in table_lines(history, best):
                 self.say(f"  {line}")
 

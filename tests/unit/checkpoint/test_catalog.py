@@ -208,7 +208,7 @@ def test_leftovers_are_removed_and_nothing_else(
 def test_what_lies_behind_a_resume_is_set_aside(
     storage: Storage, run_checkpoint: SimpleNamespace
 ) -> None:
-    catalog = fill(storage, run_checkpoint, {1: None, 2: None, 3: None})
+    catalog = fill(storage, run_checkpoint, {1: 1.0, 2: 2.0, 3: 3.0})
     catalog.point(LATEST, "step_00000003")
     catalog.point(BEST, "step_00000001")
     said: list[str] = []
@@ -232,15 +232,16 @@ def test_what_lies_behind_a_resume_is_set_aside(
 
 
 @pytest.mark.parametrize(
-    ("scores", "best"), [({1: 3.0, 2: 2.0, 3: 2.5, 4: 1.0}, 2), ({2: None, 3: None, 4: None}, 3)]
+    ("scores", "best"), [({1: 3.0, 2: 2.0, 3: 2.5, 4: 1.0}, 2), ({2: None, 3: None, 4: 1.0}, None)]
 )
 def test_the_best_of_what_is_left_takes_the_place_of_one_set_aside(
-    storage: Storage, run_checkpoint: SimpleNamespace, scores: dict, best: int
+    storage: Storage, run_checkpoint: SimpleNamespace, scores: dict, best: int | None
 ) -> None:
+    """Where none of them ranks there is no best."""
     catalog = fill(storage, run_checkpoint, scores)
     catalog.point(BEST, "step_00000004")
     catalog.set_aside_after(3, lambda line: None)
-    assert catalog.pointed(BEST) == catalog.name_of(best)
+    assert catalog.pointed(BEST) == (None if best is None else catalog.name_of(best))
     assert catalog.pointed(LATEST) is None
 
 

@@ -24,8 +24,10 @@ def scores(form: float, right: float, loss: float) -> dict[str, float]:
 
 
 def best(rule: Rule, steps: list[dict[str, float]]) -> int | None:
-    ranked = [(rank, i) for i, s in enumerate(steps) if (rank := rule.rank(s)) is not None]
-    return min(ranked)[1] if ranked else None
+    """The place of the best; the base, before them, would win if it counted."""
+    perfect = Evaluated(0, scores(1.0, 1.0, 0.0))
+    found = rule.best([perfect, *(Evaluated(i + 1, s) for i, s in enumerate(steps))])
+    return None if found is None else found - 1
 
 
 def test_gates_come_first_then_each_metric_in_turn() -> None:
@@ -40,6 +42,7 @@ def test_gates_come_first_then_each_metric_in_turn() -> None:
     assert [str(gate) for gate in RULE.failed(steps[0])] == ["format_pass >= 0.98"]
     assert RULE.failed(steps[1]) == []
     assert best(Rule(), steps) == 0  # by loss alone, as without a selection
+    assert best(RULE, [steps[1], steps[3], steps[3]]) == 1  # of equal ones the earlier
 
 
 @pytest.mark.parametrize("lacking", [{}, {"eval_loss": math.nan}, {"eval_loss": math.inf}])

@@ -6,7 +6,11 @@ answers; the real command runs around it.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from torchprime.checkpoint.storage import Storage
 from torchprime.config.entry import run_main
 from torchprime.evaluation.heldout import HeldoutLoss
 from torchprime.torch_native.train import main as native
+from torchprime.training import saving
 from torchprime.training.hooks import evaluation
 
 Run = Callable[[list[str]], int]
@@ -219,9 +224,128 @@ def test_a_run_that_goes_on_decides_as_if_it_had_not_stopped(
     assert "step_00000002" in read_certificate(folder / "export").origin
 
 
+# Checkpoints that are not as a smooth run leaves them ---------------------------------------------
+
+ALONE = ("ici_mesh.fsdp=1", "ici_mesh.tensor=1", "export.which=best", "checkpoint.keep_last=1",
+         "checkpoint.asynchronous=false")  # fmt: skip
+
+
+def origin_of(folder: Path) -> str:
+    return read_certificate(folder / "export").origin
+
+
+def test_a_best_step_that_could_not_be_written_is_none(
+    evaluated: Callable[..., list[str]], scripted: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The disk is full at step 4, the best; later ones are compared with what there is."""
+    original = saving.Saver._write_folder
+
+    def full(self: saving.Saver, manifest: Any, tensors: Any) -> int:
+        if manifest.step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, manifest, tensors)
+
+    monkeypatch.setattr(saving.Saver, "_write_folder", full)
+    scripted(0.0, 0.5, 1.0, 0.7, 0.0)
+    assert run_main(native, evaluated(*ALONE)) == 0
+    assert "step_00000006" in origin_of(tmp_path / "run")
+    assert "best (step 6)" in capsys.readouterr().err
+
+
+def test_going_back_forgets_what_came_behind(
+    evaluated: Callable[..., list[str]], scripted: Any, tmp_path: Path
+) -> None:
+    scripted(0.0, 0.2, 0.5, 0.9, 0.1)
+    assert run_main(native, evaluated(*ALONE, "checkpoint.keep_every=4")) == 0
+    folder = tmp_path / "run"
+    assert "step_00000006" in origin_of(folder)
+    (folder / "export").rename(folder / "first")
+    scripted(0.3, 0.1)  # of steps 6 and 8
+    assert run_main(native, evaluated(*ALONE, "resume=4")) == 0
+    assert "step_00000004" in origin_of(folder)
+    assert Catalog(Storage.of(folder / "checkpoints")).pointed(BEST) == "step_00000004"
+    steps = [record["step"] for record in records(folder, "eval")]
+    assert steps == [0, 2, 4, 6, 8]
+
+
+def test_a_kill_before_the_pointer_loses_no_best(
+    evaluated: Callable[..., list[str]], scripted: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    original = saving.Saver._point_and_retain
+
+    def killed(self: saving.Saver, name: str) -> None:
+        if name.endswith("4"):
+            monkeypatch.setattr(saving.Saver, "_point_and_retain", original)
+            raise Killed
+        original(self, name)
+
+    monkeypatch.setattr(saving.Saver, "_point_and_retain", killed)
+    scripted(0.0, 0.5, 1.0, 0.7, 0.0)
+    argv = evaluated(*ALONE, "checkpoint.keep_best=0")
+    with pytest.raises(Killed):
+        run_main(native, argv)
+    assert run_main(native, argv) == 0
+    assert "step_00000004" in origin_of(tmp_path / "run")
+
+
+def test_another_rule_chooses_anew(
+    evaluated: Callable[..., list[str]], scripted: Any, tmp_path: Path
+) -> None:
+    scripted(0.0, 0.2, 0.9, 0.5, 0.1)
+    assert run_main(native, evaluated(*ALONE)) == 0
+    folder = tmp_path / "run"
+    assert "step_00000004" in origin_of(folder)
+    (folder / "export").rename(folder / "first")
+    stricter = "selection.gates=['right >= 0.95']"
+    assert run_main(native, evaluated(*ALONE, stricter)) == 0
+    assert "no step qualifies" in read_certificate(folder / "export").metrics["selection"]
+    assert Catalog(Storage.of(folder / "checkpoints")).pointed(BEST) is None
+
+
+def test_records_that_are_gone_change_no_decision(
+    evaluated: Callable[..., list[str]], scripted: Any, tmp_path: Path,
+    killed_after: Callable[[int], None],
+) -> None:  # fmt: skip
+    """As on another machine, where only the checkpoints are: they have the history too."""
+    scripted(0.0, 1.0, 0.0, 0.0, 1.0)
+    argv = evaluated(*STOPPING, *ALONE, "checkpoint.every_steps=1")
+    killed_after(5)
+    with pytest.raises(Killed):
+        run_main(native, argv)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert run_main(native, argv) == 0
+    assert [r["step"] for r in records(tmp_path / "run", "train")] == [6]
+    assert [r["step"] for r in records(tmp_path / "run", "eval")] == [6]
+    assert "step_00000002" in origin_of(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_processes_answer_while_a_thread_writes(
+    evaluated: Callable[..., list[str]], scripted: Any, tmp_path: Path, repo_dir: Path
+) -> None:
+    """Checkpoint and evaluation at every step: what both exchange never gets mixed up."""
+    argv = evaluated(
+        "ici_mesh.fsdp=2", "ici_mesh.tensor=1", "export.which=best", "checkpoint.every_steps=1",
+        "eval.every_steps=1", "eval.graders=[{name: right, kind: non_empty}]",
+    )  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    ended = subprocess.run(
+        [*launch, "-m", "torchprime.torch_native.train", *argv],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "USE_TORCH_XLA": "0"},
+        capture_output=True, text=True, cwd=repo_dir,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert [r["step"] for r in records(tmp_path / "run", "eval")] == list(range(9))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        (["selection.gates=['right > nan']"], "selection.gates[0]: given 'right > nan'"),
+        (["export.which=best", "eval.every_steps=null"], "eval.every_steps: given null"),
+        (["eval.graders=[{name: seconds, kind: json}]"], "eval.graders[0].name: given 'seconds'"),
         (["selection.gates=['rihgt > 0.5']"], "selection.gates[0]: given 'rihgt'"),
         (["selection.early_stopping.metric=f1"], "selection.early_stopping.metric: given 'f1'"),
         (["eval.graders=[{name: a, kind: regex, pattern: '('}]"], "eval.graders[0].pattern"),
@@ -256,6 +380,36 @@ def test_a_grader_that_breaks_names_itself_and_the_row(
         assert message in capsys.readouterr().err
 
 
+def test_samples_that_cannot_be_written_are_a_message(
+    evaluated: Callable[..., list[str]], scripted: Any, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluation, "write_text", full)
+    scripted(*[0.0] * 5)
+    assert run_main(native, evaluated(*ALONE)) != 0
+    said = capsys.readouterr().err
+    assert "cannot be written: [Errno 28]" in said and "Traceback" not in said
+
+
+def test_rows_that_the_preparation_left_out_are_not_asked(
+    evaluated: Callable[..., list[str]], scripted: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "some.jsonl"
+    lines = [{"prompt": "x" * n, "completion": "y"} for n in (130, 5, 6, 7)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scripted(*[0.0] * 3)
+    argv = evaluated(
+        *ALONE, "task.max_steps=4", f"eval.file_dataset_path={path}",
+        "dataset.max_rejected_fraction=0.5",
+    )  # fmt: skip
+    assert run_main(native, argv) == 0
+    samples = (tmp_path / "run/evaluations/step_00000000.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["prompt"]) for line in samples] == [5, 6, 7]
+
+
 def test_a_prompt_that_leaves_no_room_is_named(
     evaluated: Callable[..., list[str]], run: Run, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -280,7 +434,8 @@ def test_overfitting_is_told_with_its_numbers(
     monkeypatch.setattr(evaluation, "heldout_loss", lambda *_: HeldoutLoss(next(losses), None))
     scripted(*[0.0] * 5)
     assert run(evaluated("task.export_checkpoint_path=null")) == 0
-    told = [line for line in capsys.readouterr().err.splitlines() if "overfitting: " in line]
+    said = capsys.readouterr().err.splitlines()
+    told = [line for line in said if line.startswith("overfitting")]
     assert len(told) == 1
     assert "from step 2 to 6 the held-out loss rose from 1.0000 over 1.1000 to 1.2000" in told[0]
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torchprime.atomic import write_text
 from torchprime.data.packed import PackedDataset
-from torchprime.errors import UserError
+from torchprime.errors import RuntimeSetupError, UserError
 from torchprime.evaluation.behaviour import ask, grade, sample_lines, scores_of
 from torchprime.evaluation.heldout import heldout_loss
 from torchprime.evaluation.intervals import Score
@@ -39,6 +39,7 @@ class EvaluationHook(BaseHook):
         emit: writes a record.
         control: by which the run is ended early.
         past: what a run that goes on has measured already.
+        first_step: updates that were done before this start.
     """
 
     def __init__(
@@ -55,19 +56,25 @@ class EvaluationHook(BaseHook):
         watch: Stopwatch,
         control: RunControl,
         past: Past,
+        first_step: int,
     ) -> None:
         self.backend, self.data, self.evaluation = backend, data, evaluation
         self.batch_size, self.every_steps = batch_size, every_steps
         self.emit, self.say, self.guard, self.watch = emit, say, guard, watch
         self.control, self.history = control, list(past.history)
         self._losses = list(past.losses)  # of training, since the last evaluation
+        self.first_step = first_step
         self._started = time.perf_counter()
         self.seconds = 0.0  # of all evaluations of this start
 
     def on_start(self) -> None:
         self._started = time.perf_counter()
         if not self.history:
-            self._evaluate(0, answers=True)
+            self._evaluate(self.first_step, answers=True)
+
+    def remembered(self) -> dict[str, Any]:
+        """What a run that goes on from here has to know."""
+        return Past(tuple(self.history), tuple(self._losses)).to_dict()
 
     def on_record(self, record: StepRecord) -> None:
         self._losses.append(record.loss)
@@ -118,11 +125,11 @@ class EvaluationHook(BaseHook):
                 seconds=now - started,
                 train_loss=sum(self._losses) / len(self._losses) if self._losses else None,
                 source_losses=loss.by_source,
-                share_of_run=self.seconds / (now - self._started) if step else None,
+                share_of_run=self.seconds / (now - self._started),
                 **generated,
             )
         if self.history and self.history[-1].step == step:  # measured again, now with answers
-            self.history.pop()
+            record = replace(record, train_loss=self.history.pop().train_loss)
         self.history.append(Evaluated.of(record.to_dict()))
         self._losses.clear()
         self.emit(record)
@@ -153,14 +160,23 @@ class EvaluationHook(BaseHook):
     def _from_first(self, part: Callable[[], dict[str, Score]]) -> dict[str, Score]:
         """What the first process makes, or its failure, on all of them."""
         made: dict[str, Score] = {}
-        problem: UserError | None = None
+        problem: Exception | None = None
         if self.backend.process_index == 0:
             try:
                 made = part()
-            except UserError as error:
+            except OSError as error:
+                problem = RuntimeSetupError(
+                    f"{self.evaluation.folder} cannot be written: {error}. Make room, or give this "
+                    "user the right to write there; the same command then goes on."
+                )
+            except Exception as error:  # told to the others first: none of them waits for ever
                 problem = error
         if self.backend.process_count > 1:
-            made, problem = self.backend.gather_objects((made, problem))[0]
+            told = problem  # a grader's own exception may not travel
+            if problem is not None and not isinstance(problem, UserError):
+                told = RuntimeSetupError(f"the first process ended: {problem!r}")
+            made, told = self.backend.gather_objects((made, told))[0]
+            problem = problem or told
         if problem is not None:
             raise problem
         return made
