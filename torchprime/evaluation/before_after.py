@@ -16,8 +16,10 @@ def columns(history: Sequence[Evaluated], best_step: int | None) -> dict[str, Ev
         best_step: which of them was chosen; None if none was.
     """
     first, last = history[0], history[-1]
-    found = {"base" if first.step == 0 else f"start (step {first.step})": first}
-    if last is not first:
+    found = {}
+    if last is not first or first.step == 0:
+        found["base" if first.step == 0 else f"start (step {first.step})"] = first
+    if last.step:
         both = " = best" if best_step == last.step else ""
         found[f"last{both} (step {last.step})"] = last
     best = [one for one in history if one.step == best_step != last.step]

@@ -8,7 +8,7 @@ A run's trainer and a person's command line ask in the same way.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -78,13 +78,20 @@ def grade(samples: Sequence[Sample], graders: Mapping[str, Grader]) -> list[Grad
     return [{name: grader(sample) for name, grader in graders.items()} for sample in samples]
 
 
-def scores_of(grades: Sequence[Grades], names: Sequence[str]) -> dict[str, Score]:
+def scores_of(
+    grades: Sequence[Grades], names: Sequence[str], measures: Collection[str] = ()
+) -> dict[str, Score]:
     """Each grader's mean with its count and interval.
+
+    Args:
+        measures: those of the names whose numbers are no passes and fails.
 
     Raises:
         DataError: a grader applies to no row at all.
     """
-    found = {name: score([each[name] for each in grades]) for name in names}
+    found = {
+        name: score([each[name] for each in grades], measure=name in measures) for name in names
+    }
     idle = [name for name, value in found.items() if value is None]
     if idle:
         raise DataError(

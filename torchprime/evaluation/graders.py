@@ -37,7 +37,7 @@ from torchprime.evaluation.text_grading import (
     stopped,
 )
 
-__all__ = ["KINDS", "Grader", "Sample", "make_grader", "options_of"]
+__all__ = ["KINDS", "Grader", "Sample", "MEASURES", "make_grader", "options_of"]
 
 # Each builder takes the key of its section, for messages, and the kind's options.
 KINDS: dict[str, Callable[..., Grader]] = {
@@ -57,6 +57,9 @@ KINDS: dict[str, Callable[..., Grader]] = {
     "stopped": stopped,
     "python": python_grader,
 }
+
+
+MEASURES = frozenset({"length", "repetition"})  # kinds whose numbers are no passes and fails
 
 
 def options_of(kind: str) -> dict[str, inspect.Parameter]:

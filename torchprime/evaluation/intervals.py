@@ -33,11 +33,12 @@ class Score:
     interval: Literal["wilson", "bootstrap"]
 
 
-def score(values: Sequence[float | None]) -> Score | None:
+def score(values: Sequence[float | None], *, measure: bool = False) -> Score | None:
     """Sum up one grader's values over all answers, in any order.
 
     Args:
         values: a finite number per answer; None where the grader did not apply.
+        measure: whether they measure something, and are 0 or 1 by chance only.
 
     Returns:
         None if the grader applied to no answer. Where all values are 0 or 1 the interval is
@@ -52,7 +53,7 @@ def score(values: Sequence[float | None]) -> Score | None:
     if not all(map(math.isfinite, counted)):
         raise ValueError("a grade is NaN or infinite")
     mean = math.fsum(counted) / len(counted)
-    if all(value in (0.0, 1.0) for value in counted):
+    if not measure and all(value in (0.0, 1.0) for value in counted):
         low, high = _wilson(counted.count(1.0), len(counted))
         return Score(mean, len(counted), low, high, "wilson")
     low, high = _bootstrap(np.asarray(counted))

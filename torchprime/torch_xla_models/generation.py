@@ -31,6 +31,7 @@ from torchprime.evaluation.generation import (
     plan_batches,
     sampling_tensors,
 )
+from torchprime.models.attention import ReferenceAttention
 from torchprime.models.cached import Cache, cached_attention, next_hidden, read_prompts
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
@@ -109,7 +110,8 @@ class Generator:
         batches = plan_batches(prompts, options, self.multiple)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(cached_attention(self.model, self._cut_heads))
+            # Splash works in tiles of 128 positions, and a prompt's bucket may have 64.
+            stack.enter_context(cached_attention(self.model, self._cut_heads, ReferenceAttention))
             if batches and xr.device_type() == "CPU":
                 stack.enter_context(self._turned())
             for batch in batches:

@@ -16,7 +16,7 @@ from torchprime.data.rendering import ChatTemplate
 from torchprime.data.tokenizer import Tokenizer
 from torchprime.evaluation.behaviour import Prompt, check_prompts, samples_file
 from torchprime.evaluation.generation import GenerateOptions
-from torchprime.evaluation.graders import make_grader
+from torchprime.evaluation.graders import MEASURES, make_grader
 from torchprime.evaluation.samples import Grader
 from torchprime.evaluation.selection import EarlyStopping, Rule, known_metric, parse_rule
 from torchprime.training.datasets import RunRows, question_of
@@ -37,6 +37,7 @@ class Evaluation:
     Attributes:
         prompts: of the held-out rows that are answered; none where only the loss is measured.
         decode: from an answer's token ids to its text.
+        measures: those of the graders that measure, rather than pass or fail.
         answers_every: answered every so many steps; None: whenever the loss is measured.
         folder: of the run.
     """
@@ -45,6 +46,7 @@ class Evaluation:
     options: GenerateOptions
     decode: Callable[[list[int]], str]
     graders: Mapping[str, Grader]
+    measures: frozenset[str]
     answers_every: int | None
     folder: Path
     choosing: Choosing
@@ -139,6 +141,7 @@ def make_evaluation(
         options,
         tokenizer.decode,
         graders,
+        frozenset(each["name"] for each in eval.graders if each["kind"] in MEASURES),
         g.every_steps,
         folder,
         choosing,

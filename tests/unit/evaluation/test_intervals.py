@@ -152,3 +152,8 @@ def test_the_bootstrap_holds_the_true_mean_about_95_times_in_100() -> None:
     spans = [score(row.tolist()) for row in draws]
     held = np.mean([span is not None and span.low <= 60.0 <= span.high for span in spans])
     assert 0.92 <= held <= 0.97
+
+
+def test_a_measure_is_no_share_even_where_it_is_0_or_1() -> None:
+    found = score([0.0, 1.0, 1.0, 1.0], measure=True)
+    assert found is not None and found.interval == "bootstrap" and found.value == 0.75

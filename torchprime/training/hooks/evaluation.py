@@ -155,7 +155,7 @@ class EvaluationHook(BaseHook):
         path = e.samples_file(step)
         path.parent.mkdir(exist_ok=True)
         write_text(path, "".join(sample_lines(samples, grades)))
-        return scores_of(grades, list(e.graders))
+        return scores_of(grades, list(e.graders), e.measures)
 
     def _from_first(self, part: Callable[[], dict[str, Score]]) -> dict[str, Score]:
         """What the first process makes, or its failure, on all of them."""
