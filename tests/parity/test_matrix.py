@@ -89,6 +89,7 @@ def in_bf16(
     return judge
 
 
+@pytest.mark.slow
 def test_in_bf16_the_witness_is_within_the_measured_noise(matrix: ModuleType, in_bf16) -> None:
     witness = "transformers.Trainer"
     assert witness not in [r["label"] for r in json.loads(matrix.FLOOR.read_text())["runs"]]
@@ -97,6 +98,7 @@ def test_in_bf16_the_witness_is_within_the_measured_noise(matrix: ModuleType, in
     assert found["runs"][1]["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_in_bf16_a_wrong_optimizer_is_beyond_the_noise(matrix: ModuleType, in_bf16) -> None:
     wrong = "native, another beta1"
     found = in_bf16({wrong: matrix.WRONG_CASES[wrong]})
