@@ -393,26 +393,17 @@ def mfu_of(job: Job, slot_tokens_per_s: float) -> float | None:
     """By the same count of operations for all cases; None where the chip's peak is not known."""
     import torch
 
-    from torchprime.metrics.throughput import mfu, model_flops_per_token
+    from torchprime.metrics.throughput import mfu
     from torchprime.models.architecture import architecture_from_hf
     from torchprime.models.decoder import CausalLM
+    from torchprime.training.plan import flops_per_token
 
     a = architecture_from_hf(job.architecture)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in CausalLM(a).parameters())
-    flops = model_flops_per_token(
-        num_parameters=parameters,
-        vocab_size=a.vocab_size,
-        hidden_size=a.hidden_size,
-        tied_embeddings=a.tie_word_embeddings,
-        num_layers=a.num_hidden_layers,
-        num_heads=a.num_attention_heads,
-        head_size=a.head_dim,
-        block_size=job.block_size,
-    )
     return mfu(
         slot_tokens_per_s=slot_tokens_per_s,
-        flops_per_token=flops,
+        flops_per_token=flops_per_token(a, parameters, job.block_size),
         device_kind=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         num_chips=job.processes,
     )

@@ -64,7 +64,7 @@ from torchprime.training import run_folder
 from torchprime.training.datasets import RunData, prepare_run_data
 from torchprime.training.loop import DataOrder
 from torchprime.training.model_files import ModelFiles, find_model
-from torchprime.training.plan import plan_steps
+from torchprime.training.recipe import steps_of
 
 Inputs = dict[str, Any]
 
@@ -399,15 +399,7 @@ def optimizer_of(args: TrainingArguments, dtype: torch.dtype) -> dict[str, Any]:
 
 def plan_of(c: TrainConfig, data: RunData, processes: int) -> dict[str, Any]:
     """run.json's plan, but for memory, which the witness does not estimate."""
-    steps = plan_steps(
-        data.train,
-        seed=c.seed,
-        global_batch_size=c.task.global_batch_size,
-        max_steps=c.task.max_steps,
-        num_epochs=c.task.num_epochs,
-        warmup_steps=c.task.lr_scheduler.warmup_steps,
-        warmup_ratio=c.task.lr_scheduler.warmup_ratio,
-    )
+    steps = steps_of(c, data.train)
     mesh = {axis: processes if axis == "data" else 1 for axis in AXES}
     return {**steps._asdict(), "mesh": mesh}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torchprime.atomic import write_json
+from torchprime.cli.arguments import make_parser
 from torchprime.cli.stdout import print_lines
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.metrics.compare import (
@@ -63,13 +64,7 @@ def compare_main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchprime compare",
-        description="Are these runs the same training?",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = make_parser("torchprime compare", "Are these runs the same training?", EPILOG)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN")
     add("--out", metavar="FOLDER", help=f"where {PARITY} and the figure go (default: here)")

@@ -16,7 +16,6 @@ from __future__ import annotations
 from torchprime.data.fields import NO_FINAL_LINE, Unusable, show
 
 AS_IS, THINK_ANSWER = "as_is", "think_answer"
-ANSWER_FORMS = (AS_IS, THINK_ANSWER)
 # Kinds whose rows are one prompt and its answer.
 KINDS_WITH_ANSWERS = ("prompt_completion", "question_answer", "alpaca")
 

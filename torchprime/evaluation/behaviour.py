@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from torchprime.checkpoint.catalog import Catalog
 from torchprime.errors import DataError
 from torchprime.evaluation.generation import Answer, GenerateOptions
 from torchprime.evaluation.intervals import Score, score
@@ -110,7 +111,7 @@ def sample_lines(samples: Sequence[Sample], grades: Sequence[Grades]) -> Iterato
 
 def samples_file(run: Path, step: int) -> Path:
     """Where a run's folder has the samples of a step."""
-    return run / EVALUATIONS / f"step_{step:08d}.jsonl"
+    return run / EVALUATIONS / f"{Catalog.name_of(step)}.jsonl"
 
 
 def read_samples(path: Path) -> list[tuple[Sample, Grades]]:

@@ -29,7 +29,7 @@ from torchprime.metrics.compile_report import Sizes, describe, judge, read_short
 from torchprime.metrics.hlo import Program
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.decoder import CausalLM
-from torchprime.sharding import ShardingTable, shard_count
+from torchprime.sharding import shard_count
 from torchprime.torch_xla_models.fitting import find_nearest
 from torchprime.torch_xla_models.runtime import (
     TORCH_XLA_FLAGS,
@@ -39,6 +39,7 @@ from torchprime.torch_xla_models.runtime import (
 )
 from torchprime.torch_xla_models.tpu_library import Library, find_library
 from torchprime.training.model_files import find_architecture
+from torchprime.training.recipe import checked_table
 
 REPORT = "compile_report.json"
 Say = Callable[[str], None]
@@ -150,19 +151,13 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
     """The sizes that the report's arithmetic wants, checked against the sharding table.
 
     Raises:
-        ConfigError: a table that does not fit the model or the mesh.
+        ConfigError: what a run of the config would be refused for.
     """
     mesh = config.mesh_shape()
     with torch.device("meta"):
         model = CausalLM(a)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    table = ShardingTable(
-        config.sharding.parameters,
-        config.sharding.activations,
-        config.sharding.max_unsharded_params,
-    )
-    table.check_activations(name for name, _ in model.named_modules())
-    specs = table.parameter_specs(shapes, mesh)
+    _, specs = checked_table(config, model)
     alone = {axis: size if axis == "fsdp" else 1 for axis, size in mesh.items()}
     accumulation = config.task.gradient_accumulation_steps
     micro_batch = config.task.global_batch_size // accumulation

@@ -46,11 +46,9 @@ from torchprime.errors import UserError
 from torchprime.metrics.throughput import host_memory_bytes
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
-from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models.ahead_of_time import Argument, Lowered, Placeholders, trace_step
 from torchprime.torch_xla_models.train import make_backend
-from torchprime.training.backend import StepOptions
-from torchprime.training.optim import make_optimizer
+from torchprime.training.recipe import optimizer_of, sharding_table, step_options
 
 # Of the kernels' intermediate language, libtpu 0.0.21 reads up to this version; jax 0.7.1 writes a
 # newer one where it sees no TPU to ask.
@@ -101,30 +99,15 @@ def trace(config: TrainConfig, architecture: dict[str, Any]) -> Lowered:
     backend = make_backend(config, make_tensors=Placeholders)
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(architecture, where="model"))
-    c = config
     return trace_step(
         backend,
         model,
-        ShardingTable(
-            c.sharding.parameters, c.sharding.activations, c.sharding.max_unsharded_params
-        ),
-        getattr(torch, c.torch_dtype),
-        make_optimizer(
-            c.task.optimizer.name,
-            betas=c.task.optimizer.betas,
-            eps=c.task.optimizer.eps,
-            weight_decay=c.task.optimizer.weight_decay,
-        ),
-        StepOptions(
-            gradient_accumulation_steps=c.task.gradient_accumulation_steps,
-            loss_chunks=c.task.loss_chunks,
-            max_grad_norm=c.task.max_grad_norm,
-            max_grad_value=c.task.max_grad_value,
-            master_weights=c.task.optimizer.master_weights,
-            num_sources=max(1, len(c.dataset.mixture)),
-        ),
-        batch_size=c.task.global_batch_size,
-        block_size=c.dataset.block_size,
+        sharding_table(config),
+        getattr(torch, config.torch_dtype),
+        optimizer_of(config),
+        step_options(config, max(1, len(config.dataset.mixture))),
+        batch_size=config.task.global_batch_size,
+        block_size=config.dataset.block_size,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from torchprime.config.evaluation import EvalConfig, SelectionConfig
 from torchprime.data.rendering import ChatTemplate
 from torchprime.data.tokenizer import Tokenizer
-from torchprime.evaluation.behaviour import Prompt, check_prompts, samples_file
+from torchprime.evaluation.behaviour import Prompt, check_prompts
 from torchprime.evaluation.generation import GenerateOptions
 from torchprime.evaluation.graders import MEASURES, make_grader
 from torchprime.evaluation.samples import Grader
@@ -49,14 +49,7 @@ class Evaluation:
     measures: frozenset[str]
     answers_every: int | None
     folder: Path
-    choosing: Choosing
-
-    @property
-    def stopping(self) -> EarlyStopping | None:
-        return self.choosing.stopping
-
-    def samples_file(self, step: int) -> Path:
-        return samples_file(self.folder, step)
+    stopping: EarlyStopping | None
 
     def complete(self, scores: Mapping[str, float]) -> bool:
         """Whether these have a value from every grader."""
@@ -144,5 +137,5 @@ def make_evaluation(
         frozenset(each["name"] for each in eval.graders if each["kind"] in MEASURES),
         g.every_steps,
         folder,
-        choosing,
+        choosing.stopping,
     )

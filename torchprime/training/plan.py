@@ -7,15 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import torch
-
-from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
 from torchprime.data.packed import PackedDataset
-from torchprime.errors import ConfigError
-from torchprime.sharding import ShardingTable, Spec, shard_count
-from torchprime.training.datasets import RunData
-from torchprime.training.model_files import ModelFiles
+from torchprime.metrics.throughput import model_flops_per_token
+from torchprime.models.architecture import Architecture
+from torchprime.sharding import Spec, shard_count
 from torchprime.training.optim import Optimizer, Parameter, decays
 
 GIB = 2**30
@@ -126,70 +122,6 @@ class Plan:
         return "\n".join(f"  {line}" for line in lines)
 
 
-def plan_run(
-    config: TrainConfig,
-    files: ModelFiles,
-    rows: RunData,
-    optimizer: Optimizer,
-    dtype: torch.dtype,
-) -> tuple[ShardingTable, Plan]:
-    """What a config comes to, with the table by which it is sharded.
-
-    Raises:
-        ConfigError: names or shapes that the sharding table does not fit, a scan over layers that
-            differ.
-    """
-    c, a = config, files.architecture
-    mesh = c.mesh_shape()
-    table = ShardingTable(
-        c.sharding.parameters, c.sharding.activations, c.sharding.max_unsharded_params
-    )
-    specs = table.parameter_specs(files.shapes, mesh)
-    model = files.build()
-    table.check_activations(name for name, _ in model.named_modules())
-    if c.remat.scan_layers and len(model.model.windows) > 1:
-        raise ConfigError(
-            "remat.scan_layers=true needs layers that are all alike, but this model mixes full "
-            "and sliding-window attention; set remat.scan_layers=false."
-        )
-    steps = plan_steps(
-        rows.train,
-        seed=c.seed,
-        global_batch_size=c.task.global_batch_size,
-        max_steps=c.task.max_steps,
-        num_epochs=c.task.num_epochs,
-        warmup_steps=c.task.lr_scheduler.warmup_steps,
-        warmup_ratio=c.task.lr_scheduler.warmup_ratio,
-    )
-    accumulation = c.task.gradient_accumulation_steps
-    memory = estimate_memory(
-        files.shapes,
-        specs,
-        mesh,
-        optimizer,
-        weight_bytes=dtype.itemsize,
-        master_weights=c.task.optimizer.master_weights,
-        accumulation=accumulation,
-        micro_batch=c.task.global_batch_size // accumulation,
-        block_size=c.dataset.block_size,
-        hidden_size=a.hidden_size,
-        intermediate_size=a.intermediate_size,
-        vocab_size=a.vocab_size,
-        num_layers=a.num_hidden_layers,
-        loss_chunks=c.task.loss_chunks,
-        full_remat=c.remat.policy == "full",
-    )
-    held_out = rows.heldout
-    plan = Plan(
-        **steps._asdict(),
-        eval_budget=held_out and {"examples": held_out.num_examples, "blocks": held_out.num_blocks},
-        parameters=files.num_parameters,
-        mesh=mesh,
-        memory=memory,
-    )
-    return table, plan
-
-
 def _spread(numbers: Mapping[str, float]) -> str:
     if numbers["min"] == numbers["max"]:
         return f"{numbers['mean']:,.0f}"
@@ -236,3 +168,17 @@ def count_warmup(*, warmup_steps: int | None, warmup_ratio: float | None, total_
     if warmup_steps is not None:
         return warmup_steps
     return math.ceil(round((warmup_ratio or 0.0) * total_steps, 6))
+
+
+def flops_per_token(a: Architecture, num_parameters: int, block_size: int) -> int:
+    """Of a training step, for a slot of a block (metrics/throughput.py)."""
+    return model_flops_per_token(
+        num_parameters=num_parameters,
+        vocab_size=a.vocab_size,
+        hidden_size=a.hidden_size,
+        tied_embeddings=a.tie_word_embeddings,
+        num_layers=a.num_hidden_layers,
+        num_heads=a.num_attention_heads,
+        head_size=a.head_dim,
+        block_size=block_size,
+    )

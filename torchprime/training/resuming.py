@@ -22,15 +22,16 @@ import yaml
 from torch import Tensor
 
 from torchprime.atomic import write_text
-from torchprime.checkpoint.catalog import Catalog
+from torchprime.checkpoint.catalog import STEP, Catalog
 from torchprime.checkpoint.manifest import Manifest
 from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.storage import MANIFEST, LocalStorage, Storage
-from torchprime.errors import CheckpointError, UserError
+from torchprime.errors import CheckpointError
 from torchprime.evaluation.selection import Evaluated
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.writers import read_metrics
 from torchprime.training import run_folder
+from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend, ResumedState, StepNumbers
 
 METRICS = "metrics.jsonl"
@@ -69,16 +70,12 @@ def agree_on_point(
     """`find_point` of the first process, for all: only it reads every file."""
     if backend.process_count == 1:
         return find_point(source, catalog, say)
-    found: tuple[str | None, Exception | None] = None, None
-    if backend.process_index == 0:
-        try:
-            point = find_point(source, catalog, say)
-            found = point and point.reader.name, None
-        except UserError as error:
-            found = None, error
-    name, error = backend.gather_objects(found)[0]
-    if error is not None:
-        raise error
+
+    def found() -> str | None:
+        point = find_point(source, catalog, say)
+        return point and point.reader.name
+
+    name = from_first(backend, found)
     if name is None:
         return None
     own = source == "auto" or source.isdigit()
@@ -251,8 +248,8 @@ def last_numbers(path: Path, step: int) -> StepNumbers | None:
 def cut_evaluations(folder: Path, step: int) -> None:
     """Remove the samples of later steps, which are made again, or never."""
     for path in folder.glob("step_*.jsonl") if folder.is_dir() else ():
-        number = path.stem.removeprefix("step_")
-        if number.isdigit() and int(number) > step:
+        named = STEP.fullmatch(path.stem)
+        if named and int(named[1]) > step:
             path.unlink()
 
 

@@ -30,10 +30,11 @@ from torchprime.errors import ConfigError, DivergedError, UserError
 from torchprime.evaluation.before_after import table_lines
 from torchprime.evaluation.behaviour import EVALUATIONS
 from torchprime.evaluation.report import write_report
-from torchprime.metrics.throughput import Stopwatch, model_flops_per_token
+from torchprime.metrics.throughput import Stopwatch
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from torchprime.training import resuming, run_folder
-from torchprime.training.backend import Backend, StepNumbers, StepOptions
+from torchprime.training.agreeing import from_first
+from torchprime.training.backend import Backend, StepNumbers
 from torchprime.training.changes import find_changes, refuse_changes
 from torchprime.training.datasets import prepare_run_data
 from torchprime.training.evaluating import make_choosing, make_evaluation, make_graders
@@ -45,9 +46,10 @@ from torchprime.training.hooks.metrics import MetricsHook
 from torchprime.training.hooks.profile import ProfileHook
 from torchprime.training.loop import CompileGuard, DataOrder, Hook, RunControl, train_loop
 from torchprime.training.model_files import find_model, pretrained_tensors, random_tensors
-from torchprime.training.optim import learning_rate, make_optimizer
-from torchprime.training.plan import plan_run
+from torchprime.training.optim import learning_rate
+from torchprime.training.plan import flops_per_token
 from torchprime.training.probe import probe_isolation
+from torchprime.training.recipe import optimizer_of, plan_run, step_options
 from torchprime.training.resuming import Past, ResumePoint
 from torchprime.training.saving import Retention, Saver
 
@@ -175,12 +177,7 @@ class Trainer:
         )
         self.backend = self.make_backend(c)
         self.speaks = self.backend.process_index == 0
-        self.optimizer = make_optimizer(
-            c.task.optimizer.name,
-            betas=c.task.optimizer.betas,
-            eps=c.task.optimizer.eps,
-            weight_decay=c.task.optimizer.weight_decay,
-        )
+        self.optimizer = optimizer_of(c)
         self.order = DataOrder(self.data, c.seed, c.task.global_batch_size)
         self.table, self.plan = plan_run(c, self.files, self.rows, self.optimizer, self.dtype)
         if not c.dry_run:
@@ -273,14 +270,7 @@ class Trainer:
         self.tensor_of = None  # lets go of the checkpoint's mapped files
         self.backend.prepare_training(
             self.optimizer,
-            StepOptions(
-                gradient_accumulation_steps=c.task.gradient_accumulation_steps,
-                loss_chunks=c.task.loss_chunks,
-                max_grad_norm=c.task.max_grad_norm,
-                max_grad_value=c.task.max_grad_value,
-                master_weights=c.task.optimizer.master_weights,
-                num_sources=len(self.data.source_names),
-            ),
+            step_options(c, len(self.data.source_names)),
             None if point is None else point.state(),
         )
         if c.isolation_probe:
@@ -323,7 +313,7 @@ class Trainer:
 
     def train(self) -> StepNumbers:
         """Run the loop with its hooks."""
-        c, a = self.config, self.files.architecture
+        c = self.config
         watch = Stopwatch()
         guard = CompileGuard(self.backend, allow=c.allow_recompile)
         self.metrics = MetricsHook(self._writers())
@@ -365,15 +355,8 @@ class Trainer:
                 min_lr_ratio=c.task.lr_scheduler.min_lr_ratio,
             ),
             logging_steps=c.logging_steps,
-            flops_per_token=model_flops_per_token(
-                num_parameters=self.files.num_parameters,
-                vocab_size=a.vocab_size,
-                hidden_size=a.hidden_size,
-                tied_embeddings=a.tie_word_embeddings,
-                num_layers=a.num_hidden_layers,
-                num_heads=a.num_attention_heads,
-                head_size=a.head_dim,
-                block_size=c.dataset.block_size,
+            flops_per_token=flops_per_token(
+                self.files.architecture, self.files.num_parameters, c.dataset.block_size
             ),
             hooks=hooks,
             guard=guard,
@@ -417,8 +400,7 @@ class Trainer:
         process, which sees to the pointer too."""
         if self.point is None or not self.point.own:
             return None
-        first = self.backend.process_index == 0
-        return self.backend.gather_objects(self.catalog.point_to_best() if first else None)[0]
+        return from_first(self.backend, self.catalog.point_to_best)
 
     def _keep_for_export(self, writer: FolderWriter, manifest: Manifest) -> None:
         """What an export of the checkpoint needs besides tensors (hf/)."""

@@ -14,14 +14,15 @@ from typing import Any
 
 from torchprime.atomic import write_text
 from torchprime.data.packed import PackedDataset
-from torchprime.errors import RuntimeSetupError, UserError
-from torchprime.evaluation.behaviour import ask, grade, sample_lines, scores_of
+from torchprime.errors import RuntimeSetupError
+from torchprime.evaluation.behaviour import ask, grade, sample_lines, samples_file, scores_of
 from torchprime.evaluation.heldout import heldout_loss
 from torchprime.evaluation.intervals import Score
 from torchprime.evaluation.samples import Sample
 from torchprime.evaluation.selection import Evaluated, overfitting
 from torchprime.metrics.record import EvalRecord, StepRecord
 from torchprime.metrics.throughput import Stopwatch
+from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend
 from torchprime.training.evaluating import Evaluation
 from torchprime.training.loop import BaseHook, CompileGuard, RunControl
@@ -142,7 +143,7 @@ class EvaluationHook(BaseHook):
         with self.guard.watch("generation", shapes):
             samples = ask(self.backend, e.prompts, e.options, e.decode)
         seconds = time.perf_counter() - started
-        scores = self._from_first(lambda: self._grade(step, samples))
+        scores = from_first(self.backend, lambda: self._grade(step, samples))
         return {
             "scores": {name: asdict(score) for name, score in scores.items()},
             "generated_tokens": sum(sample.tokens for sample in samples),
@@ -152,31 +153,13 @@ class EvaluationHook(BaseHook):
     def _grade(self, step: int, samples: Sequence[Sample]) -> dict[str, Score]:
         e = self.evaluation
         grades = grade(samples, e.graders)
-        path = e.samples_file(step)
-        path.parent.mkdir(exist_ok=True)
-        write_text(path, "".join(sample_lines(samples, grades)))
+        path = samples_file(e.folder, step)
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, "".join(sample_lines(samples, grades)))
+        except OSError as error:
+            raise RuntimeSetupError(
+                f"{path} cannot be written: {error}. Make room, or give this user the right to "
+                "write there; the same command then goes on."
+            ) from error
         return scores_of(grades, list(e.graders), e.measures)
-
-    def _from_first(self, part: Callable[[], dict[str, Score]]) -> dict[str, Score]:
-        """What the first process makes, or its failure, on all of them."""
-        made: dict[str, Score] = {}
-        problem: Exception | None = None
-        if self.backend.process_index == 0:
-            try:
-                made = part()
-            except OSError as error:
-                problem = RuntimeSetupError(
-                    f"{self.evaluation.folder} cannot be written: {error}. Make room, or give this "
-                    "user the right to write there; the same command then goes on."
-                )
-            except Exception as error:  # told to the others first: none of them waits for ever
-                problem = error
-        if self.backend.process_count > 1:
-            told = problem  # a grader's own exception may not travel
-            if problem is not None and not isinstance(problem, UserError):
-                told = RuntimeSetupError(f"the first process ended: {problem!r}")
-            made, told = self.backend.gather_objects((made, told))[0]
-            problem = problem or told
-        if problem is not None:
-            raise problem
-        return made
