@@ -34,6 +34,7 @@ ASSETS = REPO / "torchprime" / "assets" / "quickstart"
 CASES: dict[str, dict[str, Any]] = {
     "ours": dict(impl="ours"),
     "ours, scanned": dict(impl="ours", scan=True),
+    "ours, one device": dict(impl="ours", devices=1),
     "transformers, dynamic, sdpa": dict(impl="hf", cache="dynamic", attention="sdpa"),
     "transformers, dynamic, eager": dict(impl="hf", cache="dynamic", attention="eager"),
     "transformers, static, sdpa": dict(impl="hf", cache="static", attention="sdpa"),
@@ -88,10 +89,11 @@ def make_folder(shape: str, folder: Path, count: int) -> Path:
 
 
 def ours(case: dict[str, Any], folder: Path, new: int) -> Callable[[list], list]:
-    """Our backend on one device."""
+    """Our backend with a virtual device for each core, and the batch cut over them."""
     from torchprime.torch_xla_models.runtime import prepare_environment
 
-    prepare_environment(1)
+    devices = case.get("devices", len(os.sched_getaffinity(0)))
+    prepare_environment(devices)
     import torch
     from safetensors.torch import load_file
 
@@ -103,7 +105,8 @@ def ours(case: dict[str, Any], folder: Path, new: int) -> Callable[[list], list]
     from torchprime.torch_xla_models.backend import XlaBackend
 
     axes = dict.fromkeys(("data", "fsdp", "expert", "context", "tensor"), 1)
-    backend = XlaBackend(axes, axes, scan_layers=case.get("scan", False), full_precision=True)
+    mesh = axes | {"data": devices}
+    backend = XlaBackend(mesh, axes, scan_layers=case.get("scan", False), full_precision=True)
     sharding = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(json.loads((folder / "config.json").read_text())))

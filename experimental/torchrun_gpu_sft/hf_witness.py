@@ -498,7 +498,7 @@ def train(
     total = plan["total_steps"]
     dtype = getattr(torch, c.torch_dtype)
     model = load_model(files.folder, dtype, attention)
-    if c.remat.policy == "full":
+    if c.remat.recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     args = training_arguments(
         c, folder, processes=processes, total_steps=total, warmup_steps=plan["warmup_steps"]

@@ -333,8 +333,22 @@ class RematConfig:
     """Trades of compile time and memory against recomputation, applied from outside the model."""
 
     scan_layers: bool = False
-    policy: Literal["none", "full"] = "none"
+    policy: Literal["none", "full", "offload"] = "none"
     optimization_barrier: bool = False
+
+    def __post_init__(self) -> None:
+        if self.policy == "offload" and not self.scan_layers:
+            refuse(
+                "remat.policy",
+                "offload",
+                "none or full where layers are not in a loop",
+                "Set remat=scan_offload, or remat.scan_layers=true.",
+            )
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether only a layer's input is kept for its backward."""
+        return self.policy != "none"
 
 
 @dataclass(frozen=True)

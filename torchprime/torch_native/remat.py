@@ -27,8 +27,9 @@ class CheckpointedLayer(DecoderLayer):
 
 
 def apply_remat(layers: nn.Module, policy: str) -> None:
-    """`full`: a layer's activations are computed again in its backward; `none`: kept."""
-    if policy != "full":
+    """`full` or `offload`: a layer's activations are computed again in its backward, the input
+    stays on the device; `none`: kept."""
+    if policy == "none":
         return
     for layer in layers.children():
         layer.__class__ = CheckpointedLayer

@@ -23,7 +23,7 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
-from torchprime.torch_xla_models.mesh import partition
+from torchprime.torch_xla_models.mesh import annotate, partition
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim import Optimizer
 
@@ -78,7 +78,7 @@ class Placeholders(DeviceTensors):
         for tensor, spec in self._state:
             # Where a tensor that lies on the mesh is written over, torch_xla annotates the new
             # value with the old one's sharding by itself. A placeholder lies nowhere.
-            xs.mark_sharding(tensor, self.mesh, partition(spec))
+            annotate(tensor, self.mesh, partition(spec))
         context = XLAC.lowering.LoweringContext("train_step")
         context.build([t.detach() for t in outputs])
         parameters = context.device_parameter_id_tensor_mapping()

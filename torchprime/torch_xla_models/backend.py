@@ -125,6 +125,7 @@ class XlaBackend:
         )
         self.placed = placement.placements(model, table, self.mesh)
         placement.load(model, self.placed, tensor_of, dtype, self.tensors)
+        self._generator: Generator | None = None  # made when first asked for
 
     def _constrain_activations(self) -> None:
         for name, module in self.model.named_modules():
@@ -305,19 +306,24 @@ class XlaBackend:
             return [constrain(g, self.mesh, spec) for g, spec in pairs]
 
         if batch[0].shape[0] == 1:
-            sums, gradients = micro(tuple(f[0] for f in batch))
+            sums, gradients = micro(tuple(f[0] for f in batch), weights)
             return sums, pinned(gradients)
 
+        count = len(weights)
+
+        # The weights go through the loop. A body that read them from outside would give torch_xla
+        # another tensor of the same data, and the update could no longer write over it.
         def body(carry: Sequence[Tensor], fields: Sequence[Tensor]):
-            sums, gradients = micro(tuple(fields))
-            totals = [c + g.float() for c, g in zip(carry[1:], gradients, strict=True)]
-            return [carry[0] + sums, *pinned(totals)], []
+            sums, totals, given = carry[0], carry[1 : 1 + count], carry[1 + count :]
+            more, gradients = micro(tuple(fields), pinned(given))
+            totals = [t + g.float() for t, g in zip(totals, gradients, strict=True)]
+            return [sums + more, *pinned(totals), *given], []
 
         length = sums_length(self.options.num_sources)
         zero = torch.zeros(length, dtype=torch.float32, device=weights[0].device)
         empty = [torch.zeros(w.shape, dtype=torch.float32, device=w.device) for w in weights]
-        carry, _ = device_loop(body, [zero, *pinned(empty)], batch)
-        return carry[0], carry[1:]
+        carry, _ = device_loop(body, [zero, *pinned(empty), *weights], batch)
+        return carry[0], carry[1 : 1 + count]
 
     def read(self, handle: Tensor) -> StepNumbers:
         """See Backend."""
@@ -354,8 +360,9 @@ class XlaBackend:
 
     def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
         """See Backend."""
-        generator = Generator(self.model, self.tensors, self.table, self.placed)
-        return generator.generate(prompts, options)
+        if self._generator is None:
+            self._generator = Generator(self.model, self.tensors, self.table, self.placed)
+        return self._generator.generate(prompts, options)
 
     def synchronize(self) -> None:
         """See Backend."""

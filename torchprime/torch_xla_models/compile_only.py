@@ -179,7 +179,7 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
         rows=micro_batch // (mesh["data"] * mesh["fsdp"]),
         accumulation=accumulation,
         loss_chunks=config.task.loss_chunks,
-        full_remat=config.remat.policy == "full",
+        full_remat=config.remat.recomputes,
     )
 
 

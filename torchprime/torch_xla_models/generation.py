@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,6 @@ from torchprime.torch_xla_models.placement import Placed
 from torchprime.torch_xla_models.remat import RecordedLoop
 
 TENSOR = "tensor"
-Pick = Callable[..., Tensor]
 
 
 def _update_slot(cache: xb.Op, new: xb.Op, slot: xb.Op) -> xb.Op:
@@ -63,13 +63,18 @@ class _Step(nn.Module):
     def __init__(self, model: CausalLM) -> None:
         super().__init__()
         self.model = model
-        self.turned: Tensor | None = None  # the output projection as [D, V]
+        self.turned: Tensor | None  # the output projection as [D, V]
+        self.register_buffer("turned", None, persistent=False)
 
     def forward(
         self, token: Tensor, padding: Tensor, slot: Tensor, cache: Cache
     ) -> tuple[Tensor, Cache]:
         hidden, new = next_hidden(self.model, token, padding, slot, cache)
         return self.logits(hidden), new
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, and copies of them, by name."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 [B, V]."""
@@ -96,6 +101,7 @@ class Generator:
         self.model, self.tensors, self.placed = model, tensors, placed
         self.mesh = mesh = tensors.mesh
         self.step = _Step(model)
+        self.loops: dict[tuple[Any, ...], RecordedLoop] = {}  # of a chunk, by shapes and choice
         sizes = axis_sizes(mesh)
         self.batch_axes = table.batch_axes()
         self.multiple = 1
@@ -128,15 +134,15 @@ class Generator:
         padding, rows = self.tensors.send_batch(
             [torch.from_numpy(batch.padding), torch.from_numpy(batch.rows)], ((),)
         )
-        pick = partial(choose, options=options, sampling=sampling, rows=rows)
         decoding = Decoding(batch, prompts, options)
 
         hidden, cache = read_prompts(self.model, ids, padding)
         cache = self._cut(_widened(cache, batch.slots - batch.ids.shape[1]))
-        token = self._replicated(pick(self.step.logits(hidden), number=self._scalar(0)))
+        logits = self.step.logits(hidden)
+        token = self._replicated(choose(logits, options, sampling, rows, self._scalar(0)))
         self.tensors.run([token, *cache.keys, *cache.values])
         decoding.add([token.cpu().tolist()])
-        run_chunk = self._chunks(batch, token, padding, cache, pick)
+        run_chunk = self._chunks(batch, options, token, cache, [padding, rows, *sampling])
         for _ in range(batch.chunks):
             if not decoding.open:
                 break
@@ -144,36 +150,59 @@ class Generator:
         return decoding.found()
 
     def _chunks(
-        self, batch: PromptBatch, token: Tensor, padding: Tensor, cache: Cache, pick: Pick
+        self,
+        batch: PromptBatch,
+        options: GenerateOptions,
+        token: Tensor,
+        cache: Cache,
+        fixed: Sequence[Tensor],
     ) -> Callable[[], Tensor]:
         """What makes the next chunk of tokens [chunk, B] each time it is called. It updates the
-        cache and `token` in place, and where it is."""
-        count = len(cache.keys)
-        names, weights = zip(*self.step.named_parameters(), strict=True)
+        cache and `token` in place, and where it is.
 
-        def body(carry: Sequence[Tensor], _: Sequence[Tensor]):
-            token, slot, number, *rest = carry
-            flat, weights = rest[: 2 * count], rest[2 * count :]
-            old = Cache(tuple(flat[:count]), tuple(flat[count:]))
-            given = dict(zip(names, weights, strict=True))
-            logits, new = functional_call(self.step, given, (token, padding, slot, old))
-            made = self._replicated(pick(logits, number=number))
-            grown = self._cut(_written(old, new, slot))
-            return [made, slot + 1, number + 1, *grown.keys, *grown.values, *weights], [made]
-
+        Args:
+            fixed: padding, rows and sampling.
+        """
+        given = self.step.tensors()
+        choice = (options.sampled, options.top_k is None, options.top_p < 1)
+        key = (batch.ids.shape, batch.chunk, batch.slots, *choice, *given)
+        loop = self.loops.get(key)
+        if loop is None:
+            body = partial(self._one_token, options, len(cache.keys), list(given))
+            loop = self.loops[key] = RecordedLoop(body)
         state = [token, self._scalar(batch.ids.shape[1]), self._scalar(1)]
         state += [*cache.keys, *cache.values]
         times = torch.zeros(batch.chunk, device=token.device)
-        loop = RecordedLoop(body, [*state, *weights], [times])
 
         def run() -> Tensor:
-            carry, (made,) = loop.run()
+            carry, (made,) = loop.run([*state, *fixed, *given.values()], [times])
             for old, new in zip(state, carry[: len(state)], strict=True):
                 old.copy_(new)  # in place: the program reuses the buffer
             self.tensors.run([made, *state])
             return made
 
         return run
+
+    def _one_token(
+        self,
+        options: GenerateOptions,
+        layers: int,
+        names: Sequence[str],
+        carry: Sequence[Tensor],
+        _: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The body of a chunk's loop. It reads nothing that it is not given: weights so keep their
+        place (`_Step`), and the loop serves every batch of its shapes."""
+        token, slot, number, *rest = carry
+        old = Cache(tuple(rest[:layers]), tuple(rest[layers : 2 * layers]))
+        fixed, weights = rest[2 * layers : -len(names)], rest[-len(names) :]
+        padding, rows, *sampling = fixed
+        given = dict(zip(names, weights, strict=True))
+        logits, new = functional_call(self.step, given, (token, padding, slot, old))
+        made = self._replicated(choose(logits, options, Sampling(*sampling), rows, number))
+        grown = self._cut(_written(old, new, slot))
+        after = [made, slot + 1, number + 1, *grown.keys, *grown.values]
+        return [*after, *fixed, *weights], [made]
 
     @contextmanager
     def _turned(self) -> Iterator[None]:

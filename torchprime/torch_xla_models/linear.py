@@ -39,7 +39,7 @@ class _Linear(torch.autograd.Function):
 class XlaLinear(nn.Linear):
     """nn.Linear for [B, S, D] inputs with the products above."""
 
-    transposed: Tensor | None = None  # while text is generated: the weight as [in, out]
+    transposed: Tensor | None  # while text is generated: the weight as [in, out]
 
     def forward(self, input: Tensor) -> Tensor:
         if self.transposed is not None:
@@ -53,3 +53,4 @@ def replace_linears(module: nn.Module) -> None:
     for child in module.modules():
         if type(child) is nn.Linear:
             child.__class__ = XlaLinear
+            child.register_buffer("transposed", None, persistent=False)

@@ -99,8 +99,20 @@ def partition(spec: Spec) -> tuple[tuple[str, ...] | str | None, ...]:
 def to_device(tensor: Tensor, mesh: xs.Mesh, spec: Spec) -> Tensor:
     """Send a CPU tensor to its shards; the device never holds it whole unless the spec says so."""
     moved = tensor.to(torch_xla.device())
-    xs.mark_sharding(moved, mesh, partition(spec))
+    annotate(moved, mesh, partition(spec))
     return moved
+
+
+def annotate(tensor: Tensor, mesh: xs.Mesh, spec: tuple) -> None:
+    """Say in place how a tensor is cut; one that holds data is moved so.
+
+    torch_xla's `mark_sharding` tries to import torchax each time it is called: where that fails,
+    half of a millisecond for each of a step's hundreds of annotations.
+
+    Args:
+        spec: in torch_xla's form.
+    """
+    XLAC._xla_mark_sharding(tensor, mesh.get_op_sharding(spec))
 
 
 def send_batch(tensors: Sequence[Tensor], mesh: xs.Mesh, spec: Spec) -> list[Tensor]:
@@ -145,11 +157,11 @@ class _Constrain(torch.autograd.Function):
     def forward(ctx, tensor: Tensor, mesh: xs.Mesh, spec: tuple) -> Tensor:  # type: ignore[override]
         ctx.mesh, ctx.spec = mesh, spec
         copy = tensor.clone()
-        xs.mark_sharding(copy, mesh, spec)
+        annotate(copy, mesh, spec)
         return copy
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         copy = grad.clone()
-        xs.mark_sharding(copy, ctx.mesh, ctx.spec)
+        annotate(copy, ctx.mesh, ctx.spec)
         return copy, None, None

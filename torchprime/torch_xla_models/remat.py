@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 import torch_xla.core.xla_model as xm
+import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torch_xla.experimental.scan import _scan_impl_flat
+from torch_xla.experimental.stablehlo_custom_call import place_to_device, place_to_host
 
 from torchprime.models.decoder import CausalLM, LayerContext
 from torchprime.torch_xla_models.linear import XlaLinear
@@ -44,33 +46,50 @@ def device_loop(
 
 
 class RecordedLoop:
-    """A `device_loop` that is traced once and run again with the same tensors, whose contents have
-    changed in place meanwhile: tracing a deep model takes as long as running it for some tokens."""
+    """A `device_loop` that is traced once and run again with other tensors of the same shapes:
+    tracing a deep model takes as long as running it for some tokens.
 
-    def __init__(self, body: Callable[..., Any], carry: Sequence[Tensor], xs: Sequence[Tensor]):
-        self.body, self.carry, self.xs = body, carry, xs
-        self.calls: list[tuple[Any, ...]] = []
+    What may differ between runs has to be in carry and xs; what the body reads besides is taken
+    for constant.
+    """
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        self.body = body
+        self.call: tuple[Any, ...] | None = None  # name, tensors besides carry and xs, computation
         self.made = 0  # how many `ys` there are
 
-    def run(self) -> tuple[list[Tensor], list[Tensor]]:
+    def run(
+        self, carry: Sequence[Tensor], xs: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """As `device_loop`."""
-        run = XLAC._xla_user_computation
-        if self.calls:  # the last one: loops inside the body are recorded before it
-            _, *outputs = run(*self.calls[-1])
-            count, skipped = len(self.carry), len(self.carry) + len(self.xs)
-            return outputs[:count], outputs[skipped : skipped + self.made]
+        if self.call is None:
+            return self._record(carry, xs)
+        name, (first, rest), computation = self.call
+        tensors = [first, *carry, *xs, *rest]
+        _, *outputs = XLAC._xla_user_computation(name, tensors, computation)
+        skipped = len(carry) + len(xs)
+        return outputs[: len(carry)], outputs[skipped : skipped + self.made]
+
+    def _record(
+        self, carry: Sequence[Tensor], xs: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        run, calls = XLAC._xla_user_computation, []
 
         def record(*call: Any) -> Any:
-            self.calls.append(call)
+            calls.append(call)
             return run(*call)
 
         XLAC._xla_user_computation = record
         try:
-            carry, ys = device_loop(self.body, self.carry, self.xs)
+            carried, ys = device_loop(self.body, carry, xs)
         finally:
             XLAC._xla_user_computation = run
+        name, tensors, computation = calls[-1]  # loops inside the body are recorded before it
+        # The loop's own counter, carry, xs, then where ys go and what is constant.
+        first, *others = tensors
+        self.call = name, (first, others[len(carry) + len(xs) :]), computation
         self.made = len(ys)
-        return carry, ys
+        return carried, ys
 
 
 # What a layer's backward would rather not compute again: the outputs of its matrix products. The
@@ -104,7 +123,8 @@ class LayerRunner:
 
     Args:
         template: the layer whose code is run, with weights given in the call.
-        policy: `none` keeps the outputs of KEPT for the backward, `full` only the layer's input.
+        policy: `none` keeps the outputs of KEPT for the backward, `full` only the layer's input,
+            `offload` the same in the host's memory (`ScannedLayers` on a TPU; else as `full`).
         shard_gradient: annotates the gradient of a weight, by its name in the layer.
         shard_output: annotates a module's output, by its name in the layer ("" for the layer's
         own).
@@ -121,6 +141,8 @@ class LayerRunner:
         self.shard_gradient, self.shard_output = shard_gradient, shard_output
         self.names = [name for name, _ in template.named_parameters()]
         self.kept_names = KEPT if policy == "none" else ()
+        # A CPU's virtual devices are in the host's memory already, and do not know the annotation.
+        self.offload = policy == "offload" and xr.device_type() == "TPU"
 
     def call(self, x: Tensor, weights: Sequence[Tensor], context: LayerContext) -> Tensor:
         """The layer, as it is."""
@@ -231,7 +253,7 @@ class _Scan(torch.autograd.Function):
         def body(carry: Sequence[Tensor], weights: Sequence[Tensor]):
             h, *rest = carry
             out, kept = runner.forward(h, weights, _unflatten(rest))
-            return [out, *rest], kept
+            return [out, *rest], [place_to_host(t) for t in kept] if runner.offload else kept
 
         carry, kept = device_loop(body, [x, *flat], stacked)
         ctx.save_for_backward(*flat, *kept, *stacked)
@@ -248,6 +270,7 @@ class _Scan(torch.autograd.Function):
         def body(carry: Sequence[Tensor], xs: Sequence[Tensor]):
             g, *rest = carry
             kept, weights = xs[:kept_size], xs[kept_size:]
+            kept = [place_to_device(t) for t in kept] if runner.offload else kept
             grad_x, grad_weights = runner.backward(kept, weights, _unflatten(rest), g)
             return [grad_x, *rest], grad_weights
 

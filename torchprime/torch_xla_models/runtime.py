@@ -58,8 +58,8 @@ def host_has_tpu() -> bool:
 
 
 def prepare_environment(device_count: int) -> None:
-    """Set PJRT_DEVICE, CPU_NUM_DEVICES, XLA_FLAGS and LIBTPU_INIT_ARGS where the user did not, and
-    say which device.
+    """Set PJRT_DEVICE, CPU_NUM_DEVICES, PJRT_NPROC, XLA_FLAGS and LIBTPU_INIT_ARGS where the user
+    did not, and say which device.
 
     Args:
         device_count: product of the mesh's axes.
@@ -88,9 +88,21 @@ def prepare_environment(device_count: int) -> None:
         )
     if chosen == "CPU":
         os.environ.setdefault("CPU_NUM_DEVICES", str(device_count))
+        os.environ.setdefault("PJRT_NPROC", str(_threads(int(os.environ["CPU_NUM_DEVICES"]))))
         flags = os.environ.get("XLA_FLAGS", "")
         if "--xla_backend_extra_options" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {CPU_CODE_OPTIONS}".strip()
+
+
+def _threads(devices: int) -> int:
+    """How many threads XLA's CPU client needs: one for each core, and more than it has devices.
+
+    Each virtual device keeps one busy while its program runs. With none to spare, the pool's queue
+    fills up in a long program, and a task then runs inside the one that hands it in. Wide products
+    come out wrong, without a word: their blocks are packed in memory that belongs to a thread, and
+    are written over (torch_xla 2.9, `test_long_loops.py`).
+    """
+    return max(len(os.sched_getaffinity(0)), devices + 1)
 
 
 def cache_folder(wanted: str | None) -> Path | None:

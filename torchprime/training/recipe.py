@@ -112,7 +112,7 @@ def plan_run(
         vocab_size=a.vocab_size,
         num_layers=a.num_hidden_layers,
         loss_chunks=c.task.loss_chunks,
-        full_remat=c.remat.policy == "full",
+        full_remat=c.remat.recomputes,
     )
     held_out = rows.heldout
     plan = Plan(

@@ -19,7 +19,8 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from torchprime.data.batch import Batch
 from torchprime.losses import ONE_DEVICE, LossSums, Spread, chunked_cross_entropy
@@ -34,7 +35,8 @@ SOURCE_FIELD = "source_ids"
 
 # hidden [b, S, D], output weight [V, D], targets [b, S], weights [b, S] -> the loss.
 CrossEntropy = Callable[[Tensor, Tensor, Tensor, Tensor], LossSums]
-Micro = Callable[[tuple[Tensor, ...]], tuple[Tensor, list[Tensor]]]
+# One micro-batch's fields and the weights -> its sums and the gradients of these weights.
+Micro = Callable[[tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
 Accumulate = Callable[[Micro, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
 
 # Places in the metrics vector a step returns.
@@ -80,6 +82,17 @@ def loss_of(model: CausalLM, fields: Sequence[Tensor], cross_entropy: CrossEntro
     return cross_entropy(hidden, model.output_weight, targets, loss_weights)
 
 
+class _Loss(nn.Module):
+    """`loss_of` as a module, so that it can be called with other weights."""
+
+    def __init__(self, model: CausalLM, cross_entropy: CrossEntropy) -> None:
+        super().__init__()
+        self.model, self.cross_entropy = model, cross_entropy
+
+    def forward(self, fields: Sequence[Tensor]) -> LossSums:
+        return loss_of(self.model, fields, self.cross_entropy)
+
+
 def source_sums(each: Tensor, sources: Tensor, count: int) -> list[Tensor]:
     """The losses [b, S] summed by source."""
     return [torch.where(sources == source, each, 0.0).sum() for source in range(count)]
@@ -105,18 +118,24 @@ def train_step(
         batch: FIELDS, each [A, b, S] for A micro-batches; with several sources SOURCE_FIELD too.
         lr: fp32 scalar on the device.
         chunks, spread: see `chunked_cross_entropy`.
-        accumulate: runs a function over the micro-batches and sums what it returns.
+        accumulate: runs a function over the micro-batches and sums what it returns. The function
+            reads the weights it is given: in a loop on the device they have to be the loop's.
 
     Returns:
         What `finish_step` returns.
     """
     weights = [p.weight for p in state.parameters.values()]
-    cross_entropy = partial(chunked_cross_entropy, chunks=chunks, spread=spread)
+    loss_module = _Loss(model, partial(chunked_cross_entropy, chunks=chunks, spread=spread))
+    names = [f"model.{name}" for name in state.parameters]
 
-    def micro(fields: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+    def micro(
+        fields: tuple[Tensor, ...], given: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():
-            loss = loss_of(model, fields, cross_entropy)
-            gradients = list(torch.autograd.grad(loss.loss_sum, weights))
+            leaves = [weight.detach().requires_grad_() for weight in given]
+            by_name = dict(zip(names, leaves, strict=True))
+            loss = functional_call(loss_module, by_name, (fields,))
+            gradients = list(torch.autograd.grad(loss.loss_sum, leaves))
         return micro_sums(loss, fields, num_sources), gradients
 
     with torch.no_grad():

@@ -10,6 +10,7 @@ import pytest
 import reference
 import torch
 import torch_xla
+import torch_xla.debug.metrics as met
 from jaxlib import _jax
 
 from torchprime.models.architecture import architecture_from_hf
@@ -105,6 +106,17 @@ def test_arguments_are_cut_and_donated_as_training_does(make_backend, shipped_ta
     batch = backend.put(reference.make_batch(0), 1)[:5]
     kept = Counter((a.shape, a.sharding) for a in arguments if not a.donated)
     assert kept == Counter((tuple(t.shape), sharding_of(t)) for t in batch)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_update_writes_over_what_it_replaces(accumulation: int, make_backend) -> None:
+    """All of the state, in a loop over micro-batches too: else the weights are held twice."""
+    own = {"max_grad_value": 0.37}  # a program that no other test has had compiled
+    backend = make_backend({"fsdp": 4}, accumulation=accumulation, scan_layers=True, options=own)
+    batch = backend.put(reference.make_batch(0), accumulation)
+    backend.train_step(batch, reference.LR)
+    _, _, written_over = met.metric_data("InputOutputAliasCount")
+    assert written_over[-1][1] == len(backend.state.tensors())
 
 
 def sharding_of(tensor: torch.Tensor) -> str:

@@ -21,6 +21,7 @@ def test_without_a_tpu_the_cpu_is_chosen_and_named(capsys: pytest.CaptureFixture
     assert os.environ["PJRT_DEVICE"] == "CPU"
     assert os.environ["CPU_NUM_DEVICES"] == "4"
     assert os.environ["XLA_FLAGS"] == runtime.CPU_CODE_OPTIONS
+    assert int(os.environ["PJRT_NPROC"]) > 4
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "CPU with 4 virtual devices" in said
 
