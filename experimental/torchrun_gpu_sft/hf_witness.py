@@ -57,13 +57,13 @@ from torchprime.metrics.throughput import (
     Stopwatch,
     host_memory_bytes,
     mfu,
-    model_flops_per_token,
 )
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from torchprime.training import run_folder
 from torchprime.training.datasets import RunData, prepare_run_data
 from torchprime.training.loop import DataOrder
 from torchprime.training.model_files import ModelFiles, find_model
+from torchprime.training.plan import flops_per_token
 from torchprime.training.recipe import steps_of
 
 Inputs = dict[str, Any]
@@ -433,21 +433,6 @@ def device_kind() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
-def flops_per_token(files: ModelFiles, block_size: int) -> float:
-    """For MFU, counted as in our own runs."""
-    a = files.architecture
-    return model_flops_per_token(
-        num_parameters=files.num_parameters,
-        vocab_size=a.vocab_size,
-        hidden_size=a.hidden_size,
-        tied_embeddings=a.tie_word_embeddings,
-        num_layers=a.num_hidden_layers,
-        num_heads=a.num_attention_heads,
-        head_size=a.head_dim,
-        block_size=block_size,
-    )
-
-
 def main(c: TrainConfig) -> int:
     """Train as configured; the exit code."""
     processes, first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
@@ -517,7 +502,9 @@ def train(
         writers,
         total_steps=total,
         logging_steps=c.logging_steps,
-        flops_per_token=flops_per_token(files, c.dataset.block_size),
+        flops_per_token=flops_per_token(
+            files.architecture, files.num_parameters, c.dataset.block_size
+        ),
         device_kind=device_kind(),
         device_count=args.world_size,
     )

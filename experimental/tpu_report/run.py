@@ -1,11 +1,11 @@
 """Compile the named runs and their variants for TPU slices, and write the table of docs/tpu.md.
 
-    python experimental/tpu_report/run.py            what results.json does not have yet
+    python experimental/tpu_report/run.py            what results.json does not have yet, or failed
     python experimental/tpu_report/run.py --fresh    all of it anew
     python experimental/tpu_report/run.py 8b-v6e-8   these cases anew
 
-Each case is the training command with `compile_only`, in a process of its own, one after the other:
-minutes each. What is kept of its report goes into results.json, and the table is made of that.
+Each case is the training command with `compile_only`, in processes of its own: minutes and up to 10
+GB of memory each. What is kept of its report goes into results.json, and the table is made of that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,32 +49,43 @@ def long_blocks(rows: int) -> list[str]:
     return ["dataset.block_size=8192", f"task.global_batch_size={rows}"]
 
 
-MATH = [*NAMED, "model.pretrained_model=Qwen/Qwen2.5-Math-1.5B"]
+OFFLOAD = ["remat=scan_offload"]
+MATH = ["--config-name", "qwen2.5-math-1.5b-sft-w-gsm8k"]
+PIRATE = ["--config-name", "qwen3-14b-sft-w-pirate"]
 BIG = [
     *NAMED, "model.pretrained_model=meta-llama/Llama-3.1-70B", "ici_mesh.fsdp=64",
     "ici_mesh.tensor=4", *long_blocks(64),
 ]  # fmt: skip
-QWEN = [*NAMED, "model.pretrained_model=Qwen/Qwen3-14B"]
 
 CASES = [
     Case("8b-v6e-8", "v6e-8", "Llama 3 8B, the named run", NAMED),
-    Case("8b-v6e-8-8192-bf16", "v6e-8", "Llama 3 8B, blocks of 8192, no master weights",
-         [*NAMED, *long_blocks(8), *NO_MASTERS]),
-    Case("8b-v6e-8-8192", "v6e-8", "Llama 3 8B, blocks of 8192", [*NAMED, *long_blocks(8)]),
-    Case("8b-v5e-8", "v5e-8", "Llama 3 8B, the named run's step on half the memory", NAMED),
+    Case("8b-v6e-8-accumulate", "v6e-8", "Llama 3 8B, accumulation 4", [*NAMED, *accumulate(4)]),
+    Case("8b-v6e-8-adafactor", "v6e-8", "Llama 3 8B, Adafactor", [*NAMED, *ADAFACTOR]),
     Case("8b-v6e-4", "v6e-4", "Llama 3 8B, Adafactor, accumulation 4",
          [*NAMED, "mesh=fsdp4", *ADAFACTOR, *accumulate(4)]),
-    Case("8b-v5p-8", "v5p-8", "Llama 3 8B", [*NAMED, "mesh=fsdp4"]),
-    Case("8b-v5e-16", "v5e-16", "Llama 3 8B, Adafactor, accumulation 4",
-         [*NAMED, "ici_mesh.fsdp=16", *ADAFACTOR, *accumulate(4)]),
-    Case("8b-v6e-8-accumulate", "v6e-8", "Llama 3 8B, accumulation 4", [*NAMED, *accumulate(4)]),
-    Case("math-1.5b-v6e-4", "v6e-4", "Qwen2.5 Math 1.5B", [*MATH, "mesh=fsdp4"]),
-    Case("math-1.5b-v6e-1", "v6e-1", "Qwen2.5 Math 1.5B, Adafactor, accumulation 8",
-         [*MATH, "mesh=single", *ADAFACTOR, *accumulate(8)]),
-    Case("14b-v6e-16", "v6e-16", "Qwen3 14B", [*QWEN, "ici_mesh.fsdp=16"]),
-    Case("14b-v6e-8", "v6e-8", "Qwen3 14B, Adafactor", [*QWEN, *ADAFACTOR]),
-    Case("14b-v5p-16", "v5p-16", "Qwen3 14B", QWEN),
+    Case("8b-v6e-4-offload", "v6e-4", "Llama 3 8B, Adafactor, accumulation 4, offload",
+         [*NAMED, "mesh=fsdp4", *ADAFACTOR, *accumulate(4), *OFFLOAD]),
+    Case("8b-v5e-16", "v5e-16", "Llama 3 8B, the named run", [*NAMED, "ici_mesh.fsdp=16"]),
+    Case("8b-v5p-8", "v5p-8", "Llama 3 8B, the named run", [*NAMED, "mesh=fsdp4"]),
+    Case("8b-2-v6e-8", "v6e-8", "Llama 3 8B, the named run on two slices",
+         [*NAMED, "mesh=two_slices_fsdp8"]),
+    Case("8b-v6e-8-8192", "v6e-8", "Llama 3 8B, blocks of 8192", [*NAMED, *long_blocks(8)]),
+    Case("8b-v6e-8-8192-bf16", "v6e-8", "Llama 3 8B, blocks of 8192, no master weights",
+         [*NAMED, *long_blocks(8), *NO_MASTERS]),
+    Case("8b-v6e-8-8192-bf16-offload", "v6e-8",
+         "Llama 3 8B, blocks of 8192, no master weights, offload",
+         [*NAMED, *long_blocks(8), *NO_MASTERS, *OFFLOAD]),
+    Case("8b-v5e-8-8192-bf16-offload", "v5e-8",
+         "Llama 3 8B, blocks of 8192, no master weights, offload",
+         [*NAMED, *long_blocks(8), *NO_MASTERS, *OFFLOAD]),
     Case("70b-v6e-256", "v6e-256", "Llama 3.1 70B, fsdp 64 x tensor 4, blocks of 8192", BIG),
+    Case("14b-v6e-8", "v6e-8", "Qwen3 14B, the named run (Adafactor)", PIRATE),
+    Case("14b-v6e-16", "v6e-16", "Qwen3 14B, AdamW, accumulation 4, 64 blocks",
+         [*PIRATE, "ici_mesh.fsdp=16", "task.optimizer.name=adamw", "task.global_batch_size=64",
+          *accumulate(4)]),
+    Case("math-1.5b-v6e-4", "v6e-4", "Qwen2.5 Math 1.5B, the named run", MATH),
+    Case("math-1.5b-v6e-1", "v6e-1", "Qwen2.5 Math 1.5B, Adafactor, accumulation 4",
+         [*MATH, "mesh=single", *ADAFACTOR, *accumulate(4)]),
 ]  # fmt: skip
 
 
@@ -114,11 +126,12 @@ def row(case: Case, r: dict[str, Any]) -> str:
         used, limit = (shortage[key] / GIB for key in ("used", "limit"))
         return (
             "| "
-            + " | ".join([*cells, f"**no**: {used:.1f} of {limit:.1f}", *[""] * 5, seconds])
+            + " | ".join([*cells, f"**no**: {used:.2f} of {limit:.2f}", *[""] * 5, seconds])
             + " |"
         )
+    no = "" if r["fits"] else "**no**: "
     m, moved, theory = r["memory"], r["collectives"], r["collectives_in_theory"]
-    cells.append(f"{m['total'] / GIB:.1f} of {m['limit'] / GIB:.1f}")
+    cells.append(f"{no}{m['total'] / GIB:.2f} of {m['limit'] / GIB:.2f}")
     cells.append(f"{m['argument'] / GIB:.1f} + {m['temp'] / GIB:.1f}")
     for kind in ("all-gather", "reduce-scatter"):
         found = moved.get(kind, {"bytes": 0})["bytes"]
@@ -153,18 +166,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", help="names of cases; none: what is not there yet")
     parser.add_argument("--fresh", action="store_true", help="all cases anew")
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     names = [case.name for case in CASES]
+    results = {
+        case.name: results[case.name] | {"what": case.what}
+        for case in CASES
+        if results.get(case.name, {}).get("argv") == case.argv
+    }
     unknown = [name for name in given.cases if name not in names]
     if unknown:
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(names)}")
     wanted = given.cases or [n for n in names if given.fresh or n not in results]
-    for case in CASES:
-        if case.name in wanted and not given.page:
-            results[case.name] = compile_case(case)
+    cases = [case for case in CASES if case.name in wanted and not given.page]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        made = {pool.submit(compile_case, case): case.name for case in cases}
+        for each in as_completed(made):
+            results[made[each]] = each.result()
             RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            write_page(results)
     write_page(results)
     return 0
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from torchprime.training.model_files import find_architecture
 from torchprime.training.recipe import checked_table
 
 REPORT = "compile_report.json"
+# Autograd counts an XLA client's devices in a signed byte, and fails from 128 on.
+MOST_DEVICES = 64
 Say = Callable[[str], None]
 
 
@@ -69,10 +72,12 @@ def compile_only(config: TrainConfig, say: Say | None = None) -> int:
         return compile_report(candidate, hf_config, architecture, library, folder, say)
 
     report = compile_one(config)
+    write_json(folder / REPORT, report)  # what comes now may take long
     if report["compiles"] and not report["fits"] and config.compile_search:
         limit = topology(report["topology"]).chip.hbm_bytes
-        sizes = step_sizes(config, architecture)
-        report["nearest"] = find_nearest(config, sizes, limit, compile_one, say)
+        report["nearest"] = find_nearest(
+            config, partial(step_sizes, a=architecture), limit, compile_one, say
+        )
     write_json(folder / REPORT, report)
     say(describe(report))
     say(f"written to {folder / REPORT}")
@@ -199,7 +204,7 @@ def environment(
         **kept,
         "PYTHONPATH": os.pathsep.join([*path, *filter(None, [given.get("PYTHONPATH")])]),
         "PJRT_DEVICE": "CPU",
-        "CPU_NUM_DEVICES": str(devices),
+        "CPU_NUM_DEVICES": str(min(devices, MOST_DEVICES)),
         "JAX_PLATFORMS": "cpu",
         "USE_TORCH_XLA": "0",
         "TF_CPP_MIN_LOG_LEVEL": "2",

@@ -112,6 +112,7 @@ def annotate(tensor: Tensor, mesh: xs.Mesh, spec: tuple) -> None:
     Args:
         spec: in torch_xla's form.
     """
+    assert tensor.dim() == len(spec), f"{tuple(tensor.shape)} cut as {spec}"
     XLAC._xla_mark_sharding(tensor, mesh.get_op_sharding(spec))
 
 

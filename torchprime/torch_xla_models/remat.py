@@ -55,8 +55,8 @@ class RecordedLoop:
 
     def __init__(self, body: Callable[..., Any]) -> None:
         self.body = body
-        self.call: tuple[Any, ...] | None = None  # name, tensors besides carry and xs, computation
-        self.made = 0  # how many `ys` there are
+        self.call: tuple[str, list[Tensor], Any] | None = None  # name, constants, computation
+        self.ys: list[tuple[torch.Size, torch.dtype]] = []
 
     def run(
         self, carry: Sequence[Tensor], xs: Sequence[Tensor]
@@ -64,11 +64,16 @@ class RecordedLoop:
         """As `device_loop`."""
         if self.call is None:
             return self._record(carry, xs)
-        name, (first, rest), computation = self.call
-        tensors = [first, *carry, *xs, *rest]
+        name, constants, computation = self.call
+        # Made anew, as the first time: kept ones would become data when something syncs all there
+        # is, and the next program another one.
+        device = carry[0].device
+        first = torch.tensor(0, device=device)
+        ys = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in self.ys]
+        tensors = [first, *carry, *xs, *ys, *constants]
         _, *outputs = XLAC._xla_user_computation(name, tensors, computation)
         skipped = len(carry) + len(xs)
-        return outputs[: len(carry)], outputs[skipped : skipped + self.made]
+        return outputs[: len(carry)], outputs[skipped : skipped + len(ys)]
 
     def _record(
         self, carry: Sequence[Tensor], xs: Sequence[Tensor]
@@ -85,10 +90,10 @@ class RecordedLoop:
         finally:
             XLAC._xla_user_computation = run
         name, tensors, computation = calls[-1]  # loops inside the body are recorded before it
-        # The loop's own counter, carry, xs, then where ys go and what is constant.
-        first, *others = tensors
-        self.call = name, (first, others[len(carry) + len(xs) :]), computation
-        self.made = len(ys)
+        # The loop's own counter, carry, xs, where ys go, then what is constant.
+        given = 1 + len(carry) + len(xs) + len(ys)
+        self.call = name, list(tensors[given:]), computation
+        self.ys = [(y.shape, y.dtype) for y in ys]
         return carried, ys
 
 
@@ -361,7 +366,8 @@ def apply_remat(
 
     Args:
         scan_layers: one loop over stacked parameters instead of unrolled layers.
-        policy: `none` keeps activations, `full` keeps only each layer's input.
+        policy: `none` keeps activations, `full` keeps only each layer's input, `offload` keeps
+            it in the host's memory (scanned, on a TPU).
         optimization_barrier: unrolled only (a loop's iterations are apart anyway): the backward of
         a
             layer ends before the next one's begins, so that gradients of all layers are not held to
@@ -382,7 +388,7 @@ def apply_remat(
         model.model.layers = ScannedLayers(list(layers), runner(layers[0]))
         return
     for index, layer in enumerate(layers):
-        if policy == "full":
+        if policy != "none":
             layers[index] = RematLayer(layer, runner(layer), optimization_barrier)
         elif optimization_barrier:
             layer.register_full_backward_hook(_barrier_after)

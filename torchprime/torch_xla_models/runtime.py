@@ -58,8 +58,8 @@ def host_has_tpu() -> bool:
 
 
 def prepare_environment(device_count: int) -> None:
-    """Set PJRT_DEVICE, CPU_NUM_DEVICES, PJRT_NPROC, XLA_FLAGS and LIBTPU_INIT_ARGS where the user
-    did not, and say which device.
+    """Set PJRT_DEVICE, CPU_NUM_DEVICES, XLA_FLAGS and LIBTPU_INIT_ARGS where the user did not,
+    raise PJRT_NPROC to what is safe, and say which device.
 
     Args:
         device_count: product of the mesh's axes.
@@ -88,7 +88,8 @@ def prepare_environment(device_count: int) -> None:
         )
     if chosen == "CPU":
         os.environ.setdefault("CPU_NUM_DEVICES", str(device_count))
-        os.environ.setdefault("PJRT_NPROC", str(_threads(int(os.environ["CPU_NUM_DEVICES"]))))
+        needed = _threads(int(os.environ["CPU_NUM_DEVICES"]))
+        os.environ["PJRT_NPROC"] = str(max(needed, int(os.environ.get("PJRT_NPROC") or 0)))
         flags = os.environ.get("XLA_FLAGS", "")
         if "--xla_backend_extra_options" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {CPU_CODE_OPTIONS}".strip()

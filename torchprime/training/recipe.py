@@ -1,7 +1,7 @@
 """What of a config makes the training step: its sharding table, optimizer, options and length.
 
-A run, its plan, the witness and a compile ahead of time (`compile_only`) all take them from here,
-so that what is planned or compiled is what is trained.
+A run, its plan and a compile ahead of time (`compile_only`) all take them from here, so that what
+is planned or compiled is what is trained; the witness takes the length.
 """
 
 from __future__ import annotations

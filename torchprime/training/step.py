@@ -128,9 +128,7 @@ def train_step(
     loss_module = _Loss(model, partial(chunked_cross_entropy, chunks=chunks, spread=spread))
     names = [f"model.{name}" for name in state.parameters]
 
-    def micro(
-        fields: tuple[Tensor, ...], given: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def micro(fields: tuple[Tensor, ...], given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():
             leaves = [weight.detach().requires_grad_() for weight in given]
             by_name = dict(zip(names, leaves, strict=True))

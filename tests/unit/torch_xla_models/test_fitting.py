@@ -5,6 +5,7 @@ from __future__ import annotations
 from torchprime.config.compose import compose_config
 from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import GIB
+from torchprime.errors import RuntimeSetupError
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.torch_xla_models.compile_only import step_sizes
 from torchprime.torch_xla_models.fitting import changed, changes, find_nearest, state_bytes
@@ -24,14 +25,25 @@ def sizes_for(config: TrainConfig):
 def test_changes_begin_with_what_leaves_the_mathematics_alone() -> None:
     config = compose_config([*NAMED, "remat=none"])
     found = list(changes(config, rows=8))
-    remat = {"remat.policy": "full", "remat.scan_layers": True}
-    assert found[0] == remat
-    assert found[1] == {**remat, "task.gradient_accumulation_steps": 8}
-    assert found[2] == {**remat, "task.optimizer.name": "adafactor"}
-    assert found[-1]["task.optimizer.master_weights"] is False
-    # Where all that is done already, only the optimizer is left.
-    full = compose_config([*NAMED, "task.optimizer.name=adafactor"])
-    assert list(changes(full, rows=1)) == [{"task.optimizer.master_weights": False}]
+    scan = {"remat.scan_layers": True}
+    assert found[0] == {**scan, "remat.policy": "full"}
+    assert found[1] == {**scan, "remat.policy": "offload"}
+    assert found[2] == {**found[0], "task.gradient_accumulation_steps": 8}
+    assert found[3] == {**found[1], "task.gradient_accumulation_steps": 8}
+    assert found[4] == {**found[0], "task.optimizer.name": "adafactor"}
+    assert found[5] == {**found[3], "task.optimizer.name": "adafactor"}
+    assert found[-2]["task.optimizer.master_weights"] is False
+    assert found[-1] == {**found[0], "compile_only": "v6e-16", "ici_mesh.fsdp": 16}
+    # Where all that is done already, only the optimizer is left, and more chips.
+    full = compose_config([*NAMED, "task.optimizer.name=adafactor", "remat=scan_offload"])
+    chips = {"compile_only": "v6e-16", "ici_mesh.fsdp": 16}
+    assert list(changes(full, rows=1)) == [{"task.optimizer.master_weights": False}, chips]
+    # Layers that differ cannot be one loop, and only a loop's inputs are offloaded.
+    for change in changes(config, rows=8, scannable=False):
+        assert change["remat.policy"] == "full" and "remat.scan_layers" not in change
+    # Copies of the weights are given up before anything else is.
+    copies = compose_config([*NAMED, "ici_mesh.data=2", "ici_mesh.fsdp=4"])
+    assert next(changes(copies, rows=8)) == {"ici_mesh.data": 1, "ici_mesh.fsdp": 8}
 
 
 def test_state_by_hand() -> None:
@@ -54,12 +66,14 @@ def test_the_first_that_fits_is_named_and_hopeless_ones_are_not_compiled() -> No
         return {"fits": accumulates, "memory": {"total": 7 * GIB}}
 
     said: list[str] = []
-    found = find_nearest(config, sizes_for(config), 10 * GIB, compile_one, said.append)
-    # AdamW's state alone is 13.1 GiB a chip: neither of its changes is tried.
+    found = find_nearest(config, sizes_for, 10 * GIB, compile_one, said.append)
+    # AdamW's state alone is 13.1 GiB a chip: none of its changes is tried.
     assert [c.task.optimizer.name for c in compiled] == ["adafactor", "adafactor"]
     assert found["overrides"] == [
-        "task.gradient_accumulation_steps=8", "task.optimizer.name=adafactor"
-    ]  # fmt: skip
+        "remat.policy=offload",
+        "task.gradient_accumulation_steps=8",
+        "task.optimizer.name=adafactor",
+    ]
     assert found["total"] == 7 * GIB and "too large" in found["tried"][0]
     assert compose_config([*NAMED, *found["overrides"]]).task.optimizer.name == "adafactor"
     assert said[-1].endswith(" ".join(found["overrides"]))
@@ -68,6 +82,22 @@ def test_the_first_that_fits_is_named_and_hopeless_ones_are_not_compiled() -> No
 def test_where_nothing_fits_what_was_tried_is_told() -> None:
     config = compose_config(NAMED)
     nothing = find_nearest(
-        config, sizes_for(config), 20 * GIB, lambda c: {"fits": False}, lambda line: None
+        config, sizes_for, 20 * GIB, lambda c: {"fits": False}, lambda line: None
     )
-    assert nothing["overrides"] is None and len(nothing["tried"]) == 5
+    assert nothing["overrides"] is None and len(nothing["tried"]) == 8
+
+
+def test_a_change_that_cannot_be_compiled_is_told_and_passed_over() -> None:
+    """A chip's batch of one block cannot be spread over twice the chips; a compile may take too
+    long. Neither loses what else was found."""
+    config = compose_config([*NAMED, "task.global_batch_size=8"])
+
+    def compile_one(candidate: TrainConfig) -> dict:
+        if candidate.remat.policy == "offload":
+            raise RuntimeSetupError("compile_time_limit: the compiler took longer than 1 minutes.")
+        return {"fits": False}
+
+    found = find_nearest(config, sizes_for, 20 * GIB, compile_one, lambda line: None)
+    assert found["overrides"] is None
+    assert "took longer" in found["tried"][0]
+    assert "v6e-16" in found["tried"][-1] and "multiple of" in found["tried"][-1]
