@@ -37,7 +37,7 @@ quickstart: setup
 		run_name=quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: libtpu
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm"

@@ -218,6 +218,12 @@ def test_unknown_key_like_no_other_lists_the_section() -> None:
     assert "Top-level keys: dataset, eval" in message_of(zzz=1)
 
 
+def test_only_a_loops_inputs_can_be_offloaded() -> None:
+    message = message_of(remat__policy="offload")
+    assert message.startswith("remat.policy: given 'offload', expected none or full")
+    assert "remat=scan_offload" in message
+
+
 def test_missing_required_value_is_named() -> None:
     tree = with_values()
     del tree["task"]["global_batch_size"]

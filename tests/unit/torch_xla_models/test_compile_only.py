@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ TINY = [
     "model.architecture.head_dim=128", "model.architecture.vocab_size=2048",
     "model.architecture.rope_scaling=null", "dataset.block_size=512", "task.loss_chunks=4",
     "task.global_batch_size=16", "task.max_steps=1", "mesh=fsdp4", "compile_only=v5e-4",
+    "remat=scan_offload",
 ]  # fmt: skip
 
 
@@ -40,10 +42,15 @@ def library() -> Library:
 
 
 @pytest.fixture(scope="module")
-def report(library, tmp_path_factory) -> dict:
+def compiled(library, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("compiled")
     assert run_main(main, [*TINY, f"output_dir={folder}"]) == 0
-    return json.loads((folder / "small-v5e-4" / "compile_report.json").read_text())
+    return folder / "small-v5e-4"
+
+
+@pytest.fixture(scope="module")
+def report(compiled: Path) -> dict:
+    return json.loads((compiled / "compile_report.json").read_text())
 
 
 def test_a_small_model_compiles_and_fits(report: dict) -> None:
@@ -58,6 +65,12 @@ def test_a_small_model_compiles_and_fits(report: dict) -> None:
 def test_its_products_are_those_of_the_formula(report: dict) -> None:
     assert report["flops"]["ratio"] == pytest.approx(1.0, abs=0.01)
     assert report["loops"] == [3, 3]  # the layers forward, the layers backward
+
+
+def test_layer_inputs_wait_in_the_hosts_memory(compiled: Path) -> None:
+    """Memory space 5 is the host's: the stack of 3 layers' inputs is there, 4 blocks a chip."""
+    program = (compiled / "program.txt").read_text()
+    assert re.search(r"bf16\[3,4,512,512\]\{[^}]*S\(5\)\}", program)
 
 
 def test_splash_attention_is_in_it(report: dict) -> None:

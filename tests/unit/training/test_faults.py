@@ -120,6 +120,8 @@ def test_a_full_disk_costs_one_checkpoint(
     ballast = small_disk / "ballast"
 
     def fill() -> None:
+        while Catalog(Storage.of(small_disk / "run")).steps() != [3]:  # written beside the loop
+            time.sleep(0.01)
         left = shutil.disk_usage(small_disk).free
         ballast.write_bytes(bytes(left - 20_000))
 
