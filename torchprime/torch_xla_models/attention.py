@@ -18,7 +18,7 @@ from torchprime.errors import ConfigError
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 
-# Larger blocks do not fit VMEM on v5e at a sequence of 8192; these fit v5e, v5p and v6e.
+# 2048 does not fit VMEM on v5e at a sequence of 8192, though it does on v6e; these fit v5p too.
 LARGEST_BLOCK = 1024
 LARGEST_COMPUTE_BLOCK = 512
 # The kernel works in tiles of this many positions; the sequence must be a multiple.
