@@ -82,6 +82,11 @@ class GenerateOptions:
         """Whether tokens are drawn, not just the likeliest taken."""
         return self.temperature > 0
 
+    @property
+    def choice(self) -> tuple[bool, bool, bool]:
+        """All that `choose` reads of these options: where it is equal, so is the program."""
+        return self.sampled, self.top_k is not None, self.top_p < 1
+
     def room(self, prompt: Sequence[int]) -> int:
         """How many tokens may follow a prompt."""
         return min(self.max_new_tokens, self.max_length - len(prompt))
@@ -236,7 +241,7 @@ def choose(
 
     Args:
         logits: fp32 [B, V].
-        options: of which only the kind of choice is read, the numbers are in `sampling`.
+        options: of which only `choice` is read, the numbers are in `sampling`.
         rows: int32 [B], the prompts' places in the call.
         number: int32 scalar, how many tokens were made before.
 

@@ -164,8 +164,7 @@ class Generator:
             fixed: padding, rows and sampling.
         """
         given = self.step.tensors()
-        choice = (options.sampled, options.top_k is None, options.top_p < 1)
-        key = (batch.ids.shape, batch.chunk, batch.slots, *choice, *given)
+        key = (batch.ids.shape, batch.chunk, batch.slots, options.choice)
         loop = self.loops.get(key)
         if loop is None:
             body = partial(self._one_token, options, len(cache.keys), list(given))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from torchprime.config.schema import AXES
 from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.remat import device_loop
-
-AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def test_products_in_a_long_loop_are_right() -> None:
