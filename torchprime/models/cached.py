@@ -41,13 +41,19 @@ class CachedAttention(nn.Module):
         core: reads the prompts.
         finish: what is done to the output [B, H, 1, h] for a single token, as hooks of the core do
             to its own.
+        match: queries [B, K, H / K, h] and keys [B, K, C, h] to their products [B, K, H / K, C].
     """
 
     def __init__(
-        self, core: nn.Module, head_dim: int, finish: Callable[[Tensor], Tensor] | None
+        self,
+        core: nn.Module,
+        head_dim: int,
+        finish: Callable[[Tensor], Tensor] | None,
+        match: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
         super().__init__()
-        self.core, self.finish, self.scale = core, finish, head_dim**-0.5
+        self.core, self.finish, self.match = core, finish, match
+        self.scale = head_dim**-0.5
         self.cache: tuple[Tensor, Tensor] | None = None  # of this layer; None reads prompts
         self.new: tuple[Tensor, Tensor] | None = None  # what the last call adds to it
 
@@ -69,8 +75,7 @@ class CachedAttention(nn.Module):
         """One softmax, in fp32, over the slots that the mask leaves and the token itself."""
         B, H, _, h = q.shape
         q = (q * self.scale).view(B, k.shape[1], -1, h)
-        # The keys on the left: so each device reads them as they lie, one slot after the other.
-        scores = torch.matmul(keys, q.transpose(-1, -2)).transpose(-1, -2).float() + mask
+        scores = self.match(q, keys).float() + mask
         own = (q.float() * k.float()).sum(-1, keepdim=True)
         top = torch.maximum(scores.amax(-1, keepdim=True), own)
         weights, own = torch.exp(scores - top), torch.exp(own - top)
@@ -79,11 +84,26 @@ class CachedAttention(nn.Module):
         return (mixed / total).to(q.dtype).view(B, H, 1, h)
 
 
+def by_product(q: Tensor, keys: Tensor) -> Tensor:
+    """`match` of a CachedAttention as one product. The keys are on the left: so a device reads them
+    as they lie, one slot after the other."""
+    return torch.matmul(keys, q.transpose(-1, -2)).transpose(-1, -2)
+
+
+def by_sums(q: Tensor, keys: Tensor) -> Tensor:
+    """The same as multiplications and sums, for a compiler that makes one loop of them: where few
+    queries share a head's keys, a product on a CPU has most of its vector lanes empty. In fp32, as
+    a product of bf16 sums up, too."""
+    q, keys = q.float(), keys.float()
+    return torch.stack([(keys * each[:, :, None]).sum(-1) for each in q.unbind(2)], 2)
+
+
 @contextmanager
 def cached_attention(
     model: CausalLM,
     finish: Callable[[Tensor], Tensor] | None = None,
     make_core: Callable[[int, int | None], nn.Module] | None = None,
+    match: Callable[[Tensor, Tensor], Tensor] = by_product,
 ) -> Iterator[None]:
     """While inside, every layer has a CachedAttention around its core, or around what `make_core`
     makes of head size and window, where the layer's own is not for this."""
@@ -94,7 +114,7 @@ def cached_attention(
     for attention, core in zip(attentions, cores, strict=True):
         window = decoder.windows[attention.kind]
         reads = core if make_core is None else make_core(head_dim, window)
-        attention.core = CachedAttention(reads, head_dim, finish)
+        attention.core = CachedAttention(reads, head_dim, finish, match)
     if make_core is not None:
         decoder.preparers = [make_core(head_dim, window) for window in decoder.windows]
     try:

@@ -33,7 +33,14 @@ from torchprime.evaluation.generation import (
     sampling_tensors,
 )
 from torchprime.models.attention import ReferenceAttention
-from torchprime.models.cached import Cache, cached_attention, next_hidden, read_prompts
+from torchprime.models.cached import (
+    Cache,
+    by_product,
+    by_sums,
+    cached_attention,
+    next_hidden,
+    read_prompts,
+)
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
@@ -114,11 +121,13 @@ class Generator:
         """See Backend."""
         answers: dict[int, Answer] = {}
         batches = plan_batches(prompts, options, self.multiple)
+        on_cpu = xr.device_type() == "CPU"
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             # Splash works in tiles of 128 positions, and a prompt's bucket may have 64.
-            stack.enter_context(cached_attention(self.model, self._cut_heads, ReferenceAttention))
-            if batches and xr.device_type() == "CPU":
+            make_core, match = ReferenceAttention, by_sums if on_cpu else by_product
+            stack.enter_context(cached_attention(self.model, self._cut_heads, make_core, match))
+            if batches and on_cpu:
                 stack.enter_context(self._turned())
             for batch in batches:
                 answers |= self._answer(batch, prompts, options)
@@ -139,9 +148,10 @@ class Generator:
         hidden, cache = read_prompts(self.model, ids, padding)
         cache = self._cut(_widened(cache, batch.slots - batch.ids.shape[1]))
         logits = self.step.logits(hidden)
-        token = self._replicated(choose(logits, options, sampling, rows, self._scalar(0)))
-        self.tensors.run([token, *cache.keys, *cache.values])
-        decoding.add([token.cpu().tolist()])
+        token = self._cut_rows(choose(logits, options, sampling, rows, self._scalar(0)))
+        first = self._replicated(token)
+        self.tensors.run([token, first, *cache.keys, *cache.values])
+        decoding.add([first.cpu().tolist()])
         run_chunk = self._chunks(batch, options, token, cache, [padding, rows, *sampling])
         for _ in range(batch.chunks):
             if not decoding.open:
@@ -177,6 +187,7 @@ class Generator:
             carry, (made,) = loop.run([*state, *fixed, *given.values()], [times])
             for old, new in zip(state, carry[: len(state)], strict=True):
                 old.copy_(new)  # in place: the program reuses the buffer
+            made = self._replicated(made)
             self.tensors.run([made, *state])
             return made
 
@@ -198,7 +209,8 @@ class Generator:
         padding, rows, *sampling = fixed
         given = dict(zip(names, weights, strict=True))
         logits, new = functional_call(self.step, given, (token, padding, slot, old))
-        made = self._replicated(choose(logits, options, Sampling(*sampling), rows, number))
+        # Each device goes on with its own rows: they need not meet before the chunk is made.
+        made = self._cut_rows(choose(logits, options, Sampling(*sampling), rows, number))
         grown = self._cut(_written(old, new, slot))
         after = [made, slot + 1, number + 1, *grown.keys, *grown.values]
         return [*after, *fixed, *weights], [made]
@@ -230,6 +242,9 @@ class Generator:
 
     def _replicated(self, tensor: Tensor) -> Tensor:
         return constrain(tensor, self.mesh, ((),) * tensor.dim())
+
+    def _cut_rows(self, token: Tensor) -> Tensor:
+        return constrain(token, self.mesh, (self.batch_axes,))
 
     def _cut(self, cache: Cache) -> Cache:
         """Annotated: [(layers,) B, K, ., .]."""

@@ -90,6 +90,7 @@ def prepare_environment(device_count: int) -> None:
         os.environ.setdefault("CPU_NUM_DEVICES", str(device_count))
         needed = _threads(int(os.environ["CPU_NUM_DEVICES"]))
         os.environ["PJRT_NPROC"] = str(max(needed, int(os.environ.get("PJRT_NPROC") or 0)))
+        _share_cores()
         flags = os.environ.get("XLA_FLAGS", "")
         if "--xla_backend_extra_options" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {CPU_CODE_OPTIONS}".strip()
@@ -104,6 +105,16 @@ def _threads(devices: int) -> int:
     are written over (torch_xla 2.9, `test_long_loops.py`).
     """
     return max(len(os.sched_getaffinity(0)), devices + 1)
+
+
+def _share_cores() -> None:
+    """XLA's threads, which inherit this, do not push one another off a core when they wake up.
+
+    There is a thread more than cores (`_threads`), and each small task wakes one: it would take a
+    core from a thread in the middle of its work, which then goes on elsewhere with cold caches.
+    """
+    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def cache_folder(wanted: str | None) -> Path | None:
