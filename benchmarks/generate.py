@@ -98,13 +98,14 @@ def ours(case: dict[str, Any], folder: Path, new: int) -> Callable[[list], list]
     from safetensors.torch import load_file
 
     from torchprime.config.compose import compose_config
+    from torchprime.config.schema import AXES
     from torchprime.evaluation.generation import GenerateOptions
     from torchprime.models.architecture import architecture_from_hf
     from torchprime.models.decoder import CausalLM
     from torchprime.sharding import ShardingTable
     from torchprime.torch_xla_models.backend import XlaBackend
 
-    axes = dict.fromkeys(("data", "fsdp", "expert", "context", "tensor"), 1)
+    axes: dict[str, int] = dict.fromkeys(AXES, 1)
     mesh = axes | {"data": devices}
     backend = XlaBackend(mesh, axes, scan_layers=case.get("scan", False), full_precision=True)
     sharding = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
@@ -129,7 +130,7 @@ def transformers_call(case: dict[str, Any], folder: Path, new: int) -> Callable[
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=case["attention"]
     ).eval()
     settings: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}

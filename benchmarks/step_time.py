@@ -86,17 +86,15 @@ def train_tokenizer(rows: Path, folder: Path) -> None:
 
 def prepare(rows: Path, folder: Path, packed: bool) -> tuple[Any, float]:
     """Blocks of the rows, packed or one row each, and the seconds it took."""
-    from torchprime.data.prepare import prepare_dataset
+    from torchprime.data.prepare import Part, Settings, prepare_dataset
     from torchprime.data.sources import SourceSpec
     from torchprime.data.tokenizer import load_tokenizer
 
     started = time.perf_counter()
     data, _ = prepare_dataset(
-        SourceSpec(file_dataset_path=str(rows)),
+        [Part(SourceSpec(file_dataset_path=str(rows)))],
         load_tokenizer(folder),
-        block_size=BLOCK,
-        packing="bfd" if packed else "none",
-        max_rejected_fraction=1.0,
+        Settings(BLOCK, packing="bfd" if packed else "none", max_rejected_fraction=1.0),
     )
     return data, time.perf_counter() - started
 
@@ -116,6 +114,7 @@ def run_ours(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
     import torch
 
     from torchprime.config.compose import compose_config
+    from torchprime.config.schema import AXES
     from torchprime.models.architecture import architecture_from_hf
     from torchprime.models.decoder import CausalLM, initial_tensor
     from torchprime.sharding import ShardingTable
@@ -123,7 +122,7 @@ def run_ours(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
     from torchprime.training.backend import StepOptions
     from torchprime.training.optim import AdamW
 
-    axes = dict.fromkeys(("data", "fsdp", "expert", "context", "tensor"), 1)
+    axes: dict[str, int] = dict.fromkeys(AXES, 1)
     backend = XlaBackend(
         axes, axes, scan_layers=case.get("scan", False), remat_policy=case.get("remat", "none")
     )

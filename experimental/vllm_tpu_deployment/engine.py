@@ -23,7 +23,7 @@ from typing import Any
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Ask everything at once: the engine batches it."""
     # late: only this branch needs the engine, and loading it takes seconds
-    from vllm import LLM, SamplingParams
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
     llm = LLM(**request["engine"])
     sampling = SamplingParams(
@@ -93,7 +93,7 @@ def serve(argv: list[str]) -> None:
 
     importlib.metadata.version = version
     # late: as above, and it must come after the patch
-    from vllm.entrypoints.cli.main import main
+    from vllm.entrypoints.cli.main import main  # pyright: ignore[reportMissingImports]
 
     sys.argv = ["vllm", "serve", *argv]
     main()
