@@ -13,14 +13,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import reference  # noqa: E402
 
 from torchprime.config.compose import compose_config  # noqa: E402
+from torchprime.config.schema import AXES  # noqa: E402
 from torchprime.models.architecture import architecture_from_hf  # noqa: E402
 from torchprime.models.decoder import CausalLM  # noqa: E402
 from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_xla_models.backend import XlaBackend  # noqa: E402
 from torchprime.training.backend import ResumedState, StepOptions  # noqa: E402
 from torchprime.training.optim import AdamW  # noqa: E402
-
-AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 @pytest.fixture(scope="session")

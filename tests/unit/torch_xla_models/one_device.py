@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from torchprime.config.schema import AXES
 from torchprime.torch_xla_models.runtime import prepare_environment
 
 prepare_environment(1)
@@ -18,8 +19,6 @@ from torchprime.models.architecture import architecture_from_hf  # noqa: E402
 from torchprime.models.decoder import CausalLM  # noqa: E402
 from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_xla_models.backend import XlaBackend  # noqa: E402
-
-AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def main(out: Path, names: list[str]) -> None:

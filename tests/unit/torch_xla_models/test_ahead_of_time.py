@@ -13,6 +13,7 @@ import torch_xla
 import torch_xla.debug.metrics as met
 from jaxlib import _jax
 
+from torchprime.config.schema import AXES
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_xla_models.ahead_of_time import Placeholders, trace_step
@@ -21,7 +22,6 @@ from torchprime.torch_xla_models.mesh import device_order
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim import Adafactor, AdamW
 
-AXES = ("data", "fsdp", "expert", "context", "tensor")
 WAYS = {
     "scan-remat-accumulate2": dict(
         mesh={"fsdp": 4}, accumulation=2, scan_layers=True, remat_policy="full"

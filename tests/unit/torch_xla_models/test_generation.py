@@ -14,13 +14,13 @@ import reference
 import torch
 import torch_xla
 
+from torchprime.config.schema import AXES
 from torchprime.errors import DataError
 from torchprime.evaluation.generation import Answer
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_xla_models.backend import XlaBackend
 
-AXES = ("data", "fsdp", "expert", "context", "tensor")
 WAYS = {
     "llama-tied": dict(mesh={"fsdp": 2, "tensor": 2}),
     "qwen2": dict(mesh={"tensor": 4}),  # more than there are kv heads
