@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 
@@ -64,6 +65,19 @@ def test_a_tpu_gets_the_compilers_flags_and_keeps_the_users(
 def test_the_cpu_gets_no_flags_of_the_tpu() -> None:
     runtime.prepare_environment(4)
     assert "LIBTPU_INIT_ARGS" not in os.environ
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
+def test_threads_do_not_push_one_another_off_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But a policy that the user chose stays."""
+    asked: list[int] = []
+    monkeypatch.setattr(os, "sched_setscheduler", lambda _, policy, __: asked.append(policy))
+    monkeypatch.setattr(os, "sched_getscheduler", lambda _: os.SCHED_FIFO)
+    runtime.prepare_environment(4)
+    assert asked == []
+    monkeypatch.setattr(os, "sched_getscheduler", lambda _: os.SCHED_OTHER)
+    runtime.prepare_environment(4)
+    assert asked == [os.SCHED_BATCH]
 
 
 def test_where_compiled_programs_are_kept(tmp_path) -> None:
