@@ -22,8 +22,9 @@ class Memory:
     """Estimated bytes on one device, the largest first when it matters.
 
     Weights, master copies, optimizer state and gradients follow from shapes and sharding.
-    Activations are a count of what the backward keeps: each layer's input under full remat, about
-    16 + 3 F/D hidden-sized tensors per layer otherwise, plus one chunk of logits with its gradient.
+    Activations are a count of what the backward keeps: each layer's input under full remat, nothing
+    where the host keeps that, about 16 + 3 F/D hidden-sized tensors per layer otherwise; plus one
+    chunk of logits with its gradient.
     """
 
     weights: int
@@ -52,9 +53,10 @@ def estimate_memory(
     vocab_size: int,
     num_layers: int,
     loss_chunks: int,
-    full_remat: bool,
+    remat: str,
 ) -> Memory:
-    """Estimate one device's share; sizes in bytes, `micro_batch` in blocks over all devices."""
+    """Estimate one device's share; sizes in bytes, `micro_batch` in blocks over all devices, and
+    `remat` one of the config's policies."""
     weights = state = gradients = 0
     for name, shape in shapes.items():
         spec = specs[name]
@@ -72,9 +74,9 @@ def estimate_memory(
     rows = max(1, micro_batch // (mesh["data"] * mesh["fsdp"]))
     tokens = rows * block_size
     hidden = tokens * hidden_size * weight_bytes
-    per_layer = 1 if full_remat else 16 + 3 * intermediate_size // hidden_size
+    tensors = {"none": 16 + 3 * intermediate_size // hidden_size, "full": 1, "offload": 0}
     logits = 2 * 4 * rows * math.ceil(block_size / loss_chunks) * vocab_size
-    return Memory(weights, state, gradients, hidden * per_layer * num_layers + logits)
+    return Memory(weights, state, gradients, hidden * tensors[remat] * num_layers + logits)
 
 
 @dataclass(frozen=True)

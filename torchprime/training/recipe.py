@@ -6,18 +6,21 @@ is planned or compiled is what is trained; the witness takes the length.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from torchprime.config.schema import TrainConfig
 from torchprime.data.packed import PackedDataset
 from torchprime.errors import ConfigError
+from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.training.backend import StepOptions
 from torchprime.training.datasets import RunData
 from torchprime.training.model_files import ModelFiles
 from torchprime.training.optim import Optimizer, make_optimizer
-from torchprime.training.plan import Plan, StepPlan, estimate_memory, plan_steps
+from torchprime.training.plan import Memory, Plan, StepPlan, estimate_memory, plan_steps
 
 
 def sharding_table(config: TrainConfig) -> ShardingTable:
@@ -93,14 +96,38 @@ def plan_run(
         ConfigError: names or shapes that the sharding table does not fit, a scan over layers that
             differ.
     """
-    c, a = config, files.architecture
-    mesh = c.mesh_shape()
-    table, specs = checked_table(c, files.build())
+    table, specs = checked_table(config, files.build())
+    held_out = rows.heldout
+    plan = Plan(
+        **steps_of(config, rows.train)._asdict(),
+        eval_budget=held_out and {"examples": held_out.num_examples, "blocks": held_out.num_blocks},
+        parameters=files.num_parameters,
+        mesh=config.mesh_shape(),
+        memory=memory_of(config, files.architecture, files.shapes, specs, optimizer, dtype),
+    )
+    return table, plan
+
+
+def memory_of(
+    config: TrainConfig,
+    architecture: Architecture,
+    shapes: Mapping[str, tuple[int, ...]],
+    specs: Mapping[str, Spec],
+    optimizer: Optimizer,
+    dtype: torch.dtype,
+) -> Memory:
+    """What one device of the config's mesh will hold, estimated.
+
+    Args:
+        shapes: of parameters, and `specs` how they are cut, by name.
+        dtype: of the weights.
+    """
+    c, a = config, architecture
     accumulation = c.task.gradient_accumulation_steps
-    memory = estimate_memory(
-        files.shapes,
+    return estimate_memory(
+        shapes,
         specs,
-        mesh,
+        c.mesh_shape(),
         optimizer,
         weight_bytes=dtype.itemsize,
         master_weights=c.task.optimizer.master_weights,
@@ -112,14 +139,5 @@ def plan_run(
         vocab_size=a.vocab_size,
         num_layers=a.num_hidden_layers,
         loss_chunks=c.task.loss_chunks,
-        full_remat=c.remat.recomputes,
+        remat=c.remat.policy,
     )
-    held_out = rows.heldout
-    plan = Plan(
-        **steps_of(c, rows.train)._asdict(),
-        eval_budget=held_out and {"examples": held_out.num_examples, "blocks": held_out.num_blocks},
-        parameters=files.num_parameters,
-        mesh=mesh,
-        memory=memory,
-    )
-    return table, plan
