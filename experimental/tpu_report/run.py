@@ -180,7 +180,14 @@ def main() -> int:
     if unknown:
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(names)}")
     wanted = given.cases or [n for n in names if given.fresh or n not in results]
-    cases = [case for case in CASES if case.name in wanted and not given.page]
+    cases = (
+        []
+        if given.page
+        else sorted(
+            (case for case in CASES if case.name in wanted),
+            key=lambda case: wanted.index(case.name),
+        )
+    )
     with ThreadPoolExecutor(given.jobs) as pool:
         made = {pool.submit(compile_case, case): case.name for case in cases}
         for each in as_completed(made):

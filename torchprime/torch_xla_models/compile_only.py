@@ -236,7 +236,7 @@ def compile_apart(
         command = [sys.executable, "-m", "torchprime.torch_xla_models.tpu_compile"]
         with log.open("w") as out:
             process = subprocess.Popen(
-                [*command, str(asked), str(folder.absolute())],
+                [*command, str(asked), str(folder.absolute()), str(os.getpid())],
                 env=dict(env),
                 stdout=out,
                 stderr=subprocess.STDOUT,

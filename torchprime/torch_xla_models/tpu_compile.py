@@ -1,8 +1,8 @@
 """Compile one step with the TPU's own compiler, in a process of its own: libtpu can end it.
 
-    python -m torchprime.torch_xla_models.tpu_compile REQUEST.json FOLDER
+    python -m torchprime.torch_xla_models.tpu_compile REQUEST.json FOLDER PID
 
-The request holds a config and an architecture; the environment was set by whoever starts this
+The request holds a config and an architecture; the environment was set by process PID, which waits
 (`compile_only.py`), since torch_xla and jax read it when imported. Into FOLDER go result.json (what
 was compiled, with which memory, or the compiler's message) and program.txt, the partitioned and
 scheduled program of one chip.
@@ -15,9 +15,11 @@ takes on a TPU.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -54,6 +56,7 @@ from torchprime.training.recipe import optimizer_of, sharding_table, step_option
 # Of the kernels' intermediate language, libtpu 0.0.21 reads up to this version; jax 0.7.1 writes a
 # newer one where it sees no TPU to ask.
 KERNEL_IR_VERSION = 7
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def tpu_devices(slice_: Topology, slices: int) -> list[Any]:
@@ -222,8 +225,17 @@ def _version(name: str) -> str | None:
         return None
 
 
+def _end_with(parent: int) -> None:
+    """Nobody waits for the result of a compiler whose caller is gone: the kernel ends this process
+    with it. A caller that ends in order does so itself (`compile_only._end`)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # gone before
+        sys.exit("The command that asked for this compile has ended.")
+
+
 def main(argv: list[str]) -> int:
     """Compile; 0 where result.json is written, whatever it says."""
+    _end_with(int(argv[2]))
     request, folder = json.loads(Path(argv[0]).read_text()), Path(argv[1])
     try:
         result = run(request, folder)

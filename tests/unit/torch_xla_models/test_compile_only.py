@@ -7,7 +7,10 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -134,6 +137,33 @@ def test_over_the_time_limit(monkeypatch, tmp_path) -> None:
         apart(monkeypatch, tmp_path, code + "time.sleep(600)", limit_s=3)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), signal.SIG_DFL)
+
+
+def compilers(folder: Path) -> list[Path]:
+    """Processes that compile into a folder."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # ended meanwhile
+            words = each.read_bytes().decode().split("\0")
+            if str(folder) in words and "torchprime.torch_xla_models.tpu_compile" in words:
+                found.append(each)
+    return found
+
+
+@pytest.mark.slow
+def test_the_compiler_ends_with_a_command_that_is_killed(library, tmp_path) -> None:
+    """Otherwise it goes on for minutes, for nobody."""
+    train = [sys.executable, str(Path(compile_only.__file__).with_name("train.py"))]
+    folder = tmp_path / "small-v5e-4"
+    command = subprocess.Popen([*train, *TINY, f"output_dir={tmp_path}"])
+    while not compilers(folder):
+        assert command.poll() is None
+        time.sleep(0.1)
+    command.kill()
+    command.wait()
+    while compilers(folder):
+        time.sleep(0.1)
+    assert not (folder / "result.json").exists()  # it did not come to its end
 
 
 def test_a_compiler_that_ends_its_process(monkeypatch, tmp_path) -> None:
