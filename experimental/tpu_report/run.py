@@ -170,26 +170,21 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    names = [case.name for case in CASES]
+    by_name = {case.name: case for case in CASES}
     results = {
         case.name: results[case.name] | {"what": case.what}
         for case in CASES
         if results.get(case.name, {}).get("argv") == case.argv
     }
-    unknown = [name for name in given.cases if name not in names]
+    unknown = [name for name in given.cases if name not in by_name]
     if unknown:
-        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(names)}")
-    wanted = given.cases or [n for n in names if given.fresh or n not in results]
-    cases = (
-        []
-        if given.page
-        else sorted(
-            (case for case in CASES if case.name in wanted),
-            key=lambda case: wanted.index(case.name),
-        )
-    )
+        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(by_name)}")
+    wanted = given.cases or [n for n in by_name if given.fresh or n not in results]
+    if given.page:
+        wanted = []
     with ThreadPoolExecutor(given.jobs) as pool:
-        made = {pool.submit(compile_case, case): case.name for case in cases}
+        # Each once, in the order given.
+        made = {pool.submit(compile_case, by_name[name]): name for name in dict.fromkeys(wanted)}
         for each in as_completed(made):
             results[made[each]] = each.result()
             RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
