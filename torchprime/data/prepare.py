@@ -27,6 +27,7 @@ from tqdm import tqdm
 from torchprime.data import cache
 from torchprime.data.chat import tokenize_chat
 from torchprime.data.mixture import Share, choose, shares_of
+from torchprime.data.notes import RowNotes
 from torchprime.data.pack import Plan, pack
 from torchprime.data.packed import PackedDataset
 from torchprime.data.records import UNREADABLE, Rejection
@@ -41,7 +42,7 @@ from torchprime.data.tokenizer import Tokenizer, load_tokenizer
 from torchprime.errors import DataError
 
 # Part of every cache key: to be raised whenever the same rows would give other examples or blocks.
-DATA_VERSION = 1
+DATA_VERSION = 2
 
 CHUNK_ROWS = 512
 # Starting processes takes seconds: what is done sooner than this goes without.
@@ -141,6 +142,7 @@ class _Account:
     details: dict[str, str] = field(default_factory=dict)
     truncated: list[str] = field(default_factory=list)
     boundaries: Counter[str] = field(default_factory=Counter)
+    notes: RowNotes = field(default_factory=RowNotes)
 
     def reject(self, rejection: Rejection) -> None:
         self.rejected.setdefault(rejection.reason, []).append(rejection.row_id)
@@ -158,6 +160,7 @@ class _Outcome(NamedTuple):
     rejected: list[Rejection]
     truncated: list[str]
     boundaries: dict[str, int]
+    notes: RowNotes
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,7 @@ class _Work:
             rejected,
             [example.row_id for example in examples if example.truncated],
             dict(Counter(example.boundary for example in examples)),
+            RowNotes(),
         )
 
 
@@ -279,7 +283,7 @@ class _Job:
         )
         with writing(path) as writer, bar:
             for part in self.parts:
-                decision, rows = open_rows(part.source, part.reading, self.section)
+                decision, rows = open_rows(part.source, part.reading, self.section, account.notes)
                 decisions.append(decision)
                 self._read_part(part, rows, account, writer, bar)
         self._check(account)
@@ -325,6 +329,7 @@ class _Job:
             tally.examples += outcome.count
             account.truncated += outcome.truncated
             account.boundaries.update(outcome.boundaries)
+            account.notes.add(outcome.notes)
             for rejection in outcome.rejected:
                 account.reject(rejection)
             if outcome.examples is not None:
@@ -416,6 +421,7 @@ class _Job:
         s = self.settings
         packed = PackedDataset(store, plan, block_size=s.block_size, pad_id=self.tokenizer.pad_id)
         used = np.unique(plan.examples)
+        notes = account.notes.to_dict()
         for place, name in enumerate(store.source_names):
             mine = used[store.sources[used] == place]
             account.sources[name].used_examples = len(mine)
@@ -438,6 +444,8 @@ class _Job:
             rejected_details=account.details,
             truncated=account.truncated,
             boundaries=dict(account.boundaries),
+            unused_keys=notes["unused_keys"],
+            noticed=notes["noticed"],
             real_tokens=packed.real_tokens,
             supervised_tokens=packed.supervised_tokens,
             lengths=length_summary(store.lengths[used]),

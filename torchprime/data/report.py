@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from torchprime.data.notes import describe_noted
+
 SHOWN_ROW_IDS = 3
 
 
@@ -47,6 +49,8 @@ class DataReport:
     rejected_details: dict[str, str]  # of the first row of each reason
     truncated: list[str]
     boundaries: dict[str, int]
+    unused_keys: dict[str, dict[str, Any]]  # by path; see RowNotes
+    noticed: dict[str, dict[str, Any]]
     real_tokens: int
     supervised_tokens: int
     lengths: dict[str, float]
@@ -102,6 +106,10 @@ class DataReport:
             parts.append(f"{self.num_rejected:,} rows rejected ({reasons})")
         if self.truncated:
             parts.append(f"{len(self.truncated):,} rows truncated ({_some(self.truncated)})")
+        if self.unused_keys:
+            parts.append(f"keys not used: {describe_noted(self.unused_keys)}")
+        if self.noticed:
+            parts.append(f"noticed: {describe_noted(self.noticed)}")
         done = "found prepared" if self.cached else "prepared"
         return "; ".join([*parts, f"{done} in {self.prepare_seconds:.1f} s"])
 

@@ -57,6 +57,7 @@ from torchprime.data.messages import (
     read_message,
     read_tools,
 )
+from torchprime.data.notes import RowNotes
 from torchprime.data.records import Rejection
 from torchprime.data.row_format import (
     QUESTION_PROMPT,
@@ -273,17 +274,24 @@ def _turns(fields: dict[str, Any], name: str, columns: Mapping[str, str]) -> lis
 
 
 def open_rows(
-    source: SourceSpec, reading: RowReading, section: str = "dataset"
+    source: SourceSpec,
+    reading: RowReading,
+    section: str = "dataset",
+    notes: RowNotes | None = None,
 ) -> tuple[FormatDecision, Iterator[Row | Rejection]]:
     """Decide the kind on the first records, then stream all of them, those first ones included.
 
     Records that could not be read come through as the rejections they are.
 
+    Args:
+        notes: filled while the rows are read; what is noticed in them is counted there.
+
     Raises:
         DataError: no kind can be decided, `reading` names what there isn't, or nothing is there.
     """
     check_columns(reading.columns, section if section.startswith("dataset") else "dataset")
-    records = read_rows(source, section)
+    notes = RowNotes() if notes is None else notes
+    records = read_rows(source, section, notes)
     sample = list(islice(records, SAMPLE_ROWS))
     first = [record for _, record in sample]
     decision = decide_format(first, reading.format, reading.columns, section)

@@ -27,6 +27,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import fsspec
 
+from torchprime.data.notes import RowNotes
 from torchprime.data.readers import (
     DELIMITERS,
     EXTENSIONS,
@@ -72,10 +73,13 @@ class SourceSpec:
         return f"{self.name}/{inner}" if self.name else inner
 
 
-def read_rows(source: SourceSpec, section: str = "dataset") -> Records:
+def read_rows(
+    source: SourceSpec, section: str = "dataset", notes: RowNotes | None = None
+) -> Records:
     """Stream (row_id, record) in order; a record is a dict, or a Rejection with the same row_id.
 
-    `section` is the config section named in messages. Raises DataError: at the call when not
+    `section` is the config section named in messages; `notes` counts what was noticed in the
+    records while they stream. Raises DataError: at the call when not
     exactly one place is set; while reading for what is missing, unreachable, structurally broken
     or without a single row.
     """
