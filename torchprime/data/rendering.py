@@ -10,14 +10,19 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import (
+    _compile_jinja_template,
+    render_jinja_template,
+)
 
 MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+UNDEFINED = "undefined in the template"
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
@@ -25,16 +30,24 @@ class TemplateRefusal(Exception):
     """The template raised while it rendered a conversation; the text says why."""
 
 
+TOOL_USE = "tool_use"
+DATE_FUNCTION = "strftime_now"
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template with what it takes from the tokenizer.
+    """A template with what it takes from the tokenizer and from the run.
 
     Attributes:
         name: "tokenizer's own", a family or a file's name.
-        text: jinja source, the one that is exported.
+        text: jinja source, the one that is exported as the default.
         bos_token, eos_token: their texts, "" where the tokenizer has none.
         markers: a family's control tokens.
         warnings: what a person should know before training with it.
+        named: (name, jinja source) of the tokenizer's other templates. As in transformers and vLLM
+            the one named `tool_use` renders every conversation with tools.
+        options: (variable, JSON text) of what else the template reads: enable_thinking, ...
+        date: ISO date for `strftime_now`; "" where no template asks for it.
     """
 
     name: str
@@ -43,13 +56,45 @@ class ChatTemplate:
     eos_token: str = ""
     markers: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    named: tuple[tuple[str, str], ...] = ()
+    options: tuple[tuple[str, str], ...] = ()
+    date: str = ""
 
     @property
     def has_generation_marks(self) -> bool:
         return _has_marks(self.text)
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """Every template by name, as they are exported."""
+        return {"default": self.text, **dict(self.named)}
+
+    @property
+    def option_values(self) -> dict[str, Any]:
+        """The options as a server is given them."""
+        return {name: json.loads(value) for name, value in self.options}
+
+    def for_tools(self, tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
+        """The template that renders a conversation with these tools, on its own."""
+        return _alone(self, bool(tools)) if self.named else self
+
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """sha256 of everything that a rendering depends on besides the messages."""
+        if not (self.named or self.options or self.date):
+            return text_hash(self.text)
+        parts = [self.text, self.named, self.options, self.date]
+        return text_hash(json.dumps(parts))
+
+
+def text_hash(text: str) -> str:
+    """sha256 of a template's source."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _alone(template: ChatTemplate, with_tools: bool) -> ChatTemplate:
+    text = dict(template.named).get(TOOL_USE) if with_tools else None
+    return replace(template, text=text or template.text, named=())
 
 
 @lru_cache
@@ -63,7 +108,11 @@ def render(
     tools: Sequence[Mapping[str, Any]] = (),
     add_generation_prompt: bool = False,
 ) -> str:
-    """The text of a conversation; TemplateRefusal when the template raises."""
+    """Return the text of a conversation.
+
+    Raises:
+        TemplateRefusal: the template raised.
+    """
     return _render(template, messages, tools, add_generation_prompt)[0]
 
 
@@ -83,10 +132,13 @@ def _render(
     add_generation_prompt: bool = False,
     with_marks: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
+    template = template.for_tools(tools)
     # As for transformers a token that the tokenizer lacks is undefined in the template.
     tokens = {"bos_token": template.bos_token, "eos_token": template.eos_token}
     defined: dict[str, Any] = {name: text for name, text in tokens.items() if text}
     try:
+        if template.date:
+            _set_date(template.text, template.date)
         # It keeps compiled templates; its own work is a tenth of the time.
         result: Any = render_jinja_template(
             [[dict(message) for message in as_served(messages)]],
@@ -95,13 +147,30 @@ def _render(
             add_generation_prompt=add_generation_prompt,
             return_assistant_tokens_mask=with_marks,
             **defined,
+            **template.option_values,
         )
+    except jinja2.UndefinedError as error:
+        raise TemplateRefusal(f"{UNDEFINED}: {error}") from error
     except jinja2.TemplateError as error:
         raise TemplateRefusal(str(error)) from error
     except Exception as error:  # a template is a program: it can fail in any way
         raise TemplateRefusal(f"{type(error).__name__}: {error}") from error
     texts, marks = result
     return texts[0], marks[0] if with_marks else []
+
+
+def _set_date(text: str, day: str) -> None:
+    """Let `strftime_now` tell the run's date, so that every process and every start render alike.
+
+    transformers keeps one compiled template per source; its globals are that template's own.
+    """
+    moment = datetime.fromisoformat(day)
+    compiled_template(text).globals[DATE_FUNCTION] = moment.strftime
+
+
+def compiled_template(text: str) -> jinja2.Template:
+    """Return transformers' compiled form of a template, from its sandbox."""
+    return _compile_jinja_template(text)
 
 
 def as_served(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

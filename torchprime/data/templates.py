@@ -14,16 +14,22 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from torchprime.data.messages import Message
+from torchprime.data.own_templates import DEFAULT, own_templates, read_text
 from torchprime.data.records import Rejection
-from torchprime.data.rendering import ChatTemplate, TemplateRefusal, generation_prompt, render
+from torchprime.data.rendering import (
+    ChatTemplate,
+    TemplateRefusal,
+    generation_prompt,
+    render,
+)
 from torchprime.data.rows import Row
-from torchprime.data.tokenizer import Tokenizer, read_json, read_settings, token_named
+from torchprime.data.template_source import check_syntax, checked_options, tells_date
+from torchprime.data.tokenizer import Tokenizer, read_settings, token_named
 from torchprime.data.turns import reserved_texts, turn_spans
 from torchprime.errors import DataError
 
@@ -47,79 +53,93 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 
 BOS_USED = re.compile(r"\bbos_token\b")
+
+
 # Which template ---------------------------------------------------------------------------------
 
 
-def resolve_template(chosen: str | None, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The template that dataset.chat_template names, or the tokenizer's own.
+def resolve_template(
+    chosen: str | None,
+    tokenizer: Tokenizer,
+    *,
+    options: Mapping[str, Any] | None = None,
+    date: str | None = None,
+) -> ChatTemplate | None:
+    """Return the template that dataset.chat_template names, or the tokenizer's own.
 
-    None when nothing is chosen and the tokenizer has none. A name that is neither a family nor a
-    file, a file that cannot be read and a template that is not jinja are DataErrors.
+    None when nothing is chosen and the tokenizer has none.
+
+    Args:
+        options: dataset.template_options, what the template reads besides messages and tools.
+        date: ISO date that `strftime_now` tells; None is today.
+
+    Raises:
+        DataError: a name that is neither a family nor a file, a file that cannot be read, a
+            template that is not jinja, an option that no template reads.
     """
     settings = read_settings(tokenizer.folder)
-    bos = token_named(settings, "bos_token") or ""
-    warnings: list[str] = []
-    if not bos and tokenizer.add_bos and tokenizer.bos_id is not None:
-        bos = tokenizer.token_text(tokenizer.bos_id) or ""
-        warnings.append(
-            f"tokenizer.json begins texts with {bos!r} but tokenizer_config.json names no "
-            "bos_token: add it, or a server renders conversations without it"
-        )
-    eos = tokenizer.token_text(tokenizer.eos_id) or ""
-
     if chosen in (None, "auto", "default"):
-        text = _own_text(tokenizer.folder, settings)
-        if text is None:
+        template = _own(tokenizer, settings)
+        if template is None:
             return None
-        template = ChatTemplate(OWN, text, bos, eos)
     elif chosen.endswith(FILE_ENDINGS):
-        template = ChatTemplate(Path(chosen).name, _file_text(Path(chosen)), bos, eos)
+        template = ChatTemplate(Path(chosen).name, _file_text(Path(chosen)))
     elif chosen in FAMILIES:
-        template = ChatTemplate(
-            chosen, _family_text(chosen, tokenizer), bos, eos, markers=FAMILIES[chosen]
-        )
+        template = ChatTemplate(chosen, _family_text(chosen, tokenizer), markers=FAMILIES[chosen])
     else:
         raise DataError(_unknown_template(chosen))
-    _check_syntax(template)
+    for text in template.texts.values():
+        check_syntax(text, template.name)
+    bos, warnings = _bos_text(tokenizer, settings)
+    template = replace(
+        template,
+        bos_token=bos,
+        eos_token=tokenizer.token_text(tokenizer.eos_id) or "",
+        options=checked_options(options or {}, template),
+        date=(date or today()) if _reads_date(template) else "",
+    )
     return replace(template, warnings=(*warnings, *_warnings(template, tokenizer)))
 
 
-def _own_text(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """What transformers would serve: the file of its own goes before tokenizer_config.json."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return _read_text(path)
-    for name, found in (
-        ("tokenizer_config.json", settings.get("chat_template")),
-        ("chat_template.json", read_json(folder / "chat_template.json").get("chat_template")),
-    ):
-        if isinstance(found, str):
-            return found
-        if found is not None:
-            return _default_of(found, folder / name)
-    return None
+def _bos_text(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The text that templates know as bos_token, and a warning where a server knows none."""
+    bos = token_named(settings, "bos_token") or ""
+    if bos or not tokenizer.add_bos or tokenizer.bos_id is None:
+        return bos, []
+    bos = tokenizer.token_text(tokenizer.bos_id) or ""
+    return bos, [
+        f"tokenizer.json begins texts with {bos!r} but tokenizer_config.json names no "
+        "bos_token: add it, or a server renders conversations without it"
+    ]
 
 
-def _default_of(found: object, path: Path) -> str:
-    """Several templates in one file: the one named default."""
-    named = {
-        item.get("name"): item.get("template")
-        for item in (found if isinstance(found, list) else [])
-        if isinstance(item, dict)
-    }
-    text = named.get("default")
-    if isinstance(text, str):
-        return text
-    raise DataError(
-        f"chat_template in {path} has no template named default (found "
-        f"{', '.join(map(str, named)) or type(found).__name__}). Save the one to train with as a "
-        "file and set dataset.chat_template to its path"
-    )
+def _reads_date(template: ChatTemplate) -> bool:
+    return any(tells_date(text) for text in template.texts.values())
+
+
+def today() -> str:
+    """The local date, as transformers' `strftime_now` takes it."""
+    return datetime.now().date().isoformat()
+
+
+def _own(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> ChatTemplate | None:
+    """The tokenizer's own templates; its name is that of all of them."""
+    texts = own_templates(tokenizer.folder, settings)
+    if not texts:
+        return None
+    if DEFAULT not in texts:
+        raise DataError(
+            f"the tokenizer in {tokenizer.folder} has no template named {DEFAULT}, as its other "
+            f"readers expect (found {', '.join(sorted(texts))}). Save the one to train with as a file and set "
+            "dataset.chat_template to its path"
+        )
+    others = tuple((name, text) for name, text in texts.items() if name != DEFAULT)
+    return ChatTemplate(OWN, texts[DEFAULT], named=others)
 
 
 def _file_text(path: Path) -> str:
     if path.is_file():
-        return _read_text(path)
+        return read_text(path)
     folder = path.parent
     others = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, others, n=3) or [
@@ -127,13 +147,6 @@ def _file_text(path: Path) -> str:
     ]
     hint = f"; the folder has {', '.join(near[:5])}" if near else ""
     raise DataError(f"dataset.chat_template={path}: there is no such file{hint}")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the chat template {path} cannot be read: {error}") from error
 
 
 def _family_text(family: str, tokenizer: Tokenizer) -> str:
@@ -156,18 +169,6 @@ def _unknown_template(chosen: str) -> str:
     )
 
 
-def _check_syntax(template: ChatTemplate) -> None:
-    try:
-        render(template, [{"role": "user", "content": "a"}])
-    except TemplateRefusal as refusal:
-        cause = refusal.__cause__
-        if isinstance(cause, jinja2.TemplateSyntaxError):
-            raise DataError(
-                f"the chat template ({template.name}) is not valid jinja: {cause.message} at line "
-                f"{cause.lineno}"
-            ) from cause
-
-
 def _warnings(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
     found: list[str] = []
     special = tokenizer.special_tokens
@@ -183,8 +184,10 @@ def _warnings(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
             "a template that writes it does not write EOS"
         )
     found += _warnings_of_rendering(template, tokenizer)
-    if "strftime_now" in template.text:
-        found.append("the template writes today's date: prepared data depends on the day")
+    if template.date:
+        found.append(
+            f"the template writes the date, here {template.date}: dataset.template_date keeps one"
+        )
     return found
 
 

@@ -1,0 +1,98 @@
+"""The chat templates in a tokenizer's folder, found as transformers and vLLM find them.
+
+    chat_template.jinja                         the template named `default`
+    additional_chat_templates/NAME.jinja        one each; with the file above they hide what follows
+    tokenizer_config.json: chat_template        one text, or a list of {name, template}
+    chat_template.json: chat_template           the same, by which processors keep theirs
+
+A name comes from a stranger's file and becomes a file's name in the export, so only plain names
+are taken.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchprime.data.fields import printable
+from torchprime.data.tokenizer import read_json
+from torchprime.errors import DataError
+
+DEFAULT = "default"
+FOLDER_OF_OTHERS = "additional_chat_templates"
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+def own_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the folder's templates by name, `{}` if there are none.
+
+    Args:
+        settings: tokenizer_config.json, parsed.
+
+    Raises:
+        DataError: a file that cannot be read, a name that is not plain, a list of another form.
+    """
+    found: dict[str, str] = {}
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        found[DEFAULT] = read_text(file)
+    for path in sorted((folder / FOLDER_OF_OTHERS).glob("*.jinja")):
+        found[checked_name(path.name.removesuffix(".jinja"), path)] = read_text(path)
+    if found:
+        return found
+    for name, given in (
+        ("tokenizer_config.json", settings.get("chat_template")),
+        ("chat_template.json", read_json(folder / "chat_template.json").get("chat_template")),
+    ):
+        if isinstance(given, str):
+            return {DEFAULT: given}
+        if given is not None:
+            return _listed(given, folder / name)
+    return {}
+
+
+def _listed(given: object, path: Path) -> dict[str, str]:
+    """Several templates in one file: a list of {name, template}, or an object of both."""
+    pairs: list[tuple[object, object]] = []
+    if isinstance(given, Mapping):
+        pairs = list(given.items())
+    elif isinstance(given, list):
+        pairs = [(e.get("name"), e.get("template")) for e in given if isinstance(e, Mapping)]
+    texts = {checked_name(name, path): text for name, text in pairs if isinstance(text, str)}
+    if not texts:
+        raise DataError(
+            f"chat_template in {path} is {type(given).__name__}, expected a text or a list of "
+            'objects {"name": ..., "template": ...}. Save the one to train with as a file and set '
+            "dataset.chat_template to its path"
+        )
+    return texts
+
+
+def checked_name(name: object, path: Path) -> str:
+    """Return the name of a template if it can be a file's name in any folder.
+
+    Raises:
+        DataError: it is a path, hidden, empty or no text.
+    """
+    if isinstance(name, str) and PLAIN_NAME.fullmatch(name):
+        return name
+    raise DataError(
+        f"{path}: a chat template is named {printable(repr(name))}, expected letters, digits, "
+        f"dots, dashes and underscores (default, tool_use, rag). Its name becomes a file's name: "
+        "do not use this folder before you know who wrote that, or rename the template"
+    )
+
+
+def read_text(path: Path) -> str:
+    """Return a template's source, with the line ends it has.
+
+    Raises:
+        DataError: the file cannot be read as UTF-8.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the chat template {path} cannot be read: {error}") from error
