@@ -50,7 +50,6 @@ from torchprime.config.checks import refuse
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig
 from torchprime.data.order import batch_indices
-from torchprime.data.templates import resolve_template
 from torchprime.errors import ConfigError, DivergedError, RuntimeSetupError
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.throughput import (
@@ -60,7 +59,7 @@ from torchprime.metrics.throughput import (
 )
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from torchprime.training import run_folder
-from torchprime.training.datasets import RunData, prepare_run_data
+from torchprime.training.datasets import RunData, prepare_run_data, template_of
 from torchprime.training.loop import DataOrder
 from torchprime.training.model_files import ModelFiles, find_model
 from torchprime.training.plan import flops_per_token
@@ -451,7 +450,7 @@ def main(c: TrainConfig) -> int:
         weights=not c.dry_run,
     )
     check_windows(files, c.dataset.block_size)
-    template = resolve_template(c.dataset.chat_template, files.tokenizer)
+    template = template_of(c.dataset, files.tokenizer)
     data = prepare_run_data(c, files.tokenizer, template, say)
     plan = plan_of(c, data, processes)
     # The config's own choice is between kernels of ours; `reference` is the plainest of either.

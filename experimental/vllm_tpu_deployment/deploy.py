@@ -33,7 +33,7 @@ sys.path.insert(0, str(REPO))
 os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
 
 from torchprime.checkpoint.certificate import CERTIFICATE, read_certificate, tally  # noqa: E402
-from torchprime.checkpoint.portable import chat_templates, read_json  # noqa: E402
+from torchprime.checkpoint.portable import read_json  # noqa: E402
 from torchprime.checkpoint.recheck import recheck  # noqa: E402
 from torchprime.checkpoint.source import resolve_pretrained  # noqa: E402
 from torchprime.cli.arguments import make_parser, run_command  # noqa: E402
@@ -41,6 +41,7 @@ from torchprime.cli.columns import answers_lines, shown  # noqa: E402
 from torchprime.cli.stdout import print_lines  # noqa: E402
 from torchprime.errors import CheckpointError, ConfigError, RuntimeSetupError  # noqa: E402
 from torchprime.evaluation.prompts import as_question, read_prompts  # noqa: E402
+from torchprime.template_files import DEFAULT, own_templates  # noqa: E402
 
 HOST = "127.0.0.1"
 BASE, TUNED = "base", "model"
@@ -204,7 +205,7 @@ def engine_environment(log_level: str) -> dict[str, str]:
 def has_template(folder: Path) -> bool:
     """Whether vLLM would find a chat template."""
     path = folder / "tokenizer_config.json"
-    return "default" in chat_templates(folder, read_json(path) if path.is_file() else {})
+    return DEFAULT in own_templates(folder, read_json(path) if path.is_file() else {})
 
 
 def show_answers(

@@ -18,11 +18,12 @@ BACKENDS = {"torch_xla_models", "torch_native"}
 BELOW_EVALUATION = {"config", *LEAVES}
 BELOW_TRAINING = {*BELOW_EVALUATION, "evaluation"}
 BELOW_BACKENDS = {*BELOW_TRAINING, "training"}
-EVERYWHERE = {"errors", "atomic"}  # single modules below all rooms
+EVERYWHERE = {"errors", "atomic", "template_files"}  # single modules below all rooms
 # What each room may import besides itself and those.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
+    "template_files": {"errors", "atomic"},
     "config": set(),
     **{leaf: {"config"} for leaf in LEAVES},
     "checkpoint": {"config", "models"},

@@ -24,7 +24,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from torchprime.config.compose import assets_dir
-from torchprime.data.chat import tokenize_chat
+from torchprime.data.chat import ChatRules, tokenize_chat
 from torchprime.data.rows import Row, load_rows
 from torchprime.data.sources import SourceSpec
 from torchprime.data.templates import resolve_template
@@ -236,7 +236,7 @@ def test_chat_prompts_have_the_ids_that_were_trained_on(server: Server, trained:
     tokenizer = load_tokenizer(trained.folder)
     template = resolve_template(None, tokenizer)
     assert template is not None
-    examples = tokenize_chat(trained.rows, tokenizer, template, "last_assistant")
+    examples = tokenize_chat(trained.rows, tokenizer, template, ChatRules("last_assistant"))
     lengths = set()
     for row, example in zip(trained.rows, examples, strict=True):
         assert isinstance(example, Example)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
     Args:
         facts: `name`, `base_model`, `dataset`, `command`, `steps`, `parameters`, `dtype` as text or
-            numbers; `metrics` and `versions` as mappings; `chat` true if it has a chat template.
+            numbers; `metrics` and `versions` as mappings; `chat` true if it has a chat template;
+            `template_options` that this was given while training.
     """
     name = str(facts.get("name") or "model")
     sections = [
@@ -22,7 +24,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         _table("Final metrics", facts.get("metrics") or {}),
         _command(facts),
         _table("Versions", facts.get("versions") or {}),
-        _usage(name, chat=bool(facts.get("chat"))),
+        _usage(name, bool(facts.get("chat")), facts.get("template_options") or {}),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -68,10 +70,11 @@ def _command(facts: Mapping[str, Any]) -> str:
     return f"## Command\n\n```bash\n{command}\n```" if command else ""
 
 
-def _usage(name: str, *, chat: bool) -> str:
+def _usage(name: str, chat: bool, options: Mapping[str, Any]) -> str:
+    given = "".join(f",\n    {key}={value!r}" for key, value in options.items())
     make_inputs = (
         'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}],\n'
-        '    add_generation_prompt=True, return_dict=True, return_tensors="pt")'
+        f'    add_generation_prompt=True, return_dict=True, return_tensors="pt"{given})'
         if chat
         else 'inputs = tokenizer("Your prompt", return_tensors="pt")'
     )
@@ -79,6 +82,8 @@ def _usage(name: str, *, chat: bool) -> str:
     body = (
         '"messages": [{"role": "user", "content": "Hello"}]' if chat else '"prompt": "Your prompt"'
     )
+    served = f"--default-chat-template-kwargs {shlex.quote(json.dumps(dict(options)))}"
+    flags = f" \\\n  {served}" if options else ""
     return f"""## Use
 
 With transformers, in this folder:
@@ -96,7 +101,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 With vLLM:
 
 ```bash
-vllm serve . --host 127.0.0.1 --served-model-name {json.dumps(name)}
+vllm serve . --host 127.0.0.1 --served-model-name {json.dumps(name)}{flags}
 curl http://127.0.0.1:8000/v1/{route} -H "Content-Type: application/json" \\
   -d '{{"model": {json.dumps(name)}, {body}, "max_tokens": 128}}'
 ```"""

@@ -26,7 +26,8 @@ from torchprime.atomic import write_json
 from torchprime.checkpoint.hf_files import ExportFacts
 from torchprime.checkpoint.hf_read import HEAD, SafetensorsReader, check_names
 from torchprime.checkpoint.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
-from torchprime.checkpoint.portable import chat_templates, check_tokenizer, read_json
+from torchprime.checkpoint.portable import check_tokenizer, read_json
+from torchprime.checkpoint.served_template import TrainedTemplate, check_served_template
 from torchprime.checkpoint.storage import FileFacts, sha256_of
 from torchprime.checkpoint.verify import compare_logits, read_back
 from torchprime.errors import CheckpointError
@@ -185,7 +186,7 @@ def certify(
         ("tied weights", lambda: check_tied(folder)),
         ("base", lambda: check_base(folder, base, facts)),
         ("logits", lambda: _same_logits(folder, trained, facts.dtype)),
-        ("chat template", lambda: check_template(folder, facts.template)),
+        ("chat template", lambda: check_template(folder, facts.trained_template())),
         ("stop tokens", lambda: check_stops(folder, facts.stop_ids)),
         ("tokenizer", lambda: check_ids(folder)),
     ]
@@ -349,26 +350,11 @@ def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) 
     ), values
 
 
-def check_template(folder: Path, expected: str | None) -> Found:
-    """What a server renders with is what was trained with, in both places where it may look."""
-    if expected is None:
+def check_template(folder: Path, trained: TrainedTemplate | None) -> Found:
+    """A server renders with what was trained with, a conversation with tools, too."""
+    if trained is None:
         raise NotChecked("no conversations were trained on")
-    settings = read_json(folder / "tokenizer_config.json")
-    inline = settings.pop("chat_template", None)
-    if isinstance(inline, list):
-        inline = next((e["template"] for e in inline if e["name"] == "default"), None)
-    for where, text in (
-        ("chat_template.jinja", chat_templates(folder, settings).get("default")),
-        ("tokenizer_config.json", inline),
-    ):
-        found = text and hashlib.sha256(text.encode()).hexdigest()
-        if found != expected:
-            has = f"one with sha256 {found}" if found else "none"
-            raise CheckpointError(
-                f"the chat template of {where} is not the one that was trained with: sha256 "
-                f"{expected} was, here is {has}"
-            )
-    return "the one that was trained with", {"sha256": expected}
+    return check_served_template(folder, trained)
 
 
 def check_stops(folder: Path, stop_ids: tuple[int, ...]) -> Found:

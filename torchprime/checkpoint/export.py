@@ -52,7 +52,7 @@ def check_export(
     tokenizer_folder: Path,
     eos_token_id: int,
     max_shard_bytes: int,
-    chat_template: str | None = None,
+    chat_templates: Mapping[str, str] | None = None,
 ) -> None:
     """Raise the CheckpointError that `export_hf` would raise, without weights; takes a second.
 
@@ -73,7 +73,7 @@ def check_export(
             eos_token_id=eos_token_id,
             generation_config=None,
             card="",
-            chat_template=chat_template,
+            chat_templates=chat_templates,
         )
         check_tokenizer(folder)
 
@@ -90,7 +90,7 @@ def export_hf(
     generation_config: Mapping[str, Any] | None,
     card: str,
     max_shard_bytes: int,
-    chat_template: str | None = None,
+    chat_templates: Mapping[str, str] | None = None,
     certify: Certify | None = None,
 ) -> ExportResult:
     """Write a Hugging Face folder at `out`, whole or not at all, from a run's own files.
@@ -109,7 +109,7 @@ def export_hf(
         eos_token_id=eos_token_id,
         generation_config=generation_config,
         card=card,
-        chat_template=chat_template,
+        chat_templates=chat_templates,
     )
     return write_export(
         out,

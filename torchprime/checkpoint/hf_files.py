@@ -23,6 +23,7 @@ from torchprime.checkpoint.portable import (
     read_json,
     write_tokenizer,
 )
+from torchprime.checkpoint.served_template import TrainedTemplate
 from torchprime.errors import CheckpointError
 
 FACTS = "export.json"
@@ -42,6 +43,8 @@ class ExportFacts:
         max_shard_bytes: files are split above it.
         stop_ids: the ids that were trained to end an answer.
         template: sha256 of the chat template that was trained with; None without conversations.
+        tools_template: sha256 of the one that rendered conversations with tools; None: the same.
+        template_options: what else the template was given.
         base_model: as the config names it; None when training began from random weights.
         base_folder: where its weights lay.
         step: updates made; None if unknown.
@@ -55,6 +58,8 @@ class ExportFacts:
     max_shard_bytes: int
     stop_ids: tuple[int, ...]
     template: str | None = None
+    tools_template: str | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     base_folder: str | None = None
     step: int | None = None
@@ -66,9 +71,17 @@ class ExportFacts:
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
+    def trained_template(self) -> TrainedTemplate | None:
+        """The chat template that was trained with, for its proof."""
+        if self.template is None:
+            return None
+        with_tools = self.tools_template or self.template
+        return TrainedTemplate(self.template, with_tools, self.template_options)
+
     def card_text(self) -> str:
         """README.md."""
         more = {"steps": self.step, "dtype": self.dtype_name, "metrics": self.metrics}
+        more["template_options"] = self.template_options
         return model_card({**self.card, **more})
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,7 +122,7 @@ def write_hf_files(
     eos_token_id: int,
     generation_config: Mapping[str, Any] | None,
     card: str,
-    chat_template: str | None = None,
+    chat_templates: Mapping[str, str] | None = None,
 ) -> None:
     """Write everything of a Hugging Face folder but the weights.
 
@@ -121,7 +134,7 @@ def write_hf_files(
         eos_token_id: the stop token that was trained.
         generation_config: the source's generation_config.json, parsed; None if it has none.
         card: the text of README.md.
-        chat_template: the one that was trained with; None keeps the tokenizer's own.
+        chat_templates: those that were trained with, by name; None keeps the tokenizer's own.
 
     Raises:
         CheckpointError: contradicting or incomplete input.
@@ -129,5 +142,5 @@ def write_hf_files(
     generation = portable_generation_config(generation_config, config, eos_token_id)
     write_json(folder / "config.json", portable_config(config, spec, dtype, eos_token_id))
     write_json(folder / "generation_config.json", generation)
-    write_tokenizer(folder, tokenizer_folder, eos=eos_token_id, chat_template=chat_template)
+    write_tokenizer(folder, tokenizer_folder, eos=eos_token_id, chat_templates=chat_templates)
     (folder / CARD).write_text(card, encoding="utf-8")

@@ -21,6 +21,7 @@ from torchprime.atomic import write_json
 from torchprime.checkpoint.hf_read import EMBEDDING, HEAD
 from torchprime.errors import CheckpointError
 from torchprime.models.architecture import Rope, architecture_from_hf
+from torchprime.template_files import own_templates, write_templates
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -146,12 +147,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tokenizer(
-    out: Path, tokenizer_folder: Path, *, eos: int, chat_template: str | None = None
+    out: Path,
+    tokenizer_folder: Path,
+    *,
+    eos: int,
+    chat_templates: Mapping[str, str] | None = None,
 ) -> None:
     """Copy the tokenizer so that every reader builds exactly tokenizer.json.
 
     Args:
-        chat_template: the template that was trained with; None keeps the tokenizer's own.
+        chat_templates: those that were trained with, by name, instead of the tokenizer's own;
+            None keeps these.
 
     Raises:
         CheckpointError: no tokenizer.json, or the stop token is not in it.
@@ -165,25 +171,15 @@ def write_tokenizer(
         )
     settings_path = tokenizer_folder / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
-    templates = chat_templates(tokenizer_folder, settings)
-    if chat_template is not None:
-        templates["default"] = chat_template
+    if chat_templates is None:
+        chat_templates = own_templates(tokenizer_folder, settings)
     settings = _portable_tokenizer_config(settings, _token_of(source, eos))
     settings.pop("chat_template", None)
-    if list(templates) == ["default"]:
-        settings["chat_template"] = templates["default"]
-    elif templates:
-        settings["chat_template"] = [
-            {"name": name, "template": text} for name, text in templates.items()
-        ]
+    if (inline := write_templates(out, chat_templates)) is not None:
+        settings["chat_template"] = inline
     shutil.copyfile(source, out / "tokenizer.json")
     write_json(out / "tokenizer_config.json", settings)
     write_json(out / "special_tokens_map.json", _special_tokens_map(settings))
-    for name, text in templates.items():
-        more = out / "additional_chat_templates"
-        path = out / "chat_template.jinja" if name == "default" else more / f"{name}.jinja"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="")
 
 
 def _token_of(tokenizer_json: Path, token_id: int) -> str:
@@ -215,31 +211,6 @@ def _special_tokens_map(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("additional_special_tokens"):
         result["additional_special_tokens"] = settings["additional_special_tokens"]
     return result
-
-
-def chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Templates by name. Files win over the inline one, as in transformers.
-
-    Args:
-        settings: tokenizer_config.json, parsed.
-    """
-    templates: dict[str, str] = {}
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        templates["default"] = _text(file)
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = _text(path)
-    inline = settings.get("chat_template")
-    if templates or not inline:
-        return templates
-    if isinstance(inline, str):
-        return {"default": inline}
-    return {entry["name"]: entry["template"] for entry in inline}
-
-
-def _text(path: Path) -> str:
-    with open(path, encoding="utf-8", newline="") as file:
-        return file.read()
 
 
 def check_tokenizer(folder: Path) -> None:

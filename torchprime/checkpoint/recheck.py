@@ -34,6 +34,7 @@ from torchprime.checkpoint.certificate import (
 from torchprime.checkpoint.hf_read import SafetensorsReader
 from torchprime.checkpoint.logits import encode_prompts, no_room
 from torchprime.checkpoint.safetensors_write import is_finite, tensor_hash
+from torchprime.checkpoint.served_template import TrainedTemplate
 from torchprime.checkpoint.verify import transformers_logits
 from torchprime.errors import CheckpointError
 
@@ -63,7 +64,9 @@ def recheck(folder: Path, base: Path | None = None) -> tuple[Certificate, list[C
         ("logits", lambda: _logits(folder, _values(certificate, "logits"), certificate)),
         (
             "chat template",
-            lambda: check_template(folder, _values(certificate, "chat template")["sha256"]),
+            lambda: check_template(
+                folder, TrainedTemplate.from_values(_values(certificate, "chat template"))
+            ),
         ),
         (
             "stop tokens",

@@ -8,9 +8,8 @@ from typing import NamedTuple
 from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
 from torchprime.data.rendering import ChatTemplate
-from torchprime.data.templates import resolve_template
 from torchprime.data.tokenizer import Tokenizer
-from torchprime.training.datasets import RunData, prepare_run_data
+from torchprime.training.datasets import RunData, prepare_run_data, template_of
 from torchprime.training.model_files import ModelFiles, find_model
 
 
@@ -35,7 +34,7 @@ def load(config: TrainConfig) -> Offline:
         cache_dir=config.dataset.cache_dir,
         weights=False,
     )
-    template = resolve_template(config.dataset.chat_template, files.tokenizer)
+    template = template_of(config.dataset, files.tokenizer)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

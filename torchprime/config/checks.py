@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import date
 from typing import NoReturn
 
 from torchprime.errors import ConfigError
@@ -42,6 +43,15 @@ def fraction(key: str, value: float | None, *, one_allowed: bool = True) -> None
 def not_empty(key: str, value: str | None) -> None:
     if value is not None and not value.strip():
         refuse(key, value, "a name, or null for none", f"Give it a value or set {key}=null.")
+
+
+def iso_date(key: str, value: str | None) -> None:
+    if value is None:
+        return
+    try:
+        date.fromisoformat(value)
+    except ValueError:
+        refuse(key, value, "a date such as 2026-11-29", f"Write it so, or set {key}=null.")
 
 
 def some_source(section: str, hub: str | None, path: str | None) -> None:

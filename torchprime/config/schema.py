@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from torchprime.config.checks import (
     at_least,
     fraction,
+    iso_date,
     not_empty,
     one_source,
     positive,
@@ -81,6 +82,13 @@ class DatasetConfig:
     answer_form: Literal["as_is", "think_answer"] = "as_is"  # of prompts' answers
     as_messages: bool = False  # prompt and completion become a user's and an assistant's turn
     chat_template: str | None = None  # null: the tokenizer's own; a family; or a .jinja file
+    template_options: dict[str, Any] = field(default_factory=dict)  # enable_thinking, ...
+    template_date: str | None = None  # ISO date for templates that write one; null: today
+    turns: Literal["whole", "branch", "auto"] = "whole"
+    reasoning: Literal["error", "drop", "inline"] = "error"  # where a template has no place for it
+    special_tokens_in_text: Literal["error", "answers"] = "error"
+    response_marker: str | None = None  # of rows of text: what stands in front of an answer
+    instruction_marker: str | None = None  # and of an instruction, where a text has several turns
     block_size: int = 1024
     compute_loss_on: Literal["auto", "all", "completion", "assistant", "last_assistant"] = "auto"
     packing: Literal["none", "bfd", "bfd_split", "wrapped"] = "bfd"
@@ -111,6 +119,16 @@ class DatasetConfig:
                 "all, since rows of dataset.format=text have no completion",
                 "Set dataset.compute_loss_on=all.",
             )
+        self._check_markers()
+        if self.turns != "whole" and self.compute_loss_on in ("all", "completion"):
+            refuse(
+                "dataset.turns",
+                self.turns,
+                f"whole, since dataset.compute_loss_on={self.compute_loss_on} trains more than "
+                "answers",
+                "Set dataset.compute_loss_on=assistant or last_assistant.",
+            )
+        iso_date("dataset.template_date", self.template_date)
         at_least("dataset.block_size", self.block_size, 2)  # one target needs two tokens
         at_least("dataset.max_train_examples", self.max_train_examples, 1)
         fraction("dataset.max_rejected_fraction", self.max_rejected_fraction)
@@ -119,6 +137,41 @@ class DatasetConfig:
             not_empty(f"dataset.{key}", getattr(self, key))
         at_least("dataset.num_proc", self.num_proc, 1)
         self._check_split()
+
+    def _check_markers(self) -> None:
+        not_empty("dataset.response_marker", self.response_marker)
+        not_empty("dataset.instruction_marker", self.instruction_marker)
+        if self.instruction_marker is not None and self.response_marker is None:
+            refuse(
+                "dataset.instruction_marker",
+                self.instruction_marker,
+                "null, since dataset.response_marker is null",
+                "Set dataset.response_marker to the text in front of each answer.",
+            )
+        if self.response_marker is None:
+            return
+        if self.response_marker == self.instruction_marker:
+            refuse(
+                "dataset.instruction_marker",
+                self.instruction_marker,
+                "another text than dataset.response_marker",
+                "Give the text in front of each instruction.",
+            )
+        if self.format not in ("auto", "text"):
+            refuse(
+                "dataset.response_marker",
+                self.response_marker,
+                f"null, since rows of dataset.format={self.format} say themselves where an answer "
+                "begins",
+                "Set dataset.format=text, or dataset.response_marker=null.",
+            )
+        if self.compute_loss_on == "all":
+            refuse(
+                "dataset.compute_loss_on",
+                "all",
+                "auto, since dataset.response_marker says what carries loss",
+                "Set dataset.compute_loss_on=auto.",
+            )
 
     def _check_mixture(self) -> None:
         if not self.mixture:

@@ -2,39 +2,32 @@
 
 The whole text is tokenized once. A token belongs to a turn by the characters it stands for, so
 every turn's border must also be a border between tokens, and the ids in front of a turn must be
-those that a server feeds, which tokenizes the text up to there alone:
+those that a server feeds, which tokenizes the text up to there alone (borders.py).
 
-    joint     no token crosses a border, and the first supervised turn's prefix has the same ids
-              when it is tokenized alone.
-    separate  the text is cut at the borders that are crossed and its pieces are tokenized apart,
-              if together they decode to the same text.
-    context   the same, each piece tokenized after a character it does not merge with.
-
-A conversation for which none holds is rejected, as is one that spells a special token in a
+A conversation for which that can't be had is rejected, as is one that spells a special token in a
 message (it would fake a turn's border). What the template renders is complete: no BOS is added,
 and EOS only where the template ends the last turn without a stop token.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-from torchprime.data.encoded import Encoded, JoinedEncoded
+from torchprime.data.borders import Bordered, NotExact, Tokens, tokenize_bordered
+from torchprime.data.notes import RowNotes
+from torchprime.data.reasoning import ERROR, place_reasoning
 from torchprime.data.records import Rejection
-from torchprime.data.rendering import ChatTemplate, as_served
+from torchprime.data.rendering import ChatTemplate
 from torchprime.data.rows import Row
+from torchprime.data.spelled import ANSWERS, Spelled
 from torchprime.data.tokenize import (
     ALL,
     ASSISTANT,
     BOS,
     CONTEXT,
-    NEUTRAL_CONTEXTS,
     OFF,
     REASON_UNSUPERVISED,
     STOP,
@@ -44,11 +37,26 @@ from torchprime.data.tokenize import (
 from torchprime.data.tokenizer import Tokenizer
 from torchprime.data.turns import Rendering, Span, reserved_texts, turn_spans
 
-REASON_TURN_BOUNDARY = "no exact token boundary at an assistant turn"
 REASON_SPECIAL = "message content spells a special token"
 REASON_NO_STOP = "assistant turn without a stop token"
 REASON_TWO_BOS = "the chat template writes BOS twice at the start"
 REASON_NO_PROMPT = "no prompt in front of an assistant turn: nothing predicts its first token"
+REASON_MASKED_PLACE = "train_detail: the content does not stand in the text as the row has it"
+
+
+@dataclass(frozen=True)
+class ChatRules:
+    """What a run wants of its conversations.
+
+    Attributes:
+        compute_loss_on: auto (assistant), assistant, last_assistant or all.
+        reasoning: what becomes of reasoning that the template never writes; see reasoning.py.
+        special_tokens_in_text: `error`, or `answers` to allow special tokens in answers.
+    """
+
+    compute_loss_on: str = "auto"
+    reasoning: str = ERROR
+    special_tokens_in_text: str = "error"
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class _Chat:
         weights: of each span, 0 for a turn that is not trained on.
         supervised: the spans with a weight.
         add_eos: EOS follows the text.
+        masked: characters [start, end) of the text inside turns that carry no loss.
     """
 
     row: Row
@@ -70,54 +79,65 @@ class _Chat:
     supervised: list[Span]
     add_eos: bool
     rule: str
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """A text's tokens; `how` is the rule that made them."""
-
-    encoded: Encoded
-    how: str
+    masked: list[tuple[int, int]]
 
 
 def tokenize_chat(
-    rows: Sequence[Row], tokenizer: Tokenizer, template: ChatTemplate, compute_loss_on: str
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    rules: ChatRules = ChatRules(),
+    notes: RowNotes | None = None,
 ) -> list[Example | Rejection]:
-    """One result per row of messages, in order. Give many rows at once: the tokenizer works in
-    batches.
+    """Return one result per row of messages, in order. Give many rows at once: the tokenizer works
+    in batches.
 
     Args:
-        compute_loss_on: auto (assistant), assistant, last_assistant or all.
+        notes: counts what the template leaves out of rows that are used.
     """
-    reserved = reserved_texts(template, tokenizer)
-    spelled = _Spelled(reserved)
+    renderer = _Renderer(template, tokenizer, rules)
     results: list[Example | Rejection | _Chat] = [
-        _render_row(row, template, reserved, spelled, loss_mode(compute_loss_on, row))
-        for row in rows
+        renderer.chat(row, RowNotes() if notes is None else notes) for row in rows
     ]
     places = [i for i, result in enumerate(results) if isinstance(result, _Chat)]
     chats = [result for result in results if isinstance(result, _Chat)]
-    for i, chat, tokens in zip(places, chats, _tokenize(chats, tokenizer), strict=True):
-        results[i] = _example(chat, tokens, tokenizer) if tokens else _no_boundary(chat)
+    texts = [Bordered(c.text, [(span.start, span.end) for span in c.supervised]) for c in chats]
+    tokenized = tokenize_bordered(texts, tokenizer)
+    for i, chat, tokens in zip(places, chats, tokenized, strict=True):
+        results[i] = _example(chat, tokens, tokenizer)
     return [result for result in results if not isinstance(result, _Chat)]
 
 
 # A row's text and turns -------------------------------------------------------------------------
 
 
-def _render_row(
-    row: Row, template: ChatTemplate, reserved: frozenset[str], spelled: _Spelled, mode: str
-) -> _Chat | Rejection:
-    where = spelled.in_row(row)
-    if where:
-        return Rejection(row.row_id, REASON_SPECIAL, where)
-    found = turn_spans(template, row, reserved, last_only=mode == "last_assistant")
-    if isinstance(found, Rejection):
-        return found
-    weights = [row.weight * row.messages[span.message].weight for span in found.spans]
-    if not any(weights) and (mode != "all" or row.weight == 0):
-        return Rejection(row.row_id, REASON_UNSUPERVISED, _why_unsupervised(found, row))
-    return _close(row, mode, found, weights)
+class _Renderer:
+    """Makes text and turns of rows by one template."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, rules: ChatRules) -> None:
+        self.template, self.rules = template, rules
+        self.reserved = reserved_texts(template, tokenizer)
+        in_answers = rules.special_tokens_in_text == ANSWERS
+        self.spelled = Spelled(template, tokenizer, self.reserved, in_answers)
+
+    def chat(self, row: Row, notes: RowNotes) -> _Chat | Rejection:
+        mode = loss_mode(self.rules.compute_loss_on, row)
+        where = self.spelled.in_row(row)
+        if where:
+            return Rejection(row.row_id, REASON_SPECIAL, where)
+        placed = place_reasoning(row, self.template, self.rules.reasoning)
+        if isinstance(placed, Rejection):
+            return placed
+        last_only, served = mode == "last_assistant", mode != "all"
+        found = turn_spans(self.template, placed, self.reserved, last_only, served)
+        if isinstance(found, Rejection):
+            return found
+        weights = [placed.weight * placed.messages[span.message].weight for span in found.spans]
+        if not any(weights) and (mode != "all" or row.weight == 0):
+            return Rejection(row.row_id, REASON_UNSUPERVISED, _why_unsupervised(found, row))
+        for text in found.left_out:
+            notes.notice(text, row.row_id)
+        return _close(placed, mode, found, weights)
 
 
 def _why_unsupervised(found: Rendering, row: Row) -> str:
@@ -133,148 +153,27 @@ def _close(row: Row, mode: str, found: Rendering, weights: list[float]) -> _Chat
         if weight == 0 or span.stop < span.end:
             continue
         if span.message < len(row.messages) - 1 or text[span.end :].strip():
-            return Rejection(row.row_id, REASON_NO_STOP, f"message {span.message}")
+            return Rejection(row.row_id, REASON_NO_STOP, f"message {span.message + 1}")
         text, add_eos = text[: span.end], True
     supervised = [span for span, weight in zip(found.spans, weights, strict=True) if weight > 0]
     if supervised and supervised[0].start == 0:
-        return Rejection(row.row_id, REASON_NO_PROMPT, f"message {supervised[0].message}")
-    return _Chat(row, mode, text, found.spans, weights, supervised, add_eos, found.rule)
-
-
-class _Spelled:
-    """Finds special tokens that some rows spell in a message or a tool."""
-
-    def __init__(self, reserved: frozenset[str]) -> None:
-        self._pattern = _any_of(reserved)
-        # By identity, of rows that outlive this: conversations share their tools.
-        self._in_tools: dict[int, str] = {}
-
-    def in_row(self, row: Row) -> str:
-        """Where, "" for nowhere."""
-        if id(row.tools) not in self._in_tools:
-            self._in_tools[id(row.tools)] = self._in_values("tool", row.tools)
-        messages = as_served([message.template for message in row.messages])
-        return self._in_values("message", messages) or self._in_tools[id(row.tools)]
-
-    def _in_values(self, place: str, values: Sequence[Mapping[str, Any]]) -> str:
-        if self._pattern is None:
-            return ""
-        for i, value in enumerate(values):
-            for text in _texts(value):
-                match = self._pattern.search(text)
-                if match:
-                    return f"{place} {i}: {match.group()}"
-        return ""
-
-
-@lru_cache(maxsize=16)
-def _any_of(texts: frozenset[str]) -> re.Pattern[str] | None:
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if texts else None
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _texts(key)
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-
-
-# Tokens -----------------------------------------------------------------------------------------
-
-
-def _tokenize(chats: Sequence[_Chat], tokenizer: Tokenizer) -> list[_Tokens | None]:
-    joint = tokenizer.encode_batch([chat.text for chat in chats])
-    found: list[_Tokens | None] = []
-    for chat, encoded, fed in zip(chats, joint, _as_fed(chats, joint, tokenizer), strict=True):
-        cuts = _crossed(chat, encoded, fed)
-        apart = _apart(chat.text, cuts, encoded.ids, tokenizer) if cuts else None
-        found.append(apart if cuts else _Tokens(encoded, "joint"))
-    return found
-
-
-def _crossed(chat: _Chat, encoded: Encoded, fed: bool) -> list[int]:
-    """The borders of supervised turns that are not borders between tokens."""
-    borders = sorted({place for span in chat.supervised for place in (span.start, span.end)})
-    crossed = [place for place in borders if encoded.cut(place) is None]
-    if borders and borders[0] not in crossed and not fed:
-        crossed.insert(0, borders[0])
-    return crossed
-
-
-def _as_fed(chats: Sequence[_Chat], joint: Sequence[Encoded], tokenizer: Tokenizer) -> list[bool]:
-    """Whether the ids in front of the first supervised turn are those of its prefix alone.
-
-    Text on the two sides of a special token is tokenized apart anyway, so it is enough to look
-    at what stands between the last one and the turn: the same few characters in every row. Where
-    that differs (or there is no such token) the whole prefix is compared.
-    """
-    special = _special_ids(tokenizer)
-    tails = [_tail(chat, encoded, special) for chat, encoded in zip(chats, joint, strict=True)]
-    texts = list({text for text, _ in tails})
-    alone = dict(zip(texts, tokenizer.encode_ids(texts), strict=True))
-    fed = [alone[text] == ids for text, ids in tails]
-    unsure = [i for i, same in enumerate(fed) if not same]
-    starts = [chats[i].supervised[0].start for i in unsure]
-    prefixes = tokenizer.encode_ids(
-        [chats[i].text[:start] for i, start in zip(unsure, starts, strict=True)]
-    )
-    for i, prefix, start in zip(unsure, prefixes, starts, strict=True):
-        fed[i] = joint[i].ids[: joint[i].before(start)] == prefix
-    return fed
-
-
-def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    encoded = tokenizer.encode_ids(sorted(tokenizer.special_tokens))
-    return frozenset(ids[0] for ids in encoded if len(ids) == 1)
-
-
-def _tail(chat: _Chat, encoded: Encoded, special: frozenset[int]) -> tuple[str, list[int]]:
-    """Text and ids from the last special token to the first supervised turn."""
-    if not chat.supervised:  # with compute_loss_on=all nothing is asked of a server
-        return "", []
-    start = chat.supervised[0].start
-    end = encoded.before(start)
-    first = end - 1
-    while first > 0 and encoded.ids[first] not in special:
-        first -= 1
-    begin = encoded.span(first)[0] if first > 0 else 0
-    return chat.text[begin:start], encoded.ids[max(first, 0) : end]
-
-
-def _apart(text: str, cuts: list[int], joint: list[int], tokenizer: Tokenizer) -> _Tokens | None:
-    """The pieces between the cuts tokenized apart, if that changes nothing of the text."""
-    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    wanted = tokenizer.decode(joint, skip_special_tokens=False)
-    for context in ("", *NEUTRAL_CONTEXTS):
-        first, *others = tokenizer.encode_batch([pieces[0], *(context + p for p in pieces[1:])])
-        ids, spans = list(first.ids), [first.span(i) for i in range(len(first.ids))]
-        begins = [encoded.cut(len(context)) for encoded in others]
-        for cut, encoded, begin in zip(cuts, others, begins, strict=True):
-            for i in range(begin or 0, len(encoded.ids)):
-                start, end = encoded.span(i)
-                ids.append(encoded.ids[i])
-                spans.append((start - len(context) + cut, end - len(context) + cut))
-        if None not in begins and tokenizer.decode(ids, skip_special_tokens=False) == wanted:
-            return _Tokens(JoinedEncoded(ids, spans), "context" if context else "separate")
-    return None
-
-
-def _no_boundary(chat: _Chat) -> Rejection:
-    at = chat.supervised[0].start
-    near = chat.text[max(at - 8, 0) : at + 8]
-    return Rejection(chat.row.row_id, REASON_TURN_BOUNDARY, f"near {near!r}")
+        return Rejection(row.row_id, REASON_NO_PROMPT, f"message {supervised[0].message + 1}")
+    masked: list[tuple[int, int]] = []
+    for span in supervised:
+        ranges = row.messages[span.message].masked
+        begin = text.find(row.messages[span.message].content, span.start, span.stop)
+        if ranges and begin < 0:
+            return Rejection(row.row_id, REASON_MASKED_PLACE, f"message {span.message + 1}")
+        masked += [(begin + first, begin + end) for first, end in ranges]
+    return _Chat(row, mode, text, found.spans, weights, supervised, add_eos, found.rule, masked)
 
 
 # Labels -----------------------------------------------------------------------------------------
 
 
-def _example(chat: _Chat, tokens: _Tokens, tokenizer: Tokenizer) -> Example | Rejection:
+def _example(chat: _Chat, tokens: Tokens | NotExact, tokenizer: Tokenizer) -> Example | Rejection:
+    if isinstance(tokens, NotExact):
+        return Rejection(chat.row.row_id, tokens.reason, tokens.detail)
     encoded = tokens.encoded
     ids = np.asarray([*encoded.ids, *([tokenizer.eos_id] * chat.add_eos)], dtype=np.int32)
     bos = tokenizer.bos_id
@@ -293,6 +192,10 @@ def _example(chat: _Chat, tokens: _Tokens, tokenizer: Tokenizer) -> Example | Re
         weights[first:end] = weight
         rules[first:stop] = ASSISTANT if weight else OFF
         rules[stop:end] = STOP if weight else OFF
+    for begin, behind in chat.masked:  # a token that takes in a masked character carries no loss
+        crossed = encoded.cut(behind) is None
+        inside = slice(encoded.before(begin), encoded.before(behind) + crossed)
+        weights[inside], rules[inside] = 0.0, OFF
     weights[0] = 0.0
     rules[0] = BOS if ids[0] == bos else CONTEXT
     if not weights.any():

@@ -21,9 +21,9 @@ from torchprime.data.batch import Batch
 from torchprime.data.leak_report import LeakReport
 from torchprime.data.order import EMPTY_BLOCK, batch_indices
 from torchprime.data.packed import PackedDataset
+from torchprime.data.reasoning import reasoning_policy
 from torchprime.data.rendering import ChatTemplate
 from torchprime.data.report import DataReport
-from torchprime.data.templates import reasoning_policy
 from torchprime.data.tokenize import IGNORED, RULES
 from torchprime.data.tokenizer import Tokenizer
 

@@ -58,11 +58,13 @@ class Message:
     """One turn. `template` is what a chat template sees: role, content, tool_calls and the like.
 
     `content` is a string, or None for an assistant that only calls tools. `weight` scales the loss
-    of an assistant turn, 0 for a turn that is not trained on.
+    of an assistant turn, 0 for a turn that is not trained on. `masked` are the characters
+    [start, end) of `content` that carry no loss.
     """
 
     template: Mapping[str, Any]
     weight: float = 1.0
+    masked: tuple[tuple[int, int], ...] = ()
 
     @property
     def role(self) -> str:

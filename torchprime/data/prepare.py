@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections import Counter, deque
@@ -21,11 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 from torchprime.data import cache
-from torchprime.data.chat import tokenize_chat
+from torchprime.data.chunks import Outcome, Settings, Work, run_in_worker, start_worker
 from torchprime.data.mixture import Share, choose, shares_of
 from torchprime.data.notes import RowNotes
 from torchprime.data.pack import Plan, pack
@@ -36,9 +34,8 @@ from torchprime.data.report import DataReport, SourceReport, describe_rejected, 
 from torchprime.data.row_format import FormatDecision
 from torchprime.data.rows import Row, RowReading, open_rows
 from torchprime.data.sources import SourceSpec, expected_rows, source_fingerprint
-from torchprime.data.store import ExampleStore, StoreWriter, to_record_batch, writing
-from torchprime.data.tokenize import Example, fit_to_block, loss_mode, tokenize_rows
-from torchprime.data.tokenizer import Tokenizer, load_tokenizer
+from torchprime.data.store import ExampleStore, StoreWriter, writing
+from torchprime.data.tokenizer import Tokenizer
 from torchprime.errors import DataError
 
 # Part of every cache key: to be raised whenever the same rows would give other examples or blocks.
@@ -60,22 +57,6 @@ class Part:
     reading: RowReading = RowReading()
     weight: float | None = None
     replay: bool = False
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What rows are made into."""
-
-    block_size: int
-    compute_loss_on: str = "auto"
-    packing: str = "bfd"
-    truncation: str = "drop"
-    max_examples: int | None = None
-    max_rejected_fraction: float = 0.05
-    max_unreadable_rows: int = 0
-    replay_share: float | None = None
-    mixture_by: str = "rows"
-    seed: int = 0  # of the mixture's choice
 
 
 class Side(NamedTuple):
@@ -150,75 +131,6 @@ class _Account:
 
     def total(self, name: str) -> int:
         return sum(getattr(source, name) for source in self.sources.values())
-
-
-class _Outcome(NamedTuple):
-    """What became of a chunk of rows."""
-
-    examples: pa.RecordBatch | None
-    count: int
-    rejected: list[Rejection]
-    truncated: list[str]
-    boundaries: dict[str, int]
-    notes: RowNotes
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What a chunk is tokenized with; travels to the worker processes as two small values."""
-
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    settings: Settings
-
-    def run(self, rows: Sequence[Row]) -> _Outcome:
-        """Tokenize, cut to size and encode one chunk."""
-        s = self.settings
-        texts = [row for row in rows if not row.messages]
-        chats = [row for row in rows if row.messages]
-        results: dict[str, Example | Rejection] = {}
-        for row, result in zip(
-            texts, tokenize_rows(texts, self.tokenizer, s.compute_loss_on), strict=True
-        ):
-            results[row.row_id] = result
-        if chats:
-            assert self.template is not None
-            modes = loss_mode(s.compute_loss_on, chats[0])
-            done = tokenize_chat(chats, self.tokenizer, self.template, modes)
-            for row, result in zip(chats, done, strict=True):
-                results[row.row_id] = result
-        examples: list[Example] = []
-        rejected: list[Rejection] = []
-        for row in rows:
-            result = results[row.row_id]
-            if isinstance(result, Example) and s.packing not in ("bfd_split", "wrapped"):
-                result = fit_to_block(result, s.block_size, s.truncation)
-            if isinstance(result, Example):
-                examples.append(result)
-            else:
-                rejected.append(result)
-        return _Outcome(
-            to_record_batch(examples) if examples else None,
-            len(examples),
-            rejected,
-            [example.row_id for example in examples if example.truncated],
-            dict(Counter(example.boundary for example in examples)),
-            RowNotes(),
-        )
-
-
-_worker: _Work | None = None
-
-
-def _start_worker(folder: Path, template: ChatTemplate | None, settings: Settings) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker = _Work(load_tokenizer(folder), template, settings)
-
-
-def _run_in_worker(rows: list[Row]) -> _Outcome:
-    assert _worker is not None
-    return _worker.run(rows)
 
 
 @dataclass(frozen=True)
@@ -326,6 +238,7 @@ class _Job:
             return CHUNK_ROWS if limit is None else limit - account.total("examples")
 
         for outcome in self._outcomes(_chunks(usable(), missing)):
+            outcome = self._no_more_than(outcome, account)
             tally.examples += outcome.count
             account.truncated += outcome.truncated
             account.boundaries.update(outcome.boundaries)
@@ -335,10 +248,20 @@ class _Job:
             if outcome.examples is not None:
                 writer.write(outcome.examples)
 
-    def _outcomes(self, chunks: Iterator[list[Row]]) -> Iterator[_Outcome]:
+    def _no_more_than(self, outcome: Outcome, account: _Account) -> Outcome:
+        """Cut to max_examples: a row of several answers can give more than was missing."""
+        limit = self.settings.max_examples
+        if limit is None or outcome.examples is None:
+            return outcome
+        room = limit - account.total("examples")
+        if outcome.count <= room:
+            return outcome
+        return outcome._replace(examples=outcome.examples.slice(0, room), count=room)
+
+    def _outcomes(self, chunks: Iterator[list[Row]]) -> Iterator[Outcome]:
         """Of each chunk, in order. The first rows are done here; if there are many, processes
         help."""
-        work = _Work(self.tokenizer, self.template, self.settings)
+        work = Work(self.tokenizer, self.template, self.settings)
         started = time.perf_counter()
         for chunk in chunks:
             yield work.run(chunk)
@@ -352,20 +275,20 @@ class _Job:
         with ProcessPoolExecutor(
             self.workers - 1,  # this process is one of the workers
             mp_context=multiprocessing.get_context("spawn"),  # a fork would copy XLA's threads
-            initializer=_start_worker,
+            initializer=start_worker,
             initargs=(self.tokenizer.folder, self.template, self.settings),
         ) as pool:
             yield from self._shared_out(chain([first], chunks), work, pool)
 
     def _shared_out(
-        self, chunks: Iterator[list[Row]], work: _Work, pool: ProcessPoolExecutor
-    ) -> Iterator[_Outcome]:
+        self, chunks: Iterator[list[Row]], work: Work, pool: ProcessPoolExecutor
+    ) -> Iterator[Outcome]:
         """Every process has a few chunks ahead; when all have, the next one is done here."""
-        pending: deque[Future[_Outcome] | _Outcome] = deque()
+        pending: deque[Future[Outcome] | Outcome] = deque()
         for chunk in chunks:
             open_futures = sum(isinstance(p, Future) and not p.done() for p in pending)
             given_away = open_futures < AHEAD * (self.workers - 1)
-            pending.append(pool.submit(_run_in_worker, chunk) if given_away else work.run(chunk))
+            pending.append(pool.submit(run_in_worker, chunk) if given_away else work.run(chunk))
             too_many = len(pending) > MOST_PENDING * self.workers
             while pending and (too_many or not isinstance(pending[0], Future) or pending[0].done()):
                 yield _result(pending.popleft())
@@ -375,6 +298,8 @@ class _Job:
     def _check(self, account: _Account) -> None:
         """Too many rejected rows, or no example at all, end the run with the counts by reason."""
         rows, rejected = account.total("rows"), sum(map(len, account.rejected.values()))
+        # With turns=branch a row is as many tries as it has answers.
+        tries = max(rows, account.total("examples") + rejected)
         allowed = self.settings.max_rejected_fraction
         where = f"{self.section} ({', '.join(p.source.describe() for p in self.parts)})"
         advice = (
@@ -399,9 +324,10 @@ class _Job:
             )
         if not account.total("examples"):
             raise DataError(f"{where}: none of the {rows:,} rows can be used: {reasons}. {advice}")
-        if rejected / rows > allowed:
+        if rejected / tries > allowed:
             raise DataError(
-                f"{where}: {rejected:,} of {rows:,} rows ({rejected / rows:.1%}) are rejected, "
+                f"{where}: {rejected:,} of {tries:,} {'rows' if tries == rows else 'answers'} "
+                f"({rejected / tries:.1%}) are rejected, "
                 f"dataset.max_rejected_fraction allows {allowed:.1%}: {reasons}. {advice}, or "
                 "raise dataset.max_rejected_fraction if losing them is meant"
             )
@@ -457,7 +383,7 @@ class _Job:
         )
 
 
-def _result(pending: Future[_Outcome] | _Outcome) -> _Outcome:
+def _result(pending: Future[Outcome] | Outcome) -> Outcome:
     return pending.result() if isinstance(pending, Future) else pending
 
 

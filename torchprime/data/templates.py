@@ -2,36 +2,31 @@
 
 A template is jinja source that turns messages into one text. It comes from the tokenizer's own
 folder, from a family shipped in assets/templates, or from a user's file; what trains is what is
-exported. What it renders is in rendering.py, where in it the model speaks in turns.py.
-
-A template that drops the reasoning of earlier turns or adds an empty think block does so in
-training as it does when serving: what `reasoning_policy` says is shown by `inspect`.
+exported. What it renders is in rendering.py, where in it the model speaks in turns.py, what it does
+with reasoning in reasoning.py.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from torchprime.data.messages import Message
-from torchprime.data.own_templates import DEFAULT, own_templates, read_text
 from torchprime.data.records import Rejection
 from torchprime.data.rendering import (
     ChatTemplate,
-    TemplateRefusal,
-    generation_prompt,
-    render,
 )
 from torchprime.data.rows import Row
 from torchprime.data.template_source import check_syntax, checked_options, tells_date
 from torchprime.data.tokenizer import Tokenizer, read_settings, token_named
 from torchprime.data.turns import reserved_texts, turn_spans
-from torchprime.errors import DataError
+from torchprime.errors import CheckpointError, DataError
+from torchprime.template_files import DEFAULT, own_templates, read_text
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "templates"
 OWN = "tokenizer's own"
@@ -101,7 +96,7 @@ def resolve_template(
     return replace(template, warnings=(*warnings, *_warnings(template, tokenizer)))
 
 
-def _bos_text(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> tuple[str, list[str]]:
+def _bos_text(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[str, list[str]]:
     """The text that templates know as bos_token, and a warning where a server knows none."""
     bos = token_named(settings, "bos_token") or ""
     if bos or not tokenizer.add_bos or tokenizer.bos_id is None:
@@ -130,8 +125,8 @@ def _own(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> ChatTemplate | No
     if DEFAULT not in texts:
         raise DataError(
             f"the tokenizer in {tokenizer.folder} has no template named {DEFAULT}, as its other "
-            f"readers expect (found {', '.join(sorted(texts))}). Save the one to train with as a file and set "
-            "dataset.chat_template to its path"
+            f"readers expect (found {', '.join(sorted(texts))}). Save the one to train "
+            "with as a file and set dataset.chat_template to its path"
         )
     others = tuple((name, text) for name, text in texts.items() if name != DEFAULT)
     return ChatTemplate(OWN, texts[DEFAULT], named=others)
@@ -139,7 +134,10 @@ def _own(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> ChatTemplate | No
 
 def _file_text(path: Path) -> str:
     if path.is_file():
-        return read_text(path)
+        try:
+            return read_text(path)
+        except CheckpointError as error:
+            raise DataError(f"dataset.chat_template={path}: {error}") from error
     folder = path.parent
     others = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, others, n=3) or [
@@ -212,57 +210,3 @@ def _warnings_of_rendering(template: ChatTemplate, tokenizer: Tokenizer) -> list
             "generation_config.json: a server stops there only if told to"
         )
     return found
-
-
-# Reasoning --------------------------------------------------------------------------------------
-
-
-def reasoning_policy(template: ChatTemplate) -> str:
-    """What this template does with think blocks, found out on a conversation of two turns."""
-    field = _fate(template, lambda i: {"reasoning_content": f"why{i}", "content": f"say{i}"})
-    inline = _fate(template, lambda i: {"content": f"<think>\nwhy{i}\n</think>\n\nsay{i}"})
-    if field is None or inline is None:
-        return "The template refuses a probe of two turns: what it does with reasoning is unknown."
-    if field == inline:
-        first = f"Reasoning (as reasoning_content or in <think> in the content) is {field}"
-    else:
-        first = (
-            f"Reasoning as reasoning_content is {field}; in <think> in the content it is {inline}"
-        )
-    return f"{first}. {_added(template)}."
-
-
-def _probe(answer: Callable[[int], dict[str, str]]) -> list[dict[str, str]]:
-    return [
-        message
-        for i in (1, 2)
-        for message in ({"role": "user", "content": f"ask{i}"}, {"role": "assistant", **answer(i)})
-    ]
-
-
-def _fate(template: ChatTemplate, answer: Callable[[int], dict[str, str]]) -> str | None:
-    try:
-        text = render(template, _probe(answer))
-    except TemplateRefusal:
-        return None
-    kept = ("why1" in text, "why2" in text)
-    return {
-        (True, True): "kept in every turn",
-        (False, True): "kept in the last turn and dropped from earlier ones",
-        (True, False): "dropped from the last turn and kept in earlier ones",
-        (False, False): "dropped",
-    }[kept]
-
-
-def _added(template: ChatTemplate) -> str:
-    """Think blocks that the template writes where a row has no reasoning."""
-    text = render(template, _probe(lambda i: {"content": f"say{i}"}))
-    first, _, rest = text.partition("say1")
-    added = ["earlier turns"] if "<think>" in first else []
-    added += ["the last turn"] if "<think>" in rest.partition("say2")[0] else []
-    where = (
-        f"gets an empty think block in {' and '.join(added)}" if added else "gets no think block"
-    )
-    asked = generation_prompt(template)
-    opened = "; the generation prompt opens one" if "<think>" in asked else ""
-    return f"A conversation without reasoning {where}{opened}"

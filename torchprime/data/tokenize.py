@@ -145,7 +145,9 @@ def _example(row: Row, parts: _Parts, tokenizer: Tokenizer, mode: str) -> Exampl
     if ids[-1] != tokenizer.eos_id:
         ids.append(tokenizer.eos_id)
     added_bos = len(tokenizer.with_bos(parts.prompt)) - len(parts.prompt)
-    first = added_bos + len(parts.prompt) if row.kind != "text" else 1
+    first = added_bos + len(parts.prompt)
+    if row.kind == "text":
+        first = max(first, 1)  # the first token of all has no predecessor
     if first == 0:
         return Rejection(row.row_id, REASON_UNPREDICTED)
     if row.weight == 0:

@@ -9,16 +9,22 @@ exactly or rejects the row:
              prompt, ends, if the whole text begins with that. It ends at the first special token
              after its content; the content's end shows when every turn is rendered again with a
              word appended. A turn with tool calls ends where the rendering up to it does.
+
+Either way the text in front of every turn that carries loss is then compared with what a server
+feeds for that turn: the messages before it, rendered with the generation prompt. Where the last
+turn alone is wanted and the template writes it otherwise than a server asks for it (it feeds an
+opened <think> that no rendering has), the row's own answer is put behind the fed text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from torchprime.data.reasoning import reasoning_of
 from torchprime.data.records import Rejection
 from torchprime.data.rendering import (
     ChatTemplate,
@@ -29,12 +35,18 @@ from torchprime.data.rendering import (
     render_with_marks,
 )
 from torchprime.data.rows import Row
+from torchprime.data.structure import structure_of
 from torchprime.data.tokenizer import Tokenizer
 
 REASON_REFUSED = "the chat template refuses the conversation"
 REASON_MARKS = "generation marks and assistant turns differ in number"
 REASON_NO_SPAN = "the assistant turn's span cannot be derived exactly"
 REASON_LEFT_OUT = "the chat template leaves out what the assistant says"
+REASON_NOT_SERVED = "the text in front of an assistant turn is not what a server feeds"
+NO_SYSTEM = "the chat template leaves out the system turn"
+NO_TOOLS = "the chat template leaves out the tools"
+NO_REASONING = "the chat template leaves out the reasoning of a turn"
+SHOWN_CHARACTERS = 48
 
 SENTINEL = "zqSentinel{}Qz"
 
@@ -55,11 +67,12 @@ class Span:
 @dataclass(frozen=True)
 class Rendering:
     """A conversation's whole text, the spans of its assistant turns and the rule that found
-    them, "marks" or "derived"."""
+    them: "marks", "derived" or "answer". `left_out` are NO_SYSTEM and the like."""
 
     text: str
     spans: list[Span]
     rule: str
+    left_out: tuple[str, ...] = ()
 
 
 # Special tokens in a text -----------------------------------------------------------------------
@@ -119,24 +132,44 @@ def reserved_texts(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[st
 
 
 def turn_spans(
-    template: ChatTemplate, row: Row, stop_texts: frozenset[str], last_only: bool = False
+    template: ChatTemplate,
+    row: Row,
+    stop_texts: frozenset[str],
+    last_only: bool = False,
+    served: bool = True,
 ) -> Rendering | Rejection:
-    """A row's text and the span of each assistant turn, or of the last one alone.
+    """Find a row's text and the span of each assistant turn, or of the last one alone.
 
     Args:
         stop_texts: what can be a stop token, see `reserved_texts`.
+        served: compare what stands in front of each turn that carries loss with what a server
+            feeds for it.
     """
+    template = template.for_tools(row.tools)
     messages = as_served([message.template for message in row.messages])
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    find = _marked_spans if template.has_generation_marks else _derived_spans
+    chat = _Conversation(template, messages, row.tools, stop_texts, turns)
+    learned = {i for i in turns if row.messages[i].weight > 0} if served else set()
     try:
-        found = find(_Conversation(template, messages, row.tools, stop_texts, turns), last_only)
+        found = _served_spans(chat, learned, last_only)
     except TemplateRefusal as refusal:
         return Rejection(row.row_id, REASON_REFUSED, str(refusal))
     except _NoSpan as problem:
         return Rejection(row.row_id, problem.reason, problem.detail)
-    problem = _left_out(found, messages)
-    return Rejection(row.row_id, REASON_LEFT_OUT, problem) if problem else found
+    problem = _unsaid(found, messages)
+    if problem:
+        return Rejection(row.row_id, REASON_LEFT_OUT, problem)
+    return replace(found, left_out=_left_out(chat, found.text))
+
+
+def _served_spans(chat: _Conversation, learned: set[int], last_only: bool) -> Rendering:
+    find = _marked_spans if chat.template.has_generation_marks else _derived_spans
+    try:
+        return _as_fed(chat, find(chat, last_only), learned)
+    except _NoSpan as problem:
+        if last_only and chat.turns and problem.reason in (REASON_NOT_SERVED, REASON_LEFT_OUT):
+            return _answer_behind_prompt(chat, chat.turns[-1], problem)
+        raise
 
 
 class _NoSpan(Exception):
@@ -160,13 +193,17 @@ class _Conversation:
     def render(self, messages: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
         return render(self.template, messages, self.tools, ask)
 
+    def fed(self, turn: int) -> str:
+        """The text that a server feeds for this turn."""
+        return self.render_up_to(turn, ask=True)
+
     def render_up_to(self, count: int, ask: bool = False) -> str:
         """The first messages alone; a template that refuses them gives nothing to go by."""
         try:
             return self.render(self.messages[:count], ask)
         except TemplateRefusal as refusal:
             raise _NoSpan(
-                REASON_NO_SPAN, f"message {count - 1 + ask}: without what follows, {refusal}"
+                REASON_NO_SPAN, f"message {count + ask}: without what follows, {refusal}"
             ) from refusal
 
     def with_message(self, index: int, **changed: Any) -> list[Mapping[str, Any]]:
@@ -240,12 +277,9 @@ def _derived_spans(chat: _Conversation, last_only: bool) -> Rendering:
     contents = _content_ends(chat, text)
     spans: list[Span] = []
     for turn in chat.turns[-1 if last_only else 0 :]:
-        prompt = chat.render_up_to(turn, ask=True)
+        prompt = chat.fed(turn)
         if not text.startswith(prompt):
-            raise _NoSpan(
-                REASON_NO_SPAN,
-                f"message {turn}: the text does not begin with what a server would feed for it",
-            )
+            raise _not_served(turn, text, prompt)
         # A turn that calls tools ends behind the calls, wherever its content is.
         if turn in contents:
             stop, end = _end_of_content(chat, text, turn, contents[turn])
@@ -311,7 +345,7 @@ def _end_of_content(chat: _Conversation, text: str, turn: int, content_end: int)
             return content_end + closing[0], content_end + closing[1]
         if not alone[content_end:].strip():
             return content_end, content_end
-    raise _NoSpan(REASON_NO_SPAN, f"message {turn}: what ends the turn cannot be told")
+    raise _NoSpan(REASON_NO_SPAN, f"message {turn + 1}: what ends the turn cannot be told")
 
 
 def _end_of_calls(chat: _Conversation, text: str, turn: int, start: int) -> tuple[int, int]:
@@ -321,7 +355,7 @@ def _end_of_calls(chat: _Conversation, text: str, turn: int, start: int) -> tupl
     that rendering (a template may treat the last message in its own way), the same closing must
     stand behind the arguments of the last call, whose place shows when they are exchanged.
     """
-    failed = _NoSpan(REASON_NO_SPAN, f"message {turn}: what ends the turn cannot be told")
+    failed = _NoSpan(REASON_NO_SPAN, f"message {turn + 1}: what ends the turn cannot be told")
     alone = chat.render_up_to(turn + 1)
     closing = chat.stops.at_end(alone)
     if closing is None or not chat.messages[turn].get("tool_calls"):
@@ -360,24 +394,117 @@ def _common_end(text: str, other: str) -> int:
     return low
 
 
+def _as_fed(chat: _Conversation, found: Rendering, learned: set[int]) -> Rendering:
+    """Let every turn that carries loss begin where the text that a server feeds for it ends.
+
+    Spans of derived turns begin there already.
+    """
+    if found.rule == "derived":
+        return found
+    structure = structure_of(chat.template.text, chat.messages, chat.tools)
+    spans, before = [], 0
+    for span in found.spans:
+        # A conversation that begins with an answer was asked for by nobody.
+        if span.message in learned and span.message > 0:
+            key = structure and (chat.template, structure.before(span.message))
+            moved = _moved.get(key)
+            if moved is None:
+                moved = _compare_with_fed(chat, found.text, span, before)
+                if key is not None and len(_moved) < MOST_STRUCTURES:
+                    _moved[key] = moved
+            span = replace(span, start=span.start + moved)
+        spans.append(span)
+        before = span.end
+    return replace(found, spans=spans)
+
+
+# By structure, how far a turn begins behind its mark.
+_moved: dict[Hashable, int] = {}
+MOST_STRUCTURES = 50_000
+
+
+def _compare_with_fed(chat: _Conversation, text: str, span: Span, before: int) -> int:
+    """How far behind its mark a turn begins: where the text fed for it ends."""
+    fed = chat.fed(span.message)
+    if not text.startswith(fed) or not before <= len(fed) <= span.stop:
+        raise _not_served(span.message, text[: span.start], fed)
+    return len(fed) - span.start
+
+
+def _not_served(turn: int, text: str, fed: str) -> _NoSpan:
+    """Both texts from a little before the place where they part."""
+    pairs = zip(text, fed, strict=False)
+    at = next((i for i, (mine, its) in enumerate(pairs) if mine != its), min(len(text), len(fed)))
+    begin = max(at - 16, 0)
+    mine, its = (each[begin : begin + SHOWN_CHARACTERS] for each in (text, fed))
+    return _NoSpan(
+        REASON_NOT_SERVED,
+        f"message {turn + 1}: a server feeds {its!r}, the whole text has {mine!r}",
+    )
+
+
+def _answer_behind_prompt(chat: _Conversation, turn: int, problem: _NoSpan) -> Rendering:
+    """The last turn's own words behind what a server feeds for it.
+
+    The template may open a think block in the generation prompt and write none in a finished turn,
+    or cut the reasoning out of a finished turn. A model that is asked continues the fed text, so
+    the row's answer has to begin with what is fed beyond the header.
+    """
+    content = chat.messages[turn].get("content") or ""
+    if chat.messages[turn].get("tool_calls") or not content.strip():
+        raise problem
+    word = SENTINEL.format("")
+    header, found, closing = chat.render(
+        chat.with_message(turn, content=word)[: turn + 1]
+    ).partition(word)
+    fed = chat.fed(turn)
+    stop = chat.stops.after(closing, 0)
+    opened = fed[len(header) :]
+    if not found or not fed.startswith(header) or not content.startswith(opened):
+        raise problem
+    text = fed + content[len(opened) :]
+    start, end = (len(text), len(text)) if stop is None else (len(text) + s for s in stop)
+    whole = text + closing[: 0 if stop is None else stop[1]]
+    return Rendering(whole, [Span(turn, len(fed), end, start)], "answer")
+
+
 def _verified(text: str, spans: list[Span], rule: str) -> Rendering:
     position = 0
     for span in spans:
         if not position <= span.start <= span.stop <= span.end <= len(text):
-            raise _NoSpan(REASON_NO_SPAN, f"message {span.message}: the turns are not in order")
+            raise _NoSpan(REASON_NO_SPAN, f"message {span.message + 1}: the turns are not in order")
         position = span.end
     return Rendering(text, spans, rule)
 
 
-def _left_out(found: Rendering, messages: Sequence[Mapping[str, Any]]) -> str:
+def _unsaid(found: Rendering, messages: Sequence[Mapping[str, Any]]) -> str:
     """What of an assistant's words or calls its span does not show; reasoning may go missing."""
     for span in found.spans:
         message, shown = messages[span.message], found.text[span.start : span.end]
         content = message.get("content")
         if isinstance(content, str) and content.rpartition("</think>")[2].strip() not in shown:
-            return f"message {span.message}: its content"
+            return f"message {span.message + 1}: its content"
         for call in message.get("tool_calls") or ():
-            function = call.get("function", call) if isinstance(call, Mapping) else {}
-            if str(function.get("name", "")) not in shown:
-                return f"message {span.message}: the call of {function.get('name')}"
+            if _function_name(call) not in shown:
+                return f"message {span.message + 1}: the call of {_function_name(call)}"
     return ""
+
+
+def _left_out(chat: _Conversation, text: str) -> tuple[str, ...]:
+    """What of the row the text does not show, although no answer misses it."""
+    found = []
+    roles = ("system", "developer")
+    instructions = (m.get("content") or "" for m in chat.messages if m.get("role") in roles)
+    if any(said.strip() not in text for said in instructions):
+        found.append(NO_SYSTEM)
+    if chat.tools and not any(_function_name(tool) in text for tool in chat.tools):
+        found.append(NO_TOOLS)
+    if any(reasoning_of(message).strip() not in text for message in chat.messages):
+        found.append(NO_REASONING)
+    return tuple(found)
+
+
+def _function_name(value: Any) -> str:
+    """The name in a tool's schema or in a call."""
+    function = value.get("function", value) if isinstance(value, Mapping) else {}
+    return str(function.get("name", "")) if isinstance(function, Mapping) else ""

@@ -18,16 +18,20 @@ from typing import Any, NamedTuple
 
 from torchprime.config.schema import DatasetConfig, EvalConfig, MixturePart, TrainConfig
 from torchprime.data import cache
+from torchprime.data.branches import WHOLE, row_of
+from torchprime.data.chunks import Settings
 from torchprime.data.leak_report import LeakReport
 from torchprime.data.leaks import find_leaks
+from torchprime.data.marked_text import Markers
 from torchprime.data.packed import PackedDataset
-from torchprime.data.prepare import DATA_VERSION, Part, Settings, Side, prepare_dataset
+from torchprime.data.prepare import DATA_VERSION, Part, Side, prepare_dataset
 from torchprime.data.rendering import ChatTemplate, render
 from torchprime.data.report import DataReport
 from torchprime.data.rows import Row, RowReading, open_rows
 from torchprime.data.shingles import TextRow
 from torchprime.data.sources import SourceSpec
 from torchprime.data.split import SplitRule, content_text, plan_split
+from torchprime.data.templates import resolve_template
 from torchprime.data.tokenizer import Tokenizer
 from torchprime.errors import DataError
 
@@ -47,9 +51,11 @@ class RunData:
     leaks: LeakReport | None
 
     def rejected_heldout(self) -> set[str]:
-        """Ids of the held-out rows that the preparation left out."""
+        """Ids of the held-out rows that the preparation left out, wholly or an answer of them."""
         report = self.heldout_report
-        return set() if report is None else {i for ids in report.rejected.values() for i in ids}
+        found = [] if report is None else report.rejected.values()
+        apart = self.sources.dataset.turns != WHOLE
+        return {row_of(i) if apart else i for ids in found for i in ids}
 
     def reports(self) -> dict[str, Any]:
         """data_report.json."""
@@ -171,6 +177,25 @@ def question_of(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None) -
     return Question(row.messages[last - 1].content, ids, row.messages[last].content)
 
 
+def template_of(
+    dataset: DatasetConfig, tokenizer: Tokenizer, date: str | None = None
+) -> ChatTemplate | None:
+    """Return the chat template that a dataset section asks for, or the tokenizer's own.
+
+    Args:
+        date: for templates that write one; dataset.template_date goes before it, today behind it.
+
+    Raises:
+        DataError: there is no such template, or it does not read an option.
+    """
+    return resolve_template(
+        dataset.chat_template,
+        tokenizer,
+        options=dataset.template_options,
+        date=dataset.template_date or date,
+    )
+
+
 def prepare_run_data(
     config: TrainConfig,
     tokenizer: Tokenizer,
@@ -194,6 +219,10 @@ def prepare_run_data(
         max_unreadable_rows=d.max_unreadable_rows,
         replay_share=d.replay_share,
         mixture_by=d.mixture_by,
+        turns=d.turns,
+        reasoning=d.reasoning,
+        special_tokens_in_text=d.special_tokens_in_text,
+        markers=_markers(d),
         seed=config.seed if d.mixture else 0,
     )
     workers = d.num_proc or min(MOST_WORKERS, os.cpu_count() or 1)
@@ -241,6 +270,12 @@ def _source(
         split=split,
         cache_dir=cache_dir,
     )
+
+
+def _markers(dataset: DatasetConfig) -> Markers | None:
+    if dataset.response_marker is None:
+        return None
+    return Markers(dataset.response_marker, dataset.instruction_marker)
 
 
 def _rows_of(part: Part, section: str) -> Iterator[Row]:

@@ -10,7 +10,6 @@ A checkpoint keeps the small files and the facts of an export, so that one can b
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from torchprime.checkpoint.hf_files import FACTS, ExportFacts, write_hf_files
 from torchprime.checkpoint.logits import PROMPT_TOKENS, PromptLogits, encode_prompts, no_room
 from torchprime.checkpoint.reader import TensorReader
 from torchprime.checkpoint.storage import FolderWriter
+from torchprime.data.rendering import ChatTemplate, text_hash
 from torchprime.training.backend import Backend
 from torchprime.training.model_files import ModelFiles
 
@@ -42,14 +42,14 @@ class Exporter:
         dtype: torch.dtype,
         max_shard_bytes: int,
         card_facts: Mapping[str, Any],
-        chat_template: str | None,
+        template: ChatTemplate | None,
         stop_ids: Sequence[int],
         fingerprints: Mapping[str, str | None],
         say: Callable[[str], None],
     ) -> None:
         self.files, self.dtype, self.max_shard_bytes = files, dtype, max_shard_bytes
         self.card_facts, self.fingerprints, self.say = card_facts, fingerprints, say
-        self.chat_template, self.stop_ids = chat_template, stop_ids
+        self.template, self.stop_ids = template, stop_ids
 
     def check(self, out: Path) -> None:
         """Raise what `write` would raise about the target, before the run."""
@@ -61,7 +61,7 @@ class Exporter:
             tokenizer_folder=self.files.tokenizer.folder,
             eos_token_id=self.files.tokenizer.eos_id,
             max_shard_bytes=self.max_shard_bytes,
-            chat_template=self.chat_template,
+            chat_templates=None if self.template is None else self.template.texts,
         )
 
     @staticmethod
@@ -72,14 +72,16 @@ class Exporter:
 
     def facts(self, step: int | None, metrics: Mapping[str, Any]) -> ExportFacts:
         """What an export of the weights after `step` updates has to know."""
-        template = self.chat_template
+        template = self.template
         folder = self.files.folder
         return ExportFacts(
             spec=dict(self.files.shapes),
             dtype=self.dtype,
             max_shard_bytes=self.max_shard_bytes,
             stop_ids=tuple(sorted({self.files.tokenizer.eos_id, *self.stop_ids})),
-            template=None if template is None else hashlib.sha256(template.encode()).hexdigest(),
+            template=None if template is None else text_hash(template.text),
+            tools_template=None if template is None else text_hash(template.for_tools([{}]).text),
+            template_options={} if template is None else template.option_values,
             base_model=self.card_facts.get("base_model"),
             base_folder=None if folder is None else str(folder.absolute()),
             step=step,
@@ -190,7 +192,7 @@ class Exporter:
             eos_token_id=self.files.tokenizer.eos_id,
             generation_config=self._generation_config(),
             card=facts.card_text(),
-            chat_template=self.chat_template,
+            chat_templates=None if self.template is None else self.template.texts,
         )
 
     def _generation_config(self) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from torchprime.atomic import write_text
 from torchprime.checkpoint.catalog import STEP, Catalog
-from torchprime.checkpoint.manifest import Manifest
+from torchprime.checkpoint.manifest import Manifest, read_manifest
 from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.storage import MANIFEST, LocalStorage, Storage
 from torchprime.errors import CheckpointError
@@ -131,6 +131,25 @@ def _foreign(place: str) -> ResumePoint:
 def _split(place: str) -> tuple[Storage, str]:
     parent, _, name = place.rstrip("/").rpartition("/")
     return Storage.of(parent or "."), name
+
+
+def recorded_date(source: str, catalog: Catalog) -> str | None:
+    """Return the date that the run to go on with renders its chat template with, if it has one.
+
+    Only that is looked for: whether the checkpoint is whole is found out later.
+    """
+    storage, name = catalog.storage, None
+    if source == "auto" and (steps := catalog.steps()):
+        name = catalog.name_of(steps[-1])
+    elif source.isdigit():
+        name = catalog.name_of(int(source))
+    elif source not in ("auto", "never"):
+        storage, name = _split(source)
+    try:
+        config = {} if name is None else read_manifest(storage, name).config
+    except CheckpointError:
+        return None
+    return config.get("dataset", {}).get("template_date")
 
 
 def check_writable(storage: Storage) -> None:

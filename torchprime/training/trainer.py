@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ from torchprime.checkpoint.lock import run_lock
 from torchprime.checkpoint.manifest import Manifest
 from torchprime.checkpoint.storage import FolderWriter, Storage
 from torchprime.config.schema import TrainConfig
-from torchprime.data.templates import resolve_template
 from torchprime.errors import ConfigError, DivergedError, UserError
 from torchprime.evaluation.before_after import table_lines
 from torchprime.evaluation.behaviour import EVALUATIONS
@@ -36,7 +36,7 @@ from torchprime.training import resuming, run_folder
 from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend, StepNumbers
 from torchprime.training.changes import find_changes, refuse_changes
-from torchprime.training.datasets import prepare_run_data
+from torchprime.training.datasets import prepare_run_data, template_of
 from torchprime.training.evaluating import make_choosing, make_evaluation, make_graders
 from torchprime.training.exporting import Exporter
 from torchprime.training.facts import make_manifest, metrics_at, run_facts
@@ -158,7 +158,7 @@ class Trainer:
                 f"note: dataset.block_size={c.dataset.block_size} is beyond the model's "
                 f"max_position_embeddings={longest}; positions past it were never trained."
             )
-        self.template = resolve_template(c.dataset.chat_template, self.files.tokenizer)
+        c = self._choose_template()
         self.rows = prepare_run_data(c, self.files.tokenizer, self.template, self.say)
         self.data = self.rows.train
         self.stop_ids = tuple(sorted({self.files.tokenizer.eos_id, *self.data.stop_ids()}))
@@ -187,6 +187,17 @@ class Trainer:
         self.say(f"  attention    {self.backend.attention} ({self.backend.attention_why})")
         self.say(f"  loss         {self.backend.loss} ({self.backend.loss_why})")
 
+    def _choose_template(self) -> TrainConfig:
+        """Find the chat template; a date that it writes becomes part of the config, so that a
+        resumed run has the same one."""
+        c = self.config
+        date = resuming.recorded_date(c.resume.source, self.catalog)
+        self.template = template_of(c.dataset, self.files.tokenizer, date)
+        if self.template is not None and self.template.date:
+            dataset = replace(c.dataset, template_date=self.template.date)
+            self.config = replace(c, dataset=dataset)
+        return self.config
+
     def weights(self) -> Callable[[str], Tensor]:
         """Where initial values come from: the checkpoint if one is named, else random."""
         if self.files.folder is None:
@@ -209,9 +220,7 @@ class Trainer:
                 "versions": run_folder.versions(),
             },
             # Only what was trained on replaces the tokenizer's own template.
-            chat_template=self.template.text
-            if self.template is not None and self.rows.report.has_chats
-            else None,
+            template=self.template if self.rows.report.has_chats else None,
             stop_ids=self.stop_ids,
             fingerprints={
                 **self.rows.fingerprints(),

@@ -92,7 +92,7 @@ def certified(export, llama, tuned, trained, facts, tmp_path) -> Callable[..., A
         writing = dict(
             weights=iter((tensors or tuned).items()),
             max_shard_bytes=30_000,
-            chat_template=TEMPLATE,
+            chat_templates={"default": TEMPLATE},
             certify=partial(certify, **{**arguments, **changes}),
         )
         return export(tmp_path / "out", llama, **{**writing, **(write or {})})
@@ -264,12 +264,12 @@ def test_a_base_of_another_shape_fails(certified, tied_llama) -> None:
 
 
 def test_another_chat_template_fails(certified) -> None:
-    result = certified(write={"chat_template": TEMPLATE + " "})
+    result = certified(write={"chat_templates": {"default": TEMPLATE + " "}})
     refused(result, "chat template", "chat_template.jinja", template_hash())
 
 
 def test_a_missing_chat_template_fails(certified) -> None:
-    refused(certified(write={"chat_template": None}), "chat template", "here is none")
+    refused(certified(write={"chat_templates": {}}), "chat template", "here is none")
 
 
 def test_a_stop_token_that_no_server_knows_fails(certified, facts) -> None:

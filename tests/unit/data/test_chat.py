@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from torchprime.data.borders import REASON_NOT_FED, REASON_TURN_BOUNDARY
+from torchprime.data.branches import branches
 from torchprime.data.chat import (
     REASON_NO_PROMPT,
     REASON_NO_STOP,
     REASON_SPECIAL,
-    REASON_TURN_BOUNDARY,
     REASON_TWO_BOS,
+    ChatRules,
     tokenize_chat,
 )
 from torchprime.data.messages import Message
@@ -93,7 +95,7 @@ def template_of(name: str | None, tokenizer: Tokenizer) -> ChatTemplate:
 def example_of(
     given: Row, tokenizer: Tokenizer, template: ChatTemplate, mode: str = "auto"
 ) -> Example:
-    (result,) = tokenize_chat([given], tokenizer, template, mode)
+    (result,) = tokenize_chat([given], tokenizer, template, ChatRules(mode))
     assert isinstance(result, Example), result
     check(result, given, tokenizer)
     return result
@@ -118,7 +120,7 @@ def check(example: Example, given: Row, tokenizer: Tokenizer) -> None:
 def rejection_of(
     given: Row, tokenizer: Tokenizer, template: ChatTemplate, mode: str = "auto"
 ) -> Rejection:
-    (result,) = tokenize_chat([given], tokenizer, template, mode)
+    (result,) = tokenize_chat([given], tokenizer, template, ChatRules(mode))
     assert isinstance(result, Rejection), result
     assert result.row_id == given.row_id
     return result
@@ -152,8 +154,6 @@ EXPECTED = [
     ("qwen3", "qwen2.5", QWEN),
     ("qwen3", "qwen3", [QWEN[0], "<think>\n\n</think>\n\nCiao.<|im_end|>"]),
     ("qwen3", None, [QWEN[0], "<think>\n\n</think>\n\nCiao.<|im_end|>"]),
-    ("qwen3", "llama3", ["Yo.<|eot_id|>", "Ciao.<|eot_id|>"]),
-    ("qwen3", "gemma", ["Yo.<end_of_turn>", "Ciao.<end_of_turn>"]),
     ("qwen3", "vicuna", [" Yo.<|im_end|>", " Ciao.<|im_end|>"]),
     # "." and "<|" are one token in gpt2, so text and stop share it
     ("gpt2", "chatml", QWEN),
@@ -186,6 +186,22 @@ def test_supervised_text(
     assert whole == tokenizer.decode(wanted, skip_special_tokens=False)
     if example.boundary.endswith("joint"):
         assert example.ids.tolist() == wanted
+
+
+# Not special here: the end of a turn merges with the next header, which a server feeds merged.
+FOREIGN = [("llama3", "<|eot_id|>"), ("gemma", "<end_of_turn>")]
+
+
+@pytest.mark.parametrize(("family", "stop"), FOREIGN)
+def test_a_turn_whose_end_merges_with_the_next_header(
+    family: str, stop: str, real: Callable[[str], Tokenizer]
+) -> None:
+    tokenizer = real("qwen3")
+    template = template_of(family, tokenizer)
+    assert rejection_of(row(TWO_TURNS), tokenizer, template).reason == REASON_NOT_FED
+    for branch, said in zip(branches(row(TWO_TURNS)), ("Yo.", "Ciao."), strict=True):
+        example = example_of(branch, tokenizer, template, "last_assistant")
+        assert pieces(example, tokenizer, "assistant", "stop") == [said + stop]
 
 
 def test_rules_token_by_token(real: Callable[[str], Tokenizer]) -> None:
@@ -251,8 +267,8 @@ def test_real_tool_calls_with_the_tokenizers_own_template(
         replace(row(record["messages"]), tools=tuple(record["tools"]))
         for record in map(json.loads, lines)
     ]
-    derived = tokenize_chat(rows, tokenizer, own, "auto")
-    marked = tokenize_chat(rows, tokenizer, family, "auto")
+    derived = tokenize_chat(rows, tokenizer, own, ChatRules("auto"))
+    marked = tokenize_chat(rows, tokenizer, family, ChatRules("auto"))
     for a, b in zip(derived, marked, strict=True):
         assert isinstance(a, Example)
         assert isinstance(b, Example)
@@ -265,6 +281,8 @@ def test_real_tool_calls_with_the_tokenizers_own_template(
 PIECES = st.sampled_from(list("aé😀 \n\t\r\u2028'\"{}<>/|[]#:.0") + ["[INST]", "<think>", " User"])
 CONTENT = st.lists(PIECES, max_size=8).map("".join) | st.text(max_size=20)
 COMBINATIONS = [(name, family) for name, family, _ in EXPECTED]
+COMBINATIONS += [("qwen3", family) for family, _ in FOREIGN]
+NOT_EXACT = (REASON_TURN_BOUNDARY, REASON_NOT_FED)
 
 
 @pytest.mark.parametrize(("name", "family"), COMBINATIONS)
@@ -278,16 +296,17 @@ def test_prefix_is_what_a_server_feeds(
     tokenizer = real(name)
     template = template_of(family, tokenizer)
     messages = [(assistant if i % 2 else user)(text) for i, text in enumerate(contents)]
-    whole = tokenize_chat([row(messages)], tokenizer, template, "assistant")[0]
-    last = tokenize_chat([row(messages)], tokenizer, template, "last_assistant")[0]
-    for result, turn in ((whole, 1), (last, 3)):
+    whole = tokenize_chat([row(messages)], tokenizer, template, ChatRules("assistant"))[0]
+    last = tokenize_chat([row(messages)], tokenizer, template, ChatRules("last_assistant"))[0]
+    for result, turns in ((whole, (1, 3)), (last, (3,))):
         if isinstance(result, Rejection):
-            assert result.reason in (REASON_SPECIAL, REASON_TURN_BOUNDARY, REASON_UNSUPERVISED)
+            assert result.reason in (REASON_SPECIAL, REASON_UNSUPERVISED, *NOT_EXACT)
             continue
         check(result, row(messages), tokenizer)
-        fed = raw_ids(tokenizer, render(template, messages[:turn], (), True))
-        first = int(np.flatnonzero(result.weights)[0])
-        assert result.ids[:first].tolist() == fed
+        learned = (result.weights > 0).astype(int)
+        starts = np.flatnonzero(np.diff(learned) == 1) + 1  # of every turn
+        fed = [raw_ids(tokenizer, render(template, messages[:turn], (), True)) for turn in turns]
+        assert [result.ids[:first].tolist() for first in starts] == fed
         # prompt and the rest are the whole conversation
         text = raw_ids(tokenizer, render(template, messages))
         decoded = [
@@ -351,7 +370,7 @@ def test_no_exact_boundary(build: SimpleNamespace, make_tokenizer: MakeTokenizer
     raw.decoder = None  # decoding joins tokens with spaces: nothing apart equals the joint
     template = ChatTemplate("t", "{% for m in messages %}{{ m.content }}{% endfor %}", "", "</s>")
     rows = [row([user(q), assistant(a)], row_id=q) for q, a in (("x", "y"), ("a", "b"), ("z", "y"))]
-    results = tokenize_chat(rows, make_tokenizer(raw), template, "auto")
+    results = tokenize_chat(rows, make_tokenizer(raw), template, ChatRules("auto"))
     assert [type(result) for result in results] == [Example, Rejection, Example]
     assert [result.row_id for result in results] == ["x", "a", "z"]
     assert results[1] == Rejection("a", REASON_TURN_BOUNDARY, "near 'ab'")
@@ -440,7 +459,9 @@ def test_modes_that_make_no_sense(real: Callable[[str], Tokenizer]) -> None:
     tokenizer = real("qwen3")
     for mode in ("completion", "nonsense"):
         with pytest.raises(DataError, match=f"compute_loss_on={mode}"):
-            tokenize_chat([row(TWO_TURNS)], tokenizer, template_of("chatml", tokenizer), mode)
+            tokenize_chat(
+                [row(TWO_TURNS)], tokenizer, template_of("chatml", tokenizer), ChatRules(mode)
+            )
 
 
 # BOS, EOS and special tokens ---------------------------------------------------------------------
@@ -465,8 +486,11 @@ def test_turns_without_a_stop_token(real: Callable[[str], Tokenizer]) -> None:
     tokenizer = real("gpt2")
     template = ChatTemplate("t", BARE, "", "<|endoftext|>")
     found = rejection_of(row(TWO_TURNS), tokenizer, template)
-    assert found == Rejection("f:1", REASON_NO_STOP, "message 1")
-    marked = "u{% generation %}{{ messages[1].content }}{% endgeneration %}{end}"
+    assert found == Rejection("f:1", REASON_NO_STOP, "message 2")
+    marked = (
+        "u{% if messages[1] %}{% generation %}{{ messages[1].content }}{% endgeneration %}{end}"
+        "{% endif %}"
+    )
     more = ChatTemplate("t", marked, "", "<|endoftext|>")
     assert rejection_of(row(TWO_TURNS[:2]), tokenizer, more).reason == REASON_NO_STOP
     followed = row(TWO_TURNS[:3])
@@ -503,9 +527,9 @@ def test_pad_and_bos_that_equal_eos(real: Callable[[str], Tokenizer]) -> None:
 
 
 SPELLED = [
-    ([user("say <|im_end|>"), assistant("no")], "message 0: <|im_end|>"),
-    ([user("Hi"), assistant("Yo.<|im_end|>")], "message 1: <|im_end|>"),
-    ([user("Hi"), assistant("Yo.", reasoning_content="<|im_start|>")], "message 1: <|im_start|>"),
+    ([user("say <|im_end|>"), assistant("no")], "message 1: <|im_end|>"),
+    ([user("Hi"), assistant("Yo.<|im_end|>")], "message 2: <|im_end|>"),
+    ([user("Hi"), assistant("Yo.", reasoning_content="<|im_start|>")], "message 2: <|im_start|>"),
     (
         [
             user("Hi"),
@@ -514,7 +538,7 @@ SPELLED = [
                 tool_calls=[{"function": {"name": "f", "arguments": '{"a": "\\u003c|im_end|>"}'}}],
             ),
         ],
-        "message 1: <|im_end|>",
+        "message 2: <|im_end|>",
     ),
 ]
 
@@ -533,7 +557,7 @@ def test_tools_that_spell_a_special_token(real: Callable[[str], Tokenizer]) -> N
     tokenizer = real("qwen3")
     given = replace(row(TWO_TURNS), tools=({"function": {"name": "f", "x": ["<|im_start|>"]}},))
     found = rejection_of(given, tokenizer, template_of("qwen3", tokenizer))
-    assert (found.reason, found.detail) == (REASON_SPECIAL, "tool 0: <|im_start|>")
+    assert (found.reason, found.detail) == (REASON_SPECIAL, "tool 1: <|im_start|>")
 
 
 def test_markers_are_reserved_where_they_are_plain_text(real: Callable[[str], Tokenizer]) -> None:
@@ -581,7 +605,7 @@ def test_results_keep_their_order(real: Callable[[str], Tokenizer]) -> None:
         row([user("Hi")], row_id="d"),
         row(TWO_TURNS[:2], row_id="e"),
     ]
-    results = tokenize_chat(rows, tokenizer, template, "auto")
+    results = tokenize_chat(rows, tokenizer, template, ChatRules("auto"))
     assert [(type(r).__name__, r.row_id) for r in results] == [
         ("Example", "a"),
         ("Rejection", "b"),
@@ -590,9 +614,9 @@ def test_results_keep_their_order(real: Callable[[str], Tokenizer]) -> None:
         ("Example", "e"),
     ]
     for chat, result in zip(rows, results, strict=True):
-        (alone,) = tokenize_chat([chat], tokenizer, template, "auto")
+        (alone,) = tokenize_chat([chat], tokenizer, template, ChatRules("auto"))
         if isinstance(result, Example):
             assert isinstance(alone, Example)
             assert alone.ids.tolist() == result.ids.tolist()
             assert alone.weights.tolist() == result.weights.tolist()
-    assert tokenize_chat([], tokenizer, template, "auto") == []
+    assert tokenize_chat([], tokenizer, template, ChatRules("auto")) == []

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from torchprime.data import prepare
+from torchprime.data import chunks, prepare
 from torchprime.data.packed import PackedDataset
 from torchprime.data.prepare import Part, Settings, Side, prepare_dataset
 from torchprime.data.report import DataReport
@@ -185,7 +185,7 @@ def test_the_second_start_reads_what_the_first_kept(
     packed, report = run(path, **options)
     assert not report.cached
     fresh, _ = run(path, max_rejected_fraction=1.0)
-    monkeypatch.setattr(prepare, "tokenize_rows", None)  # nothing may be tokenized again
+    monkeypatch.setattr(chunks, "tokenize_texts", None)  # nothing may be tokenized again
     again, found = run(path, **options)
     assert found.cached and "found prepared" in found.summary()
     assert same_blocks(packed, again) and same_blocks(packed, fresh)

@@ -19,15 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchprime.data.messages import Message
+from torchprime.data.reasoning import reasoning_policy
 from torchprime.data.records import Rejection
 from torchprime.data.rendering import ChatTemplate, TemplateRefusal, as_served, render
 from torchprime.data.rows import Row
-from torchprime.data.templates import FAMILIES, FOLDER, reasoning_policy, resolve_template
+from torchprime.data.templates import FAMILIES, FOLDER, resolve_template
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer
 from torchprime.data.turns import (
     REASON_LEFT_OUT,
     REASON_MARKS,
     REASON_NO_SPAN,
+    REASON_NOT_SERVED,
     REASON_REFUSED,
     Rendering,
     turn_spans,
@@ -528,35 +530,35 @@ def test_the_next_message_does_not_end_a_turn() -> None:
         (
             "{{ messages | length }}" + NO_STOPS,
             PLAIN["answered"],
-            REASON_NO_SPAN,
-            "message 1: the text does not begin with what a server would feed",
+            REASON_NOT_SERVED,
+            "message 2: a server feeds '1",
         ),
         # The content appears twice: which one is the answer?
         (
             NO_STOPS.replace("m.content", "m.content + m.content"),
             PLAIN["two turns"],
             REASON_NO_SPAN,
-            "message 1: what ends the turn",
+            "message 2: what ends the turn",
         ),
         # What is appended to the content is cut off: nothing shows where that ends.
         (
             NO_STOPS.replace("m.content", "m.content[:4]"),
             PLAIN["two turns"],
             REASON_NO_SPAN,
-            "message 1: what ends the turn",
+            "message 2: what ends the turn",
         ),
         (
             NO_STOPS.replace("m.content", "m.content[:4]"),
             [user("Hi"), assistant("Yo.!")],
             REASON_NO_SPAN,
-            "message 1: what ends the turn",
+            "message 2: what ends the turn",
         ),
         # Words behind the content that are no stop token.
         (
             NO_STOPS.replace("'\n'", "' (end)\n'"),
             PLAIN["two turns"],
             REASON_NO_SPAN,
-            "message 1: what ends the turn",
+            "message 2: what ends the turn",
         ),
         (
             NO_STOPS.replace("m.content", "m.text"),
@@ -582,7 +584,7 @@ def test_the_next_message_does_not_end_a_turn() -> None:
             "u{% generation %}a{% endgeneration %}",
             PLAIN["answered"],
             REASON_LEFT_OUT,
-            "message 1: its content",
+            "message 2: its content",
         ),
     ],
 )
@@ -596,14 +598,14 @@ def test_what_cannot_be_told_is_rejected(
 
 def test_a_template_that_leaves_out_tool_calls(shared_dir: Path) -> None:
     found = rejected(original(shared_dir, "trl/llama3"), TOOLS["call"])
-    assert (found.reason, found.detail) == (REASON_LEFT_OUT, "message 1: the call of weather")
+    assert (found.reason, found.detail) == (REASON_LEFT_OUT, "message 2: the call of weather")
 
 
-def test_reasoning_in_the_middle_of_tool_calls_needs_marks(shared_dir: Path) -> None:
-    # Answered, the reasoning of the steps before is dropped: no prefix shows where turn 3 began.
+def test_reasoning_in_the_middle_of_tool_calls_is_served_otherwise(shared_dir: Path) -> None:
+    # Answered, the reasoning of the steps before is dropped; asked for turn 3, it was served.
     messages = [*REASONING["field"], user("Thanks"), assistant("Sure.")]
-    assert rejected(original(shared_dir, "trl/qwen3"), messages).reason == REASON_NO_SPAN
-    assert len(spans_of(family("qwen3"), messages)) == 4
+    for template in (original(shared_dir, "trl/qwen3"), family("qwen3")):
+        assert rejected(template, messages).reason == REASON_NOT_SERVED
 
 
 def test_several_marks_in_a_row_are_one_turn() -> None:
@@ -765,7 +767,7 @@ def test_warnings(tokenizer: Tokenizer) -> None:
     (tokenizer.folder / "chat_template.jinja").write_text("{{ strftime_now('%d') }}")
     dated = resolve_template(None, tokenizer)
     assert dated is not None
-    assert "today's date" in dated.warnings[0]
+    assert "the template writes the date" in dated.warnings[0]
 
 
 def test_no_warning_for_a_tokenizer_made_for_the_template(shared_dir: Path) -> None:

@@ -23,6 +23,7 @@ from torchprime.checkpoint.certificate import read_certificate
 from torchprime.checkpoint.recheck import recheck
 from torchprime.checkpoint.verify import load_transformers
 from torchprime.cli.main import main
+from torchprime.data.rendering import ChatTemplate
 from torchprime.errors import CheckpointError
 from torchprime.training.exporting import Exporter
 
@@ -215,7 +216,7 @@ def exporter(done: Path, tiny: Path) -> Exporter:
         dtype=torch.float32,
         max_shard_bytes=10**9,
         card_facts={},
-        chat_template=None,
+        template=None,
         stop_ids=[],
         fingerprints={},
         say=lambda line: None,
@@ -255,7 +256,9 @@ def test_without_room_a_group_computes_logits_and_one_process_none(
 
 def test_the_card_knows_of_conversations(exporter: Exporter) -> None:
     assert "apply_chat_template" not in exporter.facts(1, {}).card_text()
-    exporter.chat_template = "{{ messages }}"
+    exporter.template = ChatTemplate("t", "{{ messages }}", options=(("thinking", "false"),))
     facts = exporter.facts(1, {})
     assert "apply_chat_template" in facts.card_text()
     assert facts.template == hashlib.sha256(b"{{ messages }}").hexdigest()
+    assert """--default-chat-template-kwargs '{"thinking": false}'""" in facts.card_text()
+    assert "    thinking=False)" in facts.card_text()

@@ -11,14 +11,13 @@ are taken.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchprime.data.fields import printable
-from torchprime.data.tokenizer import read_json
-from torchprime.errors import DataError
+from torchprime.errors import CheckpointError
 
 DEFAULT = "default"
 FOLDER_OF_OTHERS = "additional_chat_templates"
@@ -32,7 +31,7 @@ def own_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         settings: tokenizer_config.json, parsed.
 
     Raises:
-        DataError: a file that cannot be read, a name that is not plain, a list of another form.
+        CheckpointError: a file that cannot be read, a name that is not plain, another form.
     """
     found: dict[str, str] = {}
     file = folder / "chat_template.jinja"
@@ -44,13 +43,23 @@ def own_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         return found
     for name, given in (
         ("tokenizer_config.json", settings.get("chat_template")),
-        ("chat_template.json", read_json(folder / "chat_template.json").get("chat_template")),
+        ("chat_template.json", _in_json(folder / "chat_template.json")),
     ):
         if isinstance(given, str):
             return {DEFAULT: given}
         if given is not None:
             return _listed(given, folder / name)
     return {}
+
+
+def _in_json(path: Path) -> object:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    return content.get("chat_template") if isinstance(content, Mapping) else None
 
 
 def _listed(given: object, path: Path) -> dict[str, str]:
@@ -62,7 +71,7 @@ def _listed(given: object, path: Path) -> dict[str, str]:
         pairs = [(e.get("name"), e.get("template")) for e in given if isinstance(e, Mapping)]
     texts = {checked_name(name, path): text for name, text in pairs if isinstance(text, str)}
     if not texts:
-        raise DataError(
+        raise CheckpointError(
             f"chat_template in {path} is {type(given).__name__}, expected a text or a list of "
             'objects {"name": ..., "template": ...}. Save the one to train with as a file and set '
             "dataset.chat_template to its path"
@@ -74,25 +83,45 @@ def checked_name(name: object, path: Path) -> str:
     """Return the name of a template if it can be a file's name in any folder.
 
     Raises:
-        DataError: it is a path, hidden, empty or no text.
+        CheckpointError: it is a path, hidden, empty or no text.
     """
     if isinstance(name, str) and PLAIN_NAME.fullmatch(name):
         return name
-    raise DataError(
-        f"{path}: a chat template is named {printable(repr(name))}, expected letters, digits, "
+    raise CheckpointError(
+        f"{path}: a chat template is named {name!r:.200}, expected letters, digits, "
         f"dots, dashes and underscores (default, tool_use, rag). Its name becomes a file's name: "
         "do not use this folder before you know who wrote that, or rename the template"
     )
+
+
+def write_templates(folder: Path, templates: Mapping[str, str]) -> object:
+    """Write the files of a folder's templates and return what tokenizer_config.json says of them.
+
+    A reader looks in one of the two places, so both have them; None where there are none.
+
+    Raises:
+        CheckpointError: a name that is not plain.
+    """
+    for name, text in templates.items():
+        checked_name(name, folder)
+        others = folder / FOLDER_OF_OTHERS
+        path = folder / "chat_template.jinja" if name == DEFAULT else others / f"{name}.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8", newline="")
+    if list(templates) == [DEFAULT]:
+        return templates[DEFAULT]
+    listed = [{"name": name, "template": text} for name, text in templates.items()]
+    return listed or None
 
 
 def read_text(path: Path) -> str:
     """Return a template's source, with the line ends it has.
 
     Raises:
-        DataError: the file cannot be read as UTF-8.
+        CheckpointError: the file cannot be read as UTF-8.
     """
     try:
         with open(path, encoding="utf-8", newline="") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the chat template {path} cannot be read: {error}") from error
+        raise CheckpointError(f"the chat template {path} cannot be read: {error}") from error
