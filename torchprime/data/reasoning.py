@@ -37,7 +37,7 @@ def place_reasoning(row: Row, template: ChatTemplate, policy: str) -> Row | Reje
     Args:
         policy: `error` rejects a row whose answers have reasoning that the template never writes;
             `inline` writes it in front of such an answer, inside <think>; `drop` takes all
-            reasoning away.
+            reasoning away. Turns without loss stay as they are: a server sees no reasoning there.
     """
     if not any(reasoning_of(message.template) for message in row.messages):
         return row
@@ -60,7 +60,7 @@ def _without(message: Message) -> Message:
 
 def _inline(message: Message) -> Message:
     reasoning = reasoning_of(message.template).strip("\n")
-    if message.role != "assistant" or not reasoning:
+    if message.role != "assistant" or message.weight == 0 or not reasoning:
         return message
     content = INLINE_FORM.format(reasoning=reasoning, content=message.content)
     moved = len(content) - len(message.content)

@@ -345,7 +345,12 @@ def _end_of_content(chat: _Conversation, text: str, turn: int, content_end: int)
             return content_end + closing[0], content_end + closing[1]
         if not alone[content_end:].strip():
             return content_end, content_end
-    raise _NoSpan(REASON_NO_SPAN, f"message {turn + 1}: what ends the turn cannot be told")
+    behind = text[content_end : content_end + 24]
+    raise _NoSpan(
+        REASON_NO_SPAN,
+        f"message {turn + 1}: what ends the turn cannot be told: its content is followed by "
+        f"{behind!r}, which does not begin with a special token of this tokenizer",
+    )
 
 
 def _end_of_calls(chat: _Conversation, text: str, turn: int, start: int) -> tuple[int, int]:
