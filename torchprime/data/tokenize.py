@@ -153,9 +153,10 @@ def _example(row: Row, parts: _Parts, tokenizer: Tokenizer, mode: str) -> Exampl
     if row.weight == 0:
         return Rejection(row.row_id, REASON_UNSUPERVISED, "the row's weight is 0")
     weights = np.full(len(ids), row.weight, dtype=np.float32)
-    weights[: 1 if mode == "all" else first] = 0.0
+    everything = mode == "all" and row.kind != "text"
+    weights[: 1 if everything else first] = 0.0
     rules = np.full(len(ids), ALL if row.kind == "text" else COMPLETION, dtype=np.uint8)
-    rules[:first] = ALL if mode == "all" else CONTEXT
+    rules[:first] = ALL if everything else CONTEXT
     rules[0] = BOS if ids[0] == tokenizer.bos_id and tokenizer.add_bos else CONTEXT
     rules[-1] = STOP
     return Example(
