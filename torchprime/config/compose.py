@@ -56,7 +56,7 @@ DEFAULT_CONFIG = "default"
 SCHEMA_NODE = "torchprime_schema"
 _PACKAGE = Path(torchprime.__file__).resolve().parent
 _HYDRA_VERSION = "1.3"
-OWN_KEYS = re.compile(r"dataset\.columns[.=]")
+OWN_KEYS = re.compile(r"dataset\.(columns|template_options)[.=]")
 
 
 def configs_dir() -> Path:
@@ -295,7 +295,7 @@ def _finish(composed: DictConfig, default_run_name: str) -> TrainConfig:
 def _in_full(override: str) -> str:
     """What Hydra would not take as it is written.
 
-    It adds no key unless told to, and in a mapping of columns every key is the user's own. And a
+    It adds no key unless told to, and in a mapping of columns or options every key is the user's own. And a
     section has no value, but `resume=auto` says what is meant.
     """
     if override.startswith("resume="):

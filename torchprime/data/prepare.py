@@ -196,6 +196,7 @@ class _Job:
         with writing(path) as writer, bar:
             for part in self.parts:
                 decision, rows = open_rows(part.source, part.reading, self.section, account.notes)
+                self._check_markers(decision)
                 decisions.append(decision)
                 self._read_part(part, rows, account, writer, bar)
         self._check(account)
@@ -203,6 +204,15 @@ class _Job:
         chosen = None if shares is None else self._choose(store, shares)
         plan = pack(store.lengths, self.settings.block_size, self.settings.packing, chosen)
         return store, plan, self._report(account, decisions, store, plan)
+
+    def _check_markers(self, decision: FormatDecision) -> None:
+        markers = self.settings.markers
+        if markers is not None and decision.kind != "text":
+            raise DataError(
+                f"dataset.response_marker={markers.response!r} is for rows of text, but these are "
+                f"{decision.kind} ({decision.why}). Set dataset.format=text, or "
+                "dataset.response_marker=null"
+            )
 
     def _read_part(
         self,

@@ -1,4 +1,4 @@
-"""Named chat templates, their options and their date: the lookup and the choice are transformers'."""
+"""Named chat templates, their options, their date: lookup and choice are transformers' own."""
 
 from __future__ import annotations
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from transformers import AutoTokenizer
 
+from torchprime.data import templates
 from torchprime.data.templates import FOLDER
 from torchprime.metrics.writers import read_metrics
 
@@ -141,3 +145,80 @@ def test_what_cannot_be(override: str, said: str, command, run, write: Write, ca
     assert run(command(f"dataset.file_dataset_path={path}", override, "dry_run=true")) == 2
     message = capsys.readouterr().err
     assert said in message and "Traceback" not in message
+
+
+DATED = (
+    "{{ strftime_now('%d') }}{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if quiet %}{{ quiet }}{% endif %}"
+)
+
+
+def test_a_resumed_run_keeps_the_templates_date(
+    cut_short, run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    (tmp_path / "dated.jinja").write_text(DATED)
+    monkeypatch.setattr(templates, "today", lambda: "2024-07-26")
+    more = ("dataset.as_messages=true", f"dataset.chat_template={tmp_path}/dated.jinja")
+    folder, argv = cut_short(3, *more)
+    capsys.readouterr()
+    monkeypatch.setattr(templates, "today", lambda: "2024-07-27")  # the next day
+    assert run(argv) == 0
+    assert "going on from" in capsys.readouterr().err
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["dataset"]["template_date"] == "2024-07-26"
+    report = json.loads((folder / "data_report.json").read_text())["dataset"]
+    assert report["cached"]  # the rows that were prepared the day before
+
+
+def test_tools_options_and_branches_end_to_end(
+    command, run, tiny: Path, write: Write, tmp_path: Path
+) -> None:
+    tool = {"type": "function", "function": {"name": "tide"}}
+    rows = [{**turns(f"{n}?", f"{n}!"), "tools": [tool]} for n in range(12)]
+    for row in rows:
+        row["messages"] += turns("so", "yes")["messages"]
+    path = write("tools.jsonl", rows)
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    listed = [
+        {"name": "default", "template": DATED.replace("strftime_now('%d')", "'x'")},
+        {"name": "tool_use", "template": DATED.replace("strftime_now('%d')", "'tools:'")},
+    ]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": listed}))
+    argv = command(
+        f"model.pretrained_model={folder}", f"dataset.file_dataset_path={path}",
+        "dataset.turns=branch", "dataset.template_options={quiet: ''}", "run_name=tools",
+        "task.max_steps=2", "task.export_checkpoint_path=export",
+    )  # fmt: skip
+    assert run(argv) == 0
+    out = tmp_path / "outputs/tools"
+    report = json.loads((out / "data_report.json").read_text())["dataset"]
+    assert (report["rows"], report["examples"]) == (12, 24)
+    certificate = json.loads((out / "export/certificate.json").read_text())
+    (check,) = (c for c in certificate["checks"] if c["name"] == "chat template")
+    assert check["passed"] and check["values"]["options"] == {"quiet": ""}
+    assert check["values"]["tools_sha256"] != check["values"]["sha256"]
+    served = AutoTokenizer.from_pretrained(out / "export")
+    asked = [{"role": "user", "content": "1?"}]
+    assert served.apply_chat_template(asked, tools=[tool], tokenize=False) == "tools:tide1?"
+    assert served.apply_chat_template(asked, tokenize=False) == "x1?"
+    assert "default-chat-template-kwargs" in (out / "export/README.md").read_text()
+
+
+def test_markers_and_their_mistakes(command, run, write: Write, capsys) -> None:
+    path = write("texts.jsonl", [{"text": f"Q: {n}? A: {n}!"} for n in range(9)])
+    argv = command(
+        f"dataset.file_dataset_path={path}", "dry_run=true", "dataset.response_marker=A:"
+    )
+    assert run(argv) == 0
+    assert "as text" in capsys.readouterr().err
+    assert run([*argv, "dataset.response_marker=Answer"]) == 2
+    assert "none of the 9 rows can be used: the text has no response marker: 9" in (
+        capsys.readouterr().err
+    )
+    other = write("pairs.jsonl", pairs(5))
+    assert run([*argv, f"dataset.file_dataset_path={other}"]) == 2
+    assert "dataset.response_marker='A:' is for rows of text" in capsys.readouterr().err
