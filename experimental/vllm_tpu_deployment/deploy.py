@@ -32,7 +32,12 @@ REPO = HERE.parents[1]
 sys.path.insert(0, str(REPO))
 os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
 
-from torchprime.checkpoint.certificate import CERTIFICATE, read_certificate, tally  # noqa: E402
+from torchprime.checkpoint.certificate import (  # noqa: E402
+    CERTIFICATE,
+    read_certificate,
+    tally,
+    trained_options,
+)
 from torchprime.checkpoint.portable import read_json  # noqa: E402
 from torchprime.checkpoint.recheck import recheck  # noqa: E402
 from torchprime.checkpoint.source import resolve_pretrained  # noqa: E402
@@ -226,6 +231,7 @@ def show_answers(
             "prompts": worded,
             "chat": chat,
             "system": given.system,
+            "template_options": trained_options(folder),
             "max_new_tokens": given.max_new_tokens,
             "temperature": given.temperature,
             "seed": given.seed,
@@ -285,6 +291,8 @@ def serve(given: argparse.Namespace, folder: Path) -> int:
     name = given.name or folder.resolve().name
     arguments = {**engine_arguments(given, folder), "host": HOST, "port": given.port}
     arguments |= {"served_model_name": name, "seed": given.seed}
+    if options := trained_options(folder):  # what a request does not say, it takes from here
+        arguments["default_chat_template_kwargs"] = json.dumps(options)
     flags = [
         part for key, value in arguments.items() for part in (f"--{key.replace('_', '-')}", value)
     ]

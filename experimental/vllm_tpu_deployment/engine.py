@@ -34,10 +34,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     if request["chat"]:
         system = [{"role": "system", "content": request["system"]}] if request["system"] else []
         asked = [[*system, {"role": "user", "content": text}] for text in request["prompts"]]
-        tokenizer = llm.get_tokenizer()
+        tokenizer, options = llm.get_tokenizer(), request["template_options"]
         ids = [
             tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=True, return_dict=False
+                chat, add_generation_prompt=True, tokenize=True, return_dict=False, **options
             )
             for chat in asked
         ]
@@ -51,8 +51,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
                 "refused": f"prompt {number} has {len(prompt):,} tokens; the model's context of "
                 f"{context:,} holds prompt and answer, expected at least 1 and fewer than that"
             }
-    make = llm.chat if request["chat"] else llm.generate
-    outputs = make(asked, sampling, use_tqdm=False)
+    if request["chat"]:
+        options = {"chat_template_kwargs": request["template_options"] or None}
+        outputs = llm.chat(asked, sampling, use_tqdm=False, **options)
+    else:
+        outputs = llm.generate(asked, sampling, use_tqdm=False)
     return {"version": " ".join(installed()), "answers": [_told(output) for output in outputs]}
 
 

@@ -160,6 +160,14 @@ def read_certificate(folder: Path) -> Certificate:
         ) from error
 
 
+def trained_options(folder: Path) -> dict[str, Any]:
+    """Return what the chat template was given while training, as the certificate says."""
+    if not (folder / CERTIFICATE).is_file():
+        return {}
+    check = read_certificate(folder).check("chat template")
+    return check.values.get("options", {})
+
+
 # Making one ---------------------------------------------------------------------------------------
 
 

@@ -295,8 +295,8 @@ def _finish(composed: DictConfig, default_run_name: str) -> TrainConfig:
 def _in_full(override: str) -> str:
     """What Hydra would not take as it is written.
 
-    It adds no key unless told to, and in a mapping of columns or options every key is the user's own. And a
-    section has no value, but `resume=auto` says what is meant.
+    It adds no key unless told to, and in a mapping of columns or options every key is the user's
+    own. And a section has no value, but `resume=auto` says what is meant.
     """
     if override.startswith("resume="):
         value = override.removeprefix("resume=")

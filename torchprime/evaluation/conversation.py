@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from torchprime.checkpoint.certificate import trained_options
 from torchprime.checkpoint.verify import load_transformers
 from torchprime.data.rendering import ChatTemplate, TemplateRefusal, render
 from torchprime.data.templates import resolve_template
@@ -70,7 +71,9 @@ class Speaker:
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.folder, self.device = folder, device
         self.tokenizer = load_tokenizer(folder)
-        self.template: ChatTemplate | None = resolve_template(None, self.tokenizer)
+        self.template: ChatTemplate | None = resolve_template(
+            None, self.tokenizer, options=trained_options(folder)
+        )
         self.stops = tuple(
             dict.fromkeys([self.tokenizer.eos_id, *self.tokenizer.generation_eos_ids])
         )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from torchprime.checkpoint.certificate import trained_options
 from torchprime.config.compose import assets_dir
 from torchprime.data.rendering import ChatTemplate
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer
@@ -216,3 +217,24 @@ def test_a_folder_that_transformers_cannot_load_is_a_message(plain: Path, tmp_pa
     (tmp_path / "config.json").write_text('{"model_type": "no-such-thing"}')
     with pytest.raises(CheckpointError, match="cannot load the model in .*no-such-thing"):
         Speaker(tmp_path, CPU)
+
+
+def test_what_the_template_was_trained_with_is_given_again(plain: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "quiet"))
+    (folder / "chat_template.jinja").write_text("{% if quiet %}quiet {% endif %}" + CHAT)
+    assert trained_options(folder) == {}
+    asked = [{"role": "user", "content": "Hi"}]
+    usual = Speaker(folder, CPU).ids_of(asked)
+    check = {"name": "chat template", "passed": True, "detail": ""}
+    check["values"] = {"sha256": "0" * 64, "options": {"quiet": True}}
+    certificate = {
+        **{"format_version": 1, "passed": True, "origin": "", "base_model": None, "step": 1},
+        **{"dtype": "float32", "fingerprints": {}, "metrics": {}, "versions": {}},
+        **{"checks": [check], "files": {}},
+    }
+    (folder / "certificate.json").write_text(json.dumps(certificate))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    given = tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, return_dict=False, quiet=True
+    )
+    assert Speaker(folder, CPU).ids_of(asked) == given != usual

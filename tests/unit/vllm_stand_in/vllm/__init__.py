@@ -28,10 +28,13 @@ class LLM:
     def generate(self, prompts, sampling, use_tqdm):
         return [self._output(text, self.tokenizer.encode(text), sampling) for text in prompts]
 
-    def chat(self, conversations, sampling, use_tqdm):
+    def chat(self, conversations, sampling, use_tqdm, chat_template_kwargs=None):
+        options = chat_template_kwargs or {}
         return [
             self._output(
-                self.tokenizer.render(chat), self.tokenizer.apply_chat_template(chat), sampling
+                self.tokenizer.render(chat, options),
+                self.tokenizer.apply_chat_template(chat, **options),
+                sampling,
             )
             for chat in conversations
         ]
@@ -53,8 +56,8 @@ class Tokenizer:
     def encode(self, text):
         return self.raw.encode(text).ids
 
-    def render(self, chat):
-        return jinja2.Template(self.template.read_text()).render(messages=chat)
+    def render(self, chat, options):
+        return jinja2.Template(self.template.read_text()).render(messages=chat, **options)
 
     def apply_chat_template(self, chat, **flags):
-        return self.raw.encode(self.render(chat), add_special_tokens=False).ids
+        return self.raw.encode(self.render(chat, flags), add_special_tokens=False).ids
