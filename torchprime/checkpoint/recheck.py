@@ -142,8 +142,9 @@ def _base(folder: Path, base: Path | None, certificate: Certificate) -> Found:
             if named is None
             else f"give its folder to compare with it again: --base FOLDER (it is {named})"
         )
-    values = changes_from(SafetensorsReader(base), SafetensorsReader(folder))
     recorded = certificate.check("base").values
+    unused = recorded.get("unused_rows", [])
+    values = changes_from(SafetensorsReader(base), SafetensorsReader(folder), unused)
     if recorded and values != recorded:
         raise CheckpointError(
             f"{told_changes(values)}; certified was: {told_changes(recorded)}. Is that folder the "

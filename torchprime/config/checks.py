@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NoReturn
 
 from torchprime.errors import ConfigError
@@ -42,6 +43,22 @@ def fraction(key: str, value: float | None, *, one_allowed: bool = True) -> None
 def not_empty(key: str, value: str | None) -> None:
     if value is not None and not value.strip():
         refuse(key, value, "a name, or null for none", f"Give it a value or set {key}=null.")
+
+
+def special_tokens(key: str, texts: Sequence[str]) -> None:
+    """Texts that can each become one token."""
+    for place, text in enumerate(texts):
+        where = f"{key}[{place}]"
+        if not text.strip():
+            expected = "a text that is more than white space"
+            refuse(where, text, expected, f"Take it out, or write {key}=['<answer>'].")
+        if text in texts[:place]:
+            first = texts.index(text)
+            refuse(where, text, f"each token once ({key}[{first}] is the same)", "Take one out.")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            refuse(where, text, "a text in UTF-8", "Write its characters, not single bytes.")
 
 
 def some_source(section: str, hub: str | None, path: str | None) -> None:

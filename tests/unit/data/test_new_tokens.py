@@ -142,7 +142,7 @@ def test_a_new_token_never_shares_an_id(by_hand: SimpleNamespace, tmp_path: Path
         add_special_tokens(folder, ["<x>"], tmp_path / "root")
 
 
-@pytest.mark.parametrize("name", ["qwen3", "mistral_v3"])
+@pytest.mark.parametrize("name", ["mistral_v3", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_real_tokenizers(name: str, shared_dir: Path, tmp_path: Path) -> None:
     source = shared_dir / "tokenizers" / name
     found = add_special_tokens(source, ["<answer>", "</answer>"], tmp_path)
