@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from torchprime.atomic import write_json
+from torchprime.checkpoint.base_changes import changes_from, told_changes
 from torchprime.checkpoint.hf_files import ExportFacts
-from torchprime.checkpoint.hf_read import EMBEDDING, HEAD, SafetensorsReader, check_names
+from torchprime.checkpoint.hf_read import HEAD, SafetensorsReader, check_names
 from torchprime.checkpoint.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
 from torchprime.checkpoint.portable import chat_templates, check_tokenizer, read_json
 from torchprime.checkpoint.storage import FileFacts, sha256_of
@@ -35,7 +36,6 @@ from torchprime.models.decoder import CausalLM
 
 CERTIFICATE = "certificate.json"
 FORMAT_VERSION = 1
-PIECE = 1 << 24  # values that are compared with the base at once
 FIRST_CHANGE = 2  # with warm-up the first update has a learning rate of 0
 
 Found = tuple[str, dict[str, Any]]  # what a check says, and its numbers
@@ -290,85 +290,6 @@ def check_base(folder: Path, base: Path | str | None, facts: ExportFacts) -> Fou
             f"{same} after {facts.step} updates: these are the base's weights, not trained ones"
         )
     return told_changes(values), values
-
-
-def told_changes(values: Mapping[str, Any]) -> str:
-    """The numbers of `changes_from` in words."""
-    new = values.get("new_rows")
-    return (
-        f"{values['changed']} of {values['tensors']} tensors differ from the base, the largest "
-        f"change is {values['largest_change']:.3g} in {values['largest_change_in']}"
-    ) + (f"; {new:,} rows are new and not compared" if new else "")
-
-
-def changes_from(
-    base: SafetensorsReader, export: SafetensorsReader, unused_rows: Sequence[int] = ()
-) -> dict[str, Any]:
-    """How the exported tensors differ from the base's, cast to the export's dtype.
-
-    Embedding and output head may have rows that training did not begin with: more than the base's,
-    or rows that the base did not use. They are counted (`new_rows`, only there if there are any),
-    and the others are compared.
-
-    Args:
-        unused_rows: rows of the base's embedding and head that were made anew.
-
-    Raises:
-        CheckpointError: the base lacks a tensor, or has it in another shape.
-    """
-    listing, theirs = export.names(), base.names()
-    changed, new_rows, largest, where = 0, 0, 0.0, None
-    for name, (shape, dtype) in listing.items():
-        more = _more_rows(name, shape, theirs)
-        unused = unused_rows if name in (EMBEDDING, HEAD) else ()
-        new_rows += more + len(unused)
-        new = export.get(name)[: shape[0] - more]
-        difference = _largest_difference(new, base.get(name), dtype, unused)
-        changed += difference > 0
-        if difference > largest:
-            largest, where = difference, name
-    values = {
-        "tensors": len(listing),
-        "changed": changed,
-        "largest_change": _plain(largest),
-        "largest_change_in": where,
-    }
-    more_values = {"new_rows": new_rows, "unused_rows": list(unused_rows)}
-    return values | {key: value for key, value in more_values.items() if value}
-
-
-def _largest_difference(
-    new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype, left_out: Sequence[int]
-) -> float:
-    """Of two tensors of one shape, without some of their rows; infinite if there is a NaN."""
-    width = old.numel() // old.shape[0]
-    difference, start = 0.0, 0
-    pieces = zip(new.reshape(-1).split(PIECE), old.reshape(-1).split(PIECE), strict=True)
-    for mine, its in pieces:
-        away = (mine.float() - its.to(dtype).float()).abs()
-        for first in (row * width - start for row in left_out):
-            away[max(first, 0) : max(first + width, 0)] = 0
-        farthest = away.max().item()
-        difference = max(difference, farthest) if farthest == farthest else math.inf
-        start += len(away)
-    return difference
-
-
-def _more_rows(
-    name: str, shape: tuple[int, ...], theirs: Mapping[str, tuple[tuple[int, ...], Any]]
-) -> int:
-    """Rows that an exported tensor has beyond the base's.
-
-    Raises:
-        CheckpointError: the base lacks the tensor, or has it in a shape that no new rows explain.
-    """
-    if name in theirs:
-        old = theirs[name][0]
-        grown = name in (EMBEDDING, HEAD) and shape[1:] == old[1:] and shape[0] > old[0]
-        if shape == old or grown:
-            return shape[0] - old[0] if grown else 0
-    other = f"has it as {list(theirs[name][0])}" if name in theirs else "does not have it"
-    raise CheckpointError(f"{name} is {list(shape)} in the export; the base {other}")
 
 
 def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) -> Found:

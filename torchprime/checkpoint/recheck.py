@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchprime.checkpoint.base_changes import changes_from, told_changes
 from torchprime.checkpoint.certificate import (
     CERTIFICATE,
     Certificate,
     Check,
     Found,
     NotChecked,
-    changes_from,
     check_ids,
     check_stops,
     check_template,
@@ -28,7 +28,6 @@ from torchprime.checkpoint.certificate import (
     hash_files,
     judge,
     read_certificate,
-    told_changes,
     weights_values,
 )
 from torchprime.checkpoint.hf_read import SafetensorsReader
