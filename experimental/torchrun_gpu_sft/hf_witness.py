@@ -46,6 +46,7 @@ from transformers import (
 from transformers.utils import logging
 
 from torchprime.atomic import write_json
+from torchprime.checkpoint.hf_read import EMBEDDING, HEAD
 from torchprime.config.checks import refuse
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig
@@ -61,9 +62,9 @@ from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWr
 from torchprime.training import run_folder
 from torchprime.training.datasets import RunData, prepare_run_data, template_of
 from torchprime.training.loop import DataOrder
-from torchprime.training.model_files import ModelFiles, find_model
+from torchprime.training.model_files import ModelFiles, pretrained_tensors
 from torchprime.training.plan import flops_per_token
-from torchprime.training.recipe import steps_of
+from torchprime.training.recipe import files_of, steps_of
 
 Inputs = dict[str, Any]
 
@@ -385,6 +386,21 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
     )
 
 
+def resize(model: Any, files: ModelFiles, dtype: torch.dtype) -> None:
+    """Give the model the rows that the config asks for, by transformers' own function; new ones
+    take the values they have in a run of ours, since their noise is drawn."""
+    rows = files.new_rows
+    if rows is None:
+        return
+    model.resize_token_embeddings(rows.rows, mean_resizing=False)
+    tensor_of = pretrained_tensors(files, dtype)
+    weights = {EMBEDDING: model.get_input_embeddings().weight}
+    if not files.architecture.tie_word_embeddings:
+        weights[HEAD] = model.get_output_embeddings().weight
+    for name, weight in weights.items():
+        weight.data[rows.made] = tensor_of(name)[rows.made]
+
+
 def optimizer_of(args: TrainingArguments, dtype: torch.dtype) -> dict[str, Any]:
     """Trainer's own AdamW, or the one with fp32 copies of bf16 weights, as arguments for it."""
     if dtype == torch.float32:
@@ -442,13 +458,7 @@ def main(c: TrainConfig) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # before anything asks for it
     if not c.dry_run:
         run_folder.check(folder)
-    files = find_model(
-        pretrained_model=c.model.pretrained_model,
-        tokenizer_name=c.model.tokenizer_name,
-        architecture=c.model.architecture,
-        cache_dir=c.dataset.cache_dir,
-        weights=not c.dry_run,
-    )
+    files = files_of(c, weights=not c.dry_run)
     check_windows(files, c.dataset.block_size)
     template = template_of(c.dataset, files.tokenizer)
     data = prepare_run_data(c, files.tokenizer, template, say)
@@ -482,6 +492,7 @@ def train(
     total = plan["total_steps"]
     dtype = getattr(torch, c.torch_dtype)
     model = load_model(files.folder, dtype, attention)
+    resize(model, files, dtype)
     if c.remat.recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     args = training_arguments(

@@ -33,6 +33,7 @@ from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.metrics.writers import read_metrics
 from torchprime.training.datasets import prepare_run_data
 from torchprime.training.loop import DataOrder
+from torchprime.training.model_files import pretrained_tensors
 from torchprime.training.optim import learning_rate
 
 pytestmark = pytest.mark.skipif(
@@ -360,14 +361,21 @@ def test_several_gpus_need_torchrun(
     witness.check_supported(config, 2)
 
 
+def test_new_rows_are_those_of_our_run(witness: ModuleType, argv: list[str]) -> None:
+    c = compose_config([*argv, 'model.add_special_tokens=["<answer>"]'])
+    files = witness.files_of(c, weights=True)
+    model = witness.load_model(files.folder, torch.float32, "eager")
+    before = model.get_input_embeddings().weight.detach().clone()
+    witness.resize(model, files, torch.float32)
+    after = model.get_output_embeddings().weight.detach()  # tied
+    assert model.config.vocab_size == len(after) == 640
+    assert torch.equal(after[:512], before)
+    ours = pretrained_tensors(files, torch.float32)("model.embed_tokens.weight")
+    assert torch.equal(after, ours) and after[512:].any()
+
+
 def test_a_window_smaller_than_a_block_is_refused(witness: ModuleType, config: TrainConfig) -> None:
-    files = witness.find_model(
-        pretrained_model=config.model.pretrained_model,
-        tokenizer_name=None,
-        architecture=None,
-        cache_dir=None,
-        weights=False,
-    )
+    files = witness.files_of(config, weights=False)
     windowed = replace(files, architecture=replace(files.architecture, sliding_window=64))
     witness.check_windows(windowed, 64)
     with pytest.raises(UserError, match="sliding window"):

@@ -38,6 +38,8 @@ DEPLOY = REPO / "experimental" / "vllm_tpu_deployment" / "deploy.py"
 PYTHON = Path(os.environ.get("TORCHPRIME_VLLM_PYTHON") or REPO / ".venv-vllm" / "bin" / "python")
 BASE = assets_dir() / "quickstart" / "base"
 EOS, LIMIT, STEPS = 1, 64, 60
+NEW_TOKENS = ["<|im_start|>", "<|im_end|>"]
+NEW_IDS = (512, 513)
 NAME = "word-problems"
 
 pytestmark = [
@@ -76,20 +78,34 @@ class Trained(NamedTuple):
     rows: list[Row]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    work = tmp_path_factory.mktemp("served")
+def train_on_conversations(work: Path, *more: str) -> Trained:
+    """The real command, some steps on conversations."""
     path = work / "rows.jsonl"
     path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations()))
     command = [sys.executable, "torchprime/torch_xla_models/train.py", "task=sft", "mesh=single"]
     command += ["model=quickstart", "torch_dtype=float32", "task.optimizer.learning_rate=1e-3"]
     command += ["dataset=file", f"dataset.file_dataset_path={path}", "dataset.block_size=256"]
-    command += ["dataset.chat_template=zephyr", f"dataset.prepared_dir={work}/prepared"]
-    command += ["task.global_batch_size=16", f"task.max_steps={STEPS}"]
-    command += [f"output_dir={work}", "run_name=run"]
+    command += [f"dataset.prepared_dir={work}/prepared", "task.global_batch_size=16"]
+    command += [f"task.max_steps={STEPS}", f"output_dir={work}", "run_name=run", *more]
     ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=environment(REPO))
     assert ended.returncode == 0, ended.stderr[-3000:]
     return Trained(work / "run" / "export", load_rows(SourceSpec(file_dataset_path=str(path)), 40))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train_on_conversations(tmp_path_factory.mktemp("served"), "dataset.chat_template=zephyr")
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """One whose template is made of tokens that the base does not have: 640 rows for its 512."""
+    tokens = json.dumps(NEW_TOKENS)
+    return train_on_conversations(
+        tmp_path_factory.mktemp("extended"),
+        "dataset.chat_template=chatml",
+        f"model.add_special_tokens={tokens}",
+    )
 
 
 def environment(path: Path | None = None) -> dict[str, str]:
@@ -100,18 +116,34 @@ def environment(path: Path | None = None) -> dict[str, str]:
     return kept | ({"PYTHONPATH": str(path)} if path else {})
 
 
-def transformers_answers(folder: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
+def transformers_answers(
+    folder: Path, prompts: list[list[int]], stops: tuple[int, ...] = (EOS,)
+) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return [
         {
             "text": tokenizer.decode(ids, skip_special_tokens=True),
-            "ended": "stop" if ids[-1] == EOS else "length",
+            "ended": "stop" if ids[-1] in stops else "length",
             "ids": ids,
             "prompt_ids": prompt,
         }
         for prompt, ids in zip(
-            prompts, generation_samples(folder, prompts, [EOS], LIMIT), strict=True
+            prompts, generation_samples(folder, prompts, stops, LIMIT), strict=True
         )
+    ]
+
+
+def chat_prompts(folder: Path, questions: list[str]) -> list[list[int]]:
+    """Of transformers, by the folder's own template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+        )
+        for text in questions
     ]
 
 
@@ -123,15 +155,13 @@ def questions() -> list[str]:
     return [row["question"] for row in shipped("test.jsonl", 6)]
 
 
-@pytest.fixture(scope="module")
-def answered(trained: Trained, questions: list[str], tmp_path_factory) -> list[dict[str, Any]]:
-    """What deploy.py prints of base and export."""
-    path = tmp_path_factory.mktemp("asked") / "prompts.jsonl"
+def ask_offline(folder: Path, questions: list[str], work: Path, *more: str) -> list[dict[str, Any]]:
+    """What deploy.py prints."""
+    path = work / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions))
-    command = [str(PYTHON), str(DEPLOY), "--model", str(trained.folder), "--base", str(BASE)]
-    command += ["--prompts", str(path), "--max-new-tokens", str(LIMIT), "--json"]
+    command = [str(PYTHON), str(DEPLOY), "--model", str(folder), "--prompts", str(path), *more]
     ended = subprocess.run(
-        command,
+        [*command, "--max-new-tokens", str(LIMIT), "--json"],
         capture_output=True,
         text=True,
         env={**environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
@@ -141,22 +171,33 @@ def answered(trained: Trained, questions: list[str], tmp_path_factory) -> list[d
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
+@pytest.fixture(scope="module")
+def answered(trained: Trained, questions: list[str], tmp_path_factory) -> list[dict[str, Any]]:
+    """Answers of base and export."""
+    work = tmp_path_factory.mktemp("asked")
+    return ask_offline(trained.folder, questions, work, "--base", str(BASE))
+
+
 def test_greedy_text_is_transformers_with_the_chat_template(
     trained: Trained, questions: list[str], answered: list[dict[str, Any]]
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(trained.folder)
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
-        for text in questions
-    ]
+    prompts = chat_prompts(trained.folder, questions)
     assert len(prompts) == 6
     found = [record["model"] for record in answered]
     assert found == transformers_answers(trained.folder, prompts)
+
+
+def test_new_special_tokens_are_single_ids_and_end_the_answer(
+    extended: Trained, questions: list[str], tmp_path: Path
+) -> None:
+    records = ask_offline(extended.folder, questions, tmp_path)
+    found = [record["model"] for record in records]
+    prompts = chat_prompts(extended.folder, questions)
+    start, end = NEW_IDS
+    assert all(ids.count(start) == 2 and ids.count(end) == 1 for ids in prompts)
+    assert found == transformers_answers(extended.folder, prompts, (EOS, end))
+    assert sum(told["ids"][-1] == end for told in found) >= 4
+    assert not any(text in told["text"] for told in found for text in NEW_TOKENS)
 
 
 def test_greedy_text_is_transformers_in_plain_text(

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from torchprime.atomic import write_json
+from torchprime.checkpoint.base_changes import changes_from, told_changes
 from torchprime.checkpoint.hf_files import ExportFacts
 from torchprime.checkpoint.hf_read import HEAD, SafetensorsReader, check_names
 from torchprime.checkpoint.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
@@ -36,7 +37,6 @@ from torchprime.models.decoder import CausalLM
 
 CERTIFICATE = "certificate.json"
 FORMAT_VERSION = 1
-PIECE = 1 << 24  # values that are compared with the base at once
 FIRST_CHANGE = 2  # with warm-up the first update has a learning rate of 0
 
 Found = tuple[str, dict[str, Any]]  # what a check says, and its numbers
@@ -290,7 +290,7 @@ def check_base(folder: Path, base: Path | str | None, facts: ExportFacts) -> Fou
         raise NotChecked("training began from random weights; there is no base")
     if isinstance(base, str):
         raise NotChecked(base)
-    values = changes_from(SafetensorsReader(base), SafetensorsReader(folder))
+    values = changes_from(SafetensorsReader(base), SafetensorsReader(folder), facts.unused_rows)
     if not values["changed"]:
         same = f"none of {values['tensors']} tensors differs from the base"
         if facts.step is None or facts.step < FIRST_CHANGE:
@@ -299,42 +299,6 @@ def check_base(folder: Path, base: Path | str | None, facts: ExportFacts) -> Fou
             f"{same} after {facts.step} updates: these are the base's weights, not trained ones"
         )
     return told_changes(values), values
-
-
-def told_changes(values: Mapping[str, Any]) -> str:
-    """The numbers of `changes_from` in words."""
-    return (
-        f"{values['changed']} of {values['tensors']} tensors differ from the base, the largest "
-        f"change is {values['largest_change']:.3g} in {values['largest_change_in']}"
-    )
-
-
-def changes_from(base: SafetensorsReader, export: SafetensorsReader) -> dict[str, Any]:
-    """How the exported tensors differ from the base's, cast to the export's dtype.
-
-    Raises:
-        CheckpointError: the base lacks a tensor, or has it in another shape.
-    """
-    listing, theirs = export.names(), base.names()
-    changed, largest, where = 0, 0.0, None
-    for name, (shape, dtype) in listing.items():
-        if name not in theirs or theirs[name][0] != shape:
-            other = f"has it as {list(theirs[name][0])}" if name in theirs else "does not have it"
-            raise CheckpointError(f"{name} is {list(shape)} in the export; the base {other}")
-        new, old = export.get(name).reshape(-1), base.get(name).reshape(-1)
-        difference = 0.0
-        for mine, its in zip(new.split(PIECE), old.split(PIECE), strict=True):
-            away = (mine.float() - its.to(dtype).float()).abs().max().item()
-            difference = max(difference, away) if away == away else math.inf
-        changed += difference > 0
-        if difference > largest:
-            largest, where = difference, name
-    return {
-        "tensors": len(listing),
-        "changed": changed,
-        "largest_change": _plain(largest),
-        "largest_change_in": where,
-    }
 
 
 def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) -> Found:

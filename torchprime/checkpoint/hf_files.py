@@ -47,6 +47,7 @@ class ExportFacts:
         template_options: what else the template was given.
         base_model: as the config names it; None when training began from random weights.
         base_folder: where its weights lay.
+        unused_rows: rows of the base's embeddings that were made anew for new tokens.
         step: updates made; None if unknown.
         card: facts for the model card; see `model_card`.
         metrics: the last values.
@@ -62,6 +63,7 @@ class ExportFacts:
     template_options: dict[str, Any] = field(default_factory=dict)
     base_model: str | None = None
     base_folder: str | None = None
+    unused_rows: tuple[int, ...] = ()
     step: int | None = None
     card: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -107,6 +109,7 @@ def read_facts(path: Path) -> ExportFacts:
         content["spec"] = {name: tuple(shape) for name, shape in content["spec"].items()}
         content["dtype"] = getattr(torch, content["dtype"])
         content["stop_ids"] = tuple(content["stop_ids"])
+        content["unused_rows"] = tuple(content.get("unused_rows", ()))
         return ExportFacts(**content)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not hold an export's facts: {error}.") from error

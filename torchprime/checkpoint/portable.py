@@ -223,7 +223,8 @@ def check_tokenizer(folder: Path) -> None:
         CheckpointError: with the first text that differs and both id lists.
 
     A wrong split shows where a token reaches over it, so besides `PROBES` the text of the tokens
-    themselves is tried, of up to some thousands of them, evenly over the vocabulary.
+    themselves is tried, of up to some thousands of them, evenly over the vocabulary. Added tokens
+    are all tried: each must be one id, alone and between letters.
     """
     own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     own.no_truncation()
@@ -231,6 +232,8 @@ def check_tokenizer(folder: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids = sorted(own.get_vocab().values())
     texts = [*PROBES, *own.decode_batch([[i] for i in ids[:: len(ids) // TOKENS_TRIED + 1]])]
+    added = [token.content for token in own.get_added_tokens_decoder().values()]
+    texts += [*added, *(f"a{text}b" for text in added)]
     encoded = own.encode_batch(texts)
     for text, mine, other in zip(texts, encoded, theirs(texts)["input_ids"], strict=True):
         if (ours := mine.ids) != other:
@@ -238,5 +241,6 @@ def check_tokenizer(folder: Path) -> None:
                 f"The tokenizer in {folder} is read wrongly by transformers' AutoTokenizer "
                 f"({type(theirs).__name__}): {text!r} becomes {other}, but tokenizer.json says "
                 f"{ours}. For model_type qwen2 it imposes Qwen2's own pre-tokenizer: use the "
-                "tokenizer of the model's family (model.tokenizer_name)."
+                "tokenizer of the model's family (model.tokenizer_name). If the text is a special "
+                "token, tokenizer_config.json (added_tokens_decoder) describes it in another way."
             )

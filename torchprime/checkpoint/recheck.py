@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchprime.checkpoint.base_changes import changes_from, told_changes
 from torchprime.checkpoint.certificate import (
     CERTIFICATE,
     Certificate,
     Check,
     Found,
     NotChecked,
-    changes_from,
     check_ids,
     check_stops,
     check_template,
@@ -28,7 +28,6 @@ from torchprime.checkpoint.certificate import (
     hash_files,
     judge,
     read_certificate,
-    told_changes,
     weights_values,
 )
 from torchprime.checkpoint.hf_read import SafetensorsReader
@@ -145,8 +144,9 @@ def _base(folder: Path, base: Path | None, certificate: Certificate) -> Found:
             if named is None
             else f"give its folder to compare with it again: --base FOLDER (it is {named})"
         )
-    values = changes_from(SafetensorsReader(base), SafetensorsReader(folder))
     recorded = certificate.check("base").values
+    unused = recorded.get("unused_rows", [])
+    values = changes_from(SafetensorsReader(base), SafetensorsReader(folder), unused)
     if recorded and values != recorded:
         raise CheckpointError(
             f"{told_changes(values)}; certified was: {told_changes(recorded)}. Is that folder the "

@@ -9,8 +9,9 @@ from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
 from torchprime.data.rendering import ChatTemplate
 from torchprime.data.tokenizer import Tokenizer
-from torchprime.training.datasets import RunData, prepare_run_data, template_of
-from torchprime.training.model_files import ModelFiles, find_model
+from torchprime.training.datasets import RunData, prepare_run_data
+from torchprime.training.model_files import ModelFiles
+from torchprime.training.recipe import files_of
 
 
 class Offline(NamedTuple):
@@ -27,18 +28,14 @@ class Offline(NamedTuple):
 
 def load(config: TrainConfig) -> Offline:
     """Prepare the config's rows, or find them prepared; what is to be said goes to stderr."""
-    files = find_model(
-        pretrained_model=config.model.pretrained_model,
-        tokenizer_name=config.model.tokenizer_name,
-        architecture=config.model.architecture,
-        cache_dir=config.dataset.cache_dir,
-        weights=False,
-    )
-    template = template_of(config.dataset, files.tokenizer)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    files = files_of(config, weights=False)
+    for line in files.vocabulary.describe() if files.vocabulary else ():
+        say(line)
+    template = template_of(config.dataset, files.tokenizer)
     return Offline(prepare_run_data(config, files.tokenizer, template, say), files, template)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import date
 from typing import NoReturn
 
@@ -52,6 +53,22 @@ def iso_date(key: str, value: str | None) -> None:
         date.fromisoformat(value)
     except ValueError:
         refuse(key, value, "a date such as 2026-11-29", f"Write it so, or set {key}=null.")
+
+
+def special_tokens(key: str, texts: Sequence[str]) -> None:
+    """Texts that can each become one token."""
+    for place, text in enumerate(texts):
+        where = f"{key}[{place}]"
+        if not text.strip():
+            expected = "a text that is more than white space"
+            refuse(where, text, expected, f"Take it out, or write {key}=['<answer>'].")
+        if text in texts[:place]:
+            first = texts.index(text)
+            refuse(where, text, f"each token once ({key}[{first}] is the same)", "Take one out.")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            refuse(where, text, "a text in UTF-8", "Write its characters, not single bytes.")
 
 
 def some_source(section: str, hub: str | None, path: str | None) -> None:

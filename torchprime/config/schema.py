@@ -24,6 +24,7 @@ from torchprime.config.checks import (
     refuse,
     shown,
     some_source,
+    special_tokens,
 )
 from torchprime.config.evaluation import EvalConfig, ExportConfig, SelectionConfig
 from torchprime.config.topologies import check_devices, topology
@@ -235,10 +236,22 @@ class ModelConfig:
     attention_kernel: Literal["auto", "splash", "flash", "flex", "reference"] = "auto"
     # HF config.json keys, to train from scratch or plan without the weights.
     architecture: dict[str, Any] | None = None
+    add_special_tokens: list[str] = field(default_factory=list)
+    # How rows are made for tokens that the model has none for; null: a larger tokenizer is refused.
+    resize_embeddings: Literal["mean", "zeros"] | None = None
+    pad_vocab_to_multiple: int | None = None  # null: 128 where rows are added
 
     def __post_init__(self) -> None:
         not_empty("model.pretrained_model", self.pretrained_model)
         not_empty("model.tokenizer_name", self.tokenizer_name)
+        special_tokens("model.add_special_tokens", self.add_special_tokens)
+        at_least("model.pad_vocab_to_multiple", self.pad_vocab_to_multiple, 1)
+
+    @property
+    def new_rows(self) -> Literal["mean", "zeros"] | None:
+        """How rows are made; asking for tokens or padding asks for rows, too."""
+        asked = self.add_special_tokens or self.pad_vocab_to_multiple is not None
+        return self.resize_embeddings or ("mean" if asked else None)
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,10 @@ def build(
     partial.mkdir()
     try:
         write(partial)
-        files = sorted(path for path in partial.iterdir() if path.is_file())
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
         for path in files:
             sync(path)
-        sizes = {path.name: path.stat().st_size for path in files}
+        sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
         manifest = {"key": key, "ingredients": dict(ingredients), "files": sizes}
         write_text(partial / MANIFEST, json.dumps(manifest, indent=2))
         if final.exists() and find(root, key) is None:

@@ -113,6 +113,10 @@ class Tokenizer:
         added = self._raw.get_added_tokens_decoder().values()
         return frozenset(token.content for token in added if token.special)
 
+    def vocabulary(self) -> dict[str, int]:
+        """The id of every token, added ones included."""
+        return self._raw.get_vocab(with_added_tokens=True)
+
     def fingerprint(self) -> str:
         """sha256 of tokenizer.json and of the settings that change ids."""
         return self._fingerprint
@@ -142,7 +146,7 @@ def _piece(text: str, token: str) -> str:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Read tokenizer.json and the settings beside it; what is missing is a CheckpointError."""
     folder = Path(folder)
-    raw, raw_bytes = _load_raw(folder)
+    raw, raw_bytes = load_raw(folder)
     settings = read_settings(folder)
     vocab = raw.get_vocab(with_added_tokens=True)
 
@@ -169,7 +173,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     )
 
 
-def _load_raw(folder: Path) -> tuple[tokenizers.Tokenizer, bytes]:
+def load_raw(folder: Path) -> tuple[tokenizers.Tokenizer, bytes]:
+    """Read tokenizer.json with the tokenizers library; the tokenizer and the file's bytes.
+
+    Raises:
+        CheckpointError: there is no such file, or the library cannot load it.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         if not folder.is_dir():

@@ -40,7 +40,7 @@ from torchprime.torch_xla_models.runtime import (
 )
 from torchprime.torch_xla_models.tpu_library import Library, find_library
 from torchprime.training.model_files import find_architecture
-from torchprime.training.recipe import checked_table
+from torchprime.training.recipe import checked_table, vocabulary_of
 
 REPORT = "compile_report.json"
 # Autograd counts an XLA client's devices in a signed byte, and fails from 128 on.
@@ -60,6 +60,8 @@ def compile_only(config: TrainConfig, say: Say | None = None) -> int:
         pretrained_model=config.model.pretrained_model,
         architecture=config.model.architecture,
         cache_dir=config.dataset.cache_dir,
+        tokenizer_name=config.model.tokenizer_name,
+        vocabulary=vocabulary_of(config),
     )
     architecture = architecture_from_hf(hf_config, where=where)
     say(f"compiling the step for {config.compile_only}; architecture from {where}")

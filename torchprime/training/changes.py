@@ -30,11 +30,12 @@ HARMLESS_KEYS = (
 )  # fmt: skip
 REFUSED_KEYS = (
     "seed", "torch_dtype", "task.global_batch_size", "task.optimizer.name",
-    "task.optimizer.master_weights",
+    "task.optimizer.master_weights", "model.add_special_tokens", "model.resize_embeddings",
+    "model.pad_vocab_to_multiple",
 )  # fmt: skip
 # Fingerprints: what a difference means, and what it is a fingerprint of.
 IDENTITIES = {
-    "model": (REFUSED, "names and shapes of the weights"),
+    "model": (REFUSED, "names, shapes and new rows of the weights"),
     "tokenizer": (REFUSED, "tokenizer.json and its special tokens"),
     "template": (REFUSED, "the chat template"),
     "data": (REFUSED, "the packed training rows"),
@@ -71,7 +72,7 @@ def find_changes(
     changes = [
         Change(key, old.get(key), new.get(key), _kind(key))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        if _given(old, key) != _given(new, key)
     ]
     before = identity_of(manifest)
     changes += [
@@ -144,6 +145,12 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _flat(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item
+
+
+def _given(config: Mapping[str, Any], key: str) -> Any:
+    """A value; an empty list is none, as where an older version did not have the key."""
+    value = config.get(key)
+    return None if value == [] else value
 
 
 def _shown(value: Any) -> str:

@@ -73,7 +73,7 @@ class Exporter:
     def facts(self, step: int | None, metrics: Mapping[str, Any]) -> ExportFacts:
         """What an export of the weights after `step` updates has to know."""
         template = self.template
-        folder = self.files.folder
+        folder, new_rows = self.files.folder, self.files.new_rows
         return ExportFacts(
             spec=dict(self.files.shapes),
             dtype=self.dtype,
@@ -84,6 +84,7 @@ class Exporter:
             template_options={} if template is None else template.option_values,
             base_model=self.card_facts.get("base_model"),
             base_folder=None if folder is None else str(folder.absolute()),
+            unused_rows=new_rows.unused if new_rows else (),
             step=step,
             card={**self.card_facts, "chat": template is not None},
             metrics=dict(metrics),

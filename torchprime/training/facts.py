@@ -40,6 +40,7 @@ def run_facts(
             "pretrained": config.model.pretrained_model,
             "parameters": files.num_parameters,
             "dtype": config.torch_dtype,
+            **({"vocabulary": files.vocabulary.to_dict()} if files.vocabulary else {}),
         },
         "fingerprints": rows.fingerprints(),
         "plan": plan.to_dict(),

@@ -1,7 +1,8 @@
 """What a run starts from: a checkpoint's config.json, tokenizer and weights, or an architecture.
 
 Everything is checked here before a device is touched: the architecture is one we compute rightly,
-the tokenizer fits the vocabulary, and the weights' names and shapes are exactly the model's.
+the tokenizer fits the vocabulary (vocabulary.py), and the weights' names and shapes are exactly the
+model's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from torchprime.checkpoint.hf_read import SafetensorsReader, check_names
+from torchprime.checkpoint.hf_read import EMBEDDING, HEAD, SafetensorsReader, check_names
 from torchprime.checkpoint.portable import read_json
 from torchprime.checkpoint.source import resolve_pretrained
 from torchprime.config.compose import configs_dir
-from torchprime.data.tokenizer import Tokenizer, load_tokenizer
-from torchprime.errors import CheckpointError
+from torchprime.data.tokenizer import Tokenizer
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.decoder import CausalLM, initial_tensor
+from torchprime.models.new_rows import NewRows
+from torchprime.training.vocabulary import Vocabulary, VocabularyRequest, fit_vocabulary
 
 Shape = tuple[int, ...]
 
@@ -39,6 +41,12 @@ class ModelFiles:
     architecture: Architecture
     tokenizer: Tokenizer
     shapes: Mapping[str, Shape]  # of every weight, by Hugging Face name
+    vocabulary: Vocabulary | None = None  # if the config asks anything of it
+
+    @property
+    def new_rows(self) -> NewRows | None:
+        """Rows of the embeddings that the checkpoint does not have, or not trained."""
+        return self.vocabulary and self.vocabulary.rows
 
     @property
     def num_parameters(self) -> int:
@@ -50,9 +58,11 @@ class ModelFiles:
             return CausalLM(self.architecture)
 
     def fingerprint(self) -> str:
-        """sha256 of the architecture and of names and shapes of the weights: equal ones, equal
-        programs."""
+        """sha256 of the architecture, of names and shapes of the weights and of what their new rows
+        are: equal ones, equal programs."""
         described = {"architecture": asdict(self.architecture), "shapes": dict(self.shapes)}
+        if self.new_rows is not None:
+            described["new_rows"] = asdict(self.new_rows)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def generation_config(self) -> dict[str, Any] | None:
@@ -69,8 +79,13 @@ def find_model(
     architecture: Mapping[str, Any] | None,
     cache_dir: str | None,
     weights: bool,
+    vocabulary: VocabularyRequest | None = None,
 ) -> ModelFiles:
     """Find the files, read config and tokenizer, and see that they fit each other.
+
+    Args:
+        weights: whether the weights are needed, too.
+        vocabulary: what is asked of it; None takes tokenizer and checkpoint as they are.
 
     Raises:
         CheckpointError: missing files, unsupported architecture, vocabularies that differ.
@@ -88,30 +103,63 @@ def find_model(
     if tokenizer_name is not None:
         tokenizer_folder = resolve_pretrained(tokenizer_name, cache_dir=cache_dir, weights=False)
     assert tokenizer_folder is not None  # the schema has seen to it
-    tokenizer = load_tokenizer(tokenizer_folder)
-    check_vocabulary(tokenizer, parsed, hf_config)
+    fitted = fit_vocabulary(tokenizer_folder, folder, parsed, hf_config, vocabulary)
+    if fitted.rows != parsed.vocab_size:
+        hf_config = {**hf_config, "vocab_size": fitted.rows}
+        parsed = replace(parsed, vocab_size=fitted.rows)
+    shapes = _shapes(parsed)
+    return ModelFiles(folder, hf_config, parsed, fitted.tokenizer, shapes, fitted.vocabulary)
+
+
+def _shapes(architecture: Architecture) -> dict[str, Shape]:
     with torch.device("meta"):
-        shapes = {n: tuple(p.shape) for n, p in CausalLM(parsed).named_parameters()}
-    return ModelFiles(folder, hf_config, parsed, tokenizer, shapes)
+        model = CausalLM(architecture)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def find_architecture(
-    *, pretrained_model: str | None, architecture: Mapping[str, Any] | None, cache_dir: str | None
+    *,
+    pretrained_model: str | None,
+    architecture: Mapping[str, Any] | None,
+    cache_dir: str | None,
+    tokenizer_name: str | None = None,
+    vocabulary: VocabularyRequest | None = None,
 ) -> tuple[Mapping[str, Any], str]:
     """A model's config.json without its weights, and where it is from: a local folder, a shipped
     option of the group `model`, or else the hub.
 
+    Args:
+        tokenizer_name: of the tokenizer, if it is another than the model's own; only read if the
+            vocabulary depends on it.
+        vocabulary: what is asked of it; None takes vocab_size as it is.
+
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none; or the vocabulary needs a tokenizer that is not here.
     """
+    folder, config, where = _described(pretrained_model, architecture, cache_dir)
+    if vocabulary is None or vocabulary.method is None:
+        return config, where
+    name = tokenizer_name or pretrained_model
+    assert name is not None  # the schema has seen to it
+    tokenizer_folder = resolve_pretrained(name, cache_dir=cache_dir, weights=False)
+    parsed = architecture_from_hf(config, where=where)
+    fitted = fit_vocabulary(tokenizer_folder, folder, parsed, config, vocabulary)
+    return {**config, "vocab_size": fitted.rows}, f"{where}, {fitted.rows:,} rows of vocabulary"
+
+
+def _described(
+    pretrained_model: str | None, architecture: Mapping[str, Any] | None, cache_dir: str | None
+) -> tuple[Path | None, Mapping[str, Any], str]:
+    """A checkpoint's folder if it is here, config.json, and where that is from."""
     if pretrained_model is None:
         assert architecture is not None  # the schema has seen to it
-        return architecture, "model.architecture"
+        return None, architecture, "model.architecture"
     shipped = None if Path(pretrained_model).is_dir() else _shipped_option(pretrained_model)
     if shipped is not None:
-        return yaml.safe_load(shipped.read_text())["architecture"], f"model={shipped.stem}"
+        config = yaml.safe_load(shipped.read_text())["architecture"]
+        return None, config, f"model={shipped.stem}"
     folder = resolve_pretrained(pretrained_model, cache_dir=cache_dir, weights=False)
-    return read_json(folder / "config.json"), str(folder / "config.json")
+    return folder, read_json(folder / "config.json"), str(folder / "config.json")
 
 
 def _shipped_option(hub_name: str) -> Path | None:
@@ -123,49 +171,45 @@ def _shipped_option(hub_name: str) -> Path | None:
     return None
 
 
-def check_vocabulary(
-    tokenizer: Tokenizer, architecture: Architecture, hf_config: Mapping[str, Any]
-) -> None:
-    """An id past the embedding would be clamped by XLA without a word; and stop tokens must agree.
-
-    A model may have more rows than the tokenizer has tokens (padding to a round number), never
-    fewer.
-    """
-    if tokenizer.max_id >= architecture.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer in {tokenizer.folder} has ids up to {tokenizer.max_id}, but the "
-            f"model's vocab_size is {architecture.vocab_size}. Set model.tokenizer_name to the "
-            "tokenizer of this model (or null to use the one beside its weights)."
-        )
-    stops = hf_config.get("eos_token_id")
-    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
-    known = {*stops, *tokenizer.generation_eos_ids}
-    if architecture.vocab_size > tokenizer.max_id + 1 + 1024 and tokenizer.eos_id not in known:
-        raise CheckpointError(
-            f"The tokenizer in {tokenizer.folder} has {tokenizer.vocab_size} tokens and stops with "
-            f"id {tokenizer.eos_id}; the model has {architecture.vocab_size} rows and stops with "
-            f"{sorted(known) or 'no id'}: they do not belong together. Set model.tokenizer_name to "
-            "the model's own tokenizer."
-        )
-
-
-def pretrained_tensors(files: ModelFiles) -> Callable[[str], Tensor]:
+def pretrained_tensors(files: ModelFiles, dtype: torch.dtype) -> Callable[[str], Tensor]:
     """A function from a weight's name to its tensor, read when asked for.
+
+    Args:
+        dtype: of the model. Only a weight that gets new rows comes in it, in memory of its own; the
+            others are views of the mapped files.
 
     Raises:
         CheckpointError: names or shapes that do not fit, all of them listed.
     """
     assert files.folder is not None
     reader = SafetensorsReader(files.folder)
-    check_names(files.shapes, reader, tied=files.architecture.tie_word_embeddings)
-    return reader.get
+    rows = files.new_rows
+    expected = files.shapes
+    if rows is not None:
+        expected = _shapes(replace(files.architecture, vocab_size=rows.before))
+    check_names(expected, reader, tied=files.architecture.tie_word_embeddings)
+    if rows is None:
+        return reader.get
+
+    def tensor_of(name: str) -> Tensor:
+        tensor = reader.get(name)
+        return rows.resized(name, tensor, dtype) if name in (EMBEDDING, HEAD) else tensor
+
+    return tensor_of
 
 
 def random_tensors(files: ModelFiles, seed: int) -> Callable[[str], Tensor]:
-    """A function from a weight's name to its initial value, made when asked for."""
+    """A function from a weight's name to its initial value, made when asked for.
+
+    Rows of new tokens are random like the others: there is no trained row to be near to.
+    """
+    rows = files.new_rows
 
     def tensor_of(name: str) -> Tensor:
         std = files.architecture.initializer_range
-        return initial_tensor(name, torch.Size(files.shapes[name]), std, seed)
+        tensor = initial_tensor(name, torch.Size(files.shapes[name]), std, seed)
+        if rows is not None and rows.method == "zeros" and name in (EMBEDDING, HEAD):
+            tensor[rows.made] = 0
+        return tensor
 
     return tensor_of

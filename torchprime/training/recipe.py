@@ -1,4 +1,4 @@
-"""What of a config makes the training step: its sharding table, optimizer, options and length.
+"""What of a config makes the training step: its model, sharding table, optimizer, options, length.
 
 A run, its plan and a compile ahead of time (`compile_only`) all take them from here, so that what
 is planned or compiled is what is trained; the witness takes the length.
@@ -7,10 +7,12 @@ is planned or compiled is what is trained; the witness takes the length.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from torchprime.config.schema import TrainConfig
+from torchprime.data import cache
 from torchprime.data.packed import PackedDataset
 from torchprime.errors import ConfigError
 from torchprime.models.architecture import Architecture
@@ -18,9 +20,36 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.training.backend import StepOptions
 from torchprime.training.datasets import RunData
-from torchprime.training.model_files import ModelFiles
+from torchprime.training.model_files import ModelFiles, find_model
 from torchprime.training.optim import Optimizer, make_optimizer
 from torchprime.training.plan import Memory, Plan, StepPlan, estimate_memory, plan_steps
+from torchprime.training.vocabulary import VocabularyRequest
+
+
+def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
+    """The config's model files; with `weights`, those of a checkpoint must be there, too."""
+    m = config.model
+    return find_model(
+        pretrained_model=m.pretrained_model,
+        tokenizer_name=m.tokenizer_name,
+        architecture=m.architecture,
+        cache_dir=config.dataset.cache_dir,
+        weights=weights and m.pretrained_model is not None,
+        vocabulary=vocabulary_of(config),
+    )
+
+
+def vocabulary_of(config: TrainConfig) -> VocabularyRequest:
+    """What the config asks of the vocabulary."""
+    m, kept_in = config.model, config.dataset.prepared_dir
+    prepared = cache.default_folder() if kept_in is None else Path(kept_in)
+    return VocabularyRequest(
+        tokens=tuple(m.add_special_tokens),
+        method=m.new_rows,
+        multiple=m.pad_vocab_to_multiple,
+        seed=config.seed,
+        kept_in=prepared / "tokenizers",
+    )
 
 
 def sharding_table(config: TrainConfig) -> ShardingTable:

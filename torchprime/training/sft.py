@@ -26,7 +26,7 @@ class SFTTrainer(Trainer):
                 "task=sft fine-tunes a checkpoint, but model.pretrained_model is null. Set it to a "
                 "hub name or a local folder, or use task=train."
             )
-        return pretrained_tensors(self.files)
+        return pretrained_tensors(self.files, self.dtype)
 
     def show_export(self, out: Path) -> None:
         """Print answers of the base and the tuned model side by side."""
@@ -48,18 +48,33 @@ class SFTTrainer(Trainer):
         ]
         prompts = [question.ids for question in questions]
         limit = min(SAMPLE_TOKENS, self.config.dataset.block_size)
-        folders = (self.files.folder, out)
-        answers = [generation_samples(f, prompts, self.stop_ids, limit) for f in folders]
+        new = self.files.new_rows
+        base = self._answers(self.files.folder, prompts, limit, new.before if new else None)
+        tuned = self._answers(out, prompts, limit)
         lines = [f"{count} held-out questions, greedy answers before and after:"]
-        for question, base, tuned in zip(questions, *answers, strict=True):
+        for question, *answers in zip(questions, base, tuned, strict=True):
             shown = {"question": question.text, "expected": question.answer}
-            for name, ids in (("base", base), ("tuned", tuned)):
-                stopped = bool(ids) and ids[-1] in self.stop_ids
-                text = tokenizer.decode(ids[:-1] if stopped else ids)
-                shown[name] = text + ("" if stopped else " [no stop]")
+            for name, ids in zip(("base", "tuned"), answers, strict=True):
+                shown[name] = self._text_of(ids)
             lines.append("")
             lines += [f"  {name:<9}{_one_line(text)}" for name, text in shown.items()]
         return "\n".join(lines)
+
+    def _answers(
+        self, folder: Path, prompts: list[list[int]], limit: int, rows: int | None = None
+    ) -> list[list[int] | None]:
+        """Greedy answers; None where a prompt has an id that is beyond the model's rows."""
+        asked = [rows is None or max(prompt) < rows for prompt in prompts]
+        known = [prompt for prompt, is_asked in zip(prompts, asked, strict=True) if is_asked]
+        found = iter(generation_samples(folder, known, self.stop_ids, limit))
+        return [next(found) if is_asked else None for is_asked in asked]
+
+    def _text_of(self, ids: list[int] | None) -> str:
+        if ids is None:
+            return "[not asked: it has no row for a token of this prompt]"
+        stopped = bool(ids) and ids[-1] in self.stop_ids
+        text = self.files.tokenizer.decode(ids[:-1] if stopped else ids)
+        return text + ("" if stopped else " [no stop]")
 
 
 def _one_line(text: str) -> str:

@@ -45,11 +45,11 @@ from torchprime.training.hooks.evaluation import EvaluationHook
 from torchprime.training.hooks.metrics import MetricsHook
 from torchprime.training.hooks.profile import ProfileHook
 from torchprime.training.loop import CompileGuard, DataOrder, Hook, RunControl, train_loop
-from torchprime.training.model_files import find_model, pretrained_tensors, random_tensors
+from torchprime.training.model_files import pretrained_tensors, random_tensors
 from torchprime.training.optim import learning_rate
 from torchprime.training.plan import flops_per_token
 from torchprime.training.probe import probe_isolation
-from torchprime.training.recipe import optimizer_of, plan_run, step_options
+from torchprime.training.recipe import files_of, optimizer_of, plan_run, step_options
 from torchprime.training.resuming import Past, ResumePoint
 from torchprime.training.saving import Retention, Saver
 
@@ -144,13 +144,7 @@ class Trainer:
         self.catalog = Catalog(Storage.of(place), self.choosing.rule.rank)
         if not c.dry_run:
             resuming.may_go_on(c.resume.source, self.folder, self.catalog)
-        self.files = find_model(
-            pretrained_model=c.model.pretrained_model,
-            tokenizer_name=c.model.tokenizer_name,
-            architecture=c.model.architecture,
-            cache_dir=c.dataset.cache_dir,
-            weights=c.model.pretrained_model is not None and not c.dry_run,
-        )
+        self.files = files_of(c, weights=not c.dry_run)
         self.tensor_of = None if c.dry_run else self.weights()
         longest = self.files.architecture.max_position_embeddings
         if c.dataset.block_size > longest:
@@ -184,6 +178,8 @@ class Trainer:
             self._find_point()
         self.check_output()
         self.say(self.plan.describe())
+        for line in self.files.vocabulary.describe() if self.files.vocabulary else ():
+            self.say(f"  {line}")
         self.say(f"  attention    {self.backend.attention} ({self.backend.attention_why})")
         self.say(f"  loss         {self.backend.loss} ({self.backend.loss_why})")
 
@@ -202,7 +198,7 @@ class Trainer:
         """Where initial values come from: the checkpoint if one is named, else random."""
         if self.files.folder is None:
             return random_tensors(self.files, self.config.seed)
-        return pretrained_tensors(self.files)
+        return pretrained_tensors(self.files, self.dtype)
 
     def check_output(self) -> None:
         """Find now what would keep the end of the run from being written."""

@@ -263,6 +263,56 @@ def test_a_base_of_another_shape_fails(certified, tied_llama) -> None:
     )
 
 
+# A base with fewer rows than the export, two of which were made anew -----------------------------
+
+SHARED, UNUSED = 300, (5, 299)
+GROWN = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@pytest.fixture(scope="module")
+def small_base(llama, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("small_base")
+    tensors = load_file(llama.folder / "model.safetensors")
+    for name in GROWN:
+        tensors[name] = tensors[name][:SHARED].clone()
+        tensors[name][list(UNUSED)] = 100.0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_new_rows_are_counted_and_the_others_compared(
+    certified, facts, small_base, tuned, llama
+) -> None:
+    grown = dataclasses.replace(facts, unused_rows=UNUSED)
+    result = certified(base=small_base, facts=grown)
+    values = result.certificate.check("base").values
+    kept = [row for row in range(SHARED) if row not in UNUSED]
+    base = load_file(llama.folder / "model.safetensors")
+    away = {
+        name: (tuned[name] - base[name])[kept if name in GROWN else ...].abs().max().item()
+        for name in tuned
+    }
+    assert values["changed"] == sum(a > 0 for a in away.values())
+    assert values["largest_change"] == pytest.approx(max(away.values()), rel=1e-6)
+    assert values["new_rows"] == 2 * (320 - SHARED + len(UNUSED))
+    assert "44 rows are new" in result.certificate.check("base").detail
+    assert verdicts(result.folder, small_base)["base"] is True
+
+
+def test_untrained_weights_with_new_rows_fail(certified, facts, small_base, llama) -> None:
+    grown = dataclasses.replace(facts, unused_rows=UNUSED)
+    base = dict(llama.reader.weights(llama.spec))
+    result = certified(tensors=base, trained="a test", base=small_base, facts=grown)
+    refused(result, "base", f"none of {len(base)} tensors differs", f"{STEP} updates")
+
+
+def test_a_base_with_more_rows_fails(certified, llama, tmp_path) -> None:
+    tensors = load_file(llama.folder / "model.safetensors")
+    tensors[GROWN[0]] = torch.cat([tensors[GROWN[0]], tensors[GROWN[0]][:1]])
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(certified(base=tmp_path), "base", GROWN[0], "has it as [321, 32]")
+
+
 def test_another_chat_template_fails(certified) -> None:
     result = certified(write={"chat_templates": {"default": TEMPLATE + " "}})
     refused(result, "chat template", "chat_template.jinja", template_hash())

@@ -148,6 +148,16 @@ def test_real_tokenizers_survive(shared_dir, tmp_path, folder, eos, model_type):
     assert auto.eos_token_id is not None
 
 
+def test_a_special_token_that_is_read_in_another_way_is_found(tmp_path, tokenizer_folder):
+    """transformers believes tokenizer_config.json's own description of an added token."""
+    described = {"content": "<|other|>", "special": True, "single_word": True}
+    out = exported(
+        tmp_path, edited(tmp_path, tokenizer_folder, added_tokens_decoder={"1": described})
+    )
+    with pytest.raises(CheckpointError, match=r"'a<\|other\|>b' becomes .* says"):
+        check_tokenizer(out)
+
+
 def test_tokenizer_config_is_what_457_can_load(tmp_path, tokenizer_folder):
     source = edited(
         tmp_path,

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
+from torchprime.checkpoint.hf_read import SafetensorsReader
+from torchprime.config.entry import run_main
 from torchprime.torch_native.runtime import TIMEOUT_VARIABLE
+from torchprime.torch_native.train import main
 
 JOB = Path(__file__).parent / "job.py"
 OVERRIDES = (
@@ -33,8 +37,14 @@ class Ended(NamedTuple):
 
 
 @contextmanager
-def processes(mishap: str, out: Path, **environment: str) -> Iterator[list[subprocess.Popen]]:
-    """Two ranks without torchrun, which would end the one as soon as the other fails."""
+def processes(
+    mishap: str, out: Path, *more: str, **environment: str
+) -> Iterator[list[subprocess.Popen]]:
+    """Two ranks without torchrun, which would end the one as soon as the other fails.
+
+    Args:
+        more: overrides of the config.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,7 +56,7 @@ def processes(mishap: str, out: Path, **environment: str) -> Iterator[list[subpr
             place = [f"output_dir={out}", "run_name=run"]
             started.append(
                 subprocess.Popen(
-                    [sys.executable, str(JOB), mishap, *OVERRIDES, *place],
+                    [sys.executable, str(JOB), mishap, *OVERRIDES, *place, *more],
                     env=os.environ | {name: str(value) for name, value in group.items()},
                     stderr=subprocess.PIPE,
                     text=True,
@@ -74,6 +84,33 @@ def test_several_processes_prove_their_export(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(export)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert sum(p.numel() for p in model.parameters()) == facts["model"]["parameters"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_new_tokens_in_two_processes_as_in_one(axis: str, tmp_path: Path) -> None:
+    sizes = [f"ici_mesh.{each}={1 + (each == axis)}" for each in ("fsdp", "tensor")]
+    tokens = [
+        'model.add_special_tokens=["Answer:","</answer>"]',
+        "task.optimizer.learning_rate=1e-3",
+    ]
+    with processes("none", tmp_path / "two", *tokens, *sizes) as (first, second):
+        one, two = ended(first), ended(second)
+    assert (one.code, two.code) == (0, 0), one.printed + two.printed
+    assert one.printed.count("new tokens   'Answer:' 512") == 1 and "new tokens" not in two.printed
+    place = [f"output_dir={tmp_path / 'one'}", "run_name=run", "ici_mesh.fsdp=1"]
+    assert run_main(main, [*OVERRIDES, *tokens, *place]) == 0
+    runs = [tmp_path / name / "run" for name in ("one", "two")]
+    alone, together = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in runs
+    )
+    for mine, theirs in zip(alone, together, strict=True):
+        for number in ("loss", "grad_norm", "eval_loss"):
+            assert mine.get(number, 0) == pytest.approx(theirs.get(number, 0), rel=1e-5)
+    weights = [SafetensorsReader(run / "export").get("model.embed_tokens.weight") for run in runs]
+    assert weights[0].shape == (640, 160)
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
 
 def test_a_failed_export_keeps_nobody_waiting(tmp_path: Path) -> None:

@@ -142,7 +142,27 @@ def test_tokenizer_has_more_ids_than_the_model(
     message = refused(f"model.tokenizer_name={other}")
     assert str(other) in message
     assert "ids up to 262" in message and "vocab_size is 260" in message
-    assert "Set model.tokenizer_name" in message
+    assert "Set model.tokenizer_name" in message and "model.resize_embeddings=mean" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ('add_special_tokens=[""]', ["add_special_tokens[0]: given ''", "more than white space"]),
+        ('add_special_tokens=["<a>","  "]', ["add_special_tokens[1]: given", "white space"]),
+        ('add_special_tokens=["<a>","<b>","<a>"]', ["[2]: given '<a>'", "[0] is the same"]),
+        ("add_special_tokens=[7]", ["add_special_tokens[0]: given 7, expected text"]),
+        ("add_special_tokens=answer", ["given 'answer', expected a list", "=[answer]"]),
+        ("pad_vocab_to_multiple=0", ["pad_vocab_to_multiple: given 0, expected at least 1"]),
+        (
+            "resize_embeddings=mode",
+            ["resize_embeddings: given 'mode', expected one of mean, zeros"],
+        ),
+    ],
+)
+def test_new_tokens_that_cannot_be(override: str, parts: list[str], refused: Refused) -> None:
+    message = refused(f"model.{override}")
+    assert message.startswith("model.") and all(part in message for part in parts), message
 
 
 def test_missing_and_unexpected_weights_are_all_listed(

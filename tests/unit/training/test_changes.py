@@ -23,9 +23,12 @@ BASE = ["model.pretrained_model=x", "task.max_steps=10", "task.global_batch_size
 SAME = dict.fromkeys(IDENTITIES, "0" * 64)
 
 
-def changes(*overrides: str, identity: dict[str, Any] | None = None):
+def changes(*overrides: str, identity: dict[str, Any] | None = None, unknown: tuple = ()):
+    """`unknown`: keys of `model` that the checkpoint's version did not have."""
+    config = compose_config(BASE).to_dict()
+    config["model"] = {k: v for k, v in config["model"].items() if k not in unknown}
     manifest: Any = SimpleNamespace(
-        config=compose_config(BASE).to_dict(),
+        config=config,
         model={"hash": SAME["model"]},
         tokenizer_fingerprint=SAME["tokenizer"],
         template_fingerprint=SAME["template"],
@@ -39,6 +42,12 @@ def changes(*overrides: str, identity: dict[str, Any] | None = None):
 def test_nothing_changed() -> None:
     assert changes() == []
     refuse_changes([], [], "p")
+
+
+def test_a_checkpoint_from_before_a_key_goes_on() -> None:
+    assert changes(unknown=("add_special_tokens", "resize_embeddings")) == []
+    (change,) = changes('model.add_special_tokens=["<a>"]', unknown=("add_special_tokens",))
+    assert change.kind == REFUSED
 
 
 @pytest.mark.parametrize(
@@ -58,6 +67,9 @@ def test_nothing_changed() -> None:
         ("seed=1", "seed", REFUSED),
         ("task.optimizer.name=adafactor", "task.optimizer.name", REFUSED),
         ("torch_dtype=bfloat16", "torch_dtype", REFUSED),
+        ('model.add_special_tokens=["<a>"]', "model.add_special_tokens", REFUSED),
+        ("model.resize_embeddings=zeros", "model.resize_embeddings", REFUSED),
+        ("model.pad_vocab_to_multiple=64", "model.pad_vocab_to_multiple", REFUSED),
     ],
 )
 def test_kinds(override: str, key: str, kind: str) -> None:
