@@ -9,7 +9,7 @@ from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
 from torchprime.data.rendering import ChatTemplate
 from torchprime.data.tokenizer import Tokenizer
-from torchprime.training.datasets import RunData, prepare_run_data
+from torchprime.training.datasets import RunData, prepare_run_data, template_of
 from torchprime.training.model_files import ModelFiles
 from torchprime.training.recipe import files_of
 
