@@ -103,40 +103,50 @@ def _values(record: Mapping[str, Any], unread: Unread) -> Iterator[tuple[str, An
 
 
 class Unused(NamedTuple):
-    """The values of a column that nothing reads, each with its row."""
+    """The values of a column that nothing reads, each with the text of its row."""
 
     values: list[Any]
-    rows: list[Row]
+    rows: list[str]
 
-
-def unused_columns(
-    sample: Iterable[tuple[Mapping[str, Any], Row]], keys: RecordKeys
-) -> dict[str, Unused]:
-    """The columns of these records that their rows are not made of, by path."""
-    columns: dict[str, Unused] = {}
-    for record, row in sample:
-        for path, value in keys.unused(record, CHAT if row.messages else PLAIN):
-            found = columns.setdefault(path, Unused([], []))
-            found.values.append(value)
-            found.rows.append(row)
-    return columns
-
-
-def looks_like_input(column: Unused, count: int) -> bool:
-    """Whether most of `count` rows have a long text here, mostly not twice the same, that is not
-    in the row anyway."""
-    pairs = [pair for pair in zip(*column, strict=True) if _is_prose(pair[0])]
-    if len(pairs) < max(FEWEST, FILLED * count):
-        return False
-    texts = [text for text, _ in pairs]
-    if sum(map(len, texts)) < LONG * len(texts) or len(set(texts)) < DISTINCT * len(texts):
-        return False
-    return sum(text.strip() in _said(row) for text, row in pairs) < FILLED * len(pairs)
+    def looks_like_input(self, count: int) -> bool:
+        """Return True if most of `count` rows have a long text here, mostly not twice the same,
+        that is not in the row anyway."""
+        pairs = [pair for pair in zip(*self, strict=True) if _is_prose(pair[0])]
+        if len(pairs) < max(FEWEST, FILLED * count):
+            return False
+        texts = [text for text, _ in pairs]
+        if sum(map(len, texts)) < LONG * len(texts) or len(set(texts)) < DISTINCT * len(texts):
+            return False
+        return sum(text.strip() in row for text, row in pairs) < FILLED * len(pairs)
 
 
 def _is_prose(value: Any) -> bool:
     """Words, not a hash or an address."""
     return isinstance(value, str) and (len(value.split()) > 1 or not value.isascii())
+
+
+def unused_columns(
+    sample: Iterable[tuple[Mapping[str, Any], Row | None]], keys: RecordKeys
+) -> dict[str, Unused]:
+    """The columns of these records that their rows are not made of, by path.
+
+    Args:
+        sample: records with their rows; a record of a tree has none of its own.
+    """
+    columns: dict[str, Unused] = {}
+    for record, row in sample:
+        shape = (CHAT if row.messages else PLAIN) if row else shape_of_tree(record)
+        said = "" if row is None else _said(row)
+        for path, value in keys.unused(record, shape):
+            found = columns.setdefault(path, Unused([], []))
+            found.values.append(value)
+            found.rows.append(said)
+    return columns
+
+
+def shape_of_tree(record: Mapping[str, Any]) -> str:
+    """A record of a whole tree, or of one message."""
+    return CHAT if isinstance(record.get("prompt"), Mapping) else FLAT_TREE
 
 
 def _said(row: Row) -> str:

@@ -84,23 +84,19 @@ def _with_unused(
     decision: FormatDecision, sample: Sequence[Mapping[str, Any] | Rejection], reading: RowReading
 ) -> FormatDecision:
     """The decision with the columns of the sampled records that nothing reads."""
-    if decision.kind in WITHOUT_INPUT:
-        return decision
     reader = RowReader(decision.kind, reading)
-    pairs: list[tuple[Mapping[str, Any], Row]] = []
-    for record in sample:
-        row = record if isinstance(record, Rejection) else reader.read("", record)
-        if isinstance(row, Row) and not isinstance(record, Rejection):
-            pairs.append((record, row))
+    records = [record for record in sample if not isinstance(record, Rejection)]
+    if decision.kind == "tree":
+        pairs = [(record, None) for record in records]
+    else:
+        read = [(record, reader.read("", record)) for record in records]
+        pairs = [(record, row) for record, row in read if isinstance(row, Row)]
     columns = row_keys.unused_columns(pairs, reader.keys)
+    like_input = [path for path, each in columns.items() if each.looks_like_input(len(pairs))]
     return replace(
         decision,
-        unused={path: example_of(column.values[0]) for path, column in columns.items()},
-        like_input=tuple(
-            path
-            for path, column in columns.items()
-            if row_keys.looks_like_input(column, len(pairs))
-        ),
+        unused={path: example_of(each.values[0]) for path, each in columns.items()},
+        like_input=() if decision.kind in WITHOUT_INPUT else tuple(like_input),
     )
 
 
