@@ -13,7 +13,8 @@ from typing import Any
 
 from torchprime.data.fields import printable, type_name
 
-EXAMPLE_CHARACTERS = 60
+EXAMPLE_CHARACTERS, KEY_CHARACTERS = 60, 120
+MOST_KEYS, OTHERS = 1000, "other keys"  # objects whose keys are data have no end of them
 
 
 @dataclass
@@ -105,7 +106,8 @@ def noted_first(noted: Mapping[str, Any]) -> str:
 def _count(into: dict[str, Noted], key: str, count: int, row_id: str, example: Any) -> None:
     found = into.get(key)
     if found is None:
-        found = into[key] = Noted(0, row_id, example_of(example))
+        key = printable(key, KEY_CHARACTERS) if len(into) < MOST_KEYS else OTHERS
+        found = into.setdefault(key, Noted(0, row_id, example_of(example)))
     found.count += count
 
 

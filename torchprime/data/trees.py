@@ -56,7 +56,8 @@ class Node:
 
     @property
     def is_assistant(self) -> bool:
-        return ROLES.get(self.given.get("role")) == "assistant"  # type: ignore[arg-type]
+        role = self.given.get("role")
+        return isinstance(role, str) and ROLES.get(role) == "assistant"
 
 
 class Tree(NamedTuple):

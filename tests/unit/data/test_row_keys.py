@@ -92,6 +92,21 @@ def test_rejected_rows_are_not_counted(write_rows: Callable[..., Path]) -> None:
     assert found == {"x": (2, "rows.jsonl:1", "1"), "y": (1, "rows.jsonl:3", "4")}
 
 
+def test_keys_that_are_data_have_an_end() -> None:
+    notes = RowNotes()
+    for n in range(1500):
+        read_row(f"f:{n}", QA | {f"user {n}": 1, "id": n}, "question_answer", notes=notes)
+    read_row("f:x", QA | {"\ud800" * 500: 1}, "question_answer", notes=notes)
+    assert len(notes.unused) == 1001
+    assert (notes.unused["id"].count, notes.unused["other keys"].count) == (1500, 502)
+    notes = RowNotes()
+    for _ in range(2):
+        read_row("f:1", QA | {"\ud800" * 500: 1}, "question_answer", notes=notes)
+    ((path, noted),) = notes.unused.items()
+    assert noted.count == 2 and len(path) < 130
+    path.encode("utf-8")
+
+
 # Messages ----------------------------------------------------------------------------------------
 
 
