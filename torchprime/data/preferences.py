@@ -88,17 +88,16 @@ def _conversation(
             raise Unusable(CHOSEN_ELSEWHERE, "its first turns do not say what prompt says")
     before = before or []
     prompt_keys = keys_found(columns, "prompt", before)
+    context = read_messages(before, prompt_keys, found, off=True)
+    shared = 0
     if _begins_with(chosen, before, keys, prompt_keys):
-        shared, before = len(before), []
-    else:
-        shared = 0
+        shared, before, context = len(before), [], []
     offset = len(before) if _begins_with(rejected, before, keys, prompt_keys) else 0
     while shared < min(len(chosen), len(rejected) - offset):
         if not _same(chosen[shared], rejected[offset + shared], keys, keys):
             break
         shared += 1
     shared = min(shared, len(chosen) - 1)
-    context = read_messages(before, prompt_keys, found, off=True)
     first = len(before) + 1
     context += read_messages(chosen[:shared], keys, found, off=True, first=first)
     answers = read_messages(chosen[shared:], keys, found, first=first + shared)

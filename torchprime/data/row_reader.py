@@ -68,6 +68,9 @@ from torchprime.data.tool_calls import tools_of
 from torchprime.data.trees import ID as TREE_ID
 from torchprime.data.trees import Tree
 
+HALVES = (("prompt", "completion"), ("completion", "prompt"))
+HALF_JSON = "{} is JSON text of messages, {} is not: both are trained as the text they are"
+
 
 def read_row(
     row_id: str,
@@ -157,8 +160,9 @@ class RowReader:
         rows: list[Row] = []
         try:
             fields = rename(tree.record, self.reading.columns)
+            shared = {} if tree.is_flat else fields  # a message's record has no keys for the rest
             for number, messages in enumerate(tree.result, start=1):
-                body = _conversation(messages, fields, self._columns, tree.found, "tree")
+                body = _conversation(messages, shared, self._columns, tree.found, "tree")
                 row_id = tree.row_id if number == 1 else f"{tree.row_id}/{number}"
                 row = self._row(row_id, tree.record, fields, body)
                 group = row.group if self.reading.group_key else str(fields[TREE_ID])
@@ -189,6 +193,7 @@ def _prompt_completion(
     if isinstance(prompt, str) and isinstance(completion, str):
         turns = turns_of_text(prompt), turns_of_text(completion)
         if turns[0] is None or turns[1] is None:
+            found.noticed += [(HALF_JSON.format(*HALVES[turns[0] is None]), 1)] * any(turns)
             return exchanges.prompt_completion(fields, columns)
         prompt, completion = turns
     elif isinstance(prompt, list) and isinstance(completion, str):

@@ -226,7 +226,7 @@ def prepare_run_data(
     parts = [replace(part, weight=None, replay=False) for part in rows.heldout_parts]
     settings = replace(settings, replay_share=None)
     heldout, heldout_report = prepared(parts, config.eval.max_examples, "eval", "eval")
-    if heldout_report.format != report.format:
+    if set(heldout_report.format.split(", ")) - set(report.format.split(", ")):
         say(
             f"note: held-out rows are read as {heldout_report.format}, training rows as "
             f"{report.format}. If that is not meant, set dataset.format or correct the rows"

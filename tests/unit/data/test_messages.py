@@ -155,6 +155,22 @@ def test_lists_may_be_json_text() -> None:
     assert accepted({"conversations": text}, "sharegpt") == accepted(SHAREGPT, "sharegpt")
 
 
+def test_a_prompt_that_shows_json_stays_text() -> None:
+    text = json.dumps([USER])
+    for record in ({"prompt": text, "completion": "c"}, {"prompt": "p", "completion": text}):
+        notes = RowNotes()
+        row = read_row("f:1", record, "prompt_completion", notes=notes)
+        assert row == Row("f:1", "prompt_completion", record["prompt"], record["completion"])
+        (noticed,) = notes.noticed
+        assert "is JSON text of messages" in noticed
+        assert noticed.startswith("prompt" if record["prompt"] == text else "completion")
+    other = {"prompt": '[{"a": 1}]', "completion": '[{"role": 3}]'}
+    row = accepted(other, "prompt_completion")
+    assert (row.prompt, row.completion) == (other["prompt"], other["completion"])
+    both = {"prompt": text, "completion": json.dumps([BOT])}
+    assert templates(accepted(both, "prompt_completion")) == [USER, BOT]
+
+
 # Content parts -----------------------------------------------------------------------------------
 
 

@@ -100,6 +100,18 @@ def test_conversations(record: dict, wanted: list) -> None:
     assert turns(read(record)) == wanted
 
 
+def test_keys_of_a_prompt_that_stands_twice_are_reported() -> None:
+    notes = RowNotes()
+    record = {
+        "prompt": [U1 | {"lang": "en"}],
+        "chosen": [U1, B1 | {"by": "x"}],
+        "rejected": [U1, B2],
+    }
+    row = read_row("f:1", record, "preference", notes=notes)
+    assert turns(row) == [("u1", -1), ("b1", 1)]
+    assert list(notes.unused) == ["prompt.lang", "chosen.by"]
+
+
 def test_sharegpt_turns_and_calls() -> None:
     human, call = (
         {"from": "human", "value": "u"},

@@ -457,10 +457,8 @@ def assert_every_key_is_accounted_for(
     read_of = {"prompt": READ_OF_NODES} if kind == "tree" else {}
     for name in {*READ[kind], "history"} - {"rejected", "message_tree_id"}:
         turns = record.get(name)
-        if kind == "preference" and name == "prompt":
-            continue  # it may be in `chosen` once more
         if isinstance(turns, str):
-            turns = json.loads(turns) if turns.lstrip()[:1] == "[" and is_chat else None
+            turns = as_list(turns) if is_chat else None
         if kind == "tree":
             turns = nodes_of(turns) if name == "prompt" else turns
         for turn in turns if isinstance(turns, list) else ():
@@ -472,6 +470,13 @@ def assert_every_key_is_accounted_for(
     shown = {key.encode("utf-8", "backslashreplace").decode() for key in wanted}
     shown = {key if len(key) <= 120 else f"{key[:120]}..." for key in shown}
     assert set(notes.unused) >= shown
+
+
+def as_list(text: str) -> Any:
+    try:
+        return json.loads(text) if text.lstrip()[:1] == "[" else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def nodes_of(node: Any) -> list[Any]:

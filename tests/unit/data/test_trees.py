@@ -217,8 +217,12 @@ def test_unused_keys_are_reported(read: Open) -> None:
         "prompt.lang": 2,
         "tree_state": 1,
     }
-    _, notes = read(*(message | {"lang": "en"} for message in flat(record)))
-    assert {path: noted.count for path, noted in notes.unused.items()} == {"lang": 2}
+    records = [message | {"lang": "en", "system": "s"} for message in flat(record)]
+    rows, notes = read(*records)
+    assert told(rows) == [("rows.jsonl:1", "p a")]
+    assert {path: n.count for path, n in notes.unused.items()} == {"lang": 2, "system": 2}
+    rows, notes = read(record | {"system": "s", "tools": [{"name": "f"}]})
+    assert told(rows) == [("rows.jsonl:1", "s p a")] and rows[0].tools  # type: ignore[union-attr]
 
 
 # Rejections --------------------------------------------------------------------------------------
