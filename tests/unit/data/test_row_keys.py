@@ -63,6 +63,9 @@ def test_keys_that_the_config_names_are_used() -> None:
     columns = {"question": "Body", "answer": "Answer", "input": "Context"}
     record = {"Body": "q", "Answer": "a", "Context": "c"}
     assert unused(record, "question_answer", RowReading(columns=columns)) == {"Context": "'c'"}
+    # A column of our own name that is mapped to such a field: it is no system prompt then.
+    moved = RowReading(columns={"input": "system"})
+    assert unused(QA | {"system": "s"}, "question_answer", moved) == {"system": "'s'"}
     columns = {"instruction": "Body", "output": "Answer", "input": "Context"}
     assert unused(record, "alpaca", RowReading(columns=columns)) == {}
 
