@@ -127,7 +127,7 @@ def _patterns() -> list[tuple[re.Pattern[str], str]]:
 
 
 def advice_for(reason: str) -> str:
-    """What helps against one reason; its {} may be filled in."""
+    """Return the advice for one reason; its {} may be filled in."""
     found = (advice for pattern, advice in _patterns() if pattern.fullmatch(reason))
     return next(found, "correct the rows")
 

@@ -62,7 +62,7 @@ class Exchange(NamedTuple):
         return question if frame is None else frame.format(question=question)
 
     def question(self) -> str:
-        """What a user's turn says; the frame of a prompt is the chat template's business then."""
+        """Return the user's turn, without the kind's frame: the chat template has its own."""
         if not self.asked.strip():
             raise Unusable(FIELD_EMPTY.format("prompt"))
         return self.asked

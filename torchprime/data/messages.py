@@ -87,7 +87,7 @@ class Message:
 
 
 class _Plan(NamedTuple):
-    """What is to be read of messages that have the same keys."""
+    """The keys to read of messages that have the same keys."""
 
     read: tuple[str, ...]  # besides role and content
     switches: tuple[str, ...]
@@ -106,7 +106,7 @@ class Keys:
     plans: dict[tuple[str, ...], _Plan] = field(default_factory=dict, compare=False, repr=False)
 
     def plan(self, names: tuple[str, ...]) -> _Plan:
-        """What to read of a message with these keys: worked out once for all that have them."""
+        """Return the plan for messages with these keys, made once for all that have them."""
         if len(self.plans) >= MOST_PLANS:
             self.plans.clear()
         others = [name for name in names if name not in (self.role, self.content)]

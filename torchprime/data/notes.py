@@ -63,7 +63,7 @@ class RowNotes:
 
 
 class RowFindings:
-    """What the reading of one row came across; added to the notes if the row is used.
+    """Findings from the reading of one row; added to the notes if the row is used.
 
     Attributes:
         unused: (path, value) of each key that nothing reads.
@@ -93,7 +93,7 @@ def describe_noted(noted: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def most_first(noted: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
-    """What was noted with its counts, the most frequent first."""
+    """Return what was noted with its counts, the most frequent first."""
     return sorted(noted.items(), key=lambda item: -item[1]["count"])
 
 

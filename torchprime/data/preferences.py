@@ -109,7 +109,7 @@ def _role(turn: Any, keys: Keys) -> Any:
 
 
 def _asks(turns: list[Any], prompt: str, keys: Keys) -> bool:
-    """Whether a turn says what the prompt says, so that it is in the conversation already."""
+    """Return True if a turn says what the prompt says: it is in the conversation already."""
     said = (turn.get(keys.content) for turn in turns if isinstance(turn, Mapping))
     return any(isinstance(text, str) and text.strip() == prompt.strip() for text in said)
 

@@ -91,7 +91,7 @@ class DataReport:
         return {name: count for name, count in counts.items() if count}
 
     def warnings(self) -> list[str]:
-        """What a person should look at before training, a sentence each."""
+        """Return what a person should look at before training, a sentence each."""
         where = "" if self.section == "dataset" else f"{self.section}: "
         return [
             f"{where}column {column} looks like input but is not used, e.g. {example}: "

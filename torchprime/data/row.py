@@ -32,7 +32,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RowReading:
-    """How records become rows; column names may be dotted to reach into nested objects.
+    """The settings of reading; column names may be dotted to reach into nested objects.
 
     Attributes:
         columns: our field -> the source's column, e.g. {"question": "Body"}; "message.role" and

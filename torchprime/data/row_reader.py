@@ -282,7 +282,7 @@ def _conversation(
     found: RowFindings,
     kind: str = "messages",
 ) -> dict[str, Any]:
-    """What makes a row of messages worth reading; their order is the template's business."""
+    """The body of a row of messages, of which some turn has to carry loss."""
     if fields.get("system") is not None or fields.get("history") is not None:
         messages = with_context(messages, fields, columns, found)
     if fields.get("only_last") is not None or fields.get("mask") is not None:

@@ -36,7 +36,7 @@ Part = tuple[int, int, bool]  # characters [start, end) of the content, and whet
 
 
 class TurnLoss(NamedTuple):
-    """What the switches of one message say.
+    """The switches of one message, read.
 
     Attributes:
         weight: of the turn's loss.
