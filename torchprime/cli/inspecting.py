@@ -37,6 +37,7 @@ from torchprime.data.inspection import (
     first_batches,
     length_bins,
 )
+from torchprime.data.notes import most_first, noted_first
 from torchprime.data.page import SHOWN_IDS, by_count, first_of, render_page
 from torchprime.data.report import DataReport
 from torchprime.data.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
@@ -216,6 +217,12 @@ def _report_lines(report: DataReport) -> Iterator[tuple[str, str]]:
         yield "", f"rejected {len(ids):,}: {reason} ({first})"
     if not report.rejected:
         yield "", "rejected 0"
+    for column, example in report.like_input.items():
+        yield "", f"warning: column {column} looks like input but is not used, e.g. {example}"
+    for path, noted in most_first(report.unused_keys):
+        yield "", f"not used {noted['count']:,}: {path}{noted_first(noted)}"
+    for text, noted in most_first(report.noticed):
+        yield "", f"noticed {noted['count']:,}: {text}{noted_first(noted)}"
     if report.truncated:
         yield "", f"truncated {len(report.truncated):,} ({first_of(report.truncated)})"
     yield "", "boundaries: " + ", ".join(f"{n} {c:,}" for n, c in report.boundaries.items())

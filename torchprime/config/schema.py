@@ -40,7 +40,15 @@ AxisSpec = list[str | list[str] | None]
 
 
 Format = Literal[
-    "auto", "prompt_completion", "question_answer", "alpaca", "messages", "sharegpt", "text"
+    "auto",
+    "prompt_completion",
+    "question_answer",
+    "alpaca",
+    "messages",
+    "sharegpt",
+    "text",
+    "preference",
+    "tree",
 ]
 
 

@@ -20,7 +20,7 @@ FIELD_NOT_STRING = "field {} is not a string"
 FIELD_EMPTY = "field {} is empty"
 FIELD_NOT_LIST = "field {} is not a list"
 FIELD_NOT_UNICODE = "field {} is not valid Unicode"
-FIELD_UNSUPPORTED = "field {} is not supported in alpaca rows"
+FIELD_UNSUPPORTED = "field {} is not supported in text rows"
 MIXED_FORMS = "only one of prompt and completion is a list of messages"
 MESSAGE_NOT_OBJECT = "message is not an object"
 MESSAGE_NO_ROLE = "message has no role"
@@ -31,17 +31,32 @@ CONTENT_EMPTY = "message content is empty"
 MESSAGE_NOT_STRING = "message {} is not a string"
 MESSAGE_NOT_UNICODE = "message is not valid Unicode"
 MESSAGE_WEIGHT = "message weight is not a number from 0 to 10"
-MESSAGE_WEIGHTS_DIFFER = "message weight and loss_weight differ"
-MESSAGE_TRAIN = "message train is not true or false"
-BAD_TOOL_CALLS = "tool_calls is not a list of calls with name and arguments"
-BAD_FUNCTION_CALL = "function_call is not JSON of calls with name and arguments"
+MESSAGE_SWITCH = "message {} is not true or false"
+SWITCHES_DIFFER = "weights and switches of a message contradict each other"
+MASK_UNCLEAR = "mask is not read: its meaning differs between trainers"
+BAD_TRAIN_DETAIL = "message {} is not a list of parts of its content"
+ANSWER_WEIGHTS_DIFFER = "turns that make up one answer have different weights"
+TWO_REASONINGS = "reasoning of an answer is given twice and differs"
+BAD_TOOL_CALLS = "tool_calls is not a list of calls with a name"
+BAD_FUNCTION_CALL = "function_call is not JSON of calls with a name"
+BAD_ARGUMENTS = "arguments of a tool call are not a JSON object"
+CALLS_DIFFER = "tool_calls and function_call are given and differ"
 BAD_TOOLS = "tools is not a list of objects"
+TOOLS_DIFFER = "tools and functions are given and differ"
 TOO_NESTED = "nested more than 64 levels deep"
 TWO_SYSTEMS = "system is given twice: as a field and as the first turn"
+BAD_HISTORY = "history is not a list of pairs or of messages"
+ONLY_LAST = "only_last is not true or false"
 NO_ASSISTANT = "no assistant turn to learn from"
 ALL_OFF = "every assistant turn has weight 0"
 ROW_WEIGHT = "row weight is not a number from 0 to 10"
 NO_FINAL_LINE = "answer is not reasoning and one line of #### and a value"
+CHOSEN_ELSEWHERE = "chosen does not continue the prompt"
+BAD_TREE = "tree message is not an object with text and role"
+BAD_RANK = "tree message rank is not a number"
+NO_PARENT = "tree message without its parent"
+TWO_ROOTS = "tree with more than one first message"
+TREE_AGAIN = "tree id comes again after another tree"
 NO_GROUP = "group_key {} is missing"
 BAD_GROUP = "group_key {} is not a string or number"
 NO_TIME = "time_key {} is missing"
@@ -54,10 +69,12 @@ REASONS = (
     *(FIELD_MISSING, FIELD_NULL, FIELD_NOT_STRING, FIELD_EMPTY, FIELD_NOT_LIST),
     *(FIELD_NOT_UNICODE, FIELD_UNSUPPORTED, MIXED_FORMS),
     *(MESSAGE_NOT_OBJECT, MESSAGE_NO_ROLE, UNKNOWN_ROLE, CONTENT_NULL, CONTENT_NOT_TEXT),
-    *(CONTENT_EMPTY, MESSAGE_NOT_STRING, MESSAGE_NOT_UNICODE, MESSAGE_WEIGHT),
-    *(MESSAGE_WEIGHTS_DIFFER, MESSAGE_TRAIN, BAD_TOOL_CALLS, BAD_FUNCTION_CALL, BAD_TOOLS),
-    *(TOO_NESTED, TWO_SYSTEMS, NO_ASSISTANT, ALL_OFF, ROW_WEIGHT),
-    *(NO_FINAL_LINE, NO_GROUP, BAD_GROUP, NO_TIME, BAD_TIME, NO_ID, BAD_ID, DUPLICATED_ID),
+    *(CONTENT_EMPTY, MESSAGE_NOT_STRING, MESSAGE_NOT_UNICODE, MESSAGE_WEIGHT, MESSAGE_SWITCH),
+    *(SWITCHES_DIFFER, MASK_UNCLEAR, BAD_TRAIN_DETAIL, ANSWER_WEIGHTS_DIFFER, TWO_REASONINGS),
+    *(BAD_TOOL_CALLS, BAD_FUNCTION_CALL, BAD_ARGUMENTS, CALLS_DIFFER, BAD_TOOLS, TOOLS_DIFFER),
+    *(TOO_NESTED, TWO_SYSTEMS, BAD_HISTORY, ONLY_LAST, NO_ASSISTANT, ALL_OFF, ROW_WEIGHT),
+    *(NO_FINAL_LINE, CHOSEN_ELSEWHERE, BAD_TREE, BAD_RANK, NO_PARENT, TWO_ROOTS, TREE_AGAIN),
+    *(NO_GROUP, BAD_GROUP, NO_TIME, BAD_TIME, NO_ID, BAD_ID, DUPLICATED_ID),
 )
 
 MISSING = object()  # what is not there, not even as null

@@ -1,56 +1,64 @@
 """One form for the messages of all sources: OpenAI's, ShareGPT's and what is between.
 
-Roles become system, developer, user, assistant and tool, content a string, and the arguments of a
-tool call an object where they were the text of one (what a chat template writes with `tojson` is
-then the call, not a quotation of it).
+Roles become system, developer, user, assistant and tool, and content a string. Tool calls come out
+as servers give them to chat templates (tool_calls.py), and the keys by which a message asks for
+loss or none become a weight (turn_loss.py). A key that nothing reads is reported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchprime.data.fields import (
+    ANSWER_WEIGHTS_DIFFER,
     BAD_FUNCTION_CALL,
-    BAD_TOOL_CALLS,
-    BAD_TOOLS,
+    BAD_TRAIN_DETAIL,
     CONTENT_EMPTY,
     CONTENT_NOT_TEXT,
     CONTENT_NULL,
-    FIELD_NOT_UNICODE,
     MESSAGE_NO_ROLE,
     MESSAGE_NOT_OBJECT,
     MESSAGE_NOT_STRING,
     MESSAGE_NOT_UNICODE,
-    MESSAGE_TRAIN,
-    MESSAGE_WEIGHT,
-    MESSAGE_WEIGHTS_DIFFER,
-    MISSING,
+    TWO_REASONINGS,
     UNKNOWN_ROLE,
     Unusable,
     check_nested,
-    parse_json,
+    is_unicode,
     printable,
     show,
     type_name,
-    weight_of,
+)
+from torchprime.data.notes import RowFindings
+from torchprime.data.tool_calls import Call, calls_of, read_calls
+from torchprime.data.turn_loss import (
+    NO_SWITCH,
+    SWITCHES,
+    TurnLoss,
+    read_turn_loss,
+    spans_without_loss,
 )
 
+# Turns whose content is JSON of tool calls: Swift, LLaMA-Factory.
+CALL_ROLES = frozenset(("tool_call", "function_call"))
 ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
-    **{"human": "user", "gpt": "assistant", "model": "assistant", "function": "tool"},
-}
-FUNCTION_CALL = "function_call"
-SHAREGPT_ROLES = {
-    **{"system": "system", "human": "user", "user": "user", "tool": "tool"},
-    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", FUNCTION_CALL), "assistant"),
-    **dict.fromkeys(("observation", "function_response"), "tool"),
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "model", "chatgpt", "bot", *CALL_ROLES), "assistant"),
+    **dict.fromkeys(("function", "ipython", "observation"), "tool"),
+    **dict.fromkeys(("function_response", "tool_response"), "tool"),
 }
 # What else of a message a chat template sees; all strings.
 MESSAGE_STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
-LONGEST_SHARED_TOOLS = 100_000  # characters
+CALLS = ("tool_calls", "function_call")
+MOST_PLANS = 1000
+# Types of content parts, and the keys that hold their text.
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+TEXT_KEYS = ("text", "value", "refusal")
+CALL_PARTS, REASONING, TOOLS = ("tool_call", "tool_calls"), "reasoning", "tools"
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,8 @@ class Message:
     """One turn. `template` is what a chat template sees: role, content, tool_calls and the like.
 
     `content` is a string, or None for an assistant that only calls tools. `weight` scales the loss
-    of an assistant turn, 0 for a turn that is not trained on. `masked` are the characters
-    [start, end) of `content` that carry no loss.
+    of an assistant turn, 0 for a turn that is not trained on. `masked` are character ranges
+    [start, end) of the content that carry no loss.
     """
 
     template: Mapping[str, Any]
@@ -75,154 +83,266 @@ class Message:
         return self.template.get("content") or ""
 
 
+# Keys --------------------------------------------------------------------------------------------
+
+
+class _Plan(NamedTuple):
+    """The keys to read of messages that have the same keys."""
+
+    read: tuple[str, ...]  # besides role and content
+    switches: tuple[str, ...]
+    strings: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Keys:
-    """Where a message says who speaks and what, and the names it has for roles."""
+    """The keys of a message's role and content, and the field that reports name it by."""
 
     role: str
     content: str
-    roles: Mapping[str, str]
+    path: str
+    place: str = "message"
+    plans: dict[tuple[str, ...], _Plan] = field(default_factory=dict, compare=False, repr=False)
+
+    def plan(self, names: tuple[str, ...]) -> _Plan:
+        """Return the plan for messages with these keys, made once for all that have them."""
+        if len(self.plans) >= MOST_PLANS:
+            self.plans.clear()
+        others = [name for name in names if name not in (self.role, self.content)]
+        switches = tuple(name for name in others if name in SWITCHES)
+        strings = tuple(name for name in MESSAGE_STRINGS if name in others)
+        read = tuple(name for name in others if name in (*switches, *strings, *CALLS))
+        plan = _Plan(read, switches, strings, tuple(n for n in others if n not in read))
+        return self.plans.setdefault(names, plan)
+
+    def where(self, number: int) -> str:
+        """The beginning of a rejection's detail."""
+        return f"{self.place} {number}: "
 
 
 def message_keys(
-    columns: Mapping[str, str], role: str, content: str, roles: Mapping[str, str] = ROLES
+    columns: Mapping[str, str], path: str, role: str = "role", content: str = "content"
 ) -> Keys:
     """The source's own names for the keys, or else the kind's: `role` and `content`."""
-    return Keys(columns.get("message.role", role), columns.get("message.content", content), roles)
+    given = columns.get(path, path)
+    return _keys(columns.get("message.role", role), columns.get("message.content", content), given)
 
 
-def read_message(turn: Any, number: int, keys: Keys, off: bool = False) -> Message:
-    """One turn in the common form; `off`: it is context whatever its weight says."""
-    where = f"message {number}: "
-    if not isinstance(turn, Mapping):
-        raise Unusable(MESSAGE_NOT_OBJECT, where + type_name(turn))
+def keys_found(columns: Mapping[str, str], path: str, turns: Iterable[Any]) -> Keys:
+    """The keys of a list that may be OpenAI's or ShareGPT's: `from` and `value` if it has them."""
+    first = next(iter(turns), None)
+    sharegpt = isinstance(first, Mapping) and "from" in first and "role" not in first
+    return message_keys(columns, path, *(("from", "value") if sharegpt else ()))
+
+
+@lru_cache(maxsize=256)
+def _keys(role: str, content: str, path: str) -> Keys:
+    return Keys(role, content, path, "history message" if path == "history" else "message")
+
+
+# Messages ----------------------------------------------------------------------------------------
+
+
+def read_messages(
+    turns: Iterable[Any], keys: Keys, found: RowFindings, off: bool = False, first: int = 1
+) -> list[Message]:
+    """All turns in the common form; a turn of calls joins the assistant's turn in front of it.
+
+    Args:
+        off: all are context, whatever their switches say.
+        first: the number of the first one in messages to a person.
+    """
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, first):
+        message = read_message(turn, number, keys, found, off)
+        joins = "tool_calls" in message.template and turn[keys.role] in CALL_ROLES
+        if joins and messages and messages[-1].role == "assistant":
+            message = _joined(messages.pop(), message, keys.where(number))
+        messages.append(message)
+    return messages
+
+
+def read_message(
+    turn: Any, number: int, keys: Keys, found: RowFindings, off: bool = False
+) -> Message:
+    """One turn in the common form; `off`: it is context whatever its switches say."""
+    if type(turn) is not dict and not isinstance(turn, Mapping):
+        raise Unusable(MESSAGE_NOT_OBJECT, keys.where(number) + type_name(turn))
+    names = tuple(turn)
+    plan = keys.plans.get(names) or keys.plan(names)
     given = turn.get(keys.role)
-    if given is None:
-        found = ", ".join(sorted(map(str, turn))) or "nothing"
-        raise Unusable(MESSAGE_NO_ROLE, printable(f"{where}key {keys.role}; found {found}"))
-    role = keys.roles.get(given) if isinstance(given, str) else None
+    role = ROLES.get(given) if type(given) is str else None
     if role is None:
-        raise Unusable(UNKNOWN_ROLE, where + show(given))
-    weight = _message_weight(turn, where)
-    weight = 0.0 if off else weight
-
+        raise _no_role(turn, given, keys, number)
+    for name in plan.unused:
+        if turn[name] is not None:
+            found.unused.append((f"{keys.path}.{name}", turn[name]))
     content = turn.get(keys.content)
-    calls = _tool_calls(turn.get("tool_calls"), BAD_TOOL_CALLS, where)
-    if given == FUNCTION_CALL:
-        value = parse_json(content) if isinstance(content, str) else content
-        value = [value] if isinstance(value, Mapping) else value
-        calls = [
-            {"type": "function", "function": {k: call[k] for k in ("name", "arguments")}}
-            for call in _tool_calls(value, BAD_FUNCTION_CALL, where, bare=True)
-        ]
-        content = None
-        if not calls:
-            raise Unusable(BAD_FUNCTION_CALL, where + "no call")
-    if content is not None or role != "assistant" or not calls:
-        content = _content(content, where)
-        if role == "assistant" and weight > 0 and not calls and not content.strip():
-            raise Unusable(CONTENT_EMPTY, where + role)
+    if type(content) is not str or given in CALL_ROLES:
+        return _read_more(turn, role, plan, keys, keys.where(number), found, off)
+    for name in plan.read:
+        if turn[name] is not None:  # Arrow gives every message the keys that any has
+            return _read_more(turn, role, plan, keys, keys.where(number), found, off)
+    weight = 0.0 if off else 1.0
+    if role == "assistant" and weight and (not content or content.isspace()):
+        raise Unusable(CONTENT_EMPTY, keys.where(number) + role)
+    if not is_unicode(content):
+        raise Unusable(MESSAGE_NOT_UNICODE, keys.where(number) + "a lone surrogate")
+    return Message({"role": role, "content": content}, weight)
 
-    template: dict[str, Any] = {"role": role, "content": content}
-    if calls:
-        template["tool_calls"] = calls
-    for name in MESSAGE_STRINGS:
-        value = turn.get(name)
+
+def _no_role(turn: Mapping[str, Any], given: Any, keys: Keys, number: int) -> Unusable:
+    if given is not None:
+        return Unusable(UNKNOWN_ROLE, keys.where(number) + show(given))
+    found = ", ".join(sorted(map(str, turn))) or "nothing"
+    where = keys.where(number)
+    return Unusable(MESSAGE_NO_ROLE, printable(f"{where}key {keys.role}; found {found}"))
+
+
+def _read_more(
+    turn: Mapping[str, Any],
+    role: str,
+    plan: _Plan,
+    keys: Keys,
+    where: str,
+    found: RowFindings,
+    off: bool,
+) -> Message:
+    """A message with more than a role and a text."""
+    loss = read_turn_loss(turn, plan.switches, where) if plan.switches else NO_SWITCH
+    trained = role == "assistant" and not off
+    if loss.asking and not trained:
+        of = "a context turn" if role == "assistant" else f"a turn of role {role}"
+        found.unused += [(f"{keys.path}.{key} on {of}", turn[key]) for key in loss.asking]
+    weight = 0.0 if off else loss.weight
+    said = _what_is_said(turn, role, keys, where, found)
+    if role == "assistant" and weight > 0 and not said.calls and not (said.content or "").strip():
+        raise Unusable(CONTENT_EMPTY, where + role)
+
+    template: dict[str, Any] = {"role": role, "content": said.content}
+    if said.calls:
+        template["tool_calls"] = said.calls
+    for name in plan.strings:
+        value = turn[name]
         if value is not None:  # Arrow gives every message the keys that any has
             if not isinstance(value, str):
                 raise Unusable(MESSAGE_NOT_STRING.format(name), where + type_name(value))
             template[name] = value
+    if said.reasoning and template.setdefault("reasoning_content", said.reasoning) != (
+        said.reasoning
+    ):
+        raise Unusable(TWO_REASONINGS, where.rstrip(": "))
     check_nested(template, MESSAGE_NOT_UNICODE, where.rstrip(": "))
-    return Message(template, weight)
+    return Message(template, weight, _masked(turn, loss, trained, keys, where))
 
 
-def _message_weight(turn: Mapping[str, Any], where: str) -> float:
-    given = [turn[key] for key in ("weight", "loss_weight") if turn.get(key) is not None]
-    weights = [weight_of(value, MESSAGE_WEIGHT, where) for value in given]
-    if len(set(weights)) > 1:
-        raise Unusable(MESSAGE_WEIGHTS_DIFFER, f"{where}{weights[0]:g} and {weights[1]:g}")
-    train = turn.get("train")
-    if train is not None and not isinstance(train, bool):
-        raise Unusable(MESSAGE_TRAIN, where + show(train))
-    return 0.0 if train is False else (weights or [1.0])[0]
-
-
-def _content(value: Any, where: str) -> str:
-    """A string, or the texts of a list of parts, joined."""
-    if value is None:
-        raise Unusable(CONTENT_NULL, where.rstrip(": "))
-    if isinstance(value, list):
-        return "".join(_text_part(part, where) for part in value)
-    if not isinstance(value, str):
-        raise Unusable(CONTENT_NOT_TEXT, where + type_name(value))
-    return value
-
-
-def _text_part(part: Any, where: str) -> str:
-    if not isinstance(part, Mapping):
-        raise Unusable(CONTENT_NOT_TEXT, f"{where}a list with {type_name(part)}")
-    if part.get("type") != "text":
-        raise Unusable(CONTENT_NOT_TEXT, f"{where}a part of type {show(part.get('type'))}")
-    for key in ("text", "value"):
-        if isinstance(part.get(key), str):
-            return part[key]
-    raise Unusable(CONTENT_NOT_TEXT, f"{where}a part of type text without one")
-
-
-def _tool_calls(value: Any, reason: str, where: str, bare: bool = False) -> list[dict[str, Any]]:
-    """The calls with the text of their arguments parsed where it is an object.
-
-    `bare` calls are {name, arguments}; others may have these inside `function`.
-    """
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise Unusable(reason, where + ("malformed JSON" if value is MISSING else type_name(value)))
-    calls = []
-    for call in value:
-        if not isinstance(call, Mapping):
-            raise Unusable(reason, f"{where}a list with {type_name(call)}")
-        inside = not bare and call.get("function") is not None
-        function = call["function"] if inside else call
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise Unusable(reason, f"{where}a call without a name")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            parsed = parse_json(arguments)
-            arguments = parsed if isinstance(parsed, dict) else arguments
-        elif not isinstance(arguments, Mapping):
-            raise Unusable(reason, f"{where}arguments: {type_name(arguments)}")
-        function = {**function, "arguments": arguments}
-        calls.append({**call, "function": function} if inside else function)
-    return calls
-
-
-# Tools -------------------------------------------------------------------------------------------
-
-
-def read_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
-    """A list of objects, or the text of one; null and blank text are none."""
-    if not isinstance(value, str):
-        return _tool_list(value)
-    shared = len(value) <= LONGEST_SHARED_TOOLS
-    return _shared_tools(value) if shared else _tools_of_text(value)
-
-
-def _tools_of_text(text: str) -> tuple[Mapping[str, Any], ...]:
-    return _tool_list(parse_json(text) if text.strip() else None)
-
-
-# Conversations share their tools: the same text is read and checked once.
-_shared_tools = lru_cache(maxsize=256)(_tools_of_text)
-
-
-def _tool_list(value: Any) -> tuple[Mapping[str, Any], ...]:
-    if value is None:  # what the text "null" says, too
+def _masked(
+    turn: Mapping[str, Any], loss: TurnLoss, trained: bool, keys: Keys, where: str
+) -> tuple[tuple[int, int], ...]:
+    if not trained or not loss.parts:
         return ()
-    if not isinstance(value, list):
-        raise Unusable(BAD_TOOLS, "malformed JSON" if value is MISSING else type_name(value))
-    for tool in value:
-        if not isinstance(tool, Mapping):
-            raise Unusable(BAD_TOOLS, f"a list with {type_name(tool)}")
-    check_nested(value, FIELD_NOT_UNICODE.format("tools"), "tools")
-    return tuple(value)
+    content = turn.get(keys.content)
+    if not isinstance(content, str) or turn.get(keys.role) in CALL_ROLES:
+        raise Unusable(
+            BAD_TRAIN_DETAIL.format("train_detail"), f"{where}the content is not a string"
+        )
+    return spans_without_loss(loss.parts, content, where)
+
+
+class _Said(NamedTuple):
+    """A message's content, its calls, and its reasoning where that is a part of the content."""
+
+    content: str | None
+    calls: list[Call]
+    reasoning: str = ""
+
+
+def _what_is_said(
+    turn: Mapping[str, Any], role: str, keys: Keys, where: str, found: RowFindings
+) -> _Said:
+    content = turn.get(keys.content)
+    if turn.get(keys.role) in CALL_ROLES:
+        calls = read_calls(content, BAD_FUNCTION_CALL, where, single=True)
+        if not calls:
+            raise Unusable(BAD_FUNCTION_CALL, f"{where}no call")
+        content = None
+        found.unused += [(f"{keys.path}.{key}", turn[key]) for key in CALLS if turn.get(key)]
+        return _Said(None, calls)
+    calls = []
+    if role == "assistant":
+        calls = calls_of(turn, where)
+    else:
+        of = f"on a turn of role {role}"
+        found.unused += [(f"{keys.path}.{k} {of}", turn[k]) for k in CALLS if turn.get(k)]
+    if isinstance(content, list):
+        return _read_parts(content, calls, role, keys, where, found)
+    if content is None and calls:
+        return _Said(None, calls)
+    if content is None:
+        raise Unusable(CONTENT_NULL, where.rstrip(": "))
+    if not isinstance(content, str):
+        raise Unusable(CONTENT_NOT_TEXT, where + type_name(content))
+    return _Said(content, calls)
+
+
+def _joined(text: Message, call: Message, where: str) -> Message:
+    """An assistant's turn and the turn of calls behind it: a server produces both as one."""
+    if text.weight != call.weight:
+        raise Unusable(ANSWER_WEIGHTS_DIFFER, f"{where}{text.weight:g} and {call.weight:g}")
+    calls = [*text.template.get("tool_calls", ()), *call.template["tool_calls"]]
+    strings = {key: value for key, value in call.template.items() if key in MESSAGE_STRINGS}
+    if any(text.template.get(key, value) != value for key, value in strings.items()):
+        raise Unusable(TWO_REASONINGS, where.rstrip(": "))
+    template = {**text.template, **strings, "tool_calls": calls}
+    return Message(template, text.weight, text.masked)
+
+
+# Content parts -----------------------------------------------------------------------------------
+
+
+def _read_parts(
+    parts: list[Any], calls: list[Call], role: str, keys: Keys, where: str, found: RowFindings
+) -> _Said:
+    """A list of parts: the texts joined; reasoning and calls of LLaMA-Factory's v1 as such."""
+    texts: list[str] = []
+    reasoning: list[str] = []
+    others = 0
+    for part in parts:
+        if not isinstance(part, Mapping):
+            raise Unusable(CONTENT_NOT_TEXT, f"{where}a list with {type_name(part)}")
+        kind = part.get("type")
+        if kind in TEXT_PARTS:
+            texts.append(_part_value(part, keys, where, found))
+        elif kind == REASONING and role == "assistant":
+            reasoning.append(_part_value(part, keys, where, found))
+        elif kind in CALL_PARTS and role == "assistant":
+            value = _part_value(part, keys, where, found)
+            calls = [*calls, *read_calls(value, BAD_FUNCTION_CALL, where, single=True)]
+            others += 1
+        elif kind == TOOLS:
+            found.tools.append(_part_value(part, keys, where, found))
+        else:
+            raise Unusable(
+                CONTENT_NOT_TEXT,
+                f"{where}content part of type {_shown(kind)}: only text can be trained",
+            )
+    content = None if calls and others and not texts else "".join(texts)
+    return _Said(content, calls, "".join(reasoning))
+
+
+def _shown(kind: Any) -> str:
+    return printable(kind, 60) if isinstance(kind, str) else show(kind)
+
+
+def _part_value(part: Mapping[str, Any], keys: Keys, where: str, found: RowFindings) -> str:
+    key = next((key for key in TEXT_KEYS if isinstance(part.get(key), str)), None)
+    if key is None:
+        raise Unusable(CONTENT_NOT_TEXT, f"{where}a part of type {part['type']} without one")
+    if len(part) > 2:
+        found.unused += [
+            (f"{keys.path}.{keys.content}.{name}", value)
+            for name, value in part.items()
+            if name not in ("type", key) and value is not None
+        ]
+    return part[key]

@@ -13,7 +13,8 @@ from typing import Any
 
 from torchprime.data.fields import printable, type_name
 
-EXAMPLE_CHARACTERS = 60
+EXAMPLE_CHARACTERS, KEY_CHARACTERS = 60, 120
+MOST_KEYS, OTHERS = 1000, "other keys"  # objects whose keys are data have no end of them
 
 
 @dataclass
@@ -61,21 +62,52 @@ class RowNotes:
         }
 
 
+class RowFindings:
+    """Findings from the reading of one row; added to the notes if the row is used.
+
+    Attributes:
+        unused: (path, value) of each key that nothing reads.
+        noticed: (text, count) of everything else.
+        tools: schemas that stand in the row's messages.
+    """
+
+    __slots__ = ("noticed", "tools", "unused")
+
+    def __init__(self) -> None:
+        self.unused: list[tuple[str, Any]] = []
+        self.noticed: list[tuple[str, int]] = []
+        self.tools: list[Any] = []
+
+    def add_to(self, notes: RowNotes, row_id: str) -> None:
+        """Count what was found in a row that is used."""
+        for path, value in self.unused:
+            notes.unused_key(path, value, row_id)
+        for text, count in self.noticed:
+            notes.notice(text, row_id, count)
+
+
 def describe_noted(noted: Mapping[str, Mapping[str, Any]]) -> str:
     """The counts in one line, the most frequent first."""
-    ordered = sorted(noted.items(), key=lambda item: -item[1]["count"])
-    return "; ".join(f"{key}: {each['count']:,} ({_first(each)})" for key, each in ordered)
+    ordered = most_first(noted)
+    return "; ".join(f"{key}: {each['count']:,}{noted_first(each)}" for key, each in ordered)
 
 
-def _first(noted: Mapping[str, Any]) -> str:
+def most_first(noted: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return what was noted with its counts, the most frequent first."""
+    return sorted(noted.items(), key=lambda item: -item[1]["count"])
+
+
+def noted_first(noted: Mapping[str, Any]) -> str:
+    """The first row something was noted in, and an example, in brackets."""
     example = f", e.g. {noted['example']}" if noted["example"] else ""
-    return f"first {noted['row_id']}{example}"
+    return f" (first {noted['row_id']}{example})"
 
 
 def _count(into: dict[str, Noted], key: str, count: int, row_id: str, example: Any) -> None:
     found = into.get(key)
     if found is None:
-        found = into[key] = Noted(0, row_id, example_of(example))
+        key = printable(key, KEY_CHARACTERS) if len(into) < MOST_KEYS else OTHERS
+        found = into.setdefault(key, Noted(0, row_id, example_of(example)))
     found.count += count
 
 

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 import torchprime
 from torchprime.config.compose import assets_dir
+from torchprime.data.notes import most_first
 from torchprime.data.visible import clean
 
 SHOWN_IDS = 5
@@ -50,7 +51,7 @@ def render_page(name: str, **values: Any) -> str:
         lstrip_blocks=True,
         finalize=_writable,
     )
-    environment.filters |= {"some": first_of, "by_count": by_count}
+    environment.filters |= {"some": first_of, "by_count": by_count, "most_first": most_first}
     styles = [assets_dir() / SHARED / "page.css", folder / "page.css"]
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     script = folder / "page.js"

@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from torchprime.data import cache
+from torchprime.data.advice import advise
 from torchprime.data.chunks import Outcome, Settings, Work, run_in_worker, start_worker
 from torchprime.data.mixture import Share, choose, shares_of
 from torchprime.data.notes import RowNotes
@@ -39,7 +40,7 @@ from torchprime.data.tokenizer import Tokenizer
 from torchprime.errors import DataError
 
 # Part of every cache key: to be raised whenever the same rows would give other examples or blocks.
-DATA_VERSION = 2
+DATA_VERSION = 3
 
 CHUNK_ROWS = 512
 # Starting processes takes seconds: what is done sooner than this goes without.
@@ -312,10 +313,8 @@ class _Job:
         tries = max(rows, account.total("examples") + rejected)
         allowed = self.settings.max_rejected_fraction
         where = f"{self.section} ({', '.join(p.source.describe() for p in self.parts)})"
-        advice = (
-            "Correct the rows; for rows longer than block_size raise dataset.block_size or set "
-            "dataset.truncation=right"
-        )
+        by_count = sorted(account.rejected, key=lambda reason: -len(account.rejected[reason]))
+        advice = f"Advice {advise(by_count)}"
         reasons = describe_rejected(account.rejected, account.details)
         unreadable = {r: ids for r, ids in account.rejected.items() if r in UNREADABLE}
         count = sum(map(len, unreadable.values()))
@@ -338,7 +337,7 @@ class _Job:
             raise DataError(
                 f"{where}: {rejected:,} of {tries:,} {'rows' if tries == rows else 'answers'} "
                 f"({rejected / tries:.1%}) are rejected, "
-                f"dataset.max_rejected_fraction allows {allowed:.1%}: {reasons}. {advice}, or "
+                f"dataset.max_rejected_fraction allows {allowed:.1%}: {reasons}. {advice}. Or "
                 "raise dataset.max_rejected_fraction if losing them is meant"
             )
 
@@ -380,6 +379,7 @@ class _Job:
             rejected_details=account.details,
             truncated=account.truncated,
             boundaries=dict(account.boundaries),
+            like_input=_like_input(self.parts, decisions),
             unused_keys=notes["unused_keys"],
             noticed=notes["noticed"],
             real_tokens=packed.real_tokens,
@@ -391,6 +391,15 @@ class _Job:
             tokenizer_fingerprint=self.tokenizer.fingerprint(),
             template_fingerprint=None if self.template is None else self.template.fingerprint(),
         )
+
+
+def _like_input(parts: Sequence[Part], decisions: Sequence[FormatDecision]) -> dict[str, str]:
+    """Unused columns that look like input, each with an example; with the part of a mixture."""
+    found = {}
+    for part, decision in zip(parts, decisions, strict=True):
+        of = f" of {part.source.name}" if part.source.name else ""
+        found |= {f"{column}{of}": decision.unused[column] for column in decision.like_input}
+    return found
 
 
 def _result(pending: Future[Outcome] | Outcome) -> Outcome:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,7 @@ class DataReport:
     template_fingerprint: str | None
     prepare_seconds: float = 0.0
     cached: bool = False
+    like_input: dict[str, str] = field(default_factory=dict)  # by column; see FormatDecision
 
     @property
     def num_rejected(self) -> int:
@@ -88,6 +89,15 @@ class DataReport:
         """Examples that a mixture has no use for, by source."""
         counts = {n: s["examples"] - s["used_examples"] for n, s in self.sources.items()}
         return {name: count for name, count in counts.items() if count}
+
+    def warnings(self) -> list[str]:
+        """Return what a person should look at before training, a sentence each."""
+        where = "" if self.section == "dataset" else f"{self.section}: "
+        return [
+            f"{where}column {column} looks like input but is not used, e.g. {example}: "
+            "map it (dataset.columns) or put it into the question"
+            for column, example in self.like_input.items()
+        ]
 
     def summary(self) -> str:
         """A few words for the log; rejected and truncated rows are always in it."""

@@ -1,7 +1,8 @@
-"""Which of six kinds the records of a source are, decided once, and under which names they come."""
+"""The kind of a source's records, decided once, and the names under which their fields come."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchprime.data.fields import MISSING, lookup, printable
+from torchprime.data.json_fields import objects_of_text
 from torchprime.data.records import Rejection
 from torchprime.errors import DataError
 
@@ -20,22 +22,36 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "text": ("text",),
+    "preference": ("chosen", "rejected"),
+    "tree": ("message_tree_id",),
 }
+ASKED_FOR = ("preference",)  # never chosen by `auto`: the other half of such a row is not trained
+# What a record of a tree is known by: the messages inside one another, or a message each.
+FLAT_TREE = ("message_tree_id", "message_id", "text", "role")
 # What a model is given of a row of question and answer.
 QUESTION_PROMPT = "Question:\n{question}\n\n\nAnswer:\n"
 STRUCTURED = ("messages", "sharegpt")
 CANONICAL_FIELDS = (
     *(field for fields in FIELDS.values() for field in fields),
-    *("input", "system", "history", "tools", "weight", "message.role", "message.content"),
+    *("input", "system", "history", "tools", "functions", "weight"),
+    *("message_id", "parent_id", "role", "rank", "deleted"),
+    *("message.role", "message.content"),
 )
 
 
 @dataclass(frozen=True)
 class FormatDecision:
-    """The kind all rows are read as, and why."""
+    """The kind all rows are read as, and why.
+
+    Attributes:
+        unused: an example of each column of the sampled rows that nothing reads.
+        like_input: the names of those that hold long texts, different in each row.
+    """
 
     kind: str
     why: str
+    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    like_input: tuple[str, ...] = ()
 
 
 def decide_format(
@@ -93,17 +109,32 @@ def _why(kind: str, fitting: int, sampled: int, beside: Counter[str]) -> str:
 
 def _fitting_kinds(row: Mapping[str, Any]) -> list[str]:
     """The kinds whose fields this row has; a null counts only where nothing else fits."""
-    full = [k for k, fields in FIELDS.items() if all(row.get(f) is not None for f in fields)]
-    return full or [k for k, fields in FIELDS.items() if all(f in row for f in fields)]
+    if is_tree(row):
+        return ["tree"]
+    kinds = {k: fields for k, fields in FIELDS.items() if k not in (*ASKED_FOR, "tree")}
+    full = [k for k, fields in kinds.items() if all(row.get(f) is not None for f in fields)]
+    return full or [k for k, fields in kinds.items() if all(f in row for f in fields)]
+
+
+def is_tree(row: Mapping[str, Any]) -> bool:
+    """A tree of messages, or one message of such a tree."""
+    if all(name in row for name in FLAT_TREE):
+        return True
+    prompt = row.get("prompt")
+    return "message_tree_id" in row and isinstance(prompt, Mapping) and "text" in prompt
 
 
 def _preferred(kinds: list[str], row: Mapping[str, Any]) -> list[str]:
     """One list of messages over strings, which are its first turn or its last; not over text."""
-    lists = [k for k in kinds if k in STRUCTURED and isinstance(row[FIELDS[k][0]], list)]
+    lists = [k for k in kinds if k in STRUCTURED and _is_list(row[FIELDS[k][0]])]
     if len(lists) != 1 or "text" in kinds:
         return kinds
     others = [row[field] for k in kinds if k not in lists for field in FIELDS[k]]
     return lists if all(isinstance(value, str) for value in others) else kinds
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and bool(objects_of_text(value)))
 
 
 def _unreadable(rejections: list[Rejection], section: str) -> str:
@@ -123,6 +154,13 @@ def _no_kind(
     config: str,
     section: str,
 ) -> str:
+    pairs = sum(all(row.get(f) is not None for f in FIELDS["preference"]) for row in records)
+    if pairs:
+        return (
+            f"{config}.format=auto cannot decide: {pairs} of the first {sampled} rows of the "
+            f"{section} source have chosen and rejected, and the fields of no other kind. Set "
+            f"{config}.format=preference to train the chosen answers"
+        )
     found = sorted({str(key) for row in records for key in row})
     known = " or ".join(f"{{{', '.join(fields)}}} ({k})" for k, fields in FIELDS.items())
     absent = [

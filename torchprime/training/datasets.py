@@ -241,6 +241,8 @@ def prepare_run_data(
             workers=workers,
         )
         say(report.summary())
+        for warning in report.warnings():
+            say(f"note: {warning}")
         return data, report
 
     train, report = prepared(rows.train_parts, d.max_train_examples, "dataset", "train")
@@ -253,6 +255,11 @@ def prepare_run_data(
     parts = [replace(part, weight=None, replay=False) for part in rows.heldout_parts]
     settings = replace(settings, replay_share=None)
     heldout, heldout_report = prepared(parts, config.eval.max_examples, "eval", "eval")
+    if set(heldout_report.format.split(", ")) - set(report.format.split(", ")):
+        say(
+            f"note: held-out rows are read as {heldout_report.format}, training rows as "
+            f"{report.format}. If that is not meant, set dataset.format or correct the rows"
+        )
     leaks = None
     if d.leak_check != "off":
         key = [report.fingerprint, heldout_report.fingerprint, d.leak_threshold, DATA_VERSION]

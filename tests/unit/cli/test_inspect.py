@@ -396,6 +396,27 @@ def test_rows_leaks_and_sources_are_accounted_for(
     assert "book/book.jsonl:2" in page.texts["td"] and "exact" in page.texts["td"]
 
 
+def test_keys_that_are_not_used_are_shown(
+    command: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = f"The text that question {{}} is about: {HOSTILE}"
+    rows = [
+        {"prompt": "q", "completion": "a", "id": i, "context": context.format(i)} for i in range(4)
+    ]
+    assert main(command(rows)) == 0
+    captured = capsys.readouterr()
+    assert ESC not in captured.out
+    warned = "column context looks like input but is not used, e.g. 'The text that question 0 is"
+    assert f"warning: {warned}" in captured.out
+    assert f"note: {warned}" in captured.out + captured.err
+    assert "not used 4: id (first rows.jsonl:1, e.g. 0)" in captured.out
+    assert "not used 4: context (first rows.jsonl:1, e.g. 'The text" in captured.out
+    page = Page((tmp_path / "out" / "mine-inspect.html").read_text(encoding="utf-8"))
+    assert "Column context looks like input but is not used" in page.texts["p"]
+    assert "context" in page.texts["td"] and "rows.jsonl:1" in page.texts["td"]
+    assert "'The text that question 0 is about" in page.texts["small"]
+
+
 def test_no_more_batches_than_steps(
     command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:

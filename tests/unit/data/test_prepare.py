@@ -15,6 +15,7 @@ import pytest
 from torchprime.data import chunks, prepare
 from torchprime.data.packed import PackedDataset
 from torchprime.data.prepare import Part, Settings, Side, prepare_dataset
+from torchprime.data.rendering import ChatTemplate
 from torchprime.data.report import DataReport
 from torchprime.data.rows import RowReading
 from torchprime.data.sources import SourceSpec
@@ -23,6 +24,12 @@ from torchprime.errors import DataError
 
 WriteRows = Callable[..., Path]
 Run = Callable[..., tuple[PackedDataset, DataReport]]
+
+
+PLAIN = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }};{% endif %}{% endfor %}"
+)
 
 
 def qa(question: str, answer: object) -> dict:
@@ -123,6 +130,74 @@ def test_no_example_at_all(run: Run, write_rows: WriteRows) -> None:
         in message
     )
     assert "raise dataset.block_size or set dataset.truncation=right" in message
+
+
+def test_advice_is_that_of_the_reasons(run: Run, write_rows: WriteRows) -> None:
+    path = write_rows(*[{"messages": [{"role": "narrator", "content": "x"}]}] * 3)
+    message = error_of(run, path)
+    assert 'for "unknown role": rename the roles' in message
+    assert "block_size" not in message
+    path = write_rows(*[qa("q", "a")] * 5, *[qa("q", None)] * 2, qa("q", 3))
+    message = error_of(run, path)
+    assert message.index('for "field answer is null"') < message.index("Or raise dataset.max_")
+
+
+def test_keys_not_used_and_columns_like_input_are_reported(
+    run: Run, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    rows = [
+        qa("q", "a") | {"id": n, "context": f"A long text, different in row {n}, and unused."}
+        for n in range(4)
+    ]
+    path, kept = write_rows(*rows), tmp_path / "kept"
+    for cached in (False, True):  # what was found prepared says so, too
+        _, report = run(path, keep_in=kept)
+        assert report.cached == cached
+        assert report.unused_keys["context"] == {
+            "count": 4,
+            "row_id": "rows.jsonl:1",
+            "example": "'A long text, different in row 0, and unused.'",
+        }
+        assert report.unused_keys["id"]["count"] == 4
+        assert report.warnings() == [
+            "column context looks like input but is not used, e.g. 'A long text, different in row "
+            "0, and unused.': map it (dataset.columns) or put it into the question"
+        ]
+        assert "keys not used: id: 4 (first rows.jsonl:1, e.g. 0)" in report.summary()
+    parts = [Part(SourceSpec(file_dataset_path=str(path), name=name)) for name in ("one", "two")]
+    _, report = run(parts=parts, section="eval")
+    assert list(report.like_input) == ["context of one", "context of two"]
+    assert report.warnings()[0].startswith("eval: column context of one looks like input")
+    assert report.unused_keys["id"]["count"] == 8
+
+
+def test_preference_rows_and_trees_are_prepared(
+    build: SimpleNamespace, make_tokenizer: Callable[..., Tokenizer], write_rows: WriteRows
+) -> None:
+    tokenizer = make_tokenizer(build.byte_level())
+    pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
+    part = Part(SourceSpec(str(write_rows(pair, pair))), RowReading("preference"))
+    _, report = prepare_dataset([part], tokenizer, Settings(64))
+    assert (report.format, report.supervised_tokens) == ("preference", 2 * 5)
+    assert report.noticed == {
+        "preference rows: chosen is trained, rejected is not used": {
+            "count": 2,
+            "row_id": "rows.jsonl:1",
+            "example": "",
+        }
+    }
+    answers = [{"text": text, "role": "assistant"} for text in ("ab", "cd")]
+    asked = [{"text": "q", "role": "prompter", "replies": [answer]} for answer in answers]
+    first = {"text": "f", "role": "assistant", "replies": asked}
+    tree = {"message_tree_id": "t", "prompt": {"text": "p", "role": "prompter", "replies": [first]}}
+    template = ChatTemplate("plain", PLAIN, eos_token="</s>")
+    part = Part(SourceSpec(str(write_rows(tree))))
+    packed, report = prepare_dataset([part], tokenizer, Settings(64), template=template)
+    assert (report.format, report.rows, report.examples) == ("tree", 2, 2)
+    # f</s> once, ab</s> and cd</s>
+    assert report.supervised_tokens == 2 + 3 + 3
+    ids = [packed.store.row_id(i) for i in range(2)]
+    assert ids == ["rows.jsonl:1", "rows.jsonl:1/2"]
 
 
 def test_truncation_error_and_text_rows_name_the_way_out(run: Run, write_rows: WriteRows) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from torchprime.data import answer_form, fields, messages, row_format
-from torchprime.data import rows as rows_module
+import torchprime.data
+from torchprime.data import fields
 from torchprime.data.fields import REASONS
 from torchprime.data.messages import Message
 from torchprime.data.records import Rejection
@@ -28,9 +28,9 @@ TEXT = {"text": "t"}
 ALPACA = {"instruction": "i", "input": "", "output": "o"}
 USER = {"role": "user", "content": "u"}
 BOT = {"role": "assistant", "content": "b"}
+TOOL = {"type": "function", "function": {"name": "f"}}
 CHAT = {"messages": [USER, BOT]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "b"}]}
-CALL = {"type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}}
 PLAIN = RowReading()
 KINDS = {
     "prompt_completion": PC,
@@ -39,6 +39,7 @@ KINDS = {
     "messages": CHAT,
     "sharegpt": SHAREGPT,
     "text": TEXT,
+    "preference": {"prompt": "p", "chosen": "c", "rejected": "r"},
 }
 
 
@@ -115,8 +116,6 @@ def test_rejected_strings(record: dict, reason: str) -> None:
         ({"input": 3}, "field input is not a string"),
         ({"output": ""}, "field output is empty"),
         ({"instruction": " ", "input": "x"}, "field instruction is empty"),
-        ({"history": [["a", "b"]]}, "field history is not supported in alpaca rows"),
-        ({"system": "Be kind."}, "field system is not supported in alpaca rows"),
     ],
 )
 def test_rejected_alpaca(change: dict, reason: str) -> None:
@@ -130,214 +129,6 @@ def test_empty_prompt_is_a_row_and_empty_completion_is_not() -> None:
     )
 
 
-# Messages ----------------------------------------------------------------------------------------
-
-
-def test_messages_keep_what_a_template_sees_and_nothing_else() -> None:
-    tool = {"name": "f", "parameters": {}}
-    turns = [
-        {"role": "system", "content": "", "id": 3},
-        USER | {"name": "Ann"},
-        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning": "r"},
-        {"role": "tool", "content": "1", "tool_call_id": "c1", "name": "f", "tool_calls": None},
-        BOT | {"reasoning_content": "x", "thinking": "y", "tool_calls": []},
-    ]
-    row = accepted({"messages": turns, "tools": [tool]}, "messages")
-    parsed = {"type": "function", "function": {"name": "f", "arguments": {"a": [1]}}}
-    assert templates(row) == [
-        {"role": "system", "content": ""},
-        {"role": "user", "content": "u", "name": "Ann"},
-        {"role": "assistant", "content": None, "tool_calls": [parsed], "reasoning": "r"},
-        {"role": "tool", "content": "1", "tool_call_id": "c1", "name": "f"},
-        {"role": "assistant", "content": "b", "reasoning_content": "x", "thinking": "y"},
-    ]
-    assert (row.kind, row.tools, row.prompt, row.completion) == ("messages", (tool,), "", "")
-    assert CALL["function"]["arguments"] == '{"a": [1]}'  # the record is left as it was
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kept"),
-    [
-        ('{"a": 1}', {"a": 1}),
-        ({"a": 1}, {"a": 1}),
-        ("[1]", "[1]"),
-        ("not JSON", "not JSON"),
-        ("", ""),
-    ],
-)
-def test_arguments_become_an_object_only_where_their_text_is_one(
-    arguments: object, kept: object
-) -> None:
-    for call in ({"name": "f", "arguments": arguments}, CALL):
-        nested = call is CALL
-        if nested:
-            call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
-        turn = {"role": "assistant", "tool_calls": [call]}
-        (message,) = accepted({"messages": [turn]}, "messages").messages
-        (got,) = message.template["tool_calls"]
-        want = {"name": "f", "arguments": kept}
-        assert got == ({"id": "1", "function": want} if nested else want)
-
-
-@pytest.mark.parametrize(
-    ("given", "role"),
-    [
-        ("human", "user"),
-        ("gpt", "assistant"),
-        ("model", "assistant"),
-        ("function", "tool"),
-        ("developer", "developer"),
-    ],
-)
-def test_roles_have_one_name(given: str, role: str) -> None:
-    row = accepted({"messages": [{"role": given, "content": "x"}, BOT]}, "messages")
-    assert row.messages[0].role == role
-
-
-def test_content_parts_are_joined() -> None:
-    parts = [
-        {"type": "text", "text": "a "},
-        {"type": "text", "value": "b"},
-        {"type": "text", "text": None, "value": "\n"},  # as Arrow fills in
-    ]
-    row = accepted({"messages": [{"role": "user", "content": parts}, BOT]}, "messages")
-    assert row.messages[0].template == {"role": "user", "content": "a b\n"}
-
-
-def test_two_user_turns_in_a_row_and_an_answer_first_are_left_to_the_template() -> None:
-    assert len(accepted({"messages": [USER, USER, BOT, BOT]}, "messages").messages) == 4
-    assert len(accepted({"messages": [BOT, USER]}, "messages").messages) == 2
-
-
-@pytest.mark.parametrize(
-    ("keys", "weight"),
-    [
-        ({}, 1.0),
-        ({"weight": None, "train": None}, 1.0),
-        ({"weight": 2}, 2.0),
-        ({"loss_weight": 10}, 10.0),
-        ({"weight": 0.5, "loss_weight": 0.5}, 0.5),
-        ({"train": True}, 1.0),
-        ({"train": False}, 0.0),
-        ({"weight": 3, "train": False}, 0.0),
-        ({"weight": 0, "train": True}, 0.0),
-    ],
-)
-def test_message_weights(keys: dict, weight: float) -> None:
-    row = accepted({"messages": [USER, BOT | keys, BOT | {"weight": 4}]}, "messages")
-    assert weights(row) == [1.0, weight, 4.0]
-    assert not set(row.messages[1].template) & {"weight", "loss_weight", "train"}
-
-
-WEIGHT = "message weight is not a number from 0 to 10"
-
-
-@pytest.mark.parametrize(
-    ("turn", "reason"),
-    [
-        (BOT | {"weight": -0.1}, WEIGHT),
-        (BOT | {"weight": 10.5}, WEIGHT),
-        (BOT | {"weight": float("nan")}, WEIGHT),
-        (BOT | {"loss_weight": True}, WEIGHT),
-        (BOT | {"weight": "1"}, WEIGHT),
-        (BOT | {"weight": 10**400}, WEIGHT),
-        (BOT | {"weight": 1, "loss_weight": 2}, "message weight and loss_weight differ"),
-        (BOT | {"train": 0}, "message train is not true or false"),
-        ("hello", "message is not an object"),
-        ({"content": "x"}, "message has no role"),
-        ({"role": None, "content": "x"}, "message has no role"),
-        ({"role": "narrator", "content": "x"}, "unknown role"),
-        ({"role": ["user"], "content": "x"}, "unknown role"),
-        ({"role": "function_call", "content": "{}"}, "unknown role"),  # of sharegpt only
-        ({"role": "user", "content": None}, "message content is null"),
-        ({"role": "user"}, "message content is null"),
-        ({"role": "user", "content": None, "tool_calls": [CALL]}, "message content is null"),
-        (BOT | {"content": None}, "message content is null"),
-        (BOT | {"content": None, "weight": 0}, "message content is null"),
-        (BOT | {"content": None, "tool_calls": []}, "message content is null"),
-        (BOT | {"content": 4}, "message content is not text"),
-        (BOT | {"content": {"text": "x"}}, "message content is not text"),
-        (BOT | {"content": ["x"]}, "message content is not text"),
-        (BOT | {"content": [{"type": "image", "url": "x"}]}, "message content is not text"),
-        (BOT | {"content": [{"type": "text", "text": 3}]}, "message content is not text"),
-        (BOT | {"content": ""}, "message content is empty"),
-        (BOT | {"content": " \n"}, "message content is empty"),
-        (BOT | {"content": []}, "message content is empty"),
-        (BOT | {"name": 3}, "message name is not a string"),
-        (BOT | {"reasoning_content": ["x"]}, "message reasoning_content is not a string"),
-        (BOT | {"content": "\udc00"}, "message is not valid Unicode"),
-        (BOT | {"thinking": "\udc00"}, "message is not valid Unicode"),
-    ],
-)
-def test_rejected_messages(turn: object, reason: str) -> None:
-    rejected = refused({"messages": [USER, turn, BOT]}, "messages")
-    assert rejected.reason == reason
-    assert rejected.detail.startswith("message 2")
-
-
-CALLS = "tool_calls is not a list of calls with name and arguments"
-
-
-@pytest.mark.parametrize(
-    ("calls", "reason"),
-    [
-        (CALL, CALLS),
-        ("[]", CALLS),
-        ([None], CALLS),
-        ([{}], CALLS),
-        ([{"function": {"arguments": {}}}], CALLS),
-        ([{"function": {"name": "f"}}], CALLS),
-        ([{"function": {"name": "f", "arguments": [1]}}], CALLS),
-        ([{"function": "f"}], CALLS),
-        # A surrogate that only appears once the arguments are parsed, and one in a key.
-        ([{"name": "f", "arguments": '{"a": "\\ud83d"}'}], "message is not valid Unicode"),
-        ([{"name": "f", "arguments": {"\ud83d": 1}}], "message is not valid Unicode"),
-        (
-            [{"name": "f", "arguments": '{"a":' + "[" * 300 + "]" * 300 + "}"}],
-            "nested more than 64 levels deep",
-        ),
-    ],
-)
-def test_rejected_tool_calls(calls: object, reason: str) -> None:
-    assert refused({"messages": [BOT | {"tool_calls": calls}]}, "messages").reason == reason
-
-
-def test_an_answer_not_trained_on_may_be_empty() -> None:
-    row = accepted({"messages": [USER, BOT | {"content": "", "train": False}, BOT]}, "messages")
-    assert weights(row) == [1.0, 0.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        ({"messages": []}, "field messages is empty"),
-        ({"messages": None}, "field messages is null"),
-        ({"messages": "[]"}, "field messages is not a list"),
-        ({"messages": {"role": "user"}}, "field messages is not a list"),
-        ({"other": []}, "field messages is missing"),
-        ({"messages": [{"role": "system", "content": "s"}]}, "no assistant turn to learn from"),
-        ({"messages": [USER, USER]}, "no assistant turn to learn from"),
-        ({"messages": [USER, BOT | {"weight": 0}]}, "every assistant turn has weight 0"),
-        ({"messages": [USER, BOT | {"train": False}]}, "every assistant turn has weight 0"),
-        (CHAT | {"tools": {"a": 1}}, "tools is not a list of objects"),
-        (CHAT | {"tools": ["f"]}, "tools is not a list of objects"),
-        (CHAT | {"tools": "[1]"}, "tools is not a list of objects"),
-        (CHAT | {"tools": '[{"a": '}, "tools is not a list of objects"),
-        (CHAT | {"tools": '{"name": "f"}'}, "tools is not a list of objects"),
-        (CHAT | {"tools": 5}, "tools is not a list of objects"),
-        (CHAT | {"tools": [{"name": "\ud800"}]}, "field tools is not valid Unicode"),
-    ],
-)
-def test_rejected_conversations(record: dict, reason: str) -> None:
-    assert refused(record, "messages").reason == reason
-
-
-def test_tools_as_text_and_none() -> None:
-    assert accepted(CHAT | {"tools": '[{"name": "f"}]'}, "messages").tools == ({"name": "f"},)
-    for none in (None, "", " ", "null", "[]", []):
-        assert accepted(CHAT | {"tools": none}, "messages").tools == ()
-
-
 # Prompts and completions that are messages -------------------------------------------------------
 
 
@@ -345,13 +136,13 @@ def test_conversational_prompt_and_completion() -> None:
     record = {
         "prompt": [USER, BOT | {"content": ""}, USER],
         "completion": [BOT | {"weight": 3}, USER, BOT],
-        "tools": [{"name": "f"}],
+        "tools": [TOOL],
     }
     row = accepted(record, "prompt_completion")
     assert (row.kind, row.prompt, row.completion) == ("messages", "", "")
     assert weights(row) == [0.0, 0.0, 0.0, 3.0, 1.0, 1.0]
     assert [message.content for message in row.messages] == ["u", "", "u", "b", "u", "b"]
-    assert row.tools == ({"name": "f"},)
+    assert row.tools == (TOOL,)
     assert weights(accepted({"prompt": [], "completion": [BOT]}, "prompt_completion")) == [1.0]
 
 
@@ -364,7 +155,7 @@ def test_conversational_prompt_and_completion() -> None:
         ([USER], [], "field completion is empty"),
         ([USER], [USER], "no assistant turn to learn from"),
         ([USER, BOT], [USER], "every assistant turn has weight 0"),
-        ([USER | {"weight": 11}], [BOT], WEIGHT),
+        ([USER | {"weight": 11}], [BOT], "message weight is not a number from 0 to 10"),
     ],
 )
 def test_rejected_conversational_prompts(prompt: object, completion: object, reason: str) -> None:
@@ -450,71 +241,6 @@ def test_all_of_gsm8k_takes_the_form(shared_dir: Path) -> None:
             thought, value = other.completion.split("####")
             assert row.completion.split("\n")[-2] == value.strip()
             assert row.completion.startswith(f"<think>\n{thought.strip()}\n</think>\n<answer>\n")
-
-
-# ShareGPT ----------------------------------------------------------------------------------------
-
-
-def test_sharegpt_becomes_messages() -> None:
-    turns = [
-        {"from": "human", "value": "u"},
-        {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}', "weight": 2},
-        {"from": "observation", "value": "{}"},
-        {"from": "chatgpt", "value": "b", "train": False},
-        {"from": "function_call", "value": '[{"name": "g", "arguments": "{}"}]'},
-        {"from": "function_response", "value": ""},
-        {"from": "tool", "value": "t"},
-    ]
-    row = accepted(
-        {"conversations": turns, "system": "Be kind.", "tools": '[{"name": "f"}]'}, "sharegpt"
-    )
-    functions = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
-    calls = [{"type": "function", "function": function} for function in functions]
-    assert templates(row) == [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "u"},
-        {"role": "assistant", "content": None, "tool_calls": calls[:1]},
-        {"role": "tool", "content": "{}"},
-        {"role": "assistant", "content": "b"},
-        {"role": "assistant", "content": None, "tool_calls": calls[1:]},
-        {"role": "tool", "content": ""},
-        {"role": "tool", "content": "t"},
-    ]
-    assert weights(row) == [1.0, 1.0, 2.0, 1.0, 0.0, 1.0, 1.0, 1.0]
-    assert (row.kind, row.tools) == ("sharegpt", ({"name": "f"},))
-    for none in (None, "", " "):
-        assert templates(accepted(SHAREGPT | {"system": none}, "sharegpt")) == [USER, BOT]
-
-
-FUNCTION_CALL = "function_call is not JSON of calls with name and arguments"
-
-
-@pytest.mark.parametrize(
-    ("turn", "reason"),
-    [
-        ({"from": "developer", "value": "x"}, "unknown role"),
-        ({"role": "user", "content": "x"}, "message has no role"),
-        ({"from": "human", "content": "x"}, "message content is null"),
-        ({"from": "function_call", "value": "f(x)"}, FUNCTION_CALL),
-        ({"from": "function_call", "value": '{"name": "f"}'}, FUNCTION_CALL),
-        ({"from": "function_call", "value": '{"arguments": {}}'}, FUNCTION_CALL),
-        ({"from": "function_call", "value": '{"name": "f", "arguments": 1}'}, FUNCTION_CALL),
-        ({"from": "function_call", "value": "[]"}, FUNCTION_CALL),
-        ({"from": "function_call", "value": "null"}, FUNCTION_CALL),
-        ({"from": "function_call", "value": None}, FUNCTION_CALL),
-        ({"from": "function_call", "value": "[" * 100_000}, FUNCTION_CALL),
-    ],
-)
-def test_rejected_sharegpt(turn: dict, reason: str) -> None:
-    record = {"conversations": [turn, *SHAREGPT["conversations"]]}
-    assert refused(record, "sharegpt").reason == reason
-
-
-def test_rejected_system_prompts() -> None:
-    own = {"conversations": [{"from": "system", "value": "s"}, *SHAREGPT["conversations"]]}
-    twice = refused(own | {"system": "x"}, "sharegpt")
-    assert twice.reason == "system is given twice: as a field and as the first turn"
-    assert refused(SHAREGPT | {"system": 3}, "sharegpt").reason == "field system is not a string"
 
 
 # Whole rows --------------------------------------------------------------------------------------
@@ -786,8 +512,10 @@ def test_a_row_of_ten_megabytes(write_rows: Callable[..., Path]) -> None:
 def test_reasons_are_all_listed() -> None:
     """Documents and reports rely on the list: nothing else is given, and each entry is used."""
     code = ""
-    for module in (fields, messages, row_format, answer_form, rows_module):
-        source = Path(str(module.__file__)).read_text(encoding="utf-8")
+    for path in sorted(Path(torchprime.data.__path__[0]).rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if path.name == "advice.py" or "\nfrom " not in source:
+            continue
         body = source[source.rindex("\nfrom ") :]  # an import is no use of a name
         code += body[body.index("\n\n") :]
     code = code.replace(code[code.index("REASONS = (") : code.index("MISSING =")], "")
@@ -795,8 +523,8 @@ def test_reasons_are_all_listed() -> None:
     constants = {name: getattr(fields, name) for name in names}
     used = {name for name in names if len(re.findall(rf"\b{name}\b", code)) > 1}
     assert {str(constants[name]) for name in used} >= set(REASONS)
-    raised = set(re.findall(r"(?:Unusable|Rejection)\((?:row\.row_id, )?([A-Z_]{3,})", code))
-    assert len(raised) > 15
+    raised = set(re.findall(r"Unusable\((?:row\.row_id, )?([A-Z_]{3,})", code))
+    assert len(raised) > 35
     assert {constants[name] for name in raised} <= set(REASONS)
 
 
@@ -843,23 +571,6 @@ def test_real_data(
     assert decision.kind == kind
     assert Counter(row.reason for row in results if isinstance(row, Rejection)) == rejected
     assert sum(isinstance(row, Row) for row in results) == usable
-
-
-def test_real_tool_calls_and_weights(shared_dir: Path) -> None:
-    def rows_of(name: str) -> list[Row]:
-        return load_rows(SourceSpec(file_dataset_path=str(shared_dir / "data" / name)), 1000)
-
-    for name, count in (
-        ("sgd_dev_messages.jsonl", 1587),
-        ("llamafactory_glaive_toolcall_en_demo.json", 211),
-    ):
-        turns = [message.template for row in rows_of(name) for message in row.messages]
-        calls = [call for turn in turns for call in turn.get("tool_calls", [])]
-        assert sum("tool_calls" in turn for turn in turns) == count
-        assert all(isinstance(call["function"]["arguments"], dict) for call in calls)
-        assert sum(turn["role"] == "tool" for turn in turns) == count
-    for row in rows_of("llamafactory_v1_sft_demo.jsonl"):
-        assert [(m.role, m.weight) for m in row.messages] == [("user", 0.0), ("assistant", 1.0)]
 
 
 def test_real_pirate_conversations(shared_dir: Path, write_rows: Callable[..., Path]) -> None:

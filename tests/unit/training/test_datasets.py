@@ -14,6 +14,42 @@ from torchprime.data.tokenizer import load_tokenizer
 from torchprime.training import datasets
 
 
+def said_of(
+    command: Callable[..., list[str]], tiny: Path, folder: Path, train: list, held_out: list
+) -> list[str]:
+    """The notes that a person is given while these rows are prepared."""
+    paths = []
+    for name, rows in (("train", train), ("held_out", held_out)):
+        paths.append(folder / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = (
+        f"dataset.file_dataset_path={paths[0]}",
+        f"eval.file_dataset_path={paths[1]}",
+        f"dataset.prepared_dir={folder}/prepared",
+    )
+    said: list[str] = []
+    config = compose_config(command(*given))
+    datasets.prepare_run_data(config, load_tokenizer(tiny), None, said.append)
+    return [line for line in said if line.startswith("note: ")]
+
+
+def test_what_a_person_should_look_at_is_said(
+    command: Callable[..., list[str]], tiny: Path, tmp_path: Path
+) -> None:
+    pairs = [{"prompt": f"{n} + 1?", "completion": f" {n + 1}"} for n in range(8)]
+    asked = [{"question": f"{n} - 1?", "answer": f"{n - 1}"} for n in range(8)]
+    assert said_of(command, tiny, tmp_path, pairs, pairs) == []
+    about = "A text of more than forty characters, number {}."
+    context = [row | {"context": about.format(n)} for n, row in enumerate(pairs)]
+    for _ in range(2):  # what is found prepared says it again
+        assert said_of(command, tiny, tmp_path, context, asked) == [
+            "note: column context looks like input but is not used, e.g. 'A text of more than "
+            "forty characters, number 0.': map it (dataset.columns) or put it into the question",
+            "note: held-out rows are read as question_answer, training rows as prompt_completion. "
+            "If that is not meant, set dataset.format or correct the rows",
+        ]
+
+
 def test_a_run_keeps_its_split(
     command: Callable[..., list[str]], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
