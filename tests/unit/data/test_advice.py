@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from torchprime.data import chat, fields, records, tokenize, turns
+from torchprime.data import (
+    borders,
+    chat,
+    fields,
+    marked_text,
+    reasoning,
+    records,
+    tokenize,
+    turns,
+)
 from torchprime.data.advice import ADVICE, advice_for, advise
 
 
 def test_every_reason_has_advice() -> None:
     given = {
         getattr(module, name)
-        for module in (chat, tokenize, turns)
+        for module in (borders, chat, marked_text, reasoning, tokenize, turns)
         for name in vars(module)
         if name.startswith("REASON_")
     }
