@@ -42,7 +42,7 @@ from torchprime.data.tokenizer import Tokenizer, load_tokenizer
 from torchprime.errors import DataError
 
 # Part of every cache key: to be raised whenever the same rows would give other examples or blocks.
-DATA_VERSION = 2
+DATA_VERSION = 3
 
 CHUNK_ROWS = 512
 # Starting processes takes seconds: what is done sooner than this goes without.
