@@ -163,7 +163,8 @@ def _files_of(source: SourceSpec, section: str) -> tuple[list[SourceFile], Split
     given = str(_path_of(source, section))
     found = find_files(str(source.file_dataset_path or source.hf_dataset_name), given)
     unset = "null" if section == "eval" else "train"
-    wanted = SplitKey(source.split, f"{section}.split", unset)
+    key = f"{section}.mixture.{source.name}.split" if source.name else f"{section}.split"
+    wanted = SplitKey(source.split, key, unset)
     files = choose_split(found.files, wanted, given, may_be_only=found.kind == "glob")
     named = any(splits for _, splits in found.files) or source.split in found.named
     if found.kind == "saved" and wanted.asks and not named:

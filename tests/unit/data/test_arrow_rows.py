@@ -27,6 +27,7 @@ from torchprime.data.arrow_rows import BY_STORAGE, FILLED_IN
 from torchprime.data.notes import RowNotes
 from torchprime.data.readers import read_records
 from torchprime.data.records import BEYOND_PARSER, MALFORMED_JSON, OUT_OF_RANGE, Rejection
+from torchprime.data.rows import Row, RowReading, open_rows
 from torchprime.data.sources import SourceSpec, read_rows
 from torchprime.errors import DataError
 
@@ -143,6 +144,10 @@ TYPES: dict[str, tuple[pa.Array, list[Any]]] = {
     "map of objects": (
         typed([[("a", {"x": 1, "y": None})]], pa.map_("string", OBJECT)),
         [{"a": {"x": 1}}],
+    ),
+    "map with keys that are objects": (
+        typed([[({"x": 1}, "a")]], pa.map_(pa.struct({"x": "int8"}), "string")),
+        [[{"key": {"x": 1}, "value": "a"}]],
     ),
     "sparse union": (
         pa.UnionArray.from_sparse(
@@ -381,6 +386,31 @@ def test_two_of_the_same_name() -> None:
     ):
         with pytest.raises(DataError, match=f"t: two {what} have the same name: 'a'"):
             records_of(table)
+
+
+def test_content_that_is_null_is_content_that_is_not_there(tmp_path: Path) -> None:
+    """An assistant's turn that only calls tools, as lines say it and as a union schema does."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    other = {"type": "function", "function": {"name": "g", "arguments": {"y": "2"}}}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "go"},
+                {"role": "assistant", "content": None, "tool_calls": [each]},
+                {"role": "tool", "content": "done", "name": "f"},
+                {"role": "assistant", "content": "ok"},
+            ]
+        }
+        for each in (call, other)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    lines, stored = (
+        list(open_rows(SourceSpec(file_dataset_path=str(tmp_path / name)), RowReading())[1])
+        for name in ("rows.jsonl", "rows.parquet")
+    )
+    assert all(isinstance(row, Row) for row in lines)
+    assert [row.messages for row in stored] == [row.messages for row in lines]  # type: ignore[union-attr]
 
 
 # JSON-typed columns -----------------------------------------------------------------------------
