@@ -32,12 +32,12 @@ def arrow_records(
 
     converter, notes = ArrowRows(name, schema), notes or RowNotes()
     stored = ", ".join(converter.by_storage)
-    number = 0
-    for batch in batches:
+
+    def numbered(batch: Any, number: int) -> Records:
+        """A batch's records; they are gone before those of the next are made."""
         records, filled = converter.records(batch)
         for i, record in enumerate(records):
-            number += 1
-            row_id = f"{ids}{number}"
+            row_id = f"{ids}{number + i}"
             if filled and filled[i]:
                 notes.notice(FILLED_IN, row_id, filled[i])
             if stored:
@@ -45,6 +45,11 @@ def arrow_records(
             if isinstance(record, BadValue):
                 record = Rejection(row_id, record.reason, record.detail)
             yield row_id, record
+
+    number = 1
+    for batch in batches:
+        yield from numbered(batch, number)
+        number += batch.num_rows
 
 
 def batch_rows(total_rows: int, total_bytes: int) -> int:
