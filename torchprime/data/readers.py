@@ -11,7 +11,7 @@ is decoded item by item in a window of text that moves along the file, Parquet c
     name.json               an array of objects; an object with one list of     id name.json#17
                             them; else one object a line
     name.csv .tsv           a header line, then records; values are strings     id name.csv:17
-    name.parquet            rows                                                id name.parquet#17
+    name.parquet .arrow     rows (arrow_files.py)                               id name.parquet#17
 
 Each may be compressed (.gz .bz2 .xz .zst). A name that says nothing goes by its first byte.
 """
@@ -21,13 +21,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import IO, Any
 
+from torchprime.data.arrow_files import read_arrow, read_parquet
+from torchprime.data.file_splits import DEFAULT_SPLIT, SplitKey, same_split, unused_split
 from torchprime.data.json_text import JsonFault, JsonText
+from torchprime.data.notes import RowNotes
 from torchprime.data.records import (
     BEYOND_PARSER,
     MALFORMED_JSON,
@@ -44,23 +44,31 @@ from torchprime.data.records import (
 from torchprime.data.streams import READ_BYTES, UTF8_BOM, PlainStream
 from torchprime.errors import DataError
 
-BATCH_BYTES = 8 * 2**20  # of Parquet rows decoded at a time
-BATCH_ROWS = 1024
-
 LINE_EXTENSIONS = (".jsonl", ".ndjson")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-EXTENSIONS = (*LINE_EXTENSIONS, ".json", ".parquet", *DELIMITERS)
+EXTENSIONS = (*LINE_EXTENSIONS, ".json", ".parquet", ".arrow", *DELIMITERS)
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 Open = Callable[[], IO[bytes]]
 
 
-def read_records(name: str, open_file: Open, split: str = "train") -> Records:
-    """Stream (row_id, record) of one file. `name` decides the format and begins each id; `split`
-    chooses among the lists of a JSON document that has several.
+def read_records(
+    name: str,
+    open_file: Open,
+    split: SplitKey = DEFAULT_SPLIT,
+    notes: RowNotes | None = None,
+) -> Records:
+    """Stream (row_id, record) of one file.
 
-    `open_file` is called for each pass over the file (at most three). Raises DataError for a
-    structural fault and for an unknown format, OSError for a file that cannot be read.
+    Args:
+        name: decides the format and begins each id.
+        open_file: called for each pass over the file (at most three).
+        split: chooses among the lists of a JSON document that has several.
+        notes: count what was noticed in the records.
+
+    Raises:
+        DataError: a structural fault, an unknown format, a split that is asked for and not there.
+        OSError: a file that cannot be read.
     """
     extension, compression = split_name(name)
 
@@ -70,8 +78,12 @@ def read_records(name: str, open_file: Open, split: str = "train") -> Records:
     def open_buffered() -> io.BufferedReader:
         return io.BufferedReader(open_plain(), READ_BYTES)
 
+    if extension in EXTENSIONS and extension != ".json" and split.asks:
+        raise unused_split(split, name)
     if extension == ".parquet":
-        return _read_parquet(name, open_plain)
+        return read_parquet(name, open_plain, notes)
+    if extension == ".arrow":
+        return read_arrow(name, open_plain, notes)
     if extension in DELIMITERS:
         return _read_table(name, open_buffered, DELIMITERS[extension])
     if extension in LINE_EXTENSIONS:
@@ -140,7 +152,7 @@ ONE_ROW, LINES = 1, 2  # what a JSON file that begins with { may hold beside a l
 
 
 def _read_json(
-    name: str, open_file: Callable[[], io.BufferedReader], split: str, known: bool
+    name: str, open_file: Callable[[], io.BufferedReader], split: SplitKey, known: bool
 ) -> Records:
     with open_file() as stream:
         first = _first_byte(stream)
@@ -154,6 +166,9 @@ def _read_json(
         shape = None
     elif first == b"{":
         shape = _shape_of_object(name, open_file, split)
+    lists = [shape] if isinstance(shape, str) else []
+    if split.asks and not (lists and same_split(split.name, lists)):
+        raise unused_split(split, name, lists)
     if shape == LINES:
         yield from _read_lines(name, open_file)
         return
@@ -188,7 +203,7 @@ def _items_under(text: JsonText, key: int | str | None) -> Iterator[Any]:
 
 
 def _shape_of_object(
-    name: str, open_file: Callable[[], io.BufferedReader], split: str
+    name: str, open_file: Callable[[], io.BufferedReader], split: SplitKey
 ) -> int | str:
     """What a file that begins with { is: LINES, ONE_ROW or the key of its list of rows.
 
@@ -220,11 +235,14 @@ def _shape_of_object(
         return LINES
     if is_conversation or not lists:
         return LINES if one_line else ONE_ROW
-    if len(lists) == 1 or split in lists:
-        return split if split in lists else lists[0]
+    if split.name is not None and (chosen := same_split(split.name, lists)):
+        return chosen
+    if len(lists) == 1:
+        return lists[0]
+    none = " is not set" if split.name is None else f"={split.name} is none of them"
     raise DataError(
-        f"{name}: the rows are under several keys: {', '.join(lists)}, and split={split} is none "
-        "of them. Set dataset.split (or eval.split) to one"
+        f"{name}: the rows are under several keys, {', '.join(lists)}, and {split.key}{none}. Set "
+        f"{split.key} to one"
     )
 
 
@@ -318,64 +336,3 @@ def _text_lines(name: str, stream: io.BufferedReader) -> Iterator[str]:
                 f"{name}:{number}: not valid UTF-8: {bad_byte(error, error.start)} of the line. "
                 f"Save the file as UTF-8"
             ) from None
-
-
-# Parquet ----------------------------------------------------------------------------------------
-
-
-def _read_parquet(name: str, open_plain: Callable[[], PlainStream]) -> Records:
-    # late: a quarter of a second, and only these files need it.
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    with open_plain() as plain, _seekable(plain) as stream:
-        try:
-            # pre_buffer would read the whole file before the first row; buffer_size has a large
-            # row group read in pieces.
-            file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
-            for batch in file.iter_batches(batch_size=_batch_size(file.metadata)):
-                for row in _batch_rows(batch):
-                    number += 1
-                    yield f"{name}#{number}", _as_parquet_record(row, f"{name}#{number}")
-        except (pyarrow.ArrowException, ValueError) as error:
-            raise DataError(
-                f"{name}: cannot be read as Parquet after {number:,} rows: "
-                f"{type(error).__name__}: {error}. Write or download the file again"
-            ) from error
-
-
-def _batch_size(metadata: Any) -> int:
-    """Rows that are about BATCH_BYTES together."""
-    groups = range(metadata.num_row_groups)
-    total = sum(metadata.row_group(i).total_byte_size for i in groups)
-    return max(1, min(BATCH_ROWS, metadata.num_rows * BATCH_BYTES // max(total, 1)))
-
-
-@contextmanager
-def _seekable(stream: PlainStream) -> Iterator[IO[bytes]]:
-    """Parquet is read from its end: a compressed file is first unpacked, to disk."""
-    if stream.seekable():
-        yield stream  # type: ignore[misc]
-        return
-    with tempfile.TemporaryFile() as unpacked:
-        shutil.copyfileobj(stream, unpacked, READ_BYTES)
-        unpacked.seek(0)
-        yield unpacked
-
-
-def _batch_rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:  # some writers do not look; then row by row
-        for i in range(batch.num_rows):
-            try:
-                yield batch.slice(i, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                yield error
-
-
-def _as_parquet_record(row: dict[str, Any] | UnicodeDecodeError, row_id: str) -> Record:
-    if isinstance(row, UnicodeDecodeError):
-        return Rejection(row_id, NOT_UTF8, bad_byte(row, row.start))
-    return row

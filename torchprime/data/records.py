@@ -14,6 +14,7 @@ NOT_AN_OBJECT = "not a JSON object"
 BEYOND_PARSER = "JSON beyond the parser's limits"
 TOO_LARGE = f"row larger than {MAX_ROW_BYTES // 2**20} MiB"
 WRONG_FIELD_COUNT = "wrong number of fields"
+OUT_OF_RANGE = "a value that cannot be read"  # of a typed column: a date in the year 300000
 # The file itself is at fault, not what somebody wrote into a row.
 UNREADABLE = frozenset(
     (MALFORMED_JSON, NOT_UTF8, NOT_AN_OBJECT, BEYOND_PARSER, TOO_LARGE, WRONG_FIELD_COUNT)

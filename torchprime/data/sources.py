@@ -1,64 +1,49 @@
 """Where rows come from: files of many kinds (any fsspec URL), or a dataset on the hub.
 
-A path is a file, a folder (all files of known formats below it) or a glob; readers.py knows the
-formats. Everything ends in the same stream of (row_id, record). A row_id is what a person needs to
-find the record again: `train.jsonl:17` is line 17, `data.json#17` item 17 of an array,
-`sub/a.parquet#17` row 17 of a file in a folder, `openai/gsm8k:train:17` row 17 of a hub split; all
-count from 1. A record is a dict, or a `Rejection` for the caller to count. What cannot be read at
-all is a `DataError` at once: a missing file or an unreachable hub is never retried for long.
+A path is a file, a folder or a glob (source_files.py); of its files those of the wanted split are
+read (file_splits.py); readers.py knows the formats. hub_rows.py loads datasets from the hub.
+Everything ends in the same stream of (row_id, record). A row_id is what a person needs to find the
+record again: `train.jsonl:17` is line 17, `data.json#17` item 17 of an array, `sub/a.parquet#17`
+row 17 of a file in a folder, `openai/gsm8k:train:17` row 17 of a hub split; all count from 1. A
+record is a dict, or a `Rejection` for the caller to count. What cannot be read at all is a
+`DataError` at once: a missing file or an unreachable hub is never retried for long.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import os
-import re
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import Any
 
-import fsspec
-
+from torchprime.data.file_splits import SplitKey, choose_split, unused_split
+from torchprime.data.hub_rows import load_hub, read_hub
 from torchprime.data.notes import RowNotes
-from torchprime.data.readers import (
-    DELIMITERS,
-    EXTENSIONS,
-    LINE_EXTENSIONS,
-    known_formats,
-    read_records,
-    split_name,
-)
+from torchprime.data.readers import DELIMITERS, LINE_EXTENSIONS, read_records, split_name
 from torchprime.data.records import Records
+from torchprime.data.source_files import SourceFile, find_files, is_saved_folder, protocols
 from torchprime.data.streams import only_os_errors
 from torchprime.errors import DataError
 
-if TYPE_CHECKING:
-    import datasets
-
-HUB_PROBE_SECONDS = 5.0
 HASH_BYTES = 2**20  # of a file at a time
-GLOB_MARK = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
 class SourceSpec:
     """Which rows to read; the fields are the keys of the config's dataset and eval sections.
 
-    `name` is that of a mixture's part; it begins the part's row ids: `replay/train.jsonl:17`.
+    Attributes:
+        split: None where the key is not set, which is an error where there are several.
+        name: that of a mixture's part; it begins the part's row ids: `replay/train.jsonl:17`.
     """
 
     file_dataset_path: str | None = None
     hf_dataset_name: str | None = None
     hf_dataset_config_name: str | None = None
-    split: str = "train"
+    split: str | None = "train"
     cache_dir: str | None = None
     name: str = ""
 
@@ -84,26 +69,26 @@ def read_rows(
     or without a single row.
     """
     _check_one_place(source, section)
-    rows = _read_files if source.file_dataset_path else _read_hub
-    return _refuse_empty(rows(source, section), source, section)
+    rows = _read_files if _path_of(source, section) else _read_hub
+    return _refuse_empty(rows(source, section, notes), source, section)
 
 
 def source_fingerprint(source: SourceSpec, section: str = "dataset") -> str:
     """A hex digest of everything the rows and their ids depend on.
 
-    Files: their names below the path, and their content; on a remote store, which would have to
-    send all of it, what the store says of each version instead. Hub: name, config, split and the
-    fingerprint of the loaded dataset. Raises DataError as read_rows does.
+    Files: the names below the path and the content of those that are read; on a remote store, which
+    would have to send all of it, what the store says of each version instead. Hub: name, config,
+    split and the fingerprint of the loaded dataset. Raises DataError as read_rows does.
     """
     _check_one_place(source, section)
-    if source.file_dataset_path:
-        path, parts = source.file_dataset_path, []
-        for file in _find_files(path, section):
-            with _file_errors(file, path, section):
+    parts: list[Any] = []
+    if path := _path_of(source, section):
+        for file in _files_of(source, section)[0]:
+            with _file_errors(file, path):
                 parts.append([file.name, _content_mark(file)])
     else:
         name, config = source.hf_dataset_name, source.hf_dataset_config_name
-        parts = [name, config, source.split, _load_hub(source, section)._fingerprint]
+        parts = [name, config, source.split, _loaded(source, section)._fingerprint]
     return _digest(json.dumps([source.name, parts]).encode()).hexdigest()
 
 
@@ -132,50 +117,88 @@ def _refuse_empty(rows: Records, source: SourceSpec, section: str) -> Records:
     yield from chain([first], rows)
 
 
+def _read_hub(source: SourceSpec, section: str, notes: RowNotes | None) -> Records:
+    loaded = _loaded(source, section)
+    yield from read_hub(loaded, source.label(f"{source.hf_dataset_name}:{source.split}"), notes)
+
+
+def _loaded(source: SourceSpec, section: str) -> Any:
+    if source.split is None:
+        raise DataError(
+            f"{section}.hf_dataset_name={source.hf_dataset_name} needs {section}.split, which is "
+            f"not set. Set it to the split to read, e.g. {section}.split=test"
+        )
+    return load_hub(
+        str(source.hf_dataset_name),
+        source.hf_dataset_config_name,
+        source.split,
+        source.cache_dir,
+        section,
+    )
+
+
 # Files ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _File:
-    """One file to read, and its path below the folder or the part of a glob before the first *."""
+def _path_of(source: SourceSpec, section: str) -> str | None:
+    """The config's key and path if files are read; a saved folder may be given as a hub name."""
+    if source.file_dataset_path:
+        return f"{section}.file_dataset_path={source.file_dataset_path}"
+    name, config = str(source.hf_dataset_name), source.hf_dataset_config_name
+    if not is_saved_folder(name):
+        return None
+    if config is not None:
+        raise DataError(
+            f"{section}.hf_dataset_config_name={config} is set, but {name} is a folder of "
+            f"save_to_disk, which has no configurations. Set {section}.hf_dataset_config_name=null"
+        )
+    return f"{section}.hf_dataset_name={name}"
 
-    name: str
-    fs: fsspec.AbstractFileSystem
-    path: str
 
-    def open(self) -> IO[bytes]:
-        with only_os_errors():
-            return cast("IO[bytes]", self.fs.open(self.path, "rb"))
+def _files_of(source: SourceSpec, section: str) -> tuple[list[SourceFile], SplitKey]:
+    """The files of the split, and the split that each of them has to have inside.
+
+    Raises DataError for a split that selects nothing and for one that nothing there uses.
+    """
+    given = str(_path_of(source, section))
+    found = find_files(str(source.file_dataset_path or source.hf_dataset_name), given)
+    unset = "null" if section == "eval" else "train"
+    key = f"{section}.mixture.{source.name}.split" if source.name else f"{section}.split"
+    wanted = SplitKey(source.split, key, unset)
+    files = choose_split(found.files, wanted, given, may_be_only=found.kind == "glob")
+    named = any(splits for _, splits in found.files) or source.split in found.named
+    if found.kind == "saved" and wanted.asks and not named:
+        raise unused_split(wanted, f"{given} is one saved data set, which")
+    return files, replace(wanted, is_used=named)
 
 
-def _read_files(source: SourceSpec, section: str) -> Records:
-    path = str(source.file_dataset_path)
-    for file in _find_files(path, section):
-        with _file_errors(file, path, section):
-            yield from read_records(source.label(file.name), file.open, source.split)
+def _read_files(source: SourceSpec, section: str, notes: RowNotes | None) -> Records:
+    given = str(_path_of(source, section))
+    files, wanted = _files_of(source, section)
+    for file in files:
+        with _file_errors(file, given):
+            yield from read_records(source.label(file.name), file.open, wanted, notes)
 
 
 @contextmanager
-def _file_errors(file: _File, path: str, section: str) -> Iterator[None]:
+def _file_errors(file: SourceFile, given: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        inside = "" if path.endswith(file.name) else f" ({file.name})"
+        inside = "" if given.endswith(file.name) else f" ({file.name})"
         kind = "" if type(error) is OSError else f"{type(error).__name__}: "
-        raise DataError(
-            f"cannot read {section}.file_dataset_path={path}{inside}: {kind}{error}"
-        ) from error
+        raise DataError(f"cannot read {given}{inside}: {kind}{error}") from error
 
 
 def expected_rows(source: SourceSpec, section: str = "dataset") -> int | None:
     """About how many rows there are, from the files' sizes and first lines: for a progress bar.
 
-    None where that takes reading: compressed files, JSON arrays, Parquet, the hub.
+    None where that takes reading: compressed files, JSON arrays, Parquet, Arrow, the hub.
     """
     if not source.file_dataset_path:
         return None
     total = 0.0
-    for file in _find_files(source.file_dataset_path, section):
+    for file in _files_of(source, section)[0]:
         extension, compression = split_name(file.name)
         if compression or extension not in (*LINE_EXTENSIONS, *DELIMITERS):
             return None
@@ -188,90 +211,9 @@ def expected_rows(source: SourceSpec, section: str = "dataset") -> int | None:
     return round(total)
 
 
-def _find_files(path: str, section: str) -> list[_File]:
-    """The files of a path, sorted by name; a remote store may raise anything, all of it the user's.
-
-    A name that holds a glob's characters and exists is that file.
-    """
-    given = f"{section}.file_dataset_path={path}"
-    try:
-        fs, inner = fsspec.core.url_to_fs(path)
-        kind = _kind_of(fs, inner)
-        is_glob = kind is None and GLOB_MARK.search(inner)
-        if kind == "directory":
-            found = _files_in_folder(fs, inner)
-        elif is_glob:
-            found = _files_of_glob(fs, inner)
-        else:
-            found = [_File(_base_name(fs, inner), fs, inner)]
-    except ImportError as error:
-        raise DataError(f"{given} needs a package that is not installed: {error}") from error
-    except Exception as error:
-        raise DataError(f"cannot reach {given}: {type(error).__name__}: {error}") from error
-    if kind == "directory" and not found:
-        raise DataError(
-            f"{given} is a folder without a file of a known format: {known_formats()}. Give the "
-            f"file itself, or a glob such as {path.rstrip('/')}/*.txt, to have it read as JSON"
-        )
-    if is_glob and not found:
-        raise DataError(
-            f"{given} matches no file. Check the pattern: * stays in one folder, ** goes deeper"
-        )
-    if kind is None and not is_glob:
-        raise DataError(f"{given} does not exist{_nearest_name(fs, inner)}")
-    return sorted(found, key=lambda file: file.name)
-
-
-def _kind_of(fs: fsspec.AbstractFileSystem, inner: str) -> str | None:
-    """file, directory or None: nothing is there. (isdir would download a whole file over http.)"""
-    try:
-        return str(fs.info(inner)["type"])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
-def _base_name(fs: fsspec.AbstractFileSystem, inner: str) -> str:
-    if "http" in _protocols(fs):
-        inner = inner.split("?", 1)[0]
-    return inner.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _files_in_folder(fs: fsspec.AbstractFileSystem, root: str) -> list[_File]:
-    # Left alone a subfolder that cannot be listed is left out. Not every remote store takes this.
-    options: dict[str, Any] = {"on_error": "raise"} if "file" in _protocols(fs) else {}
-    files = _below(root, fs, list(fs.find(root, **options)))
-    return [file for file in files if split_name(file.name)[0] in EXTENSIONS]
-
-
-def _files_of_glob(fs: fsspec.AbstractFileSystem, pattern: str) -> list[_File]:
-    before = GLOB_MARK.split(pattern, maxsplit=1)[0]
-    matches = cast("dict[str, dict[str, Any]]", fs.glob(pattern, detail=True))
-    paths = [path for path, info in matches.items() if info["type"] != "directory"]
-    return _below(before.rpartition("/")[0], fs, paths)
-
-
-def _below(root: str, fs: fsspec.AbstractFileSystem, paths: list[str]) -> list[_File]:
-    """Each with its name below the root, without the hidden ones."""
-    named = [_File(path.removeprefix(root).lstrip("/"), fs, path) for path in paths]
-    return [file for file in named if not re.search(r"(^|/)\.", file.name)]
-
-
-def _nearest_name(fs: fsspec.AbstractFileSystem, inner: str) -> str:
-    """What follows "does not exist": the closest name beside it, or that its folder is missing."""
-    folder, _, name = inner.rpartition("/")
-    try:
-        names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(folder, detail=False)]
-    except Exception:
-        return f": there is no folder {folder}. Check the path"
-    close = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
-    if close:
-        return f". Did you mean {close[0]}, in the same folder {folder}?"
-    return f": the folder {folder} has no such file. Check the path"
-
-
-def _content_mark(file: _File) -> str:
+def _content_mark(file: SourceFile) -> str:
     """A digest of the content, or of what a remote store says that changes with it."""
-    if not {"file", "memory"} & set(_protocols(file.fs)):
+    if not {"file", "memory"} & set(protocols(file.fs)):
         return _version_mark(file)
     digest = _digest()
     with file.open() as handle:
@@ -280,7 +222,7 @@ def _content_mark(file: _File) -> str:
     return digest.hexdigest()
 
 
-def _version_mark(file: _File) -> str:
+def _version_mark(file: SourceFile) -> str:
     with only_os_errors():
         info = file.fs.info(file.path)
         # Over http the key is only the address.
@@ -288,97 +230,5 @@ def _version_mark(file: _File) -> str:
     return json.dumps(seen, default=str)
 
 
-def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
 def _digest(start: bytes = b"") -> Any:
     return hashlib.blake2b(start, digest_size=32)
-
-
-# The hub ----------------------------------------------------------------------------------------
-
-
-def _read_hub(source: SourceSpec, section: str) -> Records:
-    loaded = _load_hub(source, section)
-    label = source.label(f"{source.hf_dataset_name}:{source.split}")
-    for number, row in enumerate(loaded, start=1):
-        yield f"{label}:{number}", cast("dict[str, Any]", row)
-
-
-def _load_hub(source: SourceSpec, section: str) -> datasets.Dataset:
-    # late: it takes more than a second and a run on a file never needs it.
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError
-
-    name = str(source.hf_dataset_name)
-    given = f"{section}.hf_dataset_name={name}"
-    try:
-        with _no_retries_without_network(name):
-            loaded = datasets.load_dataset(
-                name,
-                source.hf_dataset_config_name,
-                split=source.split,
-                cache_dir=source.cache_dir,
-                streaming=False,
-            )
-    except DatasetNotFoundError as error:
-        raise DataError(
-            f"{given}: {error} Check the name; a private dataset needs a login (HF_TOKEN)"
-        ) from error
-    except ConnectionError as error:
-        raise DataError(
-            f"{given} cannot be loaded: the Hugging Face Hub cannot be reached and the dataset is "
-            f"not in the cache. Set {section}.file_dataset_path to a local file "
-            f"(and {section}.hf_dataset_name=null), or fix the network{_offline_hint()}"
-        ) from error
-    except Exception as error:  # a wrong config or split name, a script, a broken file
-        raise DataError(
-            f"{given} (config {source.hf_dataset_config_name}, split {source.split}) cannot be "
-            f"loaded: {type(error).__name__}: {error}. Check {section}.hf_dataset_config_name and "
-            f"{section}.split"
-        ) from error
-    return cast("datasets.Dataset", loaded)
-
-
-def _offline_hint() -> str:
-    asked = [key for key in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if os.environ.get(key)]
-    return f" ({' and '.join(asked)} is set: unset it to go online)" if asked else ""
-
-
-@contextmanager
-def _no_retries_without_network(name: str) -> Iterator[None]:
-    """Look whether the hub answers; when it does not, let the libraries use only their cache.
-
-    Left alone they retry every request with growing pauses, about 25 seconds for a host without
-    network, to arrive at the same answer.
-    """
-    # late: as above
-    import datasets.config
-    import huggingface_hub.constants
-
-    constants: Any = huggingface_hub.constants
-    config: Any = datasets.config
-    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    local = Path(name).expanduser().is_dir()
-    if not local and not any(before) and not _answers(constants.ENDPOINT):
-        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
-
-
-def _answers(endpoint: str) -> bool:
-    """Any answer counts, an HTTP error too; only a connection that fails does not."""
-    request = urllib.request.Request(endpoint, method="HEAD")
-    try:
-        urllib.request.urlopen(request, timeout=HUB_PROBE_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True
-    except urllib.error.URLError as error:
-        # Certificates are the libraries' business: they may trust others than Python does.
-        return isinstance(error.reason, ssl.SSLError)
-    except OSError:
-        return False
-    return True

@@ -33,7 +33,7 @@ def make_backend(config: TrainConfig, **more: Any):
         optimization_barrier=config.remat.optimization_barrier,
         full_precision=config.torch_dtype == "float32",
         block_size=config.dataset.block_size,
-        compile_cache=None if config.compile_only else config.compile_cache,
+        compile_cache=None if config.compile_only or config.dry_run else config.compile_cache,
         **more,
     )
 

@@ -110,7 +110,7 @@ class RunRows:
         d = self.dataset
         if not self.eval.enabled:
             return self.train_parts if d.eval_fraction is not None else []
-        source = _source(self.eval, self.eval.split or "train", d.cache_dir)
+        source = _source(self.eval, self.eval.split, d.cache_dir)
         return [Part(source, self._reading(d.format, d.columns))]
 
     def _reading(self, format: str, columns: dict[str, str]) -> RowReading:
@@ -268,7 +268,7 @@ def prepare_run_data(
 
 
 def _source(
-    section: DatasetConfig | EvalConfig | MixturePart, split: str, cache_dir: str | None
+    section: DatasetConfig | EvalConfig | MixturePart, split: str | None, cache_dir: str | None
 ) -> SourceSpec:
     return SourceSpec(
         file_dataset_path=section.file_dataset_path,

@@ -21,7 +21,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchprime.data import json_text, readers, records, streams
+from torchprime.data import arrow_files, json_text, readers, records, streams
+from torchprime.data.file_splits import SplitKey
 from torchprime.data.readers import read_records
 from torchprime.data.records import Rejection
 from torchprime.errors import DataError
@@ -302,11 +303,15 @@ def test_object_with_one_list(
 def test_object_with_several_lists() -> None:
     document = {"train": [{"a": 1}], "valid": [{"a": 2}], "x": []}
     content = json.dumps(document).encode()
-    found = list(readers.read_records("t.json", lambda: io.BytesIO(content), "valid"))
+    found = list(readers.read_records("t.json", lambda: io.BytesIO(content), SplitKey("valid")))
     assert found == [("t.json#1", {"a": 2})]
     assert read("t.json", content) == [("t.json#1", {"a": 1})], "the split train is the default"
     other = json.dumps({"dev": [{"a": 1}], "valid": [{"a": 2}]}).encode()
-    assert "under several keys: dev, valid, and split=train is none" in error_of("t.json", other)
+    message = error_of("t.json", other)
+    assert "under several keys, dev, valid, and dataset.split=train is none of them" in message
+    eval_split = SplitKey(None, "eval.split", "null")
+    with pytest.raises(DataError, match="keys, train, valid, and eval.split is not set"):
+        list(readers.read_records("t.json", lambda: io.BytesIO(content), eval_split))
 
 
 @pytest.mark.parametrize(
@@ -515,10 +520,10 @@ def test_first_parquet_rows_before_the_rest_is_read() -> None:
 
 def test_parquet_rows_that_are_large_come_few_at_a_time() -> None:
     content = as_parquet([{"a": str(i) * 2**20} for i in range(9)], use_dictionary=False)
-    size = readers._batch_size(pq.ParquetFile(io.BytesIO(content)).metadata)
+    size = arrow_files._parquet_batch_rows(pq.ParquetFile(io.BytesIO(content)).metadata)
     assert 7 <= size <= 8
     small = pq.ParquetFile(io.BytesIO(FORMATS[".parquet"][0])).metadata
-    assert readers._batch_size(small) == readers.BATCH_ROWS
+    assert arrow_files._parquet_batch_rows(small) == arrow_files.BATCH_ROWS
 
 
 def test_real_files(shared_dir: Path) -> None:

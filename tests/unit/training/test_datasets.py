@@ -11,6 +11,7 @@ import pytest
 
 from torchprime.config.compose import compose_config
 from torchprime.data.tokenizer import load_tokenizer
+from torchprime.errors import DataError
 from torchprime.training import datasets
 
 
@@ -79,3 +80,18 @@ def test_a_run_keeps_its_split(
         {row.row_id for row in data.sources.rows("train")}
     )
     assert len(planned) == 1
+
+
+def test_a_folders_splits_are_the_sections_rows(
+    command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    for name in ("train", "validation"):
+        row = {"prompt": f"{name}?", "completion": "yes"}
+        (tmp_path / f"{name}-00000-of-00001.jsonl").write_text(json.dumps(row) + "\n")
+    given = (f"dataset.file_dataset_path={tmp_path}", f"eval.file_dataset_path={tmp_path}")
+    rows = datasets.RunRows.of(compose_config(command(*given, "eval.split=validation")))
+    prompts = {side: [row.prompt for row in rows.rows(side)] for side in ("train", "eval")}
+    assert prompts == {"train": ["train?"], "eval": ["validation?"]}
+    unset = datasets.RunRows.of(compose_config(command(*given)))
+    with pytest.raises(DataError, match="eval.split is not set. Set eval.split to one of them"):
+        list(unset.rows("eval"))

@@ -32,6 +32,7 @@ from torchprime.errors import DivergedError, RecompileError
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.throughput import Stopwatch
 from torchprime.metrics.writers import read_metrics
+from torchprime.torch_xla_models import backend as xla_backend
 from torchprime.training.backend import StepNumbers
 from torchprime.training.loop import BaseHook, CompileGuard, DataOrder, RunControl, train_loop
 
@@ -257,15 +258,25 @@ def test_dry_run_tells_the_budget_without_weights(
     command, run, tiny: Path, rows, tmp_path: Path, monkeypatch, capsys, order_of
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    programs_kept_in: list[str | None] = []
+    monkeypatch.setattr(xla_backend, "_keep_compiled", programs_kept_in.append)
     folder = tmp_path / "bare"
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    before, compiled = sorted(tmp_path.rglob("*")), compiles()
+    before, compiled = set(tmp_path.rglob("*")), compiles()
     argv = command(
         f"model.pretrained_model={folder}", "eval=file", f"eval.file_dataset_path={rows[1]}",
         "task.max_steps=null", "task.num_epochs=3", "run_name=mine", "dry_run=true",
     )  # fmt: skip
     assert run(argv) == 0
-    assert sorted(tmp_path.rglob("*")) == before
+    # Prepared rows are kept for the run itself; nothing else is written.
+    prepared = tmp_path / "cache/torchprime/prepared"
+    assert len(list(prepared.iterdir())) == 3  # training rows, held-out rows, leaks
+    written = set(tmp_path.rglob("*")) - before
+    assert {path for path in written if prepared not in path.parents} == {
+        prepared, prepared.parent, prepared.parent.parent,
+    }  # fmt: skip
+    assert programs_kept_in == [None]
     assert compiles() == compiled
     printed = capsys.readouterr().err
     order = order_of(argv)
