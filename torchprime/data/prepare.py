@@ -40,7 +40,7 @@ from torchprime.data.tokenizer import Tokenizer
 from torchprime.errors import DataError
 
 # Part of every cache key: to be raised whenever the same rows would give other examples or blocks.
-DATA_VERSION = 3
+DATA_VERSION = 4
 
 CHUNK_ROWS = 512
 # Starting processes takes seconds: what is done sooner than this goes without.
