@@ -202,13 +202,16 @@ def time_of(record: Mapping[str, Any], key: str | None) -> float | str | None:
 
 
 def check_nested(value: Any, reason: str, where: str) -> None:
-    """No half surrogate in any string or key, and no nesting that breaks a recursive walk."""
+    """Raise Unusable for a half surrogate in any string or key, bytes that are no text, or nesting
+    that breaks a recursive walk."""
     stack: list[tuple[Any, int]] = [(value, 0)]
     while stack:
         item, depth = stack.pop()
         if isinstance(item, str):
             if not is_unicode(item):
                 raise Unusable(reason, f"{where}: a lone surrogate")
+        elif isinstance(item, (bytes, bytearray)):  # a column of bytes that are not UTF-8
+            raise Unusable(reason, f"{where}: {len(item)} bytes that are not UTF-8")
         elif isinstance(item, (Mapping, list, tuple)):
             if depth > MAX_NESTING:
                 raise Unusable(TOO_NESTED, where)

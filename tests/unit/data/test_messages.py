@@ -379,3 +379,15 @@ def test_a_usual_message_is_reported_with_nothing() -> None:
         "f:1", {"messages": [USER, BOT | {"name": None, "lang": None}]}, "messages", notes=notes
     )
     assert notes.to_dict() == {"unused_keys": {}, "noticed": {}}
+
+
+def test_bytes_in_arguments_and_tools_are_no_text() -> None:
+    call = {"name": "f", "arguments": {"a": [b"\xff"]}}
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    found = read_row("f:1", {"messages": turns}, "messages")
+    assert isinstance(found, Rejection)
+    assert found.detail == "message 2: 1 bytes that are not UTF-8"
+    spoken = [turns[0], {"role": "assistant", "content": "a"}]
+    tools = [{"name": "f", "parameters": {"x": b"\xff\xfe"}}]
+    found = read_row("f:1", {"messages": spoken, "tools": tools}, "messages")
+    assert isinstance(found, Rejection) and found.detail == "tools: 2 bytes that are not UTF-8"
