@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,9 @@ from torchprime.checkpoint.hf_read import HEAD, SafetensorsReader, check_names
 from torchprime.checkpoint.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
 from torchprime.checkpoint.portable import check_tokenizer, read_json
 from torchprime.checkpoint.served_template import TrainedTemplate, check_served_template
-from torchprime.checkpoint.storage import FileFacts, sha256_of
 from torchprime.checkpoint.verify import compare_logits, read_back
 from torchprime.errors import CheckpointError
+from torchprime.hashing import FileFacts, hash_files
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 
@@ -207,7 +205,7 @@ def certify(
         metrics=dict(facts.metrics),
         versions=dict(facts.card.get("versions") or {}),
         checks=tuple(judge(name, check, folder) for name, check in proofs),
-        files=hash_files(folder),
+        files=hash_folder(folder),
     )
     write_json(folder / CERTIFICATE, certificate.to_dict())
     return certificate
@@ -228,20 +226,15 @@ def judge(name: str, check: Callable[[], Found], folder: Path) -> Check:
     return Check(name, False, told.replace(str(folder), "the export"))
 
 
-def hash_files(folder: Path) -> dict[str, FileFacts]:
+def hash_folder(folder: Path) -> dict[str, FileFacts]:
     """Size and sha256 of every file in the folder but the certificate, by relative name."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    paths = [path for path in paths if path.relative_to(folder) != Path(CERTIFICATE)]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(hash_file, paths))
-    return {path.relative_to(folder).as_posix(): f for path, f in zip(paths, found, strict=True)}
-
-
-def hash_file(path: Path) -> FileFacts:
-    """Size and sha256 of a file."""
-    with path.open("rb") as file:
-        sha256, size = sha256_of(file)
-    return {"bytes": size, "sha256": sha256}
+    paths = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    paths.pop(CERTIFICATE, None)
+    return hash_files(paths)
 
 
 # The checks ---------------------------------------------------------------------------------------
