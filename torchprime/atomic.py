@@ -64,6 +64,13 @@ def clear_temporary(folder: Path) -> None:
                 os.unlink(folder / name)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it where they are missing, writable by their owner alone."""
+    for place in [*reversed(path.absolute().parents), path]:
+        if not place.is_dir():
+            place.mkdir(FOLDER_MODE, exist_ok=True)
+
+
 def open_new(path: Path) -> BinaryIO:
     """Open a file to write that is not there yet.
 
@@ -146,7 +153,7 @@ def atomic_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
         refuse_used_folder(out)
     partial = partial_of(out)
     remove_tree(partial)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(partial.parent)
     partial.mkdir(FOLDER_MODE)  # fails if somebody put something there meanwhile
     made = partial.lstat()
     try:

@@ -25,12 +25,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from torchprime.atomic import make_folder
 from torchprime.errors import RuntimeSetupError
 from torchprime.foreign_names import inside
 
 ROOT = 0
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-MODE = 0o755  # of what is made here, less what the umask takes away
 
 
 def require_private(folder: Path, key: str) -> None:
@@ -73,7 +73,7 @@ def own_folder(folder: Path, name: str, key: str) -> Path:
     """
     path = inside(folder, name, str(folder))
     try:
-        path.mkdir(mode=MODE, parents=True, exist_ok=True)
+        make_folder(path)
     except OSError as error:
         raise RuntimeSetupError(
             f"{key}: {path} cannot be made ({error.strerror}). Make room, give this user the right "

@@ -22,6 +22,17 @@ import torch
 
 from torchprime.atomic import write_json
 from torchprime.checkpoint.base_changes import changes_from, told_changes
+from torchprime.checkpoint.field_kinds import (
+    OBJECT,
+    TEXT,
+    Kind,
+    Table,
+    check_fields,
+    count,
+    list_of,
+    or_null,
+    texts_to,
+)
 from torchprime.checkpoint.hf_files import ExportFacts
 from torchprime.checkpoint.hf_read import HEAD, SafetensorsReader, check_names
 from torchprime.checkpoint.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
@@ -35,6 +46,23 @@ from torchprime.models.decoder import CausalLM
 
 CERTIFICATE = "certificate.json"
 FORMAT_VERSION = 1
+FIELDS: Table = {
+    "origin": TEXT,
+    "base_model": or_null(TEXT),
+    "step": or_null(count()),
+    "dtype": TEXT,
+    "fingerprints": OBJECT,
+    "metrics": OBJECT,
+    "versions": OBJECT,
+    "checks": list_of(OBJECT, "a list of objects"),
+    "files": texts_to(OBJECT),
+}
+CHECK: Table = {
+    "name": TEXT,
+    "passed": Kind("true, false or null", lambda v: v in (True, False, None)),
+    "detail": TEXT,
+    "values": OBJECT,
+}
 FIRST_CHANGE = 2  # with warm-up the first update has a learning rate of 0
 
 Found = tuple[str, dict[str, Any]]  # what a check says, and its numbers
@@ -147,6 +175,9 @@ def read_certificate(folder: Path) -> Certificate:
         )
     try:
         content.pop("passed")
+        check_fields(content, FIELDS)
+        for check in content["checks"]:
+            check_fields(check, CHECK, "checks")
         content["checks"] = tuple(Check(**check) for check in content["checks"])
         files = content.pop("files")
         files = {n: FileFacts(bytes=f["bytes"], sha256=f["sha256"]) for n, f in files.items()}

@@ -26,9 +26,9 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from torchprime.atomic import (
-    FOLDER_MODE,
     atomic_folder,
     clear_temporary,
+    make_folder,
     open_new,
     open_regular,
     partial_of,
@@ -429,7 +429,7 @@ class LocalStorage(Storage):
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.telling(f"Writing {self.root / name}"):
-            self.root.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+            make_folder(self.root)
             write_bytes(self.root / name, data)
 
     @contextmanager
@@ -437,7 +437,7 @@ class LocalStorage(Storage):
         if not main:
             yield _LocalFolderWriter(self, name, hasher, partial_of(self.root / name))
             return
-        self.root.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        make_folder(self.root)
         with atomic_folder(self.root / name, replace=True) as folder:
             yield _LocalFolderWriter(self, name, hasher, folder)
 

@@ -21,7 +21,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchprime.atomic import FOLDER_MODE, open_regular, remove_tree, settle, write_text
+from torchprime.atomic import (
+    FOLDER_MODE,
+    make_folder,
+    open_regular,
+    remove_tree,
+    settle,
+    write_text,
+)
 from torchprime.hashing import FileFacts, hash_files
 from torchprime.private_folders import require_private
 
@@ -82,7 +89,7 @@ def build(
         OSError: the folder can't be written; nothing is left behind.
         RuntimeSetupError: other users could change it.
     """
-    root.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+    make_folder(root)
     require_private(root, KEY)
     _remove_left_behind(root)
     final = root / key

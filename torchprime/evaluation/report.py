@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchprime.atomic import FOLDER_MODE, write_text
+from torchprime.atomic import make_folder, write_text
 from torchprime.errors import RuntimeSetupError
 from torchprime.evaluation.report_html import html
 from torchprime.evaluation.report_markdown import markdown
@@ -25,7 +25,7 @@ def write_report(run: Path, out: Path | None = None) -> list[Path]:
     require_private(folder, "RUN" if out is None else "--out")
     texts = {folder / MARKDOWN: markdown(report), folder / PAGE: html(report)}
     try:
-        folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        make_folder(folder)
         for path, text in texts.items():
             write_text(path, text)
     except OSError as error:

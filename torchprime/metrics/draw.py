@@ -46,7 +46,6 @@ SETTINGS: Any = {
     "svg.hashsalt": "torchprime",
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 9,
-    "text.parse_math": False,  # a name with two dollar signs is no formula
     "text.color": INK,
     "axes.edgecolor": "#C3C8CE",
     "axes.labelcolor": QUIET,

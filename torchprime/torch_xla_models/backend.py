@@ -29,7 +29,7 @@ from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torch_xla._internal import tpu
 from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
-from torchprime.atomic import FOLDER_MODE
+from torchprime.atomic import make_folder
 from torchprime.checkpoint.shards import TensorShards
 from torchprime.data.batch import Batch
 from torchprime.errors import ConfigError
@@ -405,7 +405,7 @@ def _keep_compiled(wanted: str | None) -> None:
     if folder is None or xr.device_type() != "TPU" or _is_keeping_compiled():
         return
     try:
-        folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise ConfigError(
             f"compile_cache: {folder} cannot be made ({error.strerror}). Set compile_cache to a "

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchprime import private_folders
-from torchprime.atomic import FOLDER_MODE, write_text
+from torchprime.atomic import make_folder, write_text
 from torchprime.config.schema import DatasetConfig, EvalConfig, MixturePart, TrainConfig
 from torchprime.data import cache
 from torchprime.data.branches import WHOLE, row_of
@@ -296,7 +296,7 @@ def _kept_in(given: str | None, say: Callable[[str], None]) -> Path | None:
     """The folder of prepared data, made if need be; None, with a word on it, if it can't be."""
     folder = Path(given) if given is not None else cache.default_folder()
     try:
-        folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        make_folder(folder)
         usable = os.access(folder, os.W_OK)
     except OSError:
         usable = False

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 import torchprime
-from torchprime.atomic import FOLDER_MODE, read_plain, write_json, write_text
+from torchprime.atomic import make_folder, read_plain, write_json, write_text
 from torchprime.errors import RuntimeSetupError
 from torchprime.private_folders import require_private
 
@@ -53,7 +53,7 @@ def claim(folder: Path) -> None:
     """`check`, and make the folder with its parents."""
     check(folder)
     try:
-        folder.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise RuntimeSetupError(_cannot(folder, str(error.strerror))) from error
     require_private(folder, KEY)
