@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from torchprime.errors import CheckpointError
+from torchprime.errors import CheckpointError, RuntimeSetupError
 
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE_MODE, FOLDER_MODE = 0o644, 0o755  # less what the umask takes away
@@ -101,9 +101,20 @@ def open_plain(path: Path, flags: int) -> int:
 
 
 def read_plain(path: Path) -> str:
-    """Return the text of a file that is this user's alone; see `open_plain`."""
-    with open(open_plain(path, os.O_RDONLY), encoding="utf-8") as file:
-        return file.read()
+    """Return the text of a run's own file; see `open_plain`.
+
+    Raises:
+        RuntimeSetupError: it cannot be read, or is no plain file.
+    """
+    try:
+        with open(open_plain(path, os.O_RDONLY), encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RuntimeSetupError(
+            f"{path} cannot be read: {reason}. Put back what the run wrote there, or give the run "
+            "another name (run_name=NAME)."
+        ) from error
 
 
 def open_regular(path: Path) -> BinaryIO:

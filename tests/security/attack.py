@@ -31,12 +31,17 @@ Said = tuple[int, str]  # an exit code, and all that was printed
 
 @dataclass(frozen=True)
 class Samples:
-    """What attacks begin with: made once, copied for each. A run has checkpoints of steps 1 and 2,
-    held-out rows and an export."""
+    """What attacks begin with: made once, copied for each.
+
+    Attributes:
+        run: with checkpoints of steps 1 and 2, held-out rows and an export.
+        prepared: both sides of a split of the rows, and their leaks, as `SPLIT` asks for them.
+    """
 
     model: Path
     rows: Path
     run: Path
+    prepared: Path
 
 
 @dataclass
@@ -66,6 +71,10 @@ class Ground:
     def checkpoint(self) -> Path:
         """The last checkpoint of a copy of the run."""
         return self.run() / "checkpoints" / "step_00000002"
+
+    def prepared(self) -> Path:
+        """A copy of the prepared rows, which `prepare(*SPLIT)` would find."""
+        return self._copy(self.samples.prepared, "prepared")
 
     def _copy(self, source: Path, name: str) -> Path:
         there = self.here / name
@@ -138,6 +147,9 @@ RUN: Mapping[str, object] = {
     "output_dir": "outputs",
     "run_name": "run",
 }
+
+
+SPLIT = ("dataset.leak_check=warn", "dataset.eval_fraction=0.5")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import attack  # noqa: E402
 
+from torchprime.cli.main import main as torchprime  # noqa: E402
 from torchprime.config.entry import run_main  # noqa: E402
 from torchprime.torch_native.train import main  # noqa: E402
 
@@ -69,7 +70,11 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> attack.Samples:
         "task.export_checkpoint_path": "export",
     }
     assert run_main(main, [f"{key}={value}" for key, value in given.items()]) == 0
-    return attack.Samples(model, rows, place / "run")
+    given = {key: value for key, value in given.items() if not key.startswith("eval")}
+    given["dataset.prepared_dir"] = place / "split"
+    given |= dict(each.split("=", 1) for each in attack.SPLIT)
+    assert torchprime(["prepare", *(f"{key}={value}" for key, value in given.items())]) == 0
+    return attack.Samples(model, rows, place / "run", place / "split")
 
 
 @pytest.fixture

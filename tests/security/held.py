@@ -110,7 +110,14 @@ ATTACKS = [
         then=nothing_ran,
     ),
     *(
-        Attack(f"template: {name}", template(text), train_chats, SANDBOX, then=nothing_ran)
+        Attack(
+            f"template: {name}",
+            template(text),
+            train_chats,
+            SANDBOX,
+            then=nothing_ran,
+            slow=name not in ("globals", "file"),
+        )
         for name, text in (
             ("classes", "{{ ''.__class__.__mro__[1].__subclasses__() }}"),
             ("globals", "{{ cycler.__init__.__globals__.os.system('touch pwned') }}"),

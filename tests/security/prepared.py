@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from attack import Attack, Ground
+from attack import SPLIT, Attack, Ground
 
 from torchprime.data import cache
 from torchprime.data.new_tokens import add_special_tokens
@@ -15,17 +15,12 @@ from torchprime.data.new_tokens import add_special_tokens
 AGAIN = "it is now .*damaged, and is prepared again"
 
 
-LEAKS = ("dataset.leak_check=warn", "dataset.eval_fraction=0.5")
+def examples(ground: Ground) -> list[Path]:
+    """The files of both sides."""
+    return sorted(ground.prepared().glob("*/examples.arrow"))
 
 
-def two_sides(ground: Ground) -> list[Path]:
-    if not (ground.here / "prepared").exists():
-        assert ground.prepare(*LEAKS)[0] == 0
-        cache._checked.clear()
-    return sorted((ground.here / "prepared").glob("*/examples.arrow"))
-
-
-def flip(path: Path, times: int = 1) -> None:
+def flip(path: Path) -> None:
     """Other bytes, the same size and time."""
     facts, data = path.stat(), bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -35,8 +30,8 @@ def flip(path: Path, times: int = 1) -> None:
 
 def changed_ids(ground: Ground) -> None:
     """The ids of both sides: every file of examples, whatever else it holds."""
-    ground.kept["bytes"] = [path.read_bytes() for path in two_sides(ground)]
-    for path in two_sides(ground):
+    ground.kept["bytes"] = [path.read_bytes() for path in examples(ground)]
+    for path in examples(ground):
         flip(path)
 
 
@@ -51,8 +46,7 @@ def damaged(kind: str, damage: Callable[[Path, Ground], object]) -> Callable[[Gr
     """Do something to a file of the folder that has it."""
 
     def lay(ground: Ground) -> None:
-        two_sides(ground)
-        damage(next((ground.here / "prepared").glob(f"*/{kind}")), ground)
+        damage(next(ground.prepared().glob(f"*/{kind}")), ground)
 
     return lay
 
@@ -69,7 +63,7 @@ def to_pipe(path: Path, ground: Ground) -> None:
 
 def other_key(path: Path, ground: Ground) -> None:
     """Two folders exchange their names: each holds what the other's key promises."""
-    one, two, *_ = (p.parent for p in two_sides(ground))
+    one, two, *_ = (p.parent for p in examples(ground))
     two.rename(two.with_name("aside"))
     one.rename(two)
 
@@ -98,7 +92,7 @@ def without_it(ground: Ground) -> None:
 
 
 def again(ground: Ground) -> tuple[int, str]:
-    return ground.prepare(*LEAKS)
+    return ground.prepare(*SPLIT)
 
 
 ATTACKS = [
@@ -111,7 +105,14 @@ ATTACKS = [
         then=as_before,
     ),
     *(
-        Attack(name, damaged(kind, damage), again, f"{says}.*{AGAIN}", code=0)
+        Attack(
+            name,
+            damaged(kind, damage),
+            again,
+            f"{says}.*{AGAIN}",
+            code=0,
+            slow=name not in ("changed leaks", "link in place of a file"),
+        )
         for name, kind, damage, says in (
             ("changed plan", "plan_starts.npy", lambda p, _: flip(p), "plan_starts.npy is not as"),
             ("changed report", "report.json", lambda p, _: flip(p), "report.json is not as it was"),
