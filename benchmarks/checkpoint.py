@@ -186,20 +186,25 @@ def training_backend(args: argparse.Namespace, reader: Any = None) -> tuple[Any,
 
 def make_saver(backend: Any, folder: Path, asynchronous: bool) -> Any:
     from torchprime.checkpoint.catalog import Catalog
-    from torchprime.checkpoint.manifest import REQUIRED, Manifest
+    from torchprime.checkpoint.manifest import Manifest
     from torchprime.checkpoint.storage import Storage
     from torchprime.training.saving import Retention, Saver
 
-    parts = {name: dict.fromkeys(keys, 0) for name, keys in REQUIRED.items()}
     rest = ("mesh", "config", "versions", "rng", "data_manifest")
     texts = ("backend", "created", "tokenizer_fingerprint")
+    schedule = ("peak", "warmup_steps", "total_steps", "min_lr_ratio")
     empty: dict[str, Any] = {name: {} for name in rest} | dict.fromkeys(texts, "")
     manifest = Manifest(
         processes=backend.process_count,
+        model={"names": 0, "dtype": "", "parameters": 0, "hash": ""},
+        optimizer={"name": "", "slots": []},
+        scheduler={"name": "", **dict.fromkeys(schedule, 0)},
         global_step=0,
+        data_position={"seed": 0, "next_step": 0, "global_batch_size": 1, "num_blocks": 0},
         template_fingerprint=None,
         eval_manifest=None,
-        **{**parts, "best_metric": None, **empty},
+        best_metric=None,
+        **empty,
     )
     return Saver(
         backend,

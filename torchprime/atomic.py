@@ -1,28 +1,49 @@
 """Files and folders that appear whole or not at all: written beside their place, synced, renamed
 into it. Runs, exports and prepared data are all written with these.
+
+What is written goes through no link that somebody put in its place: a new file or folder is made
+under a name that is free, an old one is opened only if it is a plain file, and a rename takes the
+place of a link. Files are readable as the umask says, and writable by their owner alone.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from torchprime.errors import CheckpointError
+from torchprime.errors import CheckpointError, RuntimeSetupError
+
+NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+FILE_MODE, FOLDER_MODE = 0o644, 0o755  # less what the umask takes away
+TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write whole or not at all: temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    temporary = f".{path.name[:64]}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(os.open(temporary, NEW, FILE_MODE, dir_fd=folder), "wb") as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.rename(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(temporary, dir_fd=folder)
+                raise
+    finally:
+        os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,6 +54,80 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """As write_text; indented, in the key order given, with characters as they are."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def clear_temporary(folder: Path) -> None:
+    """Remove what kills left of files in a folder. Only its one writer may."""
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if TEMPORARY.fullmatch(name):
+                os.unlink(folder / name)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it where they are missing, writable by their owner alone."""
+    for place in [*reversed(path.absolute().parents), path]:
+        if not place.is_dir():
+            place.mkdir(FOLDER_MODE, exist_ok=True)
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Open a file to write that is not there yet.
+
+    Raises:
+        OSError: something is there, be it a link.
+    """
+    return open(os.open(path, NEW, FILE_MODE), "wb")
+
+
+def open_plain(path: Path, flags: int) -> int:
+    """Return a descriptor of a file that is this user's alone, made if `flags` say so.
+
+    Raises:
+        OSError: it cannot be opened; or it is a link, no plain file, or a file that has another
+            name elsewhere, which opening it here would change, too.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, FILE_MODE)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a link", str(path)) from error
+        raise
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EMLINK, "it is not a plain file with one name", str(path))
+
+
+def read_plain(path: Path) -> str:
+    """Return the text of a run's own file; see `open_plain`.
+
+    Raises:
+        RuntimeSetupError: it cannot be read, or is no plain file.
+    """
+    try:
+        with open(open_plain(path, os.O_RDONLY), encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RuntimeSetupError(
+            f"{path} cannot be read: {reason}. Put back what the run wrote there, or give the run "
+            "another name (run_name=NAME)."
+        ) from error
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read; a pipe or a device would never end.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def refuse_used_folder(out: Path) -> None:
@@ -68,25 +163,55 @@ def atomic_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
     if not replace:
         refuse_used_folder(out)
     partial = partial_of(out)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    remove_tree(partial)
+    make_folder(partial.parent)
+    partial.mkdir(FOLDER_MODE)  # fails if somebody put something there meanwhile
+    made = partial.lstat()
     try:
         yield partial
-        for path in sorted(partial.rglob("*"), reverse=True):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-            sync(path)
-        partial.chmod(0o755)
-        sync(partial)
+        settle(partial, made)
         if replace:
             _set_aside(out)
         else:
             refuse_used_folder(out)
         os.rename(partial, out)
         sync(out.parent)
-        shutil.rmtree(_removed(out), ignore_errors=True)
+        remove_tree(_removed(out))
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial)
         raise
+
+
+def settle(folder: Path, made: os.stat_result) -> None:
+    """Give all that was written into a folder its mode, and have it on the disk.
+
+    Args:
+        made: the folder's own facts when it was made, by whose mode the umask is known.
+
+    Raises:
+        CheckpointError: it is not that folder any more, or a link lies in it.
+    """
+    mode = stat.S_IMODE(made.st_mode)
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
+        found = path.lstat()
+        other = path == folder and not os.path.samestat(found, made)
+        if other or not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise CheckpointError(
+                f"{path} was exchanged while {folder} was written. Somebody else may rename files "
+                f"in {folder.parent}: choose a folder of your own."
+            )
+        group = found.st_mode & stat.S_ISGID
+        path.chmod(mode | group if stat.S_ISDIR(found.st_mode) else mode & FILE_MODE)
+        sync(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove what lies at a path, as far as that can be; of a link itself and not its target."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()
 
 
 def remove_folder(folder: Path) -> None:
@@ -95,7 +220,7 @@ def remove_folder(folder: Path) -> None:
     After a kill in between, what is left has another name (`.NAME.removed`).
     """
     _set_aside(folder)
-    shutil.rmtree(_removed(folder), ignore_errors=True)
+    remove_tree(_removed(folder))
 
 
 def _removed(folder: Path) -> Path:
@@ -103,15 +228,15 @@ def _removed(folder: Path) -> Path:
 
 
 def _set_aside(folder: Path) -> None:
-    shutil.rmtree(_removed(folder), ignore_errors=True)
-    if folder.exists():
+    remove_tree(_removed(folder))
+    if os.path.lexists(folder):
         os.rename(folder, _removed(folder))
         sync(folder.parent)
 
 
 def sync(path: Path) -> None:
     """Ask the system to have this file's bytes, or this folder's entries, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

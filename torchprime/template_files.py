@@ -17,7 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchprime.atomic import write_text
 from torchprime.errors import CheckpointError
+from torchprime.foreign_names import inside
 
 DEFAULT = "default"
 FOLDER_OF_OTHERS = "additional_chat_templates"
@@ -46,7 +48,7 @@ def own_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         ("chat_template.json", _in_json(folder / "chat_template.json")),
     ):
         if isinstance(given, str):
-            return {DEFAULT: given}
+            return {DEFAULT: _checked_text(given, folder / name)}
         if given is not None:
             return _listed(given, folder / name)
     return {}
@@ -69,7 +71,11 @@ def _listed(given: object, path: Path) -> dict[str, str]:
         pairs = list(given.items())
     elif isinstance(given, list):
         pairs = [(e.get("name"), e.get("template")) for e in given if isinstance(e, Mapping)]
-    texts = {checked_name(name, path): text for name, text in pairs if isinstance(text, str)}
+    texts = {
+        checked_name(name, path): _checked_text(text, path)
+        for name, text in pairs
+        if isinstance(text, str)
+    }
     if not texts:
         raise CheckpointError(
             f"chat_template in {path} is {type(given).__name__}, expected a text or a list of "
@@ -77,6 +83,17 @@ def _listed(given: object, path: Path) -> dict[str, str]:
             "dataset.chat_template to its path"
         )
     return texts
+
+
+def _checked_text(text: str, path: Path) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{path}: a chat template holds half of a character ({error.reason}), which no file "
+            "can hold. Write the whole character."
+        ) from error
+    return text
 
 
 def checked_name(name: object, path: Path) -> str:
@@ -104,10 +121,10 @@ def write_templates(folder: Path, templates: Mapping[str, str]) -> object:
     """
     for name, text in templates.items():
         checked_name(name, folder)
-        others = folder / FOLDER_OF_OTHERS
-        path = folder / "chat_template.jinja" if name == DEFAULT else others / f"{name}.jinja"
+        file = "chat_template.jinja" if name == DEFAULT else f"{FOLDER_OF_OTHERS}/{name}.jinja"
+        path = inside(folder, file, str(folder))
         path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="")
+        write_text(path, text)
     if list(templates) == [DEFAULT]:
         return templates[DEFAULT]
     listed = [{"name": name, "template": text} for name, text in templates.items()]

@@ -382,7 +382,11 @@ def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
     """transformers' model, computing in the weights' dtype."""
     logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, local_files_only=True
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        local_files_only=True,
+        trust_remote_code=False,
     )
 
 

@@ -7,7 +7,8 @@ This runs in vLLM's environment, on a TPU, GPU or CPU host, from a checkout of t
 imports of that needs neither torch_xla nor Hydra. README.md says how to install vLLM.
 
 First the export is checked by its certificate (torchprime/checkpoint/recheck.py): files, weights,
-logits in this environment's transformers, chat template, stop tokens, tokenizer. Then engine.py
+logits in this environment's transformers, chat template, stop tokens, tokenizer. Links to it are
+followed once, before that, and a folder that changed meanwhile is not served. Then engine.py
 runs vLLM in a process of its own. A folder with a chat template is asked in it, as vLLM's server
 would; one without goes on from plain text. The server listens on 127.0.0.1 alone.
 """
@@ -100,12 +101,15 @@ def deploy(given: argparse.Namespace) -> int:
         title: resolve_pretrained(name, cache_dir=None, weights=True)
         for title, name in names.items()
     }
+    before = {folder: stamps_of(folder) for folder in folders.values()}
     certified = has_certificate(folders[TUNED], given.allow_uncertified)
     check_vllm()
     if certified:
         check_certificate(folders[TUNED])
+    require_same(before)
     if given.base is not None or given.prompts is not None or not given.serve:
         show_answers(given, folders, prompts)
+        require_same(before)
     return serve(given, folders[TUNED]) if given.serve else 0
 
 
@@ -178,6 +182,31 @@ def check_certificate(folder: Path) -> None:
             f"Copy or export it again. `torchprime verify {folder}` makes all checks."
         )
     say(f"certificate of {folder}: verified: {tally(checks)}")
+
+
+def stamps_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What changes when the folder or a file in it is exchanged or edited, without reading it."""
+    paths = [folder, *(path for path in sorted(folder.rglob("*")) if path.is_file())]
+    found = {path.relative_to(folder).as_posix(): path.stat() for path in paths}
+    return {
+        name: (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        for name, s in found.items()
+    }
+
+
+def require_same(before: Mapping[Path, Mapping[str, tuple[int, ...]]]) -> None:
+    """Raise if a folder is not the one that was checked, or not as it was then."""
+    for folder, stamps in before.items():
+        try:
+            now = stamps_of(folder)
+        except OSError:
+            now = {}
+        changed = [name for name in {**stamps, **now} if stamps.get(name) != now.get(name)]
+        if changed:
+            raise CheckpointError(
+                f"{folder} changed while it was checked ({', '.join(sorted(changed)[:3])}), and is "
+                "not served. Give a folder that nobody else writes, or run this again."
+            )
 
 
 # Running vLLM -------------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ BACKENDS = {"torch_xla_models", "torch_native"}
 BELOW_EVALUATION = {"config", *LEAVES}
 BELOW_TRAINING = {*BELOW_EVALUATION, "evaluation"}
 BELOW_BACKENDS = {*BELOW_TRAINING, "training"}
-EVERYWHERE = {"errors", "atomic", "template_files"}  # single modules below all rooms
+# Single modules below all rooms, in their own order: each may import those before it.
+BELOW = ["errors", "visible", "markdown_text", "atomic", "hashing", "foreign_names"]
+BELOW += ["private_folders", "template_files"]
+EVERYWHERE = set(BELOW)
 # What each room may import besides itself and those.
 ALLOWED: dict[str, set[str]] = {
-    "errors": set(),
-    "atomic": {"errors"},
-    "template_files": {"errors", "atomic"},
+    **{name: set(BELOW[:place]) for place, name in enumerate(BELOW)},
     "config": set(),
     **{leaf: {"config"} for leaf in LEAVES},
     "checkpoint": {"config", "models"},

@@ -21,7 +21,7 @@ from torchprime.config.load import free_sections, known_keys, schema_defaults
 from torchprime.config.schema import TrainConfig
 
 REPO = Path(__file__).resolve().parents[2]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"] + sorted(
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"] + sorted(
     path.relative_to(REPO).as_posix() for path in (REPO / "docs").glob("*.md")
 )
 TRAIN = "python3 torchprime/torch_xla_models/train.py"

@@ -42,18 +42,22 @@ def test_json_keeps_the_order_and_the_characters(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_appears_at_the_end_readable_by_everyone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("umask", "folder_mode"), [(0o077, 0o700), (0o027, 0o750), (0, 0o755)])
+def test_a_folder_appears_at_the_end_readable_as_the_umask_says(
+    tmp_path: Path, umask: int, folder_mode: int
+) -> None:
     out = tmp_path / "deep" / "out"
-    previous = os.umask(0o077)
+    previous = os.umask(umask)
     try:
         with atomic_folder(out) as folder:
             (folder / "more").mkdir()
             (folder / "more" / "a").write_text("1")
+            (folder / "more" / "a").chmod(0o600)  # as libraries leave theirs
             assert not out.exists()
     finally:
         os.umask(previous)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (out, *out.rglob("*"))}
-    assert modes == {"out": 0o755, "more": 0o755, "a": 0o644}
+    assert modes == {"out": folder_mode, "more": folder_mode, "a": folder_mode & 0o644}
     assert list(out.parent.iterdir()) == [out]
 
 

@@ -159,6 +159,60 @@ def test_an_export_that_changed_on_its_way_is_refused(deploy: Deploy, export: Pa
     assert "generation_config.json differs" in noted
 
 
+def changing(script: ModuleType, monkeypatch: pytest.MonkeyPatch, change: Callable) -> None:
+    """Let something happen while the certificate is being checked."""
+    original = script.check_certificate
+
+    def check(folder: Path) -> None:
+        original(folder)
+        change(folder)
+
+    monkeypatch.setattr(script, "check_certificate", check)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_link_is_followed_once(
+    deploy: Deploy, script: ModuleType, export: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """What was checked is what is served, wherever the link leads by then."""
+    link = tmp_path / "newest"
+    link.symlink_to(export)
+    changing(script, monkeypatch, lambda folder: (link.unlink(), link.symlink_to(BASE)))
+    code, printed, noted = deploy("--model", link, "--max-new-tokens", 2, "--json")
+    assert code == 0, noted
+    assert link.resolve() == BASE.resolve() and f"certificate of {export}: verified" in noted
+    # The stand-in answers in the export's chat template, which the base has not.
+    assert json.loads(printed.splitlines()[0])["model"]["text"].startswith(";")
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("what", ["folder", "file", "edited", "more"])
+def test_a_folder_that_changed_while_it_was_checked_is_not_served(
+    what: str, deploy: Deploy, script: ModuleType, export: Path, monkeypatch
+) -> None:
+    config = export / "config.json"
+
+    def change(folder: Path) -> None:
+        if what == "folder":
+            folder.rename(folder.with_name("aside"))
+            shutil.copytree(folder.with_name("aside"), folder)
+        elif what == "file":
+            copy = Path(shutil.copy2(config, export.parent / "copy"))
+            copy.replace(config)
+        elif what == "edited":
+            facts, text = config.stat(), config.read_text()
+            config.write_text(text)
+            os.utime(config, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        else:
+            (folder / "more.py").write_text("")
+
+    changing(script, monkeypatch, change)
+    monkeypatch.setattr(script.os, "execve", lambda *_: pytest.fail("it was served"))
+    code, printed, noted = deploy("--model", export, "--serve", "--port", 39571)
+    assert (code, printed) == (2, "")
+    assert f"{export} changed while it was checked" in noted and "is not served" in noted
+
+
 # Answers ------------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,21 @@
-"""The model card (README.md) of an export: what it is, how it was made, how it is used."""
+"""The model card (README.md) of an export: what it is, how it was made, how it is used.
+
+Names and options may come from a stranger's checkpoint: they are escaped as Markdown
+(markdown_text.py), and quoted where a reader would copy them into a shell or a program.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
+from keyword import iskeyword
 from typing import Any
+
+from torchprime.markdown_text import block, code, inline, table
+
+HUB_NAME = re.compile(r"[A-Za-z0-9_-][\w.-]*/[A-Za-z0-9_-][\w.-]*", re.ASCII)
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -19,7 +29,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     name = str(facts.get("name") or "model")
     sections = [
         _front_matter(facts),
-        f"# {name}\n\n{_summary(facts)}",
+        f"# {inline(name)}\n\n{_summary(facts)}",
         _table("Training", _training_rows(facts)),
         _table("Final metrics", facts.get("metrics") or {}),
         _command(facts),
@@ -34,7 +44,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     for key, fact in (("base_model", "base_model"), ("datasets", "dataset")):
         value = str(facts.get(fact) or "")
-        if value.count("/") == 1 and not value.startswith((".", "/", "~")):
+        if HUB_NAME.fullmatch(value):
             entry = json.dumps(value)
             lines.append(f"{key}:\n- {entry}" if key == "datasets" else f"{key}: {entry}")
     return "\n".join([*lines, "tags:", "- torchprime", "---"])
@@ -42,8 +52,8 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
 
 def _summary(facts: Mapping[str, Any]) -> str:
     base = facts.get("base_model")
-    start = f"Fine-tuned from `{base}`" if base else "Trained from scratch"
-    data = f" on `{facts['dataset']}`" if facts.get("dataset") else ""
+    start = f"Fine-tuned from {code(str(base))}" if base else "Trained from scratch"
+    data = f" on {code(str(facts['dataset']))}" if facts.get("dataset") else ""
     return f"{start}{data} with torchprime (PyTorch/XLA)."
 
 
@@ -55,23 +65,30 @@ def _training_rows(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _table(title: str, rows: Mapping[str, Any]) -> str:
     if not rows:
         return ""
-    lines = [f"| {key} | {_cell(value)} |" for key, value in rows.items()]
-    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines])
+    cells = [[str(key), _cell(value)] for key, value in rows.items()]
+    return "\n".join([f"## {title}", "", *table(["", ""], cells)])
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value).replace("|", "\\|").replace("\n", " ")
+        return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
 def _command(facts: Mapping[str, Any]) -> str:
     command = facts.get("command")
-    return f"## Command\n\n```bash\n{command}\n```" if command else ""
+    return "\n".join(["## Command", "", *block(str(command), "bash")]) if command else ""
+
+
+def _argument(name: str, value: Any) -> str:
+    """An argument of a Python call, whatever its name."""
+    if name.isidentifier() and not iskeyword(name):
+        return f"{name}={value!r}"
+    return f"**{ {name: value}!r}"
 
 
 def _usage(name: str, chat: bool, options: Mapping[str, Any]) -> str:
-    given = "".join(f",\n    {key}={value!r}" for key, value in options.items())
+    given = "".join(f",\n    {_argument(key, value)}" for key, value in options.items())
     make_inputs = (
         'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}],\n'
         f'    add_generation_prompt=True, return_dict=True, return_tensors="pt"{given})'
@@ -79,29 +96,29 @@ def _usage(name: str, chat: bool, options: Mapping[str, Any]) -> str:
         else 'inputs = tokenizer("Your prompt", return_tensors="pt")'
     )
     route = "chat/completions" if chat else "completions"
-    body = (
-        '"messages": [{"role": "user", "content": "Hello"}]' if chat else '"prompt": "Your prompt"'
+    asked = (
+        {"messages": [{"role": "user", "content": "Hello"}]} if chat else {"prompt": "Your prompt"}
     )
+    request = shlex.quote(json.dumps({"model": name, **asked, "max_tokens": 128}))
     served = f"--default-chat-template-kwargs {shlex.quote(json.dumps(dict(options)))}"
     flags = f" \\\n  {served}" if options else ""
-    return f"""## Use
-
-With transformers, in this folder:
-
-```python
+    python = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
 {make_inputs}
 output = model.generate(**inputs, max_new_tokens=128)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-With vLLM:
-
-```bash
-vllm serve . --host 127.0.0.1 --served-model-name {json.dumps(name)}{flags}
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
+    shell = f"""\
+vllm serve . --host 127.0.0.1 --served-model-name {shlex.quote(name)}{flags}
 curl http://127.0.0.1:8000/v1/{route} -H "Content-Type: application/json" \\
-  -d '{{"model": {json.dumps(name)}, {body}, "max_tokens": 128}}'
-```"""
+  -d {request}"""
+    return "\n".join(
+        [
+            "## Use\n\nWith transformers, in this folder:\n",
+            *block(python, "python"),
+            "\nWith vLLM:\n",
+            *block(shell, "bash"),
+        ]
+    )

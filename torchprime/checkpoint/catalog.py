@@ -11,15 +11,16 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from torchprime.checkpoint.manifest import read_manifest
-from torchprime.checkpoint.storage import MANIFEST, FileFacts, Storage, sha256_of
+from torchprime.checkpoint.manifest import STEP, read_manifest
+from torchprime.checkpoint.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
+from torchprime.hashing import FileFacts, sha256_of
 
 CHECKERS = 4  # files hashed at a time
 LATEST, BEST = "latest", "best"
 
 Rank = tuple[float, ...]  # of a checkpoint among others, lower is better
-STEP = re.compile(r"step_(\d{8,})")
+MOST_POINTER = 200  # bytes of a pointer
 OURS = re.compile(r"^\.*(set_aside_\d+_)?step_\d{8,}")  # whatever else lies there is not touched
 
 
@@ -114,10 +115,15 @@ class Catalog:
         self.storage.write_bytes(pointer, f"{name}\n".encode())
 
     def pointed(self, pointer: str) -> str | None:
-        """Which checkpoint a pointer names, None if there is no such pointer."""
+        """The checkpoint that a pointer names; None if there is no such pointer, or it holds
+        something else than a checkpoint's name."""
         if not self.storage.exists(pointer):
             return None
-        return self.storage.read_bytes(pointer).decode().strip() or None
+        try:
+            name = self.storage.read_bytes(pointer, MOST_POINTER).decode("utf-8", "replace").strip()
+        except CheckpointError:  # it is larger
+            return None
+        return name if STEP.fullmatch(name) else None
 
     def retain(self, keep_last: int | None, keep_best: int, keep_every: int | None) -> list[str]:
         """Remove the checkpoints that nothing keeps; their names.
@@ -180,6 +186,7 @@ class Catalog:
         for name in self.storage.leftovers():
             if OURS.search(name):
                 self.storage.remove(name)
+        self.storage.clear_temporary()
 
     def _rank(self, name: str) -> Rank | None:
         """A checkpoint's rank; None if it has none, or nobody can tell."""

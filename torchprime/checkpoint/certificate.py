@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,19 +22,47 @@ import torch
 
 from torchprime.atomic import write_json
 from torchprime.checkpoint.base_changes import changes_from, told_changes
+from torchprime.checkpoint.field_kinds import (
+    OBJECT,
+    TEXT,
+    Kind,
+    Table,
+    check_fields,
+    count,
+    list_of,
+    or_null,
+    texts_to,
+)
 from torchprime.checkpoint.hf_files import ExportFacts
 from torchprime.checkpoint.hf_read import HEAD, SafetensorsReader, check_names
 from torchprime.checkpoint.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
 from torchprime.checkpoint.portable import check_tokenizer, read_json
 from torchprime.checkpoint.served_template import TrainedTemplate, check_served_template
-from torchprime.checkpoint.storage import FileFacts, sha256_of
 from torchprime.checkpoint.verify import compare_logits, read_back
 from torchprime.errors import CheckpointError
+from torchprime.hashing import FileFacts, hash_files
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 
 CERTIFICATE = "certificate.json"
 FORMAT_VERSION = 1
+FIELDS: Table = {
+    "origin": TEXT,
+    "base_model": or_null(TEXT),
+    "step": or_null(count()),
+    "dtype": TEXT,
+    "fingerprints": OBJECT,
+    "metrics": OBJECT,
+    "versions": OBJECT,
+    "checks": list_of(OBJECT, "a list of objects"),
+    "files": texts_to(OBJECT),
+}
+CHECK: Table = {
+    "name": TEXT,
+    "passed": Kind("true, false or null", lambda v: v in (True, False, None)),
+    "detail": TEXT,
+    "values": OBJECT,
+}
 FIRST_CHANGE = 2  # with warm-up the first update has a learning rate of 0
 
 Found = tuple[str, dict[str, Any]]  # what a check says, and its numbers
@@ -149,6 +175,9 @@ def read_certificate(folder: Path) -> Certificate:
         )
     try:
         content.pop("passed")
+        check_fields(content, FIELDS)
+        for check in content["checks"]:
+            check_fields(check, CHECK, "checks")
         content["checks"] = tuple(Check(**check) for check in content["checks"])
         files = content.pop("files")
         files = {n: FileFacts(bytes=f["bytes"], sha256=f["sha256"]) for n, f in files.items()}
@@ -207,7 +236,7 @@ def certify(
         metrics=dict(facts.metrics),
         versions=dict(facts.card.get("versions") or {}),
         checks=tuple(judge(name, check, folder) for name, check in proofs),
-        files=hash_files(folder),
+        files=hash_folder(folder),
     )
     write_json(folder / CERTIFICATE, certificate.to_dict())
     return certificate
@@ -228,20 +257,15 @@ def judge(name: str, check: Callable[[], Found], folder: Path) -> Check:
     return Check(name, False, told.replace(str(folder), "the export"))
 
 
-def hash_files(folder: Path) -> dict[str, FileFacts]:
+def hash_folder(folder: Path) -> dict[str, FileFacts]:
     """Size and sha256 of every file in the folder but the certificate, by relative name."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    paths = [path for path in paths if path.relative_to(folder) != Path(CERTIFICATE)]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(hash_file, paths))
-    return {path.relative_to(folder).as_posix(): f for path, f in zip(paths, found, strict=True)}
-
-
-def hash_file(path: Path) -> FileFacts:
-    """Size and sha256 of a file."""
-    with path.open("rb") as file:
-        sha256, size = sha256_of(file)
-    return {"bytes": size, "sha256": sha256}
+    paths = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    paths.pop(CERTIFICATE, None)
+    return hash_files(paths)
 
 
 # The checks ---------------------------------------------------------------------------------------

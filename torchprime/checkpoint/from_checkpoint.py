@@ -9,7 +9,6 @@ decoder computes them on the CPU where the model fits into memory.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchprime.atomic import refuse_used_folder, write_json
+from torchprime.atomic import refuse_used_folder, write_bytes, write_json, write_text
 from torchprime.checkpoint.catalog import BEST, LATEST, Catalog
 from torchprime.checkpoint.certificate import CERTIFICATE, Certificate, certify
 from torchprime.checkpoint.export import ExportResult, write_export, write_weights
@@ -36,6 +35,7 @@ from torchprime.checkpoint.portable import both_dtype_spellings, read_json
 from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
+from torchprime.foreign_names import inside
 from torchprime.models.architecture import architecture_from_hf
 
 HF = "hf"  # the folder in a checkpoint
@@ -59,8 +59,8 @@ def find_checkpoint(place: str, say: Callable[[str], None]) -> tuple[Storage, st
     parent, _, name = (place if "://" in place else str(Path(place).absolute())).rpartition("/")
     storage = Storage.of(parent)
     catalog = Catalog(storage)
-    if name in (LATEST, BEST) and (pointed := catalog.pointed(name)):
-        name = pointed
+    if name in (LATEST, BEST) and storage.exists(name):
+        name = _pointed(catalog, name)
     if storage.exists(f"{name}/{MANIFEST}"):
         catalog.check(name)
         return storage, name
@@ -73,6 +73,15 @@ def find_checkpoint(place: str, say: Callable[[str], None]) -> tuple[Storage, st
         f"There is no whole checkpoint at {place}: it holds no {MANIFEST}, and neither do folders "
         f"step_NNNNNNNN in it or in {place}/{CHECKPOINTS}. Give a checkpoint's folder "
         f"(RUN/{CHECKPOINTS}/step_00000600), RUN/{CHECKPOINTS}/{LATEST} or a run's folder."
+    )
+
+
+def _pointed(catalog: Catalog, pointer: str) -> str:
+    if (name := catalog.pointed(pointer)) is not None:
+        return name
+    raise CheckpointError(
+        f"{catalog.storage.describe(pointer)} is damaged: it names no checkpoint beside it. Name "
+        "the checkpoint itself (step_00000600), or the folder for the newest whole one."
     )
 
 
@@ -167,20 +176,23 @@ def _fetch_small_files(reader: CheckpointReader, folder: Path) -> None:
     for name in names:
         if name.endswith(".safetensors") or name in (INDEX, CERTIFICATE):
             continue
-        path = folder / name
-        if folder.resolve() not in path.resolve().parents:
-            raise CheckpointError(f"{MANIFEST} names a file outside of the checkpoint: {name}.")
+        path = inside(folder, name, reader.storage.describe(f"{reader.name}/{MANIFEST}"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(reader.storage.read_bytes(f"{reader.name}/{prefix}{name}"))
+        write_bytes(path, reader.storage.read_bytes(f"{reader.name}/{prefix}{name}"))
 
 
 def _copy_small_files(kept: Path, written: ExportFacts, facts: ExportFacts, folder: Path) -> None:
     """As they were written; what tells of the dtype is changed with it."""
-    shutil.copytree(kept, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FACTS))
+    for path in sorted(kept.rglob("*")):
+        name = path.relative_to(kept).as_posix()
+        if path.is_file() and name != FACTS:
+            target = inside(folder, name, str(kept))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(target, path.read_bytes())
     if facts.dtype != written.dtype:
         config = read_json(kept / "config.json") | both_dtype_spellings(facts.dtype)
         write_json(folder / "config.json", config)
-        (folder / CARD).write_text(facts.card_text(), encoding="utf-8")
+        write_text(folder / CARD, facts.card_text())
 
 
 def _prefixes(reader: CheckpointReader, facts: ExportFacts) -> Mapping[str, str]:

@@ -15,14 +15,26 @@ from typing import Any
 
 import torch
 
-from torchprime.atomic import write_json
+from torchprime.atomic import write_json, write_text
 from torchprime.checkpoint.card import model_card
+from torchprime.checkpoint.field_kinds import (
+    OBJECT,
+    TEXT,
+    Kind,
+    Table,
+    check_fields,
+    count,
+    list_of,
+    or_null,
+    texts_to,
+)
 from torchprime.checkpoint.portable import (
     portable_config,
     portable_generation_config,
     read_json,
     write_tokenizer,
 )
+from torchprime.checkpoint.safetensors_write import CODES
 from torchprime.checkpoint.served_template import TrainedTemplate
 from torchprime.errors import CheckpointError
 
@@ -31,6 +43,27 @@ FACTS_VERSION = 1
 CARD = "README.md"
 
 Spec = Mapping[str, tuple[int, ...]]
+
+MOST_DIMS = 16
+SHAPE = list_of(count(), "sizes")
+FIELDS: Table = {
+    "spec": texts_to(Kind("a shape", lambda v: SHAPE.holds(v) and len(v) <= MOST_DIMS)),
+    "dtype": Kind(
+        "a type of weights", lambda v: v in [str(t).removeprefix("torch.") for t in CODES]
+    ),
+    "max_shard_bytes": count(1),
+    "stop_ids": list_of(count(), "a list of ids"),
+    "unused_rows": list_of(count(), "a list of rows"),
+    "base_model": or_null(TEXT),
+    "base_folder": or_null(TEXT),
+    "step": or_null(count()),
+    "template": or_null(TEXT),
+    "tools_template": or_null(TEXT),
+    "template_options": OBJECT,
+    "card": OBJECT,
+    "metrics": OBJECT,
+    "fingerprints": texts_to(or_null(TEXT)),
+}
 
 
 @dataclass(frozen=True)
@@ -106,13 +139,22 @@ def read_facts(path: Path) -> ExportFacts:
             "version that wrote it."
         )
     try:
+        content = {**_defaults(), **content}  # older versions wrote fewer fields
+        check_fields(content, FIELDS)
         content["spec"] = {name: tuple(shape) for name, shape in content["spec"].items()}
         content["dtype"] = getattr(torch, content["dtype"])
         content["stop_ids"] = tuple(content["stop_ids"])
-        content["unused_rows"] = tuple(content.get("unused_rows", ()))
+        content["unused_rows"] = tuple(content["unused_rows"])
         return ExportFacts(**content)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold an export's facts: {error}.") from error
+
+
+def _defaults() -> dict[str, Any]:
+    """The fields that may be left out, as JSON has them."""
+    needed = dict.fromkeys(("spec", "dtype", "max_shard_bytes", "stop_ids"), ())
+    found = dataclasses.asdict(ExportFacts(**needed))  # type: ignore[arg-type]
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in found.items() if n not in needed}
 
 
 def write_hf_files(
@@ -146,4 +188,4 @@ def write_hf_files(
     write_json(folder / "config.json", portable_config(config, spec, dtype, eos_token_id))
     write_json(folder / "generation_config.json", generation)
     write_tokenizer(folder, tokenizer_folder, eos=eos_token_id, chat_templates=chat_templates)
-    (folder / CARD).write_text(card, encoding="utf-8")
+    write_text(folder / CARD, card)

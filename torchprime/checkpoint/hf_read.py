@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from torchprime.errors import CheckpointError
+from torchprime.foreign_names import checked_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -129,9 +130,8 @@ def _locate_by_index(folder: Path) -> list[tuple[str, str]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not an index with a weight_map: {error}.") from error
     files = sorted({file for file, _ in items})
-    outside = [file for file in files if Path(file).name != file]
-    if outside:
-        raise CheckpointError(f"{path} names files outside its folder: {', '.join(outside)}.")
+    for file in files:
+        checked_name(file, str(path))
     absent = [file for file in files if not (folder / file).is_file()]
     if absent:
         raise CheckpointError(

@@ -10,14 +10,18 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
+from torchprime.atomic import open_plain
 from torchprime.errors import RuntimeSetupError
+from torchprime.visible import clean
 
 LOCK = ".lock"
+MOST_BYTES = 4096  # of what the file says
 _held: set[int] = set()
 
 
@@ -40,8 +44,13 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     path, mine = folder / LOCK, os.getpid()
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
+        if os.path.lexists(path) and not _is_plain(path):
+            raise RuntimeSetupError(
+                f"output_dir: {path} is not a file of this run ({error.strerror}): it is a link, "
+                "or lies there under another name, too. Remove it, once you know who put it there."
+            ) from error
         raise RuntimeSetupError(
             f"output_dir: {folder} can't be written ({error.strerror}). Make it writable, or set "
             "output_dir to a folder that is."
@@ -51,8 +60,8 @@ def run_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RuntimeSetupError(
-                f"{folder} is in use by {_holder(path)}. Wait for that run or stop it; or give "
-                "this one its own name (run_name=NAME)."
+                f"{folder} is in use by {_holder(descriptor)}. Wait for that run or stop it; or "
+                "give this one its own name (run_name=NAME)."
             ) from error
         except OSError as error:
             raise RuntimeSetupError(
@@ -72,9 +81,14 @@ def run_lock(folder: Path) -> Iterator[None]:
             _held.discard(descriptor)
 
 
-def _holder(path: Path) -> str:
+def _is_plain(path: Path) -> bool:
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+
+
+def _holder(descriptor: int) -> str:
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {held['pid']} on {held['host']} since {held['since']}"
-    except (OSError, ValueError, KeyError):
+        held = json.loads(os.pread(descriptor, MOST_BYTES, 0))
+        return clean(f"process {held['pid']} on {held['host']} since {held['since']}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another process"

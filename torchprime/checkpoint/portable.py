@@ -8,7 +8,6 @@ left out of tokenizer_config.json. The trained stop token joins those that the b
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import tokenizers
 import torch
 from transformers import AutoTokenizer
 
-from torchprime.atomic import write_json
+from torchprime.atomic import write_bytes, write_json
 from torchprime.checkpoint.hf_read import EMBEDDING, HEAD
 from torchprime.errors import CheckpointError
 from torchprime.models.architecture import Rope, architecture_from_hf
@@ -177,7 +176,7 @@ def write_tokenizer(
     settings.pop("chat_template", None)
     if (inline := write_templates(out, chat_templates)) is not None:
         settings["chat_template"] = inline
-    shutil.copyfile(source, out / "tokenizer.json")
+    write_bytes(out / "tokenizer.json", source.read_bytes())
     write_json(out / "tokenizer_config.json", settings)
     write_json(out / "special_tokens_map.json", _special_tokens_map(settings))
 
@@ -229,7 +228,7 @@ def check_tokenizer(folder: Path) -> None:
     own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     own.no_truncation()
     own.no_padding()
-    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     ids = sorted(own.get_vocab().values())
     texts = [*PROBES, *own.decode_batch([[i] for i in ids[:: len(ids) // TOKENS_TRIED + 1]])]
     added = [token.content for token in own.get_added_tokens_decoder().values()]

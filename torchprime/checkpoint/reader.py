@@ -1,16 +1,16 @@
 """Tensors of a checkpoint by name, put together from the regions in which they were written.
 
-`.metadata` says where each region lies; the pickle is read with the few classes that it may name
-and nothing else, and each region with `weights_only=True`: a checkpoint cannot run code. One tensor
-is in memory at a time; asked for a region of it, only what overlaps is read.
+`.metadata` says where each region lies (see dcp_metadata), and each region is read with
+`weights_only=True`: a checkpoint cannot run code. One tensor is in memory at a time; asked for a
+region of it, only what overlaps is read.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import pickle
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Collection, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 import torch
@@ -22,29 +22,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from torchprime.checkpoint.dcp_metadata import MOST_BYTES, parse_metadata
 from torchprime.checkpoint.manifest import read_manifest
 from torchprime.checkpoint.shards import METADATA
 from torchprime.checkpoint.storage import Storage
 from torchprime.errors import CheckpointError
 
-# All that DCP's metadata of plain tensors is made of.
-ALLOWED = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
-}
+MOST_PICKLED = 1 << 16  # bytes by which torch.save describes a tensor; 200 are usual
 
 Reader = TypeVar("Reader", bound="TensorReader")
 Region = tuple[Sequence[int], Sequence[int]]  # offsets, sizes
@@ -53,13 +37,16 @@ Region = tuple[Sequence[int], Sequence[int]]  # offsets, sizes
 class TensorReader:
     """The tensors in a folder, one at a time; a checkpoint's, or one's that is being written.
 
+    Args:
+        files: of the checkpoint, as its manifest lists them; None while it is being written.
+
     Raises:
         CheckpointError: `.metadata` is missing or damaged.
     """
 
-    def __init__(self, storage: Storage, name: str) -> None:
+    def __init__(self, storage: Storage, name: str, files: Collection[str] | None = None) -> None:
         self.storage, self.name = storage, name
-        self._metadata = self._read_metadata()
+        self._metadata = self._read_metadata(files)
         self._files: dict[str, BinaryIO] = {}
 
     def tensor_names(self) -> list[str]:
@@ -118,18 +105,10 @@ class TensorReader:
             raise CheckpointError(f"{self.storage.describe(self.name)} has no tensor {name}.")
         return entry
 
-    def _read_metadata(self) -> Metadata:
+    def _read_metadata(self, files: Collection[str] | None) -> Metadata:
         path = f"{self.name}/{METADATA}"
-        data = self.storage.read_bytes(path)
-        try:
-            metadata = _Unpickler(io.BytesIO(data)).load()
-            assert isinstance(metadata, Metadata) and isinstance(metadata.storage_data, dict)
-        except Exception as error:  # damaged pickles raise nearly anything
-            raise CheckpointError(
-                f"{self.storage.describe(path)} is damaged: {error}. Resume from another "
-                "checkpoint."
-            ) from error
-        return metadata
+        data = self.storage.read_bytes(path, MOST_BYTES)
+        return parse_metadata(data, self.storage.describe(path), files)
 
     def _read_chunk(self, name: str, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> Tensor:
         info = (self._metadata.storage_data or {}).get(MetadataIndex(name, chunk.offsets))
@@ -146,7 +125,10 @@ class TensorReader:
         )
         window: Any = io.BufferedReader(_Window(self._files[path], info.offset, info.length))
         try:
+            _check_archive(window, info.length)
             value = torch.load(window, map_location="cpu", weights_only=True)
+            if type(value) is not Tensor or not value.is_contiguous():
+                raise ValueError(f"it holds a {type(value).__name__} that is no whole tensor")
         except Exception as error:  # damaged archives raise nearly anything
             raise CheckpointError(
                 f"{name} cannot be read from {where}: {error}. Resume from another checkpoint."
@@ -169,7 +151,7 @@ class CheckpointReader(TensorReader):
 
     def __init__(self, storage: Storage, name: str) -> None:
         self.manifest = read_manifest(storage, name)
-        super().__init__(storage, name)
+        super().__init__(storage, name, self.manifest.files)
 
 
 def _overlap(
@@ -189,14 +171,16 @@ def _cut(start: Sequence[int], origin: Sequence[int], sizes: Sequence[int]) -> t
     return tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in ALLOWED:
-            return super().find_class(module, name)
-        value = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(value, torch.dtype):
-            return value
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+def _check_archive(file: Any, length: int) -> None:
+    """See that nothing in it gets larger by being read, before any of it is."""
+    with zipfile.ZipFile(file) as archive:
+        listed = archive.infolist()
+    pickled = [entry.file_size for entry in listed if entry.filename.endswith("/data.pkl")]
+    if sum(entry.file_size for entry in listed) > length or len(pickled) != 1:
+        raise ValueError("its archive is not as torch.save writes one")
+    if pickled[0] > MOST_PICKLED:
+        raise ValueError(f"its archive describes one tensor by {pickled[0]:,} bytes")
+    file.seek(0)
 
 
 class _Window(io.RawIOBase):

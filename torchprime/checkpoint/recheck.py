@@ -25,7 +25,7 @@ from torchprime.checkpoint.certificate import (
     check_stops,
     check_template,
     check_tied,
-    hash_files,
+    hash_folder,
     judge,
     read_certificate,
     weights_values,
@@ -96,7 +96,7 @@ def _when_written(certificate: Certificate) -> Found:
 
 
 def _files(folder: Path, certificate: Certificate) -> Found:
-    found, expected = hash_files(folder), certificate.files
+    found, expected = hash_folder(folder), certificate.files
     wrong = [f"{name} is missing" for name in expected if name not in found]
     for name, facts in expected.items():
         if name in found and found[name] != facts:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from torchprime.atomic import open_new, write_text
 from torchprime.checkpoint.hf_read import DTYPES, INDEX, SINGLE
 from torchprime.errors import CheckpointError
 
@@ -116,14 +117,14 @@ class ShardWriter:
         self._stack = ExitStack()
         for shard in self.shards:
             header = self._header(shard)
-            file = self._stack.enter_context(open(folder / shard.file, "wb"))  # noqa: SIM115
+            file = self._stack.enter_context(open_new(folder / shard.file))
             file.write(header)
             file.truncate(len(header) + shard.data_bytes)
             self._data_start[shard.file] = len(header)
             self._files[shard.file] = file
         if len(self.shards) > 1:
             text = json.dumps(index_json(self.shards), indent=2) + "\n"
-            (folder / INDEX).write_text(text, encoding="utf-8")
+            write_text(folder / INDEX, text)
 
     def __enter__(self) -> ShardWriter:
         return self

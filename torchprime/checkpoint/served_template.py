@@ -73,7 +73,9 @@ def check_served_template(folder: Path, trained: TrainedTemplate) -> tuple[str, 
         CheckpointError: a template is missing or another one, or a reader renders by another.
     """
     _check_sources(folder, trained)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     found = tokenizer.chat_template
     texts = found if isinstance(found, dict) else {DEFAULT: found}
     tokens = {name: getattr(tokenizer, name) for name in TOKENS}

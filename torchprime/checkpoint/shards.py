@@ -40,8 +40,9 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from torchprime.checkpoint.storage import HASHERS, FileFacts, FolderWriter, HashingFile
+from torchprime.checkpoint.storage import HASHERS, FolderWriter, HashingFile
 from torchprime.errors import CheckpointError
+from torchprime.hashing import FileFacts
 
 METADATA = ".metadata"
 DCP_VERSION = "1.0.0"

@@ -51,6 +51,10 @@ def resolve_pretrained(name_or_path: str, *, cache_dir: str | None, weights: boo
         cache_dir: where hub files are kept; None for the library's own place (HF_HOME).
         weights: whether the weights are needed, too. They must then be safetensors.
 
+    Returns:
+        Its real path: should a link on the way be changed later, everything still reads what was
+        checked.
+
     Raises:
         CheckpointError: no such folder or repository, no access, no network, no safetensors.
     """
@@ -68,7 +72,7 @@ def resolve_pretrained(name_or_path: str, *, cache_dir: str | None, weights: boo
         folder = _fetch(name_or_path, cache_dir, weights)
     if weights:
         _require_checkpoint(folder, source)
-    return folder
+    return folder.resolve()
 
 
 def _fetch(name: str, cache_dir: str | None, weights: bool) -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -21,29 +20,34 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict
+from typing import BinaryIO
 
 import fsspec
 from fsspec.core import url_to_fs
 
-from torchprime.atomic import atomic_folder, partial_of, remove_folder, sync, write_bytes
+from torchprime.atomic import (
+    atomic_folder,
+    clear_temporary,
+    make_folder,
+    open_new,
+    open_regular,
+    partial_of,
+    remove_folder,
+    sync,
+    write_bytes,
+)
 from torchprime.errors import CheckpointError, RuntimeSetupError, UserError
+from torchprime.hashing import FileFacts, hash_file
 
 MANIFEST = "manifest.json"
 PIECE = 32 << 20  # bytes that are written while they are hashed; on URLs, also what is buffered
 INLINE = 1 << 20  # below this, handing bytes to another thread takes longer than hashing them
+SMALL_FILE = 256 << 20  # more than any tokenizer, and than any manifest
 HASHERS = 4  # threads, and files that are written at a time
 OBJECT_STORES = {"abfs", "abfss", "adl", "az", "gcs", "gs", "hf", "oss", "s3", "s3a"}
 LEFTOVER = re.compile(r"\..*\.(partial|removed)")  # as atomic.py names them
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-
-class FileFacts(TypedDict):
-    """What the manifest says of a file."""
-
-    bytes: int
-    sha256: str
 
 
 class HashingFile:
@@ -200,13 +204,8 @@ class _LocalFolderWriter(FolderWriter):
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
             for path in _files_under(folder):
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-                    digest, size = sha256_of(file)
-                self.files[f"{name}/{path.relative_to(folder).as_posix()}"] = {
-                    "bytes": size,
-                    "sha256": digest,
-                }
+                sync(path)
+                self.files[f"{name}/{path.relative_to(folder).as_posix()}"] = hash_file(path)
 
     def _open(self, name: str) -> BinaryIO:
         path = self._folder / name
@@ -217,7 +216,7 @@ class _LocalFolderWriter(FolderWriter):
                 "checkpoint.folder to a URL such as gs://BUCKET/RUN."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("wb")
+        return open_new(path)
 
     def _push(self, file: BinaryIO) -> None:
         """Linux writes out what it is told not to keep. Otherwise the disk would idle while bytes
@@ -248,7 +247,7 @@ class _UrlFolderWriter(FolderWriter):
             yield folder
             for path in _files_under(folder):
                 with (
-                    path.open("rb") as source,
+                    open_regular(path) as source,
                     self.stream(f"{name}/{path.relative_to(folder).as_posix()}") as target,
                 ):
                     for piece in iter(lambda: source.read(PIECE), b""):
@@ -326,6 +325,10 @@ class Storage(ABC):
     def leftovers(self) -> list[str]:
         """Folders whose writing or removing was cut short by a kill, or goes on just now."""
 
+    def clear_temporary(self) -> None:
+        """Remove small files whose writing was cut short by a kill."""
+        return None
+
     @abstractmethod
     def free_bytes(self) -> int | None:
         """What can still be written here; None if nobody knows."""
@@ -334,9 +337,23 @@ class Storage(ABC):
         """Whether there is such a file."""
         return self.size(name) is not None
 
-    def read_bytes(self, name: str) -> bytes:
+    def read_bytes(self, name: str, most: int = SMALL_FILE) -> bytes:
+        """The content of a small file.
+
+        Args:
+            most: bytes that such a file may have.
+
+        Raises:
+            CheckpointError: it has more, or cannot be read.
+        """
         with self.telling(f"Reading {self.describe(name)}"), self.open(name) as file:
-            return file.read()
+            data = file.read(most + 1)
+        if len(data) > most:
+            raise CheckpointError(
+                f"{self.describe(name)} has more than {most:,} bytes, which no run writes there. "
+                "It is damaged, or not a checkpoint's."
+            )
+        return data
 
     @contextmanager
     def create(self, folder_name: str, *, main: bool = True) -> Iterator[FolderWriter]:
@@ -408,11 +425,11 @@ class LocalStorage(Storage):
 
     def open(self, name: str) -> BinaryIO:
         with self.telling(f"Reading {self.root / name}"):
-            return (self.root / name).open("rb")
+            return open_regular(self.root / name)
 
     def write_bytes(self, name: str, data: bytes) -> None:
         with self.telling(f"Writing {self.root / name}"):
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_folder(self.root)
             write_bytes(self.root / name, data)
 
     @contextmanager
@@ -420,6 +437,7 @@ class LocalStorage(Storage):
         if not main:
             yield _LocalFolderWriter(self, name, hasher, partial_of(self.root / name))
             return
+        make_folder(self.root)
         with atomic_folder(self.root / name, replace=True) as folder:
             yield _LocalFolderWriter(self, name, hasher, folder)
 
@@ -438,6 +456,9 @@ class LocalStorage(Storage):
 
     def leftovers(self) -> list[str]:
         return [name for name in self.names() if LEFTOVER.fullmatch(name)]
+
+    def clear_temporary(self) -> None:
+        clear_temporary(self.root)
 
     def free_bytes(self) -> int | None:
         there = self.root.absolute()
@@ -543,17 +564,6 @@ class UrlStorage(Storage):
 
     def free_bytes(self) -> int | None:
         return None
-
-
-def sha256_of(file: io.BufferedIOBase | Any) -> tuple[str, int]:
-    """sha256 and size of what is left to read."""
-    digest, size = hashlib.sha256(), 0
-    buffer = bytearray(INLINE)
-    view = memoryview(buffer)
-    while count := file.readinto(buffer):
-        digest.update(view[:count])
-        size += count
-    return digest.hexdigest(), size
 
 
 def _files_under(folder: Path) -> list[Path]:

@@ -73,6 +73,7 @@ def load_transformers(folder: Path) -> Any:
                 folder,
                 dtype=getattr(torch, name),
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 attn_implementation="sdpa",
                 output_loading_info=True,

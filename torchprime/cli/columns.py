@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from torchprime.data.visible import clean
+from torchprime.visible import clean
 
 NARROWEST = 38  # characters of a column that is still read with ease
 GAP = " | "

@@ -76,7 +76,9 @@ def _evaluate(given: argparse.Namespace) -> int:
     # late: as below; it must be there by now
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=given.batch_size)
     settings = {
         "num_fewshot": given.num_fewshot,

@@ -2,7 +2,7 @@
 
 torchprime/data/inspection.py says what is shown; this file draws it. Rows may hold anything, so
 nothing of them reaches a terminal or a page as it is: control characters, marks of direction and
-stray bytes are written out (torchprime/data/visible.py), and on the page all else is escaped.
+stray bytes are written out (torchprime/visible.py), and on the page all else is escaped.
 
 The page (torchprime/assets/inspect) is one file that loads nothing (torchprime/data/page.py).
 """
@@ -40,9 +40,9 @@ from torchprime.data.inspection import (
 from torchprime.data.notes import most_first, noted_first
 from torchprime.data.page import SHOWN_IDS, by_count, first_of, render_page
 from torchprime.data.report import DataReport
-from torchprime.data.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
 from torchprime.errors import RuntimeSetupError
 from torchprime.training.plan import count_steps
+from torchprime.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
 
 PRINTED_BLOCKS = 2
 BAR = 40  # characters of the longest bar

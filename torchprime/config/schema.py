@@ -29,6 +29,7 @@ from torchprime.config.checks import (
 from torchprime.config.evaluation import EvalConfig, ExportConfig, SelectionConfig
 from torchprime.config.topologies import check_devices, topology
 from torchprime.errors import ConfigError
+from torchprime.foreign_names import fault_of
 
 Axis = Literal["data", "fsdp", "expert", "context", "tensor"]
 # Outermost first: neighbours along the last axis are neighbours on the interconnect, and tensor
@@ -595,13 +596,11 @@ class TrainConfig:
 
     def _check_run_name(self) -> None:
         not_empty("run_name", self.run_name)
-        if self.run_name is not None and (
-            self.run_name in (".", "..") or any(mark in self.run_name for mark in "/\\")
-        ):
+        if self.run_name is not None and (fault := fault_of(self.run_name)) is not None:
             refuse(
                 "run_name",
                 self.run_name,
-                "one folder's name",
+                f"one folder's name, and {fault}",
                 "Put the folders above it into output_dir.",
             )
 

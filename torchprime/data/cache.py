@@ -1,8 +1,13 @@
 """Prepared data sets on disk, each under a hash of everything that shaped it.
 
 A preparation is written into a folder of another name and renamed when it is whole, its manifest
-last: what has the final name can be trusted, and what a killed process leaves behind is removed by
-the next one. Two processes that prepare the same thing do it twice and keep one.
+last. The manifest has the sha256 of every file, and a folder is taken only if all of them are as
+they were written: changed ids would train under the old fingerprint. What a killed process leaves
+behind is removed by the next one. Two processes that prepare the same thing do it twice and keep
+one.
+
+Hashes find damage and not a forger, who would change the manifest too. So a folder that another
+user may change is refused (private_folders).
 """
 
 from __future__ import annotations
@@ -10,16 +15,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchprime.atomic import sync, write_text
+from torchprime.atomic import (
+    FOLDER_MODE,
+    make_folder,
+    open_regular,
+    remove_tree,
+    settle,
+    write_text,
+)
+from torchprime.hashing import FileFacts, hash_files
+from torchprime.private_folders import require_private
 
+FORMAT = 2  # of the manifest; part of every key
 MANIFEST = "manifest.json"
-PARTIAL = ".partial-"
+PARTIAL, DAMAGED = ".partial-", ".damaged"
+KEY = "dataset.prepared_dir"
+MOST_BYTES = 64 << 20  # of a manifest
+
+Stamps = dict[str, tuple[int, ...]]
+_checked: dict[Path, Stamps] = {}  # folders whose files were hashed in this process
 
 
 def default_folder() -> Path:
@@ -30,19 +50,34 @@ def default_folder() -> Path:
 
 def cache_key(ingredients: Mapping[str, Any]) -> str:
     """A hash over a JSON-able description of all that shapes the result."""
-    text = json.dumps(ingredients, sort_keys=True, ensure_ascii=False)
+    text = json.dumps([FORMAT, ingredients], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def find(root: Path, key: str) -> Path | None:
-    """The folder prepared under this key, if it is whole: every file there with its size."""
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def find(root: Path, key: str, say: Callable[[str], None] = _say) -> Path | None:
+    """The folder prepared under this key, if every file in it is as it was written.
+
+    Files are read whole, once per process. A folder that is damaged gets another name, and `say`
+    a line.
+
+    Raises:
+        RuntimeSetupError: other users could change it.
+    """
     folder = root / key
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-    except (OSError, ValueError, KeyError):
+    require_private(root, KEY)
+    if not os.path.lexists(folder):
         return None
-    return folder if sizes == manifest["files"] else None
+    require_private(folder, KEY)
+    try:
+        _check(folder, key)
+    except _Damaged as damage:
+        _set_aside(folder, str(damage), say)
+        return None
+    return folder
 
 
 def build(
@@ -52,31 +87,108 @@ def build(
 
     Raises:
         OSError: the folder can't be written; nothing is left behind.
+        RuntimeSetupError: other users could change it.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
+    require_private(root, KEY)
     _remove_left_behind(root)
     final = root / key
     partial = root / f"{key}{PARTIAL}{socket.gethostname()}-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    remove_tree(partial)
+    partial.mkdir(FOLDER_MODE)
+    made = partial.lstat()
     try:
         write(partial)
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        for path in files:
-            sync(path)
-        sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
-        manifest = {"key": key, "ingredients": dict(ingredients), "files": sizes}
+        manifest = {
+            "key": key,
+            "ingredients": dict(ingredients),
+            "files": hash_files(_files(partial)),
+        }
         write_text(partial / MANIFEST, json.dumps(manifest, indent=2))
-        if final.exists() and find(root, key) is None:
-            shutil.rmtree(final)  # somebody damaged it
+        settle(partial, made)
         try:
             partial.rename(final)
-        except OSError:
+        except OSError:  # it is there: somebody else's was ready first, or it is damaged
             if find(root, key) is None:
-                raise
+                partial.rename(final)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial)
     return final
+
+
+# Whether a folder is as it was written ------------------------------------------------------------
+
+
+class _Damaged(Exception):
+    """What is wrong with a folder."""
+
+
+def _check(folder: Path, key: str) -> None:
+    """Raise what is wrong with a folder; what was hashed before is not read again."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise _Damaged("it is no folder")
+    before = _stamps(folder)
+    if _checked.get(folder.absolute()) == before:
+        return
+    expected = _listed(folder, key)
+    paths = _files(folder)
+    paths.pop(MANIFEST, None)
+    for name, path in paths.items():
+        if path.is_symlink():
+            raise _Damaged(f"{name} is a link")
+    for name in sorted(expected.keys() ^ paths.keys()):
+        how = "is missing" if name in expected else "was not there when it was written"
+        raise _Damaged(f"{name} {how}")
+    try:
+        found = hash_files(paths)
+    except OSError as error:
+        raise _Damaged(f"a file cannot be read ({error})") from error
+    for name, facts in expected.items():
+        if found[name] != facts:
+            raise _Damaged(f"{name} is not as it was written (its sha256 differs)")
+    _checked[folder.absolute()] = before
+
+
+def _listed(folder: Path, key: str) -> dict[str, FileFacts]:
+    """The files that the manifest names; it must be this folder's."""
+    try:
+        with open_regular(folder / MANIFEST) as file:
+            manifest = json.loads(file.read(MOST_BYTES))
+        if manifest["key"] != key:
+            raise _Damaged(f"its {MANIFEST} is that of {str(manifest['key'])!r:.40}")
+        files = manifest["files"]
+        return {n: FileFacts(bytes=f["bytes"], sha256=f["sha256"]) for n, f in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _Damaged(f"its {MANIFEST} cannot be read ({type(error).__name__})") from error
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Everything in a folder but folders, by relative name."""
+    return {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or not path.is_dir()
+    }
+
+
+def _stamps(folder: Path) -> Stamps:
+    """What changes when a file is changed, without reading it."""
+    found = {name: os.lstat(path) for name, path in _files(folder).items()}
+    return {
+        name: (s.st_dev, s.st_ino, s.st_mode, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+        for name, s in found.items()
+    }
+
+
+def _set_aside(folder: Path, damage: str, say: Callable[[str], None]) -> None:
+    """Give a folder another name; of several processes that find it, one does and tells."""
+    other = folder.with_name(f"{folder.name}{DAMAGED}")
+    remove_tree(other)
+    try:
+        folder.rename(other)
+    except OSError:
+        return
+    say(f"prepared data {folder}: {damage}; it is now {other.name}, and is prepared again")
 
 
 def _remove_left_behind(root: Path) -> None:
@@ -84,7 +196,7 @@ def _remove_left_behind(root: Path) -> None:
     for path in root.glob(f"*{PARTIAL}*"):
         host, _, pid = path.name.rpartition(PARTIAL)[2].rpartition("-")
         if host == socket.gethostname() and pid.isdigit() and not _runs(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+            remove_tree(path)
 
 
 def _runs(pid: int) -> bool:

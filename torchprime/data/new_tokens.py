@@ -26,10 +26,12 @@ from typing import Any
 
 import tokenizers
 
-from torchprime.atomic import write_json, write_text
+from torchprime.atomic import write_bytes, write_json, write_text
 from torchprime.data import cache
 from torchprime.data.tokenizer import load_raw, read_json
-from torchprime.errors import CheckpointError
+from torchprime.errors import CheckpointError, RuntimeSetupError
+from torchprime.foreign_names import inside
+from torchprime.private_folders import require_private
 
 VERSION = 1  # of what is written; part of the folder's key
 KEY = "model.add_special_tokens"
@@ -114,7 +116,8 @@ def _check_ids(
 
 
 def _derived_folder(source: Path, texts: Sequence[str], ids: Mapping[str, int], root: Path) -> Path:
-    copied = [path for pattern in COPIED for path in sorted(source.glob(pattern))]
+    found = [path for pattern in COPIED for path in sorted(source.glob(pattern))]
+    copied = [path for path in found if path.is_file()]
     read = [source / name for name in (JSON_FILE, SETTINGS_FILE, MAP_FILE)]
     ingredients = {
         "version": VERSION,
@@ -132,8 +135,10 @@ def _derived_folder(source: Path, texts: Sequence[str], ids: Mapping[str, int], 
 
     key = cache.cache_key(ingredients)
     try:
+        # Tokenizers lie in a folder of the prepared data's, which others must not exchange either.
+        require_private(root.parent, cache.KEY)
         return cache.find(root, key) or cache.build(root, key, ingredients, write)
-    except OSError:
+    except (OSError, RuntimeSetupError):  # of prepared data, which comes later, this is told
         folder = Path(tempfile.mkdtemp(prefix="torchprime-tokenizer-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         write(folder)
@@ -142,9 +147,9 @@ def _derived_folder(source: Path, texts: Sequence[str], ids: Mapping[str, int], 
 
 def _write(folder: Path, source: Path, chosen: Mapping[str, int], copied: Sequence[Path]) -> None:
     for path in copied:
-        target = folder / path.relative_to(source)
+        target = inside(folder, path.relative_to(source).as_posix(), str(source))
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+        write_bytes(target, path.read_bytes())
     tokens = {number: {"content": text, **PLAIN} for text, number in chosen.items()}
     _write_tokenizer(folder / JSON_FILE, read_json(source / JSON_FILE), tokens)
     settings, older = read_json(source / SETTINGS_FILE), read_json(source / MAP_FILE)

@@ -3,7 +3,9 @@
 A page has a folder in torchprime/assets with its template (page.html.jinja), its style (page.css,
 behind the one that all pages share) and perhaps a script (page.js). A policy in the document
 forbids the browser any request, and any script but its own. What the template writes is escaped,
-and control characters and marks of direction in it are written out (visible.py).
+and control characters and marks of direction in it are written out (visible.py). The template
+itself is rendered in jinja's sandbox, as every template is here: should somebody exchange the file,
+it still runs nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 import torchprime
 from torchprime.config.compose import assets_dir
 from torchprime.data.notes import most_first
-from torchprime.data.visible import clean
+from torchprime.visible import clean
 
 SHOWN_IDS = 5
 SHARED = "page"  # the folder of what all pages have
@@ -43,7 +46,7 @@ def render_page(name: str, **values: Any) -> str:
     what the shared folder's templates define.
     """
     folder = assets_dir() / name
-    environment = jinja2.Environment(
+    environment = ImmutableSandboxedEnvironment(
         loader=jinja2.FileSystemLoader([folder, assets_dir() / SHARED]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from torchprime.atomic import open_new, write_text
 from torchprime.data import cache
 from torchprime.data.advice import advise
 from torchprime.data.chunks import Outcome, Settings, Work, run_in_worker, start_worker
@@ -173,8 +174,9 @@ class _Job:
         """Build into a folder, as `_load` reads it."""
         _, plan, report = self.build(folder / EXAMPLES_FILE)
         for name, array in plan.arrays().items():
-            np.save(folder / PLAN_FILES[name], array)
-        (folder / REPORT_FILE).write_text(json.dumps(report.to_dict()), encoding="utf-8")
+            with open_new(folder / PLAN_FILES[name]) as file:
+                np.save(file, array)
+        write_text(folder / REPORT_FILE, json.dumps(report.to_dict()))
 
     def build(self, path: Path | None) -> tuple[ExampleStore, Plan, DataReport]:
         """Rows to examples (in a file, or in memory) and their plan."""

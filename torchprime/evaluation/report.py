@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchprime.atomic import write_text
+from torchprime.atomic import make_folder, write_text
 from torchprime.errors import RuntimeSetupError
 from torchprime.evaluation.report_html import html
 from torchprime.evaluation.report_markdown import markdown
 from torchprime.evaluation.report_reading import read_report
+from torchprime.private_folders import require_private
 
 MARKDOWN, PAGE = "report.md", "report.html"
 
@@ -21,9 +22,10 @@ def write_report(run: Path, out: Path | None = None) -> list[Path]:
     """
     report = read_report(run)
     folder = run if out is None else out
+    require_private(folder, "RUN" if out is None else "--out")
     texts = {folder / MARKDOWN: markdown(report), folder / PAGE: html(report)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for path, text in texts.items():
             write_text(path, text)
     except OSError as error:

@@ -1,46 +1,16 @@
 """report.md: a run's report as Markdown that reads well as plain text, too.
 
-What comes from rows, answers and names is escaped: in a table and in running text by entities and
-backslashes, texts of several lines inside a fence that is longer than any in them.
+What comes from rows, answers and names is escaped (markdown_text.py).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from torchprime.data.page import by_count, first_of
-from torchprime.data.visible import clean
 from torchprime.evaluation.report_answers import AskedRow, grade, shorten
 from torchprime.evaluation.report_reading import RunReport
-
-# An underscore between letters and a > behind something mean nothing, and names are full of them.
-SPECIAL = re.compile(r"(^>|[\\`*\[\]|#~]|(?<!\w)_|_(?!\w))")
-
-
-def inline(text: str) -> str:
-    """A text inside a line or a cell, as it is and nothing more."""
-    shown = " ".join(clean(text).split())
-    shown = shown.replace("&", "&amp;").replace("<", "&lt;")
-    return SPECIAL.sub(r"\\\1", shown)
-
-
-def block(text: str) -> list[str]:
-    """A text of several lines, word by word."""
-    shown = clean(shorten(text))
-    longest = max(map(len, re.findall(r"`+", shown)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return [f"{fence}text", *shown.split("\n"), fence]
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table, escaped."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return ["| " + " | ".join(map(_cell, line)) + " |" for line in lines]
-
-
-def _cell(text: str) -> str:
-    return text if text == "---" else inline(text)
+from torchprime.markdown_text import block, inline, table
 
 
 def markdown(report: RunReport) -> str:
@@ -96,13 +66,13 @@ def _answers(report: RunReport) -> Iterator[str]:
 
 def _row(row: AskedRow) -> Iterator[str]:
     yield f"### {inline(row.row_id)}: {row.change}\n"
-    yield from ["Asked:", "", *block(row.prompt), "", "The row's own answer:", ""]
-    yield from [*block(row.reference), ""]
+    yield from ["Asked:", "", *block(shorten(row.prompt)), "", "The row's own answer:", ""]
+    yield from [*block(shorten(row.reference)), ""]
     for heading, (sample, grades) in row.answers.items():
         told = [f"{inline(name)} {grade(value)}" for name, value in grades.items()]
         told += [] if sample.stopped else ["cut off by the limit"]
         yield f"**{inline(heading)}**" + (f" ({', '.join(told)})" if told else "") + ":\n"
-        yield from [*block(sample.output), ""]
+        yield from [*block(shorten(sample.output)), ""]
 
 
 def _export(report: RunReport) -> Iterator[str]:

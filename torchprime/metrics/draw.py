@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from torchprime.atomic import write_bytes
 from torchprime.errors import ConfigError, RuntimeSetupError
 from torchprime.metrics.compare import AGREE, DIFFER, Comparison, Pair, Point
 from torchprime.metrics.read_logs import Run
@@ -78,14 +80,20 @@ def draw(comparison: Comparison, stem: Path) -> list[Path]:
         figure = _figure(comparison)
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(paths[0], dpi=160, metadata={"Software": None})
-            figure.savefig(paths[1], metadata={"Date": None, "Creator": None})
+            write_bytes(paths[0], _drawn(figure, "png", dpi=160, metadata={"Software": None}))
+            write_bytes(paths[1], _drawn(figure, "svg", metadata={"Date": None, "Creator": None}))
         except OSError as error:
             raise RuntimeSetupError(
                 f"--out, --figure: {stem} cannot be written ({error.strerror}), expected a place "
                 "that can be"
             ) from error
     return paths
+
+
+def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
+    drawn = BytesIO()
+    figure.savefig(drawn, format=kind, **options)
+    return drawn.getvalue()
 
 
 def _figure(comparison: Comparison) -> Figure:

@@ -12,11 +12,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
+from torchprime.atomic import open_plain
 from torchprime.errors import DataError, RuntimeSetupError
 from torchprime.metrics.record import (
     CheckpointRecord,
@@ -26,6 +28,7 @@ from torchprime.metrics.record import (
     from_json,
     to_json,
 )
+from torchprime.private_folders import own_folder
 
 
 class Writer(Protocol):
@@ -40,11 +43,13 @@ class JsonlWriter:
     """Appends one line per record to `path`, flushed at once and fsynced on close."""
 
     def __init__(self, path: str | Path) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(path)
-        self._path = path
-        self._file = path.open("ab", buffering=0)  # nothing is left for closing that could fail
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._telling():
+            descriptor = open_plain(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            # Unbuffered: nothing is left for closing that could fail.
+            self._file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
+            _cut_torn_line(self._file)
 
     def write(self, record: Record) -> None:
         line = memoryview((to_json(record) + "\n").encode())
@@ -74,14 +79,12 @@ class JsonlWriter:
                 self.sync()
 
 
-def _cut_torn_line(path: Path) -> None:
+def _cut_torn_line(file: FileIO) -> None:
     """Without this, the next record would be glued to what a crash left of the last one."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
+    content = file.readall()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
-        os.truncate(path, whole)
+        file.truncate(whole)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -123,7 +126,7 @@ class TensorBoardWriter:
                 "install it with `pip install tensorboard`"
             ) from error
         purged = start_step + 1 if start_step else None
-        folder = str(Path(run_folder) / "tensorboard")
+        folder = str(own_folder(Path(run_folder), "tensorboard", "output_dir"))
         self._summary: SummaryWriter | None = SummaryWriter(log_dir=folder, purge_step=purged)
 
     def write(self, record: Record) -> None:

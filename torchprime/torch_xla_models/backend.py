@@ -29,12 +29,14 @@ from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torch_xla._internal import tpu
 from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
+from torchprime.atomic import make_folder
 from torchprime.checkpoint.shards import TensorShards
 from torchprime.data.batch import Batch
 from torchprime.errors import ConfigError
 from torchprime.evaluation.generation import Answer, GenerateOptions
 from torchprime.losses import Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
+from torchprime.private_folders import require_private
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.attention import KERNEL_MULTIPLE, choose_kernel, inject_attention
@@ -403,12 +405,13 @@ def _keep_compiled(wanted: str | None) -> None:
     if folder is None or xr.device_type() != "TPU" or _is_keeping_compiled():
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise ConfigError(
             f"compile_cache: {folder} cannot be made ({error.strerror}). Set compile_cache to a "
             "folder that can be written, or to null."
         ) from error
+    require_private(folder, "compile_cache")  # programs from there are run
     xr.initialize_cache(str(folder))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from torchprime.atomic import write_json
+from torchprime.atomic import make_folder, open_new, write_json, write_text
 from torchprime.config.schema import AXES, TrainConfig
 from torchprime.config.topologies import Topology, topology
 from torchprime.errors import RuntimeSetupError, UserError
@@ -30,6 +30,7 @@ from torchprime.metrics.compile_report import Sizes, describe, judge, read_short
 from torchprime.metrics.hlo import Program
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.decoder import CausalLM
+from torchprime.private_folders import require_private
 from torchprime.sharding import shard_count
 from torchprime.torch_xla_models.fitting import find_nearest
 from torchprime.torch_xla_models.runtime import (
@@ -68,7 +69,8 @@ def compile_only(config: TrainConfig, say: Say | None = None) -> int:
     folder = (
         Path(config.output_dir) / f"{config.run_name or config.task.name}-{config.compile_only}"
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    require_private(folder, "output_dir/run_name")
+    make_folder(folder)
 
     def compile_one(candidate: TrainConfig) -> dict[str, Any]:
         return compile_report(candidate, hf_config, architecture, library, folder, say)
@@ -234,9 +236,9 @@ def compile_apart(
     """
     with tempfile.TemporaryDirectory(prefix="torchprime-compile-") as scratch:
         asked, log = Path(scratch) / "request.json", Path(scratch) / "log.txt"
-        asked.write_text(json.dumps(request))
+        write_text(asked, json.dumps(request))
         command = [sys.executable, "-m", "torchprime.torch_xla_models.tpu_compile"]
-        with log.open("w") as out:
+        with open_new(log) as out:
             process = subprocess.Popen(
                 [*command, str(asked), str(folder.absolute()), str(os.getpid())],
                 env=dict(env),

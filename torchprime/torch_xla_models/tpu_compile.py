@@ -42,6 +42,7 @@ from jaxlib import (
 )
 from jaxlib.mlir import ir
 
+from torchprime.atomic import write_text
 from torchprime.config.load import load_config
 from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import Topology, topology
@@ -211,7 +212,7 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
         result["error"] = str(error)
     else:
         (program,) = executable.hlo_modules()
-        (folder / "program.txt").write_text(program.to_string())
+        write_text(folder / "program.txt", program.to_string())
         result |= measures(executable)
     lap("compile")
     result["host_memory_bytes"] = host_memory_bytes()
@@ -241,7 +242,7 @@ def main(argv: list[str]) -> int:
         result = run(request, folder)
     except UserError as error:
         result = {"user_error": str(error)}
-    (folder / "result.json").write_text(json.dumps(result))
+    write_text(folder / "result.json", json.dumps(result))
     return 0
 
 

@@ -91,7 +91,7 @@ def identity_of(manifest: Manifest) -> dict[str, str | None]:
         "model": manifest.model["hash"],
         "tokenizer": manifest.tokenizer_fingerprint,
         "template": manifest.template_fingerprint,
-        "data": manifest.data_manifest["fingerprint"],
+        "data": manifest.data_manifest.get("fingerprint"),
         "eval": held_out.get("fingerprint"),
     }
 

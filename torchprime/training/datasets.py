@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torchprime import private_folders
+from torchprime.atomic import make_folder, write_text
 from torchprime.config.schema import DatasetConfig, EvalConfig, MixturePart, TrainConfig
 from torchprime.data import cache
 from torchprime.data.branches import WHOLE, row_of
@@ -33,7 +35,7 @@ from torchprime.data.sources import SourceSpec
 from torchprime.data.split import SplitRule, content_text, plan_split
 from torchprime.data.templates import resolve_template
 from torchprime.data.tokenizer import Tokenizer
-from torchprime.errors import DataError
+from torchprime.errors import DataError, RuntimeSetupError
 
 MOST_WORKERS = 8
 LEAKS_FILE = "leaks.json"
@@ -294,10 +296,15 @@ def _kept_in(given: str | None, say: Callable[[str], None]) -> Path | None:
     """The folder of prepared data, made if need be; None, with a word on it, if it can't be."""
     folder = Path(given) if given is not None else cache.default_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         usable = os.access(folder, os.W_OK)
     except OSError:
         usable = False
+    if usable and (fault := private_folders.fault_of(folder)) is not None:
+        if given is not None:
+            raise RuntimeSetupError(f"{cache.KEY}: {fault}")
+        say(f"note: prepared data is not kept: {fault}")
+        return None
     if usable:
         return folder
     if given is not None:
@@ -336,7 +343,7 @@ def _check_leaks(
         return find_leaks(*sides, threshold=threshold, workers=workers)
 
     def write(folder: Path) -> None:
-        (folder / LEAKS_FILE).write_text(json.dumps(find().to_dict()), encoding="utf-8")
+        write_text(folder / LEAKS_FILE, json.dumps(find().to_dict()))
 
     if kept_in is None:
         found = find()

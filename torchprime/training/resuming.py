@@ -21,21 +21,39 @@ import torch
 import yaml
 from torch import Tensor
 
-from torchprime.atomic import write_text
-from torchprime.checkpoint.catalog import STEP, Catalog
-from torchprime.checkpoint.manifest import Manifest, read_manifest
+from torchprime.atomic import read_plain, write_text
+from torchprime.checkpoint.catalog import Catalog
+from torchprime.checkpoint.field_kinds import (
+    NUMBER,
+    OBJECT,
+    check_fields,
+    count,
+    list_of,
+    or_null,
+    texts_to,
+)
+from torchprime.checkpoint.manifest import STEP, Manifest, read_manifest
 from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.storage import MANIFEST, LocalStorage, Storage
 from torchprime.errors import CheckpointError
 from torchprime.evaluation.selection import Evaluated
+from torchprime.foreign_names import inside
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.writers import read_metrics
+from torchprime.private_folders import require_private
 from torchprime.training import run_folder
 from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend, ResumedState, StepNumbers
 
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation"  # what the hook keeps in a manifest
+KEPT = {"history": list_of(OBJECT, "a list of objects"), "losses": list_of(NUMBER, "numbers")}
+EVALUATED = {
+    "step": count(),
+    "scores": texts_to(NUMBER),
+    "train_loss": or_null(NUMBER),
+    "graded": texts_to(OBJECT),
+}
 
 
 @dataclass(frozen=True)
@@ -174,11 +192,24 @@ def may_go_on(source: str, folder: Path, catalog: Catalog) -> None:
     """Refuse early, without looking into checkpoints, a folder whose run this cannot go on with.
 
     Raises:
-        RuntimeSetupError: the folder holds another run.
+        RuntimeSetupError: the folder holds another run, or others could change what is in it.
+        CheckpointError: a link lies in the place of the checkpoints.
     """
+    require_private(folder, run_folder.KEY)
+    require_private_storage(catalog.storage, folder)
     own = source == "auto" or source.isdigit()
     if not (own and (catalog.steps() or died_early(folder))):
         run_folder.check(folder)
+
+
+def require_private_storage(storage: Storage, folder: Path) -> None:
+    """Refuse a place for checkpoints that others could exchange, or that is a link in the run's
+    folder."""
+    if not isinstance(storage, LocalStorage):
+        return
+    if storage.root.parent == folder:
+        inside(folder, storage.root.name, str(folder))
+    require_private(storage.root, "checkpoint.folder")
 
 
 def died_early(folder: Path) -> bool:
@@ -214,12 +245,44 @@ def seed_rng(seed: int) -> None:
 
 
 def restore_rng(states: Mapping[str, str]) -> None:
-    """Give back what `rng_states` gave, but for the device's."""
-    version, numbers, gauss = json.loads(states["python"])
+    """Give back what `rng_states` gave, but for the device's.
+
+    Raises:
+        CheckpointError: one of them is no state of that generator.
+    """
+    restore: dict[str, Callable[[str], None]] = {
+        "python": _restore_python,
+        "numpy": lambda text: np.random.set_state(tuple(json.loads(text))),
+        "torch": lambda text: torch.set_rng_state(_tensor_of(text)),
+    }
+    for name, give_back in restore.items():
+        try:
+            give_back(states[name])
+        except Exception as error:  # the libraries raise nearly anything
+            raise CheckpointError(
+                f"the checkpoint's manifest: rng.{name} is no state of that generator "
+                f"({type(error).__name__}). Resume from another checkpoint."
+            ) from error
+
+
+def restore_device(backend: Backend, states: Mapping[str, str]) -> None:
+    """Give back the state of the device's generator; see `restore_rng`."""
+    try:
+        backend.set_rng_state(states["device"])
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint's manifest: rng.device is no state of {backend.name}'s generator "
+            f"({type(error).__name__}). Resume from another checkpoint."
+        ) from error
+
+
+def _restore_python(text: str) -> None:
+    version, numbers, gauss = json.loads(text)
     random.setstate((version, tuple(numbers), gauss))
-    np.random.set_state(tuple(json.loads(states["numpy"])))
-    packed = bytearray(base64.b64decode(states["torch"]))
-    torch.set_rng_state(torch.frombuffer(packed, dtype=torch.uint8))
+
+
+def _tensor_of(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 # Records ------------------------------------------------------------------------------------------
@@ -229,7 +292,7 @@ def cut_metrics(path: Path, step: int) -> None:
     """Keep the records up to a step; those behind it are made again."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what a kill left torn is not kept
+    lines = read_plain(path).split("\n")[:-1]  # what a kill left torn is not kept
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     write_text(path, "".join(f"{line}\n" for line in kept))
 
@@ -243,10 +306,24 @@ class Past:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Past:
-        """As the evaluation hook left it."""
-        kept = manifest.hooks.get(EVALUATION, {})
-        history = tuple(Evaluated(**each) for each in kept.get("history", ()))
-        return cls(history, tuple(kept.get("losses", ())))
+        """As the evaluation hook left it.
+
+        Raises:
+            CheckpointError: it is something else.
+        """
+        kept = manifest.hooks.get(EVALUATION)
+        if kept is None:
+            return cls()
+        try:
+            check_fields(kept, KEPT, f"hooks.{EVALUATION}")
+            for each in kept["history"]:
+                check_fields(each, EVALUATED, f"hooks.{EVALUATION}.history")
+            return cls(tuple(Evaluated(**each) for each in kept["history"]), tuple(kept["losses"]))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint's manifest is not what a run writes: {error}. Resume from another "
+                "checkpoint."
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
@@ -266,6 +343,7 @@ def last_numbers(path: Path, step: int) -> StepNumbers | None:
 
 def cut_evaluations(folder: Path, step: int) -> None:
     """Remove the samples of later steps, which are made again, or never."""
+    inside(folder.parent, folder.name, str(folder.parent))
     for path in folder.glob("step_*.jsonl") if folder.is_dir() else ():
         named = STEP.fullmatch(path.stem)
         if named and int(named[1]) > step:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -15,10 +16,12 @@ from typing import Any
 import yaml
 
 import torchprime
-from torchprime.atomic import write_json, write_text
+from torchprime.atomic import make_folder, read_plain, write_json, write_text
 from torchprime.errors import RuntimeSetupError
+from torchprime.private_folders import require_private
 
 CONFIG, FACTS = "config.yaml", "run.json"
+KEY = "output_dir/run_name"
 PACKAGES = (
     "torch", "torch_xla", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "jax",
 )  # fmt: skip
@@ -30,11 +33,12 @@ def check(folder: Path) -> None:
     Hidden files are no run: a lock, and what a kill left before the first file had its name.
 
     Raises:
-        RuntimeSetupError: naming the folder and what is in its way.
+        RuntimeSetupError: naming the folder and what is in its way, or who else may change it.
     """
+    require_private(folder, KEY)
     if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise RuntimeSetupError(
-            f"output_dir/run_name: {folder} already holds another run. Give this one its own name "
+            f"{KEY}: {folder} already holds another run. Give this one its own name "
             "(run_name=NAME) or another output_dir, or remove that folder. (Only a run that writes "
             "checkpoints, checkpoint.every_steps=N, can go on where it ended.)"
         )
@@ -49,9 +53,10 @@ def claim(folder: Path) -> None:
     """`check`, and make the folder with its parents."""
     check(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise RuntimeSetupError(_cannot(folder, str(error.strerror))) from error
+    require_private(folder, KEY)
 
 
 def _cannot(folder: Path, why: str) -> str:
@@ -78,7 +83,7 @@ def _config_text(config: Mapping[str, Any]) -> str:
 def write_facts(folder: Path, facts: Mapping[str, Any], step: int) -> None:
     """run.json: what runs now, and in `starts` each start of this run and at which step it was."""
     path = folder / FACTS
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.is_file() else []
+    starts = json.loads(read_plain(path))["starts"] if path.is_file() else []
     now = {key: facts[key] for key in ("command", "versions", "backend", "device", "mesh")}
     write_json(path, {**facts, "starts": [*starts, {"step": step, **now}]})
 
@@ -95,5 +100,5 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """The command line, as typed."""
-    return " ".join([Path(sys.executable).name, *sys.argv])
+    """The command line, quoted so that a shell reads it as it was given."""
+    return shlex.join([Path(sys.executable).name, *sys.argv])

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchprime.atomic import write_json
+from torchprime.atomic import clear_temporary, write_json
 from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.from_checkpoint import export_checkpoint
 from torchprime.checkpoint.lock import run_lock
@@ -32,6 +32,7 @@ from torchprime.evaluation.behaviour import EVALUATIONS
 from torchprime.evaluation.report import write_report
 from torchprime.metrics.throughput import Stopwatch
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
+from torchprime.private_folders import own_folder
 from torchprime.training import resuming, run_folder
 from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend, StepNumbers
@@ -286,7 +287,7 @@ class Trainer:
             states = point.reader.manifest.rng
             resuming.restore_rng(states)
             if point.reader.manifest.backend == self.backend.name:
-                self.backend.set_rng_state(states["device"])
+                resuming.restore_device(self.backend, states)
         else:
             resuming.seed_rng(c.seed)
             self.backend.seed(c.seed)
@@ -306,6 +307,7 @@ class Trainer:
             run_folder.claim(self.folder)
             self._lock()
         self.catalog.clean()
+        clear_temporary(self.folder)
         run_folder.write_config(self.folder, self.config.to_dict())
         write_json(self.folder / "data_report.json", self.rows.reports())
         facts = run_facts(self.config, self.backend, self.files, self.rows, self.plan)
@@ -340,7 +342,7 @@ class Trainer:
             )
             hooks.append(self.evaluations)
         if c.profile_start_step is not None and c.profile_end_step is not None:
-            folder = c.profile_dir or str(self.folder / "profile")
+            folder = c.profile_dir or str(own_folder(self.folder, "profile", "output_dir"))
             start, end = c.profile_start_step, c.profile_end_step
             hooks.append(ProfileHook(self.backend, start=start, end=end, folder=folder))
         if c.saves:

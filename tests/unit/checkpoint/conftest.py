@@ -21,7 +21,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from torchprime.checkpoint.hf_read import SafetensorsReader
-from torchprime.checkpoint.manifest import Manifest
+from torchprime.checkpoint.manifest import STEP, Manifest
 from torchprime.checkpoint.shards import TensorShards, write_shards
 from torchprime.checkpoint.storage import MANIFEST, FolderWriter, Storage
 
@@ -194,14 +194,15 @@ def make_manifest(**changes: Any) -> Manifest:
         },
         global_step=3,
         rng={"torch": "AAAA"},
-        data_position={"seed": 1, "next_step": 4, "global_batch_size": 8, "num_blocks": 100},
         tokenizer_fingerprint="b" * 64,
         template_fingerprint=None,
         data_manifest={"train": "c" * 64},
         eval_manifest=None,
         best_metric={"scores": {"eval_loss": 2.5, "right": 0.75}, "step": 2},
     )
-    return Manifest(**{**fields, **changes})
+    step = changes.get("global_step", fields["global_step"])
+    position = {"seed": 1, "next_step": step, "global_batch_size": 8, "num_blocks": 100}
+    return Manifest(**{"data_position": position, **fields, **changes})
 
 
 def cut(name: str, tensor: torch.Tensor, parts: Sequence[int]) -> list[TensorShards]:
@@ -241,6 +242,9 @@ def write_checkpoint(
 
 
 def finish(writer: FolderWriter, **changes: Any) -> None:
+    """Write the manifest, of the step that the folder is named by."""
+    if (named := STEP.fullmatch(writer._name)) is not None:
+        changes = {"global_step": int(named[1]), **changes}
     writer.write_bytes(MANIFEST, make_manifest(files=dict(writer.files), **changes).to_bytes())
 
 

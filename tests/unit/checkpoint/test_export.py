@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import weakref
 
@@ -123,17 +124,17 @@ def test_scattered_tensors_are_written_as_they_look(llama, export, tmp_path):
     assert all(torch.equal(reader.get(n), llama.reader.get(n)) for n in llama.spec)
 
 
-def test_all_files_are_readable_by_everyone(llama, export, tmp_path):
-    import os
-
-    previous = os.umask(0o077)
+@pytest.mark.parametrize(("umask", "file"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o644)])
+def test_files_are_readable_as_the_umask_says(llama, export, tmp_path, umask, file):
+    """And writable by nobody else, whatever it says."""
+    previous = os.umask(umask)
     try:
         folder = export(tmp_path / "out", llama, max_shard_bytes=30_000).folder
     finally:
         os.umask(previous)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.rglob("*") if p.is_file()}
-    assert set(modes.values()) == {0o644}, modes
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    assert set(modes.values()) == {file}, modes
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755 & ~umask
 
 
 def test_export_never_mixes_with_an_older_one(llama, export, tmp_path):

@@ -143,7 +143,7 @@ def test_broken_index(tmp_path, text):
 
 def test_index_cannot_reach_out_of_the_folder(llama, tmp_path):
     write_index(tmp_path, {n: str(llama.folder / "model.safetensors") for n in llama.spec})
-    with pytest.raises(CheckpointError, match="outside its folder"):
+    with pytest.raises(CheckpointError, match="names a file .*, and it is a path"):
         SafetensorsReader(tmp_path)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+
 import yaml
 
 from torchprime.checkpoint.card import model_card
@@ -56,3 +59,18 @@ def test_usage_follows_the_chat_template():
 
 def test_table_cells_cannot_break_the_table():
     assert "a\\|b c" in model_card({"dataset": "a|b\nc"}).split("## Training")[1]
+
+
+def test_a_fence_is_longer_than_any_in_the_command():
+    card = model_card({"command": "train run_name='```\n# x'"})
+    assert "````bash\ntrain run_name='```\n# x'\n````" in card
+
+
+def test_what_is_copied_into_a_shell_is_quoted():
+    card = model_card({"name": "a'b $(c)", "chat": True, "template_options": {"d e": "'"}})
+    shell = card.split("```bash\n")[-1].split("\n```")[0]
+    words = shlex.split(shell.replace("\\\n", ""))
+    assert words[words.index("--served-model-name") + 1] == "a'b $(c)"
+    assert json.loads(words[words.index("--default-chat-template-kwargs") + 1]) == {"d e": "'"}
+    assert json.loads(words[-1])["model"] == "a'b $(c)"
+    assert "**{'d e': \"'\"}" in card

@@ -139,16 +139,15 @@ def checkpoints(
             config={},
             versions={},
             created="",
-            model=dict.fromkeys(("names", "dtype", "parameters", "hash"), 0),
+            model={"names": 0, "dtype": "float32", "parameters": 0, "hash": ""},
             optimizer={"name": "adamw", "slots": []},
-            scheduler=dict.fromkeys(
-                ("name", "peak", "warmup_steps", "total_steps", "min_lr_ratio"), 0
-            ),
+            scheduler={
+                "name": "linear",
+                **dict.fromkeys(("peak", "warmup_steps", "total_steps", "min_lr_ratio"), 0),
+            },
             global_step=9,
             rng={},
-            data_position=dict.fromkeys(
-                ("seed", "next_step", "global_batch_size", "num_blocks"), 0
-            ),
+            data_position={"seed": 0, "next_step": 9, "global_batch_size": 1, "num_blocks": 0},
             tokenizer_fingerprint=None,
             template_fingerprint=None,
             data_manifest={},

@@ -19,8 +19,8 @@ from torchprime.data.inspection import count_rules, first_batches, length_bins
 from torchprime.data.packed import PackedDataset
 from torchprime.data.tokenize import ALL, ASSISTANT, BOS, CONTEXT, OFF, STOP, Example
 from torchprime.data.tokenizer import Tokenizer, load_tokenizer
-from torchprime.data.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
 from torchprime.training.loop import DataOrder
+from torchprime.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
 
 ESC = "\x1b"
 

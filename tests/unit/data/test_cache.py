@@ -32,11 +32,15 @@ def test_key_sees_every_ingredient_and_not_their_order() -> None:
     assert len({one, cache.cache_key({"a": 1, "b": [2, 1]}), cache.cache_key({"a": 2})}) == 3
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "manifest"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "more", "manifest"])
 def test_damage_is_not_found_and_built_again(tmp_path: Path, damage: str) -> None:
     folder = cache.build(tmp_path, "k", {}, write)
     if damage == "cut":
         (folder / "a.bin").write_bytes(b"123")
+    elif damage == "flipped":
+        (folder / "a.bin").write_bytes(b"12344")
+    elif damage == "more":
+        (folder / "c.bin").write_bytes(b"")
     elif damage == "gone":
         (folder / "b.bin").unlink()
     else:
@@ -45,6 +49,40 @@ def test_damage_is_not_found_and_built_again(tmp_path: Path, damage: str) -> Non
     cache.build(tmp_path, "k", {}, write)
     assert cache.find(tmp_path, "k") == folder
     assert (folder / "a.bin").read_bytes() == b"12345"
+
+
+def test_files_are_read_once_per_process_unless_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cache.build(tmp_path, "k", {}, write)
+    said: list[str] = []
+    read: list[str] = []
+    original = cache.hash_files
+    monkeypatch.setattr(cache, "hash_files", lambda paths: read.extend(paths) or original(paths))
+    for _ in range(3):
+        assert cache.find(tmp_path, "k", said.append) == folder
+    assert sorted(read) == ["a.bin", "b.bin"] and not said
+    facts = (folder / "a.bin").stat()
+    (folder / "a.bin").write_bytes(b"12346")
+    os.utime(folder / "a.bin", ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert cache.find(tmp_path, "k", said.append) is None
+    (line,) = said
+    assert str(folder) in line and "a.bin is not as it was written (its sha256 differs)" in line
+    assert (tmp_path / f"k{cache.DAMAGED}" / "a.bin").read_bytes() == b"12346"
+    assert cache.build(tmp_path, "k", {}, write) == cache.find(tmp_path, "k", said.append) == folder
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o700), (0o002, 0o755)])
+def test_modes_are_the_umasks_and_nobody_else_writes(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        folder = cache.build(tmp_path / "deep" / "root", "k", {}, write)
+    finally:
+        os.umask(before)
+    found = {p.stat().st_mode & 0o777 for p in (folder, folder.parent, folder.parent.parent)}
+    assert found == {mode}
+    assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {mode & 0o644}
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from interrupted import EVERY, STEPS, Killed, assert_same_run, overrides, records
 
 from torchprime.checkpoint.catalog import Catalog
-from torchprime.checkpoint.certificate import hash_files
+from torchprime.checkpoint.certificate import hash_folder
 from torchprime.checkpoint.hf_read import SafetensorsReader
 from torchprime.checkpoint.storage import Storage
 from torchprime.cli.resuming import resume_check_main
@@ -105,9 +105,9 @@ def native_whole(
     folder = tmp_path_factory.mktemp("runs") / "native"
     argv = command(*overrides(folder, rows[1]), *ALONE)
     base = Path(compose_config(argv).model.pretrained_model or "")
-    before = hash_files(base)
+    before = hash_folder(base)
     assert run_main(native, argv) == 0
-    assert hash_files(base) == before  # its weights began as the files, mapped
+    assert hash_folder(base) == before  # its weights began as the files, mapped
     return folder
 
 

@@ -122,10 +122,19 @@ class CheckpointHook(BaseHook):
         elif self.backend.process_index == 0:
             minutes = self.every_minutes
             late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-            if late or self.now_file.exists():
-                self.now_file.unlink(missing_ok=True)
+            if self._is_asked_by_file() or late:
                 wish = SAVE
         return wish if alone else self.backend.largest(wish)
+
+    def _is_asked_by_file(self) -> bool:
+        """Whether `checkpoint.now` was there; it is taken away, be it a link or a pipe."""
+        if not os.path.lexists(self.now_file):
+            return False
+        try:
+            self.now_file.unlink()
+        except OSError:  # a folder, or not ours to remove: it would ask at every step
+            return False
+        return True
 
     def _save(self, step: int, wait: bool) -> None:
         self._saved_at = time.monotonic()

@@ -22,6 +22,7 @@ from torchprime.evaluation.samples import Sample
 from torchprime.evaluation.selection import Evaluated, overfitting
 from torchprime.metrics.record import EvalRecord, StepRecord
 from torchprime.metrics.throughput import Stopwatch
+from torchprime.private_folders import own_folder
 from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend
 from torchprime.training.evaluating import Evaluation
@@ -154,8 +155,8 @@ class EvaluationHook(BaseHook):
         e = self.evaluation
         grades = grade(samples, e.graders)
         path = samples_file(e.folder, step)
+        own_folder(e.folder, path.parent.name, "output_dir")
         try:
-            path.parent.mkdir(exist_ok=True)
             write_text(path, "".join(sample_lines(samples, grades)))
         except OSError as error:
             raise RuntimeSetupError(

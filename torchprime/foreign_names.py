@@ -1,0 +1,85 @@
+"""Names that come from somebody else's file and become names of files here.
+
+A checkpoint's manifest, an index of shards or a tokenizer's settings say what files are called.
+Such a name is one plain name, or several with slashes between them: nothing in it leads out of the
+folder, is invisible or changes how its neighbours show. What is written under it goes through no
+link.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchprime.errors import CheckpointError
+from torchprime.visible import clean
+
+MOST_BYTES = 255  # of one name, as file systems have it
+MOST_PARTS = 16
+SHOWN = 200
+
+
+def fault_of(name: object) -> str | None:
+    """Return why a text cannot be the name of one file, None if it can."""
+    if not isinstance(name, str):
+        return f"it is {type(name).__name__}, not text"
+    if name in ("", ".", ".."):
+        return "it is no name of a file"
+    if "/" in name or "\\" in name:
+        return "it is a path"
+    if name != clean(name) or "\n" in name:
+        return "it holds control characters or marks of direction"
+    if len(name.encode("utf-8")) > MOST_BYTES:
+        return f"it has more than {MOST_BYTES} bytes"
+    return None
+
+
+def checked_name(name: object, where: str) -> str:
+    """Return a name that can be a file's in any folder.
+
+    Args:
+        where: the file that the name comes from.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    return _checked(name, where, fault_of(name))
+
+
+def checked_path(name: object, where: str) -> str:
+    """Return a relative path, with slashes, that stays inside any folder; see `checked_name`."""
+    if not isinstance(name, str):
+        return _checked(name, where, fault_of(name))
+    parts = name.split("/")
+    if len(parts) > MOST_PARTS:
+        return _checked(name, where, f"it has more than {MOST_PARTS} folders")
+    if name.startswith("/") or ".." in parts:
+        return _checked(name, where, "it leads out of the folder")
+    return _checked(name, where, next(filter(None, map(fault_of, parts)), None))
+
+
+def _checked(name: object, where: str, fault: str | None) -> str:
+    if fault is None:
+        return str(name)
+    shown = clean(str(name)).replace("\n", "\\n")
+    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+    raise CheckpointError(
+        f"{where} names a file '{shown}', and {fault}; expected a name inside its folder. Nothing "
+        "was written. Do not use this folder before you know who wrote that."
+    )
+
+
+def inside(folder: Path, name: object, where: str) -> Path:
+    """Return the path of a file that is to be written into a folder under a foreign name.
+
+    Raises:
+        CheckpointError: the name leads elsewhere, or a link lies on the way.
+    """
+    path = folder
+    for part in checked_path(name, where).split("/"):
+        path = path / part
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a link, and nothing is written through one. Remove it, or choose "
+                "another folder."
+            )
+    return path
