@@ -25,7 +25,6 @@ os.environ["USE_TORCH_XLA"] = "0"
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -45,6 +44,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from torchprime import terminal
 from torchprime.atomic import write_json
 from torchprime.checkpoint.hf_read import EMBEDDING, HEAD
 from torchprime.config.checks import refuse
@@ -455,7 +455,7 @@ def device_kind() -> str:
 def main(c: TrainConfig) -> int:
     """Train as configured; the exit code."""
     processes, first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
-    say = partial(print, file=sys.stderr, flush=True) if first else lambda _: None
+    say = terminal.say if first else lambda _: None
     folder = Path(c.output_dir) / (c.run_name or c.task.name)
     check_supported(c, processes)
     if torch.cuda.is_available():

@@ -44,10 +44,10 @@ from torchprime.checkpoint.recheck import recheck  # noqa: E402
 from torchprime.checkpoint.source import resolve_pretrained  # noqa: E402
 from torchprime.cli.arguments import make_parser, run_command  # noqa: E402
 from torchprime.cli.columns import answers_lines, shown  # noqa: E402
-from torchprime.cli.stdout import print_lines  # noqa: E402
 from torchprime.errors import CheckpointError, ConfigError, RuntimeSetupError  # noqa: E402
 from torchprime.evaluation.prompts import as_question, read_prompts  # noqa: E402
 from torchprime.template_files import DEFAULT, own_templates  # noqa: E402
+from torchprime.terminal import print_lines, say  # noqa: E402
 
 HOST = "127.0.0.1"
 BASE, TUNED = "base", "model"
@@ -111,11 +111,6 @@ def deploy(given: argparse.Namespace) -> int:
         show_answers(given, folders, prompts)
         require_same(before)
     return serve(given, folders[TUNED]) if given.serve else 0
-
-
-def say(text: str) -> None:
-    """To stderr: answers alone go to stdout."""
-    print(text, file=sys.stderr, flush=True)
 
 
 # Checks -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ BELOW_EVALUATION = {"config", *LEAVES}
 BELOW_TRAINING = {*BELOW_EVALUATION, "evaluation"}
 BELOW_BACKENDS = {*BELOW_TRAINING, "training"}
 # Single modules below all rooms, in their own order: each may import those before it.
-BELOW = ["errors", "visible", "markdown_text", "atomic", "hashing", "foreign_names"]
+BELOW = ["errors", "visible", "terminal", "markdown_text", "atomic", "hashing", "foreign_names"]
 BELOW += ["private_folders", "template_files"]
 EVERYWHERE = set(BELOW)
 # What each room may import besides itself and those.

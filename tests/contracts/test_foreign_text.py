@@ -16,6 +16,8 @@ ALLOWED = {
     ("checkpoint/dcp_metadata.py", "pickle"),  # a reader with a few operations and classes
     ("checkpoint/shards.py", "pickle"),  # writes
     ("torch_xla_models/backend.py", "pickle"),  # between processes of one run
+    ("terminal.py", "sys.stdout.write"),
+    ("terminal.py", "sys.stderr.write"),
     ("data/store.py", "OSFile"),  # in a folder that is being prepared
     ("data/exchanges.py", "frame.format"),  # constants of that module
     ("data/fields.py", "missing.format"),  # reasons of ours, given by callers
@@ -26,6 +28,7 @@ ALLOWED = {
 }
 UNSANDBOXED = {"Environment", "Template", "NativeEnvironment", "SandboxedEnvironment"}
 CODE = {"eval", "exec", "compile", "__import__"}
+RAW_OUTPUT = {f"sys.{name}.write" for name in ("stdout", "stderr", "__stdout__", "__stderr__")}
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 WRITES = {"write_text", "touch", "symlink_to", "hardlink_to"}
 
@@ -65,6 +68,10 @@ def found_in(text: str, ours: bool = True) -> Iterator[tuple[int, str, str]]:
                 yield node.lineno, name, "a format that runs code when it is read"
         if isinstance(node, ast.Call):
             yield from _call(node, ours)
+        if isinstance(node, ast.Name) and node.id == "print":
+            yield node.lineno, "print", "printed as it is: see terminal.py"
+        if isinstance(node, ast.Attribute) and dotted(node) in RAW_OUTPUT:
+            yield node.lineno, dotted(node), "printed as it is: see terminal.py"
 
 
 def _call(node: ast.Call, ours: bool) -> Iterator[tuple[int, str, str]]:
@@ -74,6 +81,8 @@ def _call(node: ast.Call, ours: bool) -> Iterator[tuple[int, str, str]]:
         yield node.lineno, last, "jinja2 outside of its immutable sandbox"
     if name in CODE or last == "import_module":
         yield node.lineno, last, "text that is run"
+    if name == "argparse.ArgumentParser":
+        yield node.lineno, name, "it prints what it is given: see make_parser in cli/arguments.py"
     if name in SHELLS or keyword(node, "shell") is True:
         yield node.lineno, name, "a shell"
     if name == "yaml.load" or name == "torch.load" and keyword(node, "weights_only") is not True:
@@ -126,6 +135,10 @@ def test_text_of_strangers_is_never_a_program() -> None:
         "path.write_text('x')",
         "open(path, 'w')",
         "path.open('ab')",
+        "print(x)",
+        "say = partial(print, flush=True)",
+        "sys.stderr.write(x)",
+        "argparse.ArgumentParser()",
     ],
 )
 def test_each_is_found(text: str) -> None:
@@ -146,6 +159,8 @@ def test_each_is_found(text: str) -> None:
         "path.open('rb')",
         "write_text(path, 'x')",
         "re.compile(x)",
+        "say(x)",
+        "sys.stdout.isatty()",
     ],
 )
 def test_what_is_harmless_is_let_through(text: str) -> None:

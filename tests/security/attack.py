@@ -26,6 +26,8 @@ from torchprime.config.entry import run_main
 from torchprime.errors import UserError
 from torchprime.torch_native.train import main as native_main
 
+# Control characters but the ends of lines and progress bars, and marks of direction.
+RAW = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 Said = tuple[int, str]  # an exit code, and all that was printed
 
 
@@ -192,6 +194,7 @@ def carry_out(attack: Attack, ground: Ground) -> None:
     code, said = attack.call(ground)
     assert snapshot(ground.outside) == before, "something outside was touched"
     assert "Traceback" not in said, said
+    assert not RAW.search(said), f"raw on the terminal: {said!r}"
     assert code == attack.code, said
     assert re.search(attack.says, said, re.DOTALL), said
     if code:

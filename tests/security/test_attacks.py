@@ -12,8 +12,9 @@ import held
 import links
 import prepared
 import pytest
+import terminal_output
 
-GROUPS = (foreign_names, links, prepared, checkpoints, held)
+GROUPS = (foreign_names, links, prepared, checkpoints, held, terminal_output)
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,24 @@ Light on imports: experimental/vllm_tpu_deployment uses it in an environment wit
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
+from typing import Any
 
 from torchprime.errors import INTERRUPTED, UserError
+from torchprime.terminal import guard_output, say
+
+
+class _Parser(argparse.ArgumentParser):
+    """Quotes arguments, which may be names of files that anybody gave."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:
+            say(message.rstrip("\n"), file)
 
 
 def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
     """A parser that prints the epilog as it is written, and knows no abbreviations."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=prog,
         description=description,
         epilog=epilog,
@@ -35,6 +44,7 @@ def run_command(
     parser: argparse.ArgumentParser, argv: list[str], command: Callable[[argparse.Namespace], int]
 ) -> int:
     """Parse the arguments and run the command with them; the exit code."""
+    guard_output()
     try:
         given = parser.parse_args(argv)
     except SystemExit as stop:  # argparse has printed the help or the mistake
@@ -42,8 +52,8 @@ def run_command(
     try:
         return command(given)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return INTERRUPTED

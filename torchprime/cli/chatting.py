@@ -11,7 +11,6 @@ printed as soon as the tuned model has finished it.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -25,8 +24,7 @@ import torch
 from torchprime.checkpoint.certificate import CERTIFICATE, read_certificate
 from torchprime.checkpoint.source import resolve_pretrained
 from torchprime.cli.arguments import make_parser, positive, run_command
-from torchprime.cli.columns import beside, column_width, shown, wrap
-from torchprime.cli.stdout import print_lines, print_text
+from torchprime.cli.columns import beside, column_width, wrap
 from torchprime.errors import CheckpointError, ConfigError, DataError, RuntimeSetupError
 from torchprime.evaluation.conversation import (
     CONTEXT_FULL,
@@ -39,6 +37,7 @@ from torchprime.evaluation.conversation import (
     Speaker,
 )
 from torchprime.evaluation.prompts import as_question, read_prompts
+from torchprime.terminal import print_json, print_lines, print_text, say, shown, tick
 
 DEVICES = ("auto", "cpu", "cuda")
 BASE, TUNED = "base", "model"
@@ -88,10 +87,6 @@ def _temperature(text: str) -> float:
     return value
 
 
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 # Models -------------------------------------------------------------------------------------------
 
 
@@ -114,7 +109,7 @@ def _chat(given: argparse.Namespace) -> int:
             "message. Leave it out, or write it into the prompt"
         )
     for title, speaker in speakers.items():
-        _note(_described(title, speaker, given.system))
+        say(_described(title, speaker, given.system))
     sampling = Sampling(given.max_new_tokens, given.temperature, given.seed)
     asker = _Asker(speakers, given.system, sampling, given.json, given.as_question)
     if prompts is None:
@@ -124,7 +119,7 @@ def _chat(given: argparse.Namespace) -> int:
     for prompt in prompts:
         asker.reset()
         if len(prompts) > 1 and not given.json:
-            print_lines([f"> {shown(prompt)}"], "replace")
+            print_lines([f"> {prompt}"], "replace")
         asker.ask(prompt)
         if len(prompts) > 1 and not given.json:
             print_lines([""], "replace")
@@ -153,13 +148,13 @@ def _tell_certificate(folder: Path, base: str | None) -> None:
     try:
         certificate = read_certificate(folder)
     except CheckpointError as error:
-        _note(f"note: {error}")
+        say(f"note: {error}")
         return
     if certificate.failed:
         told = ", ".join(check.name for check in certificate.failed)
-        _note(f"note: the certificate of {folder} has failed checks ({told}): torchprime verify")
+        say(f"note: the certificate of {folder} has failed checks ({told}): torchprime verify")
     if base is None and certificate.base_model is not None:
-        _note(f"note: to see its base beside it: --base {certificate.base_model}")
+        say(f"note: to see its base beside it: --base {certificate.base_model}")
 
 
 def _described(title: str, speaker: Speaker, system: str | None) -> str:
@@ -221,11 +216,10 @@ class _Asker:
         for title, reply in replies.items():
             if reply.left_out and not self.as_json:
                 turns = "turn" if reply.left_out == 1 else f"{reply.left_out} turns"
-                _note(f"note: {title}: the oldest {turns} no longer fit the context: left out")
+                say(f"note: {title}: the oldest {turns} no longer fit the context: left out")
         if self.as_json:
             told = {title: _as_object(reply) for title, reply in replies.items()}
-            line = json.dumps({"prompt": self._worded(prompt), **told}, ensure_ascii=False)
-            print_lines([line], "backslashreplace")
+            print_json({"prompt": self._worded(prompt), **told})
 
     def _places(self) -> Iterator[tuple[str, Conversation, Show, Any]]:
         """Each conversation with where its answer goes: bit by bit, and when it is done."""
@@ -253,7 +247,7 @@ def _as_object(reply: Reply) -> dict[str, Any]:
 
 
 def _stream(text: str) -> None:
-    print_text(shown(text), "replace")
+    print_text(text, "replace")
 
 
 def _end_of_stream(reply: Reply) -> None:
@@ -267,12 +261,6 @@ def _told_end(reply: Reply) -> str:
         CONTEXT_FULL: f"[cut off after {len(reply.ids)} tokens: the context is full]",
         INTERRUPTED: "[stopped]",
     }.get(reply.ended, "")
-
-
-def _tick(text: str) -> None:
-    """A line that the next one replaces, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 class _Columns:
@@ -298,7 +286,7 @@ class _Columns:
             if last:
                 self._advance(final=False)
             else:
-                _tick(f"{title} is answering: {len(self.texts[title]):,} characters")
+                tick(f"{title} is answering: {len(self.texts[title]):,} characters")
 
         def done(reply: Reply) -> None:
             ended = _told_end(reply)
@@ -306,7 +294,7 @@ class _Columns:
             if last:
                 self._advance(final=True)
             else:
-                _tick("")
+                tick("")
 
         return show, done
 
@@ -331,7 +319,7 @@ class _Columns:
 def _interactive(asker: _Asker) -> int:
     terminal = sys.stdin.isatty()
     if terminal:
-        _note(HELP)
+        say(HELP)
         with suppress(ImportError):
             # late: only a terminal has lines to edit, and not every Python has it
             import readline  # noqa: F401
@@ -340,20 +328,20 @@ def _interactive(asker: _Asker) -> int:
             line = input("> " if terminal else "").strip()
         except EOFError:
             if terminal:
-                print()
+                print_lines([""])
             return 0
         except KeyboardInterrupt:
             if not terminal:
                 raise
-            _note("\n(Ctrl-D or /quit leaves)")
+            say("\n(Ctrl-D or /quit leaves)")
             continue
         if line == "/quit":
             return 0
         if line == "/reset":
             asker.reset()
-            _note("forgotten")
+            say("forgotten")
         elif line.startswith("/"):
-            _note(HELP if line == "/help" else f"there is no {line.split()[0]}:\n{HELP}")
+            say(HELP if line == "/help" else f"there is no {line.split()[0]}:\n{HELP}")
         elif line:
             _answer(asker, line)
 
@@ -362,6 +350,6 @@ def _answer(asker: _Asker, line: str) -> None:
     try:
         asker.ask(line, interruptible=True)
     except DataError as error:
-        _note(f"error: {error}")
+        say(f"error: {error}")
     except KeyboardInterrupt:  # between two answers
         print_lines([""], "replace")

@@ -12,18 +12,10 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from torchprime.visible import clean
+from torchprime.terminal import shown
 
 NARROWEST = 38  # characters of a column that is still read with ease
 GAP = " | "
-# Without these two some scripts are spelt wrongly and some emoji fall apart; they do no harm.
-JOINERS = re.compile("([\u200c\u200d])")
-
-
-def shown(text: str) -> str:
-    """The text with control characters and marks of direction written out; tabs are four spaces."""
-    text = text.replace("\r\n", "\n").replace("\t", "    ")
-    return "".join(p if JOINERS.fullmatch(p) else clean(p) for p in JOINERS.split(text))
 
 
 def column_width(terminal: int, columns: int) -> int | None:

@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torchprime.atomic import write_json
 from torchprime.cli.arguments import make_parser
-from torchprime.cli.stdout import print_lines
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.metrics.compare import (
     AGREE,
@@ -33,6 +31,7 @@ from torchprime.metrics.compare import (
 )
 from torchprime.metrics.noise_floor import FACTOR, WINDOW, NoiseFloor, measure_noise, read_floor
 from torchprime.metrics.read_logs import Run, read_run
+from torchprime.terminal import print_lines, say
 
 PARITY = "parity.json"
 FLOOR = "noise_floor.json"
@@ -59,7 +58,7 @@ def compare_main(argv: list[str]) -> int:
         runs = [read_run(label, path) for label, path in name_runs(given.runs)]
         return _measure(runs, given) if given.measure_noise else _compare(runs, given, argv)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return error.exit_code
 
 

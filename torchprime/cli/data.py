@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import NamedTuple
 
 from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
 from torchprime.data.rendering import ChatTemplate
 from torchprime.data.tokenizer import Tokenizer
+from torchprime.terminal import print_lines, say
 from torchprime.training.datasets import RunData, prepare_run_data, template_of
 from torchprime.training.model_files import ModelFiles
 from torchprime.training.recipe import files_of
@@ -29,9 +29,6 @@ class Offline(NamedTuple):
 def load(config: TrainConfig) -> Offline:
     """Prepare the config's rows, or find them prepared; what is to be said goes to stderr."""
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     files = files_of(config, weights=False)
     for line in files.vocabulary.describe() if files.vocabulary else ():
         say(line)
@@ -44,10 +41,11 @@ def prepare_offline(config: TrainConfig) -> int:
     data = load(config).data.train
     budget = batch_budget(data, config.seed, config.task.global_batch_size)
     supervised = budget["supervised_tokens_per_update"]
-    print(
+    line = (
         f"{budget['blocks']:,} blocks of {budget['block_size']:,}, {budget['steps_per_epoch']:,} "
         f"steps per epoch at {budget['blocks_per_update']:,} blocks per update; supervised tokens "
         f"per update: mean {supervised['mean']:,.0f}, min {supervised['min']:,}, max "
         f"{supervised['max']:,}"
     )
+    print_lines([line])
     return 0

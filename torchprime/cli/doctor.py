@@ -7,7 +7,6 @@ small step. A line each, `ok`, `none` or `PROBLEM`, and an exit code for scripts
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import platform
@@ -22,8 +21,10 @@ from typing import NamedTuple
 import torch
 from packaging.requirements import Requirement
 
+from torchprime.cli.arguments import make_parser
 from torchprime.config.compose import compose_config
 from torchprime.errors import UserError
+from torchprime.terminal import print_lines, say
 from torchprime.torch_xla_models.compile_only import compile_only
 from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips
 from torchprime.torch_xla_models.tpu_library import find_library
@@ -157,7 +158,7 @@ def compiler() -> Iterator[Finding]:
 
 def doctor_main(argv: list[str]) -> int:
     """Print the findings; 0 if none is a problem, else 1."""
-    parser = argparse.ArgumentParser(prog="torchprime doctor", description=__doc__)
+    parser = make_parser("torchprime doctor", __doc__ or "", "")
     parser.add_argument("--quick", action="store_true", help="look only, try nothing")
     given = parser.parse_args(argv)
     checks = [versions, tpu, gpu] + ([] if given.quick else [virtual_devices, compiler])
@@ -165,7 +166,7 @@ def doctor_main(argv: list[str]) -> int:
     for check in checks:
         for finding in check():
             problems += finding.state == PROBLEM
-            print(f"{finding.state:<8} {finding.what:<16} {finding.detail}", flush=True)
+            print_lines([f"{finding.state:<8} {finding.what:<16} {finding.detail}"])
     if problems:
-        print(f"{problems} problem{'s' if problems > 1 else ''} found", file=sys.stderr)
+        say(f"{problems} problem{'s' if problems > 1 else ''} found")
     return 1 if problems else 0

@@ -17,7 +17,7 @@ from torchprime.checkpoint.from_checkpoint import export_checkpoint, find_checkp
 from torchprime.checkpoint.recheck import recheck
 from torchprime.checkpoint.source import resolve_pretrained
 from torchprime.cli.arguments import make_parser, run_command
-from torchprime.cli.stdout import print_lines
+from torchprime.terminal import print_lines
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MARKS = {True: "passed", False: "FAILED", None: "not made"}

@@ -27,10 +27,10 @@ from torchprime.checkpoint.source import resolve_pretrained
 from torchprime.checkpoint.verify import load_transformers
 from torchprime.cli.arguments import make_parser, positive, run_command
 from torchprime.cli.chatting import DEVICES, choose_device
-from torchprime.cli.stdout import print_lines
 from torchprime.data.templates import resolve_template
 from torchprime.data.tokenizer import load_tokenizer
 from torchprime.errors import ConfigError, RuntimeSetupError
+from torchprime.terminal import print_lines
 from torchprime.training.run_folder import versions
 
 RESULT = "lm_eval.json"

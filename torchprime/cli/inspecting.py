@@ -22,7 +22,6 @@ from markupsafe import Markup, escape
 
 from torchprime.atomic import write_text
 from torchprime.cli.data import Offline, load
-from torchprime.cli.stdout import print_lines
 from torchprime.config.schema import TrainConfig
 from torchprime.data.budget import batch_budget
 from torchprime.data.inspection import (
@@ -41,6 +40,7 @@ from torchprime.data.notes import most_first, noted_first
 from torchprime.data.page import SHOWN_IDS, by_count, first_of, render_page
 from torchprime.data.report import DataReport
 from torchprime.errors import RuntimeSetupError
+from torchprime.terminal import print_lines
 from torchprime.training.plan import count_steps
 from torchprime.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
 
@@ -72,7 +72,7 @@ def inspect_data(config: TrainConfig) -> int:
             "that can be written."
         ) from error
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    print_lines([*terminal(inspection, colours), "", f"page       {path}"], "replace")
+    print_lines([*terminal(inspection, colours), "", f"page       {path}"], "replace", colours)
     return 0
 
 

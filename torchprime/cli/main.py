@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torchprime.config.entry import run_main
 from torchprime.config.schema import TrainConfig
+from torchprime.terminal import print_lines, say
 
 
 def prepare(config: TrainConfig) -> int:
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
+        print_lines([usage()])
         return 0
     name, *rest = argv
     if name in CONFIG_COMMANDS:
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         return OTHER_COMMANDS[name](rest)
     close = difflib.get_close_matches(name, [*CONFIG_COMMANDS, *OTHER_COMMANDS], n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
-    print(f"error: there is no command {name!r}.{hint}\n{usage()}", file=sys.stderr)
+    say(f"error: there is no command {name!r}.{hint}\n{usage()}")
     return 2
 
 

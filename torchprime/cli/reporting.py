@@ -10,8 +10,8 @@ import argparse
 from pathlib import Path
 
 from torchprime.cli.arguments import make_parser, run_command
-from torchprime.cli.stdout import print_lines
 from torchprime.evaluation.report import write_report
+from torchprime.terminal import print_lines
 
 EPILOG = """\
 RUN is a folder, <output_dir>/<run_name>. Exit code: 0; 2 if a file of it is missing or damaged.

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from torchprime.config.compose import compose_config, parse_command, run_hydra_main
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import INTERRUPTED, StoppedError, UserError
+from torchprime.terminal import guard_output, say
 
 
 def run_main(main: Callable[[TrainConfig], int], argv: list[str] | None = None) -> int:
     """Compose the config from the command line, run `main` with it and return the exit code."""
+    guard_output()
     argv = sys.argv[1:] if argv is None else argv
     try:
         command = parse_command(argv)
@@ -24,11 +26,11 @@ def run_main(main: Callable[[TrainConfig], int], argv: list[str] | None = None) 
             return 0
         return main(compose_config(argv))
     except StoppedError as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
+        say(f"stopped: {stop}")
         return stop.exit_code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return INTERRUPTED

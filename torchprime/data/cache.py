@@ -16,11 +16,11 @@ import hashlib
 import json
 import os
 import socket
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torchprime import terminal
 from torchprime.atomic import (
     FOLDER_MODE,
     make_folder,
@@ -54,11 +54,7 @@ def cache_key(ingredients: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def find(root: Path, key: str, say: Callable[[str], None] = _say) -> Path | None:
+def find(root: Path, key: str, say: Callable[[str], None] = terminal.say) -> Path | None:
     """The folder prepared under this key, if every file in it is as it was written.
 
     Files are read whole, once per process. A folder that is damaged gets another name, and `say`

@@ -29,6 +29,8 @@ from torchprime.metrics.record import (
     to_json,
 )
 from torchprime.private_folders import own_folder
+from torchprime.terminal import say
+from torchprime.terminal import shown as shown_text
 
 
 class Writer(Protocol):
@@ -133,7 +135,7 @@ class TensorBoardWriter:
         try:
             self._add(record)
         except OSError as error:  # a view: the run does not end by it
-            print(f"TensorBoard's files can't be written any more: {error}", file=sys.stderr)
+            say(f"TensorBoard's files can't be written any more: {error}")
             self._summary = None
 
     def _add(self, record: Record) -> None:
@@ -184,9 +186,9 @@ class ConsoleWriter:
         if isinstance(record, CheckpointRecord):  # whoever wrote it has said so
             return
         if self._bar is None:
-            print(self._line(record), file=self._stream, flush=True)
+            say(self._line(record), self._stream)
         elif isinstance(record, EvalRecord):
-            self._bar.write(self._line(record), file=self._stream)
+            self._bar.write(shown_text(self._line(record)), file=self._stream)
         else:
             self._bar.set_postfix_str(
                 f"loss {record.loss:.4f}, lr {record.lr:.2e}, "

@@ -14,7 +14,6 @@ before NCCL would.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
+from torchprime.terminal import say
 
 # A collective that takes longer than this has lost a partner; the environment may say otherwise.
 TIMEOUT_VARIABLE, TIMEOUT_SECONDS = "TORCHPRIME_TIMEOUT_SECONDS", 600.0
@@ -159,7 +159,7 @@ def waiting(what: str) -> Iterator[None]:
 
 def _leave(why: str) -> None:
     error = lost_partner(why)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    say(f"error: {error}")
     # Not sys.exit: the main thread hangs in a call that nothing ends.
     os._exit(error.exit_code)
 

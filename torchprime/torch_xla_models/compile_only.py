@@ -32,6 +32,7 @@ from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.private_folders import require_private
 from torchprime.sharding import shard_count
+from torchprime.terminal import print_lines
 from torchprime.torch_xla_models.fitting import find_nearest
 from torchprime.torch_xla_models.runtime import (
     TORCH_XLA_FLAGS,
@@ -55,7 +56,7 @@ def compile_only(config: TrainConfig, say: Say | None = None) -> int:
     Returns:
         The exit code: 0 if it compiles and fits, else 1.
     """
-    say = say or (lambda line: print(line, flush=True))
+    say = say or (lambda line: print_lines([line]))
     library = find_library()
     hf_config, where = find_architecture(
         pretrained_model=config.model.pretrained_model,

@@ -15,6 +15,7 @@ from glob import glob
 from pathlib import Path
 
 from torchprime.errors import RuntimeSetupError
+from torchprime.terminal import say
 
 # LLVM unrolls every loop over a stack's layers whole, optimizer updates above all, so that compile
 # time would grow with depth although the program does not: 3.1 s at 6 layers and 4.7 s at 24,
@@ -87,10 +88,9 @@ def prepare_environment(device_count: int) -> None:
     elif chosen is None:
         os.environ["PJRT_DEVICE"] = chosen = "CPU"
         noun = "device" if device_count == 1 else "devices"
-        print(
+        say(
             f"No TPU on this host: running XLA on the CPU with {device_count} virtual {noun} "
-            "(set PJRT_DEVICE to choose).",
-            file=sys.stderr,
+            "(set PJRT_DEVICE to choose)."
         )
     if chosen == "CPU":
         os.environ.setdefault("CPU_NUM_DEVICES", str(device_count))

@@ -50,6 +50,7 @@ from torchprime.errors import UserError
 from torchprime.metrics.throughput import host_memory_bytes
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
+from torchprime.terminal import print_lines
 from torchprime.torch_xla_models.ahead_of_time import Argument, Lowered, Placeholders, trace_step
 from torchprime.torch_xla_models.train import make_backend
 from torchprime.training.recipe import optimizer_of, sharding_table, step_options
@@ -197,7 +198,7 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
         nonlocal clock
         now = time.perf_counter()
         result["seconds"][name], clock = now - clock, now
-        print(f"{name} {result['seconds'][name]:.1f} s", flush=True)
+        print_lines([f"{name} {result['seconds'][name]:.1f} s"])
 
     lowered = trace(config, request["architecture"])
     lap("trace")

@@ -8,7 +8,6 @@ folder made and are weights loaded. The config stops here: what is called below 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchprime import terminal
 from torchprime.atomic import clear_temporary, write_json
 from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.from_checkpoint import export_checkpoint
@@ -72,7 +72,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.make_backend = make_backend
-        self._print = say or partial(print, file=sys.stderr, flush=True)
+        self._print = say or terminal.say
         # torchrun says who this is before the backend does.
         self.speaks = os.environ.get("RANK", "0") == "0"
         self.folder = Path(config.output_dir) / (config.run_name or config.task.name)

@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from torchprime.cli.columns import answers_lines, cells, column_width, in_columns, shown, wrap
+from torchprime.cli.columns import answers_lines, cells, column_width, in_columns, wrap
+from torchprime.terminal import shown
 
 TEXTS = [
     "",

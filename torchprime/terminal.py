@@ -1,0 +1,129 @@
+"""The one way to a person's terminal: messages to stderr, results to stdout.
+
+A line may quote a row, a template, a file's name or a model's answer, which anybody may have
+written. So every text is printed by `shown`: a control character could clear the screen or write
+a false line, and a mark of direction can turn a name around. A contract test allows no other
+print.
+
+Light on imports: experimental/vllm_tpu_deployment uses it in an environment without torch_xla.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Literal, TextIO
+
+from torchprime.visible import clean
+
+Errors = Literal["replace", "backslashreplace"]
+# Without these two some scripts are spelt wrongly and some emoji fall apart; they do no harm.
+JOINERS = re.compile("([\u200c\u200d])")
+COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
+
+
+def shown(text: str) -> str:
+    """The text with control characters and marks of direction written out; tabs are four spaces."""
+    if text.isascii() and text.isprintable():
+        return text
+    text = text.replace("\r\n", "\n").replace("\t", "    ")
+    return "".join(p if JOINERS.fullmatch(p) else clean(p) for p in JOINERS.split(text))
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a message, whole and at once.
+
+    Args:
+        stream: stderr if not given.
+    """
+    there: TextIO = stream or sys.stderr
+    try:
+        there.write(f"{_encodable(shown(text), there, 'backslashreplace')}\n")
+        there.flush()
+    except BrokenPipeError:
+        _forget(there)
+
+
+def tick(text: str) -> None:
+    """Print a line that the next one replaces, on a terminal only."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{shown(text)}")
+        sys.stderr.flush()
+
+
+def print_lines(
+    lines: Iterable[str], errors: Errors = "backslashreplace", coloured: bool = False
+) -> None:
+    """Print to stdout, also where that knows less than Unicode or is closed early (`| head`).
+
+    Args:
+        errors: what becomes of a character that stdout's encoding lacks: `?`, or its escape.
+        coloured: keep escape codes of colours; whoever asks for it has cleaned the text between.
+    """
+    print_text("\n".join(lines) + "\n", errors, coloured)
+
+
+def print_text(text: str, errors: Errors, coloured: bool = False) -> None:
+    """As `print_lines`, of a text that need not end with its line; it is seen at once."""
+    parts = COLOUR.split(text) if coloured else [text]
+    safe = "".join(p if place % 2 else shown(p) for place, p in enumerate(parts))
+    try:
+        sys.stdout.write(_encodable(safe, sys.stdout, errors))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget(sys.stdout)
+
+
+def print_json(value: object) -> None:
+    """Print one line of JSON, in which what `shown` would write out is escaped as JSON does."""
+    text = json.dumps(value, ensure_ascii=False)
+    print_lines(["".join(c if shown(c) == c else json.dumps(c)[1:-1] for c in text)])
+
+
+def _encodable(text: str, stream: TextIO, errors: Errors) -> str:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, errors).decode(encoding)
+
+
+def _forget(stream: TextIO) -> None:
+    """What is left in the buffer would be an error at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# What libraries and Python itself print -----------------------------------------------------------
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:
+        return shown(super().getMessage())
+
+
+_formatwarning = warnings.formatwarning
+
+
+def _warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    return shown(_formatwarning(message, category, filename, lineno, line))
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    say("".join(traceback.format_exception(kind, error, where)).rstrip("\n"))
+
+
+def guard_output() -> None:
+    """Let logging, warnings and tracebacks print by `shown`, too; for a process's entry point."""
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = _warning
+    sys.excepthook = _uncaught
