@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from torchprime.errors import CheckpointError, RuntimeSetupError
 
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+SMALL_FILE = 64 * 2**20  # bytes: settings, templates, prompts; tokenizers have some 20 MB
 FILE_MODE, FOLDER_MODE = 0o644, 0o755  # less what the umask takes away
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")
 
@@ -128,6 +129,32 @@ def open_regular(path: Path) -> BinaryIO:
         return open(descriptor, "rb")
     os.close(descriptor)
     raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def read_regular(path: Path, most: int = SMALL_FILE) -> bytes:
+    """Return the content of a file that somebody else may have laid down.
+
+    Args:
+        most: bytes; a longer file is refused before it is read.
+
+    Raises:
+        OSError: it cannot be read, is a pipe or a device, or is longer.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+    return content
+
+
+def read_regular_text(path: Path, most: int = SMALL_FILE, errors: str = "strict") -> str:
+    """Return the text of such a file, with its line ends as they are; see `read_regular`.
+
+    Raises:
+        OSError: see there.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_regular(path, most).decode("utf-8", errors)
 
 
 def refuse_used_folder(out: Path) -> None:

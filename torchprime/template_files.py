@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchprime.atomic import write_text
+from torchprime.atomic import read_regular_text, write_text
 from torchprime.errors import CheckpointError
 from torchprime.foreign_names import inside
 
@@ -138,7 +138,6 @@ def read_text(path: Path) -> str:
         CheckpointError: the file cannot be read as UTF-8.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            return file.read()
+        return read_regular_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"the chat template {path} cannot be read: {error}") from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from torchprime.torch_native.train import main as native_main
 
 # Control characters but the ends of lines and progress bars, and marks of direction.
 RAW = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+HANGS_AFTER = 120  # s; those that end take a few
 Said = tuple[int, str]  # an exit code, and all that was printed
 
 
@@ -191,7 +193,12 @@ def carry_out(attack: Attack, ground: Ground) -> None:
         pytest.skip("only root can make files of other users")
     attack.lay(ground)
     before = snapshot(ground.outside)
-    code, said = attack.call(ground)
+    signal.signal(signal.SIGALRM, _hangs)
+    signal.alarm(HANGS_AFTER)
+    try:
+        code, said = attack.call(ground)
+    finally:
+        signal.alarm(0)
     assert snapshot(ground.outside) == before, "something outside was touched"
     assert "Traceback" not in said, said
     assert not RAW.search(said), f"raw on the terminal: {said!r}"
@@ -200,6 +207,10 @@ def carry_out(attack: Attack, ground: Ground) -> None:
     if code:
         assert len(re.findall("^error: |: error: ", said, re.MULTILINE)) == 1, said
     attack.then(ground)
+
+
+def _hangs(*_: object) -> None:
+    raise AssertionError(f"the command did not end within {HANGS_AFTER} s")
 
 
 def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import attack
 import checkpoints
 import foreign_names
+import hangs
 import held
 import links
 import prepared
 import pytest
 import terminal_output
 
-GROUPS = (foreign_names, links, prepared, checkpoints, held, terminal_output)
+GROUPS = (foreign_names, links, prepared, checkpoints, held, terminal_output, hangs)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from torchprime.atomic import read_regular
 from torchprime.errors import CheckpointError
 from torchprime.foreign_names import checked_name
 
@@ -125,7 +126,7 @@ def _locate(folder: Path) -> list[tuple[str, str]]:
 def _locate_by_index(folder: Path) -> list[tuple[str, str]]:
     path = folder / INDEX
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_regular(path))["weight_map"]
         items = [(str(file), str(name)) for name, file in weight_map.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not an index with a weight_map: {error}.") from error

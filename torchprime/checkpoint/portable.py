@@ -16,7 +16,7 @@ import tokenizers
 import torch
 from transformers import AutoTokenizer
 
-from torchprime.atomic import write_bytes, write_json
+from torchprime.atomic import read_regular, write_bytes, write_json
 from torchprime.checkpoint.hf_read import EMBEDDING, HEAD
 from torchprime.errors import CheckpointError
 from torchprime.models.architecture import Rope, architecture_from_hf
@@ -137,7 +137,7 @@ def portable_generation_config(
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; a CheckpointError names a file that is malformed."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path))
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):

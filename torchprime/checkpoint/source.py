@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import stat
 from pathlib import Path
 
 import httpx
@@ -39,6 +40,7 @@ SMALL_PATTERNS = [
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 ]
+MOST_BYTES = 512 * 2**20  # of a file that is not weights; the largest tokenizers have 40 MB
 PICKLES = ("*.bin", "*.pth", "*.pt")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -70,9 +72,34 @@ def resolve_pretrained(name_or_path: str, *, cache_dir: str | None, weights: boo
     else:
         source = f"the hub repository {name_or_path}"
         folder = _fetch(name_or_path, cache_dir, weights)
+    folder = folder.resolve()
+    _require_regular(folder)
     if weights:
         _require_checkpoint(folder, source)
-    return folder.resolve()
+    return folder
+
+
+def _require_regular(folder: Path) -> None:
+    """Refuse pipes, devices and files too large to be what their names say: a library would read
+    them without an end."""
+    patterns = {*SMALL_PATTERNS, *WEIGHT_PATTERNS, "*.json", "*.safetensors"}
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        try:
+            facts = path.stat()
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error.strerror}). Fetch it again."
+            ) from error
+        if not stat.S_ISREG(facts.st_mode):
+            raise CheckpointError(
+                f"{path} is not a regular file. Do not use this folder before you know who wrote "
+                "that, or fetch it again."
+            )
+        if path.suffix != ".safetensors" and facts.st_size > MOST_BYTES:
+            raise CheckpointError(
+                f"{path} has {facts.st_size:,} bytes, expected at most {MOST_BYTES:,}. Fetch the "
+                "folder again."
+            )
 
 
 def _fetch(name: str, cache_dir: str | None, weights: bool) -> Path:

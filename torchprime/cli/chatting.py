@@ -11,6 +11,7 @@ printed as soon as the tuned model has finished it.
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
 import sys
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ from torchprime.evaluation.conversation import (
     Show,
     Speaker,
 )
-from torchprime.evaluation.prompts import as_question, read_prompts
+from torchprime.evaluation.prompts import as_question, read_prompts, require_unicode
 from torchprime.terminal import print_json, print_lines, print_text, say, shown, tick
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -108,6 +109,8 @@ def _chat(given: argparse.Namespace) -> int:
             f"--system: {given.model} has no chat template, so there is no place for a system's "
             "message. Leave it out, or write it into the prompt"
         )
+    if given.system is not None:
+        require_unicode(given.system, "--system")
     for title, speaker in speakers.items():
         say(_described(title, speaker, given.system))
     sampling = Sampling(given.max_new_tokens, given.temperature, given.seed)
@@ -192,6 +195,7 @@ class _Asker:
 
     def check(self, prompt: str, where: str = "") -> None:
         """Raise what asking this would raise, before anything is computed."""
+        require_unicode(prompt, where.rstrip(": ") or "the prompt")
         for title, conversation in self.conversations.items():
             try:
                 conversation.prepare(self._worded(prompt), self.sampling.max_new_tokens)
@@ -318,6 +322,8 @@ class _Columns:
 
 def _interactive(asker: _Asker) -> int:
     terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # to be told as a prompt's mistake
     if terminal:
         say(HELP)
         with suppress(ImportError):

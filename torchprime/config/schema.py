@@ -105,6 +105,7 @@ class DatasetConfig:
     truncation: Literal["drop", "left", "right", "split", "error"] = "drop"
     max_train_examples: int | None = None
     max_rejected_fraction: float = 0.05
+    max_row_characters: int = 4_000_000  # a tokenizer needs some 300 bytes of memory for each
     max_unreadable_rows: int = 0  # lines that are no JSON at all: a damaged file
     id_key: str | None = None  # column of an id that may occur once
     group_key: str | None = None  # column; rows of a group stay on one side of the split
@@ -143,6 +144,7 @@ class DatasetConfig:
         at_least("dataset.max_train_examples", self.max_train_examples, 1)
         fraction("dataset.max_rejected_fraction", self.max_rejected_fraction)
         at_least("dataset.max_unreadable_rows", self.max_unreadable_rows, 0)
+        at_least("dataset.max_row_characters", self.max_row_characters, 1)
         for key in ("id_key", "group_key", "time_key", "prepared_dir"):
             not_empty(f"dataset.{key}", getattr(self, key))
         at_least("dataset.num_proc", self.num_proc, 1)

@@ -17,6 +17,7 @@ from torchprime.data import (
     marked_text,
     reasoning,
     records,
+    row_limits,
     tokenize,
     turns,
 )
@@ -149,6 +150,9 @@ ADVICE: Mapping[str, str] = {
     marked_text.REASON_NOTHING_BEHIND: "give the texts an answer behind the marker",
     marked_text.REASON_NO_PROMPT: "give the texts something in front of the answer",
     chat.REASON_NO_PROMPT: "begin the conversations with a turn that the assistant answers",
+    row_limits.REASON_TOO_MANY: (
+        "cut the texts into rows, or raise the limit if there is memory for it"
+    ),
     **dict.fromkeys(sorted(records.UNREADABLE), "correct the file: it may be damaged or cut off"),
 }
 

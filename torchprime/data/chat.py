@@ -21,6 +21,7 @@ from torchprime.data.notes import RowNotes
 from torchprime.data.reasoning import ERROR, place_reasoning
 from torchprime.data.records import Rejection
 from torchprime.data.rendering import ChatTemplate
+from torchprime.data.row_limits import one_row
 from torchprime.data.rows import Row
 from torchprime.data.spelled import ANSWERS, Spelled
 from torchprime.data.tokenize import (
@@ -96,9 +97,11 @@ def tokenize_chat(
         notes: counts what the template leaves out of rows that are used.
     """
     renderer = _Renderer(template, tokenizer, rules)
-    results: list[Example | Rejection | _Chat] = [
-        renderer.chat(row, RowNotes() if notes is None else notes) for row in rows
-    ]
+    notes = RowNotes() if notes is None else notes
+    results: list[Example | Rejection | _Chat] = []
+    for row in rows:
+        with one_row():
+            results.append(renderer.chat(row, notes))
     places = [i for i, result in enumerate(results) if isinstance(result, _Chat)]
     chats = [result for result in results if isinstance(result, _Chat)]
     texts = [Bordered(c.text, [(span.start, span.end) for span in c.supervised]) for c in chats]

@@ -41,6 +41,7 @@ class Settings:
     max_examples: int | None = None
     max_rejected_fraction: float = 0.05
     max_unreadable_rows: int = 0
+    max_row_characters: int = 4_000_000
     replay_share: float | None = None
     mixture_by: str = "rows"
     turns: str = WHOLE

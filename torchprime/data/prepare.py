@@ -34,6 +34,7 @@ from torchprime.data.records import UNREADABLE, Rejection
 from torchprime.data.rendering import ChatTemplate
 from torchprime.data.report import DataReport, SourceReport, describe_rejected, length_summary
 from torchprime.data.row_format import FormatDecision
+from torchprime.data.row_limits import characters, too_long
 from torchprime.data.rows import Row, RowReading, open_rows
 from torchprime.data.sources import SourceSpec, expected_rows, source_fingerprint
 from torchprime.data.store import ExampleStore, StoreWriter, writing
@@ -44,6 +45,7 @@ from torchprime.errors import DataError
 DATA_VERSION = 4
 
 CHUNK_ROWS = 512
+CHUNK_CHARACTERS = 4_000_000  # end a chunk, too: a tokenizer takes memory for all of them
 # Starting processes takes seconds: what is done sooner than this goes without.
 PARALLEL_AFTER_SECONDS = 1.5
 AHEAD, MOST_PENDING = 2, 32  # chunks that wait for each process, and that wait for the first
@@ -227,7 +229,7 @@ class _Job:
     ) -> None:
         tally = account.sources.setdefault(part.source.name, SourceReport(part.source.describe()))
 
-        def usable() -> Iterator[Row]:
+        def usable() -> Iterator[tuple[Row, int]]:
             for row in rows:
                 bar.update()
                 if isinstance(row, Rejection):
@@ -243,8 +245,12 @@ class _Job:
                     )
                 else:
                     tally.rows += 1
+                    count = characters(row)
+                    if count > self.settings.max_row_characters:
+                        account.reject(too_long(row, count))
+                        continue
                     tally.chats += bool(row.messages)
-                    yield row
+                    yield row, count
 
         def missing() -> int:
             limit = self.settings.max_examples
@@ -408,10 +414,19 @@ def _result(pending: Future[Outcome] | Outcome) -> Outcome:
     return pending.result() if isinstance(pending, Future) else pending
 
 
-def _chunks(rows: Iterator[Row], missing: Callable[[], int]) -> Iterator[list[Row]]:
-    """Chunks until the rows end or there are enough examples; never more rows than are missing."""
+def _chunks(rows: Iterator[tuple[Row, int]], missing: Callable[[], int]) -> Iterator[list[Row]]:
+    """Chunks until the rows end or there are enough examples; never more rows than are missing.
+
+    Args:
+        rows: each with its number of characters, which end a chunk, too.
+    """
     while True:
-        chunk = list(islice(rows, max(0, min(CHUNK_ROWS, missing()))))
+        chunk, size = [], 0
+        for row, count in islice(rows, max(0, min(CHUNK_ROWS, missing()))):
+            chunk.append(row)
+            size += count
+            if size >= CHUNK_CHARACTERS:
+                break
         if not chunk:
             return
         yield chunk

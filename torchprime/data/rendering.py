@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import jinja2
@@ -20,6 +20,8 @@ from transformers.utils.chat_template_utils import (
     _compile_jinja_template,
     render_jinja_template,
 )
+
+from torchprime.data.row_limits import TooSlow, bounded, rendering
 
 MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 UNDEFINED = "undefined in the template"
@@ -137,21 +139,26 @@ def _render(
     tokens = {"bos_token": template.bos_token, "eos_token": template.eos_token}
     defined: dict[str, Any] = {name: text for name, text in tokens.items() if text}
     try:
+        compiled = compiled_template(template.text)
         if template.date:
-            _set_date(template.text, template.date)
+            # So that every process and every start render alike.
+            compiled.globals[DATE_FUNCTION] = datetime.fromisoformat(template.date).strftime
         # It keeps compiled templates; its own work is a tenth of the time.
-        result: Any = render_jinja_template(
-            [[dict(message) for message in as_served(messages)]],
-            tools=[dict(tool) for tool in tools] or None,
-            chat_template=template.text,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=with_marks,
-            **defined,
-            **template.option_values,
-        )
+        with rendering():
+            result: Any = render_jinja_template(
+                [[dict(message) for message in as_served(messages)]],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=template.text,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=with_marks,
+                **defined,
+                **template.option_values,
+            )
     except jinja2.UndefinedError as error:
         raise TemplateRefusal(f"{UNDEFINED}: {error}") from error
     except jinja2.TemplateError as error:
+        raise TemplateRefusal(str(error)) from error
+    except TooSlow as error:
         raise TemplateRefusal(str(error)) from error
     except Exception as error:  # a template is a program: it can fail in any way
         raise TemplateRefusal(f"{type(error).__name__}: {error}") from error
@@ -159,18 +166,16 @@ def _render(
     return texts[0], marks[0] if with_marks else []
 
 
-def _set_date(text: str, day: str) -> None:
-    """Let `strftime_now` tell the run's date, so that every process and every start render alike.
-
-    transformers keeps one compiled template per source; its globals are that template's own.
-    """
-    moment = datetime.fromisoformat(day)
-    compiled_template(text).globals[DATE_FUNCTION] = moment.strftime
-
-
 def compiled_template(text: str) -> jinja2.Template:
-    """Return transformers' compiled form of a template, from its sandbox."""
-    return _compile_jinja_template(text)
+    """Return transformers' compiled form of a template, from its sandbox.
+
+    transformers keeps one for each source; its globals are that template's own.
+    """
+    template = _compile_jinja_template(text)
+    write: Any = template.root_render_func
+    if not hasattr(write, "__wrapped__"):
+        template.root_render_func = wraps(write)(lambda context: bounded(write(context)))
+    return template
 
 
 def as_served(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

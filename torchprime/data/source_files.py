@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 
 import fsspec
 
+from torchprime.atomic import open_regular
 from torchprime.data.file_splits import splits_of, splits_of_file
 from torchprime.data.readers import EXTENSIONS, known_formats, split_name
 from torchprime.data.streams import only_os_errors
@@ -39,6 +40,13 @@ class SourceFile:
     path: str
 
     def open(self) -> IO[bytes]:
+        """Open it to read.
+
+        Raises:
+            OSError: it cannot be opened, or is a pipe or a device, which may never end.
+        """
+        if "file" in protocols(self.fs):
+            return open_regular(Path(self.path))
         with only_os_errors():
             return cast("IO[bytes]", self.fs.open(self.path, "rb"))
 

@@ -8,10 +8,12 @@ environments that have little more than a model server.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchprime.atomic import read_regular_text
 from torchprime.data.row_format import QUESTION_PROMPT
 from torchprime.errors import DataError
 
@@ -23,6 +25,26 @@ def as_question(text: str) -> str:
     return QUESTION_PROMPT.format(question=text)
 
 
+def require_unicode(text: str, where: str) -> str:
+    """Return a text that a tokenizer can take.
+
+    Raises:
+        DataError: it holds a byte that is no UTF-8, or half of a character.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = ord(text[error.start])
+        # Python keeps such bytes as surrogates of their own.
+        byte = 0xDC80 <= found <= 0xDCFF
+        what = f"the byte 0x{found - 0xDC00:02x}" if byte else f"U+{found:04X}, half of a character"
+        raise DataError(
+            f"{where} is no Unicode text: character {error.start + 1:,} is {what}. Write it in "
+            "UTF-8"
+        ) from None
+    return text
+
+
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, in order; blank lines are none.
 
@@ -30,16 +52,17 @@ def read_prompts(path: Path) -> list[str]:
         DataError: no such file, nothing in it, or a line that has no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 ends no line
+        text = read_regular_text(path).removeprefix("\ufeff")
     except FileNotFoundError:
         raise DataError(f"--prompts: there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts: {path} cannot be read as UTF-8 text: {error}") from error
+    lines = re.split("\r\n|\r|\n", text)  # U+2028 ends no line
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise DataError(f"--prompts: {path} is empty, expected a prompt on each line")
     if path.suffix.lower() not in OBJECT_ENDINGS:
-        return [line.rstrip("\r") for _, line in numbered]
+        return [line for _, line in numbered]
     return [_prompt_of(line, f"{path}:{number}") for number, line in numbered]
 
 
@@ -52,6 +75,6 @@ def _prompt_of(line: str, where: str) -> str:
     if isinstance(row, Mapping):
         for field, form in (("prompt", str), ("question", as_question)):
             if isinstance(row.get(field), str) and row[field].strip():
-                return form(row[field])
+                return form(require_unicode(row[field], f"--prompts: {where}"))
     found = f"an object with {', '.join(row)}" if isinstance(row, Mapping) and row else line[:60]
     raise DataError(f"--prompts: {where} has no prompt (it is {found}), {wanted}")

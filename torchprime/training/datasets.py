@@ -219,6 +219,7 @@ def prepare_run_data(
         truncation=d.truncation,
         max_rejected_fraction=d.max_rejected_fraction,
         max_unreadable_rows=d.max_unreadable_rows,
+        max_row_characters=d.max_row_characters,
         replay_share=d.replay_share,
         mixture_by=d.mixture_by,
         turns=d.turns,

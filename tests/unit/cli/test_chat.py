@@ -288,3 +288,32 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(terminal: Terminal) -> None:
     terminal.until("forgotten\r\n> ")
     terminal.keys("\x04")
     assert terminal.process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a\udcff", "character 2 is the byte 0xff"),
+        ("\ud83d!", r"character 1 is U\+D83D, half of a character"),
+    ],
+)
+def test_text_that_is_no_unicode_is_one_line(
+    chat: Chat, tuned: Path, tmp_path: Path, text: str, found: str
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": text}) + "\n")
+    for arguments in (["--prompt", text], ["--prompts", str(prompts)]):
+        code, answered, noted = chat("--model", str(tuned), *arguments)
+        assert code == 2 and not answered
+        assert re.search(f"^error: .*no Unicode text: {found}", noted, re.MULTILINE), noted
+        assert noted.count("error") == 1
+
+
+def test_bytes_that_are_no_unicode_in_a_pipe_are_one_line(tuned: Path) -> None:
+    command = [sys.executable, "-m", "torchprime.cli.main", "chat", "--model", str(tuned)]
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "1"], input=b"a\xff\n", capture_output=True
+    )
+    told = done.stderr.decode()
+    assert "error: the prompt is no Unicode text: character 2 is the byte 0xff" in told
+    assert "Traceback" not in told and not done.stdout
