@@ -63,7 +63,13 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_
 ATTACKS = [
     *(Attack(f"rows: {kind}", rows(kind), prepare(), NOT_REGULAR) for kind in KINDS),
     *(
-        Attack(f"{name}: {kind}, {what}", in_model(name, kind), call, f"{name}.*{NOT_REGULAR}")
+        Attack(
+            f"{name}: {kind}, {what}",
+            in_model(name, kind),
+            call,
+            f"{name}.*{NOT_REGULAR}",
+            slow=(name, kind, what) != ("config.json", "pipe", "train"),
+        )
         for name in (*MODEL_FILES, "chat_template.jinja", "generation_config.json")
         for kind in KINDS
         for what, call in (("train", train), ("chat", chat))
