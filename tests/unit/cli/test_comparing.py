@@ -108,8 +108,8 @@ def test_few_steps_in_common_are_no_agreement(run, tmp_path: Path, capsys) -> No
     assert compare_main(["a", "b", "--figure", "few"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == (
         "TOO FEW STEPS: the losses of b and a were compared at 1 of 10 steps, which lie in 1 of "
-        "the 10 equal parts of the run; an agreement needs 3. Log the same steps in both, or judge the "
-        "common ones alone: --steps 1"
+        "the 10 equal parts of the run; an agreement needs 3. Log the same steps in both, or "
+        "judge the common ones alone: --steps 1"
     )
     told = json.loads((tmp_path / "parity.json").read_text())
     assert told["verdict"] == "too few steps" and (tmp_path / "few.svg").exists()
