@@ -25,6 +25,7 @@ from torchprime.evaluation.answers import (
 )
 from torchprime.evaluation.custom_grading import python_grader
 from torchprime.evaluation.json_grading import json_grader, json_schema_grader
+from torchprime.evaluation.math_grading import math_grader
 from torchprime.evaluation.refusals import refusal
 from torchprime.evaluation.samples import Grader, Sample
 from torchprime.evaluation.text_grading import (
@@ -48,6 +49,7 @@ KINDS: dict[str, Callable[..., Grader]] = {
     "gsm8k_format": gsm8k_format,
     "think_answer": think_answer,
     "think_answer_value": think_answer_value,
+    "math": math_grader,
     "json": json_grader,
     "json_schema": json_schema_grader,
     "non_empty": non_empty,
