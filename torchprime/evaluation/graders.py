@@ -38,7 +38,7 @@ from torchprime.evaluation.text_grading import (
     stopped,
 )
 
-__all__ = ["KINDS", "Grader", "Sample", "MEASURES", "make_grader", "options_of"]
+__all__ = ["KINDS", "Grader", "Sample", "LOWER_IS_BETTER", "MEASURES", "make_grader", "options_of"]
 
 # Each builder takes the key of its section, for messages, and the kind's options.
 KINDS: dict[str, Callable[..., Grader]] = {
@@ -62,6 +62,7 @@ KINDS: dict[str, Callable[..., Grader]] = {
 
 
 MEASURES = frozenset({"length", "repetition"})  # kinds whose numbers are no passes and fails
+LOWER_IS_BETTER = frozenset({"refusal", "repetition"})  # unless a run's rules say otherwise
 
 
 def options_of(kind: str) -> dict[str, inspect.Parameter]:
