@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from torchprime.atomic import write_json
 from torchprime.cli.comparing import compare_main
-from torchprime.metrics.compare import AGREE, DIFFER
+from torchprime.metrics.verdict import AGREE, DIFFER
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = REPO.parent / "shared"

@@ -11,26 +11,28 @@ import argparse
 import json
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torchprime.atomic import write_json
 from torchprime.cli.arguments import make_parser
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
-from torchprime.metrics.compare import (
+from torchprime.metrics.compare import compare, imprecise
+from torchprime.metrics.logged import HowLogged, Run
+from torchprime.metrics.noise_floor import FACTOR, WINDOW, NoiseFloor, measure_noise, read_floor
+from torchprime.metrics.read_logs import read_run
+from torchprime.metrics.verdict import (
     AGREE,
     DIFFER,
     DIFFERENT_DATA,
     QUANTITIES,
+    TOO_FEW,
     Comparison,
     Judged,
     Pair,
-    compare,
-    imprecise,
     usual_speed,
 )
-from torchprime.metrics.noise_floor import FACTOR, WINDOW, NoiseFloor, measure_noise, read_floor
-from torchprime.metrics.read_logs import Run, read_run
 from torchprime.terminal import print_lines, say
 
 PARITY = "parity.json"
@@ -41,7 +43,8 @@ SHOWN_DIFFERENCES = 8
 EPILOG = f"""\
 A RUN is a run's folder, a metrics.jsonl, a trainer_state.json of transformers or a folder with one,
 or a text log; NAME=RUN names it. The first one is the reference.
-Exit code: 0 all agree; 1 they do not, had different data or could not be judged; 2 a mistake.
+Exit code: 0 all agree; 1 they do not, had different data, too few steps in common or could not be
+judged; 2 a mistake, such as a line that cannot be read surely.
 float32: losses to 1e-4, gradient norm to 1e-3, learning rate to 1e-6, relative. Other dtypes: to
 {FACTOR:g} times the largest spread of {WINDOW} neighbouring records of runs that ought to be equal:
   torchprime compare --measure-noise RUN RUN [RUN...] --out {FLOOR}
@@ -55,7 +58,9 @@ def compare_main(argv: list[str]) -> int:
     except SystemExit as stop:  # argparse has printed the help or the mistake
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        runs = [read_run(label, path) for label, path in name_runs(given.runs)]
+        named = name_runs(given.runs)
+        how = read_how([label for label, _ in named], given.mean_over, given.resumed_at)
+        runs = [read_run(label, path, how[label]) for label, path in named]
         return _measure(runs, given) if given.measure_noise else _compare(runs, given, argv)
     except UserError as error:
         say(f"error: {error}")
@@ -76,6 +81,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--loss-tolerance", type=float, metavar="X", help="judge losses by this, relative")
     add("--noise-floor", metavar="FILE", help="judge by this measured floor")
     add("--steps", type=int, metavar="N", help="only the first N common steps")
+    add(
+        "--mean-over",
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="each loss in the log of NAME is the mean of N steps; 1: its step's own",
+    )
+    add(
+        "--resumed-at",
+        action="append",
+        default=[],
+        metavar="NAME=STEP",
+        help="the run of NAME, which logs means, was resumed after STEP; may be repeated",
+    )
     add("--measure-noise", action="store_true", help="write a noise floor to --out FILE instead")
     return parser
 
@@ -99,6 +118,31 @@ def name_runs(given: Sequence[str]) -> list[tuple[str, str]]:
             label = path
         unique.append(label if label not in unique else f"{label}#{len(unique) + 1}")
     return list(zip(unique, (path for _, path in named), strict=True))
+
+
+def read_how(
+    labels: Sequence[str], mean_over: Sequence[str], resumed_at: Sequence[str]
+) -> dict[str, HowLogged]:
+    """By run, what the options NAME=N tell of its log.
+
+    Raises:
+        ConfigError: no such run, or no number.
+    """
+    how = dict.fromkeys(labels, HowLogged())
+    for option, texts in (("--mean-over", mean_over), ("--resumed-at", resumed_at)):
+        for text in texts:
+            label, _, number = text.rpartition("=")
+            if label not in how or not number.isascii() or not number.isdigit() or int(number) < 1:
+                raise ConfigError(
+                    f"{option}: given {text!r}, expected NAME=N with one of the runs "
+                    f"{', '.join(labels)} and a whole number from 1 on"
+                )
+            if option == "--mean-over":
+                how[label] = replace(how[label], mean_over=int(number))
+            else:
+                steps = (*how[label].resumed_at, int(number))
+                how[label] = replace(how[label], resumed_at=steps)
+    return how
 
 
 def _short(path: str) -> str:
@@ -288,14 +332,28 @@ def _advice(comparison: Comparison, argv: Sequence[str]) -> Iterator[str]:
 
 def final_line(comparison: Comparison) -> str:
     """The verdict in a line."""
-    reference, count = comparison.reference.label, len(comparison.steps)
-    of_verdict = [p.run.label for p in comparison.pairs if p.verdict == comparison.verdict]
-    labels = ", ".join(of_verdict)
+    reference = comparison.reference.label
+    of_verdict = [pair for pair in comparison.pairs if pair.verdict == comparison.verdict]
+    labels = ", ".join(pair.run.label for pair in of_verdict)
     if comparison.verdict == AGREE:
         labels = labels if len(of_verdict) < 4 else f"{len(of_verdict)} runs"
-        return f"AGREE: {labels} with {reference} over {count:,} steps"
+        return f"AGREE: {labels} with {reference} over {comparison.told_steps}"
+    if comparison.verdict == TOO_FEW:
+        return f"TOO FEW STEPS: {too_few(comparison, of_verdict[0])}"
     if comparison.verdict == DIFFER:
         return f"DIFFER: {labels} from {reference}"
     if comparison.verdict == DIFFERENT_DATA:
         return f"DIFFERENT DATA: {labels} did not see the batches of {reference}; nothing compared"
     return "NOT JUDGED: measure the noise floor"
+
+
+def too_few(comparison: Comparison, pair: Pair) -> str:
+    """The reason why equal losses are no agreement, and the way out."""
+    coverage, count = pair.coverage, len(pair.quantities["loss"].points)
+    assert coverage is not None
+    return (
+        f"the losses of {pair.run.label} and {comparison.reference.label} were compared at "
+        f"{coverage.told}, which lie in {coverage.stretches} of the {coverage.of_stretches} equal "
+        f"parts of the run; an agreement needs {coverage.needed}. Log the same steps in both, or "
+        f"judge the common ones alone: --steps {count}"
+    )

@@ -1,110 +1,16 @@
-"""Final answers: what comes behind `####` or inside `<answer>`, compared as numbers.
+"""Final answers: what comes behind `####` or inside `<answer>`, compared as quantities.
 
-    "...\n#### **$1,234.50** in all."  ->  final_answer  ->  number  ->  Fraction(2469, 2)
+    "...\n#### **$1,234.50** in all."  ->  final_answer  ->  Quantity(Fraction(2469, 2), "$ in all")
 
-Numbers are read into exact fractions by way of decimals, never into floats: 0.1 + 0.2 must not
-differ from 0.3, nor 10**17 equal 10**17 + 1. What could mean two numbers ("1,5", "5k", "18 and a
-half") is no number: a grade errs towards 0, which a person finds among the samples, and not towards
-1, which nobody looks for.
+quantities.py says what is a quantity. What is none is compared as a text, or is no answer.
 """
 
 from __future__ import annotations
 
-from decimal import Decimal
-from fractions import Fraction
-
 import regex
 
+from torchprime.evaluation.quantities import Quantity, quantity
 from torchprime.evaluation.samples import Grader, Sample
-
-# Numbers ------------------------------------------------------------------------------------------
-
-LONGEST_NUMBER = 200  # characters; what is longer is a model that got stuck on a digit
-
-# Behind a number these multiply it; a list of units cannot have them.
-SCALES = {
-    "hundred": 10**2,
-    "thousand": 10**3,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
-# Words that make another number of the one before them, or may. Not among them: "second", "times".
-NOT_UNITS = {
-    "and", "or", "to", "plus", "minus", "over", "half", "halves", "third", "thirds", "quarter",
-    "quarters", "fourth", "fourths", "fifth", "fifths", "sixth", "sixths", "eighth", "eighths",
-    "tenth", "tenths", "dozen", "dozens", "zero", "one", "two", "three", "four", "five", "six",
-    "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen",
-    "sixteen", "seventeen", "eighteen", "nineteen", "twenty", "thirty", "forty", "fifty", "sixty",
-    "seventy", "eighty", "ninety", "point", "k", "b", "bn", "mn", "mil",
-}  # fmt: skip
-MARKS = r"[*_`]*"  # Markdown
-CURRENCY = r"\\?\p{Sc}"
-GROUP_SPACE = "[ \u00a0\u2009\u202f]"
-NUMBER = regex.compile(
-    rf"""
-    {MARKS} \s*
-    (?P<sign>[-+\u2212])? \s* (?P<currency>{CURRENCY})? \s* (?P<inner_sign>[-+\u2212])? \s*
-    (?:
-        (?: (?P<whole>[0-9]+) [ ]+ (?=[1-9]) )?  (?P<over>[0-9]+) \s? / \s? (?P<under>[0-9]+)
-      |
-        (?P<digits>
-            (?: [0-9]{{1,3}} (?:,[0-9]{{2,3}})* ,[0-9]{{3}}  # 1,234,567, and 12,34,567 of India
-              | [0-9]{{1,3}} (?:{GROUP_SPACE}[0-9]{{3}})+
-              | [0-9]+
-            ) (?:\.[0-9]+)?
-          | \.[0-9]+
-        )
-    )
-    (?P<rest> {MARKS} [\p{{L}}\p{{M}}\p{{Sc}}\s\\%\u2030\u00b0\u00b2\u00b3'\u2019/()\-.,;:!*_`]* )
-    """,
-    regex.VERBOSE,
-)
-
-
-def number(text: str) -> Fraction | None:
-    """The one number that a text is, exactly; None if it is none or could be several.
-
-    Around the number may stand: a sign, a currency sign, commas or spaces between groups of three
-    digits, Markdown's marks, a full stop, and a unit behind it in words without digits. "hundred"
-    to "trillion" behind it multiply; "%" is a unit. "1/2" and "2 1/2" are fractions.
-    """
-    found = NUMBER.fullmatch(text.strip()[: LONGEST_NUMBER + 1])
-    if found is None or len(text.strip()) > LONGEST_NUMBER:
-        return None
-    if found["sign"] and found["inner_sign"]:
-        return None
-    size, factor = _size(found), _factor(found["rest"], bool(found["currency"]))
-    if size is None or factor is None:
-        return None
-    negative = (found["sign"] or found["inner_sign"] or "+") != "+"
-    return -size * factor if negative else size * factor
-
-
-def _size(found: regex.Match[str]) -> Fraction | None:
-    if found["digits"] is not None:
-        return Fraction(Decimal(regex.sub(rf",|{GROUP_SPACE}", "", found["digits"])))
-    over, under = int(found["over"]), int(found["under"])
-    if under == 0:
-        return None
-    if found["whole"] is None:
-        return Fraction(over, under)
-    # "2 5/3" is no mixed number, so who knows what it is.
-    return int(found["whole"]) + Fraction(over, under) if over < under else None
-
-
-def _factor(rest: str, currency: bool) -> int | None:
-    """What the words behind a number multiply it by; None if they leave it open."""
-    words = regex.findall(r"\p{L}+", rest.casefold())
-    factor = 1
-    while words and words[0] in SCALES:
-        factor *= SCALES[words.pop(0)]
-    if currency and words[:1] == ["m"]:  # five million or five metres
-        return None
-    if any(word in NOT_UNITS or word in SCALES for word in words):
-        return None
-    return factor
-
 
 # GSM8K --------------------------------------------------------------------------------------------
 
@@ -112,18 +18,28 @@ MARKER = regex.compile(r"(?<!\#)\#{4}(?!\#)[^\S\n]*([^\n]*)")
 PLAIN_NUMBER = regex.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 
 
-def final_answer(text: str) -> Fraction | None:
-    """The number behind the last `####`, to the end of its line."""
+def final_answer(text: str) -> Quantity | None:
+    """The quantity behind the last `####`, to the end of its line."""
     lines = MARKER.findall(text)
-    return number(lines[-1]) if lines else None
+    return quantity(lines[-1]) if lines else None
+
+
+def agree(one: Quantity | str | None, other: Quantity | str | None) -> bool:
+    """Return True if two values are the same: quantities as such, and a text only as itself."""
+    if isinstance(one, Quantity) and isinstance(other, Quantity):
+        return one.agrees(other)
+    return one is not None and one == other
 
 
 def gsm8k_answer(key: str) -> Grader:
-    """1 if output and reference end in the same number behind `####`; None without one there."""
+    """1 if output and reference end in the same number behind `####`; None without one there.
+
+    Where both name a unit behind it, that has to be the same, too.
+    """
 
     def grade(sample: Sample) -> float | None:
         wanted = final_answer(sample.reference)
-        return None if wanted is None else float(final_answer(sample.output) == wanted)
+        return None if wanted is None else float(agree(final_answer(sample.output), wanted))
 
     return grade
 
@@ -168,22 +84,21 @@ def think_answer(key: str) -> Grader:
 def think_answer_value(key: str) -> Grader:
     """1 if the one <answer> block of the output has the value of the reference's.
 
-    Two numbers are compared as numbers, other values as texts with single spaces. A reference
-    without the block gives its number behind `####`; None if it has neither.
+    Two quantities are compared as such, other values as texts with single spaces. A reference
+    without the block gives its quantity behind `####`; None if it has neither.
     """
 
     def grade(sample: Sample) -> float | None:
         wanted = _answer_value(sample.reference)
         wanted = final_answer(sample.reference) if wanted is None else wanted
-        return None if wanted is None else float(_answer_value(sample.output) == wanted)
+        return None if wanted is None else float(agree(_answer_value(sample.output), wanted))
 
     return grade
 
 
-def _answer_value(text: str) -> Fraction | str | None:
-    """The value in the only <answer> block: a number if it is one, else its text."""
+def _answer_value(text: str) -> Quantity | str | None:
+    """The value in the only <answer> block: a quantity if it is one, else its text."""
     values = ANSWER.findall(text)
     if len(values) != 1 or not values[0].strip():
         return None
-    value = number(values[0])
-    return " ".join(values[0].split()) if value is None else value
+    return quantity(values[0]) or " ".join(values[0].split())

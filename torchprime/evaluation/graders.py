@@ -25,6 +25,7 @@ from torchprime.evaluation.answers import (
 )
 from torchprime.evaluation.custom_grading import python_grader
 from torchprime.evaluation.json_grading import json_grader, json_schema_grader
+from torchprime.evaluation.math_grading import math_grader
 from torchprime.evaluation.refusals import refusal
 from torchprime.evaluation.samples import Grader, Sample
 from torchprime.evaluation.text_grading import (
@@ -37,7 +38,7 @@ from torchprime.evaluation.text_grading import (
     stopped,
 )
 
-__all__ = ["KINDS", "Grader", "Sample", "MEASURES", "make_grader", "options_of"]
+__all__ = ["KINDS", "Grader", "Sample", "LOWER_IS_BETTER", "MEASURES", "make_grader", "options_of"]
 
 # Each builder takes the key of its section, for messages, and the kind's options.
 KINDS: dict[str, Callable[..., Grader]] = {
@@ -48,6 +49,7 @@ KINDS: dict[str, Callable[..., Grader]] = {
     "gsm8k_format": gsm8k_format,
     "think_answer": think_answer,
     "think_answer_value": think_answer_value,
+    "math": math_grader,
     "json": json_grader,
     "json_schema": json_schema_grader,
     "non_empty": non_empty,
@@ -60,6 +62,7 @@ KINDS: dict[str, Callable[..., Grader]] = {
 
 
 MEASURES = frozenset({"length", "repetition"})  # kinds whose numbers are no passes and fails
+LOWER_IS_BETTER = frozenset({"refusal", "repetition"})  # unless a run's rules say otherwise
 
 
 def options_of(kind: str) -> dict[str, inspect.Parameter]:

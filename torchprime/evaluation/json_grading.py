@@ -8,38 +8,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jsonschema
-import regex
-from jsonschema.validators import (
-    Draft4Validator,
-    Draft6Validator,
-    Draft7Validator,
-    Draft201909Validator,
-    Draft202012Validator,
-    extend,
-)
-from jsonschema_specifications import REGISTRY
-from referencing import Specification
-from referencing.exceptions import Unresolvable
-from referencing.jsonschema import specification_with
-
+from torchprime.atomic import read_regular_text
 from torchprime.config.checks import refuse
-from torchprime.errors import ConfigError, DataError
+from torchprime.errors import DataError
+from torchprime.evaluation.json_numbers import read_decimal
+from torchprime.evaluation.json_schemas import SchemaCheck
 from torchprime.evaluation.samples import Grader, Sample
-from torchprime.evaluation.text_grading import PATTERN_SECONDS
 
 FENCE = re.compile(r"```(?:json|JSON)?[ \t\r]*\n(.*)\n[ \t]*```", re.DOTALL)
-DRAFTS = (
-    Draft202012Validator,
-    Draft201909Validator,
-    Draft7Validator,
-    Draft6Validator,
-    Draft4Validator,
-)
+GRADE_SECONDS = 5.0  # for checking one output
+DEEPEST = 100  # levels of a document that a recursive schema can follow
 _NOT_JSON = object()
 
 
@@ -59,62 +41,88 @@ def json_schema_grader(key: str, schema: Any, fenced: bool = False) -> Grader:
         schema: a JSON Schema as a mapping, or the path of a file with one. It is read by the
             draft that its $schema names, otherwise 2020-12. References to other files and hosts
             are refused, and `format` is an annotation, not a check.
+
+    Raises:
+        DataError: (when grading) the check takes longer than GRADE_SECONDS, or has no end.
     """
     if isinstance(schema, str):
         schema = _schema_from_file(Path(schema), f"{key}.schema")
-    validator = _validator(schema, f"{key}.schema")
+    check = SchemaCheck(schema, f"{key}.schema")
 
     def grade(sample: Sample) -> float:
         document = _document(sample.output, fenced)
         if document is _NOT_JSON:
             return 0.0
         try:
-            return float(validator.is_valid(document))
-        except OverflowError:  # 1e999 is infinite here, and then a multiple of nothing
-            return 0.0
-        except (RecursionError, TimeoutError) as error:
+            return float(check.allows(document, GRADE_SECONDS))
+        except TimeoutError:
             raise DataError(
-                f"{key}.schema: checking the output of row {sample.row_id} "
-                f"({len(sample.output)} characters) ended in {type(error).__name__}, expected a "
-                f"schema that can be checked to the end. Look for a $ref that leads to itself, or "
-                f"a pattern that backtracks without an end."
+                _unfinished(key, sample, f"took more than {GRADE_SECONDS:g} s")
             ) from None
+        except RecursionError:
+            if _deeper(document, DEEPEST):
+                return 0.0
+            raise DataError(_unfinished(key, sample, "had no end")) from None
 
     return grade
+
+
+def _unfinished(key: str, sample: Sample, what: str) -> str:
+    return (
+        f"{key}.schema: checking the output of row {sample.row_id} ({len(sample.output)} "
+        f"characters) {what}, expected a schema that can be checked to the end. Look for a $ref "
+        "that leads to itself, a pattern that backtracks without an end, or anyOf inside of anyOf "
+        "that tries all combinations."
+    )
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether the document has more levels than so many."""
+    layer = [value]
+    for _ in range(levels):
+        inner = [each for each in layer if isinstance(each, dict | list)]
+        if not inner:
+            return False
+        layer = [v for each in inner for v in (each.values() if isinstance(each, dict) else each)]
+    return True
 
 
 # Documents ----------------------------------------------------------------------------------------
 
 
 def _document(text: str, fenced: bool) -> Any:
-    """The JSON value that the text is, or _NOT_JSON; null is None, so None says nothing."""
+    """The JSON value that the text is, or _NOT_JSON; null is None, so None says nothing.
+
+    Numbers with a point or an exponent are decimals: what the text says, exactly.
+    """
     text = text.strip()
     fence = FENCE.fullmatch(text) if fenced else None
     try:
         return json.loads(
-            fence.group(1) if fence else text, parse_int=_whole, parse_constant=_no_constant
+            fence.group(1) if fence else text,
+            parse_int=_whole,
+            parse_float=read_decimal,
+            parse_constant=_no_constant,
         )
     except (ValueError, RecursionError):  # nested deeper than any reader follows
         return _NOT_JSON
 
 
-def _whole(digits: str) -> int | float:
+def _whole(digits: str) -> int | Decimal:
     try:
         return int(digits)
     except ValueError:  # Python reads no number of thousands of digits; JSON has no such limit
-        return float(digits)
+        return Decimal(digits)
 
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-# Schemas ------------------------------------------------------------------------------------------
-
-
 def _schema_from_file(path: Path, key: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = read_regular_text(path)
+        return json.loads(text, parse_float=read_decimal, parse_constant=_no_constant)
     except OSError as error:
         refuse(
             key,
@@ -124,74 +132,3 @@ def _schema_from_file(path: Path, key: str) -> Any:
         )
     except (ValueError, RecursionError) as error:
         refuse(key, str(path), f"a file with JSON, but {error}", "Correct the file there.")
-
-
-def _validator(schema: Any, key: str) -> Any:
-    if not isinstance(schema, dict):
-        refuse(
-            key,
-            schema,
-            "a mapping, or the path of a file with one",
-            "Write the schema below it in YAML, such as {type: object}.",
-        )
-    draft = _draft(schema, f"{key}.$schema")
-    try:
-        draft.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise ConfigError(
-            f"{key}: given {error.instance!r} at {error.json_path}, expected a JSON Schema of "
-            f"{_uri(draft)}: {error.message}. Correct it there."
-        ) from None
-    _check_references(schema, specification_with(_uri(draft)), key)
-    # Without a registry of its own jsonschema would fetch what a reference names.
-    return extend(draft, {"pattern": _pattern})(schema, registry=REGISTRY)
-
-
-def _draft(schema: dict[str, Any], key: str) -> Any:
-    """The validator of the draft that the schema names."""
-    given = schema.get("$schema", _uri(Draft202012Validator))
-    for draft in DRAFTS:
-        if isinstance(given, str) and given.rstrip("#") == _uri(draft):
-            return draft
-    refuse(key, given, f"one of {', '.join(map(_uri, DRAFTS))}", "Leave it out for 2020-12.")
-
-
-def _uri(draft: Any) -> str:
-    return draft.ID_OF(draft.META_SCHEMA).rstrip("#")
-
-
-def _pattern(
-    validator: Any, pattern: str, value: Any, schema: Any
-) -> Iterator[jsonschema.ValidationError]:
-    """As jsonschema does it, with a time limit."""
-    if isinstance(value, str) and not regex.search(pattern, value, timeout=PATTERN_SECONDS):
-        yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
-
-
-def _check_references(schema: dict[str, Any], draft: Specification, key: str) -> None:
-    """Every reference leads somewhere inside the schema; otherwise it would only show when met."""
-    root = draft.create_resource(schema)
-    todo, seen = [(root, REGISTRY.resolver_with_root(root))], set()
-    while todo:
-        resource, resolver = todo.pop()
-        if id(resource.contents) in seen:
-            continue
-        seen.add(id(resource.contents))
-        todo += [(inner, resolver.in_subresource(inner)) for inner in resource.subresources()]
-        for name in ("$ref", "$dynamicRef"):
-            given = resource.contents.get(name) if isinstance(resource.contents, dict) else None
-            if given is not None:
-                target = _target(resolver, given, f"{key} ({name})")
-                todo.append((draft.create_resource(target.contents), target.resolver))
-
-
-def _target(resolver: Any, given: str, key: str) -> Any:
-    try:
-        return resolver.lookup(given)
-    except Unresolvable:
-        refuse(
-            key,
-            given,
-            "a reference into the schema itself, since nothing is fetched from elsewhere",
-            "Put what it names below $defs and write '#/$defs/NAME'.",
-        )

@@ -7,7 +7,7 @@ wrong answers that became right, right ones that became wrong, and what stayed a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -48,12 +48,15 @@ class Answers:
     rows: list[AskedRow]
 
 
-def read_answers(files: Mapping[str, Path], orders: Mapping[str, bool]) -> Answers:
+def read_answers(
+    files: Mapping[str, Path], ranked: Sequence[str], lower: Collection[str]
+) -> Answers:
     """Pick from the samples of the compared steps.
 
     Args:
         files: by heading, the earliest first; the last one is compared with the first.
-        orders: whether more is better, by metric, in the order of the run's ranking.
+        ranked: the metrics of the run's ranking, in its order.
+        lower: the graders for which lower is better.
 
     Raises:
         DataError: a file that is no run's samples.
@@ -66,7 +69,7 @@ def read_answers(files: Mapping[str, Path], orders: Mapping[str, bool]) -> Answe
     first, last = list(by_row)[0], list(by_row)[-1]
     common = [row_id for row_id in by_row[last] if all(row_id in each for each in by_row.values())]
     grades = [by_row[last][row_id][1] for row_id in common]
-    by = _deciding(grades, orders)
+    by = _deciding(grades, ranked)
     binary = by is not None and _is_binary(
         [by_row[heading][row_id][1].get(by) for heading in (first, last) for row_id in common]
     )
@@ -76,7 +79,7 @@ def read_answers(files: Mapping[str, Path], orders: Mapping[str, bool]) -> Answe
         change = UNGRADED
         if by is not None and first != last:
             before, after = (by_row[heading][row_id][1].get(by) for heading in (first, last))
-            change = _change(before, after, binary, orders.get(by, True))
+            change = _change(before, after, binary, by not in lower)
         answers = {heading: each[row_id] for heading, each in by_row.items()}
         rows.append(AskedRow(row_id, sample.prompt, sample.reference, change, answers))
     counts = Counter(row.change for row in rows)
@@ -84,11 +87,11 @@ def read_answers(files: Mapping[str, Path], orders: Mapping[str, bool]) -> Answe
     return Answers(by, ordered, _telling(rows))
 
 
-def _deciding(grades: Sequence[Grades], orders: Mapping[str, bool]) -> str | None:
+def _deciding(grades: Sequence[Grades], ranked: Sequence[str]) -> str | None:
     """The first grader of the ranking, else the first that passes or fails, else any."""
     names = list(grades[0]) if grades else []
     passes = [name for name in names if _is_binary([each.get(name) for each in grades])]
-    return next(chain((name for name in orders if name in names), passes, names), None)
+    return next(chain((name for name in ranked if name in names), passes, names), None)
 
 
 def _is_binary(values: Sequence[float | None]) -> bool:
@@ -99,12 +102,13 @@ def _change(before: float | None, after: float | None, binary: bool, highest: bo
     if before is None or after is None:
         return UNGRADED
     if binary:
+        right = int(highest)  # 0 where lower is better, as of refusals
         return {
-            (0, 1): BETTER,
-            (1, 0): WORSE,
-            (0, 0): STILL_WRONG,
-            (1, 1): STILL_RIGHT,
-        }[int(before), int(after)]
+            (False, True): BETTER,
+            (True, False): WORSE,
+            (False, False): STILL_WRONG,
+            (True, True): STILL_RIGHT,
+        }[before == right, after == right]
     if before == after:
         return SAME
     return HIGHER if (after > before) == highest else LOWER

@@ -8,7 +8,7 @@ points each stretch keeps its lowest and highest, so that no spike is lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,14 +46,19 @@ def charts(
     steps: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Mapping[str, Any]],
     history: Sequence[Evaluated],
+    lower: Collection[str],
 ) -> list[Chart]:
-    """A run's charts from its records: losses, scores, learning rate, gradient norm."""
+    """A run's charts from its records: losses, scores, learning rate, gradient norm.
+
+    Args:
+        lower: the graders for which lower is better.
+    """
     loss = [_series("training", steps, "loss")]
     if evaluations:
         loss.append(_series("held out", evaluations, "eval_loss", dots=True))
     drawn = [
         Chart("Loss, nats per supervised token", loss),
-        *_score_charts(history),
+        *_score_charts(history, lower),
         Chart("Learning rate", [_series("learning rate", steps, "lr")]),
         Chart("Gradient norm, before clipping", [_series("gradient norm", steps, "grad_norm")]),
     ]
@@ -67,20 +72,21 @@ def _series(
     return Series(name, [(s, v) for s, v in points if math.isfinite(v)], dots=dots)
 
 
-def _score_charts(history: Sequence[Evaluated]) -> list[Chart]:
-    """Shares of passes in one chart; every other measure has a scale of its own."""
+def _score_charts(history: Sequence[Evaluated], lower: Collection[str]) -> list[Chart]:
+    """Shares in one chart; every other measure has a scale of its own."""
     names = list(dict.fromkeys(name for one in history for name in one.graded))
     passes, measures = [], []
     for name in names:
         graded = {one.step: one.graded[name] for one in history if name in one.graded}
         band = {step: (score["low"], score["high"]) for step, score in graded.items()}
         points = [(step, score["value"]) for step, score in graded.items()]
-        series = Series(name, points, band, dots=True)
+        label = f"{name} (lower is better)" if name in lower else name
+        series = Series(label, points, band, dots=True)
         if all(score["interval"] == "wilson" for score in graded.values()):
             passes.append(series)
         else:
-            measures.append(Chart(f"{name}, with its 95% interval", [series]))
-    shares = [Chart("Grades: share that passes, with 95% intervals", passes, percent=True)]
+            measures.append(Chart(f"{label}, with its 95% interval", [series]))
+    shares = [Chart("Grades: share of answers with 1, with 95% intervals", passes, percent=True)]
     return (shares if passes else []) + measures
 
 

@@ -12,7 +12,7 @@ from torchprime.evaluation.report_reading import RunReport
 
 def html(report: RunReport) -> str:
     """The page."""
-    drawn = charts(report.steps, report.evaluations, report.history)
+    drawn = charts(report.steps, report.evaluations, report.history, report.lower)
 
     def curve(chart: Chart) -> Markup:
         return svg(chart, report.last_step, report.best)

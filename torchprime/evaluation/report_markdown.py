@@ -25,7 +25,7 @@ def _sections(report: RunReport) -> Iterator[str]:
     yield ""
     if report.rows:
         yield "## What training changed\n"
-        yield "With 95% intervals.\n"
+        yield f"With 95% intervals. {inline(report.lower_note)}".rstrip() + "\n"
         yield from [*table(report.headings, report.rows), ""]
         yield "## Evaluations\n"
         yield from [*_evaluations(report), ""]

@@ -25,6 +25,7 @@ from torchprime.data.report import DataReport
 from torchprime.errors import DataError
 from torchprime.evaluation.before_after import columns, table
 from torchprime.evaluation.behaviour import samples_file
+from torchprime.evaluation.directions import lower_is_better
 from torchprime.evaluation.report_answers import Answers, read_answers
 from torchprime.evaluation.selection import (
     EarlyStopping,
@@ -40,10 +41,17 @@ FINGERPRINTS = ("data", "eval", "tokenizer", "template", "data_version")
 
 @dataclass(frozen=True)
 class Export:
-    """What the run left for serving: `certificate` is None if there is none, `told` says why."""
+    """The export that the config asks for.
+
+    Attributes:
+        told: a text about it for a person.
+        there: it was made.
+        certificate: None if there is none.
+    """
 
     path: str
     told: str
+    there: bool
     certificate: Certificate | None = None
 
 
@@ -60,6 +68,7 @@ class RunReport:
             held out.
         answers: to the same held-out rows, side by side; None where none were generated.
         times: seconds, by what they went to.
+        lower: the graders for which lower is better.
     """
 
     name: str
@@ -77,6 +86,12 @@ class RunReport:
     leaks: LeakReport | None
     export: Export | None
     times: dict[str, str]
+    lower: list[str]
+
+    @property
+    def lower_note(self) -> str:
+        """A sentence that names the graders for which lower is better; "" if there are none."""
+        return f"Lower is better: {', '.join(self.lower)}." if self.lower else ""
 
     @property
     def last_step(self) -> int:
@@ -161,6 +176,9 @@ def _gather(
     rule = _rule(config)
     best = rule.best(history)
     headings, rows = table(history, best) if history else ([], [])
+    kinds = {grader["name"]: grader["kind"] for grader in _graders(config)}
+    lower = lower_is_better(kinds, rule, _stopping(config))
+    export = _export(folder, config)
     data, leaks = _data(folder / "data_report.json")
     return RunReport(
         name=folder.absolute().name,
@@ -170,14 +188,15 @@ def _gather(
         evaluations=evaluations,
         history=history,
         best=best,
-        messages=_messages(config, facts, steps, history, rule),
+        messages=_messages(config, facts, steps, history, rule, export),
         headings=headings,
         rows=rows,
-        answers=_answers(folder, history, best, rule),
+        answers=_answers(folder, history, best, rule, lower),
         data=data,
         leaks=leaks,
-        export=_export(folder, config),
+        export=export,
         times=_times(steps, evaluations, records),
+        lower=lower,
     )
 
 
@@ -207,11 +226,13 @@ def _messages(
     steps: Sequence[Mapping[str, Any]],
     history: Sequence[Evaluated],
     rule: Rule,
+    export: Export | None,
 ) -> list[str]:
     done = _last_step(steps, history)
     total = facts["plan"]["total_steps"]
     messages = []
-    stopped = _stopping(config, history)
+    stopping = _stopping(config)
+    stopped = stopping.reason(history) if stopping is not None and history else None
     if done >= total:
         messages.append(f"All {total:,} steps are done.")
     elif stopped is not None:
@@ -223,7 +244,7 @@ def _messages(
         told = ", ".join(f"{step:,}" for step in starts[1:])
         messages.append(f"The run was started {len(starts)} times; it went on after step {told}.")
     if history:
-        messages.append(_selection(config, history, rule))
+        messages.append(_selection(config, history, rule, export))
     for end in range(3, len(history) + 1):
         if (warning := overfitting(history[:end])) is not None:
             messages.append(f"warning: {warning}.")
@@ -234,25 +255,29 @@ def _last_step(steps: Sequence[Mapping[str, Any]], history: Sequence[Evaluated])
     return max([0, *(record["step"] for record in steps), *(one.step for one in history)])
 
 
-def _stopping(config: Mapping[str, Any], history: Sequence[Evaluated]) -> str | None:
+def _stopping(config: Mapping[str, Any]) -> EarlyStopping | None:
     given = config["selection"]["early_stopping"]
-    if given["metric"] is None or not history:
+    if given["metric"] is None:
         return None
     highest = given["mode"] == "max"
-    stopping = EarlyStopping(given["metric"], highest, given["patience"], given["min_delta"])
-    return stopping.reason(history)
+    return EarlyStopping(given["metric"], highest, given["patience"], given["min_delta"])
 
 
-def _selection(config: Mapping[str, Any], history: Sequence[Evaluated], rule: Rule) -> str:
-    best, which = rule.best(history), config["export"]["which"]
+def _selection(
+    config: Mapping[str, Any], history: Sequence[Evaluated], rule: Rule, export: Export | None
+) -> str:
+    best = rule.best(history)
     if best is not None:
         return f"Step {best:,} is the best of the evaluated ones, by {rule}."
     failed = ", ".join(map(str, rule.failed(history[-1].scores)))
-    return (
-        f"warning: no step qualifies by {rule}"
-        + (f" (the last one: not {failed})" if failed else "")
-        + ("; the last one is exported instead." if which == "best" else ".")
-    )
+    told = f"warning: no step qualifies by {rule}"
+    told += f" (the last one: not {failed})" if failed else ""
+    if config["export"]["which"] != "best":
+        return f"{told}."
+    if export is None:
+        return f"{told}; nothing is exported, since task.export_checkpoint_path is null."
+    instead = "the last one is exported instead" if export.there else "no export was made"
+    return f"{told}; {instead}."
 
 
 def _times(
@@ -284,7 +309,11 @@ def _times(
 
 
 def _answers(
-    folder: Path, history: Sequence[Evaluated], best: int | None, rule: Rule
+    folder: Path,
+    history: Sequence[Evaluated],
+    best: int | None,
+    rule: Rule,
+    lower: Sequence[str],
 ) -> Answers | None:
     if not history:
         return None
@@ -293,8 +322,7 @@ def _answers(
         for heading, one in columns(history, best).items()
         if (path := samples_file(folder, one.step)).is_file()
     }
-    orders = {order.metric: order.descending for order in rule.ranking}
-    return read_answers(files, orders) if files else None
+    return read_answers(files, [o.metric for o in rule.ranking], lower) if files else None
 
 
 def _data(path: Path) -> tuple[list[DataReport], LeakReport | None]:
@@ -311,8 +339,8 @@ def _export(folder: Path, config: Mapping[str, Any]) -> Export | None:
         return None
     out = folder / given
     if not out.is_dir():
-        return Export(given, "not there")
+        return Export(given, "not there", False)
     if not (out / CERTIFICATE).is_file():
-        return Export(given, "there, without a certificate")
+        return Export(given, "there, without a certificate", True)
     certificate = read_certificate(out)
-    return Export(given, f"{certificate.origin}; {certificate.tally()}", certificate)
+    return Export(given, f"{certificate.origin}; {certificate.tally()}", True, certificate)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchprime.errors import DataError
-from torchprime.metrics.read_logs import LoggedStep, Run
+from torchprime.metrics.logged import Run
 
 # What of run.json may matter; the rest is derived, or different by nature.
 _FACTS = (
@@ -40,6 +40,31 @@ def common_steps(runs: Sequence[Run]) -> list[int]:
             "same steps. Repeat one with the other's logging_steps."
         )
     return common
+
+
+def check_means(runs: Sequence[Run]) -> list[str]:
+    """Refuse logs of which nothing tells whether their losses are means, unless all are alike.
+
+    Returns:
+        A note on logs that are alike, for their reader.
+
+    Raises:
+        DataError: naming the run and the option that tells it.
+    """
+    asked = [run for run in runs if run.undecided > 1]
+    if not asked:
+        return []
+    apart = asked[0].undecided
+    if len(asked) == len(runs) and all(run.undecided == apart for run in runs):
+        return [
+            f"their records are {apart} steps apart, and nothing tells whether a loss is its "
+            "step's own or a mean; they are taken to be alike"
+        ]
+    raise DataError(
+        f"run {asked[0].label}: its records are {apart} steps apart, and nothing in it tells "
+        "whether a loss is its step's own or the mean since the record before. Say it: --mean-over "
+        f"{asked[0].label}=1 or --mean-over {asked[0].label}={apart}"
+    )
 
 
 @dataclass(frozen=True)
@@ -91,19 +116,25 @@ def _place(run: Run, batch_hash: str) -> int | None:
 
 @dataclass(frozen=True)
 class Aligned:
-    """One quantity of two runs at one step."""
+    """One quantity of two runs at one step.
+
+    Attributes:
+        hidden: how much of their difference rounding in the logs may be.
+        mean_over: both are means over so many steps, of which this is the last.
+    """
 
     step: int
     reference: float
     value: float
-    hidden: float  # how much of their difference rounding in the logs may be
+    hidden: float
+    mean_over: int = 1
 
 
 def align(reference: Run, run: Run, name: str, steps: Sequence[int]) -> list[Aligned]:
     """The quantity wherever both runs have it; `eval_loss` has steps of its own up to the last.
 
     A run whose losses are means over several steps is set beside the other's mean over the same
-    ones.
+    ones. A loss that is the mean of an unknown number of steps is left out.
     """
     if name == "eval_loss":
         both = sorted(set(reference.heldout) & set(run.heldout))
@@ -119,27 +150,69 @@ def align(reference: Run, run: Run, name: str, steps: Sequence[int]) -> list[Ali
         ]
     found = []
     for step in steps:
-        ours = _number(reference, run.steps[step], name)
-        theirs = _number(run, reference.steps[step], name)
+        window = common_window(reference, run, step) if name == "loss" else range(step, step + 1)
+        if window is None:
+            continue
+        ours, theirs = (_number(each, step, name, window) for each in (reference, run))
         if ours is not None and theirs is not None:
-            found.append(Aligned(step, ours[0], theirs[0], ours[1] + theirs[1]))
+            found.append(Aligned(step, ours[0], theirs[0], ours[1] + theirs[1], len(window)))
     return found
 
 
-def _number(run: Run, other: LoggedStep, name: str) -> tuple[float, float] | None:
-    """The run's number and what its rounding hides, as a mean over steps where other's is one."""
-    logged = run.steps[other.step]
+def common_window(reference: Run, run: Run, step: int) -> range | None:
+    """The steps that both runs' losses at this step stand for: the longer of the two windows.
+
+    None if one is of unknown length.
+    """
+    both = [reference.steps[step], run.steps[step]]
+    if any(each.mean_over is None for each in both):
+        return None
+    return max((each.window for each in both), key=len)
+
+
+def _number(run: Run, step: int, name: str, window: range) -> tuple[float, float] | None:
+    """The run's number and what its rounding hides, as a mean over the window."""
+    logged = run.steps[step]
     value = getattr(logged, name)
     if value is None:
         return None
-    if name != "loss" or logged.mean_over >= other.mean_over:
+    if name != "loss" or logged.mean_over == len(window):
         return value, logged.rounding.get(name, 0.0)
-    window = range(other.step - other.mean_over + 1, other.step + 1)
-    parts = [run.steps[step] for step in window if step in run.steps]
-    losses = [each.loss for each in parts if each.mean_over == 1 and each.loss is not None]
-    if len(losses) < other.mean_over:
+    return mean_loss(run, window)
+
+
+def mean_loss(run: Run, window: range) -> tuple[float, float] | None:
+    """The mean of the run's losses over these steps, made of records that fill them exactly, and
+    what their rounding hides; None if there are no such records."""
+    step, total, hidden = window[-1], 0.0, 0.0
+    while step >= window[0]:
+        part = run.steps.get(step)
+        if part is None or part.loss is None or part.mean_over is None:
+            return None
+        total += part.loss * part.mean_over
+        hidden = max(hidden, part.rounding.get("loss", 0.0))
+        step -= part.mean_over
+    return (total / len(window), hidden) if step == window[0] - 1 else None
+
+
+def resumed_before(reference: Run, run: Run, step: int, width: float) -> tuple[Run, int] | None:
+    """Return the run of means, and the step at which it must have been resumed, for these losses to
+    agree; None if nothing like that explains them.
+
+    A resumed Trainer's first record is the mean since the resume, and nothing in it says so.
+
+    Args:
+        width: the band, relative, with what rounding hides.
+    """
+    means, singles = sorted((reference, run), key=lambda each: -(each.steps[step].mean_over or 0))
+    logged = means.steps[step]
+    if logged.loss is None or (logged.mean_over or 1) == 1:
         return None
-    return sum(losses) / len(losses), max(each.rounding.get(name, 0.0) for each in parts)
+    for start in logged.window[:-1]:
+        other = mean_loss(singles, range(start + 1, step + 1))
+        if other is not None and relative(other[0], logged.loss) <= width:
+            return means, start
+    return None
 
 
 def differences(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:

@@ -16,20 +16,19 @@ Where the bands come from:
 - Less precise dtypes: a measured noise floor (noise_floor.py), never below float32's bands. Without
   one there is no verdict.
 - `loss_tolerance`, if given, instead of either for the losses.
-- Numbers that were printed with few digits widen their band by what rounding may hide.
+- Numbers that were printed with few digits widen their band by what rounding may hide. Where that
+  is more than MOST_HIDDEN of the number itself, it can show a difference but no agreement, and is
+  not compared: a learning rate printed as 0.0001 may be any from 0.00005 to 0.00015.
 
 A NaN or an infinity agrees with nothing, not even with itself. A number that one of both did not
-log is not compared, and the notes count these. `Comparison.to_dict` is parity.json; JSON has no NaN
-and no infinity, so there they are the strings "nan", "inf" and "-inf".
+log is not compared, and the notes count these. Agreement at few steps of long runs is none
+(coverage.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import median
-from typing import Any
 
 from torchprime.errors import ConfigError, DataError
 from torchprime.metrics.align import (
@@ -37,180 +36,34 @@ from torchprime.metrics.align import (
     DataCheck,
     align,
     check_data,
+    check_means,
     common_steps,
     differences,
     relative,
+    resumed_before,
 )
+from torchprime.metrics.coverage import cover
+from torchprime.metrics.logged import Run
 from torchprime.metrics.noise_floor import LR_TOLERANCE, NOISY, Band, NoiseFloor
-from torchprime.metrics.read_logs import Run
+from torchprime.metrics.verdict import (
+    AGREE,
+    DIFFER,
+    DIFFERENT_DATA,
+    NOT_JUDGED,
+    QUANTITIES,
+    TOO_FEW,
+    VERDICTS,
+    Comparison,
+    Judged,
+    Pair,
+    Point,
+)
 
-QUANTITIES = ("loss", "eval_loss", "grad_norm", "lr")
 LOSSES = ("loss", "eval_loss")
 FLOAT32 = {"loss": 1e-4, "eval_loss": 1e-4, "grad_norm": 1e-3, "lr": LR_TOLERANCE}
 PROMISED_STEPS = 100
-
-AGREE, DIFFER = "agree", "differ"
-DIFFERENT_DATA, NOT_JUDGED = "different data", "not judged"
-# The verdict on all runs is the first of these that any of them has.
-VERDICTS = (DIFFERENT_DATA, DIFFER, NOT_JUDGED, AGREE)
-
-
-@dataclass(frozen=True)
-class Point:
-    """One quantity of both runs at one step."""
-
-    step: int
-    reference: float
-    value: float
-    band: float | None  # relative; None: there is none
-
-    @property
-    def relative(self) -> float:
-        return relative(self.reference, self.value)
-
-    @property
-    def beyond(self) -> bool:
-        if self.band is None:
-            return False
-        if not (math.isfinite(self.reference) and math.isfinite(self.value)):
-            return True
-        return self.relative > self.band
-
-    def to_dict(self) -> dict[str, Any]:
-        values = {"step": self.step, "reference": self.reference, "value": self.value}
-        return values | {"relative": self.relative, "band": self.band}
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One quantity at all steps where both runs have it; there is at least one."""
-
-    points: tuple[Point, ...]
-
-    @property
-    def worst(self) -> Point:
-        """The largest deviation, the first of equal ones."""
-        return max(self.points, key=lambda point: point.relative)
-
-    @property
-    def first_beyond(self) -> Point | None:
-        return next((point for point in self.points if point.beyond), None)
-
-    @property
-    def has_band(self) -> bool:
-        return self.points[0].band is not None
-
-    def to_dict(self) -> dict[str, Any]:
-        first = self.first_beyond
-        return {
-            "steps": len(self.points),
-            "judged": self.has_band,
-            "beyond": sum(point.beyond for point in self.points),
-            "worst": self.worst.to_dict(),
-            "first_beyond": first and first.to_dict(),
-        }
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A run against the reference."""
-
-    run: Run
-    verdict: str
-    data: DataCheck
-    quantities: Mapping[str, Judged]  # empty if any run's data differ
-    differences: Mapping[str, tuple[Any, Any]]  # what else is not the same, by name
-    notes: tuple[str, ...] = ()
-
-    @property
-    def first_beyond(self) -> tuple[str, Point] | None:
-        """The quantity that first leaves its band, and where; of several at a step, the loss."""
-        found = [(n, p) for n, q in self.quantities.items() if (p := q.first_beyond) is not None]
-        return min(found, key=lambda each: each[1].step, default=None)
-
-    def to_dict(self) -> dict[str, Any]:
-        first = self.first_beyond
-        return {
-            "run": self.run.label,
-            "verdict": self.verdict,
-            "data": self.data.to_dict(),
-            "first_beyond": first and {"quantity": first[0], **first[1].to_dict()},
-            "quantities": {name: each.to_dict() for name, each in self.quantities.items()},
-            "differences": {name: list(both) for name, both in self.differences.items()},
-            "notes": list(self.notes),
-        }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The verdict and all it stands on."""
-
-    verdict: str
-    reference: Run
-    pairs: tuple[Pair, ...]
-    common: int  # steps that all runs logged
-    steps: tuple[int, ...]  # of these, the ones judged
-    bands: Mapping[str, Band | None]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        return (self.reference, *(pair.run for pair in self.pairs))
-
-    def to_dict(self) -> dict[str, Any]:
-        """parity.json."""
-        return _plain(
-            {
-                "verdict": self.verdict,
-                "reference": self.reference.label,
-                "steps": {
-                    "common": self.common,
-                    "judged": len(self.steps),
-                    "first": self.steps[0],
-                    "last": self.steps[-1],
-                },
-                "tolerances": {name: band and band.to_dict() for name, band in self.bands.items()},
-                "runs": [_run_facts(run) for run in self.runs],
-                "pairs": [pair.to_dict() for pair in self.pairs],
-                "notes": list(self.notes),
-            }
-        )
-
-
-def _run_facts(run: Run) -> dict[str, Any]:
-    return {
-        "label": run.label,
-        "path": run.path,
-        "source": run.source,
-        "steps": len(run.steps),
-        "first_step": min(run.steps),
-        "last_step": max(run.steps),
-        "dtype": run.dtype,
-        **{name: run.facts.get(name) for name in ("backend", "device", "mesh", "versions")},
-        "supervised_tokens_per_s": usual_speed(run),
-        "notes": list(run.notes),
-    }
-
-
-def usual_speed(run: Run) -> float | None:
-    """The median of the logged supervised tokens per second."""
-    logged = (step.supervised_tokens_per_s for step in run.steps.values())
-    rates = [rate for rate in logged if rate is not None and math.isfinite(rate)]
-    return median(rates) if rates else None
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, float) and math.isfinite(value) or value is None:
-        return value
-    return value if isinstance(value, bool | int) else str(value)
-
-
-# Judging ------------------------------------------------------------------------------------------
+# Where rounding in the logs hides more of a number than this, the number says too little.
+MOST_HIDDEN = {"loss": 0.05, "eval_loss": 0.05, "grad_norm": 0.05, "lr": 0.01}
 
 
 def compare(
@@ -230,9 +83,11 @@ def compare(
 
     Raises:
         ConfigError: for fewer than two runs, or a number out of range.
-        DataError: if the runs have no step or no loss in common, or the floor is not theirs.
+        DataError: if the runs have no step or no loss in common, nothing tells whether losses of
+            one are means, or the floor is not theirs.
     """
     _check_arguments(runs, loss_tolerance, steps)
+    alike = check_means(runs)
     reference, *others = runs
     common = common_steps(runs)
     judged = common[:steps]
@@ -244,7 +99,8 @@ def compare(
         if floor is not None:
             _check_covered(floor, judged)
         pairs = [
-            _judge(reference, run, c, judged, bands) for run, c in zip(others, checks, strict=True)
+            _judge(reference, run, c, judged, bands, first=steps is not None)
+            for run, c in zip(others, checks, strict=True)
         ]
     found = {pair.verdict for pair in pairs}
     return Comparison(
@@ -254,7 +110,7 @@ def compare(
         common=len(common),
         steps=tuple(judged),
         bands=bands,
-        notes=tuple(_notes_on_dtypes(runs, bands)),
+        notes=(*alike, *_notes_on_dtypes(runs, bands)),
     )
 
 
@@ -324,33 +180,68 @@ def _judge(
     check: DataCheck,
     steps: Sequence[int],
     bands: Mapping[str, Band | None],
+    *,
+    first: bool,
 ) -> Pair:
-    quantities = {}
+    """The verdict on one run.
+
+    Args:
+        first: the steps are the first ones that were asked for, not all.
+    """
+    quantities, coarse = {}, {}
     for name in QUANTITIES:
-        if points := _points(reference, run, name, steps, bands[name]):
+        points, coarse[name] = _points(reference, run, name, steps, bands[name])
+        if points:
             quantities[name] = Judged(points)
     if "loss" not in quantities:
-        raise DataError(
-            f"runs {reference.label} and {run.label}: no loss that both have on their "
-            f"{len(steps):,} common steps. One logs means over several steps of which the other "
-            "lacks some, or logs no loss there; log every step in both (logging_steps=1)."
-        )
+        raise _no_loss(reference, run, len(steps), coarse["loss"])
+    losses = quantities["loss"].points
+    windows = [range(p.step - p.mean_over + 1, p.step + 1) for p in losses]
+    within = range(min(w.start for w in windows), steps[-1] + 1) if first else None
+    coverage = cover([reference, run], windows, within)
     if any(judged.first_beyond for judged in quantities.values()):
         verdict = DIFFER
+    elif not quantities["loss"].has_band:
+        verdict = NOT_JUDGED
     else:
-        verdict = AGREE if quantities["loss"].has_band else NOT_JUDGED
-    notes = tuple(_notes(reference, run, steps, quantities))
-    return Pair(run, verdict, check, quantities, differences(reference, run), notes)
+        verdict = AGREE if coverage.enough else TOO_FEW
+    notes = tuple(_notes(reference, run, steps, quantities, coarse))
+    return Pair(run, verdict, check, quantities, differences(reference, run), notes, coverage)
+
+
+def _no_loss(reference: Run, run: Run, steps: int, coarse: int) -> DataError:
+    why = (
+        "One logs means over several steps of which the other lacks some, or logs no loss there; "
+        "log every step in both (logging_steps=1)."
+    )
+    if coarse:
+        why = (
+            f"At {coarse:,} of them rounding hides more than {MOST_HIDDEN['loss']:.0%} of it; log "
+            "more digits."
+        )
+    return DataError(
+        f"runs {reference.label} and {run.label}: no loss that both have on their {steps:,} common "
+        f"steps. {why}"
+    )
 
 
 def _points(
     reference: Run, run: Run, name: str, steps: Sequence[int], band: Band | None
-) -> tuple[Point, ...]:
-    points = []
+) -> tuple[tuple[Point, ...], int]:
+    """The points of a quantity, and the number of steps at which rounding hides too much.
+
+    Such a number can show a difference that is larger than what it hides, but never an agreement.
+    """
+    points, coarse = [], 0
     for each in align(reference, run, name, steps):
-        width = None if band is None else band.at(each.step) + _hidden(each)
-        points.append(Point(each.step, each.reference, each.value, width))
-    return tuple(points)
+        hidden = _hidden(each)
+        width = None if band is None else band.at(each.step) + hidden
+        point = Point(each.step, each.reference, each.value, width, each.mean_over)
+        if hidden > MOST_HIDDEN[name] and not point.beyond:
+            coarse += 1
+        else:
+            points.append(point)
+    return tuple(points), coarse
 
 
 def _hidden(each: Aligned) -> float:
@@ -367,12 +258,23 @@ def _hidden(each: Aligned) -> float:
 
 
 def _notes(
-    reference: Run, run: Run, steps: Sequence[int], quantities: Mapping[str, Judged]
+    reference: Run,
+    run: Run,
+    steps: Sequence[int],
+    quantities: Mapping[str, Judged],
+    coarse: Mapping[str, int],
 ) -> Iterator[str]:
     for name in ("loss", "grad_norm", "lr"):
         count = len(quantities[name].points) if name in quantities else 0
-        if count < len(steps):
-            yield f"{name}: both have it at {count:,} of {len(steps):,} common steps"
+        if count + coarse[name] < len(steps):
+            yield f"{name}: both have it at {count + coarse[name]:,} of {len(steps):,} common steps"
+    for name, count in coarse.items():
+        if count:
+            yield (
+                f"{name}: not compared at {count:,} steps, where rounding in a log hides more than "
+                f"{MOST_HIDDEN[name]:.0%} of it"
+            )
+    yield from _notes_on_resumes(reference, run, quantities["loss"])
     for name, judged in quantities.items():
         if not judged.has_band:
             yield f"{name}: not judged, there is no band for it"
@@ -387,6 +289,20 @@ def _notes(
             "lr: at each step it is the reference's of the next step, so this log has it after the "
             "scheduler's step, as older transformers do"
         )
+
+
+def _notes_on_resumes(reference: Run, run: Run, losses: Judged) -> Iterator[str]:
+    for point in losses.points:
+        if not point.beyond or point.mean_over == 1 or point.band is None:
+            continue
+        found = resumed_before(reference, run, point.step, point.band)
+        if found is not None:
+            means, start = found
+            yield (
+                f"loss: at step {point.step:,} it agrees as the mean of steps {start + 1:,} to "
+                f"{point.step:,}, which a run that was resumed at step {start:,} logs; if it was, "
+                f"say --resumed-at {means.label}={start}"
+            )
 
 
 def _lr_is_late(reference: Run, run: Run, steps: Sequence[int]) -> bool:

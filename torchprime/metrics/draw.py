@@ -5,13 +5,18 @@ band. Right: gradient norm, learning rate and throughput. Runs keep their colour
 palette that colour-blind readers can tell apart) and are named at the ends of their lines. The
 reference is drawn first, wide and grey, so that a run that lies on it is seen lying on it.
 
-The files depend on nothing but the comparison: no dates, and ids in the SVG from a fixed salt.
+A loss that is a mean over steps is a horizontal bar over these steps. A panel without numbers says
+so, and names the runs that logged none.
+
+The files depend on nothing but the comparison: no dates, and ids in the SVG from a fixed salt. Only
+names in scripts that DejaVu Sans does not have depend on the fonts that are installed, too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,8 +28,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from torchprime.atomic import write_bytes
 from torchprime.errors import ConfigError, RuntimeSetupError
-from torchprime.metrics.compare import AGREE, DIFFER, Comparison, Pair, Point
-from torchprime.metrics.read_logs import Run
+from torchprime.metrics.captions import subtitle, title
+from torchprime.metrics.label_fonts import FIRST, families_for, legible, quiet_fonts
+from torchprime.metrics.logged import LoggedStep, Run
+from torchprime.metrics.verdict import Comparison, Pair, Point
 
 # Okabe and Ito's, darkened where they are faint on white, and two more in between.
 COLOURS = (
@@ -32,19 +39,13 @@ COLOURS = (
     "#1A1A1A",
 )  # fmt: skip
 STYLES = ("--", "-.", ":")  # after the first run: what lies below shows in the gaps
-WORDS = {
-    "loss": "loss",
-    "eval_loss": "held-out loss",
-    "grad_norm": "gradient norm",
-    "lr": "learning rate",
-}
 MOST_RUNS = len(COLOURS) + 1
 REFERENCE = "#B5B9BF"
 INK, QUIET, BAND = "#22262B", "#6B727B", "#E9EDF2"
 WIDTH, HEIGHT = 11, 6.6  # inches
 SETTINGS: Any = {
     "svg.hashsalt": "torchprime",
-    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.family": FIRST,
     "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": "#C3C8CE",
@@ -76,7 +77,10 @@ def draw(comparison: Comparison, stem: Path) -> list[Path]:
             "apart; leave some out, or --figure none"
         )
     paths = [Path(f"{stem}.png"), Path(f"{stem}.svg")]
-    with matplotlib.rc_context(SETTINGS):
+    with quiet_fonts():
+        families, missing = families_for(run.label for run in comparison.runs)
+    comparison = _relabelled(comparison, missing)
+    with quiet_fonts(), matplotlib.rc_context({**SETTINGS, "font.family": families}):
         figure = _figure(comparison)
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +100,18 @@ def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
     return drawn.getvalue()
 
 
+def _relabelled(comparison: Comparison, missing: set[str]) -> Comparison:
+    """The comparison with names that can be drawn."""
+    if not missing:
+        return comparison
+
+    def named(run: Run) -> Run:
+        return replace(run, label=legible(run.label, missing))
+
+    pairs = tuple(replace(pair, run=named(pair.run)) for pair in comparison.pairs)
+    return replace(comparison, reference=named(comparison.reference), pairs=pairs)
+
+
 def _figure(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(WIDTH, HEIGHT), facecolor="white")
     grid = figure.add_gridspec(
@@ -107,14 +123,15 @@ def _figure(comparison: Comparison) -> Figure:
     norm, rate, speed = (
         figure.add_subplot(grid[top : top + 2, 1], sharex=loss) for top in (0, 2, 4)
     )
-    first, last = comparison.steps[0], comparison.steps[-1]
+    first, last = _first_step(comparison), comparison.steps[-1]
     margin = max(0.5, 0.01 * (last - first))
     loss.set_xlim(first - margin, last + margin)
     loss.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
 
     _curves(loss, comparison, "loss")
     _heldout(loss, comparison)
-    loss.set_title("Loss, nats per supervised token")
+    means = any(logged.mean_over != 1 for run in comparison.runs for logged in run.steps.values())
+    loss.set_title("Loss, nats per supervised token" + ("; bars: means over steps" * means))
     _name_ends(loss, comparison.runs, "loss", last)
     _apart(apart, comparison)
     _curves(norm, comparison, "grad_norm")
@@ -128,7 +145,8 @@ def _figure(comparison: Comparison) -> Figure:
     if speed.lines:
         speed.set_ylim(bottom=0)
     for axes in (loss, norm, rate, speed):
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5 if axes is loss else 3))
+        if axes.lines or axes.collections:
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5 if axes is loss else 3))
     for axes in (loss, apart, norm, rate, speed):
         axes.grid(axis="y", color="#EEF0F3", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -152,44 +170,6 @@ def _titles(figure: Figure, comparison: Comparison) -> None:
     figure.text(0.022, 0.903, under, fontsize=9, color=QUIET, **plain)
 
 
-def title(comparison: Comparison) -> str:
-    """The verdict, in words that a reader of the figure alone understands."""
-    reference, count = comparison.reference.label, len(comparison.steps)
-    steps = f"{count:,} step" + "s" * (count != 1)
-    if comparison.verdict == AGREE:
-        others = [pair.run.label for pair in comparison.pairs]
-        who = f"{others[0]} agrees" if len(others) == 1 else f"{len(others)} runs agree"
-        return f"{who} with {reference} over {steps}"
-    out = [pair for pair in comparison.pairs if pair.verdict == DIFFER]
-    if not out:
-        return f"Not judged: the noise of {reference} and the others is not measured"
-    if len(out) > 1:
-        return f"{len(out)} of {len(comparison.pairs)} runs differ from {reference}"
-    found = out[0].first_beyond
-    assert found is not None
-    what = WORDS[found[0]]
-    return f"{out[0].run.label} differs from {reference}: {what}, first at step {found[1].step:,}"
-
-
-def subtitle(comparison: Comparison) -> str:
-    """The largest difference of each quantity, with its band."""
-    told = []
-    for name, words in WORDS.items():
-        found = [pair.quantities[name] for pair in comparison.pairs if name in pair.quantities]
-        if not found:
-            continue
-        point = max((each.worst for each in found), key=lambda point: point.relative)
-        if name == "lr" and not point.relative:
-            continue
-        amount = f"{point.relative:.1e}" if math.isfinite(point.relative) else "not finite"
-        band = "no band" if point.band is None else f"band {point.band:.0e}"
-        told.append(f"{words} {amount if point.relative else '0'} ({band})")
-    unknown = [pair.run.label for pair in comparison.pairs if not pair.data.same]
-    of_whom = unknown[0] if len(unknown) == 1 else f"{len(unknown)} runs"
-    data = f"no hashes of {of_whom}" if unknown else "same batches by their hashes"
-    return f"Largest relative difference: {', '.join(told)}; {data}"
-
-
 def _look(place: int) -> dict[str, Any]:
     """How the run at this place is drawn; the reference is the first."""
     if place == 0:
@@ -202,30 +182,76 @@ def _name_colour(place: int) -> str:
     return COLOURS[place - 1] if place else QUIET
 
 
-def _within(comparison: Comparison, run: Run, name: str) -> tuple[list[int], list[float]]:
-    """The run's own numbers up to the last judged step; NaN, which is not drawn, if none."""
-    steps = [s for s in run.steps if comparison.steps[0] <= s <= comparison.steps[-1]]
-    values = [getattr(run.steps[step], name) for step in steps]
-    return steps, [
-        float(value) if value is not None and math.isfinite(value) else math.nan for value in values
-    ]
+def _first_step(comparison: Comparison) -> int:
+    """The first step that a judged loss stands for."""
+    first = comparison.steps[0]
+    return min(run.steps[first].window.start for run in comparison.runs)
+
+
+def _within(comparison: Comparison, run: Run, name: str) -> list[tuple[LoggedStep, float]]:
+    """The run's own numbers up to the last judged step, as far as it logged them."""
+    steps = [s for s in run.steps if _first_step(comparison) <= s <= comparison.steps[-1]]
+    found = [(run.steps[step], getattr(run.steps[step], name)) for step in steps]
+    return [(logged, float(value)) for logged, value in found if value is not None]
 
 
 def _curves(axes: Axes, comparison: Comparison, name: str) -> None:
-    drawn = False
+    without, infinite = [], []
     for place, run in enumerate(comparison.runs):
-        steps, values = _within(comparison, run, name)
-        if all(map(math.isnan, values)):
+        found = _within(comparison, run, name)
+        if not any(math.isfinite(value) for _, value in found):
+            (infinite if found else without).append(run.label)
             continue
-        drawn = True
-        alone = {"marker": "o", "markersize": 3} if len(steps) == 1 else {}
-        axes.plot(steps, values, **_look(place), **alone)
+        over = [logged.mean_over if name == "loss" else 1 for logged, _ in found]
+        # A number that is not finite is NaN, which interrupts the line.
+        values = [value if math.isfinite(value) else math.nan for _, value in found]
+        _draw_numbers(axes, [logged.step for logged, _ in found], values, over, place)
         judged = comparison.pairs[place - 1].quantities.get(name) if place else None
         if name != "loss" and judged and (first := judged.first_beyond):
             _mark_first(axes, first, first.value, place)
-    if not drawn:
-        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=QUIET)
+    _tell_absent(axes, len(comparison.runs), without, infinite)
+
+
+def _draw_numbers(
+    axes: Axes,
+    steps: Sequence[int],
+    values: Sequence[float],
+    over: Sequence[int | None],
+    place: int,
+) -> None:
+    """A line through single steps, or a bar over the steps of each mean; a dot where the number of
+    its steps is not known."""
+    look = _look(place)
+    if all(each == 1 for each in over):
+        alone = {"marker": "o", "markersize": 3} if len(steps) == 1 else {}
+        axes.plot(steps, values, **look, **alone)
+        return
+    bars = [(s, m, v) for s, m, v in zip(steps, over, values, strict=True) if m is not None]
+    axes.hlines(
+        [v for _, _, v in bars], [s - m + 0.5 for s, m, _ in bars], [s + 0.5 for s, _, _ in bars],
+        colors=look["color"], linewidth=look["linewidth"], zorder=look["zorder"],
+        linestyles=look.get("linestyle", "-"),
+    )  # fmt: skip
+    dots = [(s, v) for s, m, v in zip(steps, over, values, strict=True) if m is None]
+    axes.plot(*zip(*dots, strict=True) if dots else ([], []), "o", color=look["color"], ms=3)
+
+
+def _tell_absent(axes: Axes, runs: int, without: Sequence[str], infinite: Sequence[str]) -> None:
+    """Say which runs have no line here, and why."""
+    told: list[str] = []
+    for labels, why in ((without, "not logged"), (infinite, "no finite number")):
+        if len(labels) == runs:
+            told.append(why)
+        elif labels:
+            told.append(f"{why}: {', '.join(_fit(label) for label in labels)}")
+    if not told:
+        return
+    quiet: dict[str, Any] = {"transform": axes.transAxes, "color": QUIET, "parse_math": False}
+    if len(without) + len(infinite) == runs:
+        axes.text(0.5, 0.5, "\n".join(told), ha="center", va="center", **quiet)
         axes.set_yticks([])
+    else:
+        axes.text(0.99, 0.97, "\n".join(told), ha="right", va="top", fontsize=8, **quiet)
 
 
 def _heldout(axes: Axes, comparison: Comparison) -> None:
@@ -267,15 +293,13 @@ def _apart(axes: Axes, comparison: Comparison) -> None:
         found = pair.quantities["loss"].points
         steps = [point.step for point in found]
         heights = [min(max(point.relative, bottom), top) for point in found]
-        few = {"marker": "o", "markersize": 3} if len(steps) == 1 else {}
-        axes.plot(steps, heights, **_look(place), **few)
+        _draw_numbers(axes, steps, heights, [point.mean_over for point in found], place)
         ends.append((pair.run.label, heights[-1], place))
         if (first := pair.quantities["loss"].first_beyond) is not None:
             _mark_first(axes, first, min(max(first.relative, bottom), top), place)
-    if not real and all(point.relative == 0 for point in points):
-        axes.text(
-            0.5, 0.4, "equal to the last bit", transform=axes.transAxes, ha="center", color=QUIET
-        )
+    for value, told in ((0, "equal to the last bit"), (math.inf, "no finite difference")):
+        if all(point.relative == value for point in points):
+            axes.text(0.5, 0.4, told, transform=axes.transAxes, ha="center", color=QUIET)
     _spread_names(axes, ends, comparison.steps[-1])
 
 

@@ -22,8 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from torchprime.errors import DataError
-from torchprime.metrics.align import align, check_data, common_steps, differences, relative
-from torchprime.metrics.read_logs import Run
+from torchprime.metrics.align import (
+    align,
+    check_data,
+    check_means,
+    common_steps,
+    differences,
+    relative,
+)
+from torchprime.metrics.logged import Run
 
 NOISY = ("loss", "eval_loss", "grad_norm")  # the learning rate has no noise
 LR_TOLERANCE = 1e-6
@@ -118,6 +125,7 @@ def measure_noise(runs: Sequence[Run]) -> NoiseFloor:
     if len(runs) < 2:
         raise DataError(f"--measure-noise: got {len(runs)} run, expected two or more")
     reference, *others = runs
+    check_means(runs)
     steps = common_steps(runs)
     for run in others:
         _check_comparable(reference, run, steps)

@@ -100,9 +100,57 @@ def test_options_reach_the_verdict(run) -> None:
     assert compare_main([*runs, "--loss-tolerance", "0.011"]) == 0
 
 
+def test_few_steps_in_common_are_no_agreement(run, tmp_path: Path, capsys) -> None:
+    run("a")
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.jsonl").write_text(lines[0] + "\n")
+    assert compare_main(["a", "b", "--figure", "few"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "TOO FEW STEPS: the losses of b and a were compared at 1 of 10 steps, which lie in 1 of "
+        "the 10 equal parts of the run; an agreement needs 3. Log the same steps in both, or "
+        "judge the common ones alone: --steps 1"
+    )
+    told = json.loads((tmp_path / "parity.json").read_text())
+    assert told["verdict"] == "too few steps" and (tmp_path / "few.svg").exists()
+    assert compare_main(["a", "b", "--figure", "none", "--steps", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "AGREE: b with a over 1 step"
+    (tmp_path / "b" / "metrics.jsonl").write_text("\n".join(lines[:5]) + "\n")
+    assert compare_main(["a", "b", "--figure", "none"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "AGREE: b with a over 5 of 10 steps"
+
+
+def test_a_line_that_cannot_be_read_is_exit_2_and_names_it(run, tmp_path: Path, capsys) -> None:
+    (tmp_path / "b.log").write_text("step 1 loss 2.5\nstep 2 loss 2,5000\n")
+    assert compare_main([run("a"), "b.log", "--figure", "none"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: run b.log, line 2: 'step 2 loss 2,5000': '2,5000' cannot be")
+    assert said.count("\n") == 1 and not (tmp_path / "parity.json").exists()
+
+
+def test_means_and_resumes_that_a_log_does_not_tell(run, tmp_path: Path, capsys) -> None:
+    losses = {s: sum(4.0 / each for each in range(s - 1, s + 1)) / 2 for s in (2, 4, 6, 8, 10)}
+    (tmp_path / "b.log").write_text("".join(f"step {s} loss {x!r}\n" for s, x in losses.items()))
+    compared = [run("a"), "b.log", "--figure", "none"]
+    assert compare_main(compared) == 2
+    assert "--mean-over b=1 or --mean-over b=2" in capsys.readouterr().err
+    assert compare_main([*compared, "--mean-over", "b=1"]) == 1
+    assert compare_main([*compared, "--mean-over", "b=2"]) == 0
+    state = [{"step": s, "loss": x if s != 6 else 4.0 / 6} for s, x in losses.items()]
+    (tmp_path / "hf.json").write_text(json.dumps({"log_history": state}))
+    assert compare_main(["a", "hf.json", "--figure", "none"]) == 1
+    assert "--resumed-at hf=5" in capsys.readouterr().out
+    assert compare_main(["a", "hf.json", "--figure", "none", "--resumed-at", "hf=5"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["a", "a", "--mean-over", "b=2"], "--mean-over: given 'b=2', expected NAME=N"),
+        (["a", "a", "--mean-over", "a=0"], "--mean-over: given 'a=0', expected NAME=N"),
+        (["a", "a", "--resumed-at", "25"], "--resumed-at: given '25', expected NAME=N"),
+        (["a", "x=a", "--mean-over", "a=2"], "--mean-over: given for a, but each loss in its"),
+        (["a", "x=a", "--resumed-at", "a=2"], "--resumed-at: given for a, but each loss in its"),
         (["a"], "two or more"),
         (["a", "nothing"], "nothing"),
         (["a", "a", "--steps", "0"], "--steps"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,23 @@ def _sample(output: str, reference: str = "", **others: Any) -> Sample:
 def sample() -> Callable[..., Sample]:
     """A sample of an output and a reference, that stopped by itself."""
     return _sample
+
+
+@dataclass(frozen=True)
+class HardPair:
+    """Two answers, a person's verdict on them, and why they are hard."""
+
+    reference: str
+    answer: str
+    right: bool
+    why: str
+
+
+@pytest.fixture(scope="session")
+def hard_pairs() -> list[HardPair]:
+    """200 pairs of answers that are easily taken for equal, or for different."""
+    lines = Path(__file__).with_name("hard_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return [HardPair(**json.loads(line)) for line in lines]
 
 
 @pytest.fixture(scope="session")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema.validators import Draft201909Validator, Draft202012Validator
 
 from torchprime.errors import DataError
-from torchprime.evaluation import json_grading
+from torchprime.evaluation import json_grading, json_numbers, json_schemas
 from torchprime.evaluation.graders import Sample, make_grader
 
 Grade = Callable[..., float | None]
@@ -160,8 +164,155 @@ def test_the_draft_is_the_one_it_names_else_2020_12(grade: Grade) -> None:
     assert grade("json_schema", '["a"]', schema=old) == 0.0
 
 
-def test_a_number_beyond_every_float_is_a_multiple_of_nothing(grade: Grade) -> None:
-    assert grade("json_schema", "1e999", schema={"multipleOf": 0.01}) == 0.0
+def test_every_price_is_a_multiple_of_a_cent(sample: Make) -> None:
+    """With floats, 1,363 of these are none."""
+    for schema in ({"multipleOf": 0.01}, {"multipleOf": 1e-2}, {"multipleOf": 0.0025}):
+        grader = make_grader("json_schema", schema=schema)
+        wrong = [n for n in range(1, 10_000) if grader(sample(f"{n // 100}.{n % 100:02d}")) != 1.0]
+        assert not wrong
+    grader = make_grader("json_schema", schema={"multipleOf": 0.01})
+    assert not any(grader(sample(f"{n // 100}.{n % 100:02d}1")) for n in range(1, 1000))
+
+
+@pytest.mark.parametrize(
+    ("number", "of", "expected"),
+    [
+        ("1e999", 0.01, 1.0),  # infinite as a float
+        ("1e-999", 0.01, 0.0),
+        ("1e999999999999", 3, 0.0),
+        ("3e999999999999", 3, 1.0),
+        ("3e-999999999999", 3, 0.0),
+        ("1e99999999999999999999", 0.01, 0.0),  # no computer holds it
+        ("0e99999999999999999999", 0.01, 1.0),
+        ("0", 0.01, 1.0),
+        ("-0.0", 3, 1.0),
+        ("-0.07", 0.01, 1.0),
+        ("0.30000000000000004", 0.1, 0.0),
+        ("4.35", 0.05, 1.0),
+        ("7", 0.1, 1.0),
+        ("1" * 5000, 1, 1.0),
+        ("1" * 5000 + "2", 3, 0.0),
+        ("true", 1, 1.0),  # no number, so it is not looked at
+    ],
+)
+def test_multiples_are_exact(grade: Grade, number: str, of: float, expected: float) -> None:
+    assert grade("json_schema", number, schema={"multipleOf": of}) == expected
+
+
+@given(st.integers(-(10**6), 10**6), st.integers(0, 6), st.integers(1, 10**4), st.integers(0, 4))
+def test_multiples_are_those_of_fractions(a: int, places: int, b: int, of_places: int) -> None:
+    number, of = Decimal(a).scaleb(-places), Decimal(b).scaleb(-of_places)
+    multiple = (Fraction(number) / Fraction(of)).denominator == 1
+    assert json_numbers.is_multiple(number, of) == multiple
+
+
+@pytest.mark.parametrize(
+    ("output", "schema", "expected"),
+    [
+        ("0.1", {"minimum": 0.1}, 1.0),
+        ("0.1", {"exclusiveMinimum": 0.1}, 0.0),
+        ("0.1", {"const": 0.1}, 1.0),
+        ("1.0", {"const": 1}, 1.0),
+        ("1.0", {"const": True}, 0.0),
+        ("[0.3]", {"enum": [[0.3]]}, 1.0),
+        ("7.0", {"type": "integer"}, 1.0),
+        ("7.5", {"type": "integer"}, 0.0),
+        ("1e400", {"type": "integer", "minimum": 5}, 1.0),
+        ("true", {"type": "number"}, 0.0),
+        ("7.0", {"type": "integer", "$schema": "http://json-schema.org/draft-04/schema#"}, 0.0),
+        ("[1, 1.0]", {"uniqueItems": True}, 0.0),
+        ("[1, true, 0, false]", {"uniqueItems": True}, 1.0),
+        ('[{"a": 1, "b": [2]}, {"b": [2.0], "a": 1}]', {"uniqueItems": True}, 0.0),
+        ('["ab", "b"]', {"items": {"maxLength": 2.0}}, 1.0),
+    ],
+)
+def test_numbers_are_compared_as_written(
+    grade: Grade, output: str, schema: dict, expected: float
+) -> None:
+    assert grade("json_schema", output, schema=schema) == expected
+
+
+def test_numbers_of_a_schema_file_are_exact_too(grade: Grade, tmp_path: Path) -> None:
+    file = tmp_path / "price.json"
+    file.write_text('{"multipleOf": 0.01, "minimum": 0.07, "maximum": 1e500}')
+    assert grade("json_schema", "0.07", schema=str(file)) == 1.0
+    assert grade("json_schema", "0.075", schema=str(file)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("schema", "right", "wrong"),
+    [
+        (
+            {"patternProperties": {r"^\p{Lu}$": {"type": "integer"}}},
+            '{"\u00c9": 1}',
+            '{"\u00c9": ""}',
+        ),
+        (
+            {"patternProperties": {r"^\p{Lu}$": {}}, "additionalProperties": False},
+            '{"\u00c9": 1}',
+            '{"\u00e9": 1}',
+        ),
+        (
+            {"patternProperties": {r"^\p{Lu}$": {}}, "unevaluatedProperties": False},
+            '{"\u00c9": 1}',
+            '{"\u00e9": 1}',
+        ),
+        (
+            {
+                "allOf": [{"$ref": "#/$defs/upper"}, {"properties": {"a": True}}],
+                "unevaluatedProperties": False,
+                "$defs": {"upper": {"patternProperties": {r"^(?<first>\p{Lu})\k<first>$": {}}}},
+            },
+            '{"\u00c9\u00c9": 1, "a": 1}',
+            '{"\u00c9a": 1, "a": 1}',
+        ),
+        ({"propertyNames": {"pattern": r"^\d$"}}, '{"7": 1}', '{"\u0667": 1}'),
+        ({"pattern": "^a$"}, '"a"', '"a\\n"'),
+    ],
+)
+def test_patterns_are_ecma_262s_wherever_they_are(
+    grade: Grade, schema: dict, right: str, wrong: str
+) -> None:
+    for draft in ("2020-12", "2019-09"):
+        schema["$schema"] = f"https://json-schema.org/draft/{draft}/schema"
+        found = [grade("json_schema", output, schema=schema) for output in (right, wrong)]
+        assert found == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("draft", json_schemas.DRAFTS)
+def test_the_keywords_written_anew_are_jsonschemas(draft: Any) -> None:
+    """Against the library's own, on floats and patterns that mean the same in both languages."""
+    documents = [
+        {}, {"a": 1}, {"b": 1}, {"a": "", "b": 1}, {"ab": 2, "c": []}, [1, 1.5], [1, 1], [{}, {}],
+        [{"a": 1}, {"a": True}], 3, 1.5, "ab", None,
+    ]  # fmt: skip
+    parts = [
+        {"patternProperties": {"a": {"type": "integer"}}},
+        {"properties": {"b": {}}, "patternProperties": {"^a": {}}, "additionalProperties": False},
+        {"patternProperties": {"c$": {}}, "unevaluatedProperties": {"type": "integer"}},
+        {"properties": {"a": {}}, "additionalProperties": {"type": "integer"}},
+        {"uniqueItems": True},
+        {"multipleOf": 0.5},
+        {"items": {"multipleOf": 1}},
+        {"contains": {"const": 1}, "unevaluatedItems": {"type": "number"}},
+    ]
+    combined = [
+        {"anyOf": [one, {"not": other}], "unevaluatedProperties": False, "unevaluatedItems": False}
+        for one in parts for other in parts
+    ]  # fmt: skip
+    combined += [
+        {"if": one, "then": other, "else": {"required": ["a"]}, "dependentSchemas": {"b": one}}
+        for one in parts for other in parts
+    ]  # fmt: skip
+    # The library's 2019-09 leaves out what an inner unevaluatedProperties has looked at.
+    library = Draft202012Validator if draft is Draft201909Validator else draft
+    for schema in [*parts, *combined]:
+        uri = draft.ID_OF(draft.META_SCHEMA)
+        ours = json_schemas.SchemaCheck({"$schema": uri, **schema}, "key")
+        theirs = library(schema)
+        for document in documents:
+            exact = json_numbers.exact_numbers(document)
+            assert ours.allows(exact, 5.0) == theirs.is_valid(document), (schema, document)
 
 
 def test_a_schema_of_schemas_needs_no_network(grade: Grade) -> None:
@@ -260,16 +411,81 @@ def test_a_schema_that_never_ends_names_the_row(sample: Make) -> None:
         grader(sample("{}"))
     message = str(error.value)
     assert message.startswith(
-        "eval.graders[1].schema: checking the output of row rows.jsonl:7 (2 characters) ended in "
-        "RecursionError, expected a schema that can be checked to the end."
+        "eval.graders[1].schema: checking the output of row rows.jsonl:7 (2 characters) had no "
+        "end, expected a schema that can be checked to the end."
     )
     assert "$ref that leads to itself" in message
 
 
-def test_a_pattern_without_an_end_is_stopped(sample: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_grading, "PATTERN_SECONDS", 0.05)
-    schema = {"items": {"pattern": "^(a|aa)+$"}}
+ENDLESS = {
+    "a pattern": ({"items": {"pattern": "^(a|aa)+$"}}, json.dumps(["a" * 999 + "b"])),
+    "a name's pattern": (
+        {"patternProperties": {"^(a|aa)+$": {}}},
+        json.dumps({"a" * 999 + "b": 1}),
+    ),
+    "the names beside": (
+        {"patternProperties": {"^(a|aa)+$": {}}, "additionalProperties": False},
+        json.dumps({"a" * 999 + "b": 1}),
+    ),
+    "names not evaluated": (
+        {"patternProperties": {"^(a|aa)+$": {}}, "unevaluatedProperties": False},
+        json.dumps({"a" * 999 + "b": 1}),
+    ),
+    "anyOf in anyOf": (
+        {
+            "$ref": "#/$defs/s40",
+            "$defs": {"s0": {"type": "string"}}
+            | {f"s{n + 1}": {"anyOf": [{"$ref": f"#/$defs/s{n}"}] * 2} for n in range(40)},
+        },
+        "1",
+    ),
+    "unevaluated in anyOf": (
+        {
+            "$ref": "#/$defs/s30",
+            "unevaluatedProperties": False,
+            "$defs": {"s0": {"properties": {"a": True}}}
+            | {f"s{n + 1}": {"allOf": [{"$ref": f"#/$defs/s{n}"}] * 2} for n in range(30)},
+        },
+        '{"b": 1}',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_a_grade_without_an_end_is_stopped_and_names_row_and_grader(
+    sample: Make, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr(json_grading, "GRADE_SECONDS", 0.1)
+    schema, output = ENDLESS[case]
     grader = make_grader("json_schema", key="eval.graders[1]", schema=schema)
-    assert grader(sample('["aaa"]')) == 1.0
-    with pytest.raises(DataError, match="row rows.jsonl:7 .* ended in TimeoutError"):
-        grader(sample(json.dumps(["a" * 999 + "b"])))
+    started = time.monotonic()
+    with pytest.raises(DataError) as error:
+        grader(sample(output))
+    assert time.monotonic() - started < 5
+    assert str(error.value).startswith(
+        f"eval.graders[1].schema: checking the output of row rows.jsonl:7 ({len(output)} "
+        "characters) took more than 0.1 s, expected a schema that can be checked to the end."
+    )
+
+
+def test_an_answer_nested_too_deep_for_a_recursive_schema_is_wrong(grade: Grade) -> None:
+    schema = {"items": {"$ref": "#"}}
+    assert grade("json_schema", "[" * 50 + "]" * 50, schema=schema) == 1.0
+    assert grade("json_schema", "[" * 900 + "]" * 900, schema=schema) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [
+        ({"pattern": r"\p{Nonsense}"}, "the property Nonsense, which is not known at position 0"),
+        ({"pattern": r"\Aa"}, r"the escape \A, which ECMA-262 lacks at position 0"),
+        ({"patternProperties": {"(?i)a": {}}}, "(?i, which ECMA-262 lacks at position 0"),
+        ({"$ref": "#/x/y", "x": {"y": {"pattern": "a++"}}}, "nothing to repeat at position 2"),
+        ({"minimum": float("nan")}, "nan is no number of JSON"),
+    ],
+)
+def test_what_is_no_pattern_or_number_is_refused_by_name(
+    refused: Refused, schema: dict, told: str
+) -> None:
+    message = refused("json_schema", schema=schema)
+    assert message.startswith("eval.graders[1].schema: given ") and told in message

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,16 +17,18 @@ import pytest
 
 from torchprime.errors import ConfigError, DataError
 from torchprime.metrics.align import relative
-from torchprime.metrics.compare import (
+from torchprime.metrics.compare import compare
+from torchprime.metrics.logged import LoggedStep, Run
+from torchprime.metrics.noise_floor import NoiseFloor, measure_noise, read_floor, running_max
+from torchprime.metrics.printed_numbers import half_digits
+from torchprime.metrics.verdict import (
     AGREE,
     DIFFER,
     DIFFERENT_DATA,
     NOT_JUDGED,
+    TOO_FEW,
     Comparison,
-    compare,
 )
-from torchprime.metrics.noise_floor import NoiseFloor, measure_noise, read_floor, running_max
-from torchprime.metrics.read_logs import LoggedStep, Run
 
 STEPS = 60
 
@@ -300,6 +302,102 @@ def test_a_printed_zero_is_near_to_what_is_rounded_to_it() -> None:
     assert compare([tiny, at(0.0)]).verdict == AGREE
     assert compare([at(0.0), make(changes={1: {"lr": 6e-7}})]).verdict == DIFFER
     assert compare([make(changes={1: {"lr": 6e-7}}), at(0.0)]).verdict == DIFFER
+
+
+def printed_lr(form: str, factor: float = 1.0) -> Run:
+    """A text log of the run's learning rates, as a trainer prints them."""
+    steps = make().steps
+    texts = [format(factor * (steps[s].lr or 0), form) for s in steps]
+    halves = half_digits(texts, 3)
+    logged = {
+        s: replace(steps[s], lr=float(text), rounding={"lr": half} if half else {})
+        for s, text, half in zip(steps, texts, halves, strict=True)
+    }
+    return replace(make("log"), steps=logged)
+
+
+@pytest.mark.parametrize(
+    ("form", "compared"),
+    [
+        (".4e", 60),
+        (".2e", 60),
+        (".6f", 58),  # from 5.0e-05 on: 0.000050 hides 1% of it
+        (".4f", 0),  # 0.0001 to 0.0010
+        (".1f", 0),  # 0.0 throughout
+    ],
+)
+def test_a_rate_that_rounding_swallows_agrees_with_nothing(form: str, compared: int) -> None:
+    """Rates go from 1.7e-5 to 1e-3. Whatever is compared is compared to 1% at least."""
+    result = judge(printed_lr(form))
+    assert result.verdict == AGREE
+    found = result.pairs[0].quantities.get("lr")
+    points = found.points if found else ()
+    assert len(points) == compared and all((p.band or 1) <= 0.0101 for p in points)
+    notes = [note for note in result.pairs[0].notes if "rounding in a log hides" in note]
+    assert bool(notes) == (compared < 60)
+    # Another rate is told wherever it is further away than what rounding hides.
+    assert judge(printed_lr(form, 1.5)).verdict == (AGREE if form == ".1f" else DIFFER)
+
+
+def test_a_loss_that_rounding_swallows_is_not_compared() -> None:
+    """Losses printed as 2.0 and 1.1, where 0.05 may hide 5%."""
+    steps = {s: LoggedStep(s, loss=round(x.loss or 0, 1), rounding={"loss": 0.05})
+             for s, x in make().steps.items()}  # fmt: skip
+    result = judge(Run("log", "log", "text log", steps))
+    assert result.verdict == AGREE
+    assert len(result.pairs[0].quantities["loss"].points) == 60  # all are above 1
+    small = {s: replace(x, loss=x.loss and x.loss / 2) for s, x in steps.items()}
+    half = {s: {"loss": (x.loss or 0) / 2} for s, x in make().steps.items()}
+    with pytest.raises(DataError, match="At 40 of them rounding hides more than 5%"):
+        late = {s: x for s, x in small.items() if s > 20}
+        compare([make(changes=half), Run("log", "log", "text log", late)])
+
+
+# How much was compared ----------------------------------------------------------------------------
+
+
+def only(steps: Iterable[int], label: str = "b") -> Run:
+    wanted = set(steps)
+    return replace(make(label), steps={s: x for s, x in make().steps.items() if s in wanted})
+
+
+@pytest.mark.parametrize(
+    ("steps", "verdict", "told"),
+    [
+        ([1], TOO_FEW, "1 of 60 steps"),
+        ([60], TOO_FEW, "1 of 60 steps"),
+        ([1, 60], TOO_FEW, "2 of 60 steps"),
+        (range(1, 13), TOO_FEW, "12 of 60 steps"),  # two tenths
+        (range(1, 14), AGREE, "13 of 60 steps"),
+        (range(20, 61, 20), AGREE, "3 of 60 steps"),
+        (range(1, 61), AGREE, "60 steps"),
+    ],
+)
+def test_agreement_at_few_steps_is_none(steps: Iterable[int], verdict: str, told: str) -> None:
+    for runs in ([make(), only(steps)], [only(steps), make("b")]):
+        result = compare(runs)
+        assert result.verdict == verdict and result.told_steps == told
+    found = result.to_dict()["pairs"][0]["coverage"]
+    assert (found["of"], found["of_stretches"], found["needed"]) == (60, 10, 3)
+    # Asked for by name, the first steps are judged for themselves; and a difference is one.
+    assert judge(only(steps), steps=len(list(steps))).verdict != DIFFER
+    first = min(steps)
+    off = replace(only(steps), steps=only(steps).steps | {first: LoggedStep(first, loss=9.0)})
+    assert judge(off).verdict == DIFFER
+
+
+def test_steps_asked_for_are_judged_for_themselves() -> None:
+    result = judge(only(range(1, 6)), steps=5)
+    assert result.verdict == AGREE and result.told_steps == "5 steps"
+    result = judge(only([1, 60]), steps=2)
+    assert result.verdict == TOO_FEW and result.told_steps == "2 of 60 steps"
+
+
+def test_short_runs_need_no_more_than_they_have() -> None:
+    for steps in (1, 2, 3, 8):
+        result = compare([make(steps=steps), make("b", steps=steps)])
+        assert result.verdict == AGREE
+    assert compare([only(range(1, 9), "a"), only([1, 2])]).verdict == TOO_FEW
 
 
 def test_a_log_with_the_next_steps_learning_rate_is_recognised() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,17 @@ from typing import Any
 import matplotlib
 import matplotlib.image
 import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.font_manager import FontEntry
 
 from torchprime.errors import ConfigError, RuntimeSetupError
 from torchprime.metrics import draw as drawing
-from torchprime.metrics.compare import Comparison, compare
-from torchprime.metrics.draw import MOST_RUNS, draw, spread, subtitle, title
-from torchprime.metrics.read_logs import LoggedStep, Run
+from torchprime.metrics import label_fonts
+from torchprime.metrics.captions import subtitle, title
+from torchprime.metrics.compare import compare
+from torchprime.metrics.draw import MOST_RUNS, draw, spread
+from torchprime.metrics.logged import LoggedStep, Run
+from torchprime.metrics.verdict import AGREE, Comparison
 
 
 def make(label: str, factor: float = 1.0, at: int = 0, steps: int = 12, **values: Any) -> Run:
@@ -116,6 +122,69 @@ def test_odd_runs_are_drawn(ours: dict, theirs: dict, tmp_path: Path) -> None:
     for path in draw(comparison, tmp_path / "odd"):
         assert path.stat().st_size > 5_000
     assert "not logged" in drawn_text(comparison)
+
+
+def test_a_panel_without_numbers_says_so() -> None:
+    bare = Run("two", "two", "text log", _bare(*(3.0 / s for s in range(1, 13))))
+    texts = drawn_text(compare([make("one"), bare]))
+    assert texts.count("not logged: two") == 3  # gradient norm, learning rate, speed
+    nan = {s: replace(x, grad_norm=math.nan, lr=None) for s, x in make("x").steps.items()}
+    texts = drawn_text(compare([Run("x", "x", "", nan), Run("y", "y", "", nan)]))
+    assert "no finite number" in texts and "not logged" in texts
+    empty = drawing._figure(compare([Run("x", "x", "", nan), Run("y", "y", "", nan)])).axes[3]
+    assert not len(empty.get_yticks())
+    nothing = [Run(name, name, "text log", _bare(math.nan)) for name in ("x", "y")]
+    assert "no finite difference" in drawn_text(compare(nothing))
+
+
+def test_means_are_bars_over_their_steps(tmp_path: Path) -> None:
+    means = {
+        s: LoggedStep(s, sum(3.0 / each for each in range(s - 3, s + 1)) / 4, mean_over=4)
+        for s in (4, 8, 12)
+    }
+    comparison = compare([make("one"), Run("hf", "hf", "trainer_state.json", means)])
+    assert comparison.verdict == AGREE
+    figure = drawing._figure(comparison)
+    for axes in figure.axes[:2]:  # losses and differences
+        (bars,) = [c for c in axes.collections if isinstance(c, LineCollection)]
+        spans = [[float(x) for x, _ in path.vertices] for path in bars.get_paths()]
+        assert spans == [[0.5, 4.5], [4.5, 8.5], [8.5, 12.5]]
+    loss = figure.axes[0]
+    heights = [path.vertices[0][1] for path in loss.collections[0].get_paths()]
+    assert heights == [means[s].loss for s in (4, 8, 12)]
+    assert any("bars: means over steps" in text for text in drawn_text(comparison))
+    late = {4: replace(means[4], mean_over=None), 8: means[8], 12: means[12]}
+    assert draw(compare([make("one"), Run("hf", "hf", "", late)]), tmp_path / "late")
+
+
+# A character that another font of matplotlib has, and characters that hardly any font has.
+STRANGE = "\u8fd0\u884c-\uac00-\U0001f680-\u200b\u202e-\t"
+
+
+def test_names_in_any_script_are_drawn_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    comparison = compare([make(f"one {STRANGE}"), make(f"two {STRANGE}")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(draw(comparison, tmp_path / "fig")) == 2
+    assert not caplog.records
+
+
+def test_a_font_is_found_or_the_character_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = label_fonts.fontManager.ttflist
+    only = [entry for entry in entries if entry.name in ("DejaVu Sans", "Last Resort")]
+    monkeypatch.setattr(label_fonts.fontManager, "ttflist", only)
+    families, missing = label_fonts.families_for(["run \u8fd0", "\u202e\u00e9"])
+    assert families == ["DejaVu Sans"] and missing == {"\u8fd0", "\u202e"}
+    assert label_fonts.legible("run \u8fd0\U0001f680", {"\u8fd0", "\U0001f680"}) == (
+        r"run \u8fd0\U0001f680"
+    )
+    # Another font that has it is taken, whatever is installed here: a stand-in for its charmap.
+    monkeypatch.setattr(label_fonts.fontManager, "ttflist", [*only, FontEntry(name="Stand-in")])
+    has = {"DejaVu Sans": set("run "), "Stand-in": {"\u8fd0"}}
+    monkeypatch.setattr(label_fonts, "_has", lambda family, chars: chars & has[family])
+    assert label_fonts.families_for(["run \u8fd0"]) == (["DejaVu Sans", "Stand-in"], set())
 
 
 def test_dollars_in_a_name_are_no_formula(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from torchprime.errors import DataError
-from torchprime.metrics.read_logs import half_digits, read_run
+from torchprime.metrics.printed_numbers import half_digits
+from torchprime.metrics.read_logs import read_run
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter
 
@@ -176,6 +177,7 @@ def test_printed_dicts_of_transformers_5_have_four_digits(write) -> None:
     text = (
         "{'loss': '12.35', 'grad_norm': '3.2', 'learning_rate': '1e-05', 'epoch': '0.5'}\n"
         "{'loss': '0.8765', 'grad_norm': '123.4', 'learning_rate': '9.995e-06', 'epoch': '1'}\n"
+        "{'train_runtime': '1.5', 'train_steps_per_second': '1.333', 'epoch': '1'}\n"
     )
     steps = read_run("hf", write("train.log", text)).steps
     assert (steps[1].loss, steps[2].loss) == (12.35, 0.8765)
@@ -230,7 +232,8 @@ def test_lines_of_the_family(write, line: str, expected: tuple) -> None:
         "loss 1.0 after 0.66 s/step 12",
         "steps 12 loss 1.0",
         "step 12 loss scale 65536",
-        "step 12 loss 12k",
+        "step 12 loss: n/a",
+        "step 12 avg loss 1.0",
     ],
 )
 def test_lines_that_are_no_training_step(write, line: str) -> None:

@@ -186,6 +186,69 @@ def test_answers_are_side_by_side_and_stay_texts(graded: Path) -> None:
     assert fence is None and not [line for line in outside if "script" in line or "not a" in line]
 
 
+@pytest.mark.parametrize(
+    ("kind", "selection", "lower"),
+    [
+        ("non_empty", {}, False),
+        ("refusal", {}, True),
+        ("refusal", {"ranking": ["right desc"]}, False),
+        ("non_empty", {"ranking": ["eval_loss asc", "right asc"], "gates": ["right >= 0.1"]}, True),
+        ("non_empty", {"gates": ["right <= 0.1"]}, True),
+        ("refusal", {"gates": ["right > 0.1"]}, False),
+        ("refusal", {"gates": ["right > 0.1", "right < 0.9"]}, True),
+        ("refusal", {"early_stopping": {"metric": "right", "mode": "max"}}, False),
+        ("non_empty", {"early_stopping": {"metric": "right", "mode": "min"}}, True),
+    ],
+)
+def test_what_is_right_follows_the_direction(
+    graded: Path, kind: str, selection: dict[str, Any], lower: bool
+) -> None:
+    """The grades of rows 0 and 1 go from 0 to 1, of row 2 from 1 to 0, of row 3 stay at 0."""
+
+    def change(config: dict[str, Any]) -> None:
+        config["eval"]["graders"][0]["kind"] = kind
+        config["selection"]["ranking"] = ["eval_loss asc"]
+        stopping = config["selection"]["early_stopping"] | selection.get("early_stopping", {})
+        config["selection"] |= selection | {"early_stopping": stopping}
+
+    change_config(graded, change)
+    samples = graded / "evaluations"
+    (samples / "step_00000006.jsonl").replace(samples / "step_00000012.jsonl")
+    counts = {
+        False: "2 now right, 1 now wrong, 1 still wrong",
+        True: "1 now right, 2 now wrong, 1 still right",
+    }[lower]
+    for text in (reports(graded)[0], reports(graded)[1].text):
+        assert counts in text
+        assert ("Lower is better: right." in text) is lower
+    assert ("right (lower is better)" in reports(graded)[1].text) is lower
+
+
+@pytest.mark.parametrize(
+    ("which", "path", "made", "told"),
+    [
+        ("best", "export", True, "the last one is exported instead."),
+        ("best", "export", False, "no export was made."),
+        ("best", None, False, "nothing is exported, since task.export_checkpoint_path is null."),
+        ("last", "export", True, "(the last one: not right >= 0.9)."),
+    ],
+)
+def test_an_export_is_told_of_only_if_it_was_made(
+    graded: Path, which: str, path: str | None, made: bool, told: str
+) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["selection"]["gates"] = ["right >= 0.9"]
+        config["export"]["which"] = which
+        config["task"]["export_checkpoint_path"] = path
+
+    change_config(graded, change)
+    if not made:
+        shutil.rmtree(graded / "export")
+    markdown, page = reports(graded)
+    assert told in " ".join(markdown.split()) and told in page.text
+    assert ("is exported" in page.text) is (made and which == "best" or path is None)
+
+
 def test_names_are_escaped(graded: Path) -> None:
     path = graded / "run.json"
     facts = json.loads(path.read_text())
