@@ -18,12 +18,15 @@ BACKENDS = {"torch_xla_models", "torch_native"}
 BELOW_EVALUATION = {"config", *LEAVES}
 BELOW_TRAINING = {*BELOW_EVALUATION, "evaluation"}
 BELOW_BACKENDS = {*BELOW_TRAINING, "training"}
-EVERYWHERE = {"errors", "atomic", "template_files"}  # single modules below all rooms
+# Single modules below all rooms.
+EVERYWHERE = {"errors", "atomic", "json_files", "raw_tokenizer", "template_files"}
 # What each room may import besides itself and those.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
-    "template_files": {"errors", "atomic"},
+    "json_files": {"errors"},
+    "raw_tokenizer": {"errors", "json_files"},
+    "template_files": {"errors", "atomic", "json_files"},
     "config": set(),
     **{leaf: {"config"} for leaf in LEAVES},
     "checkpoint": {"config", "models"},

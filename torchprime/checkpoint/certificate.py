@@ -27,11 +27,12 @@ from torchprime.checkpoint.base_changes import changes_from, told_changes
 from torchprime.checkpoint.hf_files import ExportFacts
 from torchprime.checkpoint.hf_read import HEAD, SafetensorsReader, check_names
 from torchprime.checkpoint.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
-from torchprime.checkpoint.portable import check_tokenizer, read_json
+from torchprime.checkpoint.portable import check_tokenizer
 from torchprime.checkpoint.served_template import TrainedTemplate, check_served_template
 from torchprime.checkpoint.storage import FileFacts, sha256_of
 from torchprime.checkpoint.verify import compare_logits, read_back
 from torchprime.errors import CheckpointError
+from torchprime.json_files import read_json, token_ids
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 
@@ -331,8 +332,8 @@ def check_template(folder: Path, trained: TrainedTemplate | None) -> Found:
 
 def check_stops(folder: Path, stop_ids: tuple[int, ...]) -> Found:
     """A server stops where the model was trained to stop."""
-    given = read_json(folder / "generation_config.json").get("eos_token_id")
-    stops = [] if given is None else [given] if isinstance(given, int) else list(given)
+    file = "generation_config.json"
+    stops = token_ids(read_json(folder / file), "eos_token_id", file)
     missing = [i for i in stop_ids if i not in stops]
     if missing:
         raise CheckpointError(

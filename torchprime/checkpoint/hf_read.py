@@ -7,7 +7,6 @@ by the caller, and let go: host memory holds one tensor, not the checkpoint.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from torchprime.errors import CheckpointError
+from torchprime.json_files import LARGE, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -124,9 +124,9 @@ def _locate(folder: Path) -> list[tuple[str, str]]:
 def _locate_by_index(folder: Path) -> list[tuple[str, str]]:
     path = folder / INDEX
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path, most=LARGE)["weight_map"]
         items = [(str(file), str(name)) for name, file in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is not an index with a weight_map: {error}.") from error
     files = sorted({file for file, _ in items})
     outside = [file for file in files if Path(file).name != file]

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
 import torch
 from torch import Tensor
 
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
+from torchprime.raw_tokenizer import load_tokenizer_json
 
 # Largest difference of logits between the trainer and transformers, relative to the largest logit.
 # fp32 differs by rounding order only (measured 1e-6 to 1e-5). bf16 rounds every activation to 8
@@ -61,9 +61,7 @@ def encode_prompts(
     tokenizer_json: Path, prompts: Sequence[str] = PROMPTS, *, longest: int = PROMPT_TOKENS
 ) -> npt.NDArray[np.int64]:
     """The first ids of each prompt, without special tokens: [B, S], S the most that all have."""
-    raw = tokenizers.Tokenizer.from_file(str(tokenizer_json))
-    raw.no_truncation()
-    raw.no_padding()
+    raw, _ = load_tokenizer_json(tokenizer_json)
     encoded = [e.ids for e in raw.encode_batch(list(prompts), add_special_tokens=False)]
     length = min(longest, *(len(ids) for ids in encoded))
     return np.array([ids[:length] for ids in encoded], dtype=np.int64)

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 from torchprime.checkpoint.hf_read import SafetensorsReader
-from torchprime.checkpoint.portable import read_json
+from torchprime.checkpoint.portable_config import config_if_refused
 from torchprime.checkpoint.safetensors_write import tensor_hash
 from torchprime.errors import CheckpointError
+from torchprime.json_files import read_json
 
 
 def read_back(out: Path, expected_hashes: Mapping[str, str]) -> None:
@@ -67,6 +68,8 @@ def load_transformers(folder: Path) -> Any:
     """
     config = read_json(Path(folder) / "config.json")
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    unchecked = config_if_refused(config)
+    given = {} if unchecked is None else {"config": unchecked}
     try:
         with _no_progress_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -76,6 +79,7 @@ def load_transformers(folder: Path) -> Any:
                 use_safetensors=True,
                 attn_implementation="sdpa",
                 output_loading_info=True,
+                **given,
             )
     except Exception as error:  # it raises nearly anything for a damaged folder
         first = (str(error).splitlines() or ["no text"])[0]
