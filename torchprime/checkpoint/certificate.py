@@ -25,12 +25,13 @@ import torch
 from torchprime.atomic import write_json
 from torchprime.checkpoint.base_changes import changes_from, told_changes
 from torchprime.checkpoint.hf_files import ExportFacts
-from torchprime.checkpoint.hf_read import HEAD, SafetensorsReader, check_names
+from torchprime.checkpoint.hf_read import SafetensorsReader, check_names
 from torchprime.checkpoint.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
 from torchprime.checkpoint.portable import check_tokenizer
 from torchprime.checkpoint.served_template import TrainedTemplate, check_served_template
 from torchprime.checkpoint.storage import FileFacts, sha256_of
 from torchprime.checkpoint.verify import compare_logits, read_back
+from torchprime.checkpoint.weight_names import HEAD
 from torchprime.errors import CheckpointError
 from torchprime.json_files import read_json, token_ids
 from torchprime.models.architecture import architecture_from_hf

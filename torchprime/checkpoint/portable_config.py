@@ -19,7 +19,7 @@ import transformers
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import logging as hf_logging
 
-from torchprime.checkpoint.hf_read import EMBEDDING, HEAD
+from torchprime.checkpoint.weight_names import EMBEDDING, HEAD
 from torchprime.errors import CheckpointError
 from torchprime.json_files import token_ids
 from torchprime.models.architecture import Architecture, architecture_from_hf

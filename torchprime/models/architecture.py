@@ -15,6 +15,7 @@ from typing import Any
 from torchprime.errors import CheckpointError
 from torchprime.models.config_values import ConfigValues
 from torchprime.models.rope_config import Rope, read_rope
+from torchprime.models.unsupported import quantized, unsupported_family
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -70,7 +71,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
     values = ConfigValues(config, where)
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
-        raise CheckpointError(_unsupported(config, where))
+        raise CheckpointError(f"{where}: {unsupported_family(config, FAMILIES)}")
     _refuse_unknown_mathematics(values)
     hidden, layers = values.integer("hidden_size"), _layers(values)
     heads = values.integer("num_attention_heads", most=2**14)
@@ -99,23 +100,6 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         initializer_range=values.number("initializer_range", 0.02, equal=True),
     )
     return architecture
-
-
-def _unsupported(config: Mapping[str, Any], where: str) -> str:
-    """Why a model_type is not supported, and the way out of a model that wraps another."""
-    inner = config.get("text_config")
-    told = (
-        f"{where}: model_type is {config.get('model_type')!r:.100}; supported are "
-        f"{', '.join(FAMILIES)}."
-    )
-    if not isinstance(inner, Mapping):
-        return f"{told} Use a checkpoint of one of these families."
-    return (
-        f"{told} Its text part (text_config) is a {inner.get('model_type')!r:.100} model. Only a "
-        "text model can be trained: save that part alone with transformers "
-        "(AutoModelForCausalLM or the model's .language_model, then save_pretrained) if its "
-        "family is supported."
-    )
 
 
 def _layers(values: ConfigValues) -> int:
@@ -157,11 +141,8 @@ def _refuse_unknown_mathematics(values: ConfigValues) -> None:
         raise values.fault("hidden_act", "silu (the gated SiLU unit); others are not supported")
     if values.number("attention_dropout", 0.0, equal=True):
         raise values.fault("attention_dropout", "0.0: dropout is not supported in fine-tuning")
-    if values.get("quantization_config"):
-        raise CheckpointError(
-            f"{values.where}: the checkpoint is quantized (quantization_config); give the "
-            "unquantized one."
-        )
+    if quantization := values.get("quantization_config"):
+        raise CheckpointError(f"{values.where}: {quantized(quantization)}")
     if values.get("per_layer_config"):
         raise values.fault("per_layer_config", "null: layers of different shapes are not supported")
     # null is read as false here: transformers asks whether the value counts as true.

@@ -19,8 +19,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from torchprime.checkpoint.hf_read import EMBEDDING, HEAD, SafetensorsReader, check_names
+from torchprime.checkpoint.hf_read import SafetensorsReader, check_names
 from torchprime.checkpoint.source import resolve_pretrained
+from torchprime.checkpoint.weight_names import EMBEDDING, HEAD
 from torchprime.config.compose import configs_dir
 from torchprime.data.tokenizer import Tokenizer
 from torchprime.json_files import read_json, read_json_if_there

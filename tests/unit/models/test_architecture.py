@@ -98,11 +98,11 @@ def test_the_original_context_may_stand_outside_of_the_rope() -> None:
         ({"head_dim": 7}, "head_dim=7"),
         (
             {"model_type": "llava", "text_config": {"model_type": "llama"}},
-            "model_type is 'llava'.*Its text part .* is a 'llama' model",
+            "model_type is 'llava'.*Its text part .* is of the type 'llama': save it as",
         ),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
-        ({"quantization_config": {"bits": 4}}, "is quantized"),
+        ({"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "method='gptq', bits=4"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ],
 )
