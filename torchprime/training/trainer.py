@@ -174,6 +174,7 @@ class Trainer:
         self.optimizer = optimizer_of(c)
         self.order = DataOrder(self.data, c.seed, c.task.global_batch_size)
         self.table, self.plan = plan_run(c, self.files, self.rows, self.optimizer, self.dtype)
+        self.backend.check(self.files.build(), self.table)
         if not c.dry_run:
             self._find_point()
         self.check_output()
@@ -291,7 +292,8 @@ class Trainer:
             resuming.seed_rng(c.seed)
             self.backend.seed(c.seed)
         if self.backend.process_index == 0:
-            self._open_folder()
+            with run_folder.writing(self.folder):
+                self._open_folder()
 
     def _open_folder(self) -> None:
         """Make the run's folder, or take it up where its run ended."""
