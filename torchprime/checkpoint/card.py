@@ -7,13 +7,16 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from torchprime.checkpoint.source import HUB_NAME
+
 
 def model_card(facts: Mapping[str, Any]) -> str:
     """Write the card from plain facts; what is not given is left out.
 
     Args:
         facts: `name`, `base_model`, `dataset`, `command`, `steps`, `parameters`, `dtype` as text or
-            numbers; `metrics` and `versions` as mappings; `chat` true if it has a chat template;
+            numbers; `hub_model` and `hub_datasets`, the names of those that came from the hub;
+            `metrics` and `versions` as mappings; `chat` true if it has a chat template;
             `template_options` that this was given while training.
     """
     name = str(facts.get("name") or "model")
@@ -30,14 +33,19 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
 
 def _front_matter(facts: Mapping[str, Any]) -> str:
-    """What hubs read. Only names of hub form: a local path there would be refused as invalid."""
+    """The part that hubs read. It names only what came from the hub: a hub makes a link of each
+    name, and a local path is none, or the name of somebody else's model."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    for key, fact in (("base_model", "base_model"), ("datasets", "dataset")):
-        value = str(facts.get(fact) or "")
-        if value.count("/") == 1 and not value.startswith((".", "/", "~")):
-            entry = json.dumps(value)
-            lines.append(f"{key}:\n- {entry}" if key == "datasets" else f"{key}: {entry}")
+    lines += [f"base_model: {name}" for name in _hub_names([facts.get("hub_model")])]
+    if names := _hub_names(facts.get("hub_datasets")):
+        lines += ["datasets:", *(f"- {name}" for name in names)]
     return "\n".join([*lines, "tags:", "- torchprime", "---"])
+
+
+def _hub_names(given: Any) -> list[str]:
+    """The names of hub form, quoted for YAML."""
+    given = given if isinstance(given, list) else []
+    return [json.dumps(n) for n in given if isinstance(n, str) and HUB_NAME.fullmatch(n)]
 
 
 def _summary(facts: Mapping[str, Any]) -> str:

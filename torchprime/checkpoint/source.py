@@ -80,6 +80,13 @@ def resolve_pretrained(name_or_path: str, *, cache_dir: str | None, weights: boo
     return folder
 
 
+def hub_name(name_or_path: str | None) -> str | None:
+    """The name of the hub repository that this means; None for a local folder or file."""
+    if name_or_path is None or Path(name_or_path).expanduser().exists():
+        return None
+    return name_or_path if HUB_NAME.fullmatch(name_or_path) else None
+
+
 def _fetch(name: str, cache_dir: str | None, weights: bool) -> Path:
     patterns = SMALL_PATTERNS + (WEIGHT_PATTERNS if weights else [])
     try:

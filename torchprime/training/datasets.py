@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torchprime.checkpoint.source import hub_name
 from torchprime.config.schema import DatasetConfig, EvalConfig, MixturePart, TrainConfig
 from torchprime.data import cache
 from torchprime.data.branches import WHOLE, row_of
@@ -103,6 +104,11 @@ class RunRows:
             )
             for part in d.mixture
         ]
+
+    def hub_names(self) -> list[str]:
+        """The hub's names of the training rows' datasets."""
+        names = (hub_name(part.source.hf_dataset_name) for part in self.train_parts)
+        return list(dict.fromkeys(name for name in names if name is not None))
 
     @cached_property
     def heldout_parts(self) -> list[Part]:

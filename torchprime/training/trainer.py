@@ -24,6 +24,7 @@ from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.from_checkpoint import export_checkpoint
 from torchprime.checkpoint.lock import run_lock
 from torchprime.checkpoint.manifest import Manifest
+from torchprime.checkpoint.source import hub_name
 from torchprime.checkpoint.storage import FolderWriter, Storage
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError, DivergedError, UserError
@@ -212,6 +213,8 @@ class Trainer:
                 "name": c.run_name,
                 "base_model": c.model.pretrained_model,
                 "dataset": self.rows.report.source,
+                "hub_model": hub_name(c.model.pretrained_model),
+                "hub_datasets": self.rows.sources.hub_names(),
                 "command": run_folder.command(),
                 "parameters": self.files.num_parameters,
                 "versions": run_folder.versions(),
