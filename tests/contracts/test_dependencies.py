@@ -19,11 +19,12 @@ BELOW_EVALUATION = {"config", *LEAVES}
 BELOW_TRAINING = {*BELOW_EVALUATION, "evaluation"}
 BELOW_BACKENDS = {*BELOW_TRAINING, "training"}
 # Single modules below all rooms.
-EVERYWHERE = {"errors", "atomic", "json_files", "raw_tokenizer", "template_files"}
+EVERYWHERE = {*("errors", "atomic", "host_memory", "json_files", "raw_tokenizer", "template_files")}
 # What each room may import besides itself and those.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "atomic": {"errors"},
+    "host_memory": set(),
     "json_files": {"errors"},
     "raw_tokenizer": {"errors", "json_files"},
     "template_files": {"errors", "atomic", "json_files"},

@@ -30,7 +30,7 @@ from torchprime.checkpoint.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits,
 from torchprime.checkpoint.portable import check_tokenizer
 from torchprime.checkpoint.served_template import TrainedTemplate, check_served_template
 from torchprime.checkpoint.storage import FileFacts, sha256_of
-from torchprime.checkpoint.verify import compare_logits, read_back
+from torchprime.checkpoint.verify import NotChecked, compare_logits, read_back
 from torchprime.checkpoint.weight_names import HEAD
 from torchprime.errors import CheckpointError
 from torchprime.json_files import read_json, token_ids
@@ -42,10 +42,6 @@ FORMAT_VERSION = 1
 FIRST_CHANGE = 2  # with warm-up the first update has a learning rate of 0
 
 Found = tuple[str, dict[str, Any]]  # what a check says, and its numbers
-
-
-class NotChecked(Exception):
-    """A check that cannot be made here; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -306,8 +302,8 @@ def check_base(folder: Path, base: Path | str | None, facts: ExportFacts) -> Fou
 def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) -> Found:
     if isinstance(trained, str):
         raise NotChecked(f"logits not compared ({trained})")
-    tolerance = LOGIT_TOLERANCE[dtype]
-    difference = compare_logits(folder, trained.ids, trained.logits, tolerance=tolerance)
+    least = LOGIT_TOLERANCE[dtype]
+    match = compare_logits(folder, trained.ids, trained.logits, least=least)
     rows, length = trained.ids.shape
     values = {
         "computed_by": trained.computed_by,
@@ -315,12 +311,13 @@ def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) 
             {"text": text, "tokens": length, "likeliest_next": likeliest(logits[-1])}
             for text, logits in zip(PROMPTS, trained.logits, strict=True)
         ],
-        "tolerance": tolerance,
-        "max_difference": difference,
+        "tolerance": match.tolerance,
+        "rounding_floor": match.floor,
+        "max_difference": match.difference,
     }
     return (
-        f"logits of transformers match the trainer's to {difference:.0e} of the largest "
-        f"({rows} prompts of {length} tokens, allowed is {tolerance:.0e})"
+        f"logits of transformers match the trainer's to {match.difference:.0e} of the largest "
+        f"({rows} prompts of {length} tokens, {match.allowed()})"
     ), values
 
 
