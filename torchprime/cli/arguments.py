@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from torchprime.errors import INTERRUPTED, UserError
+from torchprime.errors import INTERRUPTED, UserError, told_disk_fault
 
 
 def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -44,6 +44,11 @@ def run_command(
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if (told := told_disk_fault(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

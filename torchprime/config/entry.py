@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torchprime.config.compose import compose_config, parse_command, run_hydra_main
 from torchprime.config.schema import TrainConfig
-from torchprime.errors import INTERRUPTED, StoppedError, UserError
+from torchprime.errors import INTERRUPTED, StoppedError, UserError, told_disk_fault
 
 
 def run_main(main: Callable[[TrainConfig], int], argv: list[str] | None = None) -> int:
@@ -29,6 +29,11 @@ def run_main(main: Callable[[TrainConfig], int], argv: list[str] | None = None) 
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if (told := told_disk_fault(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -193,6 +193,22 @@ def test_a_disk_without_room_for_run_json_is_told(
     assert_same_run(folder, whole)
 
 
+def test_a_disk_without_room_for_prepared_data_is_told(
+    run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path, small_disk: Path,
+    capsys: Printed,
+) -> None:  # fmt: skip
+    """The writer is a library's, which names no file."""
+    with pytest.raises(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    place = f"dataset.prepared_dir={small_disk}"
+    assert run(command(*overrides(tmp_path / "run", rows[1]), place)) == 2
+    printed = capsys.readouterr().err
+    [error] = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert "No space left" in error and "Free some space" in error and "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_read_only_place_is_told_before_anything_is_done(
     run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path, small_disk: Path,
     capsys: Printed,

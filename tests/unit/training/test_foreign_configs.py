@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from torchprime.checkpoint.certificate import certify
+from torchprime.checkpoint.certificate import certify, read_certificate
 from torchprime.checkpoint.export import export_hf
 from torchprime.checkpoint.logits import PromptLogits, decoder_logits, encode_prompts
 from torchprime.errors import CheckpointError
@@ -107,3 +107,16 @@ def test_a_rope_in_two_spellings_of_which_one_was_edited_is_refused(
         found(folder)
     one = {key: value for key, value in config.items() if key != "rope_parameters"}
     assert architecture_from_hf(one).rope.kind == "linear"
+
+
+def test_heads_of_a_size_of_their_own_are_trained(
+    shared_dir: Path, make_tokenizer_folder, tmp_path: Path, command, run
+) -> None:
+    """Three heads of 8 in a hidden size of 32, which transformers 5 refuses to load."""
+    tokenizer = make_tokenizer_folder(tmp_path / "tokenizer")
+    folder = model_folder(config_of(shared_dir, "kanana"), tokenizer, tmp_path / "model")
+    place = [f"model.pretrained_model={folder}", f"output_dir={tmp_path}", "run_name=run"]
+    mesh = ["ici_mesh.fsdp=4", "ici_mesh.tensor=1"]
+    assert run(command(*place, *mesh, "task.max_steps=2")) == 0
+    certificate = read_certificate(tmp_path / "run" / "export")
+    assert certificate.check("logits").passed and certificate.check("base").passed
