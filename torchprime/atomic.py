@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from torchprime.errors import CheckpointError, RuntimeSetupError
 
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+PIECE = 8 * 2**20
 SMALL_FILE = 64 * 2**20  # bytes: settings, templates, prompts; tokenizers have some 20 MB
 FILE_MODE, FOLDER_MODE = 0o644, 0o755  # less what the umask takes away
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")
@@ -143,11 +144,14 @@ def read_regular(path: Path, most: int = SMALL_FILE) -> bytes:
     Raises:
         OSError: it cannot be read, is a pipe or a device, or is longer.
     """
+    parts, size = [], 0
     with open_regular(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+        while size <= most and (part := file.read(min(PIECE, most + 1 - size))):
+            parts.append(part)
+            size += len(part)
+    if size > most:
         raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
-    return content
+    return b"".join(parts)
 
 
 def read_regular_text(path: Path, most: int = SMALL_FILE, errors: str = "strict") -> str:

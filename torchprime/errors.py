@@ -6,6 +6,9 @@ that is not a `UserError` is our own bug and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as shells report it
 
 
@@ -50,3 +53,14 @@ class StoppedError(UserError):
 
 class IsolationError(UserError):
     """Segments of a packed block see each other, or the proof that they do not failed."""
+
+
+def told_disk_fault(error: OSError) -> str | None:
+    """Word the fault of a disk that is full, worn out or read-only; None for any other error.
+
+    Such a fault may come from any write, also inside of a library that does not name the file.
+    """
+    if error.errno not in DISK_FAULTS:
+        return None
+    file = f"{error.filename} cannot be" if error.filename else "A file cannot be read or"
+    return f"{file} written: {error.strerror}. Free some space there, or name another disk."

@@ -11,15 +11,16 @@ are taken.
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchprime.atomic import read_regular_text, write_text
+from torchprime.atomic import write_text
 from torchprime.errors import CheckpointError
 from torchprime.foreign_names import inside
+from torchprime.json_files import SMALL, read_json_if_there, read_regular
 
 DEFAULT = "default"
 FOLDER_OF_OTHERS = "additional_chat_templates"
@@ -37,7 +38,7 @@ def own_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     file = folder / "chat_template.jinja"
-    if file.is_file():
+    if os.path.lexists(file):
         found[DEFAULT] = read_text(file)
     for path in sorted((folder / FOLDER_OF_OTHERS).glob("*.jinja")):
         found[checked_name(path.name.removesuffix(".jinja"), path)] = read_text(path)
@@ -55,13 +56,7 @@ def own_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _in_json(path: Path) -> object:
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(read_text(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    return content.get("chat_template") if isinstance(content, Mapping) else None
+    return read_json_if_there(path).get("chat_template")
 
 
 def _listed(given: object, path: Path) -> dict[str, str]:
@@ -138,6 +133,6 @@ def read_text(path: Path) -> str:
         CheckpointError: the file cannot be read as UTF-8.
     """
     try:
-        return read_regular_text(path)
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(path, most=SMALL).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"the chat template {path} cannot be read: {error}") from error

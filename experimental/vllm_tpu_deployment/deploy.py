@@ -39,13 +39,13 @@ from torchprime.checkpoint.certificate import (  # noqa: E402
     tally,
     trained_options,
 )
-from torchprime.checkpoint.portable import read_json  # noqa: E402
 from torchprime.checkpoint.recheck import recheck  # noqa: E402
 from torchprime.checkpoint.source import resolve_pretrained  # noqa: E402
 from torchprime.cli.arguments import make_parser, run_command  # noqa: E402
 from torchprime.cli.columns import answers_lines, shown  # noqa: E402
 from torchprime.errors import CheckpointError, ConfigError, RuntimeSetupError  # noqa: E402
 from torchprime.evaluation.prompts import as_question, read_prompts  # noqa: E402
+from torchprime.json_files import read_json  # noqa: E402
 from torchprime.template_files import DEFAULT, own_templates  # noqa: E402
 from torchprime.terminal import print_lines, say  # noqa: E402
 

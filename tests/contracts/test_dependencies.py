@@ -20,7 +20,7 @@ BELOW_TRAINING = {*BELOW_EVALUATION, "evaluation"}
 BELOW_BACKENDS = {*BELOW_TRAINING, "training"}
 # Single modules below all rooms, in their own order: each may import those before it.
 BELOW = ["errors", "visible", "terminal", "markdown_text", "atomic", "hashing", "foreign_names"]
-BELOW += ["private_folders", "template_files"]
+BELOW += ["private_folders", "host_memory", "json_files", "raw_tokenizer", "template_files"]
 EVERYWHERE = set(BELOW)
 # What each room may import besides itself and those.
 ALLOWED: dict[str, set[str]] = {

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from torchprime.checkpoint.hf_read import EMBEDDING, HEAD, SafetensorsReader
+from torchprime.checkpoint.hf_read import SafetensorsReader
+from torchprime.checkpoint.weight_names import EMBEDDING, HEAD
 from torchprime.errors import CheckpointError
 
 PIECE = 1 << 24  # values that are compared at once
@@ -38,7 +39,10 @@ def changes_from(
     Raises:
         CheckpointError: the base lacks a tensor, or has it in another shape.
     """
-    listing, theirs = export.names(), base.names()
+    listing = export.names()
+    if HEAD not in listing:  # a tied model
+        base.share_head()
+    theirs = base.names()
     changed, new_rows, largest, where = 0, 0, 0.0, None
     for name, (shape, dtype) in listing.items():
         more = _more_rows(name, shape, theirs)

@@ -7,15 +7,13 @@ Names and options may come from a stranger's checkpoint: they are escaped as Mar
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from keyword import iskeyword
 from typing import Any
 
+from torchprime.checkpoint.source import HUB_NAME
 from torchprime.markdown_text import block, code, inline, table
-
-HUB_NAME = re.compile(r"[A-Za-z0-9_-][\w.-]*/[A-Za-z0-9_-][\w.-]*", re.ASCII)
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
@@ -23,7 +21,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
     Args:
         facts: `name`, `base_model`, `dataset`, `command`, `steps`, `parameters`, `dtype` as text or
-            numbers; `metrics` and `versions` as mappings; `chat` true if it has a chat template;
+            numbers; `hub_model` and `hub_datasets`, the names of those that came from the hub;
+            `metrics` and `versions` as mappings; `chat` true if it has a chat template;
             `template_options` that this was given while training.
     """
     name = str(facts.get("name") or "model")
@@ -40,14 +39,19 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
 
 def _front_matter(facts: Mapping[str, Any]) -> str:
-    """What hubs read. Only names of hub form: a local path there would be refused as invalid."""
+    """The part that hubs read. It names only what came from the hub: a hub makes a link of each
+    name, and a local path is none, or the name of somebody else's model."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    for key, fact in (("base_model", "base_model"), ("datasets", "dataset")):
-        value = str(facts.get(fact) or "")
-        if HUB_NAME.fullmatch(value):
-            entry = json.dumps(value)
-            lines.append(f"{key}:\n- {entry}" if key == "datasets" else f"{key}: {entry}")
+    lines += [f"base_model: {name}" for name in _hub_names([facts.get("hub_model")])]
+    if names := _hub_names(facts.get("hub_datasets")):
+        lines += ["datasets:", *(f"- {name}" for name in names)]
     return "\n".join([*lines, "tags:", "- torchprime", "---"])
+
+
+def _hub_names(given: Any) -> list[str]:
+    """The names of hub form, quoted for YAML."""
+    given = given if isinstance(given, list) else []
+    return [json.dumps(n) for n in given if isinstance(n, str) and HUB_NAME.fullmatch(n)]
 
 
 def _summary(facts: Mapping[str, Any]) -> str:

@@ -34,13 +34,15 @@ from torchprime.checkpoint.field_kinds import (
     texts_to,
 )
 from torchprime.checkpoint.hf_files import ExportFacts
-from torchprime.checkpoint.hf_read import HEAD, SafetensorsReader, check_names
+from torchprime.checkpoint.hf_read import SafetensorsReader, check_names
 from torchprime.checkpoint.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
-from torchprime.checkpoint.portable import check_tokenizer, read_json
+from torchprime.checkpoint.portable import check_tokenizer
 from torchprime.checkpoint.served_template import TrainedTemplate, check_served_template
-from torchprime.checkpoint.verify import compare_logits, read_back
+from torchprime.checkpoint.verify import NotChecked, compare_logits, read_back
+from torchprime.checkpoint.weight_names import HEAD
 from torchprime.errors import CheckpointError
 from torchprime.hashing import FileFacts, hash_files
+from torchprime.json_files import read_json, token_ids
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 
@@ -66,10 +68,6 @@ CHECK: Table = {
 FIRST_CHANGE = 2  # with warm-up the first update has a learning rate of 0
 
 Found = tuple[str, dict[str, Any]]  # what a check says, and its numbers
-
-
-class NotChecked(Exception):
-    """A check that cannot be made here; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -328,8 +326,8 @@ def check_base(folder: Path, base: Path | str | None, facts: ExportFacts) -> Fou
 def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) -> Found:
     if isinstance(trained, str):
         raise NotChecked(f"logits not compared ({trained})")
-    tolerance = LOGIT_TOLERANCE[dtype]
-    difference = compare_logits(folder, trained.ids, trained.logits, tolerance=tolerance)
+    least = LOGIT_TOLERANCE[dtype]
+    match = compare_logits(folder, trained.ids, trained.logits, least=least)
     rows, length = trained.ids.shape
     values = {
         "computed_by": trained.computed_by,
@@ -337,12 +335,13 @@ def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) 
             {"text": text, "tokens": length, "likeliest_next": likeliest(logits[-1])}
             for text, logits in zip(PROMPTS, trained.logits, strict=True)
         ],
-        "tolerance": tolerance,
-        "max_difference": difference,
+        "tolerance": match.tolerance,
+        "rounding_floor": match.floor,
+        "max_difference": match.difference,
     }
     return (
-        f"logits of transformers match the trainer's to {difference:.0e} of the largest "
-        f"({rows} prompts of {length} tokens, allowed is {tolerance:.0e})"
+        f"logits of transformers match the trainer's to {match.difference:.0e} of the largest "
+        f"({rows} prompts of {length} tokens, {match.allowed()})"
     ), values
 
 
@@ -355,8 +354,8 @@ def check_template(folder: Path, trained: TrainedTemplate | None) -> Found:
 
 def check_stops(folder: Path, stop_ids: tuple[int, ...]) -> Found:
     """A server stops where the model was trained to stop."""
-    given = read_json(folder / "generation_config.json").get("eos_token_id")
-    stops = [] if given is None else [given] if isinstance(given, int) else list(given)
+    file = "generation_config.json"
+    stops = token_ids(read_json(folder / file), "eos_token_id", file)
     missing = [i for i in stop_ids if i not in stops]
     if missing:
         raise CheckpointError(

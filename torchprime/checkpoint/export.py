@@ -51,31 +51,36 @@ def check_export(
     dtype: torch.dtype,
     tokenizer_folder: Path,
     eos_token_id: int,
+    generation_config: Mapping[str, Any] | None,
     max_shard_bytes: int,
     chat_templates: Mapping[str, str] | None = None,
-) -> None:
+) -> list[str]:
     """Raise the CheckpointError that `export_hf` would raise, without weights; takes a second.
 
     Also reads the tokenizer as it would be exported through AutoTokenizer, and compares its ids
     with tokenizer.json's.
+
+    Returns:
+        What the export repairs in the source's files, as lines for the user.
     """
     refuse_used_folder(out)
     plan_shards(spec, dtype, max_shard_bytes)
     _require_space(out, spec, dtype)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_hf_files(
+        repairs = write_hf_files(
             folder,
             spec=spec,
             config=config,
             dtype=dtype,
             tokenizer_folder=tokenizer_folder,
             eos_token_id=eos_token_id,
-            generation_config=None,
+            generation_config=generation_config,
             card="",
             chat_templates=chat_templates,
         )
         check_tokenizer(folder)
+    return repairs
 
 
 def export_hf(
@@ -125,7 +130,7 @@ def export_hf(
 def write_export(
     out: Path,
     *,
-    small_files: Callable[[Path], None],
+    small_files: Callable[[Path], object],
     weights: Iterable[tuple[str, torch.Tensor]],
     spec: Spec,
     dtype: torch.dtype,

@@ -31,11 +31,12 @@ from torchprime.checkpoint.logits import (
     encode_prompts,
     no_room,
 )
-from torchprime.checkpoint.portable import both_dtype_spellings, read_json
+from torchprime.checkpoint.portable_config import both_dtype_spellings
 from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
 from torchprime.foreign_names import inside
+from torchprime.json_files import read_json
 from torchprime.models.architecture import architecture_from_hf
 
 HF = "hf"  # the folder in a checkpoint

@@ -28,15 +28,12 @@ from torchprime.checkpoint.field_kinds import (
     or_null,
     texts_to,
 )
-from torchprime.checkpoint.portable import (
-    portable_config,
-    portable_generation_config,
-    read_json,
-    write_tokenizer,
-)
+from torchprime.checkpoint.portable import write_tokenizer
+from torchprime.checkpoint.portable_config import portable_config, portable_generation_config
 from torchprime.checkpoint.safetensors_write import CODES
 from torchprime.checkpoint.served_template import TrainedTemplate
 from torchprime.errors import CheckpointError
+from torchprime.json_files import read_json
 
 FACTS = "export.json"
 FACTS_VERSION = 1
@@ -168,7 +165,7 @@ def write_hf_files(
     generation_config: Mapping[str, Any] | None,
     card: str,
     chat_templates: Mapping[str, str] | None = None,
-) -> None:
+) -> list[str]:
     """Write everything of a Hugging Face folder but the weights.
 
     Args:
@@ -181,11 +178,16 @@ def write_hf_files(
         card: the text of README.md.
         chat_templates: those that were trained with, by name; None keeps the tokenizer's own.
 
+    Returns:
+        What was repaired in the source's files, as lines for the user.
+
     Raises:
         CheckpointError: contradicting or incomplete input.
     """
-    generation = portable_generation_config(generation_config, config, eos_token_id)
-    write_json(folder / "config.json", portable_config(config, spec, dtype, eos_token_id))
+    exported, repairs = portable_config(config, spec, dtype, eos_token_id)
+    generation, more = portable_generation_config(generation_config, exported, eos_token_id)
+    write_json(folder / "config.json", exported)
     write_json(folder / "generation_config.json", generation)
     write_tokenizer(folder, tokenizer_folder, eos=eos_token_id, chat_templates=chat_templates)
     write_text(folder / CARD, card)
+    return [*repairs, *more]

@@ -7,7 +7,6 @@ by the caller, and let go: host memory holds one tensor, not the checkpoint.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,14 +14,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from torchprime.atomic import read_regular
+from torchprime.checkpoint.weight_names import EMBEDDING, HEAD, foreign, public_names
 from torchprime.errors import CheckpointError
 from torchprime.foreign_names import checked_name
+from torchprime.json_files import LARGE, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 # Older checkpoints carry this buffer; every reader computes it from the config.
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
@@ -45,10 +43,7 @@ Shape = tuple[int, ...]
 
 
 class SafetensorsReader:
-    """The tensors of a checkpoint folder by their names in a causal language model.
-
-    A checkpoint of the bare decoder (`layers.0...` without `model.`) is given the prefix.
-    """
+    """The tensors of a checkpoint folder by their names in a causal language model."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -56,9 +51,9 @@ class SafetensorsReader:
         self._listing: dict[str, tuple[Shape, torch.dtype]] = {}
         self._places: dict[str, tuple[str, str]] = {}  # name -> file, name in that file
         located = _locate(self.folder)
-        bare = not any(name.startswith("model.") for _, name in located)
+        public_of = public_names(name for _, name in located)
         for file, name in located:
-            public = f"model.{name}" if bare and name != HEAD else name
+            public = public_of[name]
             if public in self._places:
                 raise CheckpointError(
                     f"{self.folder}: {name} is in both {self._places[public][0]} and {file}; "
@@ -74,6 +69,12 @@ class SafetensorsReader:
     def names(self) -> dict[str, tuple[Shape, torch.dtype]]:
         """Every tensor's shape and dtype, from the headers alone."""
         return dict(self._listing)
+
+    def share_head(self) -> None:
+        """Take an output head that is stored alone for the embedding, as a tied model has it."""
+        if HEAD in self._places and EMBEDDING not in self._places:
+            self._places[EMBEDDING] = self._places.pop(HEAD)
+            self._listing[EMBEDDING] = self._listing.pop(HEAD)
 
     def get(self, name: str) -> torch.Tensor:
         """One tensor, a view of the mapped file: copy before writing to it."""
@@ -126,9 +127,9 @@ def _locate(folder: Path) -> list[tuple[str, str]]:
 def _locate_by_index(folder: Path) -> list[tuple[str, str]]:
     path = folder / INDEX
     try:
-        weight_map = json.loads(read_regular(path))["weight_map"]
+        weight_map = read_json(path, most=LARGE)["weight_map"]
         items = [(str(file), str(name)) for name, file in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is not an index with a weight_map: {error}.") from error
     files = sorted({file for file, _ in items})
     for file in files:
@@ -161,12 +162,19 @@ def check_names(expected: Mapping[str, Shape], found: SafetensorsReader, *, tied
     """Compare a checkpoint's names and shapes with the model's, before any weight is used.
 
     Tolerated: the rotary buffer of older checkpoints, and the output head of a tied model where it
-    equals the embedding. A different head would be loaded untied by transformers 5: refused.
+    equals the embedding, or where it is stored instead of it. A different head would be loaded
+    untied by transformers 5: refused.
 
     Raises:
-        CheckpointError: with every missing name, unexpected name and differing shape.
+        CheckpointError: with every missing name, unexpected name and differing shape; or what the
+            files are if not the weights of a plain model.
     """
+    if tied:
+        found.share_head()
     listing = found.names()
+    kind = foreign({name: dtype for name, (_, dtype) in listing.items()}, expected)
+    if kind is not None:
+        raise CheckpointError(f"The files in {found.folder} {kind}")
     missing = [name for name in expected if name not in listing]
     extra = [name for name in listing if name not in expected and not HARMLESS.search(name)]
     if tied and HEAD in extra and EMBEDDING in listing:

@@ -20,7 +20,6 @@ from torchprime.checkpoint.certificate import (
     Certificate,
     Check,
     Found,
-    NotChecked,
     check_ids,
     check_stops,
     check_template,
@@ -34,7 +33,7 @@ from torchprime.checkpoint.hf_read import SafetensorsReader
 from torchprime.checkpoint.logits import encode_prompts, no_room
 from torchprime.checkpoint.safetensors_write import is_finite, tensor_hash
 from torchprime.checkpoint.served_template import TrainedTemplate
-from torchprime.checkpoint.verify import transformers_logits
+from torchprime.checkpoint.verify import NotChecked, judge_logits, load_transformers, logits_of
 from torchprime.errors import CheckpointError
 
 # Files that some reader of a model would open though the certificate does not know them.
@@ -165,17 +164,19 @@ def _logits(folder: Path, recorded: dict[str, Any], certificate: Certificate) ->
     ids = encode_prompts(
         folder / "tokenizer.json", [p["text"] for p in prompts], longest=prompts[0]["tokens"]
     )
-    logits = transformers_logits(folder, ids)
+    model = load_transformers(folder)
+    logits = logits_of(model, ids)
     largest = float(np.abs(logits).max())
     worst = max(
         abs(float(row[-1][int(token)]) - value) / largest
         for row, prompt in zip(logits, prompts, strict=True)
         for token, value in prompt["likeliest_next"].items()
     )
-    if not worst <= recorded["tolerance"]:
+    match = judge_logits(model, ids, logits, worst, recorded["tolerance"])
+    if not match.within:
         raise CheckpointError(
             f"logits in transformers differ from the certified ones by {worst:.1e} of the largest, "
-            f"allowed is {recorded['tolerance']:.0e}"
+            f"{match.allowed()}"
         )
     return (
         f"behind {len(prompts)} prompts transformers' logits are the certified ones to {worst:.0e} "

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from torchprime.checkpoint.portable import read_json
+from torchprime.checkpoint.portable import auto_tokenizer
 from torchprime.errors import CheckpointError
+from torchprime.json_files import read_json
 from torchprime.template_files import DEFAULT, own_templates
 
 PROBE = [{"role": "user", "content": "What is the tide at Skerry?"}]
@@ -73,9 +73,7 @@ def check_served_template(folder: Path, trained: TrainedTemplate) -> tuple[str, 
         CheckpointError: a template is missing or another one, or a reader renders by another.
     """
     _check_sources(folder, trained)
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
+    tokenizer = auto_tokenizer(folder)
     found = tokenizer.chat_template
     texts = found if isinstance(found, dict) else {DEFAULT: found}
     tokens = {name: getattr(tokenizer, name) for name in TOKENS}

@@ -8,6 +8,7 @@ cannot succeed (unknown name, gated repository, no network) is said at once, wit
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import stat
 from pathlib import Path
@@ -22,12 +23,18 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from torchprime.checkpoint.weight_names import MERGE
 from torchprime.errors import CheckpointError
+from torchprime.json_files import read_json
+from torchprime.models.unsupported import DEQUANTIZE
 
 # model*.safetensors leaves out second copies in the authors' own layout (consolidated.safetensors).
 WEIGHT_PATTERNS = ["model*.safetensors", "model.safetensors.index.json"]
 SMALL_PATTERNS = [
     "config.json",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,6 +48,8 @@ SMALL_PATTERNS = [
     "additional_chat_templates/*.jinja",
 ]
 MOST_BYTES = 512 * 2**20  # of a file that is not weights; the largest tokenizers have 40 MB
+ADAPTER_FILE = "adapter_config.json"
+QUANTIZER_FILES = ("quantize_config.json", "quant_config.json")  # of AutoGPTQ and AutoAWQ
 PICKLES = ("*.bin", "*.pth", "*.pt")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -102,6 +111,13 @@ def _require_regular(folder: Path) -> None:
             )
 
 
+def hub_name(name_or_path: str | None) -> str | None:
+    """The name of the hub repository that this means; None for a local folder or file."""
+    if name_or_path is None or Path(name_or_path).expanduser().exists():
+        return None
+    return name_or_path if HUB_NAME.fullmatch(name_or_path) else None
+
+
 def _fetch(name: str, cache_dir: str | None, weights: bool) -> Path:
     patterns = SMALL_PATTERNS + (WEIGHT_PATTERNS if weights else [])
     try:
@@ -140,8 +156,28 @@ def _no_such_folder(name: str, folder: Path) -> str:
     return message + (f"; did you mean {folder.parent / nearest[0]}?" if nearest else ".")
 
 
+def _refuse_foreign(folder: Path, source: str) -> None:
+    """Name what lies there if it is a PEFT adapter or of an old quantizer."""
+    if os.path.lexists(folder / ADAPTER_FILE):
+        base = read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
+        beside = any(folder.glob("model*.safetensors"))
+        what = "a model with a PEFT adapter beside it, which transformers would apply to it;"
+        what = what if beside else f"a PEFT adapter of {base!r:.200}, not a model;"
+        raise CheckpointError(
+            f"There is {what} see {ADAPTER_FILE} in {source}. Merge it: {MERGE}."
+            + (f" Or remove {ADAPTER_FILE} to train the model alone." if beside else "")
+        )
+    for name in QUANTIZER_FILES:
+        if os.path.lexists(folder / name):
+            raise CheckpointError(
+                f"There is a quantized model in {source} ({name}), which cannot be trained: "
+                f"{DEQUANTIZE}."
+            )
+
+
 def _require_checkpoint(folder: Path, source: str) -> None:
-    if not (folder / "config.json").is_file():
+    if not os.path.lexists(folder / "config.json"):
+        _refuse_foreign(folder, source)
         inside = folder / "export"  # of a run
         hint = "Give the folder that holds them."
         raise CheckpointError(
@@ -149,6 +185,7 @@ def _require_checkpoint(folder: Path, source: str) -> None:
             f"*.safetensors. "
             + (f"Did you mean {inside}?" if (inside / "config.json").is_file() else hint)
         )
+    _refuse_foreign(folder, source)
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from torchprime.errors import INTERRUPTED, UserError
+from torchprime.errors import INTERRUPTED, UserError, told_disk_fault
 from torchprime.terminal import guard_output, say
 
 
@@ -54,6 +54,11 @@ def run_command(
     except UserError as error:
         say(f"error: {error}")
         return error.exit_code
+    except OSError as error:
+        if (told := told_disk_fault(error)) is None:
+            raise
+        say(f"error: {told}")
+        return UserError.exit_code
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED

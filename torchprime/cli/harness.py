@@ -19,10 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from torchprime.atomic import write_json
 from torchprime.checkpoint.certificate import CERTIFICATE, read_certificate
+from torchprime.checkpoint.portable import auto_tokenizer
 from torchprime.checkpoint.source import resolve_pretrained
 from torchprime.checkpoint.verify import load_transformers
 from torchprime.cli.arguments import make_parser, positive, run_command
@@ -76,9 +75,7 @@ def _evaluate(given: argparse.Namespace) -> int:
     # late: as below; it must be there by now
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
+    tokenizer = auto_tokenizer(folder)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=given.batch_size)
     settings = {
         "num_fewshot": given.num_fewshot,

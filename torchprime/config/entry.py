@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torchprime.config.compose import compose_config, parse_command, run_hydra_main
 from torchprime.config.schema import TrainConfig
-from torchprime.errors import INTERRUPTED, StoppedError, UserError
+from torchprime.errors import INTERRUPTED, StoppedError, UserError, told_disk_fault
 from torchprime.terminal import guard_output, say
 
 
@@ -31,6 +31,11 @@ def run_main(main: Callable[[TrainConfig], int], argv: list[str] | None = None) 
     except UserError as error:
         say(f"error: {error}")
         return error.exit_code
+    except OSError as error:
+        if (told := told_disk_fault(error)) is None:
+            raise
+        say(f"error: {told}")
+        return UserError.exit_code
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED

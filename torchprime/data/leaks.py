@@ -19,11 +19,10 @@ both sides are found on the way.
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from itertools import chain, islice
 
 import numpy as np
@@ -47,6 +46,7 @@ from torchprime.data.shingles import (
     mix,
     shingle,
 )
+from torchprime.data.worker_pool import worker_pool
 from torchprime.errors import ConfigError, DataError
 
 SHOWN_PAIRS, SHOWN_CLUSTERS, SHOWN_IDS, SHOWN_CHARS = 1000, 20, 10, 80
@@ -226,12 +226,8 @@ class _Check:
         if first is None:
             return
         pending: deque[Future[tuple[np.ndarray, np.ndarray]]] = deque()
-        with ProcessPoolExecutor(
-            self.workers,
-            mp_context=multiprocessing.get_context("spawn"),  # a fork would copy XLA's threads
-            initializer=start_worker,
-            initargs=(self.num_perm, self.seed, self.frequent),
-        ) as pool:
+        given = (self.num_perm, self.seed, self.frequent)
+        with worker_pool(self.workers, "comparing rows", start_worker, given) as pool:
             for chunk in chain([first], chunks):
                 pending.append(pool.submit(sign_in_worker, chunk))
                 if len(pending) > 2 * self.workers:

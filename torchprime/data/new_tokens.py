@@ -24,14 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
 from torchprime.atomic import write_bytes, write_json, write_text
 from torchprime.data import cache
-from torchprime.data.tokenizer import load_raw, read_json
+from torchprime.data.tokenizer import load_raw
 from torchprime.errors import CheckpointError, RuntimeSetupError
 from torchprime.foreign_names import inside
+from torchprime.json_files import LARGE, read_json, read_json_if_there
 from torchprime.private_folders import require_private
+from torchprime.raw_tokenizer import load_tokenizer_json
 
 VERSION = 1  # of what is written; part of the folder's key
 KEY = "model.add_special_tokens"
@@ -151,8 +151,8 @@ def _write(folder: Path, source: Path, chosen: Mapping[str, int], copied: Sequen
         target.parent.mkdir(exist_ok=True)
         write_bytes(target, path.read_bytes())
     tokens = {number: {"content": text, **PLAIN} for text, number in chosen.items()}
-    _write_tokenizer(folder / JSON_FILE, read_json(source / JSON_FILE), tokens)
-    settings, older = read_json(source / SETTINGS_FILE), read_json(source / MAP_FILE)
+    _write_tokenizer(folder / JSON_FILE, read_json(source / JSON_FILE, most=LARGE), tokens)
+    settings, older = (read_json_if_there(source / name) for name in (SETTINGS_FILE, MAP_FILE))
     if isinstance(known := settings.get("added_tokens_decoder"), dict):
         known.update({str(number): {**token, "special": True} for number, token in tokens.items()})
     _list_tokens(settings, list(chosen))
@@ -171,7 +171,7 @@ def _write_tokenizer(path: Path, content: dict[str, Any], tokens: Mapping[int, A
     mine = [{"id": number, **token, "special": True} for number, token in tokens.items()]
     content["added_tokens"] = sorted([*others, *mine], key=lambda token: token["id"])
     write_text(path, json.dumps(content, ensure_ascii=False))  # indented takes seconds
-    read = tokenizers.Tokenizer.from_file(str(path))
+    read, _ = load_tokenizer_json(path)
     wrong = [n for n, token in tokens.items() if read.token_to_id(token["content"]) != n]
     if wrong:
         raise CheckpointError(

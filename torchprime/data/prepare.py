@@ -8,7 +8,6 @@ memory whole. All of it is kept under a hash of what shaped it, and the next sta
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 import time
 from collections import Counter, deque
@@ -39,6 +38,7 @@ from torchprime.data.rows import Row, RowReading, open_rows
 from torchprime.data.sources import SourceSpec, expected_rows, source_fingerprint
 from torchprime.data.store import ExampleStore, StoreWriter, writing
 from torchprime.data.tokenizer import Tokenizer
+from torchprime.data.worker_pool import worker_pool
 from torchprime.errors import DataError
 
 # Part of every cache key: to be raised whenever the same rows would give other examples or blocks.
@@ -291,12 +291,9 @@ class _Job:
         first = next(chunks, None)
         if first is None:
             return
-        with ProcessPoolExecutor(
-            self.workers - 1,  # this process is one of the workers
-            mp_context=multiprocessing.get_context("spawn"),  # a fork would copy XLA's threads
-            initializer=start_worker,
-            initargs=(self.tokenizer.folder, self.template, self.settings),
-        ) as pool:
+        given = (self.tokenizer.folder, self.template, self.settings)
+        # This process is one of the workers.
+        with worker_pool(self.workers - 1, "tokenizing rows", start_worker, given) as pool:
             yield from self._shared_out(chain([first], chunks), work, pool)
 
     def _shared_out(

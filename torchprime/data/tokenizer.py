@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,6 +24,8 @@ import tokenizers
 from torchprime.data.encoded import Encoded, LibraryEncoded
 from torchprime.data.words import WordEncoder, byte_characters
 from torchprime.errors import CheckpointError
+from torchprime.json_files import read_json_if_there, token_ids
+from torchprime.raw_tokenizer import encoding_faults, library_faults, load_tokenizer_json
 
 PROBE = "a"
 REPLACEMENT = "\ufffd"  # what decoding makes of bytes that are no character
@@ -46,15 +50,21 @@ class Tokenizer:
         """Ids and character spans of every text, without special tokens."""
         by_words = [self._words and self._words.encode(text) for text in texts]
         rest = [text for text, done in zip(texts, by_words, strict=True) if done is None]
-        others = iter(self._raw.encode_batch(rest, add_special_tokens=False) if rest else ())
+        with self._faults():
+            others = iter(self._raw.encode_batch(rest, add_special_tokens=False) if rest else ())
         return [done or LibraryEncoded(next(others)) for done in by_words]
 
     def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The same ids without spans, which the library is faster at."""
         by_words = [self._words and self._words.encode(text) for text in texts]
         rest = [text for text, done in zip(texts, by_words, strict=True) if done is None]
-        others = iter(self._raw.encode_batch_fast(rest, add_special_tokens=False) if rest else ())
+        raw = self._raw
+        with self._faults():
+            others = iter(raw.encode_batch_fast(rest, add_special_tokens=False) if rest else ())
         return [(done or next(others)).ids for done in by_words]
+
+    def _faults(self) -> AbstractContextManager[None]:
+        return encoding_faults(f"the tokenizer in {self.folder} fails on a text")
 
     def joint_ids(self, prompt: str, completion: str) -> tuple[list[int], list[int]] | None:
         """The ids of both sides in their joint text, if no token crosses and the prompt's are
@@ -76,13 +86,15 @@ class Tokenizer:
         return [self.bos_id, *ids]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with self._faults():
+            return self._raw.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def decode_batch(
         self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool = True
     ) -> list[str]:
         lists = [list(ids) for ids in sequences]
-        return self._raw.decode_batch(lists, skip_special_tokens=skip_special_tokens)
+        with self._faults():
+            return self._raw.decode_batch(lists, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str | None:
         """How the vocabulary writes this token; None for an id it does not have."""
@@ -149,6 +161,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     raw, raw_bytes = load_raw(folder)
     settings = read_settings(folder)
     vocab = raw.get_vocab(with_added_tokens=True)
+    if not vocab:
+        raise CheckpointError(f"the tokenizer in {folder} has no tokens. Fetch it again")
 
     eos_id = _eos_id(settings, vocab, folder)
     bos_id, add_bos = _bos(raw, settings, vocab, eos_id, folder)
@@ -180,7 +194,7 @@ def load_raw(folder: Path) -> tuple[tokenizers.Tokenizer, bytes]:
         CheckpointError: there is no such file, or the library cannot load it.
     """
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         if not folder.is_dir():
             raise CheckpointError(f"no tokenizer: the folder {folder} does not exist")
         others = sorted(p.name for p in folder.iterdir() if "token" in p.name or "vocab" in p.name)
@@ -190,38 +204,13 @@ def load_raw(folder: Path) -> tuple[tokenizers.Tokenizer, bytes]:
             f"import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}')"
             f".save_pretrained('{folder}')\", or set model.tokenizer_name to a folder that has one"
         )
-    raw_bytes = path.read_bytes()
-    try:
-        raw = tokenizers.Tokenizer.from_str(raw_bytes.decode("utf-8"))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} is not a tokenizer that can be loaded: {error}") from error
-    # A file may carry the settings of somebody's last call; cut or padded texts and random
-    # merges are not part of what the tokenizer is.
-    raw.no_truncation()
-    raw.no_padding()
-    if getattr(raw.model, "dropout", None):
-        raw.model.dropout = None
-    return raw, raw_bytes
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, empty if there is no file; one that is malformed is a
-    CheckpointError."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
+    return load_tokenizer_json(path)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; the older special_tokens_map.json fills what it leaves open."""
-    settings = read_json(folder / "special_tokens_map.json")
-    newer = read_json(folder / "tokenizer_config.json")
+    settings = read_json_if_there(folder / "special_tokens_map.json")
+    newer = read_json_if_there(folder / "tokenizer_config.json")
     return settings | {key: value for key, value in newer.items() if value is not None}
 
 
@@ -264,7 +253,7 @@ def _bos(
     An explicit add_bos_token decides (as in transformers 5); otherwise what the post-processor
     of tokenizer.json does to a text.
     """
-    leading = _leading_specials(raw)
+    leading = _leading_specials(raw, folder)
     if len(leading) > 1:
         names = " ".join(str(raw.id_to_token(i)) for i in leading)
         raise CheckpointError(
@@ -273,10 +262,15 @@ def _bos(
         )
     token = token_named(settings, "bos_token")
     asked = settings.get("add_bos_token")
+    if not isinstance(asked, bool | None):
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: add_bos_token is {asked!r:.100}, expected true, "
+            "false or null"
+        )
     if token is None:
         bos_id = leading[0] if leading else None
         return bos_id, bos_id is not None and asked is not False
-    add_bos = bool(leading) if asked is None else bool(asked)
+    add_bos = bool(leading) if asked is None else asked
     if not add_bos:
         return vocab.get(token), False
     bos_id = _id_of(token, "bos_token", vocab, folder)
@@ -288,10 +282,11 @@ def _bos(
     return bos_id, True
 
 
-def _leading_specials(raw: tokenizers.Tokenizer) -> list[int]:
+def _leading_specials(raw: tokenizers.Tokenizer, folder: Path) -> list[int]:
     """The ids the post-processor puts in front of a text."""
-    full = raw.encode(PROBE).ids
-    bare = raw.encode(PROBE, add_special_tokens=False).ids
+    with library_faults(f"the tokenizer in {folder} fails on a text"):
+        full = raw.encode(PROBE).ids
+        bare = raw.encode(PROBE, add_special_tokens=False).ids
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start]
@@ -300,6 +295,5 @@ def _leading_specials(raw: tokenizers.Tokenizer) -> list[int]:
 
 def _generation_eos_ids(folder: Path) -> tuple[int, ...]:
     """The ids generation stops at; information only: training supervises eos_token."""
-    value = read_json(folder / "generation_config.json").get("eos_token_id")
-    ids = value if isinstance(value, list) else [value]
-    return tuple(i for i in ids if isinstance(i, int))
+    path = folder / "generation_config.json"
+    return tuple(token_ids(read_json_if_there(path), "eos_token_id", str(path)))

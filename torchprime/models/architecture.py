@@ -3,31 +3,29 @@
 One dataclass describes Llama 2/3/3.1/3.2, Qwen2/2.5, Qwen3 and Mistral: the families differ in four
 switches (qkv bias, q/k norm, sliding window, rope scaling) and in numbers. Anything in a
 config.json that would change the mathematics and that the decoder does not implement is refused by
-name, so that a checkpoint is never run as something it is not.
+name, so that a checkpoint is never run as something it is not. The reference is transformers 5.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torchprime.errors import CheckpointError
+from torchprime.models.config_values import ConfigValues
+from torchprime.models.rope_config import Rope, read_rope
+from torchprime.models.unsupported import quantized, unsupported_family
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: base and, for long contexts, how frequencies are scaled."""
-
-    theta: float = 10_000.0
-    kind: str = "default"  # default, linear, llama3
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+# What transformers takes for an absent key, where the families differ.
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # llama: as many as query heads
+CONTEXT = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
+QWEN3_HEAD = 128
+WINDOW, FIRST_WINDOWED = 4096, 28
+MOST_LAYERS = 1024  # a layer is a module: a number beyond all sense would fill the memory
 
 
 @dataclass(frozen=True)
@@ -67,136 +65,139 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         where: what to call the config in messages.
 
     Raises:
-        CheckpointError: missing key, unsupported family, activation, rope type or layer pattern.
+        CheckpointError: a key that is missing or has a value of a wrong type or size; an
+            unsupported family, activation, rope type or layer pattern.
     """
+    values = ConfigValues(config, where)
     family = config.get("model_type")
-    if family not in FAMILIES:
-        raise CheckpointError(
-            f"{where}: model_type is {family!r}; supported are {', '.join(FAMILIES)}. "
-            "Use a checkpoint of one of these families."
-        )
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    missing = [key for key in (*needed, "num_attention_heads") if config.get(key) is None]
-    if missing:
-        raise CheckpointError(f"{where}: the keys {', '.join(missing)} are missing.")
-    _refuse_unknown_mathematics(config, where)
-    heads = int(config["num_attention_heads"])
-    hidden = int(config["hidden_size"])
-    window, windowed_from = _sliding_window(config, family, where)
-    llama_bias = (
-        bool(config.get("attention_bias", False)) if family in ("llama", "qwen3") else False
-    )
-    kv_heads = config.get("num_key_value_heads")
-    if kv_heads is None:
-        # Absent, transformers falls back to the family's default, not to one kv head per head.
-        kv_heads = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(family, heads)
-    head_dim = config.get("head_dim") or (128 if family == "qwen3" else hidden // heads)
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise CheckpointError(f"{where}: {unsupported_family(config, FAMILIES)}")
+    _refuse_unknown_mathematics(values)
+    hidden, layers = values.integer("hidden_size"), _layers(values)
+    heads = values.integer("num_attention_heads", most=2**14)
+    window, windowed_from = _sliding_window(values, family, layers)
+    llama_bias = family in ("llama", "qwen3") and values.flag("attention_bias")
+    context = values.integer("max_position_embeddings", CONTEXT[family], most=2**40)
     architecture = Architecture(
         family=family,
-        vocab_size=int(config["vocab_size"]),
+        vocab_size=values.integer("vocab_size", most=2**24),
         hidden_size=hidden,
-        intermediate_size=int(config["intermediate_size"]),
-        num_hidden_layers=int(config["num_hidden_layers"]),
+        intermediate_size=values.integer("intermediate_size", most=2**24),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=int(kv_heads),
-        head_dim=int(head_dim),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope=_rope(config, where),
+        num_key_value_heads=_kv_heads(values, family, heads),
+        head_dim=_head_dim(values, family, hidden, heads),
+        rms_norm_eps=values.number("rms_norm_eps", 1e-6, equal=True),
+        rope=read_rope(values, context),
         qkv_bias=family == "qwen2" or llama_bias,
         out_bias=llama_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)) if family == "llama" else False,
+        mlp_bias=family == "llama" and values.flag("mlp_bias"),
         qk_norm=family == "qwen3",
         sliding_window=window,
         windowed_from_layer=windowed_from,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-        initializer_range=float(config.get("initializer_range", 0.02)),
+        tie_word_embeddings=values.flag("tie_word_embeddings"),
+        max_position_embeddings=context,
+        initializer_range=values.number("initializer_range", 0.02, equal=True),
     )
-    if architecture.num_attention_heads % architecture.num_key_value_heads:
-        raise CheckpointError(
-            f"{where}: num_attention_heads={architecture.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads={architecture.num_key_value_heads}."
-        )
     return architecture
 
 
-def _refuse_unknown_mathematics(config: Mapping[str, Any], where: str) -> None:
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise CheckpointError(
-            f"{where}: hidden_act is {activation!r}; only silu (the gated SiLU unit) is supported."
-        )
-    if config.get("attention_dropout"):
-        raise CheckpointError(
-            f"{where}: attention_dropout is {config['attention_dropout']}; set it to 0.0: dropout "
-            "is not supported in fine-tuning."
-        )
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{where}: the checkpoint is quantized (quantization_config); give the unquantized one."
-        )
+def _layers(values: ConfigValues) -> int:
+    return values.integer("num_hidden_layers", most=MOST_LAYERS)
 
 
-def _sliding_window(config: Mapping[str, Any], family: str, where: str) -> tuple[int | None, int]:
+def _kv_heads(values: ConfigValues, family: str, heads: int) -> int:
+    # Absent it is the family's default; null means as many as query heads, in all families.
+    default = heads if "num_key_value_heads" in values.content else KV_HEADS.get(family, heads)
+    kv_heads = values.integer("num_key_value_heads", default, most=2**14)
+    if heads % kv_heads:
+        raise CheckpointError(
+            f"{values.where}: num_attention_heads={heads} is not a multiple of "
+            f"num_key_value_heads={kv_heads}."
+        )
+    return kv_heads
+
+
+def _head_dim(values: ConfigValues, family: str, hidden: int, heads: int) -> int:
+    """Given or, in the families without a default, the hidden size shared out to the heads."""
+    default = QWEN3_HEAD if family == "qwen3" else hidden // heads
+    if "head_dim" not in values and family != "qwen3" and hidden % heads:
+        raise CheckpointError(
+            f"{values.where}: hidden_size={hidden} is not a multiple of "
+            f"num_attention_heads={heads}, and there is no head_dim."
+        )
+    head_dim = values.integer("head_dim", default, most=2**14) if "head_dim" in values else default
+    if head_dim % 2 or not head_dim:
+        raise CheckpointError(
+            f"{values.where}: head_dim={head_dim} (or hidden_size / num_attention_heads) is not "
+            "an even number; rotary positions turn pairs."
+        )
+    return head_dim
+
+
+def _refuse_unknown_mathematics(values: ConfigValues) -> None:
+    activation = values.get("hidden_act")
+    if activation not in (None, "silu", "swish"):
+        raise values.fault("hidden_act", "silu (the gated SiLU unit); others are not supported")
+    if values.number("attention_dropout", 0.0, equal=True):
+        raise values.fault("attention_dropout", "0.0: dropout is not supported in fine-tuning")
+    if quantization := values.get("quantization_config"):
+        raise CheckpointError(f"{values.where}: {quantized(quantization)}")
+    if values.get("per_layer_config"):
+        raise values.fault("per_layer_config", "null: layers of different shapes are not supported")
+    # null is read as false here: transformers asks whether the value counts as true.
+    if "is_causal" in values.content and values.get("is_causal") is not True:
+        raise values.fault("is_causal", "true: only causal models are supported")
+
+
+def _sliding_window(values: ConfigValues, family: str, layers: int) -> tuple[int | None, int]:
     """Window in positions and the first layer that has it, as transformers reads the keys."""
+    largest = 2**40
     # Absent, transformers takes 4096 in these families; null means no window.
-    window = config.get("sliding_window", 4096)
-    layers = int(config["num_hidden_layers"])
+    null = "sliding_window" in values.content and "sliding_window" not in values
+    window = None if null else values.integer("sliding_window", WINDOW, most=largest)
     if family in ("qwen2", "qwen3"):
-        if not config.get("use_sliding_window", False):
-            return None, 0
-        first = int(config.get("max_window_layers", 28))
-    elif family == "mistral":
-        first = 0
+        window = window if values.flag("use_sliding_window") else None
+        first = values.integer("max_window_layers", FIRST_WINDOWED, least=0, most=largest)
     else:
+        window = window if family == "mistral" or "sliding_window" in values else None
+        first = 0
+    first = layers if window is None else min(first, layers)
+    first = _by_layer_types(values, family, layers, window, first)
+    if family == "llama" or first == layers:
         return None, 0
-    types = config.get("layer_types")
-    if types is not None and window is not None:
-        windowed = [kind == "sliding_attention" for kind in types]
-        first = windowed.index(True) if True in windowed else layers
-        if not all(windowed[first:]):
-            raise CheckpointError(
-                f"{where}: layer_types alternate between full and sliding attention; supported is "
-                "one switch from full to sliding (max_window_layers)."
-            )
-    return (int(window), first) if window is not None and first < layers else (None, 0)
+    return window, first
 
 
-def _rope(config: Mapping[str, Any], where: str) -> Rope:
-    """Read rope_parameters (transformers 5) or rope_theta with rope_scaling (transformers 4).
+def _by_layer_types(
+    values: ConfigValues, family: str, layers: int, window: int | None, first: int
+) -> int:
+    """The first layer with a window, as layer_types say.
 
-    A checkpoint may carry both spellings for both readers; they must then agree.
+    transformers reads the list in the Qwen families only, vLLM in all: in the others it must not
+    say anything else than the rest of the config.
     """
-    new = dict(config.get("rope_parameters") or {})
-    old = dict(config.get("rope_scaling") or {})
-    old["rope_theta"] = config.get("rope_theta")
-    new, old = ({k: v for k, v in keys.items() if v is not None} for keys in (new, old))
-    if new and old:
-        for key in ("rope_theta", "factor"):
-            if key in new and key in old and not math.isclose(float(new[key]), float(old[key])):
-                raise CheckpointError(
-                    f"{where}: rope_parameters says {key}={new[key]} but rope_theta/rope_scaling "
-                    f"say {old[key]}; make them agree."
-                )
-    keys = {**old, **new}
-    kind = keys.get("rope_type", keys.get("type", "default")) or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise CheckpointError(
-            f"{where}: rope type {kind!r} is not supported; supported are default, linear, llama3."
+    types = values.get("layer_types")
+    if types is None:
+        return first
+    full, sliding = "full_attention", "sliding_attention"
+    known = isinstance(types, list) and all(kind in (full, sliding) for kind in types)
+    if not known or len(types) != layers:
+        raise values.fault("layer_types", f"a list of {layers} times {full} or {sliding}")
+    told = types.index(sliding) if sliding in types else layers
+    if family in ("llama", "mistral"):
+        windowed = family == "mistral" and window is not None
+        if window is not None and types != [sliding if windowed else full] * layers:
+            raise values.fault("layer_types", "null: this family has one kind of layer")
+        return first
+    if sliding in types and window is None:
+        raise values.fault(
+            "layer_types",
+            f"no {sliding}, since there is no window (sliding_window, use_sliding_window)",
         )
-    partial = keys.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1.0):
+    if full in types[told:]:
         raise CheckpointError(
-            f"{where}: partial_rotary_factor={partial} is not supported (only 1.0)."
+            f"{values.where}: layer_types alternate between full and sliding attention; supported "
+            "is one switch from full to sliding (max_window_layers)."
         )
-    if kind != "default" and "factor" not in keys:
-        raise CheckpointError(f"{where}: rope type {kind!r} needs the key factor.")
-    original = keys.get("original_max_position_embeddings", config.get("max_position_embeddings"))
-    return Rope(
-        theta=float(keys.get("rope_theta", 10_000.0)),
-        kind=kind,
-        factor=float(keys.get("factor", 1.0)),
-        low_freq_factor=float(keys.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(keys.get("high_freq_factor", 4.0)),
-        original_max_position=int(original or 8192),
-    )
+    return told

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchprime.models.architecture import Rope
+from torchprime.models.rope_config import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> list[float]:

@@ -131,6 +131,13 @@ class NativeBackend:
 
     # -- weights in and out --------------------------------------------------------------------
 
+    def check(self, model: CausalLM, table: ShardingTable) -> None:
+        """See Backend."""
+        size = self.mesh["tensor"].size()
+        if size > 1:
+            layer = model.model.layers.get_submodule("0")
+            placement.tensor_styles(layer, model.architecture, table, size)
+
     def place(
         self,
         model: CausalLM,

@@ -30,6 +30,7 @@ from torchprime.evaluation.generation import (
     plan_batches,
     sampling_tensors,
 )
+from torchprime.host_memory import available_memory
 from torchprime.models.cached import Cache, cached_attention, next_hidden, read_prompts
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_native.runtime import waiting
@@ -130,8 +131,7 @@ class Generator:
             free += torch.cuda.memory_reserved(self.device)
             free -= torch.cuda.memory_allocated(self.device)
         else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-            free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            free = available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return 2 * needed < free
 
     def _answer(

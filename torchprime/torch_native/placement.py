@@ -5,21 +5,25 @@ says so, then along fsdp. After that each parameter's shard is read, alone: of m
 process touches what it keeps, and no parameter is ever whole on a device.
 
 The table's `tensor` entries of linear layers decide which way they are cut: along `out` (column
-wise) or along `in` (row wise). The embedding and the output projection stay whole along tensor,
-since the loss multiplies by the whole vocabulary; along fsdp FSDP2 cuts dim 0 of every parameter.
+wise) or along `in` (row wise). Where the tensor axis does not divide the kv heads, the projections
+to them stay whole along it, and every process takes the heads that its queries look at.
+
+The embedding and the output projection stay whole along tensor, since the loss multiplies by the
+whole vocabulary; along fsdp FSDP2 cuts dim 0 of every parameter.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -29,23 +33,34 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchprime.errors import ConfigError
+from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native.runtime import waiting
 from torchprime.training.optim import Mean, mean_over
 
 TENSOR = "tensor"
+KV_PROJECTIONS = ("self_attn.k_proj", "self_attn.v_proj")
 
 
-def tensor_styles(layer: nn.Module, table: ShardingTable, size: int) -> dict[str, ParallelStyle]:
+def tensor_styles(
+    layer: nn.Module, architecture: Architecture, table: ShardingTable, size: int
+) -> dict[str, ParallelStyle]:
     """How the linear layers of one decoder layer are cut along the tensor axis.
 
     Raises:
         ConfigError: heads or a table that this axis cannot divide.
     """
+    if architecture.num_attention_heads % size:
+        raise ConfigError(
+            f"ici_mesh.tensor={size} does not divide the model's "
+            f"{architecture.num_attention_heads} attention heads (num_attention_heads). Use a size "
+            "that does."
+        )
+    whole = KV_PROJECTIONS if architecture.num_key_value_heads % size else ()
     styles: dict[str, ParallelStyle] = {}
     for name, module in layer.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear) or name in whole:
             continue
         spec = table.find(table.parameters, f"model.layers.0.{name}.weight") or ((), ())
         cut = [dim for dim, axes in enumerate(spec) if TENSOR in axes]
@@ -81,12 +96,41 @@ def load(
     assert isinstance(layers, nn.ModuleList)
     for layer in layers:
         if mesh[TENSOR].size() > 1:
-            styles = tensor_styles(layer, table, mesh[TENSOR].size())
+            styles = tensor_styles(layer, model.architecture, table, mesh[TENSOR].size())
             parallelize_module(layer, mesh[TENSOR], styles, src_data_rank=None)
+            if model.architecture.num_key_value_heads % mesh[TENSOR].size():
+                _share_kv_heads(layer, model.architecture, mesh[TENSOR])
         fully_shard(layer, **options)
     fully_shard(root, **options)
     _fill(model, tensor_of, dtype, device)
     root.to(device)  # changes nothing, but has FSDP2 take over the new shards
+
+
+def _share_kv_heads(layer: nn.Module, a: Architecture, mesh: DeviceMesh) -> None:
+    """Make whole projections to kv heads return only the heads that this process' queries use."""
+    mine = own_kv_heads(a, mesh.size(), mesh.get_local_rank())
+
+    def take(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        # All processes compute the same here, and each adds its part of the gradient.
+        whole = DTensor.from_local(output, mesh, [Replicate()], run_check=False)
+        heads = whole.to_local(grad_placements=[Partial()]).unflatten(-1, (-1, a.head_dim))
+        return torch.stack([heads[..., number, :] for number in mine], dim=-2).flatten(-2)
+
+    for name in KV_PROJECTIONS:
+        layer.get_submodule(name).register_forward_hook(take)
+
+
+def own_kv_heads(a: Architecture, size: int, rank: int) -> list[int]:
+    """List the kv heads for the queries of one process of `size`.
+
+    Each is listed once if equally many queries use it; otherwise once for each query.
+    """
+    queries = a.num_attention_heads // size
+    group = a.num_attention_heads // a.num_key_value_heads
+    needed = [query // group for query in range(rank * queries, (rank + 1) * queries)]
+    distinct = sorted(set(needed))
+    even = len({needed.count(number) for number in distinct}) == 1
+    return distinct if even else needed
 
 
 def _fill(

@@ -107,6 +107,9 @@ class XlaBackend:
 
     # -- weights in and out --------------------------------------------------------------------
 
+    def check(self, model: CausalLM, table: ShardingTable) -> None:
+        """See Backend. The compiler cuts any dim, also in the middle of a head."""
+
     def place(
         self,
         model: CausalLM,

@@ -70,6 +70,14 @@ class Backend(Protocol):
     loss: str  # the same for the cross-entropy
     loss_why: str
 
+    def check(self, model: CausalLM, table: ShardingTable) -> None:
+        """Find what `place` would refuse, before any weight is read.
+
+        Raises:
+            ConfigError: a model whose layers this kind of machine cannot cut as its mesh is.
+        """
+        ...
+
     def place(
         self,
         model: CausalLM,

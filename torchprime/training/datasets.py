@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torchprime import private_folders
 from torchprime.atomic import make_folder, write_text
+from torchprime.checkpoint.source import hub_name
 from torchprime.config.schema import DatasetConfig, EvalConfig, MixturePart, TrainConfig
 from torchprime.data import cache
 from torchprime.data.branches import WHOLE, row_of
@@ -105,6 +106,11 @@ class RunRows:
             )
             for part in d.mixture
         ]
+
+    def hub_names(self) -> list[str]:
+        """The hub's names of the training rows' datasets."""
+        names = (hub_name(part.source.hf_dataset_name) for part in self.train_parts)
+        return list(dict.fromkeys(name for name in names if name is not None))
 
     @cached_property
     def heldout_parts(self) -> list[Part]:

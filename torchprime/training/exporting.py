@@ -28,6 +28,7 @@ from torchprime.checkpoint.logits import PROMPT_TOKENS, PromptLogits, encode_pro
 from torchprime.checkpoint.reader import TensorReader
 from torchprime.checkpoint.storage import FolderWriter
 from torchprime.data.rendering import ChatTemplate, text_hash
+from torchprime.json_files import token_ids
 from torchprime.training.backend import Backend
 from torchprime.training.model_files import ModelFiles
 
@@ -52,17 +53,23 @@ class Exporter:
         self.template, self.stop_ids = template, stop_ids
 
     def check(self, out: Path) -> None:
-        """Raise what `write` would raise about the target, before the run."""
-        check_export(
+        """Raise what `write` would raise about the target, before the run.
+
+        What the export repairs in the source's files is said, once.
+        """
+        repairs = check_export(
             out,
             spec=self.files.shapes,
             config=self.files.hf_config,
             dtype=self.dtype,
             tokenizer_folder=self.files.tokenizer.folder,
             eos_token_id=self.files.tokenizer.eos_id,
+            generation_config=self._generation_config(),
             max_shard_bytes=self.max_shard_bytes,
             chat_templates=None if self.template is None else self.template.texts,
         )
+        for line in repairs:
+            self.say(f"note: {line}")
 
     @staticmethod
     def require_certified(out: Path) -> None:
@@ -202,8 +209,8 @@ class Exporter:
         trained = [i for i in self.stop_ids if i != self.files.tokenizer.eos_id]
         if not trained:
             return found
-        known = (found or {}).get("eos_token_id", self.files.hf_config.get("eos_token_id"))
-        stops = [] if known is None else [known] if isinstance(known, int) else list(known)
+        source = found if found and found.get("eos_token_id") is not None else self.files.hf_config
+        stops = token_ids(source, "eos_token_id", "generation_config.json or config.json")
         return {**(found or {}), "eos_token_id": list(dict.fromkeys([*stops, *trained]))}
 
     def _trained_logits(self, backend: Backend) -> PromptLogits | str:

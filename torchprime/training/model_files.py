@@ -19,11 +19,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from torchprime.checkpoint.hf_read import EMBEDDING, HEAD, SafetensorsReader, check_names
-from torchprime.checkpoint.portable import read_json
+from torchprime.checkpoint.hf_read import SafetensorsReader, check_names
 from torchprime.checkpoint.source import resolve_pretrained
+from torchprime.checkpoint.weight_names import EMBEDDING, HEAD
 from torchprime.config.compose import configs_dir
 from torchprime.data.tokenizer import Tokenizer
+from torchprime.json_files import read_json, read_json_if_there
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.decoder import CausalLM, initial_tensor
 from torchprime.models.new_rows import NewRows
@@ -67,9 +68,9 @@ class ModelFiles:
 
     def generation_config(self) -> dict[str, Any] | None:
         """The checkpoint's generation_config.json, if it has one."""
-        if self.folder is None or not (self.folder / "generation_config.json").is_file():
+        if self.folder is None:
             return None
-        return read_json(self.folder / "generation_config.json")
+        return read_json_if_there(self.folder / "generation_config.json") or None
 
 
 def find_model(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import yaml
 import torchprime
 from torchprime.atomic import make_folder, read_plain, write_json, write_text
 from torchprime.errors import RuntimeSetupError
+from torchprime.json_files import parse_json
 from torchprime.private_folders import require_private
 
 CONFIG, FACTS = "config.yaml", "run.json"
@@ -80,10 +81,28 @@ def _config_text(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(config), sort_keys=False)
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a fault of the file system into one message; files written before it stay.
+
+    Raises:
+        RuntimeSetupError: naming the folder and the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeSetupError(
+            f"output_dir/run_name: {error.filename or folder} cannot be written "
+            f"({error.strerror or error}). Free some space there, or set output_dir to another "
+            "disk."
+        ) from error
+
+
 def write_facts(folder: Path, facts: Mapping[str, Any], step: int) -> None:
     """run.json: what runs now, and in `starts` each start of this run and at which step it was."""
     path = folder / FACTS
-    starts = json.loads(read_plain(path))["starts"] if path.is_file() else []
+    before = parse_json(read_plain(path).encode(), path) if path.is_file() else {}
+    starts = before.get("starts", [])
     now = {key: facts[key] for key in ("command", "versions", "backend", "device", "mesh")}
     write_json(path, {**facts, "starts": [*starts, {"step": step, **now}]})
 

@@ -24,6 +24,7 @@ from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.from_checkpoint import export_checkpoint
 from torchprime.checkpoint.lock import run_lock
 from torchprime.checkpoint.manifest import Manifest
+from torchprime.checkpoint.source import hub_name
 from torchprime.checkpoint.storage import FolderWriter, Storage
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError, DivergedError, UserError
@@ -175,6 +176,7 @@ class Trainer:
         self.optimizer = optimizer_of(c)
         self.order = DataOrder(self.data, c.seed, c.task.global_batch_size)
         self.table, self.plan = plan_run(c, self.files, self.rows, self.optimizer, self.dtype)
+        self.backend.check(self.files.build(), self.table)
         if not c.dry_run:
             self._find_point()
         self.check_output()
@@ -212,6 +214,8 @@ class Trainer:
                 "name": c.run_name,
                 "base_model": c.model.pretrained_model,
                 "dataset": self.rows.report.source,
+                "hub_model": hub_name(c.model.pretrained_model),
+                "hub_datasets": self.rows.sources.hub_names(),
                 "command": run_folder.command(),
                 "parameters": self.files.num_parameters,
                 "versions": run_folder.versions(),
@@ -292,7 +296,8 @@ class Trainer:
             resuming.seed_rng(c.seed)
             self.backend.seed(c.seed)
         if self.backend.process_index == 0:
-            self._open_folder()
+            with run_folder.writing(self.folder):
+                self._open_folder()
 
     def _open_folder(self) -> None:
         """Make the run's folder, or take it up where its run ended."""

@@ -9,6 +9,7 @@ anything else looks at them; the values of new rows are made when the weights ar
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from torchprime.data.new_tokens import SpecialTokens, add_special_tokens
 from torchprime.data.tokenizer import Tokenizer, load_raw, load_tokenizer
 from torchprime.errors import CheckpointError
+from torchprime.json_files import token_ids
 from torchprime.models.architecture import Architecture
 from torchprime.models.new_rows import NewRows
 
@@ -188,7 +190,11 @@ def _known_tokens(
     """
     ids = tokenizer.vocabulary()
     before = {text: number for text, number in ids.items() if text not in special.new}
-    if checkpoint is None or checkpoint == source or not (checkpoint / "tokenizer.json").is_file():
+    if (
+        checkpoint is None
+        or checkpoint == source
+        or not os.path.lexists(checkpoint / "tokenizer.json")
+    ):
         return before
     own = load_raw(checkpoint)[0].get_vocab(with_added_tokens=True)
     moved = [text for text, number in own.items() if ids.get(text, number) != number]
@@ -223,8 +229,7 @@ def check_vocabulary(
             "tokenizer of this model (or null to use the one beside its weights). If the tokenizer "
             "extends the model's, set model.resize_embeddings=mean to add rows for its tokens."
         )
-    stops = hf_config.get("eos_token_id")
-    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    stops = token_ids(hf_config, "eos_token_id", "config.json")
     known: Sequence[int] = sorted({*stops, *tokenizer.generation_eos_ids})
     if architecture.vocab_size > tokenizer.max_id + 1 + 1024 and tokenizer.eos_id not in known:
         raise CheckpointError(

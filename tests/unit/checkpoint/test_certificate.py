@@ -516,7 +516,7 @@ def test_what_was_not_checked_then_says_so_now(certified) -> None:
         (lambda f: (f / "certificate.json").unlink(), "There is no certificate.json in"),
         (lambda f: shutil.rmtree(f), "is not a folder"),
         (lambda f: truncate(f / "certificate.json"), "cannot be read as JSON"),
-        (lambda f: (f / "certificate.json").write_text("[]"), "not an object"),
+        (lambda f: (f / "certificate.json").write_text("[]"), "expected a JSON object"),
         (lambda f: rewrite_json(f / "certificate.json", format_version=99), "has format 99"),
         (lambda f: rewrite_json(f / "certificate.json", files={"a": 1}), "not a certificate"),
         (lambda f: rewrite_json(f / "certificate.json", checks=[{}]), "not a certificate"),

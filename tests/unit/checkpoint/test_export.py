@@ -250,6 +250,7 @@ def test_reasons_to_refuse_are_known_before_training(
         dtype=torch.bfloat16,
         tokenizer_folder=tokenizer_folder,
         eos_token_id=0,
+        generation_config=None,
         max_shard_bytes=10**9,
     )
     if message is None:
@@ -271,5 +272,6 @@ def test_foreign_tokenizer_on_qwen2_is_refused_before_training(tmp_path, tokeniz
             dtype=torch.float32,
             tokenizer_folder=tokenizer_folder,
             eos_token_id=0,
+            generation_config=None,
             max_shard_bytes=10**9,
         )

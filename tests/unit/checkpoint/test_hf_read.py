@@ -134,10 +134,18 @@ def test_index_that_disagrees_with_its_files(llama, tmp_path):
     assert "model.ghost" in str(caught.value) and "model.norm.weight" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}', '{"weight_map": 3}'])
-def test_broken_index(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "holds a list"),
+        ('{"metadata": {}}', "is not an index"),
+        ('{"weight_map": 3}', "is not an index"),
+    ],
+)
+def test_broken_index(tmp_path, text, message):
     (tmp_path / INDEX).write_text(text)
-    with pytest.raises(CheckpointError, match="is not an index"):
+    with pytest.raises(CheckpointError, match=message):
         SafetensorsReader(tmp_path)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 
+import huggingface_hub
+import pytest
 import yaml
 
 from torchprime.checkpoint.card import model_card
@@ -12,7 +14,9 @@ from torchprime.checkpoint.card import model_card
 FACTS = {
     "name": "export",
     "base_model": "meta-llama/Meta-Llama-3-8B",
-    "dataset": "openai/gsm8k",
+    "dataset": "openai/gsm8k/main:train",
+    "hub_model": "meta-llama/Meta-Llama-3-8B",
+    "hub_datasets": ["openai/gsm8k", "squad"],
     "command": "python3 torchprime/torch_xla_models/train.py --config-name x",
     "steps": 1234,
     "metrics": {"loss": 0.123456789},
@@ -37,12 +41,25 @@ def test_all_facts_are_in_the_card():
         assert text in card
     front = front_matter(card)
     assert front["base_model"] == "meta-llama/Meta-Llama-3-8B"
-    assert front["datasets"] == ["openai/gsm8k"]
+    assert front["datasets"] == ["openai/gsm8k", "squad"]
+    read = huggingface_hub.ModelCard(card).data
+    assert (read.base_model, read.datasets) == (FACTS["hub_model"], FACTS["hub_datasets"])
 
 
-def test_local_paths_stay_out_of_what_hubs_read():
-    front = front_matter(model_card({"base_model": "/data/my/model", "dataset": "./rows.jsonl"}))
-    assert "base_model" not in front and "datasets" not in front
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"base_model": "/data/my/model", "dataset": "./rows.jsonl"},
+        # A folder here, which a hub would take for somebody's repository.
+        {"base_model": "models/mine", "dataset": "data/rows", "hub_datasets": []},
+        # As edited facts of a checkpoint may have them.
+        {"hub_model": ["a/b"], "hub_datasets": "a/b"},
+        {"hub_model": "a/b\nlicense: mit", "hub_datasets": [None, "../b", "a/b/c"]},
+    ],
+)
+def test_local_paths_stay_out_of_what_hubs_read(facts):
+    front = front_matter(model_card(facts))
+    assert "base_model" not in front and "datasets" not in front and "license" not in front
 
 
 def test_empty_facts_make_a_card_without_empty_sections():

@@ -1,4 +1,4 @@
-"""The small files of an export: both spellings, exact tokenizers, stop tokens, chat templates."""
+"""The tokenizer of an export: exact ids in every reader, special tokens, chat templates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import shutil
 
 import pytest
-import torch
 import transformers
 from tokenizers import Tokenizer
 
@@ -14,88 +13,9 @@ from torchprime.atomic import write_json
 from torchprime.checkpoint.portable import (
     PROBES,
     check_tokenizer,
-    portable_config,
-    portable_generation_config,
     write_tokenizer,
 )
 from torchprime.errors import CheckpointError
-from torchprime.models.architecture import architecture_from_hf
-
-LLAMA3 = dict(
-    rope_type="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-)
-
-
-def test_every_family_reads_as_the_same_architecture_in_old_and_new_spelling(any_family):
-    """What 4.57 sees (no rope_parameters) and what 5.x sees (rope_parameters) are the source's."""
-    result = portable_config(any_family.config, any_family.spec, torch.bfloat16, 0)
-    source = architecture_from_hf(any_family.config)
-    old = {k: v for k, v in result.items() if k not in ("rope_parameters", "dtype")}
-    new = {
-        k: v for k, v in result.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")
-    }
-    assert architecture_from_hf(old) == architecture_from_hf(new) == source
-    theirs = transformers.AutoConfig.for_model(**result)
-    original = transformers.AutoConfig.from_pretrained(any_family.folder)
-    assert theirs.rope_parameters == original.rope_parameters
-    assert theirs.tie_word_embeddings == original.tie_word_embeddings
-
-
-def test_llama3_rope_in_both_spellings_from_either(tied_llama):
-    new = tied_llama.config
-    old = {k: v for k, v in new.items() if k != "rope_parameters"}
-    old |= {"rope_theta": 500_000.0, "rope_scaling": LLAMA3}
-    for source in (new, old):
-        result = portable_config(source, tied_llama.spec, torch.bfloat16, 0)
-        assert result["rope_theta"] == 500_000.0
-        assert result["rope_scaling"] == LLAMA3
-        assert result["rope_parameters"] == {**LLAMA3, "rope_theta": 500_000.0}
-        assert result["dtype"] == result["torch_dtype"] == "bfloat16"
-        assert result["architectures"] == ["LlamaForCausalLM"]
-        assert result["tie_word_embeddings"] is True
-
-
-def test_plain_rope_has_no_scaling(any_family):
-    result = portable_config(any_family.config, any_family.spec, torch.float32, 0)
-    if result["rope_parameters"]["rope_type"] == "default":
-        assert result["rope_scaling"] is None
-        assert result["rope_theta"] == any_family.config["rope_parameters"]["rope_theta"]
-
-
-def test_remote_code_does_not_survive(llama):
-    source = {**llama.config, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}
-    assert "auto_map" not in portable_config(source, llama.spec, torch.float32, 0)
-
-
-def test_vocabulary_must_fit_the_embedding(llama):
-    with pytest.raises(CheckpointError, match="vocab_size=321, but .* has 320 rows"):
-        portable_config({**llama.config, "vocab_size": 321}, llama.spec, torch.float32, 0)
-
-
-@pytest.mark.parametrize(
-    ("source", "config", "eos", "expected"),
-    [
-        ({"eos_token_id": [1, 2]}, {}, 2, [1, 2]),
-        ({"eos_token_id": 1}, {}, 2, [1, 2]),
-        ({"eos_token_id": 2}, {}, 2, 2),
-        ({}, {"eos_token_id": 5}, 2, [5, 2]),
-        (None, {}, 2, 2),
-        (None, {"eos_token_id": [2]}, 2, 2),
-    ],
-)
-def test_trained_stop_token_joins_the_others(source, config, eos, expected):
-    assert portable_generation_config(source, config, eos)["eos_token_id"] == expected
-
-
-def test_generation_settings_are_kept():
-    source = {"temperature": 0.6, "do_sample": True, "_from_model_config": True}
-    result = portable_generation_config(source, {"bos_token_id": 7, "pad_token_id": None}, 2)
-    expected = {"temperature": 0.6, "do_sample": True, "bos_token_id": 7, "eos_token_id": 2}
-    assert result == expected
 
 
 def exported(tmp_path, source, eos=0, model_type="llama"):

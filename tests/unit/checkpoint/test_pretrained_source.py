@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from torchprime.checkpoint import source
-from torchprime.checkpoint.source import resolve_pretrained
+from torchprime.checkpoint.source import hub_name, resolve_pretrained
 from torchprime.errors import CheckpointError
 
 
@@ -20,6 +20,15 @@ def hub_error(kind):
 
 def test_local_folder_is_used_as_is(llama):
     assert resolve_pretrained(str(llama.folder), cache_dir=None, weights=True) == llama.folder
+
+
+def test_a_local_folder_is_no_name_of_the_hub(tmp_path, monkeypatch):
+    """`models/mine` has the form of one, and may be somebody's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    given = ("models/mine", "models/theirs", "gpt2", "./models/theirs", "/a", "a/b/c", None)
+    found = [hub_name(name) for name in given]
+    assert found == [None, "models/theirs", "gpt2", None, None, None, None]
 
 
 def test_tokenizer_folder_needs_no_config_or_weights(tokenizer_folder):

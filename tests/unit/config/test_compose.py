@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from torchprime.cli.arguments import run_command
 from torchprime.config.compose import assets_dir, compose_config
 from torchprime.config.entry import run_main
 from torchprime.config.schema import TrainConfig
@@ -181,6 +184,31 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(interrupted, QUICKSTART) == INTERRUPTED == 130
     with pytest.raises(ZeroDivisionError):  # our own bugs keep their traceback
         run_main(broken, QUICKSTART)
+
+
+def test_a_disk_fault_of_any_write_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    for error, told in (
+        (OSError(errno.ENOSPC, "No space left on device"), "A file cannot be read or written: No"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/a/b"),
+            "/a/b cannot be written: Read-only",
+        ),
+    ):
+
+        def fails(_: object, error: OSError = error) -> int:
+            raise error
+
+        assert run_main(fails, QUICKSTART) == run_command(parser, [], fails) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2 and all(line.startswith(f"error: {told}") for line in lines)
+
+    def missing(_: object) -> int:
+        raise FileNotFoundError(errno.ENOENT, "No such file", "x")
+
+    for run in (lambda: run_main(missing, QUICKSTART), lambda: run_command(parser, [], missing)):
+        with pytest.raises(FileNotFoundError):  # somebody should have looked
+            run()
 
 
 def test_multirun(

@@ -142,7 +142,7 @@ def test_broken_files(build: SimpleNamespace, tmp_path: Path) -> None:
     assert "eos_token '<end>'" in error_of(tmp_path)
     assert "is not in its vocabulary of 259 tokens" in error_of(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    assert "tokenizer_config.json is not valid JSON" in error_of(tmp_path)
+    assert "tokenizer_config.json cannot be read as JSON" in error_of(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     assert "holds a list, expected a JSON object" in error_of(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": "none"}))

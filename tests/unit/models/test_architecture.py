@@ -8,7 +8,8 @@ import pytest
 from transformers import LlamaConfig
 
 from torchprime.errors import CheckpointError
-from torchprime.models.architecture import Rope, architecture_from_hf
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.rope_config import Rope
 
 LLAMA = {
     "model_type": "llama",
@@ -43,11 +44,39 @@ def test_what_transformers_5_writes_is_read(tmp_path) -> None:
     assert architecture_from_hf(config).rope.theta == 123.0
 
 
-def test_two_spellings_that_disagree_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="rope_theta=10000.0 but .* say 500000.0"):
-        architecture_from_hf(
-            {**LLAMA, "rope_theta": 5e5, "rope_parameters": {"rope_theta": 10000.0}}
-        )
+@pytest.mark.parametrize(
+    ("new", "old", "key"),
+    [
+        ({"rope_theta": 1e4}, {"rope_theta": 5e5}, r"rope_theta \(10000.0 and 500000.0\)"),
+        ({"rope_type": "default"}, {"rope_scaling": {"type": "linear", "factor": 4}}, "rope_type"),
+        ({"rope_theta": 5e4}, {"rope_scaling": {"type": "default"}}, "rope_theta"),
+        *(
+            (
+                {"rope_type": "llama3", **SCALING, key: 2.5 if "freq" in key else 64},
+                {"rope_scaling": {"rope_type": "llama3", **SCALING}},
+                key,
+            )
+            for key in SCALING
+        ),
+    ],
+)
+def test_two_spellings_that_differ_are_refused_by_name(new: dict, old: dict, key: str) -> None:
+    """transformers 5 takes rope_scaling, transformers 4 rope_parameters: two models."""
+    architecture_from_hf({**LLAMA, **old})
+    architecture_from_hf({**LLAMA, "rope_parameters": new})
+    with pytest.raises(CheckpointError, match=f"rope_parameters and .* differ in .*{key}"):
+        architecture_from_hf({**LLAMA, **old, "rope_parameters": new})
+
+
+def test_the_original_context_may_stand_outside_of_the_rope() -> None:
+    inside = {key: SCALING[key] for key in SCALING if key != "original_max_position_embeddings"}
+    config = {**LLAMA, "rope_scaling": {"type": "llama3", **inside}, "max_position_embeddings": 99}
+    assert architecture_from_hf(config).rope.original_max_position == 99
+    config["original_max_position_embeddings"] = 32
+    assert architecture_from_hf(config).rope.original_max_position == 32
+    config["rope_scaling"] = {"type": "llama3", **SCALING}
+    with pytest.raises(CheckpointError, match="rope_scaling.original_max_position_embeddings is"):
+        architecture_from_hf(config)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +85,25 @@ def test_two_spellings_that_disagree_are_refused() -> None:
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported are llama"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "needs the key factor"),
-        ({"vocab_size": None}, "the keys vocab_size are missing"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
+        ({"vocab_size": None}, "vocab_size is missing, expected a whole number from 1 to"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_attention_heads": "4"}, "num_attention_heads is '4'"),
+        ({"num_attention_heads": [4]}, r"num_attention_heads is \[4\]"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, expected .* to 1,024"),
+        ({"hidden_size": 33}, "hidden_size=33 is not a multiple of num_attention_heads=4"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        ({"is_causal": False}, "is_causal is False"),
+        ({"head_dim": 7}, "head_dim=7"),
+        (
+            {"model_type": "llava", "text_config": {"model_type": "llama"}},
+            "model_type is 'llava'.*Its text part .* is of the type 'llama': save it as",
+        ),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
-        ({"quantization_config": {"bits": 4}}, "is quantized"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "method='gptq', bits=4"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(change: dict, message: str) -> None:

@@ -30,6 +30,12 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp2": (2, {"mesh": {"fsdp": 2}}),
     "tensor2-qwen3": (2, {"mesh": {"tensor": 2}, "family": "qwen3"}),
     "fsdp2-tensor2-tied": (4, {"mesh": {"fsdp": 2, "tensor": 2}, "tied": True}),
+    # kv heads that the tensor axis does not divide: one for all, and three for two processes.
+    "tensor2-qwen3-one-kv-head": (2, {"mesh": {"tensor": 2}, "family": "qwen3", "heads": (4, 1)}),
+    "tensor2-three-kv-heads-compiled": (
+        2,
+        {"mesh": {"tensor": 2}, "heads": (6, 3), "compiler": "aot_eager"},
+    ),
     "hsdp-remat": (4, {"mesh": {"data": 2, "fsdp": 2}, "remat": "full"}),
     "adafactor": (1, {"mesh": {}, "optimizer": "adafactor"}),
     "adafactor-fsdp2": (2, {"mesh": {"fsdp": 2}, "optimizer": "adafactor"}),
@@ -57,6 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
                 how.get("tied", False),
                 how.get("family", "llama"),
                 how.get("optimizer", "adamw"),
+                how.get("heads", (4, 2)),
             )
             if key not in references:
                 references[key] = reference.train(*key)
@@ -98,9 +105,12 @@ def test_numbers_and_weights_are_the_references(way: str, trained) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_every_process_holds_its_share_only(way: str, trained) -> None:
     out, _ = trained(way)
-    mesh = WAYS[way][1]["mesh"]
+    how = WAYS[way][1]
+    mesh, kv_heads = how["mesh"], how.get("heads", (4, 2))[1]
     share = json.loads((out / "numbers.json").read_text())["largest_share"]
-    assert share == 1 / (mesh.get("fsdp", 1) * mesh.get("tensor", 1))
+    # Projections to kv heads that cannot be shared out are whole along the tensor axis.
+    tensor = mesh.get("tensor", 1) if kv_heads % mesh.get("tensor", 1) == 0 else 1
+    assert share == 1 / (mesh.get("fsdp", 1) * tensor)
 
 
 @pytest.mark.parametrize("way", ["adafactor-fsdp2", "adafactor-fsdp2-tensor2"])

@@ -44,7 +44,9 @@ def main(out: Path, way: dict) -> None:
     if way.get("fused"):
         backend.loss = "liger"
         backend.cross_entropy = partial(fused_cross_entropy, liger_forward=liger_stand_in.forward)
-    config, base = reference.make_model(way.get("tied", False), way.get("family", "llama"))
+    config, base = reference.make_model(
+        way.get("tied", False), way.get("family", "llama"), way.get("heads", (4, 2))
+    )
     start = {name: p.detach() for name, p in base.named_parameters()}
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(config.to_dict()))

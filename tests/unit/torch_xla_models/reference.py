@@ -61,9 +61,15 @@ def make_batch(seed: int) -> Batch:
     return Batch(ids, targets, weights, positions, segments, sources)
 
 
-def make_model(tied: bool, family: str = "llama"):
-    """transformers' model with weights large enough for every gradient to matter."""
+def make_model(tied: bool, family: str = "llama", heads: tuple[int, int] = (4, 2)):
+    """transformers' model with weights large enough for every gradient to matter.
+
+    Args:
+        heads: of queries, and of keys and values; each of 4 numbers.
+    """
     shape = {key: value for key, value in CONFIG.to_dict().items() if key in SHAPE}
+    shape |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    shape |= {"hidden_size": 4 * heads[0], "head_dim": 4}
     config = FAMILIES[family](**shape, tie_word_embeddings=tied)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
@@ -100,9 +106,14 @@ def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
     return Adafactor(groups, lr=LR, eps=(FACTOR_EPS, 1e-3), **given)
 
 
-def train(tied: bool = False, family: str = "llama", optimizer_name: str = "adamw") -> dict:
+def train(
+    tied: bool = False,
+    family: str = "llama",
+    optimizer_name: str = "adamw",
+    heads: tuple[int, int] = (4, 2),
+) -> dict:
     """Losses, gradient norms and final weights of a few updates."""
-    _, model = make_model(tied, family)
+    _, model = make_model(tied, family, heads)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     plain = [p for n, p in model.named_parameters() if "norm" in n]

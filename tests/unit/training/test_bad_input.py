@@ -15,6 +15,9 @@ import torch_xla.debug.metrics as xla_metrics
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from torchprime.errors import ConfigError
+from torchprime.torch_xla_models.backend import XlaBackend
+
 WEIGHTS = "model.safetensors"
 Refused = Callable[..., str]
 
@@ -109,6 +112,16 @@ def test_wrong_type(override: str, expected: str, refused: Refused) -> None:
     assert value in message
     assert f"expected {expected}" in message
     assert f"{key}=" in message  # how to write it
+
+
+def test_a_model_that_the_backend_cannot_cut(refused: Refused, monkeypatch) -> None:
+    """It is asked before any weight is read, in a dry run, too."""
+
+    def check(self, model, table) -> None:
+        raise ConfigError(f"{len(model.model.layers)} layers, {table.max_unsharded_params}")
+
+    monkeypatch.setattr(XlaBackend, "check", check)
+    assert refused("dry_run=true") == "2 layers, 1000000" == refused()
 
 
 def test_mesh_product_is_not_the_device_count(refused: Refused) -> None:

@@ -51,6 +51,18 @@ def test_what_a_person_should_look_at_is_said(
         ]
 
 
+def test_names_on_the_hub_are_those_of_training_rows_from_there(
+    command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "rows").mkdir(parents=True)
+    places = ["hf_dataset_name: a/b", "hf_dataset_name: data/rows", "file_dataset_path: c/d"]
+    parts = ", ".join(f"{{name: p{i}, weight: 1, {place}}}" for i, place in enumerate(places))
+    mixed = ["dataset.file_dataset_path=null", f"dataset.mixture=[{parts}]"]
+    assert datasets.RunRows.of(compose_config(command(*mixed))).hub_names() == ["a/b"]
+    assert datasets.RunRows.of(compose_config(command())).hub_names() == []
+
+
 def test_a_run_keeps_its_split(
     command: Callable[..., list[str]], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

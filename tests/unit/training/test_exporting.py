@@ -115,6 +115,8 @@ def test_an_earlier_checkpoint_has_its_own_step_and_metrics(
     }
     assert early.metrics == {}  # nothing was logged by then
     assert f"| steps | {EVERY} |" in (tmp_path / "a" / "README.md").read_text()
+    card = json.loads((done / "checkpoints" / LAST / "hf" / "export.json").read_text())["card"]
+    assert (card["hub_model"], card["hub_datasets"]) == (None, []), "model and rows are local"
     assert (
         early.check("base").values["largest_change"] < late.check("base").values["largest_change"]
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta, tzinfo
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from interrupted import STEPS, assert_same_run, overrides, records
@@ -19,7 +20,8 @@ from interrupted import STEPS, assert_same_run, overrides, records
 from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.manifest import read_manifest
 from torchprime.checkpoint.storage import Storage
-from torchprime.training import facts
+from torchprime.training import facts, trainer
+from torchprime.training.facts import run_facts
 from torchprime.training.hooks.checkpoint import CheckpointHook
 
 Run = Callable[[list[str]], int]
@@ -163,6 +165,48 @@ def test_a_disk_without_room_for_records_ends_the_run_and_not_its_past(
     assert run(argv) == 0
     assert "step_00000003" in capsys.readouterr().err
     assert_same_run(folder, whole)
+
+
+def test_a_disk_without_room_for_run_json_is_told(
+    whole: Path, run: Run, command: Command, rows: tuple[Path, Path], small_disk: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: Printed,
+) -> None:  # fmt: skip
+    """It was full before any step: the same command begins the run anew."""
+    folder, ballast = small_disk / "run", small_disk / "ballast"
+    argv = command(*overrides(folder, rows[1]))
+
+    def facts_on_a_full_disk(*given: Any) -> dict[str, Any]:
+        with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        return run_facts(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "run_facts", facts_on_a_full_disk)
+        assert run(argv) == 2
+    printed = capsys.readouterr().err
+    [error] = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert str(folder) in error and "No space left" in error and "Free some space" in error
+    assert "Traceback" not in printed
+    ballast.unlink()
+    assert run(argv) == 0
+    assert_same_run(folder, whole)
+
+
+def test_a_disk_without_room_for_prepared_data_is_told(
+    run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path, small_disk: Path,
+    capsys: Printed,
+) -> None:  # fmt: skip
+    """The writer is a library's, which names no file."""
+    with pytest.raises(OSError), (small_disk / "ballast").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    place = f"dataset.prepared_dir={small_disk}"
+    assert run(command(*overrides(tmp_path / "run", rows[1]), place)) == 2
+    printed = capsys.readouterr().err
+    [error] = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert "No space left" in error and "Free some space" in error and "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_read_only_place_is_told_before_anything_is_done(

@@ -1,0 +1,236 @@
+"""One key of a config.json changed: our logits are transformers', or the key is refused by name.
+
+For every family, every field of transformers' own config class and the keys that older files have
+are set to values that a file may hold: plausible ones, and null, text, lists, zeros and huge
+numbers. Where transformers refuses what we accept, the config that we would export must be one
+that it accepts, and give the same logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
+
+from torchprime.checkpoint.portable_config import portable_config
+from torchprime.errors import CheckpointError
+from torchprime.models.architecture import Architecture, architecture_from_hf
+from torchprime.models.decoder import CausalLM
+
+S = 40
+LARGEST = 100_000  # parameters; a config that asks for more is only read
+BASE: dict[str, Any] = dict(
+    vocab_size=24,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=32,
+    eos_token_id=1,
+)
+LLAMA3: dict[str, Any] = dict(
+    rope_type="llama3",
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=3.0,
+    original_max_position_embeddings=16,
+)
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+FAMILIES = {
+    "llama": {"rope_theta": 100.0, "rope_scaling": LLAMA3, "head_dim": 8},
+    "mistral": {"rope_theta": 100.0, "sliding_window": 6},
+    "qwen2": {"rope_parameters": {"rope_theta": 100.0, **LINEAR}},
+    "qwen3": {
+        **{"head_dim": 8, "rope_parameters": {"rope_theta": 100.0, **LLAMA3}},
+        **{"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    },
+}
+VALUES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 2, 3, 6, 8, 10**6, 0.0, 0.5, 1.0, 1.5, -0.5, 1e30, float("nan")),
+    *("", "2", "silu", "true", [], [2], {}, {"a": 1}),
+]
+MORE_KEYS = (
+    *("rope_theta", "rope_scaling", "original_max_position_embeddings", "partial_rotary_factor"),
+    *("torch_dtype", "head_dim", "attention_bias", "mlp_bias", "layer_types", "sliding_window"),
+    *(
+        "use_sliding_window",
+        "max_window_layers",
+        "is_causal",
+        "per_layer_config",
+        "tokenizer_class",
+    ),
+    *("quantization_config", "text_config", "auto_map", "unheard_of"),
+)
+KINDS = ["full_attention", "sliding_attention"]
+SPECIAL: dict[str, list[Any]] = {
+    "layer_types": [[a, b] for a in KINDS for b in KINDS] + [["full_attention"], ["x", "y"]],
+    "hidden_act": ["swish", "gelu", "relu"],
+    "dtype": ["float16", "bfloat16", "garbage"],
+    "torch_dtype": ["float16"],
+    "problem_type": ["regression"],
+    "rope_theta": [100, 100.0, 10_000],
+    "original_max_position_embeddings": [16, 32, 16.0],
+    "rope_scaling": [
+        {"type": "linear", "factor": 2.0},
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0},
+        {"type": "linear", "rope_type": "default", "factor": 2.0},
+        {"rope_type": "default"},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": ["linear"], "factor": 2.0},
+        LLAMA3,
+        {**LLAMA3, "rope_theta": 100.0},
+        {"full_attention": LINEAR},
+    ],
+}
+SPECIAL["rope_parameters"] = [*SPECIAL["rope_scaling"], {"rope_theta": 100.0}]
+
+
+def _cases() -> list[tuple[str, str, Any]]:
+    """(family, key, value): rope.X is the key X of the rope's object."""
+    cases = []
+    for family, switches in FAMILIES.items():
+        config_class = type(AutoConfig.for_model(family))
+        fields = [field.name for field in dataclasses.fields(config_class)]
+        for key in dict.fromkeys([*BASE, *fields, *MORE_KEYS]):
+            cases += [(family, key, value) for value in [*VALUES, *SPECIAL.get(key, [])]]
+        if "rope_parameters" in switches or "rope_scaling" in switches:
+            for key in (*LLAMA3, "type", "rope_theta", "partial_rotary_factor"):
+                cases += [(family, f"rope.{key}", value) for value in VALUES]
+    return cases
+
+
+def _changed(family: str, key: str, value: Any) -> dict[str, Any]:
+    config = copy.deepcopy({"model_type": family, **BASE, **FAMILIES[family]})
+    if key.startswith("rope."):
+        name = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
+        config[name][key.removeprefix("rope.")] = value
+    else:
+        config[key] = value
+    return config
+
+
+def _size(a: Architecture) -> int:
+    width = a.head_dim * (a.num_attention_heads + a.num_key_value_heads) + a.intermediate_size
+    return a.hidden_size * (2 * a.vocab_size + 3 * a.num_hidden_layers * width)
+
+
+def _reference(config: dict[str, Any]) -> tuple[torch.nn.Module, torch.Tensor] | None:
+    """transformers' model of a config with random weights, and its logits; None if it refuses."""
+    torch.manual_seed(0)
+    try:
+        read = _read(config)
+        model = AutoModelForCausalLM.from_config(
+            read, dtype=torch.float32, attn_implementation="eager"
+        )
+        with torch.no_grad():
+            for name, parameter in sorted(model.named_parameters()):
+                if "norm" in name:
+                    parameter.uniform_(0.5, 1.5)
+                else:
+                    parameter.normal_(0.0, 0.3)
+            ids = torch.arange(S)[None] % min(BASE["vocab_size"], read.vocab_size)
+            return model, model.eval()(input_ids=ids, use_cache=False, return_dict=True).logits
+    except Exception:  # whatever a library makes of nonsense
+        return None
+
+
+def _read(config: dict[str, Any]) -> Any:
+    """transformers 5 refuses heads that do not divide the hidden size, which 4.57 did not; it
+    computes with them all the same."""
+    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    numbers = all(isinstance(each, int) and each > 0 for each in (hidden, heads))
+    if numbers and config.get("head_dim") and hidden % heads:
+        read = AutoConfig.for_model(**{**copy.deepcopy(config), "num_attention_heads": 1})
+        read.num_attention_heads = heads
+        return read
+    return AutoConfig.for_model(**copy.deepcopy(config))
+
+
+def _ours(architecture: Architecture, reference: torch.nn.Module) -> torch.Tensor:
+    model = CausalLM(architecture)
+    model.load_state_dict(dict(reference.named_parameters()))
+    ids = torch.arange(S)[None] % min(BASE["vocab_size"], architecture.vocab_size)
+    with torch.no_grad():
+        return model.logits(ids, torch.arange(S)[None], torch.ones_like(ids))
+
+
+def _fault(family: str, key: str, value: Any) -> str | None:
+    """What is wrong with how this case is treated."""
+    config = _changed(family, key, value)
+    try:
+        architecture = architecture_from_hf(config)
+    except CheckpointError as error:
+        return None if key.removeprefix("rope.") in str(error) else f"not named: {error}"
+    if _size(architecture) > LARGEST:
+        return None
+    shapes = {"model.embed_tokens.weight": (architecture.vocab_size, architecture.hidden_size)}
+    if not architecture.tie_word_embeddings:
+        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+    try:
+        exported = portable_config(config, shapes, torch.float32, 1).content
+    except CheckpointError as error:
+        return None if key in str(error) else f"not named at the export: {error}"
+    for what, read in (("the source", config), ("the export", exported)):
+        reference = _reference(read)
+        if reference is None:
+            if what == "the export":
+                return "transformers refuses the export"
+            continue
+        model, logits = reference
+        error = (_ours(architecture, model) - logits).abs().max() / logits.abs().max()
+        if not error < 1e-5:
+            return f"logits differ by {error:.1e} from those of {what}"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Without warnings on each case; on one thread, since the products are tiny."""
+    before, threads = hf_logging.get_verbosity(), torch.get_num_threads()
+    hf_logging.set_verbosity(hf_logging.CRITICAL)
+    torch.set_num_threads(1)
+    yield
+    hf_logging.set_verbosity(before)
+    torch.set_num_threads(threads)
+
+
+def _faults(cases: list[tuple[str, str, Any]]) -> list[str]:
+    found = ((case, _fault(*case)) for case in cases)
+    return [f"{family} {key}={value!r:.80}: {told}" for (family, key, value), told in found if told]
+
+
+def test_the_bases_show_every_switch() -> None:
+    """A change of a rope, a window or a bias must be seen in the logits at all."""
+    for family, key, value in (
+        ("llama", "rope_theta", 200.0),
+        ("llama", "rope.factor", 8.0),
+        ("llama", "rope.original_max_position_embeddings", 20),
+        ("mistral", "sliding_window", 7),
+        ("qwen2", "rope_parameters", {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}),
+        ("qwen3", "max_window_layers", 0),
+    ):
+        base = _reference(_changed(family, "unheard_of", 1))
+        changed = _reference(_changed(family, key, value))
+        assert base is not None and changed is not None
+        assert (base[1] - changed[1]).abs().max() > 1e-3, (family, key)
+
+
+def test_a_changed_key_gives_transformers_logits_or_is_named() -> None:
+    """A few of each family; the slow test has all."""
+    cases = _cases()
+    assert not _faults(random.Random(16).sample(cases, 60))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_and_value(family: str) -> None:
+    assert not _faults([case for case in _cases() if case[0] == family])

@@ -1,0 +1,86 @@
+"""The names that tensors have in files, and the names of a causal language model.
+
+Programs leave their wrappers in the names when they save: `module.` (data parallel), `_orig_mod.`
+(torch.compile), `base_model.model.` (PEFT); a bare decoder has no `model.` in front. Such files are
+read. Others hold something else than the weights of one plain model: an adapter, quantized values,
+a text model inside of a larger one. They are refused as what they are, with the way out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from torchprime.models.unsupported import DEQUANTIZE, TAKE_TEXT_PART
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
+ADAPTER = re.compile(r"\.(lora_(A|B|magnitude_vector|embedding_\w)|base_layer|modules_to_save)\b")
+QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|g_idx|scales|SCB|absmax|quant_map|quant_state\b.*|nested_\w+"
+    r"|weight_(scale|scale_inv|packed|shape|zero_point|format)|input_scale)$"
+)
+TEXT_PART = re.compile(r"^(model\.)?(language_model|text_model)\.")
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MERGE = (
+    'python -c "from peft import AutoPeftModelForCausalLM as M; '
+    "M.from_pretrained('OLD', dtype='auto').merge_and_unload().save_pretrained('NEW')\", then copy "
+    "the base's tokenizer files to NEW"
+)
+
+
+def public_names(stored: Iterable[str]) -> dict[str, str]:
+    """Map the names in files to those of a causal language model.
+
+    A wrapper is taken off where every name has it; `_orig_mod.` stands inside of names, too.
+    """
+    names = {name: name.replace("._orig_mod.", ".") for name in stored}
+    while wrapper := _shared_wrapper(names.values()):
+        names = {name: public.removeprefix(wrapper) for name, public in names.items()}
+    if not any(public.startswith("model.") for public in names.values()):
+        names = {n: public if public == HEAD else f"model.{public}" for n, public in names.items()}
+    return names
+
+
+def _shared_wrapper(names: Iterable[str]) -> str | None:
+    names = list(names)
+    found = (w for w in WRAPPERS if names and all(name.startswith(w) for name in names))
+    return next(found, None)
+
+
+def foreign(names: Mapping[str, torch.dtype], expected: Iterable[str]) -> str | None:
+    """Say what files are that are no plain weights, and the way out; None if they seem to be.
+
+    Args:
+        names: of all tensors, with their dtypes.
+        expected: the names of the model's weights.
+    """
+    if some := _matching(ADAPTER, names):
+        return f"hold a PEFT adapter beside its base ({some}), not merged. Merge it: {MERGE}."
+    if some := _matching(QUANTIZED, names):
+        return f"hold quantized weights ({some}), which cannot be trained: {DEQUANTIZE}."
+    if some := _matching(TEXT_PART, names):
+        return (
+            f"hold a text model inside of a larger one ({some}). Only a text model can be trained: "
+            f"{TAKE_TEXT_PART}."
+        )
+    strange = [name for name in expected if names.get(name, torch.float32) not in PLAIN_DTYPES]
+    if strange:
+        kind = str(names[strange[0]]).removeprefix("torch.")
+        return (
+            f"hold {len(strange)} weights as {kind} ({_some(strange)}) and config.json has no "
+            f"quantization_config, so nobody can tell their values: {DEQUANTIZE}."
+        )
+    return None
+
+
+def _matching(pattern: re.Pattern[str], names: Iterable[str]) -> str:
+    return _some([name for name in names if pattern.search(name)])
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 2:,} more" if len(names) > 2 else ""
+    return ", ".join(f"{name:.120}" for name in names[:2]) + more
