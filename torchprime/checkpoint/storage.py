@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -36,6 +37,16 @@ HASHERS = 4  # threads, and files that are written at a time
 OBJECT_STORES = {"abfs", "abfss", "adl", "az", "gcs", "gs", "hf", "oss", "s3", "s3a"}
 LEFTOVER = re.compile(r"\..*\.(partial|removed)")  # as atomic.py names them
 FULL = (errno.ENOSPC, errno.EDQUOT)
+PROBE = ".torchprime-probe-"
+_GOOGLE = (
+    "Check the bucket's name. `gcloud auth application-default login` gives this user credentials; "
+    "a Cloud VM needs the scope cloud-platform and the role Storage Object Admin."
+)
+_AMAZON = (
+    "Check the bucket's name, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and "
+    "AWS_ENDPOINT_URL for a store of another maker."
+)
+CREDENTIALS = {"gs": _GOOGLE, "gcs": _GOOGLE, "s3": _AMAZON, "s3a": _AMAZON}
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -330,6 +341,14 @@ class Storage(ABC):
     def free_bytes(self) -> int | None:
         """What can still be written here; None if nobody knows."""
 
+    @abstractmethod
+    def probe(self) -> None:
+        """Write, read back and remove a small file, so that what forbids it is known early.
+
+        Raises:
+            CheckpointError: no permission, no credentials, no such bucket, a disk that is full.
+        """
+
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
         return self.size(name) is not None
@@ -440,10 +459,20 @@ class LocalStorage(Storage):
         return [name for name in self.names() if LEFTOVER.fullmatch(name)]
 
     def free_bytes(self) -> int | None:
-        there = self.root.absolute()
-        while not there.exists():
-            there = there.parent
-        return shutil.disk_usage(there).free
+        return shutil.disk_usage(existing_part(self.root)).free
+
+    def probe(self) -> None:
+        """In the nearest folder that exists: nothing is made here yet."""
+        there = existing_part(self.root)
+        if not there.is_dir():
+            raise CheckpointError(f"{self.root} can't be written: {there} is a file.")
+        with (
+            self.telling(f"Writing to {there}"),
+            tempfile.NamedTemporaryFile(dir=there, prefix=PROBE) as file,
+        ):
+            file.write(b"torchprime")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 class UrlStorage(Storage):
@@ -543,6 +572,42 @@ class UrlStorage(Storage):
 
     def free_bytes(self) -> int | None:
         return None
+
+    def files(self) -> list[str]:
+        """Names of the files that lie here or one folder deeper; what else there is holds none."""
+        with self.telling(f"Reading {self.url}"):
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.find(self._path, maxdepth=2)
+            except FileNotFoundError:
+                return []
+            return sorted(str(path).removeprefix(self._path).strip("/") for path in found)
+
+    def send(self, path: Path, name: str) -> None:
+        """Copy a file of this machine to `name`."""
+        with self.telling(f"Sending {path} to {self.describe(name)}"):
+            self._make_parent(self._at(name))
+            self._fs.put_file(str(path), self._at(name))
+
+    def probe(self) -> None:
+        name = f"{PROBE}{secrets.token_hex(8)}"
+        try:
+            self.write_bytes(name, b"torchprime")
+            if self.read_bytes(name) != b"torchprime":
+                raise CheckpointError(f"{self.describe(name)} is not what was written.")
+            self.remove_file(name)
+        except CheckpointError as error:
+            scheme = self.url.partition("://")[0]
+            raise CheckpointError(
+                f"{self.url} can't be used: a small file has to be written, read back and removed "
+                f"there. {error} {CREDENTIALS.get(scheme, 'Check the address and your rights.')}"
+            ) from error
+
+
+def existing_part(path: Path) -> Path:
+    """The path itself if it exists, else the nearest of its parents that does."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def sha256_of(file: io.BufferedIOBase | Any) -> tuple[str, int]:

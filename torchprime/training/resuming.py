@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from torchprime.atomic import write_text
 from torchprime.checkpoint.catalog import STEP, Catalog
 from torchprime.checkpoint.manifest import Manifest, read_manifest
 from torchprime.checkpoint.reader import CheckpointReader
-from torchprime.checkpoint.storage import MANIFEST, LocalStorage, Storage
+from torchprime.checkpoint.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
 from torchprime.evaluation.selection import Evaluated
 from torchprime.metrics.record import StepRecord
@@ -153,21 +152,18 @@ def recorded_date(source: str, catalog: Catalog) -> str | None:
 
 
 def check_writable(storage: Storage) -> None:
-    """See early that checkpoints can be written, where that can be known without writing.
+    """See early that checkpoints can be written, by writing a small file and removing it.
 
     Raises:
-        CheckpointError: a local folder in which this user may not write.
+        CheckpointError: a place in which this user may not write.
     """
-    if not isinstance(storage, LocalStorage):
-        return
-    root = storage.root.absolute()
-    place = next(place for place in (root, *root.parents) if place.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        why = f"{place} can't be written" if place.is_dir() else f"{place} is a file"
+    try:
+        storage.probe()
+    except CheckpointError as error:
         raise CheckpointError(
-            f"checkpoint.folder: {root} cannot hold checkpoints ({why}). Give this user the right "
-            "to write there, or set checkpoint.folder to another place."
-        )
+            f"checkpoint.folder: {storage.describe()} cannot hold checkpoints ({error}) Give this "
+            "user the right to write there, or set checkpoint.folder to another place."
+        ) from error
 
 
 def may_go_on(source: str, folder: Path, catalog: Catalog) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -16,9 +17,15 @@ import yaml
 
 import torchprime
 from torchprime.atomic import write_json, write_text
-from torchprime.errors import RuntimeSetupError
+from torchprime.errors import ConfigError, RuntimeSetupError
 
 CONFIG, FACTS = "config.yaml", "run.json"
+TO_SEND = "export_to_send"  # an export to a URL, as long as it is not there
+# What else a run makes in its folder.
+OWN_NAMES = (
+    CONFIG, FACTS, TO_SEND, "data_report.json", "metrics.jsonl", "tensorboard", "evaluations",
+    "checkpoints", "checkpoint.now", "profile", "report.md", "report.html",
+)  # fmt: skip
 PACKAGES = (
     "torch", "torch_xla", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "jax",
 )  # fmt: skip
@@ -52,6 +59,21 @@ def claim(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RuntimeSetupError(_cannot(folder, str(error.strerror))) from error
+
+
+def check_export_folder(folder: Path, out: Path) -> None:
+    """Refuse an export folder that the run itself will write into.
+
+    Raises:
+        ConfigError: it is the run's folder, holds it, or is one of the names a run makes in it.
+    """
+    run, export = folder.absolute().resolve(), out.absolute().resolve()
+    inside = export.relative_to(run).parts if run in export.parents else None
+    if export == run or export in run.parents or (inside and inside[0] in OWN_NAMES):
+        raise ConfigError(
+            f"task.export_checkpoint_path: the export would go to {out}, where this run, {folder}, "
+            "writes other files, and an export is never mixed with any. Write export, for example."
+        )
 
 
 def _cannot(folder: Path, why: str) -> str:
@@ -95,5 +117,5 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """The command line, as typed."""
-    return " ".join([Path(sys.executable).name, *sys.argv])
+    """The command line as a shell takes it."""
+    return shlex.join([Path(sys.executable).name, *sys.argv])
