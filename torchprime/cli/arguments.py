@@ -36,7 +36,7 @@ def run_command(
 ) -> int:
     """Parse the arguments and run the command with them; the exit code."""
     try:
-        given = parser.parse_args(argv)
+        given = parser.parse_intermixed_args(argv)
     except SystemExit as stop:  # argparse has printed the help or the mistake
         return stop.code if isinstance(stop.code, int) else 2
     try:

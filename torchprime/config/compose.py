@@ -379,6 +379,11 @@ def _groups(user_folder: Path | None) -> list[str]:
     )
 
 
+def is_group(key: str, user_folder: str | None) -> bool:
+    """True for a group from which an option is chosen, not a key."""
+    return key in _groups(_user_folder(user_folder))
+
+
 def _options(command: Command, group: str) -> list[str]:
     folders = [command.config_dir, configs_dir()]
     return sorted(

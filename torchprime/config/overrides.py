@@ -21,6 +21,8 @@ OWN_KEYS = re.compile(r"dataset\.(columns|template_options)[.=]")  # every key i
 TEXT_SECTION = "dataset.columns."  # where every value is a text
 _OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
 _ESCAPED = re.compile(r"\\[\\()\[\]{}:=, \t]")  # by someone who knows Hydra's grammar
+_PLAIN = re.compile(r"[A-Za-z_/][\w/.:@%+-]*", re.ASCII)
+_VALUES = ("null", "true", "false", "nan", "inf")
 _SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|str|int|float|bool|json_str)\(")
 _RUN_FOLDER = (
     "A run's folder is <output_dir>/<run_name>. Set output_dir=FOLDER run_name=NAME instead."
@@ -96,7 +98,9 @@ def _as_text(value: str, many_runs: bool) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text in double quotes, as Hydra's grammar reads it back."""
+    """A text as Hydra's grammar reads it back: in double quotes, if it takes any."""
+    if _PLAIN.fullmatch(text) and text.lower() not in _VALUES:
+        return text
     # A backslash is itself, unless it stands before a quote or ends the text.
     escaped = re.sub(r'(\\*)"', lambda found: found[1] * 2 + '\\"', text)
     tail = escaped[len(escaped.rstrip("\\")) :]

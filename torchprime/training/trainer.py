@@ -50,7 +50,7 @@ from torchprime.training.hooks.metrics import MetricsHook
 from torchprime.training.hooks.profile import ProfileHook
 from torchprime.training.loop import CompileGuard, DataOrder, Hook, RunControl, train_loop
 from torchprime.training.model_files import pretrained_tensors, random_tensors
-from torchprime.training.optim import learning_rate
+from torchprime.training.optim import learning_rate, schedule_note
 from torchprime.training.plan import checkpoint_bytes, flops_per_token
 from torchprime.training.probe import probe_isolation
 from torchprime.training.recipe import files_of, optimizer_of, plan_run, step_options
@@ -184,6 +184,9 @@ class Trainer:
             self._find_point()
         self.check_output()
         self.say(self.plan.describe())
+        peak, total = c.task.optimizer.learning_rate, self.plan.total_steps
+        if note := schedule_note(self._schedule(), peak=peak, total_steps=total):
+            self.say(f"note: {note}")
         for line in self.files.vocabulary.describe() if self.files.vocabulary else ():
             self.say(f"  {line}")
         self.say(f"  attention    {self.backend.attention} ({self.backend.attention_why})")
@@ -389,14 +392,7 @@ class Trainer:
             self.order,
             steps=range(self.first_step, last),
             accumulation=c.task.gradient_accumulation_steps,
-            learning_rate=partial(
-                learning_rate,
-                peak=c.task.optimizer.learning_rate,
-                total_steps=self.plan.total_steps,
-                schedule=c.task.lr_scheduler.name,
-                warmup_steps=self.plan.warmup_steps,
-                min_lr_ratio=c.task.lr_scheduler.min_lr_ratio,
-            ),
+            learning_rate=self._schedule(),
             logging_steps=c.logging_steps,
             flops_per_token=flops_per_token(
                 self.files.architecture, self.files.num_parameters, c.dataset.block_size
@@ -407,6 +403,18 @@ class Trainer:
             control=self.control,
         )
         return self._numbers_before() or numbers if self.first_step >= last else numbers
+
+    def _schedule(self) -> Callable[[int], float]:
+        """The learning rate of each 0-based step."""
+        o, s = self.config.task.optimizer, self.config.task.lr_scheduler
+        return partial(
+            learning_rate,
+            peak=o.learning_rate,
+            total_steps=self.plan.total_steps,
+            schedule=s.name,
+            warmup_steps=self.plan.warmup_steps,
+            min_lr_ratio=s.min_lr_ratio,
+        )
 
     def _numbers_before(self) -> StepNumbers | None:
         return resuming.last_numbers(self.folder / resuming.METRICS, self.first_step)

@@ -60,16 +60,20 @@ def test_numbers_lists_and_choices_are_not_touched() -> None:
     for text in ("task.max_steps=1e3", "run_name=${seed}", "run_name=[a]", "mesh=single",
                  "~run_name", "run_name", "+model.architecture.x=1e3"):  # fmt: skip
         assert in_full(text) == text
-    assert in_full("run_name=007,b", many_runs=True) == 'run_name="007","b"'
+    assert in_full("run_name=007,b", many_runs=True) == 'run_name="007",b'
     assert in_full("run_name=choice(a,b)", many_runs=True) == "run_name=choice(a,b)"
     with pytest.raises(ConfigError, match="several values"):
         compose_config([*QUICKSTART, "run_name=a,b"])
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0$"), min_size=1))
+ANY = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0$"), min_size=1)
+
+
+@given(ANY | st.text("aefilnrstu1._/:@%+-", min_size=1))
 def test_quotes_keep_any_text(text: str) -> None:
     parsed = OverridesParser.create().parse_override(f"run_name={quoted(text)}")
     assert parsed.value() == text
+    assert quoted("gs://b/x-1.y") == "gs://b/x-1.y"
 
 
 @pytest.mark.parametrize(
