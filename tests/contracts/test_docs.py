@@ -166,6 +166,19 @@ def test_commands_compose(page: str) -> None:
             assert command in OTHER_COMMANDS or compose_config(argv) and command in CONFIG_COMMANDS
 
 
+def test_torchrun_commands_name_their_rendezvous() -> None:
+    """Without it two jobs of one host meet on torchrun's default port."""
+    sources = [REPO / page for page in PAGES]
+    sources += [p for top in ("torchprime", "experimental") for p in (REPO / top).rglob("*.py")]
+    commands = [
+        command
+        for path in sources
+        for command in re.findall(r"torchrun\s+\"?\s*f?\"?--\S+", path.read_text(encoding="utf-8"))
+    ]
+    assert len(commands) >= 7
+    assert not [c for c in commands if not re.search(r"--(standalone|nnodes)", c)]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_make_targets_exist(page: str) -> None:
     code = [*INLINE_CODE.findall(prose(page)), *command_lines(page)]

@@ -71,7 +71,7 @@ def start_processes() -> torch.device:
         if local_rank >= (count := torch.cuda.device_count()):
             raise RuntimeSetupError(
                 f"LOCAL_RANK={local_rank}, but this host has {count} GPUs that are visible. Start "
-                f"torchrun --nproc_per_node={count}, or look at CUDA_VISIBLE_DEVICES."
+                f"torchrun --standalone --nproc_per_node={count}, or look at CUDA_VISIBLE_DEVICES."
             )
         torch.cuda.set_device(device)
     if dist.is_initialized():
