@@ -341,13 +341,26 @@ class Storage(ABC):
     def free_bytes(self) -> int | None:
         """What can still be written here; None if nobody knows."""
 
-    @abstractmethod
     def probe(self) -> None:
         """Write, read back and remove a small file, so that what forbids it is known early.
 
         Raises:
             CheckpointError: no permission, no credentials, no such bucket, a disk that is full.
         """
+        with self.mark():
+            pass
+
+    @abstractmethod
+    def mark(self) -> AbstractContextManager[str]:
+        """Keep a small file here for a while; its name, by which others `see` it.
+
+        Raises:
+            CheckpointError: as for `probe`.
+        """
+
+    @abstractmethod
+    def sees(self, mark: str) -> bool:
+        """Return True if another process' mark is here: then both mean the same place."""
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -461,8 +474,9 @@ class LocalStorage(Storage):
     def free_bytes(self) -> int | None:
         return shutil.disk_usage(existing_part(self.root)).free
 
-    def probe(self) -> None:
-        """In the nearest folder that exists: nothing is made here yet."""
+    @contextmanager
+    def mark(self) -> Iterator[str]:
+        """See Storage. In the nearest folder that exists: nothing is made here yet."""
         there = existing_part(self.root)
         if not there.is_dir():
             raise CheckpointError(f"{self.root} can't be written: {there} is a file.")
@@ -473,6 +487,11 @@ class LocalStorage(Storage):
             file.write(b"torchprime")
             file.flush()
             os.fsync(file.fileno())
+            yield Path(file.name).name
+
+    def sees(self, mark: str) -> bool:
+        """See Storage."""
+        return (existing_part(self.root) / mark).exists()
 
 
 class UrlStorage(Storage):
@@ -589,13 +608,30 @@ class UrlStorage(Storage):
             self._make_parent(self._at(name))
             self._fs.put_file(str(path), self._at(name))
 
-    def probe(self) -> None:
+    @contextmanager
+    def mark(self) -> Iterator[str]:
+        """See Storage."""
         name = f"{PROBE}{secrets.token_hex(8)}"
-        try:
+        with self._probing():
             self.write_bytes(name, b"torchprime")
             if self.read_bytes(name) != b"torchprime":
                 raise CheckpointError(f"{self.describe(name)} is not what was written.")
-            self.remove_file(name)
+        try:
+            yield name
+        finally:
+            with self._probing():
+                self.remove_file(name)
+
+    def sees(self, mark: str) -> bool:
+        """See Storage."""
+        with self._probing():
+            self._fs.invalidate_cache()
+            return self.exists(mark)
+
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        try:
+            yield
         except CheckpointError as error:
             scheme = self.url.partition("://")[0]
             raise CheckpointError(

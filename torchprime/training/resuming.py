@@ -11,6 +11,7 @@ import base64
 import json
 import random
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,30 @@ def check_writable(storage: Storage) -> None:
             f"checkpoint.folder: {storage.describe()} cannot hold checkpoints ({error}) Give this "
             "user the right to write there, or set checkpoint.folder to another place."
         ) from error
+
+
+def check_shared(backend: Backend, storage: Storage) -> None:
+    """See early that all processes mean the same place by the checkpoint folder; all call it.
+
+    Raises:
+        CheckpointError: some process does not see what the first one wrote, on every process.
+    """
+    if backend.process_count == 1:
+        return
+    with ExitStack() as held:
+        mark = from_first(backend, lambda: held.enter_context(storage.mark()))
+        try:
+            problem = None if storage.sees(mark) else "it is not there"
+        except CheckpointError as error:
+            problem = str(error)
+        told = backend.gather_objects(problem)
+    if blind := [rank for rank, problem in enumerate(told) if problem]:
+        raise CheckpointError(
+            f"checkpoint.folder: every process must see {storage.describe()}, but of what the "
+            f"first one wrote, process {blind[0]} says: {told[blind[0]]} ({len(blind)} of "
+            f"{len(told)} processes). Use a file system that all hosts share, or a URL such as "
+            "checkpoint.folder=gs://BUCKET/RUNS."
+        )
 
 
 def may_go_on(source: str, folder: Path, catalog: Catalog) -> None:

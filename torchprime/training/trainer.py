@@ -244,6 +244,8 @@ class Trainer:
             self.export_place = ExportPlace.of(place, self.folder / run_folder.TO_SEND)
         self.complete = from_first(self.backend, self._is_complete)
         from_first(self.backend, self._try_places)
+        if c.saves and not c.dry_run:
+            resuming.check_shared(self.backend, self.catalog.storage)
 
     def _try_places(self) -> None:
         """Find now what would keep checkpoints and the export from being written. On the first
