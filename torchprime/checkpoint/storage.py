@@ -625,7 +625,6 @@ class UrlStorage(Storage):
     def sees(self, mark: str) -> bool:
         """See Storage."""
         with self._probing():
-            self._fs.invalidate_cache()
             return self.exists(mark)
 
     @contextmanager
