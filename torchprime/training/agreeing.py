@@ -34,6 +34,8 @@ class LongWork:
 
     def others_wait(self) -> None:
         """Begin to give signs of life, from a thread."""
+        # Elsewhere the thread and `end` would exchange objects at the same time, in any order.
+        assert self.backend.process_index == 0, "only the first process gives signs of life"
         if self._thread is None and self.backend.process_count > 1:
             self._thread = threading.Thread(target=self._beat, name="long-work", daemon=True)
             self._thread.start()

@@ -155,7 +155,9 @@ class Exporter:
         """
         trained = self._trained_logits(backend) if prove_logits else "the run diverged"
         place = ExportPlace.of(out)
-        weights = _then(backend.weights(), others_wait)
+        weights = backend.weights()
+        if backend.process_index == 0:
+            weights = _then(weights, others_wait)
         try:
             if backend.process_index != 0:
                 return None
