@@ -1,6 +1,6 @@
 """Two hosts that train together: the cable between them is cut and mended, and hosts die.
 
-    make chaos    # or: python experimental/chaos/hosts.py [--limit 8]
+    make chaos    # or: python experimental/chaos/hosts.py [--limit 10]
 
 The hosts are network namespaces (cable.py), which needs root and the command `ip`; without them
 the report is the reason. Each host runs torchrun --nnodes=2, with the same command in every case:
@@ -52,11 +52,11 @@ class Hosts:
     def __init__(self, cable: Cable, limit: float, *, interface_named: bool = True) -> None:
         self.cable, self.limit, self.interface_named = cable, limit, interface_named
 
-    def start(self, folder: Path) -> list[subprocess.Popen[bytes]]:
+    def start(self, folder: Path, limit: float) -> list[subprocess.Popen[bytes]]:
         """Start both; return them by host."""
-        return [self._start(host, folder) for host in range(2)]
+        return [self._start(host, folder, limit) for host in range(2)]
 
-    def _start(self, host: int, folder: Path) -> subprocess.Popen[bytes]:
+    def _start(self, host: int, folder: Path, limit: float) -> subprocess.Popen[bytes]:
         cable = self.cable
         torchrun = [sys.executable, "-m", "torch.distributed.run"]
         place = [
@@ -67,7 +67,7 @@ class Hosts:
         ]
         logs = [f"--log-dir={logs_of(folder)}/{host}", "--redirects=3"]
         job = ["-m", ENTRIES["native"], *command_line(folder), "ici_mesh.fsdp=2"]
-        environment = os.environ | {TIMEOUT_VARIABLE: str(self.limit), "USE_TORCH_XLA": "0"}
+        environment = os.environ | {TIMEOUT_VARIABLE: str(limit), "USE_TORCH_XLA": "0"}
         if self.interface_named:  # the machine's name is 127.0.0.1 to both
             environment["GLOO_SOCKET_IFNAME"] = cable.names[host]
         with agent_log(folder, host).open("ab") as log:
@@ -118,14 +118,14 @@ def wait_for(commands: Sequence[subprocess.Popen[bytes]], seconds: float) -> lis
 
 def run_both(hosts: Hosts, folder: Path, case: str) -> None:
     """Run both commands undisturbed."""
-    codes = wait_for(hosts.start(folder), PATIENCE)
+    codes = wait_for(hosts.start(folder, PATIENCE), PATIENCE)
     if codes != [0, 0]:
         fail(case, folder, f"the undisturbed commands' exit codes are {codes}, expected 0 and 0")
 
 
 def disturb(hosts: Hosts, folder: Path, case: str) -> float:
     """Disturb a run in the middle of training; return the seconds until its commands have ended."""
-    commands, cable = hosts.start(folder), hosts.cable
+    commands, cable = hosts.start(folder, hosts.limit), hosts.cable
     until = time.monotonic() + PATIENCE
     while steps_recorded(folder) < HIT_AT:
         if time.monotonic() > until or any(each.poll() is not None for each in commands):
@@ -167,7 +167,7 @@ def unnamed(cable: Cable, limit: float, work: Path) -> float:
     """Run two hosts that look for each other on the wrong interface; return the seconds it took."""
     folder, began = work / "unnamed", time.monotonic()
     hosts = Hosts(cable, limit, interface_named=False)
-    codes = wait_for(hosts.start(folder), limit + PATIENCE)
+    codes = wait_for(hosts.start(folder, limit), limit + PATIENCE)
     for host in range(2):
         check_end(hosts, folder, NO_INTERFACE, host, codes[host])
         if "GLOO_SOCKET_IFNAME" not in said(folder, host):
@@ -196,7 +196,9 @@ def storm(cable: Cable, limit: float, work: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Make the rows, go through the cases, print the report as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=float, default=8.0, help="seconds a collective may take")
+    parser.add_argument(
+        "--limit", type=float, default=10.0, help="seconds a collective may take in a disturbed run"
+    )
     parser.add_argument("--folder", type=Path, help="kept; a temporary one if not given")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="torchprime-chaos-") as temporary, laid() as cable:

@@ -1,7 +1,7 @@
 """Two ranks of a run, of which one is killed, stopped or cut off: the other must end with a message
 in time, and the same commands must go on as if nothing had happened.
 
-    make chaos    # or: python experimental/chaos/ranks.py [--fates killed stopped] [--limit 5]
+    make chaos    # or: python experimental/chaos/ranks.py [--fates killed stopped] [--limit 8]
 
 killed       SIGKILL: its connections close
 stopped      SIGSTOP: they stay open, and nobody answers
@@ -117,7 +117,7 @@ class Pair:
                 "WORLD_SIZE": "2",
                 "MASTER_ADDR": "127.0.0.1" if cable is None else cable.addresses[0],
                 "MASTER_PORT": str(self.port),
-                TIMEOUT_VARIABLE: str(self.limit),
+                TIMEOUT_VARIABLE: str(PATIENCE if case is None else self.limit),
             }
             if cable is not None:
                 os.environ["GLOO_SOCKET_IFNAME"] = cable.names[rank]
@@ -256,7 +256,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fates", nargs="+", choices=FATES, default=list(FATES))
     parser.add_argument("--few", action="store_true", help="one rank for each fate and phase")
-    parser.add_argument("--limit", type=float, default=5.0, help="seconds a collective may take")
+    parser.add_argument(
+        "--limit", type=float, default=8.0, help="seconds a collective may take in a disturbed run"
+    )
     parser.add_argument("--folder", type=Path, help="kept; a temporary one if not given")
     args = parser.parse_args()
     torch.set_num_threads(1)
