@@ -72,6 +72,8 @@ chaos: setup
 	$(BIN)/python experimental/chaos/run.py --kills 150
 	$(BIN)/python experimental/chaos/run.py --backend xla --kills 20
 	$(BIN)/python experimental/chaos/run.py --cold --kills 6
+	$(BIN)/python experimental/chaos/ranks.py
+	$(BIN)/python experimental/chaos/hosts.py
 
 tpu-report: libtpu
 	$(BIN)/python experimental/tpu_report/run.py

@@ -249,6 +249,18 @@ def check_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor], folder: Pa
         sys.exit(f"{folder}: {sorted(set(ours) ^ set(same))} differ from the uninterrupted run")
 
 
+def message_fault(said: str, rank: int) -> str | None:
+    """Return the fault in the output of a rank of two that has lost its partner, or None if the
+    output ends with the message, in one line."""
+    start = f"error: rank {rank} of 2: the processes cannot talk to each other"
+    if "Traceback" in said:
+        return "ended with a traceback"
+    lines = said.rstrip().splitlines()
+    if not lines or start not in lines[-1] or not lines[-1].endswith(")"):
+        return "did not end with a line that says what it met"
+    return None
+
+
 # Kills --------------------------------------------------------------------------------------------
 
 

@@ -311,8 +311,8 @@ def check_supported(c: TrainConfig, processes: int) -> None:
     if processes == 1 and torch.cuda.device_count() > 1:
         raise RuntimeSetupError(
             f"There are {torch.cuda.device_count()} GPUs and one process, which Trainer would use "
-            "with DataParallel. Start the witness with torchrun --nproc_per_node=N, or set "
-            "CUDA_VISIBLE_DEVICES=0."
+            "with DataParallel. Start the witness with torchrun --standalone --nproc_per_node=N, "
+            "or set CUDA_VISIBLE_DEVICES=0."
         )
 
 

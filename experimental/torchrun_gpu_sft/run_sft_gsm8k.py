@@ -1,6 +1,7 @@
 """The TPU run of GSM8K on GPUs: the same named config, batches and run folder, under torchrun.
 
-    torchrun --nproc_per_node=4 experimental/torchrun_gpu_sft/run_sft_gsm8k.py [key=value ...]
+    torchrun --standalone --nproc_per_node=4 \\
+        experimental/torchrun_gpu_sft/run_sft_gsm8k.py [key=value ...]
 
 Only the mesh follows the machine: unless the command says otherwise, fsdp is the number of
 processes. `torchprime compare` then judges this run against the TPU's.

@@ -43,6 +43,7 @@ from torchprime.checkpoint.recheck import recheck  # noqa: E402
 from torchprime.checkpoint.source import resolve_pretrained  # noqa: E402
 from torchprime.cli.arguments import make_parser, run_command  # noqa: E402
 from torchprime.cli.columns import answers_lines, shown  # noqa: E402
+from torchprime.config.paths import local_path, name_or_folder  # noqa: E402
 from torchprime.errors import CheckpointError, ConfigError, RuntimeSetupError  # noqa: E402
 from torchprime.evaluation.prompts import as_question, read_prompts  # noqa: E402
 from torchprime.json_files import read_json  # noqa: E402
@@ -92,11 +93,13 @@ def main(argv: list[str]) -> int:
 def deploy(given: argparse.Namespace) -> int:
     """Check everything that can be checked cheaply, then the certificate, then run vLLM."""
     check_numbers(given)
-    prompts = QUESTIONS if given.prompts is None else read_prompts(Path(given.prompts))
+    prompts = QUESTIONS
+    if given.prompts is not None:
+        prompts = read_prompts(local_path("--prompts", given.prompts))
     if given.serve:
         check_port(given.port)
-    names = {BASE: given.base} if given.base is not None else {}
-    names[TUNED] = given.model
+    names = {} if given.base is None else {BASE: name_or_folder("--base", given.base)}
+    names[TUNED] = name_or_folder("--model", given.model)
     folders = {
         title: resolve_pretrained(name, cache_dir=None, weights=True)
         for title, name in names.items()

@@ -10,7 +10,7 @@ import subprocess
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import yaml
@@ -66,7 +66,7 @@ def documented_rows() -> dict[str, tuple[str, str]]:
 def schema_types(cls: Any = TrainConfig, prefix: str = "") -> dict[str, Any]:
     """The annotation of every key that is no section."""
     found: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
             found |= schema_types(hint, f"{prefix}{name}.")
         else:
@@ -76,6 +76,8 @@ def schema_types(cls: Any = TrainConfig, prefix: str = "") -> dict[str, Any]:
 
 def described(hint: Any) -> str:
     """An annotation in the words of the tables."""
+    if get_origin(hint) is Annotated:
+        return get_args(hint)[1].words
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(described(each) for each in get_args(hint))
     if get_origin(hint) is Literal:
@@ -162,6 +164,19 @@ def test_commands_compose(page: str) -> None:
         elif line.startswith("torchprime "):
             command, *argv = shlex.split(line, comments=True)[1:]
             assert command in OTHER_COMMANDS or compose_config(argv) and command in CONFIG_COMMANDS
+
+
+def test_torchrun_commands_name_their_rendezvous() -> None:
+    """Without it two jobs of one host meet on torchrun's default port."""
+    sources = [REPO / page for page in PAGES]
+    sources += [p for top in ("torchprime", "experimental") for p in (REPO / top).rglob("*.py")]
+    commands = [
+        command
+        for path in sources
+        for command in re.findall(r"torchrun\s+\"?\s*f?\"?--\S+", path.read_text(encoding="utf-8"))
+    ]
+    assert len(commands) >= 7
+    assert not [c for c in commands if not re.search(r"--(standalone|nnodes)", c)]
 
 
 @pytest.mark.parametrize("page", PAGES)

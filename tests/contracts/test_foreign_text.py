@@ -18,6 +18,7 @@ ALLOWED = {
     ("torch_xla_models/backend.py", "pickle"),  # between processes of one run
     ("terminal.py", "sys.stdout.write"),
     ("terminal.py", "sys.stderr.write"),
+    ("cli/resuming.py", "symlink_to"),  # in a temporary folder
     ("data/store.py", "OSFile"),  # in a folder that is being prepared
     ("data/exchanges.py", "frame.format"),  # constants of that module
     ("data/fields.py", "missing.format"),  # reasons of ours, given by callers

@@ -70,6 +70,10 @@ FIRST_CHANGE = 2  # with warm-up the first update has a learning rate of 0
 Found = tuple[str, dict[str, Any]]  # what a check says, and its numbers
 
 
+class UncertifiedError(CheckpointError):
+    """An export that is whole, with a certificate of which a check failed."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One check: `passed` is None where it was not made; `values` are its numbers."""
@@ -117,13 +121,13 @@ class Certificate:
         """How many checks passed, and which did not."""
         return tally(self.checks)
 
-    def require(self, where: Path) -> None:
-        """Raise a CheckpointError if a check failed; `where` is the export's folder."""
+    def require(self, where: object) -> None:
+        """Raise an UncertifiedError if a check failed; `where` names the export's folder or URL."""
         if self.failed:
             told = "".join(f"\n  {check.name}: {check.detail}" for check in self.failed)
-            raise CheckpointError(
+            raise UncertifiedError(
                 f"The export in {where} is whole, but its certificate failed:{told}\nDo not use it "
-                f"before you know why; to export again, remove it. {where / CERTIFICATE} has all "
+                f"before you know why; to export again, remove it. {where}/{CERTIFICATE} has all "
                 f"checks; `torchprime verify {where}` makes them again."
             )
 

@@ -10,7 +10,6 @@ folder that becomes the export by one rename: whoever sees the folder sees all o
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,20 +20,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchprime.atomic import atomic_folder, refuse_used_folder
 from torchprime.checkpoint.certificate import Certificate
 from torchprime.checkpoint.hf_files import Spec, write_hf_files
+from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.portable import check_tokenizer
+from torchprime.checkpoint.room import Need, require_room
 from torchprime.checkpoint.safetensors_write import ShardWriter, plan_shards
-from torchprime.errors import CheckpointError
 
 # Given the folder, complete but for the certificate, and the weights' hashes: prove and write it.
 Certify = Callable[[Path, Mapping[str, str]], Certificate]
+# Besides the weights' files: config, tokenizer, templates, card, certificate.
+SMALL_FILES, SMALL_BYTES = 24, 1_000_000
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written. `hashes` are of the weights as they were handed over, after the cast."""
+    """What was written. `hashes` are of the weights as they were handed over, after the cast;
+    `folder` is on this machine, also where the place is a URL."""
 
     folder: Path
     files: dict[str, int]  # name -> bytes
@@ -44,7 +46,7 @@ class ExportResult:
 
 
 def check_export(
-    out: Path,
+    out: Path | ExportPlace,
     *,
     spec: Spec,
     config: Mapping[str, Any],
@@ -63,9 +65,10 @@ def check_export(
     Returns:
         What the export repairs in the source's files, as lines for the user.
     """
-    refuse_used_folder(out)
+    place = ExportPlace.of(out)
+    place.require_new()
     plan_shards(spec, dtype, max_shard_bytes)
-    _require_space(out, spec, dtype)
+    require_room([export_need(place, spec, dtype, max_shard_bytes)])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         repairs = write_hf_files(
@@ -84,7 +87,7 @@ def check_export(
 
 
 def export_hf(
-    out: Path,
+    out: Path | str | ExportPlace,
     *,
     weights: Iterable[tuple[str, torch.Tensor]],
     spec: Spec,
@@ -128,7 +131,7 @@ def export_hf(
 
 
 def write_export(
-    out: Path,
+    out: Path | str | ExportPlace,
     *,
     small_files: Callable[[Path], object],
     weights: Iterable[tuple[str, torch.Tensor]],
@@ -140,7 +143,7 @@ def write_export(
     """Write a Hugging Face folder at `out`, whole or not at all.
 
     Args:
-        out: must not exist, or be an empty folder.
+        out: a folder or URL; must not exist, or be empty.
         small_files: writes all but the weights into the folder it is given.
         weights: (HF name, tensor) in any order, each once; taken one at a time and not kept.
         spec: name -> shape of every weight, in the order wanted in the files. Tied: no lm_head.
@@ -150,11 +153,12 @@ def write_export(
             is written, too: it is for the caller to refuse it, with the weights still there.
 
     Raises:
-        CheckpointError: used target, incomplete input, weights not finite.
+        CheckpointError: used target, incomplete input, weights not finite, a target that refuses.
     """
-    out = Path(out)
-    _require_space(out, spec, dtype)
-    with atomic_folder(out) as folder:
+    place = ExportPlace.of(out)
+    place.require_new()
+    require_room([export_need(place, spec, dtype, max_shard_bytes)])
+    with place.folder() as folder:
         small_files(folder)
         hashes = write_weights(folder, weights, spec, dtype, max_shard_bytes)
         certificate = certify(folder, hashes) if certify else None
@@ -163,7 +167,7 @@ def write_export(
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-    return ExportResult(out, sizes, hashes, _count(spec), certificate)
+    return ExportResult(place.local, sizes, hashes, _count(spec), certificate)
 
 
 def write_weights(
@@ -186,12 +190,14 @@ def _count(spec: Spec) -> int:
     return sum(int(np.prod(shape, dtype=np.int64)) for shape in spec.values())
 
 
-def _require_space(out: Path, spec: Spec, dtype: torch.dtype) -> None:
-    """Better to say it before training than to fill the disk after it."""
-    place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    free, needed = shutil.disk_usage(place).free, _count(spec) * dtype.itemsize
-    if needed > free:
-        raise CheckpointError(
-            f"The export to {out} needs {needed / 1e9:.2f} GB; {free / 1e9:.2f} GB are free there. "
-            "Free some space or set task.export_checkpoint_path to another disk."
-        )
+def export_need(place: ExportPlace, spec: Spec, dtype: torch.dtype, max_shard_bytes: int) -> Need:
+    """What an export takes of a disk. Better to know it before training than to fill one after."""
+    weights = _count(spec) * dtype.itemsize
+    shards = weights // max_shard_bytes + 1
+    return Need(
+        "the export",
+        place.disk,
+        weights + SMALL_BYTES,
+        shards + SMALL_FILES,
+        "task.export_checkpoint_path (--out)",
+    )

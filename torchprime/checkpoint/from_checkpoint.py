@@ -9,6 +9,7 @@ decoder computes them on the CPU where the model fits into memory.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -18,9 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchprime.atomic import refuse_used_folder, write_bytes, write_json, write_text
+from torchprime.atomic import write_bytes, write_json, write_text
 from torchprime.checkpoint.catalog import BEST, LATEST, Catalog
-from torchprime.checkpoint.certificate import CERTIFICATE, Certificate, certify
+from torchprime.checkpoint.certificate import (
+    CERTIFICATE,
+    Certificate,
+    certify,
+    hash_folder,
+    read_certificate,
+)
 from torchprime.checkpoint.export import ExportResult, write_export, write_weights
 from torchprime.checkpoint.hf_files import CARD, FACTS, ExportFacts, read_facts
 from torchprime.checkpoint.hf_read import INDEX, SafetensorsReader
@@ -31,6 +38,7 @@ from torchprime.checkpoint.logits import (
     encode_prompts,
     no_room,
 )
+from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.portable_config import both_dtype_spellings
 from torchprime.checkpoint.reader import CheckpointReader
 from torchprime.checkpoint.storage import MANIFEST, Storage
@@ -89,7 +97,7 @@ def _pointed(catalog: Catalog, pointer: str) -> str:
 def export_checkpoint(
     storage: Storage,
     name: str,
-    out: Path,
+    out: Path | str | ExportPlace,
     *,
     dtype: torch.dtype | None = None,
     base: Path | None = None,
@@ -98,6 +106,7 @@ def export_checkpoint(
     """Export the checkpoint `name` to `out`, whole or not at all, and prove it.
 
     Args:
+        out: a folder or URL.
         dtype: of the exported weights; None for the one that was trained in. For float32 the
             master weights are taken, if there are any.
         base: the folder of the base's weights; None looks where they lay during the run.
@@ -106,7 +115,9 @@ def export_checkpoint(
         CheckpointError: used target, a checkpoint without what an export needs, a failed check; in
             the latter case the folder is there, with the certificate that says so.
     """
-    refuse_used_folder(out)
+    place = ExportPlace.of(out)
+    place.require_new()
+    place.probe()
     with CheckpointReader(storage, name) as reader, tempfile.TemporaryDirectory() as temporary:
         kept = Path(temporary)
         _fetch_small_files(reader, kept)
@@ -114,7 +125,7 @@ def export_checkpoint(
         facts = replace(written, dtype=dtype or written.dtype)
         tensor_of = partial(_tensor, reader, _prefixes(reader, facts))
         result = write_export(
-            out,
+            place,
             small_files=partial(_copy_small_files, kept, written, facts),
             weights=((weight, tensor_of(weight)) for weight in facts.spec),
             spec=facts.spec,
@@ -130,11 +141,31 @@ def export_checkpoint(
             ),
         )
     assert result.certificate is not None
-    result.certificate.require(out)
+    result.certificate.require(place)
     proofs = (result.certificate.check(part).detail for part in ("weights", "logits"))
     tally = result.certificate.tally()
-    say(f"exported {name} to {out}: {'; '.join(proofs)}; certificate: {tally}")
+    say(f"exported {name} to {place}: {'; '.join(proofs)}; certificate: {tally}")
     return result
+
+
+def send_export(folder: Path, out: str, say: Callable[[str], None]) -> None:
+    """Copy an export that is whole to another place, every file as its certificate has it.
+
+    Raises:
+        CheckpointError: a file is not what the certificate says, a used target, a failed check.
+    """
+    certificate = read_certificate(folder)
+    found, wanted = hash_folder(folder), certificate.files
+    if other := sorted(name for name in {**found, **wanted} if found.get(name) != wanted.get(name)):
+        raise CheckpointError(
+            f"{folder} is not the export that its certificate describes ({', '.join(other)}); "
+            f"`torchprime verify {folder}` says more."
+        )
+    place = ExportPlace.of(out)
+    with place.folder() as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+    say(f"copied {folder} to {place}: certificate: {certificate.tally()}")
+    certificate.require(place)
 
 
 def add_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> Certificate:

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -47,6 +48,16 @@ HASHERS = 4  # threads, and files that are written at a time
 OBJECT_STORES = {"abfs", "abfss", "adl", "az", "gcs", "gs", "hf", "oss", "s3", "s3a"}
 LEFTOVER = re.compile(r"\..*\.(partial|removed)")  # as atomic.py names them
 FULL = (errno.ENOSPC, errno.EDQUOT)
+PROBE = ".torchprime-probe-"
+_GOOGLE = (
+    "Check the bucket's name. `gcloud auth application-default login` gives this user credentials; "
+    "a Cloud VM needs the scope cloud-platform and the role Storage Object Admin."
+)
+_AMAZON = (
+    "Check the bucket's name, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and "
+    "AWS_ENDPOINT_URL for a store of another maker."
+)
+CREDENTIALS = {"gs": _GOOGLE, "gcs": _GOOGLE, "s3": _AMAZON, "s3a": _AMAZON}
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -333,6 +344,27 @@ class Storage(ABC):
     def free_bytes(self) -> int | None:
         """What can still be written here; None if nobody knows."""
 
+    def probe(self) -> None:
+        """Write, read back and remove a small file, so that what forbids it is known early.
+
+        Raises:
+            CheckpointError: no permission, no credentials, no such bucket, a disk that is full.
+        """
+        with self.mark():
+            pass
+
+    @abstractmethod
+    def mark(self) -> AbstractContextManager[str]:
+        """Keep a small file here for a while; its name, by which others `see` it.
+
+        Raises:
+            CheckpointError: as for `probe`.
+        """
+
+    @abstractmethod
+    def sees(self, mark: str) -> bool:
+        """Return True if another process' mark is here: then both mean the same place."""
+
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
         return self.size(name) is not None
@@ -461,10 +493,26 @@ class LocalStorage(Storage):
         clear_temporary(self.root)
 
     def free_bytes(self) -> int | None:
-        there = self.root.absolute()
-        while not there.exists():
-            there = there.parent
-        return shutil.disk_usage(there).free
+        return shutil.disk_usage(existing_part(self.root)).free
+
+    @contextmanager
+    def mark(self) -> Iterator[str]:
+        """See Storage. In the nearest folder that exists: nothing is made here yet."""
+        there = existing_part(self.root)
+        if not there.is_dir():
+            raise CheckpointError(f"{self.root} can't be written: {there} is a file.")
+        with (
+            self.telling(f"Writing to {there}"),
+            tempfile.NamedTemporaryFile(dir=there, prefix=PROBE) as file,
+        ):
+            file.write(b"torchprime")
+            file.flush()
+            os.fsync(file.fileno())
+            yield Path(file.name).name
+
+    def sees(self, mark: str) -> bool:
+        """See Storage."""
+        return (existing_part(self.root) / mark).exists()
 
 
 class UrlStorage(Storage):
@@ -564,6 +612,58 @@ class UrlStorage(Storage):
 
     def free_bytes(self) -> int | None:
         return None
+
+    def files(self) -> list[str]:
+        """Names of the files that lie here or one folder deeper; what else there is holds none."""
+        with self.telling(f"Reading {self.url}"):
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.find(self._path, maxdepth=2)
+            except FileNotFoundError:
+                return []
+            return sorted(str(path).removeprefix(self._path).strip("/") for path in found)
+
+    def send(self, path: Path, name: str) -> None:
+        """Copy a file of this machine to `name`."""
+        with self.telling(f"Sending {path} to {self.describe(name)}"):
+            self._make_parent(self._at(name))
+            self._fs.put_file(str(path), self._at(name))
+
+    @contextmanager
+    def mark(self) -> Iterator[str]:
+        """See Storage."""
+        name = f"{PROBE}{secrets.token_hex(8)}"
+        with self._probing():
+            self.write_bytes(name, b"torchprime")
+            if self.read_bytes(name) != b"torchprime":
+                raise CheckpointError(f"{self.describe(name)} is not what was written.")
+        try:
+            yield name
+        finally:
+            with self._probing():
+                self.remove_file(name)
+
+    def sees(self, mark: str) -> bool:
+        """See Storage."""
+        with self._probing():
+            return self.exists(mark)
+
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            scheme = self.url.partition("://")[0]
+            raise CheckpointError(
+                f"{self.url} can't be used: a small file has to be written, read back and removed "
+                f"there. {error} {CREDENTIALS.get(scheme, 'Check the address and your rights.')}"
+            ) from error
+
+
+def existing_part(path: Path) -> Path:
+    """The path itself if it exists, else the nearest of its parents that does."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _files_under(folder: Path) -> list[Path]:

@@ -46,7 +46,7 @@ def run_command(
     """Parse the arguments and run the command with them; the exit code."""
     guard_output()
     try:
-        given = parser.parse_args(argv)
+        given = parser.parse_intermixed_args(argv)
     except SystemExit as stop:  # argparse has printed the help or the mistake
         return stop.code if isinstance(stop.code, int) else 2
     try:

@@ -26,6 +26,7 @@ from torchprime.checkpoint.certificate import CERTIFICATE, read_certificate
 from torchprime.checkpoint.source import resolve_pretrained
 from torchprime.cli.arguments import make_parser, positive, run_command
 from torchprime.cli.columns import beside, column_width, wrap
+from torchprime.config.paths import local_path, name_or_folder
 from torchprime.errors import CheckpointError, ConfigError, DataError, RuntimeSetupError
 from torchprime.evaluation.conversation import (
     CONTEXT_FULL,
@@ -94,10 +95,10 @@ def _temperature(text: str) -> float:
 def _chat(given: argparse.Namespace) -> int:
     prompts = None if given.prompt is None else [given.prompt]
     if given.prompts is not None:
-        prompts = read_prompts(Path(given.prompts))
+        prompts = read_prompts(local_path("--prompts", given.prompts))
     device = choose_device(given.device)
-    folders = {BASE: given.base} if given.base is not None else {}
-    folders[TUNED] = given.model
+    folders = {} if given.base is None else {BASE: name_or_folder("--base", given.base)}
+    folders[TUNED] = name_or_folder("--model", given.model)
     found = {
         title: resolve_pretrained(name, cache_dir=None, weights=True)
         for title, name in folders.items()

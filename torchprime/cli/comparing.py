@@ -17,6 +17,7 @@ from typing import Any
 
 from torchprime.atomic import write_json
 from torchprime.cli.arguments import make_parser
+from torchprime.config.paths import local_path
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.metrics.compare import compare, imprecise
 from torchprime.metrics.logged import HowLogged, Run
@@ -105,9 +106,9 @@ def name_runs(given: Sequence[str]) -> list[tuple[str, str]]:
     for argument in given:
         name, equals, path = argument.partition("=")
         if equals and name and "/" not in name and not Path(argument).exists():
-            named.append((name, path))
+            named.append((name, str(local_path("RUN", path))))
         else:
-            named.append((None, argument))
+            named.append((None, str(local_path("RUN", argument))))
     labels = [name for name, _ in named if name]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ConfigError(f"RUN: the name {twice[0]} is given twice, expected one for each run")
@@ -155,7 +156,7 @@ def _short(path: str) -> str:
 
 def _measure(runs: Sequence[Run], given: argparse.Namespace) -> int:
     floor = measure_noise(runs)
-    path = Path(given.out or FLOOR)
+    path = local_path("--out", given.out or FLOOR)
     path = path / FLOOR if path.is_dir() else path
     _write(path, floor.to_dict())
     lines = [f"noise floor of {', '.join(run.label for run in runs)} in {floor.dtype}"]
@@ -170,9 +171,11 @@ def _measure(runs: Sequence[Run], given: argparse.Namespace) -> int:
 
 
 def _compare(runs: Sequence[Run], given: argparse.Namespace, argv: Sequence[str]) -> int:
-    floor: NoiseFloor | None = read_floor(given.noise_floor) if given.noise_floor else None
+    floor: NoiseFloor | None = None
+    if given.noise_floor:
+        floor = read_floor(local_path("--noise-floor", given.noise_floor))
     comparison = compare(runs, loss_tolerance=given.loss_tolerance, floor=floor, steps=given.steps)
-    folder = Path(given.out or ".")
+    folder = local_path("--out", given.out or ".")
     wrote = [folder / PARITY]
     _write(wrote[0], comparison.to_dict())
     name = given.figure.removesuffix(".png").removesuffix(".svg")

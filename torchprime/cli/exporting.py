@@ -12,18 +12,21 @@ from pathlib import Path
 
 import torch
 
-from torchprime.checkpoint.certificate import Certificate, Check, tally
-from torchprime.checkpoint.from_checkpoint import export_checkpoint, find_checkpoint
+from torchprime.checkpoint.certificate import CERTIFICATE, Certificate, Check, tally
+from torchprime.checkpoint.from_checkpoint import export_checkpoint, find_checkpoint, send_export
 from torchprime.checkpoint.recheck import recheck
 from torchprime.checkpoint.source import resolve_pretrained
 from torchprime.cli.arguments import make_parser, run_command
+from torchprime.config.paths import is_url, local_path, name_or_folder, place
+from torchprime.errors import ConfigError
 from torchprime.terminal import print_lines
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MARKS = {True: "passed", False: "FAILED", None: "not made"}
 EXPORT_EPILOG = """\
 CHECKPOINT is a folder or URL: RUN/checkpoints/step_00000600, RUN/checkpoints/best, or RUN for the
-newest whole one. Exit code: 0; 2 if nothing was exported, or a check of the certificate failed.
+newest whole one. The folder of an export is copied as it is. Exit code: 0; 2 if nothing was
+exported, or a check of the certificate failed.
 """
 VERIFY_EPILOG = """\
 Exit code: 0 all that can be checked passes; 1 something fails; 2 no certificate, or a mistake.
@@ -38,7 +41,7 @@ def export_main(argv: list[str]) -> int:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
-    add("--out", metavar="DIR", required=True, help="the new folder; must not exist, or be empty")
+    add("--out", metavar="DIR", required=True, help="new folder or URL; if there, it is empty")
     add("--dtype", choices=list(DTYPES), help="of the weights (default: as they were trained)")
     add("--base", metavar="FOLDER", help="the base's weights, if they lie elsewhere by now")
     return run_command(parser, argv, _export)
@@ -58,18 +61,30 @@ def _say(line: str) -> None:
 
 
 def _base(given: str | None) -> Path | None:
-    return None if given is None else resolve_pretrained(given, cache_dir=None, weights=True)
+    if given is None:
+        return None
+    return resolve_pretrained(name_or_folder("--base", given), cache_dir=None, weights=True)
 
 
 def _export(given: argparse.Namespace) -> int:
-    storage, name = find_checkpoint(given.checkpoint, _say)
+    out = place("--out", given.out)
+    source = place("CHECKPOINT", given.checkpoint)
+    if not is_url(source) and (Path(source) / CERTIFICATE).is_file():
+        if given.dtype is not None or given.base is not None:
+            raise ConfigError(
+                f"--dtype, --base: given with {source}, which is an export and is copied as it is. "
+                "Leave them out, or name a checkpoint."
+            )
+        send_export(Path(source), out, _say)
+        return 0
+    storage, name = find_checkpoint(source, _say)
     dtype = None if given.dtype is None else DTYPES[given.dtype]
-    export_checkpoint(storage, name, Path(given.out), dtype=dtype, base=_base(given.base), say=_say)
+    export_checkpoint(storage, name, out, dtype=dtype, base=_base(given.base), say=_say)
     return 0
 
 
 def _verify(given: argparse.Namespace) -> int:
-    certificate, checks = recheck(Path(given.folder), _base(given.base))
+    certificate, checks = recheck(local_path("DIR", given.folder), _base(given.base))
     print_lines(_report(given.folder, certificate, checks), "backslashreplace")
     return 1 if any(check.passed is False for check in checks) else 0
 

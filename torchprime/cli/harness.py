@@ -26,6 +26,7 @@ from torchprime.checkpoint.source import resolve_pretrained
 from torchprime.checkpoint.verify import load_transformers
 from torchprime.cli.arguments import make_parser, positive, run_command
 from torchprime.cli.chatting import DEVICES, choose_device
+from torchprime.config.paths import local_path, name_or_folder
 from torchprime.data.templates import resolve_template
 from torchprime.data.tokenizer import load_tokenizer
 from torchprime.errors import ConfigError, RuntimeSetupError
@@ -65,8 +66,11 @@ def lm_eval_main(argv: list[str]) -> int:
 def _evaluate(given: argparse.Namespace) -> int:
     harness = load_harness()
     tasks = [name.strip() for name in given.tasks.split(",") if name.strip()]
-    folder = resolve_pretrained(given.export, cache_dir=None, weights=True)
-    out = Path(given.out) if given.out is not None else folder.resolve().parent / RESULT
+    folder = resolve_pretrained(
+        name_or_folder("EXPORT", given.export), cache_dir=None, weights=True
+    )
+    beside = folder.resolve().parent / RESULT
+    out = beside if given.out is None else local_path("--out", given.out)
     _require_new(out)
     manager = _task_manager(tasks, given.include_path)
     chat = _wants_template(given.chat_template, folder)
@@ -132,6 +136,8 @@ def _task_manager(tasks: list[str], include_path: str | None) -> Any:
     Raises:
         ConfigError: a name that none of them has.
     """
+    if include_path is not None:
+        include_path = str(local_path("--include-path", include_path))
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"--include-path: {include_path} is not a folder")
     # late: as above

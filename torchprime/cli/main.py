@@ -37,7 +37,7 @@ def compare(argv: list[str]) -> int:
 
 
 def resume_check(argv: list[str]) -> int:
-    """Say what differs between a run's newest checkpoint and the run as it would go on."""
+    """Say what a run will do when it is started again, and what differs from its checkpoint."""
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
     # late: as above, and transformers looks for torch_xla when imported
     from torchprime.cli.resuming import resume_check_main
@@ -119,7 +119,7 @@ def usage() -> str:
     lines = [
         "usage: torchprime prepare|inspect --config-name NAME [key=value ...]",
         "       torchprime compare RUN RUN [RUN ...]",
-        "       torchprime resume-check RUN [key=value ...]",
+        "       torchprime resume-check RUN [--config-name NAME] [key=value ...]",
         "       torchprime export CHECKPOINT --out DIR",
         "       torchprime verify DIR",
         "       torchprime report RUN [--out DIR]",

@@ -7,9 +7,9 @@ elsewhere. torchprime/evaluation/report.py makes it.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from torchprime.cli.arguments import make_parser, run_command
+from torchprime.config.paths import local_path
 from torchprime.evaluation.report import write_report
 from torchprime.terminal import print_lines
 
@@ -27,6 +27,7 @@ def report_main(argv: list[str]) -> int:
 
 
 def _report(given: argparse.Namespace) -> int:
-    paths = write_report(Path(given.run), None if given.out is None else Path(given.out))
+    out = None if given.out is None else local_path("--out", given.out)
+    paths = write_report(local_path("RUN", given.run), out)
     print_lines(map(str, paths), "backslashreplace")
     return 0

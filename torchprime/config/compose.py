@@ -3,8 +3,8 @@
 Hydra finds the YAML files (the user's `--config-dir` first, then ours), merges groups and applies
 overrides onto the schema's defaults; load.py then makes it a TrainConfig. A run composes through
 Hydra's compose API, so no `outputs/` folder, log file or changed working directory appears. What
-only shows something (`--cfg job`, `--help`, `--info`, ...) or runs many (`-m`) goes to a real
-`hydra.main`, so that it acts as Hydra's users expect.
+only shows something (`--cfg job`, `--help`, `--info`, ...) goes to a real `hydra.main`, so that it
+acts as Hydra's users expect; so does `-m`, whose sweeper says which runs there are (sweep.py).
 
 torch is not imported here: the entry point sets up the XLA environment from the config first.
 """
@@ -12,7 +12,6 @@ torch is not imported here: the entry point sets up the XLA environment from the
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,6 +48,9 @@ from torchprime.config.load import (
     schema_defaults,
     unknown_key_message,
 )
+from torchprime.config.other_names import advice_for
+from torchprime.config.overrides import in_full, quoted, refuse_hydras
+from torchprime.config.paths import local_path
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError, UserError
 
@@ -56,7 +58,6 @@ DEFAULT_CONFIG = "default"
 SCHEMA_NODE = "torchprime_schema"
 _PACKAGE = Path(torchprime.__file__).resolve().parent
 _HYDRA_VERSION = "1.3"
-OWN_KEYS = re.compile(r"dataset\.(columns|template_options)[.=]")
 
 
 def configs_dir() -> Path:
@@ -79,7 +80,7 @@ def compose_config(argv: list[str]) -> TrainConfig:
     if command.many_runs:
         raise ConfigError("-m: given to a command that makes one run. Leave -m out.")
     if command.shows:
-        run_hydra_main(command, lambda _: 0)
+        _run_hydra_main(command, lambda _: None)
         raise SystemExit(0)
     return _finish(_compose(command), command.config_name)
 
@@ -156,19 +157,20 @@ def parse_command(argv: list[str]) -> Command:
             flags.append("--" + name.replace("_", "-"))
     if {"--package", "--resolve"} & set(flags) and "--cfg" not in flags:
         raise ConfigError("--package and --resolve: expected together with --cfg job. Add it.")
+    many_runs = given.multirun and not flags
     return Command(
         config_name=given.config_name,
         config_dir=_user_folder(given.config_dir),
-        overrides=[_in_full(text) for text in given.overrides],
+        overrides=[in_full(text, many_runs=many_runs) for text in given.overrides],
         flags=flags,
-        many_runs=given.multirun and not flags,
+        many_runs=many_runs,
     )
 
 
 def _user_folder(given: str | None) -> Path | None:
     if given is None:
         return None
-    folder = Path(given).expanduser().resolve()
+    folder = local_path("--config-dir", given).resolve()
     if not folder.is_dir():
         raise ConfigError(
             f"--config-dir: given {given!r}, expected a folder of configs, but {folder} is none. "
@@ -177,8 +179,35 @@ def _user_folder(given: str | None) -> Path | None:
     return folder
 
 
-def run_hydra_main(command: Command, run: Callable[[TrainConfig], int]) -> None:
-    """Hand a command to hydra.main; `run` is called for each job of a multirun.
+@dataclass(frozen=True)
+class Job:
+    """One run of many: its own command line (without the program's name), and its config."""
+
+    argv: list[str]
+    overrides: list[str]
+    config: TrainConfig
+
+
+def compose_jobs(command: Command) -> list[Job]:
+    """Every run that a command with -m asks for, composed and checked; none has begun."""
+    jobs: list[Job] = []
+
+    def collect(composed: DictConfig) -> None:
+        config = _finish(composed, f"{command.config_name}_{len(jobs)}")
+        given = [str(each) for each in HydraConfig.get().overrides.task]
+        argv = ["--config-name", command.config_name, *given]
+        if command.config_dir is not None:
+            argv[:0] = ["--config-dir", str(command.config_dir)]
+        if composed.get("run_name") is None:
+            argv.append(f"run_name={quoted(str(config.run_name))}")
+        jobs.append(Job(argv, given, config))
+
+    _run_hydra_main(command, collect)
+    return jobs
+
+
+def _run_hydra_main(command: Command, take: Callable[[DictConfig], None]) -> None:
+    """Hand a command to hydra.main; `take` is called for each job of a multirun.
 
     A mistake in one job ends them all and is raised here, outside of Hydra, which would turn it
     into a traceback.
@@ -187,13 +216,10 @@ def run_hydra_main(command: Command, run: Callable[[TrainConfig], int]) -> None:
 
     def job(composed: DictConfig) -> None:
         try:
-            number = HydraConfig.get().job.num
-            code = run(_finish(composed, f"{command.config_name}_{number}"))
+            take(composed)
         except UserError as error:
             mistakes.append(error)
-            code = error.exit_code
-        if code:
-            raise SystemExit(code)
+            raise SystemExit(error.exit_code) from None
 
     if command.composes:
         _compose(command)  # for its messages: hydra.main would print its own
@@ -292,18 +318,6 @@ def _finish(composed: DictConfig, default_run_name: str) -> TrainConfig:
     return config
 
 
-def _in_full(override: str) -> str:
-    """What Hydra would not take as it is written.
-
-    It adds no key unless told to, and in a mapping of columns or options every key is the user's
-    own. And a section has no value, but `resume=auto` says what is meant.
-    """
-    if override.startswith("resume="):
-        value = override.removeprefix("resume=")
-        return f'resume.source="{value}"' if value.isdigit() else f"resume.source={value}"
-    return f"++{override}" if OWN_KEYS.match(override) else override
-
-
 def _parse_overrides(command: Command) -> list[Override]:
     """Hydra's grammar, and the check that each key to change is one the schema knows."""
     groups, keys = _groups(command.config_dir), known_keys()
@@ -326,7 +340,10 @@ def _parse_overrides(command: Command) -> list[Override]:
                 f"{override.input_line}: given several values, expected one. For a list write "
                 f"{key}=[...]; for one run per value add -m."
             )
-        if key in groups or key.startswith(("hydra.", "hydra/")) or "/" in key:
+        if key.startswith(("hydra.", "hydra/")):
+            given = "" if override.value_type is None else override.get_value_string()
+            refuse_hydras(key, given, uses_hydra=command.many_runs or bool(command.flags))
+        if key in groups or key.startswith("hydra.") or "/" in key:
             continue
         if any(key.startswith(f"{section}.") for section in free_sections()):
             continue
@@ -338,6 +355,8 @@ def _parse_overrides(command: Command) -> list[Override]:
 def _unknown_override(override: Override, groups: list[str]) -> str:
     key = override.key_or_group
     given = "" if override.value_type is None else override.get_value_string()
+    if (advice := advice_for(key)) is not None:
+        return f"{key}: given {given!r}, but there is no such key. {advice}"
     group = nearest(key, groups) if "." not in key else None
     if group is not None and nearest(key, [group, *known_keys()]) == group:
         return (
@@ -358,6 +377,11 @@ def _groups(user_folder: Path | None) -> list[str]:
             if path.is_dir() and any(path.glob("*.yaml"))
         }
     )
+
+
+def is_group(key: str, user_folder: str | None) -> bool:
+    """True for a group from which an option is chosen, not a key."""
+    return key in _groups(_user_folder(user_folder))
 
 
 def _options(command: Command, group: str) -> list[str]:

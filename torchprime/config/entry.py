@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from torchprime.config.compose import compose_config, parse_command, run_hydra_main
+from torchprime.config.compose import compose_config, compose_jobs, parse_command
 from torchprime.config.schema import TrainConfig
+from torchprime.config.sweep import run_jobs, this_program
 from torchprime.errors import INTERRUPTED, StoppedError, UserError, told_disk_fault
 from torchprime.terminal import guard_output, say
 
@@ -22,8 +23,8 @@ def run_main(main: Callable[[TrainConfig], int], argv: list[str] | None = None) 
     try:
         command = parse_command(argv)
         if command.many_runs:
-            run_hydra_main(command, main)
-            return 0
+            program = this_program(argv)
+            return run_jobs(compose_jobs(command), program)
         return main(compose_config(argv))
     except StoppedError as stop:
         say(f"stopped: {stop}")

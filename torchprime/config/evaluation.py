@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torchprime.config.checks import at_least, fraction, not_empty, one_source, positive, refuse
+from torchprime.config.paths import PathOrUrl, RowsNameOrFolder
 
 LOSSES = ("eval_loss", "eval_perplexity")  # measured wherever rows are held out
 # Names that graders can't have: the other fields of an evaluation's record, as they are shown.
@@ -46,9 +47,9 @@ class EvalConfig:
     """Held-out rows: their loss, and graded answers to them, before the first step, every
     `every_steps` and at the end."""
 
-    hf_dataset_name: str | None = None
+    hf_dataset_name: RowsNameOrFolder | None = None
     hf_dataset_config_name: str | None = None
-    file_dataset_path: str | None = None
+    file_dataset_path: PathOrUrl | None = None
     split: str | None = None
     max_examples: int | None = None
     every_steps: int | None = None

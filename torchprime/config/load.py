@@ -13,11 +13,13 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 
-from torchprime.config.checks import refuse
+from torchprime.config.checks import not_empty, refuse
+from torchprime.config.other_names import advice_for
+from torchprime.config.paths import PathRule, checked_path
 from torchprime.config.schema import AXES, AxisSpec, TrainConfig
 from torchprime.errors import ConfigError
 
@@ -100,6 +102,8 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 def unknown_key_message(key: str, given: object) -> str:
     """For a key that is in no schema."""
+    if (advice := advice_for(key)) is not None:
+        return f"{key}: given {given!r}, but there is no such key. {advice}"
     close = nearest(key, known_keys())
     section = key.rsplit(".", 1)[0] if "." in key else ""
     if close:
@@ -119,7 +123,7 @@ def _section(cls: type[Any], given: Any, key: str) -> Any:
         inside = ", ".join(f.name for f in dataclasses.fields(cls))
         fix = f"Set one of its keys: {inside}." if key else "Start from an existing config."
         refuse(key or "the config", given, "a section with keys", fix)
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     for name, value in given.items():
         if name not in hints:
             raise ConfigError(unknown_key_message(f"{prefix}{name}", value))
@@ -147,6 +151,9 @@ def _value(wanted: Any, given: Any, key: str) -> Any:
         return _section(typing.cast(type, wanted), given, key)
     if wanted == AxisSpec:
         return _axis_spec(given, key)
+    if origin is Annotated:
+        text, rule = get_args(wanted)
+        return _path(_scalar(text, given, key), rule, key)
     if origin in (Union, types.UnionType):
         if given is None:
             return None
@@ -164,6 +171,11 @@ def _value(wanted: Any, given: Any, key: str) -> Any:
     if origin is dict:
         return _mapping(get_args(wanted)[1], given, key)
     return _scalar(wanted, given, key)
+
+
+def _path(given: str, rule: PathRule, key: str) -> str:
+    not_empty(key, given)
+    return checked_path(key, given, rule)
 
 
 def _choice(options: tuple[str, ...], given: Any, key: str) -> str:
@@ -250,13 +262,14 @@ def _scalar(wanted: type, given: Any, key: str) -> Any:
             return float(given)
     if wanted is str and isinstance(given, str):
         return given
-    expected, example = {
-        bool: ("true or false", "true"),
-        int: ("a whole number", "100"),
-        float: ("a number", "0.1"),
-        str: ("text", f"'\"{given}\"' (quoted twice, once for the shell)"),
-    }[wanted]
+    expected, fix = {
+        bool: ("true or false", f"Write {key}=true."),
+        int: ("a whole number", f"Write {key}=100."),
+        float: ("a number", f"Write {key}=0.1."),
+        str: ("text", "In a YAML file put what is meant as text in quotes: YAML reads 1e3, 007 and "
+                      "on as numbers and true."),
+    }[wanted]  # fmt: skip
     kind = {type(None): "null", str: "text", bool: "a truth value", int: "a whole number"}.get(
         type(given), f"a {type(given).__name__}"
     )
-    refuse(key, given, f"{expected}, not {kind}", f"Write {key}={example}.")
+    refuse(key, given, f"{expected}, not {kind}", fix)

@@ -27,6 +27,16 @@ from torchprime.config.checks import (
     special_tokens,
 )
 from torchprime.config.evaluation import EvalConfig, ExportConfig, SelectionConfig
+from torchprime.config.paths import (
+    CompileCache,
+    HubNameOrFolder,
+    LocalFolder,
+    NameOrFile,
+    PathOrUrl,
+    RowsNameOrFolder,
+    RunFolders,
+    is_url,
+)
 from torchprime.config.topologies import check_devices, topology
 from torchprime.errors import ConfigError
 from torchprime.foreign_names import fault_of
@@ -58,9 +68,9 @@ class MixturePart:
     """One of several sources, and how much of it is wanted."""
 
     name: str
-    hf_dataset_name: str | None = None
+    hf_dataset_name: RowsNameOrFolder | None = None
     hf_dataset_config_name: str | None = None
-    file_dataset_path: str | None = None
+    file_dataset_path: PathOrUrl | None = None
     split: str = "train"
     format: Format = "auto"
     columns: dict[str, str] = field(default_factory=dict)
@@ -78,11 +88,11 @@ class MixturePart:
 class DatasetConfig:
     """Where rows come from and how they become packed blocks."""
 
-    hf_dataset_name: str | None = None
+    hf_dataset_name: RowsNameOrFolder | None = None
     hf_dataset_config_name: str | None = None
-    file_dataset_path: str | None = None  # a file, folder or glob: local, gs:// or any fsspec URL
+    file_dataset_path: PathOrUrl | None = None  # a file, folder or glob
     split: str = "train"
-    cache_dir: str | None = None  # of the hub's downloads
+    cache_dir: LocalFolder | None = None  # of the hub's downloads
     # Several sources instead of one; their rows keep the part's name, and each has its own loss.
     mixture: list[MixturePart] = field(default_factory=list)
     mixture_by: Literal["rows", "tokens"] = "rows"
@@ -91,7 +101,7 @@ class DatasetConfig:
     columns: dict[str, str] = field(default_factory=dict)  # our field: the source's column
     answer_form: Literal["as_is", "think_answer"] = "as_is"  # of prompts' answers
     as_messages: bool = False  # prompt and completion become a user's and an assistant's turn
-    chat_template: str | None = None  # null: the tokenizer's own; a family; or a .jinja file
+    chat_template: NameOrFile | None = None  # null: the tokenizer's own; a family; or a .jinja file
     template_options: dict[str, Any] = field(default_factory=dict)  # enable_thinking, ...
     template_date: str | None = None  # ISO date for templates that write one; null: today
     turns: Literal["whole", "branch", "auto"] = "whole"
@@ -113,7 +123,7 @@ class DatasetConfig:
     eval_fraction: float | None = None
     leak_check: Literal["off", "warn", "error"] = "warn"
     leak_threshold: float = 0.8
-    prepared_dir: str | None = None  # where prepared data is kept; null: the user's cache folder
+    prepared_dir: LocalFolder | None = None  # of prepared data; null: the user's cache folder
     num_proc: int | None = None  # processes that tokenize; null: one per core, 8 at most
 
     def __post_init__(self) -> None:
@@ -242,8 +252,8 @@ class DatasetConfig:
 class ModelConfig:
     """Whose weights, or which architecture; a checkpoint's own config.json always wins."""
 
-    pretrained_model: str | None = None
-    tokenizer_name: str | None = None
+    pretrained_model: HubNameOrFolder | None = None
+    tokenizer_name: HubNameOrFolder | None = None
     attention_kernel: Literal["auto", "splash", "flash", "flex", "reference"] = "auto"
     # HF config.json keys, to train from scratch or plan without the weights.
     architecture: dict[str, Any] | None = None
@@ -319,7 +329,8 @@ class TaskConfig:
     loss_kernel: Literal["auto", "liger", "chunked"] = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    export_checkpoint_path: str | None = None  # relative: inside the run's folder
+    # Relative: inside the run's folder; or a URL (gs://, s3://).
+    export_checkpoint_path: PathOrUrl | None = None
     convert_to_safetensors: bool = True
     max_shard_size_gb: float = 5.0
     sample_prompts: int = 0
@@ -331,7 +342,14 @@ class TaskConfig:
         positive("task.max_grad_norm", self.max_grad_norm)
         positive("task.max_grad_value", self.max_grad_value)
         at_least("task.loss_chunks", self.loss_chunks, 1)
-        not_empty("task.export_checkpoint_path", self.export_checkpoint_path)
+        if is_url(self.export_checkpoint_path or "") and not self.convert_to_safetensors:
+            refuse(
+                "task.export_checkpoint_path",
+                self.export_checkpoint_path,
+                "a folder, since task.convert_to_safetensors=false leaves shards that are not "
+                "proved, and only a proved export is sent to a URL",
+                "Set task.convert_to_safetensors=true, or a folder.",
+            )
         positive("task.max_shard_size_gb", self.max_shard_size_gb)
         at_least("task.sample_prompts", self.sample_prompts, 0)
 
@@ -432,7 +450,7 @@ class RematConfig:
 class CheckpointConfig:
     """When all that a run needs to go on is written, and which of it is kept."""
 
-    folder: str | None = None  # null: checkpoints/ in the run's folder; or a URL (gs://, s3://)
+    folder: PathOrUrl | None = None  # null: checkpoints/ in the run's folder
     every_steps: int | None = None
     every_minutes: float | None = None
     asynchronous: bool = True
@@ -458,7 +476,7 @@ class CheckpointConfig:
 class ResumeConfig:
     """Where a run begins; `resume=X` on the command line is `resume.source=X`."""
 
-    source: str = "auto"  # or never, a step of this run, a checkpoint's folder or URL
+    source: PathOrUrl = "auto"  # or never, a step of this run, a checkpoint's folder or URL
     allow_changes: list[str] = field(default_factory=list)  # keys that may differ from it
 
     def __post_init__(self) -> None:
@@ -484,7 +502,7 @@ class TrainConfig:
     seed: int = 42
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     logging_steps: int = 10
-    output_dir: str = "outputs"
+    output_dir: RunFolders = "outputs"
     run_name: str | None = None  # null: the config's name
     dry_run: bool = False
     # A slice's name (v6e-8): compile the step for it and stop; neither TPU nor weights are needed.
@@ -492,13 +510,13 @@ class TrainConfig:
     compile_time_limit: float = 30.0  # minutes
     compile_search: bool = True  # where it does not fit, compile changes until one does
     # Compiled programs on a TPU, kept across restarts; auto: in the user's cache folder.
-    compile_cache: str | None = "auto"
+    compile_cache: CompileCache | None = "auto"
     allow_recompile: bool = False
     # Before the first step: change a segment's tokens, and see that no other's loss moves.
     isolation_probe: bool = True
     profile_start_step: int | None = None
     profile_end_step: int | None = None
-    profile_dir: str | None = None
+    profile_dir: LocalFolder | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:
@@ -507,13 +525,6 @@ class TrainConfig:
         not_empty("output_dir", self.output_dir)
         positive("compile_time_limit", self.compile_time_limit)
         not_empty("compile_cache", self.compile_cache)
-        if self.compile_cache is not None and "://" in self.compile_cache:
-            refuse(
-                "compile_cache",
-                self.compile_cache,
-                "a folder: torch_xla opens no URLs",
-                "Mount the bucket (gcsfuse BUCKET /mnt/cache) and set compile_cache=/mnt/cache.",
-            )
         if self.compile_only is not None:
             slices = math.prod(getattr(self.dcn_mesh, axis) for axis in AXES)
             check_devices(topology(self.compile_only), self.mesh_shape(), slices)

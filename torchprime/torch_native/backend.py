@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ from torchprime.torch_native.fused_loss import (
 from torchprime.torch_native.generation import Generator
 from torchprime.torch_native.mesh import make_mesh
 from torchprime.torch_native.remat import apply_remat
-from torchprime.torch_native.runtime import start_processes, transport_timeout, watched
+from torchprime.torch_native.runtime import start_processes, timeout_seconds, watched
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim import Optimizer, Parameter, decays
 from torchprime.training.step import (
@@ -124,8 +125,9 @@ class NativeBackend:
         ] + self.mesh.get_local_rank("fsdp")
         self.tensor_group = self.mesh["tensor"].get_group()
         # Groups of their own: for objects, and for a thread that talks while the loop does.
+        limit = timedelta(seconds=timeout_seconds())
         self.host_group, self.aside_group = (
-            dist.new_group(backend="gloo", timeout=transport_timeout()) for _ in range(2)
+            dist.new_group(backend="gloo", timeout=limit) for _ in range(2)
         )
         self._profile: profile | None = None
 
@@ -255,9 +257,9 @@ class NativeBackend:
         """See Backend."""
         return int(self.state.step), int(self.state.bad_step)
 
-    @watched
     def gather_objects(self, value: Any, *, aside: bool = False) -> list[Any]:
-        """See Backend."""
+        """See Backend. Not watched: gloo raises by itself, and who only listens for signs of life
+        (training/agreeing.py) must not end this process."""
         gathered: list[Any] = [None] * self.process_count
         group = self.aside_group if aside else self.host_group
         dist.all_gather_object(gathered, value, group=group)

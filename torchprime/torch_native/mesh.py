@@ -30,8 +30,8 @@ def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int], device_type: str) 
         shown = " x ".join(f"{name}={size}" for name, size in zip(NAMES, sizes, strict=True))
         raise ConfigError(
             f"ici_mesh x dcn_mesh: given {shown} = {product} devices, but there are {processes} "
-            f"processes. Start torchrun --nproc_per_node={product}, or set ici_mesh.fsdp="
-            f"{processes}."
+            f"processes. Start torchrun --standalone --nproc_per_node={product} (on several hosts "
+            f"--nnodes times --nproc_per_node is {product}), or set ici_mesh.fsdp={processes}."
         )
     mesh = init_device_mesh(device_type, tuple(sizes), mesh_dim_names=NAMES)
     for name in NAMES:

@@ -71,7 +71,7 @@ def start_processes() -> torch.device:
         if local_rank >= (count := torch.cuda.device_count()):
             raise RuntimeSetupError(
                 f"LOCAL_RANK={local_rank}, but this host has {count} GPUs that are visible. Start "
-                f"torchrun --nproc_per_node={count}, or look at CUDA_VISIBLE_DEVICES."
+                f"torchrun --standalone --nproc_per_node={count}, or look at CUDA_VISIBLE_DEVICES."
             )
         torch.cuda.set_device(device)
     if dist.is_initialized():
@@ -98,11 +98,17 @@ def lost_partner(why: object) -> RuntimeSetupError:
     """What to say when processes do not find or no longer hear each other."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     told = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else str(why)
+    between = ""
+    if os.environ.get("LOCAL_WORLD_SIZE", size) != size:  # a host's name may mean itself alone
+        between = (
+            "on several hosts, name the interface that connects them (ip addr): "
+            "GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0; "
+        )
     return RuntimeSetupError(
         f"rank {rank} of {size}: the processes cannot talk to each other. Look at the other ranks' "
-        "output for the first error; with GPUs that cannot reach each other directly, try "
-        f"NCCL_P2P_DISABLE=1; {TIMEOUT_VARIABLE} allows more than {timeout_seconds():g} s. "
-        f"({told.strip()})"
+        f"output for the first error; {between}with GPUs that cannot reach each other directly, "
+        f"try NCCL_P2P_DISABLE=1; {TIMEOUT_VARIABLE} allows more than {timeout_seconds():g} s. "
+        f"({' '.join(told.split())})"
     )
 
 

@@ -1,4 +1,6 @@
-"""The main job on GPUs: `torchrun --nproc_per_node=N -m torchprime.torch_native.train`.
+"""The main job on GPUs.
+
+    torchrun --standalone --nproc_per_node=N -m torchprime.torch_native.train --config-name NAME
 
 Takes the same configs and overrides as the XLA entry and writes the same run folder. One process
 per GPU; without GPUs the processes use the CPU and gloo.

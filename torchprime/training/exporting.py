@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprime.atomic import atomic_folder, write_json
-from torchprime.checkpoint.certificate import CERTIFICATE, certify, read_certificate
-from torchprime.checkpoint.export import ExportResult, check_export, export_hf
+from torchprime.atomic import write_json
+from torchprime.checkpoint.certificate import certify
+from torchprime.checkpoint.export import ExportResult, check_export, export_hf, export_need
 from torchprime.checkpoint.from_checkpoint import HF, add_weights
 from torchprime.checkpoint.hf_files import FACTS, ExportFacts, write_hf_files
 from torchprime.checkpoint.logits import PROMPT_TOKENS, PromptLogits, encode_prompts, no_room
+from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.reader import TensorReader
+from torchprime.checkpoint.room import Need
 from torchprime.checkpoint.storage import FolderWriter
 from torchprime.data.rendering import ChatTemplate, text_hash
 from torchprime.json_files import token_ids
@@ -52,7 +54,11 @@ class Exporter:
         self.card_facts, self.fingerprints, self.say = card_facts, fingerprints, say
         self.template, self.stop_ids = template, stop_ids
 
-    def check(self, out: Path) -> None:
+    def need(self, place: ExportPlace) -> Need:
+        """Return what an export there takes of a disk."""
+        return export_need(place, self.files.shapes, self.dtype, self.max_shard_bytes)
+
+    def check(self, out: Path | ExportPlace) -> None:
         """Raise what `write` would raise about the target, before the run.
 
         What the export repairs in the source's files is said, once.
@@ -72,10 +78,10 @@ class Exporter:
             self.say(f"note: {line}")
 
     @staticmethod
-    def require_certified(out: Path) -> None:
+    def require_certified(place: ExportPlace) -> None:
         """Raise the CheckpointError of an export that is there already and failed."""
-        if (out / CERTIFICATE).is_file():
-            read_certificate(out).require(out)
+        if (certificate := place.certificate()) is not None:
+            certificate.require(place)
 
     def facts(self, step: int | None, metrics: Mapping[str, Any]) -> ExportFacts:
         """What an export of the weights after `step` updates has to know."""
@@ -120,21 +126,24 @@ class Exporter:
             told = "; ".join(f"{check.name}: {check.detail}" for check in certificate.failed)
             self.say(f"the weights in {HF}/ of step {step} failed their certificate: {told}")
 
-    def write_sharded(self, out: Path, backend: Backend) -> None:
+    def write_sharded(self, place: ExportPlace, backend: Backend) -> None:
         """Leave the weights in shards instead (convert_to_safetensors=false): no conversion, no
         proof."""
-        with atomic_folder(out) as folder:
+        with place.folder() as folder:
             backend.save_sharded(str(folder))
-        self.say(f"wrote shards to {out} (torch.distributed.checkpoint, not a Hugging Face folder)")
+        self.say(
+            f"wrote shards to {place} (torch.distributed.checkpoint, not a Hugging Face folder)"
+        )
 
     def write(
         self,
-        out: Path,
+        out: Path | ExportPlace,
         backend: Backend,
         metrics: Mapping[str, Any],
         *,
         step: int | None,
         prove_logits: bool = True,
+        others_wait: Callable[[], None] = lambda: None,
     ) -> ExportResult | None:
         """Export the backend's weights to `out` and prove it; other processes only hand over.
 
@@ -145,31 +154,35 @@ class Exporter:
             metrics: the last values, for card and certificate.
             step: updates made; None if unknown.
             prove_logits: false leaves them out, where the weights may compute no finite ones.
+            others_wait: called on the first process when the others have handed over all.
 
         Raises:
             CheckpointError: it could not be written, or a check of the certificate failed; in the
                 latter case the folder is there, with the certificate that says so.
         """
         trained = self._trained_logits(backend) if prove_logits else "the run diverged"
+        place = ExportPlace.of(out)
         weights = backend.weights()
+        if backend.process_index == 0:
+            weights = _then(weights, others_wait)
         try:
             if backend.process_index != 0:
                 return None
-            result = self._export(out, weights, self.facts(step, metrics), trained)
+            result = self._export(place, weights, self.facts(step, metrics), trained)
         finally:
             if backend.process_count > 1:
                 for _ in weights:  # the rest of this process' share in bringing them to a host
                     pass
         certificate = result.certificate
         assert certificate is not None
-        certificate.require(out)
+        certificate.require(place)
         proofs = (certificate.check(name).detail for name in ("weights", "logits"))
-        self.say(f"exported to {out}: {'; '.join(proofs)}; certificate: {certificate.tally()}")
+        self.say(f"exported to {place}: {'; '.join(proofs)}; certificate: {certificate.tally()}")
         return result
 
     def _export(
         self,
-        out: Path,
+        place: ExportPlace,
         weights: Iterator[tuple[str, Tensor]],
         facts: ExportFacts,
         trained: PromptLogits | str,
@@ -177,7 +190,7 @@ class Exporter:
         made = "random weights" if facts.base_model is None else facts.base_model
         after = "" if facts.step is None else f" after {facts.step} updates"
         return export_hf(
-            out,
+            place,
             **self._small_files(facts),
             weights=weights,
             max_shard_bytes=self.max_shard_bytes,
@@ -229,3 +242,11 @@ class Exporter:
     def _prompts(self) -> np.ndarray:
         longest = min(PROMPT_TOKENS, self.files.architecture.max_position_embeddings)
         return encode_prompts(self.files.tokenizer.folder / "tokenizer.json", longest=longest)
+
+
+def _then(
+    weights: Iterator[tuple[str, Tensor]], after: Callable[[], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights, and a call when the last of them was taken."""
+    yield from weights
+    after()

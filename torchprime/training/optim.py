@@ -167,6 +167,27 @@ def decays(name: str) -> bool:
     return not (name.endswith("bias") or "norm" in name)
 
 
+def schedule_note(rate: Callable[[int], float], *, peak: float, total_steps: int) -> str | None:
+    """What is strange about a run's learning rates, for a person; None if they reach the peak.
+
+    Args:
+        rate: of the 0-based step.
+    """
+    if any(rate(step) >= 0.999 * peak for step in range(total_steps)):
+        return None
+    highest = max(map(rate, range(total_steps)))
+    fix = "Lower task.lr_scheduler.warmup_steps (or warmup_ratio), or train longer."
+    if highest == 0:
+        return (
+            "the learning rate is 0 in every update, so nothing will be trained: a warm-up begins "
+            f"at 0, and the run ends within it, after {total_steps:,}. {fix}"
+        )
+    return (
+        f"the warm-up is longer than the run: after {total_steps:,} updates the learning rate has "
+        f"reached {highest:.2e} of {peak:.2e}. {fix}"
+    )
+
+
 def learning_rate(
     step: int,
     *,

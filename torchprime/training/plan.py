@@ -79,6 +79,25 @@ def estimate_memory(
     return Memory(weights, state, gradients, hidden * tensors[remat] * num_layers + logits)
 
 
+def checkpoint_bytes(
+    shapes: Mapping[str, tuple[int, ...]],
+    optimizer: Optimizer,
+    *,
+    weight_bytes: int,
+    master_weights: bool,
+) -> int:
+    """Size of a checkpoint's tensors: weights, master copies and the optimizer's state."""
+    total = 0
+    for name, shape in shapes.items():
+        info = Parameter(shape, None, decays(name), stacked=False)  # type: ignore[arg-type]
+        slots = optimizer.slots(info).values()
+        total += math.prod(shape) * weight_bytes
+        total += 4 * sum(math.prod(shape[d] for d in slot.dims) for slot in slots)
+        if weight_bytes < 4 and master_weights:
+            total += 4 * math.prod(shape)
+    return total
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything known before the first step."""

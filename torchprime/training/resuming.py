@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import random
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -171,20 +171,41 @@ def recorded_date(source: str, catalog: Catalog) -> str | None:
 
 
 def check_writable(storage: Storage) -> None:
-    """See early that checkpoints can be written, where that can be known without writing.
+    """See early that checkpoints can be written, by writing a small file and removing it.
 
     Raises:
-        CheckpointError: a local folder in which this user may not write.
+        CheckpointError: a place in which this user may not write.
     """
-    if not isinstance(storage, LocalStorage):
-        return
-    root = storage.root.absolute()
-    place = next(place for place in (root, *root.parents) if place.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        why = f"{place} can't be written" if place.is_dir() else f"{place} is a file"
+    try:
+        storage.probe()
+    except CheckpointError as error:
         raise CheckpointError(
-            f"checkpoint.folder: {root} cannot hold checkpoints ({why}). Give this user the right "
-            "to write there, or set checkpoint.folder to another place."
+            f"checkpoint.folder: {storage.describe()} cannot hold checkpoints ({error}) Give this "
+            "user the right to write there, or set checkpoint.folder to another place."
+        ) from error
+
+
+def check_shared(backend: Backend, storage: Storage) -> None:
+    """See early that all processes mean the same place by the checkpoint folder; all call it.
+
+    Raises:
+        CheckpointError: some process does not see what the first one wrote, on every process.
+    """
+    if backend.process_count == 1:
+        return
+    with ExitStack() as held:
+        mark = from_first(backend, lambda: held.enter_context(storage.mark()))
+        try:
+            problem = None if storage.sees(mark) else "it is not there"
+        except CheckpointError as error:
+            problem = str(error)
+        told = backend.gather_objects(problem)
+    if blind := [rank for rank, problem in enumerate(told) if problem]:
+        raise CheckpointError(
+            f"checkpoint.folder: every process must see {storage.describe()}, but of what the "
+            f"first one wrote, process {blind[0]} says: {told[blind[0]]} ({len(blind)} of "
+            f"{len(told)} processes). Use a file system that all hosts share, or a URL such as "
+            "checkpoint.folder=gs://BUCKET/RUNS."
         )
 
 

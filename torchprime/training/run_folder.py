@@ -17,12 +17,18 @@ import yaml
 
 import torchprime
 from torchprime.atomic import make_folder, read_plain, write_json, write_text
-from torchprime.errors import RuntimeSetupError
+from torchprime.errors import ConfigError, RuntimeSetupError
 from torchprime.json_files import parse_json
 from torchprime.private_folders import require_private
 
 CONFIG, FACTS = "config.yaml", "run.json"
 KEY = "output_dir/run_name"
+TO_SEND = "export_to_send"  # an export to a URL, as long as it is not there
+# What else a run makes in its folder.
+OWN_NAMES = (
+    CONFIG, FACTS, TO_SEND, "data_report.json", "metrics.jsonl", "tensorboard", "evaluations",
+    "checkpoints", "checkpoint.now", "profile", "report.md", "report.html",
+)  # fmt: skip
 PACKAGES = (
     "torch", "torch_xla", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "jax",
 )  # fmt: skip
@@ -58,6 +64,21 @@ def claim(folder: Path) -> None:
     except OSError as error:
         raise RuntimeSetupError(_cannot(folder, str(error.strerror))) from error
     require_private(folder, KEY)
+
+
+def check_export_folder(folder: Path, out: Path) -> None:
+    """Refuse an export folder that the run itself will write into.
+
+    Raises:
+        ConfigError: it is the run's folder, holds it, or is one of the names a run makes in it.
+    """
+    run, export = folder.absolute().resolve(), out.absolute().resolve()
+    inside = export.relative_to(run).parts if run in export.parents else None
+    if export == run or export in run.parents or (inside and inside[0] in OWN_NAMES):
+        raise ConfigError(
+            f"task.export_checkpoint_path: the export would go to {out}, where this run, {folder}, "
+            "writes other files, and an export is never mixed with any. Write export, for example."
+        )
 
 
 def _cannot(folder: Path, why: str) -> str:

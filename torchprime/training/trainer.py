@@ -24,8 +24,11 @@ from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.from_checkpoint import export_checkpoint
 from torchprime.checkpoint.lock import run_lock
 from torchprime.checkpoint.manifest import Manifest
+from torchprime.checkpoint.places import ExportPlace, LocalPlace
+from torchprime.checkpoint.room import Need, require_room
 from torchprime.checkpoint.source import hub_name
-from torchprime.checkpoint.storage import FolderWriter, Storage
+from torchprime.checkpoint.storage import FolderWriter, LocalStorage, Storage
+from torchprime.config.paths import is_url
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError, DivergedError, UserError
 from torchprime.evaluation.before_after import table_lines
@@ -42,14 +45,15 @@ from torchprime.training.datasets import prepare_run_data, template_of
 from torchprime.training.evaluating import make_choosing, make_evaluation, make_graders
 from torchprime.training.exporting import Exporter
 from torchprime.training.facts import make_manifest, metrics_at, run_facts
+from torchprime.training.final_export import FinalExport
 from torchprime.training.hooks.checkpoint import CheckpointHook
 from torchprime.training.hooks.evaluation import EvaluationHook
 from torchprime.training.hooks.metrics import MetricsHook
 from torchprime.training.hooks.profile import ProfileHook
 from torchprime.training.loop import CompileGuard, DataOrder, Hook, RunControl, train_loop
 from torchprime.training.model_files import pretrained_tensors, random_tensors
-from torchprime.training.optim import learning_rate
-from torchprime.training.plan import flops_per_token
+from torchprime.training.optim import learning_rate, schedule_note
+from torchprime.training.plan import checkpoint_bytes, flops_per_token
 from torchprime.training.probe import probe_isolation
 from torchprime.training.recipe import files_of, optimizer_of, plan_run, step_options
 from torchprime.training.resuming import Past, ResumePoint
@@ -82,7 +86,8 @@ class Trainer:
         self.evaluations: EvaluationHook | None = None
         self.control = RunControl()
         self.exporter: Exporter | None = None
-        self.export_folder: Path | None = None
+        self.export_place: ExportPlace | None = None
+        self.complete = False
         self.saver: Saver | None = None
         self.point: ResumePoint | None = None
         self.past = Past()
@@ -100,9 +105,10 @@ class Trainer:
         if self.config.dry_run:
             self.say("dry_run=true: everything above is ready; stopping before the first step.")
             return None
-        if self.is_complete():
-            if self.export_folder is not None:
-                Exporter.require_certified(self.export_folder)
+        if self.complete:
+            if self.export_place is not None:
+                self.export_place.discard()
+                Exporter.require_certified(self.export_place)
             self.say(f"{self.folder} holds this run, complete; there is nothing left to do.")
             return self._numbers_before()
         self.start()
@@ -115,13 +121,13 @@ class Trainer:
             self.saver.require()
         return numbers
 
-    def is_complete(self) -> bool:
-        """Whether every step is done and what the config wants exported is there."""
+    def _is_complete(self) -> bool:
+        """True if every step is done and what the config wants exported is there."""
         if self.point is None or not self.point.own:
             return False
         if self.point.step < self.plan.total_steps and not self.stopped_early():
             return False
-        return self.export_folder is None or self.export_folder.is_dir()
+        return self.export_place is None or self.export_place.is_there()
 
     def stopped_early(self) -> bool:
         """Whether the run that this one goes on with had ended itself after its last step."""
@@ -181,6 +187,9 @@ class Trainer:
             self._find_point()
         self.check_output()
         self.say(self.plan.describe())
+        peak, total = c.task.optimizer.learning_rate, self.plan.total_steps
+        if note := schedule_note(self._schedule(), peak=peak, total_steps=total):
+            self.say(f"note: {note}")
         for line in self.files.vocabulary.describe() if self.files.vocabulary else ():
             self.say(f"  {line}")
         self.say(f"  attention    {self.backend.attention} ({self.backend.attention_why})")
@@ -234,13 +243,47 @@ class Trainer:
                 "task.convert_to_safetensors=false writes from one host only for now; there are "
                 f"{self.backend.process_count}. Set it to true."
             )
-        if c.saves and not c.dry_run:
-            resuming.check_writable(self.catalog.storage)
-        if c.task.export_checkpoint_path is not None:
+        if (wanted := c.task.export_checkpoint_path) is not None:
             # A relative path is inside the run's folder, an absolute one or a `..` where it says.
-            self.export_folder = self.folder / c.task.export_checkpoint_path
-            if not self.is_complete():
-                self.exporter.check(self.export_folder)
+            place = wanted if is_url(wanted) else self.folder / wanted
+            self.export_place = ExportPlace.of(place, self.folder / run_folder.TO_SEND)
+        self.complete = from_first(self.backend, self._is_complete)
+        from_first(self.backend, self._try_places)
+        if c.saves and not c.dry_run:
+            resuming.check_shared(self.backend, self.catalog.storage)
+
+    def _try_places(self) -> None:
+        """Find now what would keep checkpoints and the export from being written. On the first
+        process only: it alone writes an export, and hosts may have disks of their own."""
+        c, exporter, place = self.config, self.exporter, self.export_place
+        assert exporter is not None
+        needs = [Need("records", self.folder, 1_000_000, len(run_folder.OWN_NAMES), "output_dir")]
+        if c.saves:
+            if not c.dry_run:
+                resuming.check_writable(self.catalog.storage)
+            if isinstance(self.catalog.storage, LocalStorage):
+                needs.append(self._checkpoint_need(self.catalog.storage.root))
+        if place is not None and not self.complete:
+            if isinstance(place, LocalPlace):
+                run_folder.check_export_folder(self.folder, place.local)
+            exporter.check(place)
+            if not c.dry_run:
+                place.probe()
+            needs.append(exporter.need(place))
+        require_room(needs)
+
+    def _checkpoint_need(self, root: Path) -> Need:
+        """What one checkpoint takes of a disk, beside those that are there."""
+        c, shapes = self.config, self.files.shapes
+        size = checkpoint_bytes(
+            shapes,
+            self.optimizer,
+            weight_bytes=self.dtype.itemsize,
+            master_weights=c.task.optimizer.master_weights,
+        )
+        if c.checkpoint.hf:
+            size += self.files.num_parameters * self.dtype.itemsize
+        return Need("a checkpoint", root, size, 40, "checkpoint.folder")
 
     def _find_point(self) -> None:
         """Where to begin; all that differs from there is said, or refused."""
@@ -358,14 +401,7 @@ class Trainer:
             self.order,
             steps=range(self.first_step, last),
             accumulation=c.task.gradient_accumulation_steps,
-            learning_rate=partial(
-                learning_rate,
-                peak=c.task.optimizer.learning_rate,
-                total_steps=self.plan.total_steps,
-                schedule=c.task.lr_scheduler.name,
-                warmup_steps=self.plan.warmup_steps,
-                min_lr_ratio=c.task.lr_scheduler.min_lr_ratio,
-            ),
+            learning_rate=self._schedule(),
             logging_steps=c.logging_steps,
             flops_per_token=flops_per_token(
                 self.files.architecture, self.files.num_parameters, c.dataset.block_size
@@ -377,6 +413,18 @@ class Trainer:
         )
         return self._numbers_before() or numbers if self.first_step >= last else numbers
 
+    def _schedule(self) -> Callable[[int], float]:
+        """The learning rate of each 0-based step."""
+        o, s = self.config.task.optimizer, self.config.task.lr_scheduler
+        return partial(
+            learning_rate,
+            peak=o.learning_rate,
+            total_steps=self.plan.total_steps,
+            schedule=s.name,
+            warmup_steps=self.plan.warmup_steps,
+            min_lr_ratio=s.min_lr_ratio,
+        )
+
     def _numbers_before(self) -> StepNumbers | None:
         return resuming.last_numbers(self.folder / resuming.METRICS, self.first_step)
 
@@ -384,17 +432,7 @@ class Trainer:
         """Writes them, after all that happens at the same step."""
         c, metrics, evaluations = self.config.checkpoint, self.metrics, self.evaluations
         assert metrics is not None
-        self.saver = Saver(
-            self.backend,
-            self.catalog,
-            manifest=self.manifest,
-            more=self._keep_for_export,
-            before_commit=metrics.sync,
-            retention=Retention(c.keep_last, c.keep_best, c.keep_every),
-            asynchronous=c.asynchronous,
-            best=self._best_checkpoint(),
-            say=self.say,
-        )
+        self.saver = self._make_saver(before_commit=metrics.sync)
         return CheckpointHook(
             self.backend,
             self.saver,
@@ -405,6 +443,20 @@ class Trainer:
             scores=(lambda step: {}) if evaluations is None else evaluations.scores_after,
             save_best=self.config.export.which == "best",
             emit=metrics.emit,
+        )
+
+    def _make_saver(self, before_commit: Callable[[], None]) -> Saver:
+        c = self.config.checkpoint
+        return Saver(
+            self.backend,
+            self.catalog,
+            manifest=self.manifest,
+            more=self._keep_for_export,
+            before_commit=before_commit,
+            retention=Retention(c.keep_last, c.keep_best, c.keep_every),
+            asynchronous=c.asynchronous,
+            best=self._best_checkpoint(),
+            say=self.say,
         )
 
     def _best_checkpoint(self) -> dict[str, Any] | None:
@@ -455,9 +507,17 @@ class Trainer:
 
     def _finish(self, numbers: StepNumbers) -> None:
         step = self.backend.progress()[0]
-        if self.export_folder is not None:
-            self._export(self.export_folder, step, numbers.loss)
-            self.show_export(self.export_folder)
+        if self.export_place is not None:
+            FinalExport(
+                self.backend,
+                self.export_place,
+                export=partial(self._export, self.export_place, step, numbers.loss),
+                saved=partial(from_first, self.backend, partial(self._saved, step)),
+                save=partial(self._save, step),
+                say=self.say,
+            ).run()
+            self.show_export(self.export_place.local)
+            self.export_place.discard()
         if self.evaluations is not None:
             history = self.evaluations.history
             best = self.choosing.rule.best(history)
@@ -480,7 +540,9 @@ class Trainer:
     def show_export(self, out: Path) -> None:
         """What there is to see of an export, for a person."""
 
-    def _export(self, out: Path, step: int, loss: float) -> None:
+    def _export(
+        self, place: ExportPlace, step: int, loss: float, others_wait: Callable[[], None]
+    ) -> None:
         """The best step's weights from its checkpoint, or the last one's from the device."""
         assert self.exporter is not None
         metrics: dict[str, Any] = self._metrics_at(step, loss, step)
@@ -489,7 +551,8 @@ class Trainer:
             best = self.saver.best
             if best is not None and best["step"] != step:
                 if self.backend.process_index == 0:
-                    self._export_checkpoint(out, best["step"])
+                    others_wait()
+                    self._export_checkpoint(place, best["step"])
                 return
             if best is None:
                 failed = self.choosing.rule.failed(self.evaluations.history[-1].scores)
@@ -497,15 +560,29 @@ class Trainer:
                 metrics["selection"] = f"no step qualifies (the last one: not {why}); the last step"
                 self.say(f"export.which=best: {metrics['selection']} is exported instead")
         if self.config.task.convert_to_safetensors:
-            self.exporter.write(out, self.backend, metrics, step=step)
+            self.exporter.write(place, self.backend, metrics, step=step, others_wait=others_wait)
         else:
-            self.exporter.write_sharded(out, self.backend)
+            self.exporter.write_sharded(place, self.backend)
 
-    def _export_checkpoint(self, out: Path, step: int) -> None:
+    def _saved(self, step: int) -> str | None:
+        """The checkpoint of the weights to be exported, if there is one."""
+        if self.config.export.which == "best" and self.saver is not None and self.saver.best:
+            step = self.saver.best["step"]
+        there = step in self.catalog.steps()
+        return self.catalog.storage.describe(self.catalog.name_of(step)) if there else None
+
+    def _save(self, step: int) -> str:
+        """Write a checkpoint now, also where the run was to write none."""
+        saver = self._make_saver(before_commit=lambda: None)  # the records are closed by now
+        saver.save(step, scores={}, wait=True)
+        saver.require()
+        return self.catalog.storage.describe(self.catalog.name_of(step))
+
+    def _export_checkpoint(self, place: ExportPlace, step: int) -> None:
         name = self.catalog.name_of(step)
         self.say(f"the best step is {step}: exporting {self.catalog.storage.describe(name)}")
         self.catalog.check(name)
-        export_checkpoint(self.catalog.storage, name, out, base=self.files.folder, say=self.say)
+        export_checkpoint(self.catalog.storage, name, place, base=self.files.folder, say=self.say)
 
     def _metrics_so_far(self, step: int) -> dict[str, float]:
         """The last that was measured, for a checkpoint."""

@@ -224,11 +224,11 @@ def test_head_in_a_tied_export_is_refused(tied_llama, export, tmp_path):
 
 
 def test_full_disk_is_said_before_anything_is_written(llama, export, tmp_path, monkeypatch):
-    from torchprime.checkpoint import export as module
+    from torchprime.checkpoint import room as module
 
     usage = module.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(CheckpointError, match="GB are free"):
+    with pytest.raises(CheckpointError, match=r"the export .* and 0.00 MB are free"):
         export(tmp_path / "deep" / "out", llama)
     assert list(tmp_path.iterdir()) == []
 

@@ -228,3 +228,12 @@ def test_a_full_temporary_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mark_is_seen_where_it_is(storage: Storage, tmp_path: Path) -> None:
+    with storage.mark() as mark:
+        assert storage.sees(mark)
+        assert not Storage.of(tmp_path / "elsewhere" / "checkpoints").sees(f"{mark}.other")
+        (tmp_path / "other_host").mkdir()
+        assert not Storage.of(tmp_path / "other_host" / "checkpoints").sees(mark)
+    assert not storage.sees(mark) and storage.names() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -265,11 +266,13 @@ def test_export_whose_certificate_fails_is_2(
     [
         (["run", "--out", "exported"], "already holds"),
         (["nowhere", "--out", "out"], "There is no whole checkpoint at nowhere"),
-        (["exported", "--out", "out"], "There is no whole checkpoint at exported"),
+        (["exported", "--out", "out", "--dtype", "fp32"], "--dtype, --base: given with exported"),
         (["run"], "required: --out"),
         (["run", "--out", "out", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["run", "--out", "out", "--base", "./nowhere"], "There is no local folder ./nowhere"),
-        (["nope://x/step_00000001", "--out", "out"], "cannot be used as a place for checkpoints"),
+        (["nope://x/step_00000001", "--out", "out"], "CHECKPOINT: given 'nope://x/step_00000001'"),
+        (["run", "--out", "gz://b/x"], "Did you mean gs://?"),
+        (["run", "--out", "exported/config.json/out"], "config.json is not a folder"),
     ],
 )
 def test_export_of_what_cannot_be_exported_is_2(
@@ -279,6 +282,43 @@ def test_export_of_what_cannot_be_exported_is_2(
     code, said = say("export", *argv)
     assert code == 2 and message in said
     assert not (exported.parent / "out").exists()
+
+
+def test_an_export_to_a_url_is_the_folders(
+    say: Say, checkpoints: Path, base: Path, tmp_path: Path, monkeypatch
+) -> None:
+    url, out = f"memory://exports/{tmp_path.name}/out", tmp_path / "out"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    assert say("export", checkpoints, "--out", out, "--base", base)[0] == 0
+    code, said = say("export", checkpoints, "--out", url, "--base", base)
+    assert code == 0 and f"exported step_00000009 to {url}: " in said
+    storage = Storage.of(url)
+    for path in (p for p in out.rglob("*") if p.is_file()):
+        assert storage.read_bytes(path.relative_to(out).as_posix()) == path.read_bytes()
+    assert storage.names() == sorted(path.name for path in out.iterdir())
+    assert not list((tmp_path / "temporary").iterdir())
+    code, said = say("export", checkpoints, "--out", url)
+    assert code == 2 and f"{url} already holds" in said
+    for command in (["verify", url], ["chat", "--model", url], ["report", url]):
+        code, said = say(*command)
+        assert code == 2 and f"given '{url}', expected a path on this machine" in said
+
+
+def test_an_export_is_copied_as_its_certificate_has_it(
+    say: Say, exported: Path, tmp_path: Path
+) -> None:
+    url = f"memory://exports/{tmp_path.name}/copy"
+    code, said = say("export", exported, "--out", url)
+    assert code == 0 and f"copied {exported} to {url}" in said
+    for path in (p for p in exported.rglob("*") if p.is_file()):
+        name = path.relative_to(exported).as_posix()
+        assert Storage.of(url).read_bytes(name) == path.read_bytes()
+    with (exported / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"!")
+    code, said = say("export", exported, "--out", tmp_path / "spoilt")
+    assert code == 2 and "(model.safetensors)" in said and not (tmp_path / "spoilt").exists()
 
 
 def test_help_says_the_exit_codes(say: Say) -> None:

@@ -211,23 +211,6 @@ def test_a_disk_fault_of_any_write_is_one_line(capsys: pytest.CaptureFixture[str
             run()
 
 
-def test_multirun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    seen: list[tuple[str | None, int]] = []
-
-    def main(config: TrainConfig) -> int:
-        seen.append((config.run_name, config.seed))
-        return 0
-
-    assert run_main(main, [*QUICKSTART, "-m", "seed=1,2"]) == 0
-    assert seen == [("quickstart_0", 1), ("quickstart_1", 2)]
-    assert run_main(main, [*QUICKSTART, "-m", "seed=3,abc"]) == 2
-    assert "error: seed: given 'abc'" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_cfg_job_in_a_process_of_its_own(user_configs: Path) -> None:
     """A real entry point: Hydra prints the config, nothing is left behind, torch stays out."""
     entry = user_configs.parent / "entry.py"

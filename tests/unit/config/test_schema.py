@@ -102,7 +102,7 @@ def test_what_is_written_is_read_back() -> None:
         ("task__optimizer", "adamw", ["task.optimizer", "'adamw'", "section", "learning_rate"]),
         ("torch_dtype", "bf16", ["torch_dtype", "'bf16'", "bfloat16"]),
         ("dry_run", "yes", ["dry_run", "'yes'", "true or false"]),
-        ("run_name", 123, ["run_name", "123", "text", "quoted"]),
+        ("run_name", 123, ["run_name", "123", "text", "in quotes"]),
         ("run_name", "a/b", ["run_name", "'a/b'", "one folder", "output_dir"]),
         ("run_name", "..", ["run_name", "one folder"]),
         ("output_dir", " ", ["output_dir", "' '"]),

@@ -52,4 +52,6 @@ if __name__ == "__main__":
         lose_rank_1(mishap)
     elif mishap == "full-disk":
         fail_to_write()
+    elif mishap == "own-disk" and os.environ["RANK"] == "1":
+        argv.append("output_dir=/dev/shm")
     sys.exit(run_main(main, argv))

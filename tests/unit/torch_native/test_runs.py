@@ -113,6 +113,16 @@ def test_new_tokens_in_two_processes_as_in_one(axis: str, tmp_path: Path) -> Non
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
 
+def test_hosts_with_disks_of_their_own_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    with processes("own-disk", tmp_path, "checkpoint.every_steps=2") as (first, second):
+        one, two = ended(first), ended(second)
+    assert not list(tmp_path.iterdir()), "a run's folder was made, or a mark is left"
+    for process in (one, two):
+        assert process.code == 2 and "Traceback" not in process.printed, process.printed
+        assert "error: checkpoint.folder: every process must see" in process.printed
+        assert "process 1 says: it is not there (1 of 2 processes)" in process.printed
+
+
 def test_a_failed_export_keeps_nobody_waiting(tmp_path: Path) -> None:
     with processes("full-disk", tmp_path) as (first, second):
         one, two = ended(first), ended(second)

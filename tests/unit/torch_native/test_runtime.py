@@ -94,6 +94,17 @@ def test_more_processes_than_gpus_is_a_message(monkeypatch: pytest.MonkeyPatch) 
         start_processes()
 
 
+def test_the_message_is_one_line_and_names_the_interface_between_hosts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for on_this_host, told in (("4", False), ("2", True)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", on_this_host)
+        message = str(lost_partner(RuntimeError("gloo failed\n  at pair.cc\n")))
+        assert ("GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0" in message) == told
+        assert message.endswith("(RuntimeError: gloo failed at pair.cc)")
+
+
 def test_only_transport_errors_become_the_message() -> None:
     with pytest.raises(type(lost_partner("")), match="rank 0 of 1.*RuntimeError: .*gloo"), group():
         raise RuntimeError("[third_party/gloo/pair.cc:538] Read error: Connection reset by peer")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import transformers
@@ -15,6 +18,7 @@ from torchprime.training.optim import (
     decays,
     learning_rate,
     make_optimizer,
+    schedule_note,
 )
 from torchprime.training.step import clipped
 
@@ -161,3 +165,36 @@ def test_clipping_is_torchs_two_functions_in_a_row() -> None:
     for p, g in zip(params, ours, strict=True):
         torch.testing.assert_close(g, p.grad)
     assert next(clipped(grads.values(), norm, None, None)) is grads["a"]
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "said"),
+    [
+        (10, 0, None),
+        (10, 9, None),
+        (1, 1, "learning rate is 0 in every update"),
+        (1, 50, "learning rate is 0 in every update"),
+        (10, 10, "after 10 updates the learning rate has reached 9.00e-04 of 1.00e-03"),
+        (10, 100, "after 10 updates the learning rate has reached 9.00e-05 of 1.00e-03"),
+    ],
+)
+def test_a_run_that_ends_in_its_warm_up_is_told(total: int, warmup: int, said: str | None) -> None:
+    for schedule in ("linear", "cosine", "constant"):
+        rate = partial(
+            learning_rate,
+            peak=1e-3,
+            total_steps=total,
+            schedule=schedule,
+            warmup_steps=warmup,
+            min_lr_ratio=0.0,
+        )
+        note = schedule_note(rate, peak=1e-3, total_steps=total)
+        assert (note is None) if said is None else (note is not None and said in note)
+
+
+def test_the_plan_is_followed_by_the_note(
+    run: Callable, command: Callable, tmp_path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["task.max_steps=1", "task.lr_scheduler.warmup_steps=5", f"output_dir={tmp_path}"]
+    assert run(command("dry_run=true", *short)) == 0
+    assert "note: the learning rate is 0 in every update" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from interrupted import EVERY, STEPS, Killed, assert_same_run, overrides, records
 
 from torchprime.checkpoint.catalog import Catalog
@@ -241,27 +242,80 @@ def test_changes_are_refused_or_allowed(
     assert [r["step"] for r in records(folder)] == [1, 2, 3, 4]
 
 
-def test_resume_check_says_it_beforehand(
-    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert resume_check_main([str(whole)]) == 0
-    said = capsys.readouterr().out
-    assert "step_00000012: step 12, written by torch_xla" in said
-    assert "the run would go on from there" in said
-    assert resume_check_main([str(whole), "ici_mesh.tensor=1", "remat.policy=full"]) == 0
-    assert "harmless     remat.policy: none -> full" in capsys.readouterr().out
-    changed = [str(whole), "task.optimizer.learning_rate=0.5", "dataset.compute_loss_on=all"]
-    assert resume_check_main(changed) == 1
-    said = capsys.readouterr().out
-    assert "questionable task.optimizer.learning_rate: 0.01 -> 0.5" in said
+@pytest.fixture
+def check(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """`torchprime resume-check`: the exit code, and what it printed."""
+
+    def run(*argv: object) -> tuple[int, str]:
+        code = resume_check_main([str(each) for each in argv])
+        return code, "".join(capsys.readouterr())
+
+    return run
+
+
+def test_resume_check_says_it_beforehand(whole: Path, tmp_path: Path, check: Callable) -> None:
+    code, said = check(whole)
+    assert code == 0 and "step_00000012: step 12, written by torch_xla" in said
+    assert "the run is complete: nothing would be done" in said
+    code, said = check(whole, "ici_mesh.tensor=1", "remat.policy=full")
+    assert code == 0 and "harmless     remat.policy: none -> full" in said
+    changed = ["task.optimizer.learning_rate=0.5", "dataset.compute_loss_on=all"]
+    code, said = check(whole, *changed)
+    assert code == 1 and "questionable task.optimizer.learning_rate: 0.01 -> 0.5" in said
     assert "refused      data: " in said
     assert "resume.allow_changes=[task.optimizer.learning_rate" in said
-    allowed = "resume.allow_changes=[task.optimizer]"
-    assert resume_check_main([*changed[:2], allowed]) == 0
-    assert resume_check_main([str(tmp_path)]) == 2
-    assert "holds no config.yaml" in capsys.readouterr().err
-    assert resume_check_main([str(whole), "nonsense=1"]) == 2
-    assert "nonsense" in capsys.readouterr().err
+    assert check(whole, changed[0], "resume.allow_changes=[task.optimizer]")[0] == 0
+    code, said = check(tmp_path)
+    assert code == 2 and "holds no config.yaml" in said
+    code, said = check(whole, "nonsense=1")
+    assert code == 2 and "nonsense" in said
+
+
+def test_resume_check_says_what_is_left(whole: Path, tmp_path: Path, check: Callable) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    longer = ["task.max_steps=20", "resume.allow_changes=[task.max_steps]"]
+    assert "would go on from there, to step 20" in check(folder, *longer)[1]
+    code, said = check(folder, "resume=6")
+    assert code == 0 and "step_00000006" in said and "to step 12" in said
+    shutil.rmtree(folder / "export")
+    assert f"only the export to {folder}/export would be written" in check(folder)[1]
+    (folder / "checkpoints" / "step_00000012" / "__0_0.distcp").write_bytes(b"")
+    code, said = check(folder)
+    assert code == 0 and "step_00000012 is skipped" in said and "to step 12" in said
+    assert "step_00000009: step 9" in said
+
+
+def test_resume_check_takes_options_of_groups(
+    whole: Path, rows: tuple[Path, Path], check: Callable
+) -> None:
+    code, said = check(whole, "mesh=data2_fsdp2", "remat=full")
+    assert code == 0 and "harmless     ici_mesh.data: 1 -> 2" in said
+    assert "harmless     ici_mesh.tensor: 2 -> 1" in said and "remat.policy: none -> full" in said
+    code, said = check(whole, "eval=none")
+    assert code == 1 and "questionable eval: " in said
+    code, said = check(whole, "dataset=file", f"dataset.file_dataset_path={rows[0]}")
+    assert code == 0 and " dataset." not in said
+    code, said = check(whole, "dataset=gsm8k")  # its source takes the place of the file
+    assert code == 2 and "dataset.hf_dataset_name=openai/gsm8k" in said
+    # As training composes it: what the named config says counts.
+    code, said = check(whole, "-cn", "quickstart", "mesh=single")
+    assert code == 1 and "questionable task.max_steps: 12 -> 150" in said
+
+
+def test_resume_check_does_not_count_what_only_the_last_start_allowed(
+    whole: Path, tmp_path: Path, check: Callable
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    path = folder / "config.yaml"
+    kept = yaml.safe_load(path.read_text())
+    kept["resume"] = {"source": "9", "allow_changes": ["task"]}
+    kept["dataset"]["response_marker"] = None
+    path.write_text(yaml.safe_dump(kept))
+    code, said = check(folder, "task.max_steps=13")
+    assert code == 1 and "note: the last start had resume.allow_changes=['task']" in said
+    assert "step_00000012: step 12" in said
+    code, said = check(folder, "task.max_steps=13", "resume.allow_changes=[task]")
+    assert code == 0 and "note" not in said
 
 
 # When checkpoints are written ---------------------------------------------------------------------

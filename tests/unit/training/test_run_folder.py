@@ -1,17 +1,22 @@
-"""The run's folder: its command can be given to a shell again."""
+"""What a run records of itself can be typed again."""
 
 from __future__ import annotations
 
 import shlex
+import subprocess
 import sys
 
 import pytest
 
-from torchprime.training import run_folder
+from torchprime.training.run_folder import command
 
 
-def test_the_command_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = ["train.py", "run_name=a b", "dataset.columns={prompt: $(q)}", "x='y'", "a\nb", "*"]
-    monkeypatch.setattr(sys, "argv", given)
-    monkeypatch.setattr(sys, "executable", "/opt/python3")
-    assert shlex.split(run_folder.command()) == ["python3", *given]
+def test_the_recorded_command_is_what_a_shell_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = ["train.py", 'dataset.response_marker="### A:\n"', "run_name=it's $(date)", "a=[1,2]"]
+    monkeypatch.setattr(sys, "argv", typed)
+    assert shlex.split(command())[1:] == typed
+    show = "import sys; print(sys.argv[1:])"
+    printed = subprocess.check_output(
+        ["sh", "-c", f"'{sys.executable}' -c '{show}' {command()}"], text=True
+    )
+    assert eval(printed)[1:] == typed

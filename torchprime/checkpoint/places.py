@@ -1,0 +1,299 @@
+"""Where an export goes: a folder of this machine, or a URL. It appears there whole or not at all.
+
+A folder is written under another name and renamed. Object stores cannot rename, so an export to a
+URL is made and proved on this machine first and then sent, file by file; each is read back and must
+have the certificate's hash. `certificate.json` is sent last: a URL without one holds no export.
+A file `.incomplete` says while sending that what lies there is ours, and which files it is, so that
+the next attempt may remove what a kill left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shlex
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from torchprime.atomic import atomic_folder, refuse_used_folder
+from torchprime.checkpoint.certificate import (
+    CERTIFICATE,
+    Certificate,
+    hash_folder,
+    read_certificate,
+)
+from torchprime.checkpoint.storage import (
+    FORBIDDEN,
+    FULL,
+    LocalStorage,
+    Storage,
+    UrlStorage,
+    existing_part,
+)
+from torchprime.errors import CheckpointError
+from torchprime.hashing import FileFacts, hash_file, sha256_of
+
+INCOMPLETE = ".incomplete"
+CONFIG = "config.json"  # without it no reader takes a folder for a model
+SENDERS = 4  # files on their way at a time
+
+
+class UnsentError(CheckpointError):
+    """An export that is whole on this machine and could not be sent; the message says how."""
+
+
+class ExportPlace(ABC):
+    """One target of an export."""
+
+    local: Path  # where the files can be read on this machine once they are written
+
+    @staticmethod
+    def of(place: str | Path | ExportPlace, scratch: Path | None = None) -> ExportPlace:
+        """The place at a path or URL.
+
+        Args:
+            scratch: the folder in which an export to a URL is made, kept if sending it fails; None
+                for a temporary one.
+        """
+        if isinstance(place, ExportPlace):
+            return place
+        storage = Storage.of(place)
+        if isinstance(storage, UrlStorage):
+            return UrlPlace(storage, scratch)
+        assert isinstance(storage, LocalStorage)
+        return LocalPlace(storage.root)
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The path or URL, for messages."""
+
+    @abstractmethod
+    def is_there(self) -> bool:
+        """True if a whole export is there."""
+
+    @abstractmethod
+    def certificate(self) -> Certificate | None:
+        """The certificate that is there, None if there is none."""
+
+    @abstractmethod
+    def require_new(self) -> None:
+        """Raise a CheckpointError if something else is there already."""
+
+    @abstractmethod
+    def probe(self) -> None:
+        """Raise a CheckpointError if nothing can be written there."""
+
+    @property
+    @abstractmethod
+    def disk(self) -> Path:
+        """The folder whose disk must have room for the export."""
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """Give a folder of this machine to write into; at the end it is the export.
+
+        Raises:
+            CheckpointError: something is there already, or it could not be written or sent.
+        """
+        try:
+            with self._folder() as folder:
+                yield folder
+        except OSError as error:
+            raise CheckpointError(f"The export to {self} failed: {self._advice(error)}") from error
+
+    def _advice(self, error: OSError) -> str:
+        other = "give another place (task.export_checkpoint_path, --out)"
+        if error.errno in FULL:
+            free = shutil.disk_usage(existing_part(self.disk)).free / 1e9
+            return f"no space ({free:.2f} GB left at {self.disk}). Free some, or {other}."
+        if error.errno in FORBIDDEN:
+            return f"{error}. Give this user the right to write there, or {other}."
+        return f"{type(error).__name__}: {error}."
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Remove the copy that was made on this machine only to be sent."""
+
+    @abstractmethod
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        raise NotImplementedError
+        yield
+
+
+class LocalPlace(ExportPlace):
+    """A folder of this machine."""
+
+    def __init__(self, out: Path) -> None:
+        self.local, self._storage = out, LocalStorage(out)
+
+    def __str__(self) -> str:
+        return str(self.local)
+
+    def is_there(self) -> bool:
+        return self.local.is_dir()
+
+    def certificate(self) -> Certificate | None:
+        there = (self.local / CERTIFICATE).is_file()
+        return read_certificate(self.local) if there else None
+
+    def require_new(self) -> None:
+        refuse_used_folder(self.local)
+        absolute = self.local.absolute()
+        there = next(p for p in (absolute, *absolute.parents) if os.path.lexists(p))
+        if not there.is_dir():
+            raise CheckpointError(
+                f"The export can't be written to {self.local}: {there} is not a folder. Choose "
+                "another place (task.export_checkpoint_path, --out), or remove that."
+            )
+
+    def probe(self) -> None:
+        try:
+            self._storage.probe()
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"The export can't be written to {self.local}: {error} Choose another place "
+                "(task.export_checkpoint_path, --out)."
+            ) from error
+
+    def discard(self) -> None:
+        """Nothing: the folder is the export."""
+
+    @property
+    def disk(self) -> Path:
+        return self.local
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        with atomic_folder(self.local) as folder:
+            yield folder
+
+
+class UrlPlace(ExportPlace):
+    """A folder behind fsspec.
+
+    Attributes:
+        local: the copy on this machine: there until `discard`, and after a failure.
+    """
+
+    def __init__(self, storage: UrlStorage, scratch: Path | None) -> None:
+        self._storage, self._kept = storage, scratch is not None
+        name = f"torchprime-export-{secrets.token_hex(8)}"
+        self.local = scratch or Path(tempfile.gettempdir()) / name
+
+    def __str__(self) -> str:
+        return self._storage.describe()
+
+    def is_there(self) -> bool:
+        return self._storage.exists(CERTIFICATE)
+
+    def certificate(self) -> Certificate | None:
+        if not self.is_there():
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / CERTIFICATE).write_bytes(self._storage.read_bytes(CERTIFICATE))
+            return read_certificate(Path(folder))
+
+    def require_new(self) -> None:
+        names = self._storage.files()
+        if not names or (INCOMPLETE in names and CERTIFICATE not in names):
+            return
+        what = f"already holds {len(names)} files ({', '.join(names[:3])}, ...)"
+        raise CheckpointError(
+            f"{self} {what}; a new export is never mixed with an older one. Choose another place "
+            "(task.export_checkpoint_path, --out), or remove this one."
+        )
+
+    def probe(self) -> None:
+        self._storage.probe()
+
+    @property
+    def disk(self) -> Path:
+        return self.local
+
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        self.require_new()
+        with atomic_folder(self.local, replace=True) as folder:
+            yield folder
+        try:
+            self.send(self.local)
+        except CheckpointError as error:
+            if not self._kept:
+                raise
+            raise UnsentError(
+                f"{error}\nThe export is whole, in {self.local}. To send it: "
+                f"{shlex.join(['torchprime', 'export', str(self.local), '--out', str(self)])}"
+            ) from error
+        finally:
+            if not self._kept:
+                self.discard()
+
+    def discard(self) -> None:
+        shutil.rmtree(self.local, ignore_errors=True)
+
+    def send(self, folder: Path) -> None:
+        """Send a whole export; the certificate comes last, after all else was read back.
+
+        Raises:
+            CheckpointError: a file could not be sent, or came back as something else.
+        """
+        self.require_new()
+        self._remove_leftover()
+        files = hash_folder(folder)
+        certificate = {CERTIFICATE: hash_file(folder / CERTIFICATE)}
+        config = {name: files.pop(name) for name in (CONFIG,) if name in files}
+        names = [*files, *config, *certificate]
+        self._storage.write_bytes(INCOMPLETE, json.dumps({"files": names}).encode())
+        try:
+            for part in (files, config, certificate):
+                self._send_files(folder, part)
+        except BaseException:
+            with suppress(CheckpointError):  # what went wrong first is what is told
+                self._remove_leftover()
+            raise
+        self._storage.remove_file(INCOMPLETE)
+
+    def _send_files(self, folder: Path, files: Mapping[str, FileFacts]) -> None:
+        """Several at a time; each is read back."""
+
+        def send(name: str) -> None:
+            self._storage.send(folder / name, name)
+            self._read_back(name, files[name])
+
+        with ThreadPoolExecutor(SENDERS, thread_name_prefix="send") as pool:
+            for sent in [pool.submit(send, name) for name in files]:
+                sent.result()
+
+    def _read_back(self, name: str, facts: FileFacts) -> None:
+        where = self._storage.describe(name)
+        with self._storage.telling(f"Reading {where}"), self._storage.open(name) as file:
+            sha256, size = sha256_of(file)
+        if (size, sha256) != (facts["bytes"], facts["sha256"]):
+            raise CheckpointError(
+                f"{where} is not what was sent: {size:,} bytes with sha256 {sha256}, not "
+                f"{facts['bytes']:,} with {facts['sha256']}. Send it again."
+            )
+
+    def _remove_leftover(self) -> None:
+        """Remove the files that `.incomplete` names, and it last."""
+        if not self._storage.exists(INCOMPLETE) or self.is_there():
+            return
+        try:
+            names = json.loads(self._storage.read_bytes(INCOMPLETE))["files"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self._storage.describe(INCOMPLETE)} is not what torchprime writes there. Look "
+                f"what {self} holds, and remove it or choose another place."
+            ) from error
+        for name in map(str, names):
+            if name.startswith("/") or ".." in name.split("/"):
+                continue
+            self._storage.remove_file(name)
+        self._storage.remove_file(INCOMPLETE)

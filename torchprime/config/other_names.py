@@ -1,0 +1,68 @@
+"""Names that other trainers use for what is asked here, and what to write instead."""
+
+from __future__ import annotations
+
+# Another trainer's name -> ours.
+SAME = {
+    "adam_epsilon": "task.optimizer.eps",
+    "attn_implementation": "model.attention_kernel",
+    "base_model": "model.pretrained_model",
+    "cutoff_len": "dataset.block_size",
+    "dataset_name": "dataset.hf_dataset_name",
+    "eval_steps": "eval.every_steps",
+    "lr": "task.optimizer.learning_rate",
+    "lr_scheduler_type": "task.lr_scheduler.name",
+    "max_length": "dataset.block_size",
+    "max_seq_length": "dataset.block_size",
+    "metric_for_best_model": "selection.ranking",
+    "model_name_or_path": "model.pretrained_model",
+    "num_train_epochs": "task.num_epochs",
+    "optim": "task.optimizer.name",
+    "resume_from_checkpoint": "resume.source",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
+    "sequence_len": "dataset.block_size",
+    "train_file": "dataset.file_dataset_path",
+    "validation_file": "eval.file_dataset_path",
+}
+_RECORDS = (
+    "Records always go to metrics.jsonl and to TensorBoard files in the run's folder: leave it "
+    "out, and look with `tensorboard --logdir outputs`."
+)
+_BATCH = (
+    "Set task.global_batch_size: blocks per update over all devices and micro-batches; "
+    "task.gradient_accumulation_steps says in how many micro-batches."
+)
+_DTYPE = "Set torch_dtype=bfloat16 (fp16 is not there)."
+_LOSS = "Set dataset.compute_loss_on=completion or assistant; auto does so already."
+_MESH = "Choose a mesh: mesh=fsdp4, or ici_mesh.fsdp=4."
+_LORA = "All weights are trained; adapters are not there yet."
+# Another trainer's name -> what to do.
+ADVICE = {
+    "adam_beta1": "Set task.optimizer.betas=[0.9,0.999].",
+    "adam_beta2": "Set task.optimizer.betas=[0.9,0.999].",
+    "assistant_only_loss": _LOSS,
+    "bf16": _DTYPE,
+    "completion_only_loss": _LOSS,
+    "deepspeed": _MESH,
+    "fp16": _DTYPE,
+    "gradient_checkpointing": "Choose remat=full, or remat=scan_full.",
+    "load_best_model_at_end": "Set export.which=best.",
+    "logging_dir": _RECORDS,
+    "lora_r": _LORA,
+    "micro_batch_size": _BATCH,
+    "per_device_eval_batch_size": _BATCH,
+    "per_device_train_batch_size": _BATCH,
+    "push_to_hub": "Leave it out; afterwards: hf upload OWNER/NAME outputs/RUN/export.",
+    "report_to": _RECORDS,
+    "train_batch_size": _BATCH,
+    "use_peft": _LORA,
+}
+
+
+def advice_for(key: str) -> str | None:
+    """What to write instead of another trainer's name; None for a name that is not known here."""
+    name = key.rsplit(".", 1)[-1]
+    if name in SAME:
+        return f"Here it is {SAME[name]}."
+    return ADVICE.get(name)

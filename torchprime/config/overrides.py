@@ -1,0 +1,124 @@
+"""An override as it is typed -> one that Hydra reads as it was meant.
+
+Hydra's grammar makes numbers of `run_name=1e3`, and stops at the `~`, `#`, `=` or `(` of a path. A
+key of ours that takes text gets exactly the text that was typed, so such a value is put in quotes
+before Hydra sees it. `null`, lists, interpolations and values in quotes are Hydra's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from torchprime.config.checks import refuse
+from torchprime.config.schema import TrainConfig
+
+OWN_KEYS = re.compile(r"dataset\.(columns|template_options)[.=]")  # every key is the user's own
+TEXT_SECTION = "dataset.columns."  # where every value is a text
+_OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
+_ESCAPED = re.compile(r"\\[\\()\[\]{}:=, \t]")  # by someone who knows Hydra's grammar
+_PLAIN = re.compile(r"[A-Za-z_/][\w/.:@%+-]*", re.ASCII)
+_VALUES = ("null", "true", "false", "nan", "inf")
+_SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|str|int|float|bool|json_str)\(")
+_RUN_FOLDER = (
+    "A run's folder is <output_dir>/<run_name>. Set output_dir=FOLDER run_name=NAME instead."
+)
+_ONE_BY_ONE = "-m makes its runs one after another, each in a process of its own. Leave it out."
+# What people who come from Hydra set, and what to do here. By the beginning of the key.
+HYDRA_ADVICE: Mapping[str, str] = {
+    "hydra.run.": _RUN_FOLDER,
+    "hydra.sweep.": f"{_RUN_FOLDER} Without run_name, the runs of -m are NAME_0, NAME_1, ...",
+    "hydra.output_subdir": f"The config of a run is its folder's config.yaml. {_RUN_FOLDER}",
+    "hydra.job.chdir": "A run stays in the folder where it was started. Leave it out.",
+    "hydra.launcher": _ONE_BY_ONE,
+    "hydra/launcher": _ONE_BY_ONE,
+    "hydra.sweeper": _ONE_BY_ONE,
+    "hydra/sweeper": _ONE_BY_ONE,
+}
+
+
+@cache
+def text_keys() -> frozenset[str]:
+    """Dotted names of the keys that take a text or a path."""
+    return frozenset(_text_keys(TrainConfig, ""))
+
+
+def _text_keys(cls: type[Any], prefix: str) -> list[str]:
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            found += _text_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        elif _plain(hint) is str:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def _plain(hint: Any) -> Any:
+    """The type without null and without what is annotated."""
+    if get_origin(hint) is Annotated:
+        return _plain(get_args(hint)[0])
+    if get_origin(hint) is Union or type(hint).__name__ == "UnionType":
+        kinds = [each for each in get_args(hint) if each is not type(None)]
+        return _plain(kinds[0]) if len(kinds) == 1 else hint
+    return hint
+
+
+def in_full(override: str, *, many_runs: bool = False) -> str:
+    """Return the override in Hydra's own spelling.
+
+    Hydra adds no key unless told to, and in a mapping of columns or options every key is the
+    user's own. A section has no value, but `resume=auto` says what is meant.
+
+    Args:
+        many_runs: commas separate values of several runs.
+    """
+    if override.startswith("resume="):
+        override = f"resume.source={override.removeprefix('resume=')}"
+    match = _OVERRIDE.fullmatch(override)
+    if match and (match[2] in text_keys() or match[2].startswith(TEXT_SECTION)):
+        override = f"{match[1]}{match[2]}={_as_text(match[3], many_runs)}"
+    return f"++{override}" if OWN_KEYS.match(override) else override
+
+
+def _as_text(value: str, many_runs: bool) -> str:
+    """A value in quotes, unless it is Hydra's: null, quoted, a list, an interpolation, a sweep."""
+    text = value.strip()
+    if not text or text.lower() == "null" or text == "???" or "${" in text:
+        return value
+    if text[0] in "'\"[{" or _SWEEP.match(text) or _ESCAPED.search(text):
+        return value
+    if "," in text:
+        parts = text.split(",") if many_runs else []
+        return ",".join(_as_text(part, many_runs=False) for part in parts) or value
+    return quoted(text)
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra's grammar reads it back: in double quotes, if it takes any."""
+    if _PLAIN.fullmatch(text) and text.lower() not in _VALUES:
+        return text
+    # A backslash is itself, unless it stands before a quote or ends the text.
+    escaped = re.sub(r'(\\*)"', lambda found: found[1] * 2 + '\\"', text)
+    tail = escaped[len(escaped.rstrip("\\")) :]
+    return f'"{escaped}{tail}"'
+
+
+def refuse_hydras(key: str, given: str, *, uses_hydra: bool) -> None:
+    """Refuse a setting of Hydra's own that would do nothing here, with what to do instead.
+
+    Args:
+        uses_hydra: hydra.main runs: for -m, --cfg and --info.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for beginning, advice in HYDRA_ADVICE.items():
+        if f"{key}.".startswith(beginning) or key.startswith(beginning):
+            refuse(key, given, "a key of the run's config, not Hydra's own", advice)
+    if not uses_hydra:
+        expected = "a key of the run's config; Hydra's own do nothing in one run"
+        refuse(key, given, expected, "Leave it out.")

@@ -1,0 +1,124 @@
+"""Many runs by one command (`-m`): all are composed and checked, then each has its own process.
+
+A run decides things that hold for its whole process: how many devices XLA has, what a process group
+has agreed on. So the second run of a process would meet what the first has left. Each job starts
+the same program again with the job's own command line, which is also what its run.json records.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NamedTuple
+
+from torchprime.config.compose import Job
+from torchprime.errors import ConfigError
+from torchprime.terminal import say
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def this_program(argv: Sequence[str]) -> list[str]:
+    """The command line that started this process, up to where `argv` begins.
+
+    Raises:
+        ConfigError: torchrun started it, or it did not come from a command line.
+    """
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigError(
+            "-m: given under torchrun, which can start one run only. Let the shell start one "
+            "torchrun for each run: for MESH in fsdp2 fsdp4; do torchrun --standalone "
+            "--nproc_per_node=N -m torchprime.torch_native.train mesh=$MESH run_name=$MESH; done"
+        )
+    given, count = sys.argv[1:], len(sys.argv) - 1
+    whole = sys.orig_argv[1:]
+    known = count == 0 or whole[-count:] == given
+    if not known or len(argv) > count or given[count - len(argv) :] != list(argv):
+        raise ConfigError(
+            "-m: each run gets a process of its own, which starts this program's command line "
+            "again, but this call did not come from one. Make one call for each run."
+        )
+    return [sys.executable, *whole[: len(whole) - len(argv)]]
+
+
+class Ended(NamedTuple):
+    """How a job's process ended; `stopped` if this process was asked to stop meanwhile."""
+
+    code: int
+    stopped: bool
+
+
+def run_jobs(jobs: Sequence[Job], program: Sequence[str]) -> int:
+    """Run each job in a process of its own, one after another; the first exit code that is not 0.
+
+    A job that fails keeps none of the others from running. A signal goes to the job under way,
+    which may save a checkpoint; the jobs behind it are not started.
+    """
+    _refuse_shared_folders(jobs)
+    labels, codes = _labels(jobs), []
+    for number, job in enumerate(jobs):
+        say(f"job {number + 1} of {len(jobs)}: {labels[number]}")
+        ended = _run([*program, *job.argv])
+        codes.append(ended.code)
+        if ended.stopped:
+            break
+    say("")
+    for number, (job, label) in enumerate(zip(jobs, labels, strict=True)):
+        how = f"exit code {codes[number]}" if number < len(codes) else "not started"
+        folder = f"{job.config.output_dir}/{job.config.run_name}"
+        say(f"job {number + 1} of {len(jobs)}: {how:<12}  {label}  {folder}")
+    return next((code for code in codes if code), 0)
+
+
+def _labels(jobs: Sequence[Job]) -> list[str]:
+    """The overrides in which the jobs differ."""
+    common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
+    return [" ".join(each for each in job.overrides if each not in common) for job in jobs]
+
+
+def _refuse_shared_folders(jobs: Sequence[Job]) -> None:
+    seen: dict[tuple[str, str | None], int] = {}
+    for number, job in enumerate(jobs, start=1):
+        place = job.config.output_dir, job.config.run_name
+        if place in seen and not job.config.dry_run:
+            raise ConfigError(
+                f"-m: jobs {seen[place]} and {number} would both write {'/'.join(map(str, place))}."
+                " Leave run_name out: each job then gets the config's name and its number."
+            )
+        seen[place] = number
+
+
+def _run(command: Sequence[str]) -> Ended:
+    """In a session of its own, so that a signal reaches it once: from here."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    with _forwarding(child) as received:
+        code = child.wait()
+    return Ended(128 - code if code < 0 else code, bool(received))
+
+
+@contextmanager
+def _forwarding(child: subprocess.Popen) -> Iterator[list[int]]:
+    """Hand signals on to the child; which came so far."""
+    received: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if child.poll() is None:
+            child.send_signal(number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                before[number] = signal.signal(number, hand_on)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
