@@ -185,10 +185,10 @@ def training_backend(args: argparse.Namespace, reader: Any = None) -> tuple[Any,
 
 
 def make_saver(backend: Any, folder: Path, asynchronous: bool) -> Any:
-    from torchprime.checkpoint.catalog import Catalog
-    from torchprime.checkpoint.manifest import Manifest
-    from torchprime.checkpoint.storage import Storage
-    from torchprime.training.saving import Retention, Saver
+    from torchprime.checkpoint.run.catalog import Catalog
+    from torchprime.checkpoint.run.manifest import Manifest
+    from torchprime.checkpoint.run.storage import Storage
+    from torchprime.training.run.saver import Retention, Saver
 
     rest = ("mesh", "config", "versions", "rng", "data_manifest")
     texts = ("backend", "created", "tokenizer_fingerprint")
@@ -285,9 +285,9 @@ def available_memory() -> int:
 
 def run_restore(args: argparse.Namespace) -> dict[str, Any]:
     """As a resumed run: every file hashed, then the tensors placed one by one."""
-    from torchprime.checkpoint.catalog import Catalog
-    from torchprime.checkpoint.reader import CheckpointReader
-    from torchprime.checkpoint.storage import Storage
+    from torchprime.checkpoint.run.catalog import Catalog
+    from torchprime.checkpoint.run.reader import CheckpointReader
+    from torchprime.checkpoint.run.storage import Storage
 
     storage = Storage.of(args.folder / "synchronous")
     files = [p for p in (args.folder / "synchronous").rglob("*") if p.is_file()]
@@ -330,7 +330,7 @@ def load_ours(backend: Any, args: argparse.Namespace, folder: Path, to_train: bo
     """As a run does, without its tokenizer."""
     import torch
 
-    from torchprime.checkpoint.hf_read import SafetensorsReader, check_names
+    from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
 
     shape = SHAPES[args.shape]
     model = build(shape)

@@ -63,7 +63,7 @@ def gsm8k_rows(data: Path) -> list[dict[str, str]]:
 
 
 def prompt_and_completion(question: str, answer: str) -> dict[str, str]:
-    from torchprime.data.rows import QUESTION_PROMPT
+    from torchprime.data.rows.read import QUESTION_PROMPT
 
     return {"prompt": QUESTION_PROMPT.format(question=question), "completion": answer}
 
@@ -137,10 +137,10 @@ class Clock:
 
 def run_ours(args: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
     """Our preparation; `ours, second start` finds what `ours, kept on disk` left."""
+    from torchprime.data.files.open_source import SourceSpec
     from torchprime.data.prepare import Part, Settings, prepare_dataset
-    from torchprime.data.sources import SourceSpec
-    from torchprime.data.templates import resolve_template
-    from torchprime.data.tokenizer import load_tokenizer
+    from torchprime.data.templates.choose import resolve_template
+    from torchprime.data.tokenizer.load import load_tokenizer
 
     tokenizer, template = load_tokenizer(args.tokenizer), None
     if data == "chat":
@@ -272,7 +272,7 @@ def run_packing(args: argparse.Namespace, data: str, name: str) -> dict[str, Any
     """pack() on a million lengths, most of them short, as fine-tuning rows are."""
     import numpy as np
 
-    from torchprime.data.pack import pack
+    from torchprime.data.blocks.pack import pack
 
     chance = np.random.default_rng(0)
     drawn = np.exp(chance.normal(5.2, 0.6, MILLION)).astype(np.int64)

@@ -99,7 +99,7 @@ def ours(case: dict[str, Any], folder: Path, new: int) -> Callable[[list], list]
 
     from torchprime.config.compose import compose_config
     from torchprime.config.schema import AXES
-    from torchprime.evaluation.generation import GenerateOptions
+    from torchprime.generation.decode import GenerateOptions
     from torchprime.models.architecture import architecture_from_hf
     from torchprime.models.decoder import CausalLM
     from torchprime.sharding import ShardingTable

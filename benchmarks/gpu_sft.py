@@ -105,7 +105,7 @@ def architecture_of(shape: str, tokenizer: Path) -> dict[str, Any]:
     """The shape's config.json, with the special tokens of the tokenizer that is there."""
     import yaml
 
-    from torchprime.data.tokenizer import load_tokenizer
+    from torchprime.data.tokenizer.load import load_tokenizer
 
     if shape == "tiny":
         found = dict(TINY)
@@ -292,7 +292,7 @@ def make_trainer(job: Job) -> Any:
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from torchprime.data.rows import QUESTION_PROMPT
+    from torchprime.data.rows.read import QUESTION_PROMPT
 
     cuda = torch.cuda.is_available()
     datasets.disable_progress_bars()
@@ -396,7 +396,7 @@ def mfu_of(job: Job, slot_tokens_per_s: float) -> float | None:
     from torchprime.metrics.throughput import mfu
     from torchprime.models.architecture import architecture_from_hf
     from torchprime.models.decoder import CausalLM
-    from torchprime.training.plan import flops_per_token
+    from torchprime.training.setup.plan import flops_per_token
 
     a = architecture_from_hf(job.architecture)
     with torch.device("meta"):

@@ -22,9 +22,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from torchprime.data.leak_report import LeakReport
-from torchprime.data.leaks import find_leaks
-from torchprime.data.shingles import normalize
+from torchprime.data.leaks.find import find_leaks
+from torchprime.data.leaks.report import LeakReport
+from torchprime.data.leaks.shingles import normalize
 
 WORDS, STOCK, FROM_STOCK = 20_000, 2_000, 0.2
 EXACT, NEAR = 300, 600  # planted across; the same again inside train. Their sum is listed in full

@@ -86,9 +86,9 @@ def train_tokenizer(rows: Path, folder: Path) -> None:
 
 def prepare(rows: Path, folder: Path, packed: bool) -> tuple[Any, float]:
     """Blocks of the rows, packed or one row each, and the seconds it took."""
+    from torchprime.data.files.open_source import SourceSpec
     from torchprime.data.prepare import Part, Settings, prepare_dataset
-    from torchprime.data.sources import SourceSpec
-    from torchprime.data.tokenizer import load_tokenizer
+    from torchprime.data.tokenizer.load import load_tokenizer
 
     started = time.perf_counter()
     data, _ = prepare_dataset(
@@ -101,7 +101,7 @@ def prepare(rows: Path, folder: Path, packed: bool) -> tuple[Any, float]:
 
 def batches(data: Any, steps: int) -> list[Any]:
     """The first steps' batches in the trainer's order."""
-    from torchprime.data.order import batch_indices
+    from torchprime.data.blocks.order import batch_indices
 
     return [data.batch(batch_indices(data.num_blocks, 0, s, BATCH)) for s in range(steps)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -26,6 +27,9 @@ import torch_xla.runtime as xr  # noqa: E402
 xr.use_spmd()
 xr.global_runtime_device_count()  # starts the client, without which XLA counts no device
 torch.zeros((), device=torch_xla.device(), requires_grad=True).backward()
+
+sys.path.insert(0, str(Path(__file__).parent))  # of the modules that tests share
+pytest_plugins = ["shared_fixtures", "run_fixtures"]
 
 REPO = Path(__file__).resolve().parent.parent
 

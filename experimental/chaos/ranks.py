@@ -41,7 +41,9 @@ from torchprime.config.entry import run_main
 from torchprime.torch_native import train
 from torchprime.torch_native.backend import NativeBackend
 from torchprime.torch_native.runtime import TIMEOUT_VARIABLE
-from torchprime.training import exporting, final_export, saving
+from torchprime.training.run import export as exporting
+from torchprime.training.run import final_export
+from torchprime.training.run import saver as saving
 
 KILLED, STOPPED, PARTITIONED = FATES = ("killed", "stopped", "partitioned")
 STEP, SAVE, EVALUATION, EXPORT, WAIT = PHASES = (

@@ -45,13 +45,13 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from torchprime.checkpoint.catalog import BEST, Catalog  # noqa: E402
-from torchprime.checkpoint.hf_read import SafetensorsReader  # noqa: E402
-from torchprime.checkpoint.reader import CheckpointReader  # noqa: E402
-from torchprime.checkpoint.storage import Storage  # noqa: E402
+from torchprime.checkpoint.hf.read import SafetensorsReader  # noqa: E402
+from torchprime.checkpoint.run.catalog import BEST, Catalog  # noqa: E402
+from torchprime.checkpoint.run.reader import CheckpointReader  # noqa: E402
+from torchprime.checkpoint.run.storage import Storage  # noqa: E402
 from torchprime.config.entry import run_main  # noqa: E402
 from torchprime.errors import CheckpointError  # noqa: E402
-from torchprime.training.run_folder import versions  # noqa: E402
+from torchprime.training.run.folder import versions  # noqa: E402
 
 ENTRIES = {"native": "torchprime.torch_native.train", "xla": "torchprime.torch_xla_models.train"}
 PACKAGES = ("python", "torch", "torch_xla", "transformers")

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchprime.atomic import write_json
-from torchprime.cli.comparing import compare_main
-from torchprime.metrics.verdict import AGREE, DIFFER
+from torchprime.cli.compare import compare_main
+from torchprime.compare.verdict import AGREE, DIFFER
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = REPO.parent / "shared"

@@ -13,11 +13,11 @@ import argparse
 from pathlib import Path
 
 from torchprime.config.compose import assets_dir
-from torchprime.data.rows import load_rows
-from torchprime.data.sources import SourceSpec
-from torchprime.data.tokenizer import load_tokenizer
-from torchprime.evaluation.graders import Sample, make_grader
-from torchprime.evaluation.greedy import generation_samples
+from torchprime.data.files.open_source import SourceSpec
+from torchprime.data.rows.read import load_rows
+from torchprime.data.tokenizer.load import load_tokenizer
+from torchprime.evaluation.graders.make import Sample, make_grader
+from torchprime.generation.with_transformers import generation_samples
 
 LONGEST_ANSWER = 64
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from torchprime.cli.comparing import compare_main
+from torchprime.cli.compare import compare_main
 
 if __name__ == "__main__":
     sys.exit(compare_main(sys.argv[1:]))

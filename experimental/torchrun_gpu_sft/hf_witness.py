@@ -46,11 +46,11 @@ from transformers.utils import logging
 
 from torchprime import terminal
 from torchprime.atomic import write_json
-from torchprime.checkpoint.hf_read import EMBEDDING, HEAD
+from torchprime.checkpoint.hf.read import EMBEDDING, HEAD
 from torchprime.config.checks import refuse
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig
-from torchprime.data.order import batch_indices
+from torchprime.data.blocks.order import batch_indices
 from torchprime.errors import ConfigError, DivergedError, RuntimeSetupError
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.throughput import (
@@ -59,12 +59,12 @@ from torchprime.metrics.throughput import (
     mfu,
 )
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
-from torchprime.training import run_folder
-from torchprime.training.datasets import RunData, prepare_run_data, template_of
 from torchprime.training.loop import DataOrder
-from torchprime.training.model_files import ModelFiles, pretrained_tensors
-from torchprime.training.plan import flops_per_token
-from torchprime.training.recipe import files_of, steps_of
+from torchprime.training.run import folder as run_folder
+from torchprime.training.setup.datasets import RunData, prepare_run_data, template_of
+from torchprime.training.setup.model_files import ModelFiles, pretrained_tensors
+from torchprime.training.setup.plan import flops_per_token
+from torchprime.training.setup.recipe import files_of, steps_of
 
 Inputs = dict[str, Any]
 

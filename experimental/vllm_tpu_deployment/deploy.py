@@ -6,9 +6,9 @@
 This runs in vLLM's environment, on a TPU, GPU or CPU host, from a checkout of torchprime: what it
 imports of that needs neither torch_xla nor Hydra. README.md says how to install vLLM.
 
-First the export is checked by its certificate (torchprime/checkpoint/recheck.py): files, weights,
-logits in this environment's transformers, chat template, stop tokens, tokenizer. Links to it are
-followed once, before that, and a folder that changed meanwhile is not served. Then engine.py
+First the export is checked by its certificate (torchprime/checkpoint/proof/recheck.py): files,
+weights, logits in this environment's transformers, chat template, stop tokens, tokenizer. Links to
+it are followed once, before that, and a folder that changed meanwhile is not served. Then engine.py
 runs vLLM in a process of its own. A folder with a chat template is asked in it, as vLLM's server
 would; one without goes on from plain text. The server listens on 127.0.0.1 alone.
 """
@@ -33,19 +33,19 @@ REPO = HERE.parents[1]
 sys.path.insert(0, str(REPO))
 os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
 
-from torchprime.checkpoint.certificate import (  # noqa: E402
+from torchprime.checkpoint.hf.source import resolve_pretrained  # noqa: E402
+from torchprime.checkpoint.proof.certificate import (  # noqa: E402
     CERTIFICATE,
     read_certificate,
     tally,
     trained_options,
 )
-from torchprime.checkpoint.recheck import recheck  # noqa: E402
-from torchprime.checkpoint.source import resolve_pretrained  # noqa: E402
-from torchprime.cli.arguments import make_parser, run_command  # noqa: E402
-from torchprime.cli.columns import answers_lines, shown  # noqa: E402
+from torchprime.checkpoint.proof.recheck import recheck  # noqa: E402
+from torchprime.cli.shared.arguments import make_parser, run_command  # noqa: E402
+from torchprime.cli.shared.columns import answers_lines, shown  # noqa: E402
 from torchprime.config.paths import local_path, name_or_folder  # noqa: E402
 from torchprime.errors import CheckpointError, ConfigError, RuntimeSetupError  # noqa: E402
-from torchprime.evaluation.prompts import as_question, read_prompts  # noqa: E402
+from torchprime.generation.prompts import as_question, read_prompts  # noqa: E402
 from torchprime.json_files import read_json  # noqa: E402
 from torchprime.template_files import DEFAULT, own_templates  # noqa: E402
 from torchprime.terminal import print_lines, say  # noqa: E402

@@ -14,8 +14,8 @@ import yaml
 
 from torchprime.config.compose import assets_dir, compose_config, configs_dir
 from torchprime.config.evaluation import LOSSES
-from torchprime.data.leaks import find_leaks
-from torchprime.evaluation.samples import Sample
+from torchprime.data.leaks.find import find_leaks
+from torchprime.evaluation.graders.samples import Sample
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable

@@ -5,18 +5,17 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from source_tree import PACKAGE, REPO, imported_names, sources
 
-REPO = Path(__file__).resolve().parents[2]
-PACKAGE = REPO / "torchprime"
-
-LEAVES = {"data", "models", "adapters", "losses", "sharding", "checkpoint", "metrics"}
+LEAVES = {"data", "models", "adapters", "losses", "sharding", "checkpoint", "metrics", "compare"}
 BACKENDS = {"torch_xla_models", "torch_native"}
-BELOW_EVALUATION = {"config", *LEAVES}
-BELOW_TRAINING = {*BELOW_EVALUATION, "evaluation"}
+BELOW_GENERATION = {"config", *LEAVES}
+BELOW_EVALUATION = {*BELOW_GENERATION, "generation"}
+BELOW_REPORT = {*BELOW_EVALUATION, "evaluation"}
+BELOW_TRAINING = {*BELOW_REPORT, "report"}
 BELOW_BACKENDS = {*BELOW_TRAINING, "training"}
 # Single modules below all rooms, in their own order: each may import those before it.
 BELOW = ["errors", "visible", "terminal", "markdown_text", "atomic", "hashing", "foreign_names"]
@@ -28,7 +27,10 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     **{leaf: {"config"} for leaf in LEAVES},
     "checkpoint": {"config", "models"},
+    "compare": {"config", "metrics"},
+    "generation": BELOW_GENERATION,
     "evaluation": BELOW_EVALUATION,
+    "report": BELOW_REPORT,
     "training": BELOW_TRAINING,
     **{backend: BELOW_BACKENDS for backend in BACKENDS},
     "cli": {*BELOW_BACKENDS, *BACKENDS},
@@ -39,26 +41,6 @@ LATE = "# late:"
 def room_of(path: Path) -> str:
     first = path.relative_to(PACKAGE).parts[0]
     return first.removesuffix(".py")
-
-
-def imported_names(tree: ast.AST, path: Path) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted name) of every import; `from a import b` is a.b."""
-    package = ["torchprime", *path.relative_to(PACKAGE).parent.parts]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                up = package[: len(package) - node.level + 1]
-                base = ".".join([*up, *([node.module] if node.module else [])])
-            for alias in node.names:
-                yield node.lineno, f"{base}.{alias.name}"
-
-
-def sources() -> list[Path]:
-    return sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.parts)
 
 
 def wrong_directions(path: Path, text: str) -> list[str]:

@@ -13,19 +13,19 @@ REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "torchprime"
 # The one place of its kind each: (file, what is called).
 ALLOWED = {
-    ("checkpoint/dcp_metadata.py", "pickle"),  # a reader with a few operations and classes
-    ("checkpoint/shards.py", "pickle"),  # writes
+    ("checkpoint/run/dcp_metadata.py", "pickle"),  # a reader with a few operations and classes
+    ("checkpoint/run/shards.py", "pickle"),  # writes
     ("torch_xla_models/backend.py", "pickle"),  # between processes of one run
     ("terminal.py", "sys.stdout.write"),
     ("terminal.py", "sys.stderr.write"),
-    ("cli/resuming.py", "symlink_to"),  # in a temporary folder
-    ("data/store.py", "OSFile"),  # in a folder that is being prepared
-    ("data/exchanges.py", "frame.format"),  # constants of that module
-    ("data/fields.py", "missing.format"),  # reasons of ours, given by callers
-    ("data/fields.py", "wrong.format"),
+    ("cli/resume_check.py", "symlink_to"),  # in a temporary folder
+    ("data/blocks/store.py", "OSFile"),  # in a folder that is being prepared
+    ("data/rows/exchanges.py", "frame.format"),  # constants of that module
+    ("data/shared/fields.py", "missing.format"),  # reasons of ours, given by callers
+    ("data/shared/fields.py", "wrong.format"),
     ("torch_native/attention.py", "import_module"),  # of kernels, by names of ours
     ("torch_native/fused_loss.py", "import_module"),
-    ("evaluation/custom_grading.py", "import_module"),  # a module that the user's config names
+    ("evaluation/graders/custom.py", "import_module"),  # a module that the user's config names
 }
 UNSANDBOXED = {"Environment", "Template", "NativeEnvironment", "SandboxedEnvironment"}
 CODE = {"eval", "exec", "compile", "__import__"}
@@ -83,7 +83,11 @@ def _call(node: ast.Call, ours: bool) -> Iterator[tuple[int, str, str]]:
     if name in CODE or last == "import_module":
         yield node.lineno, last, "text that is run"
     if name == "argparse.ArgumentParser":
-        yield node.lineno, name, "it prints what it is given: see make_parser in cli/arguments.py"
+        yield (
+            node.lineno,
+            name,
+            "it prints what it is given: see make_parser in cli/shared/arguments.py",
+        )
     if name in SHELLS or keyword(node, "shell") is True:
         yield node.lineno, name, "a shell"
     if name == "yaml.load" or name == "torch.load" and keyword(node, "weights_only") is not True:

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 
-from torchprime.data.messages import CALLS, MESSAGE_STRINGS
-from torchprime.data.notes import RowNotes
-from torchprime.data.records import Rejection
-from torchprime.data.row import RowReading
-from torchprime.data.row_format import FIELDS
-from torchprime.data.row_keys import OF_ALL, OF_KIND, OF_SHAPE
-from torchprime.data.row_reader import RowReader
-from torchprime.data.trees import read_trees
-from torchprime.data.turn_loss import SWITCHES
+from torchprime.data.files.record import Rejection
+from torchprime.data.messages.read import CALLS, MESSAGE_STRINGS
+from torchprime.data.messages.turn_loss import SWITCHES
+from torchprime.data.rows.formats import FIELDS
+from torchprime.data.rows.keys import OF_ALL, OF_KIND, OF_SHAPE
+from torchprime.data.rows.reader import RowReader
+from torchprime.data.rows.row import RowReading
+from torchprime.data.rows.trees import read_trees
+from torchprime.data.shared.notes import RowNotes
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data.md"
 USER = {"role": "user", "content": "u"}

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
-from torchprime.checkpoint.portable_config import portable_config
+from torchprime.checkpoint.hf.portable_config import portable_config
 from torchprime.errors import CheckpointError
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.decoder import CausalLM

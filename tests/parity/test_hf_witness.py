@@ -27,14 +27,14 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from torchprime.config.compose import compose_config
 from torchprime.config.schema import TrainConfig
-from torchprime.data.batch import Batch
-from torchprime.data.tokenizer import load_tokenizer
+from torchprime.data.blocks.batch import Batch
+from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.metrics.writers import read_metrics
-from torchprime.training.datasets import prepare_run_data
 from torchprime.training.loop import DataOrder
-from torchprime.training.model_files import pretrained_tensors
 from torchprime.training.optim import learning_rate
+from torchprime.training.setup.datasets import prepare_run_data
+from torchprime.training.setup.model_files import pretrained_tensors
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("accelerate") is None, reason="transformers' Trainer needs accelerate"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from torchprime.metrics.verdict import AGREE, DIFFER
+from torchprime.compare.verdict import AGREE, DIFFER
 
 SCRIPT = Path(__file__).resolve().parents[2] / "experimental" / "parity_matrix" / "run.py"
 BF16_STEPS = 16

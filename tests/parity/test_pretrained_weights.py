@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from torchprime.config.entry import run_main
-from torchprime.data.tokenizer import load_tokenizer
-from torchprime.evaluation.greedy import generation_samples
+from torchprime.data.tokenizer.load import load_tokenizer
+from torchprime.generation.with_transformers import generation_samples
 from torchprime.torch_xla_models import train
 
 

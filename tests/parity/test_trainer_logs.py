@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from torchprime.metrics.compare import compare
-from torchprime.metrics.read_logs import read_run
-from torchprime.metrics.verdict import AGREE
+from torchprime.compare.judge import compare
+from torchprime.compare.logs.read import read_run
+from torchprime.compare.verdict import AGREE
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 MEANS = "8"  # steps 8, 16, 24; a resume at 10 cuts the second

@@ -26,14 +26,15 @@ import numpy as np
 import pytest
 import tokenizers
 
-from torchprime.data import chat, tokenize
+from torchprime.data.files.open_source import SourceSpec
 from torchprime.data.prepare import Part, Settings, prepare_dataset
 from torchprime.data.report import DataReport
-from torchprime.data.rows import QUESTION_PROMPT, RowReading
-from torchprime.data.sources import SourceSpec
-from torchprime.data.templates import resolve_template
-from torchprime.data.tokenizer import Tokenizer, load_tokenizer
-from torchprime.data.turns import REASON_LEFT_OUT
+from torchprime.data.rows.read import QUESTION_PROMPT, RowReading
+from torchprime.data.templates.choose import resolve_template
+from torchprime.data.templates.turns import REASON_LEFT_OUT
+from torchprime.data.tokenizer.load import Tokenizer, load_tokenizer
+from torchprime.data.tokens import completions as tokenize
+from torchprime.data.tokens import conversations as chat
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="trl is not installed"

@@ -24,14 +24,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from torchprime.config.compose import assets_dir
-from torchprime.data.chat import ChatRules, tokenize_chat
-from torchprime.data.rows import Row, load_rows
-from torchprime.data.sources import SourceSpec
-from torchprime.data.templates import resolve_template
-from torchprime.data.tokenize import Example
-from torchprime.data.tokenizer import load_tokenizer
-from torchprime.evaluation.greedy import generation_samples
-from torchprime.training.datasets import question_of
+from torchprime.data.files.open_source import SourceSpec
+from torchprime.data.rows.read import Row, load_rows
+from torchprime.data.templates.choose import resolve_template
+from torchprime.data.tokenizer.load import load_tokenizer
+from torchprime.data.tokens.completions import Example
+from torchprime.data.tokens.conversations import ChatRules, tokenize_chat
+from torchprime.generation.with_transformers import generation_samples
+from torchprime.training.setup.datasets import question_of
 
 REPO = Path(__file__).resolve().parents[2]
 DEPLOY = REPO / "experimental" / "vllm_tpu_deployment" / "deploy.py"

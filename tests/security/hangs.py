@@ -10,7 +10,7 @@ from pathlib import Path
 from attack import Attack, Ground
 from held import template, train_chats
 
-from torchprime.data import row_limits
+from torchprime.data.rows import limits as row_limits
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 KINDS = ("pipe", "device")

@@ -10,7 +10,7 @@ from typing import Any
 from attack import Attack, Ground
 
 from torchprime.atomic import atomic_folder, open_new, write_text
-from torchprime.checkpoint.lock import run_lock
+from torchprime.checkpoint.run.lock import run_lock
 from torchprime.metrics.writers import JsonlWriter, TensorBoardWriter
 from torchprime.private_folders import own_folder
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from attack import SPLIT, Attack, Ground
 
-from torchprime.data import cache
-from torchprime.data.new_tokens import add_special_tokens
+from torchprime.data.shared import cache
+from torchprime.data.tokenizer.new_tokens import add_special_tokens
 
 AGAIN = "it is now .*damaged, and is prepared again"
 

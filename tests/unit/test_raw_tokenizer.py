@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models
 
-from torchprime.data.tokenizer import load_tokenizer
+from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.errors import CheckpointError
 from torchprime.raw_tokenizer import library_faults, load_tokenizer_json
 

@@ -19,13 +19,13 @@ from types import ModuleType
 import pytest
 import torch
 
-from torchprime.checkpoint.certificate import certify
-from torchprime.checkpoint.hf_files import ExportFacts
-from torchprime.checkpoint.hf_read import SafetensorsReader
-from torchprime.checkpoint.safetensors_write import tensor_hash
+from torchprime.checkpoint.hf.files import ExportFacts
+from torchprime.checkpoint.hf.read import SafetensorsReader
+from torchprime.checkpoint.hf.write import tensor_hash
+from torchprime.checkpoint.proof.certificate import certify
 from torchprime.config.compose import assets_dir
-from torchprime.data.tokenizer import load_tokenizer
-from torchprime.evaluation.prompts import as_question
+from torchprime.data.tokenizer.load import load_tokenizer
+from torchprime.generation.prompts import as_question
 
 FOLDER = Path(__file__).resolve().parents[2] / "experimental" / "vllm_tpu_deployment"
 STAND_IN = Path(__file__).parent / "vllm_stand_in"

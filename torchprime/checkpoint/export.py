@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchprime.checkpoint.certificate import Certificate
-from torchprime.checkpoint.hf_files import Spec, write_hf_files
+from torchprime.checkpoint.hf.files import Spec, write_hf_files
+from torchprime.checkpoint.hf.portable import check_tokenizer
+from torchprime.checkpoint.hf.write import ShardWriter, plan_shards
 from torchprime.checkpoint.places import ExportPlace
-from torchprime.checkpoint.portable import check_tokenizer
+from torchprime.checkpoint.proof.certificate import Certificate
 from torchprime.checkpoint.room import Need, require_room
-from torchprime.checkpoint.safetensors_write import ShardWriter, plan_shards
 
 # Given the folder, complete but for the certificate, and the weights' hashes: prove and write it.
 Certify = Callable[[Path, Mapping[str, str]], Certificate]

@@ -20,28 +20,28 @@ import torch
 from torch import Tensor
 
 from torchprime.atomic import write_bytes, write_json, write_text
-from torchprime.checkpoint.catalog import BEST, LATEST, Catalog
-from torchprime.checkpoint.certificate import (
+from torchprime.checkpoint.export import ExportResult, write_export, write_weights
+from torchprime.checkpoint.hf.files import CARD, FACTS, ExportFacts, read_facts
+from torchprime.checkpoint.hf.portable_config import both_dtype_spellings
+from torchprime.checkpoint.hf.read import INDEX, SafetensorsReader
+from torchprime.checkpoint.places import ExportPlace
+from torchprime.checkpoint.proof.certificate import (
     CERTIFICATE,
     Certificate,
     certify,
     hash_folder,
     read_certificate,
 )
-from torchprime.checkpoint.export import ExportResult, write_export, write_weights
-from torchprime.checkpoint.hf_files import CARD, FACTS, ExportFacts, read_facts
-from torchprime.checkpoint.hf_read import INDEX, SafetensorsReader
-from torchprime.checkpoint.logits import (
+from torchprime.checkpoint.proof.logits import (
     PROMPT_TOKENS,
     PromptLogits,
     decoder_logits,
     encode_prompts,
     no_room,
 )
-from torchprime.checkpoint.places import ExportPlace
-from torchprime.checkpoint.portable_config import both_dtype_spellings
-from torchprime.checkpoint.reader import CheckpointReader
-from torchprime.checkpoint.storage import MANIFEST, Storage
+from torchprime.checkpoint.run.catalog import BEST, LATEST, Catalog
+from torchprime.checkpoint.run.reader import CheckpointReader
+from torchprime.checkpoint.run.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
 from torchprime.foreign_names import inside
 from torchprime.json_files import read_json

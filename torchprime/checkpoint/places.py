@@ -22,13 +22,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torchprime.atomic import atomic_folder, refuse_used_folder
-from torchprime.checkpoint.certificate import (
+from torchprime.checkpoint.proof.certificate import (
     CERTIFICATE,
     Certificate,
     hash_folder,
     read_certificate,
 )
-from torchprime.checkpoint.storage import (
+from torchprime.checkpoint.run.storage import (
     FORBIDDEN,
     FULL,
     LocalStorage,

@@ -21,13 +21,13 @@ from typing import NamedTuple
 import torch
 from packaging.requirements import Requirement
 
-from torchprime.cli.arguments import make_parser
+from torchprime.cli.shared.arguments import make_parser
 from torchprime.config.compose import compose_config
 from torchprime.errors import UserError
 from torchprime.terminal import print_lines, say
-from torchprime.torch_xla_models.compile_only import compile_only
+from torchprime.torch_xla_models.compile.command import compile_only
+from torchprime.torch_xla_models.compile.library import find_library
 from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips
-from torchprime.torch_xla_models.tpu_library import find_library
 
 OK, NONE, PROBLEM = "ok", "none", "PROBLEM"
 # Extras whose packages matter where they are installed; the others are for developing.

@@ -15,7 +15,7 @@ from torchprime.terminal import print_lines, say
 def prepare(config: TrainConfig) -> int:
     """Prepare the run's data now, so that training finds it done."""
     # late: reading the model's files takes seconds, and a misspelt command needs none
-    from torchprime.cli.data import prepare_offline
+    from torchprime.cli.shared.data import prepare_offline
 
     return prepare_offline(config)
 
@@ -23,7 +23,7 @@ def prepare(config: TrainConfig) -> int:
 def inspect(config: TrainConfig) -> int:
     """Show real batches as the device gets them: in the terminal and as a page."""
     # late: as above
-    from torchprime.cli.inspecting import inspect_data
+    from torchprime.cli.inspect_data import inspect_data
 
     return inspect_data(config)
 
@@ -31,7 +31,7 @@ def inspect(config: TrainConfig) -> int:
 def compare(argv: list[str]) -> int:
     """Judge whether runs are the same training, and draw them."""
     # late: as above
-    from torchprime.cli.comparing import compare_main
+    from torchprime.cli.compare import compare_main
 
     return compare_main(argv)
 
@@ -40,7 +40,7 @@ def resume_check(argv: list[str]) -> int:
     """Say what a run will do when it is started again, and what differs from its checkpoint."""
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
     # late: as above, and transformers looks for torch_xla when imported
-    from torchprime.cli.resuming import resume_check_main
+    from torchprime.cli.resume_check import resume_check_main
 
     return resume_check_main(argv)
 
@@ -49,7 +49,7 @@ def export(argv: list[str]) -> int:
     """Make a Hugging Face folder of a run's checkpoint, without an accelerator."""
     os.environ["USE_TORCH_XLA"] = "0"
     # late: as above
-    from torchprime.cli.exporting import export_main
+    from torchprime.cli.export import export_main
 
     return export_main(argv)
 
@@ -58,7 +58,7 @@ def verify(argv: list[str]) -> int:
     """Check an export by its certificate: files, weights, logits, stop tokens."""
     os.environ["USE_TORCH_XLA"] = "0"
     # late: as above
-    from torchprime.cli.exporting import verify_main
+    from torchprime.cli.export import verify_main
 
     return verify_main(argv)
 
@@ -67,7 +67,7 @@ def report(argv: list[str]) -> int:
     """Write a run's report again: report.md and report.html."""
     os.environ["USE_TORCH_XLA"] = "0"
     # late: as above
-    from torchprime.cli.reporting import report_main
+    from torchprime.cli.report import report_main
 
     return report_main(argv)
 
@@ -76,7 +76,7 @@ def chat(argv: list[str]) -> int:
     """Ask a model, and its base beside it."""
     os.environ["USE_TORCH_XLA"] = "0"
     # late: as above
-    from torchprime.cli.chatting import chat_main
+    from torchprime.cli.chat import chat_main
 
     return chat_main(argv)
 
@@ -85,7 +85,7 @@ def lm_eval(argv: list[str]) -> int:
     """Score an export on standard benchmarks, by EleutherAI's lm-eval harness."""
     os.environ["USE_TORCH_XLA"] = "0"
     # late: as above
-    from torchprime.cli.harness import lm_eval_main
+    from torchprime.cli.lm_eval import lm_eval_main
 
     return lm_eval_main(argv)
 

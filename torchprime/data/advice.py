@@ -10,17 +10,13 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
-from torchprime.data import (
-    borders,
-    chat,
-    fields,
-    marked_text,
-    reasoning,
-    records,
-    row_limits,
-    tokenize,
-    turns,
-)
+from torchprime.data.files import record as records
+from torchprime.data.rows import limits as row_limits
+from torchprime.data.shared import fields
+from torchprime.data.templates import reasoning, turns
+from torchprime.data.tokens import borders, marked_text
+from torchprime.data.tokens import completions as tokenize
+from torchprime.data.tokens import conversations as chat
 
 MOST_SHOWN = 3
 

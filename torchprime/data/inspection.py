@@ -1,4 +1,4 @@
-"""What a person is shown of prepared data, as plain values that torchprime.cli.inspecting draws.
+"""What a person is shown of prepared data, as plain values that torchprime.cli.inspect_data draws.
 
 Everything is taken from the batches as the device gets them, not from the rows they were made of:
 ids, targets, weights, positions and segments are read back out of the five arrays. A weight lies in
@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from torchprime.data.batch import Batch
-from torchprime.data.leak_report import LeakReport
-from torchprime.data.order import EMPTY_BLOCK, batch_indices
-from torchprime.data.packed import PackedDataset
-from torchprime.data.reasoning import reasoning_policy
-from torchprime.data.rendering import ChatTemplate
+from torchprime.data.blocks.batch import Batch
+from torchprime.data.blocks.dataset import PackedDataset
+from torchprime.data.blocks.order import EMPTY_BLOCK, batch_indices
+from torchprime.data.leaks.report import LeakReport
 from torchprime.data.report import DataReport
-from torchprime.data.tokenize import IGNORED, RULES
-from torchprime.data.tokenizer import Tokenizer
+from torchprime.data.templates.reasoning import reasoning_policy
+from torchprime.data.templates.render import ChatTemplate
+from torchprime.data.tokenizer.load import Tokenizer
+from torchprime.data.tokens.completions import IGNORED, RULES
 
 SHOWN_BATCHES, SHOWN_BLOCKS = 2, 8
 MOST_BINS = 24

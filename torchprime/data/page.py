@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 import torchprime
 from torchprime.config.compose import assets_dir
-from torchprime.data.notes import most_first
+from torchprime.data.shared.notes import most_first
 from torchprime.visible import clean
 
 SHOWN_IDS = 5

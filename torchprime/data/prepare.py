@@ -22,23 +22,23 @@ import numpy as np
 from tqdm import tqdm
 
 from torchprime.atomic import open_new, write_text
-from torchprime.data import cache
 from torchprime.data.advice import advise
-from torchprime.data.chunks import Outcome, Settings, Work, run_in_worker, start_worker
-from torchprime.data.mixture import Share, choose, shares_of
-from torchprime.data.notes import RowNotes
-from torchprime.data.pack import Plan, pack
-from torchprime.data.packed import PackedDataset
-from torchprime.data.records import UNREADABLE, Rejection
-from torchprime.data.rendering import ChatTemplate
+from torchprime.data.blocks.chunks import Outcome, Settings, Work, run_in_worker, start_worker
+from torchprime.data.blocks.dataset import PackedDataset
+from torchprime.data.blocks.mixture import Share, choose, shares_of
+from torchprime.data.blocks.pack import Plan, pack
+from torchprime.data.blocks.store import ExampleStore, StoreWriter, writing
+from torchprime.data.files.open_source import SourceSpec, expected_rows, source_fingerprint
+from torchprime.data.files.record import UNREADABLE, Rejection
 from torchprime.data.report import DataReport, SourceReport, describe_rejected, length_summary
-from torchprime.data.row_format import FormatDecision
-from torchprime.data.row_limits import characters, too_long
-from torchprime.data.rows import Row, RowReading, open_rows
-from torchprime.data.sources import SourceSpec, expected_rows, source_fingerprint
-from torchprime.data.store import ExampleStore, StoreWriter, writing
-from torchprime.data.tokenizer import Tokenizer
-from torchprime.data.worker_pool import worker_pool
+from torchprime.data.rows.formats import FormatDecision
+from torchprime.data.rows.limits import characters, too_long
+from torchprime.data.rows.read import Row, RowReading, open_rows
+from torchprime.data.shared import cache
+from torchprime.data.shared.notes import RowNotes
+from torchprime.data.shared.worker_pool import worker_pool
+from torchprime.data.templates.render import ChatTemplate
+from torchprime.data.tokenizer.load import Tokenizer
 from torchprime.errors import DataError
 
 # Part of every cache key: to be raised whenever the same rows would give other examples or blocks.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from torchprime.data.notes import describe_noted
+from torchprime.data.shared.notes import describe_noted
 
 SHOWN_ROW_IDS = 3
 

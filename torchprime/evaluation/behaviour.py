@@ -13,11 +13,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from torchprime.checkpoint.catalog import Catalog
+from torchprime.checkpoint.run.catalog import Catalog
 from torchprime.errors import DataError
-from torchprime.evaluation.generation import Answer, GenerateOptions
+from torchprime.evaluation.graders.samples import Grader, Sample
 from torchprime.evaluation.intervals import Score, score
-from torchprime.evaluation.samples import Grader, Sample
+from torchprime.generation.decode import Answer, GenerateOptions
 
 EVALUATIONS = "evaluations"  # the folder in a run's
 Grades = dict[str, float | None]  # by grader; None where it does not apply

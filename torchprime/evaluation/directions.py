@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from torchprime.evaluation.graders import LOWER_IS_BETTER
+from torchprime.evaluation.graders.make import LOWER_IS_BETTER
 from torchprime.evaluation.selection import EarlyStopping, Rule
 
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from torchprime.data.batch import Batch
-from torchprime.data.order import EMPTY_BLOCK
-from torchprime.data.packed import PackedDataset
+from torchprime.data.blocks.batch import Batch
+from torchprime.data.blocks.dataset import PackedDataset
+from torchprime.data.blocks.order import EMPTY_BLOCK
 
 
 class EvalBackend(Protocol):

@@ -125,8 +125,8 @@ class LayerStack(nn.ModuleList):
     def with_cache(
         self, x_BSD: Tensor, context: LayerContext, cache: Any
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """`forward` while models/cached.py has its cores in: the layers look at their part of the
-        cache (if it is not None), and each one's new keys and values are returned too."""
+        """Do `forward` while generation/cache.py has its cores in: the layers look at their part of
+        the cache (if it is not None), and each one's new keys and values are returned too."""
         keys, values = [], []
         for index, layer in enumerate(self):
             core: Any = layer.self_attn.core  # pyright: ignore[reportAttributeAccessIssue]

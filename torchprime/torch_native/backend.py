@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
-from torchprime.checkpoint.shards import TensorShards
-from torchprime.data.batch import Batch
-from torchprime.evaluation.generation import Answer, GenerateOptions
+from torchprime.checkpoint.run.shards import TensorShards
+from torchprime.data.blocks.batch import Batch
+from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.losses import chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable

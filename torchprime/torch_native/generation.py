@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from torchprime.evaluation.generation import (
+from torchprime.generation.cache import Cache, cached_attention, next_hidden, read_prompts
+from torchprime.generation.decode import (
     Answer,
     Decoding,
     GenerateOptions,
@@ -31,7 +32,6 @@ from torchprime.evaluation.generation import (
     sampling_tensors,
 )
 from torchprime.host_memory import available_memory
-from torchprime.models.cached import Cache, cached_attention, next_hidden, read_prompts
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_native.runtime import waiting
 

@@ -30,10 +30,10 @@ from torch_xla._internal import tpu
 from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
 from torchprime.atomic import make_folder
-from torchprime.checkpoint.shards import TensorShards
-from torchprime.data.batch import Batch
+from torchprime.checkpoint.run.shards import TensorShards
+from torchprime.data.blocks.batch import Batch
 from torchprime.errors import ConfigError
-from torchprime.evaluation.generation import Answer, GenerateOptions
+from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.losses import Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.private_folders import require_private

@@ -22,7 +22,15 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torchprime.evaluation.generation import (
+from torchprime.generation.cache import (
+    Cache,
+    by_product,
+    by_sums,
+    cached_attention,
+    next_hidden,
+    read_prompts,
+)
+from torchprime.generation.decode import (
     Answer,
     Decoding,
     GenerateOptions,
@@ -33,14 +41,6 @@ from torchprime.evaluation.generation import (
     sampling_tensors,
 )
 from torchprime.models.attention import ReferenceAttention
-from torchprime.models.cached import (
-    Cache,
-    by_product,
-    by_sums,
-    cached_attention,
-    next_hidden,
-    read_prompts,
-)
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.torch_xla_models.device_tensors import DeviceTensors

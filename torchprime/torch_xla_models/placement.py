@@ -16,7 +16,7 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
-from torchprime.checkpoint.shards import TensorShards
+from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.torch_xla_models.device_tensors import DeviceTensors

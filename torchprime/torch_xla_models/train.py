@@ -42,7 +42,7 @@ def main(config: TrainConfig) -> int:
     """Train as configured, or with compile_only see whether one could; the exit code."""
     if config.compile_only is not None:
         # late: what it imports takes seconds, and training does not want it
-        from torchprime.torch_xla_models.compile_only import compile_only
+        from torchprime.torch_xla_models.compile.command import compile_only
 
         return compile_only(config)
     prepare_environment(config.device_count)

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from torchprime.checkpoint.shards import TensorShards
-from torchprime.data.batch import Batch
-from torchprime.evaluation.generation import Answer, GenerateOptions
+from torchprime.checkpoint.run.shards import TensorShards
+from torchprime.data.blocks.batch import Batch
+from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.training.optim import Optimizer
@@ -125,9 +125,9 @@ class Backend(Protocol):
         ...
 
     def checkpoint_tensors(self) -> list[TensorShards]:
-        """Weights and optimizer state as a checkpoint names them (checkpoint/shards.py), each with
-        the shards that this process writes. Nothing moves to the host before they are read, one
-        after the other in this order."""
+        """Weights and optimizer state as a checkpoint names them (checkpoint/run/shards.py), each
+        with the shards that this process writes. Nothing moves to the host before they are read,
+        one after the other in this order."""
         ...
 
     def progress(self) -> tuple[int, int]:

@@ -12,14 +12,14 @@ from itertools import islice
 from pathlib import Path
 
 from torchprime.config.evaluation import EvalConfig, SelectionConfig
-from torchprime.data.rendering import ChatTemplate
-from torchprime.data.tokenizer import Tokenizer
+from torchprime.data.templates.render import ChatTemplate
+from torchprime.data.tokenizer.load import Tokenizer
 from torchprime.evaluation.behaviour import Prompt, check_prompts
-from torchprime.evaluation.generation import GenerateOptions
-from torchprime.evaluation.graders import MEASURES, make_grader
-from torchprime.evaluation.samples import Grader
+from torchprime.evaluation.graders.make import MEASURES, make_grader
+from torchprime.evaluation.graders.samples import Grader
 from torchprime.evaluation.selection import EarlyStopping, Rule, known_metric, parse_rule
-from torchprime.training.datasets import RunRows, question_of
+from torchprime.generation.decode import GenerateOptions
+from torchprime.training.setup.datasets import RunRows, question_of
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torchprime.data.batch import Batch
-from torchprime.data.order import batch_indices, steps_per_epoch
-from torchprime.data.packed import PackedDataset
+from torchprime.data.blocks.batch import Batch
+from torchprime.data.blocks.dataset import PackedDataset
+from torchprime.data.blocks.order import batch_indices, steps_per_epoch
 from torchprime.errors import DivergedError, RecompileError
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.throughput import Stopwatch, host_memory_bytes, mfu

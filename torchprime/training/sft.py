@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from torchprime.errors import ConfigError, UserError
-from torchprime.evaluation.greedy import generation_samples
-from torchprime.training.datasets import question_of
-from torchprime.training.model_files import pretrained_tensors
+from torchprime.generation.with_transformers import generation_samples
+from torchprime.training.setup.datasets import question_of
+from torchprime.training.setup.model_files import pretrained_tensors
 from torchprime.training.trainer import Trainer
 
 SAMPLE_TOKENS = 160

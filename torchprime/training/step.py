@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torchprime.data.batch import Batch
+from torchprime.data.blocks.batch import Batch
 from torchprime.losses import ONE_DEVICE, LossSums, Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.training.backend import StepNumbers

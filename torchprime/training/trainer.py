@@ -20,44 +20,45 @@ from torch import Tensor
 
 from torchprime import terminal
 from torchprime.atomic import clear_temporary, write_json
-from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.from_checkpoint import export_checkpoint
-from torchprime.checkpoint.lock import run_lock
-from torchprime.checkpoint.manifest import Manifest
+from torchprime.checkpoint.hf.source import hub_name
 from torchprime.checkpoint.places import ExportPlace, LocalPlace
 from torchprime.checkpoint.room import Need, require_room
-from torchprime.checkpoint.source import hub_name
-from torchprime.checkpoint.storage import FolderWriter, LocalStorage, Storage
+from torchprime.checkpoint.run.catalog import Catalog
+from torchprime.checkpoint.run.lock import run_lock
+from torchprime.checkpoint.run.manifest import Manifest
+from torchprime.checkpoint.run.storage import FolderWriter, LocalStorage, Storage
 from torchprime.config.paths import is_url
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError, DivergedError, UserError
 from torchprime.evaluation.before_after import table_lines
 from torchprime.evaluation.behaviour import EVALUATIONS
-from torchprime.evaluation.report import write_report
 from torchprime.metrics.throughput import Stopwatch
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from torchprime.private_folders import own_folder
-from torchprime.training import resuming, run_folder
+from torchprime.report.write import write_report
 from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend, StepNumbers
-from torchprime.training.changes import find_changes, refuse_changes
-from torchprime.training.datasets import prepare_run_data, template_of
 from torchprime.training.evaluating import make_choosing, make_evaluation, make_graders
-from torchprime.training.exporting import Exporter
-from torchprime.training.facts import make_manifest, metrics_at, run_facts
-from torchprime.training.final_export import FinalExport
 from torchprime.training.hooks.checkpoint import CheckpointHook
 from torchprime.training.hooks.evaluation import EvaluationHook
 from torchprime.training.hooks.metrics import MetricsHook
-from torchprime.training.hooks.profile import ProfileHook
+from torchprime.training.hooks.profiling import ProfileHook
 from torchprime.training.loop import CompileGuard, DataOrder, Hook, RunControl, train_loop
-from torchprime.training.model_files import pretrained_tensors, random_tensors
 from torchprime.training.optim import learning_rate, schedule_note
-from torchprime.training.plan import checkpoint_bytes, flops_per_token
-from torchprime.training.probe import probe_isolation
-from torchprime.training.recipe import files_of, optimizer_of, plan_run, step_options
-from torchprime.training.resuming import Past, ResumePoint
-from torchprime.training.saving import Retention, Saver
+from torchprime.training.run import folder as run_folder
+from torchprime.training.run import resume as resuming
+from torchprime.training.run.changes import find_changes, refuse_changes
+from torchprime.training.run.export import Exporter
+from torchprime.training.run.facts import make_manifest, metrics_at, run_facts
+from torchprime.training.run.final_export import FinalExport
+from torchprime.training.run.resume import Past, ResumePoint
+from torchprime.training.run.saver import Retention, Saver
+from torchprime.training.setup.datasets import prepare_run_data, template_of
+from torchprime.training.setup.model_files import pretrained_tensors, random_tensors
+from torchprime.training.setup.plan import checkpoint_bytes, flops_per_token
+from torchprime.training.setup.probe import probe_isolation
+from torchprime.training.setup.recipe import files_of, optimizer_of, plan_run, step_options
 
 
 class Trainer:

@@ -20,10 +20,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from torchprime.checkpoint.hf_read import SafetensorsReader
-from torchprime.checkpoint.manifest import STEP, Manifest
-from torchprime.checkpoint.shards import TensorShards, write_shards
-from torchprime.checkpoint.storage import MANIFEST, FolderWriter, Storage
+from torchprime.checkpoint.hf.read import SafetensorsReader
+from torchprime.checkpoint.run.manifest import STEP, Manifest
+from torchprime.checkpoint.run.shards import TensorShards, write_shards
+from torchprime.checkpoint.run.storage import MANIFEST, FolderWriter, Storage
 
 SIZES = dict(
     vocab_size=320,

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from torchprime.checkpoint.export import check_export
-from torchprime.checkpoint.hf_read import INDEX, SafetensorsReader, check_names
-from torchprime.checkpoint.verify import read_back
+from torchprime.checkpoint.hf.read import INDEX, SafetensorsReader, check_names
+from torchprime.checkpoint.proof.verify import read_back
 from torchprime.errors import CheckpointError
 
 IDS = torch.arange(40).reshape(2, 20) * 7 % 320

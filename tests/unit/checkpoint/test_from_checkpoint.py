@@ -16,16 +16,16 @@ import torch
 import transformers
 
 from torchprime.atomic import write_json
-from torchprime.checkpoint.catalog import Catalog
 from torchprime.checkpoint.export import export_hf
 from torchprime.checkpoint.from_checkpoint import add_weights, export_checkpoint, find_checkpoint
-from torchprime.checkpoint.hf_files import FACTS, ExportFacts, read_facts, write_hf_files
-from torchprime.checkpoint.hf_read import SafetensorsReader
-from torchprime.checkpoint.reader import CheckpointReader
-from torchprime.checkpoint.recheck import recheck
-from torchprime.checkpoint.shards import TensorShards, write_shards
-from torchprime.checkpoint.storage import Storage
-from torchprime.checkpoint.verify import load_transformers
+from torchprime.checkpoint.hf.files import FACTS, ExportFacts, read_facts, write_hf_files
+from torchprime.checkpoint.hf.read import SafetensorsReader
+from torchprime.checkpoint.proof.recheck import recheck
+from torchprime.checkpoint.proof.verify import load_transformers
+from torchprime.checkpoint.run.catalog import Catalog
+from torchprime.checkpoint.run.reader import CheckpointReader
+from torchprime.checkpoint.run.shards import TensorShards, write_shards
+from torchprime.checkpoint.run.storage import Storage
 from torchprime.errors import CheckpointError
 
 NAME = "step_00000007"

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from torchprime.checkpoint.certificate import CERTIFICATE
 from torchprime.checkpoint.places import INCOMPLETE, ExportPlace, UnsentError, UrlPlace
+from torchprime.checkpoint.proof.certificate import CERTIFICATE
 from torchprime.checkpoint.room import Need, require_room
-from torchprime.checkpoint.storage import Storage, UrlStorage
+from torchprime.checkpoint.run.storage import Storage, UrlStorage
 from torchprime.errors import CheckpointError
 
 FILES = {

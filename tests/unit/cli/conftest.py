@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from torchprime.data.tokenizer import Tokenizer, load_tokenizer
+from torchprime.data.tokenizer.load import Tokenizer, load_tokenizer
 
 SPECIALS = ("<|start|>", "<|end|>")
 # Tokens that would be markup if they were not escaped, in an element and in an attribute.

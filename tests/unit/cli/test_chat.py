@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchprime.cli.main import main
 from torchprime.config.compose import assets_dir
-from torchprime.data.tokenizer import load_tokenizer
-from torchprime.evaluation.greedy import generation_samples
-from torchprime.evaluation.prompts import as_question
+from torchprime.data.tokenizer.load import load_tokenizer
+from torchprime.generation.prompts import as_question
+from torchprime.generation.with_transformers import generation_samples
 
 BASE = assets_dir() / "quickstart" / "base"
 PROMPTS = ["Ben has 8 stamps. Kate has 34 more.", "There are 3 books in a box."]

@@ -6,7 +6,7 @@ import pytest
 
 from torchprime.cli import doctor
 from torchprime.cli.main import main
-from torchprime.torch_xla_models import tpu_library
+from torchprime.torch_xla_models.compile import library as tpu_library
 
 ASKED = [
     "numpy>=1.26",

@@ -20,15 +20,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from torchprime.checkpoint.certificate import certify
-from torchprime.checkpoint.hf_files import ExportFacts
-from torchprime.checkpoint.hf_read import SafetensorsReader
-from torchprime.checkpoint.recheck import recheck
-from torchprime.checkpoint.safetensors_write import tensor_hash
+from torchprime.checkpoint.hf.files import ExportFacts
+from torchprime.checkpoint.hf.read import SafetensorsReader
+from torchprime.checkpoint.hf.write import tensor_hash
+from torchprime.checkpoint.proof.certificate import certify
+from torchprime.checkpoint.proof.recheck import recheck
 from torchprime.cli.main import main
 from torchprime.config.compose import assets_dir
-from torchprime.data.tokenizer import load_tokenizer
-from torchprime.evaluation.greedy import generation_samples
+from torchprime.data.tokenizer.load import load_tokenizer
+from torchprime.generation.with_transformers import generation_samples
 
 Run = Callable[..., subprocess.CompletedProcess]
 REPO = Path(__file__).resolve().parents[3]

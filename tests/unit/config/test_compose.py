@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from torchprime.cli.arguments import run_command
+from torchprime.cli.shared.arguments import run_command
 from torchprime.config.compose import assets_dir, compose_config
 from torchprime.config.entry import run_main
 from torchprime.config.schema import TrainConfig

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import processors
 
-from torchprime.data.tokenizer import Tokenizer, load_tokenizer
+from torchprime.data.tokenizer.load import Tokenizer, load_tokenizer
 
 SPECIALS = ("<s>", "</s>", "<pad>")
 Merges = Sequence[tuple[str, str]]

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from torchprime.data import (
-    borders,
-    chat,
-    fields,
-    marked_text,
-    reasoning,
-    records,
-    tokenize,
-    turns,
-)
 from torchprime.data.advice import ADVICE, advice_for, advise
+from torchprime.data.files import record as records
+from torchprime.data.shared import fields
+from torchprime.data.templates import reasoning, turns
+from torchprime.data.tokens import borders, marked_text
+from torchprime.data.tokens import completions as tokenize
+from torchprime.data.tokens import conversations as chat
 
 
 def test_every_reason_has_advice() -> None:

@@ -12,14 +12,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from torchprime.data import chunks, prepare
-from torchprime.data.packed import PackedDataset
+from torchprime.data import prepare
+from torchprime.data.blocks import chunks
+from torchprime.data.blocks.dataset import PackedDataset
+from torchprime.data.files.open_source import SourceSpec
 from torchprime.data.prepare import Part, Settings, Side, prepare_dataset
-from torchprime.data.rendering import ChatTemplate
 from torchprime.data.report import DataReport
-from torchprime.data.rows import RowReading
-from torchprime.data.sources import SourceSpec
-from torchprime.data.tokenizer import Tokenizer, load_tokenizer
+from torchprime.data.rows.read import RowReading
+from torchprime.data.templates.render import ChatTemplate
+from torchprime.data.tokenizer.load import Tokenizer, load_tokenizer
 from torchprime.errors import DataError
 
 WriteRows = Callable[..., Path]
@@ -387,7 +388,7 @@ def test_messages_need_a_template(run: Run, write_rows: WriteRows) -> None:
 
 def test_nothing_here_imports_a_framework() -> None:
     code = (
-        "import sys, torchprime.data.prepare, torchprime.data.budget; "
+        "import sys, torchprime.data.prepare, torchprime.data.blocks.budget; "
         "print([m for m in ('torch', 'torch_xla', 'jax') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from torchprime.errors import ConfigError
-from torchprime.evaluation.graders import Sample, make_grader
+from torchprime.evaluation.graders.make import Sample, make_grader
 
 KEY = "eval.graders[1]"
 

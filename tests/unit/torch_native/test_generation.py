@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "torch_xla_models")
 
 import answers  # noqa: E402
 
-from torchprime.evaluation.generation import Answer  # noqa: E402
+from torchprime.generation.decode import Answer  # noqa: E402
 
 WORKER = Path(__file__).parent / "generate_worker.py"
 WAYS: dict[str, Any] = {

@@ -12,7 +12,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from torchprime.evaluation.generation import Answer, GenerateOptions
+from torchprime.generation.decode import Answer, GenerateOptions
 
 V = 96
 SHAPE = dict(

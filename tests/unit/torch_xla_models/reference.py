@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.optimization import Adafactor
 
-from torchprime.data.batch import Batch
+from torchprime.data.blocks.batch import Batch
 
 # Adam divides by a root that is near 0 where gradients are tiny, and so amplifies their rounding:
 # an epsilon above that noise lets final weights be compared closely.

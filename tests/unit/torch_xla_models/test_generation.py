@@ -16,7 +16,7 @@ import torch_xla
 
 from torchprime.config.schema import AXES
 from torchprime.errors import DataError
-from torchprime.evaluation.generation import Answer
+from torchprime.generation.decode import Answer
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_xla_models.backend import XlaBackend

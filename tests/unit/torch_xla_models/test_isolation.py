@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import reference
 
-from torchprime.data.packed import PackedDataset
-from torchprime.data.tokenize import Example
+from torchprime.data.blocks.dataset import PackedDataset
+from torchprime.data.tokens.completions import Example
 from torchprime.errors import IsolationError
 from torchprime.models.attention import ReferenceAttention
-from torchprime.training.probe import probe_isolation
+from torchprime.training.setup.probe import probe_isolation
 
 BLOCK = 16
 

@@ -22,7 +22,7 @@ from torchprime.errors import StoppedError
 from torchprime.metrics.record import CheckpointRecord
 from torchprime.training.backend import Backend
 from torchprime.training.loop import BaseHook
-from torchprime.training.saving import Saver
+from torchprime.training.run.saver import Saver
 
 NOW_FILE = "checkpoint.now"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

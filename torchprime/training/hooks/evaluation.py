@@ -13,12 +13,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from torchprime.atomic import write_text
-from torchprime.data.packed import PackedDataset
+from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.errors import RuntimeSetupError
 from torchprime.evaluation.behaviour import ask, grade, sample_lines, samples_file, scores_of
+from torchprime.evaluation.graders.samples import Sample
 from torchprime.evaluation.heldout import heldout_loss
 from torchprime.evaluation.intervals import Score
-from torchprime.evaluation.samples import Sample
 from torchprime.evaluation.selection import Evaluated, overfitting
 from torchprime.metrics.record import EvalRecord, StepRecord
 from torchprime.metrics.throughput import Stopwatch
@@ -27,7 +27,7 @@ from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend
 from torchprime.training.evaluating import Evaluation
 from torchprime.training.loop import BaseHook, CompileGuard, RunControl
-from torchprime.training.resuming import Past
+from torchprime.training.run.resume import Past
 
 
 class EvaluationHook(BaseHook):

@@ -1,0 +1,112 @@
+"""Folders can be read in one sitting: few modules, rooms in an order, tests where one looks."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from source_tree import PACKAGE, REPO, imported_names, sources
+
+MOST_MODULES = 12
+# The rooms of a folder, the lowest first: each may import those before it.
+ROOMS = {
+    "checkpoint": ["hf", "proof", "run"],
+    "cli": ["shared"],
+    "compare": ["logs"],
+    "data": [
+        *("shared", "files", "messages", "rows", "tokenizer"),
+        *("templates", "tokens", "blocks", "leaks"),
+    ],
+    "evaluation": ["graders"],
+    "torch_xla_models": ["compile"],
+    "training": ["setup", "run", "hooks"],
+}
+# Here rooms stand beside the modules that they use; elsewhere those are above all rooms.
+MIXED = {"checkpoint", "torch_xla_models", "training"}
+# Tests of several modules together, in tests/unit because they share its fixtures.
+TOGETHER = {
+    "checkpoint/test_s3_server.py",
+    "compare/logs/test_peers.py",
+    "test_gpu_benchmark.py",
+    "test_quickstart_assets.py",
+    "test_vllm_deployment.py",
+    "torch_xla_models/test_checkpoint.py",
+    "torch_xla_models/test_collectives.py",
+    "torch_xla_models/test_isolation.py",
+    "torch_xla_models/test_long_loops.py",
+}
+
+
+def modules() -> list[Path]:
+    return [path for path in sources() if path.name != "__init__.py"]
+
+
+def test_no_folder_has_more_than_a_dozen_modules() -> None:
+    # The top level is a list of leaves, in their own order (test_dependencies.py).
+    counts = Counter(path.parent for path in modules() if path.parent != PACKAGE)
+    assert not {folder: n for folder, n in counts.items() if n > MOST_MODULES}
+
+
+def test_no_module_is_named_like_one_of_the_standard_library() -> None:
+    # In a folder of scripts such a name hides the library's own.
+    named = [path for path in modules() if path.stem in sys.stdlib_module_names]
+    assert not [str(path.relative_to(PACKAGE)) for path in named]
+
+
+def room_of(parts: list[str]) -> str:
+    """The room of a module `folder.room. ... .module`, "" for one beside the rooms."""
+    return parts[1] if len(parts) > 2 else ""
+
+
+def wrong_between_rooms(path: Path, text: str) -> list[str]:
+    here = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    order, room, wrong = ROOMS.get(here[0], []), room_of(here), []
+    if not room:
+        return []
+    if room not in order:
+        return [f"{path}: {here[0]}/{room} has no place in the order"]
+    for line, name in imported_names(ast.parse(text), path):
+        parts = name.split(".")[1:]
+        if not name.startswith(f"torchprime.{here[0]}.") or parts[1] == room:
+            continue
+        below = order[: order.index(room)]
+        beside = parts[1] not in order
+        if parts[1] not in below and not (beside and here[0] in MIXED):
+            wrong.append(f"{path}:{line}: {here[0]}/{room} imports {name}")
+    return wrong
+
+
+def test_imports_between_rooms_go_down_only() -> None:
+    wrong = [each for path in modules() for each in wrong_between_rooms(path, path.read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "is_wrong"),
+    [
+        ("data/files/x.py", "from torchprime.data.rows.row import Row", True),
+        ("data/rows/x.py", "from torchprime.data.files.record import Record", False),
+        ("data/rows/x.py", "from torchprime.data.prepare import Part", True),
+        ("data/new/x.py", "", True),
+        ("data/x.py", "from torchprime.data.leaks.find import find_leaks", False),
+        ("training/run/x.py", "from torchprime.training.backend import Backend", False),
+        ("training/setup/x.py", "from torchprime.training.run.saver import Saver", True),
+        ("checkpoint/hf/x.py", "from torchprime.checkpoint.proof import verify", True),
+    ],
+)
+def test_a_wrong_import_between_rooms_is_found(file: str, text: str, is_wrong: bool) -> None:
+    assert bool(wrong_between_rooms(PACKAGE / file, text)) == is_wrong
+
+
+def test_unit_tests_lie_where_their_module_does() -> None:
+    unit = REPO / "tests" / "unit"
+    for test in sorted(unit.rglob("test_*.py")):
+        name = test.relative_to(unit)
+        module = PACKAGE / name.with_name(name.name.removeprefix("test_"))
+        if name.as_posix() in TOGETHER:
+            continue
+        assert module.is_file(), f"{name}: there is no {module.relative_to(PACKAGE)}"
+    assert all((unit / name).is_file() for name in TOGETHER)

@@ -1,0 +1,65 @@
+"""A run with checkpoints, held-out loss and an export, and whether two of them are the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchprime.checkpoint.hf.read import SafetensorsReader
+from torchprime.checkpoint.run.catalog import Catalog
+from torchprime.checkpoint.run.reader import CheckpointReader
+from torchprime.checkpoint.run.storage import Storage
+
+STEPS, EVERY = 12, 3  # the data has fewer blocks than that: an epoch ends in between
+TIMES = ("step_seconds", "supervised_tokens_per_s", "slot_tokens_per_s", "mfu", "seconds",
+         "share_of_run", "generate_seconds")  # fmt: skip
+HOST = ("host_memory_bytes", "device_memory_bytes", "compiles")
+
+
+def overrides(folder: Path, heldout: Path) -> list[str]:
+    return [
+        f"output_dir={folder.parent}",
+        f"run_name={folder.name}",
+        f"task.max_steps={STEPS}",
+        f"checkpoint.every_steps={EVERY}",
+        "checkpoint.keep_last=null",
+        "logging_steps=1",
+        "eval=file",
+        f"eval.file_dataset_path={heldout}",
+        "eval.every_steps=6",
+        "task.export_checkpoint_path=export",
+    ]
+
+
+def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Without what a machine's mood decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in (*TIMES, *HOST)}
+        for line in lines
+        if line["kind"] == kind
+    ]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Every record, every weight of the export, every tensor of the last checkpoint."""
+    for kind in ("train", "eval"):
+        assert records(folder, kind) == records(other, kind)
+    ours, theirs = SafetensorsReader(folder / "export"), SafetensorsReader(other / "export")
+    assert ours.names() == theirs.names()
+    assert all(torch.equal(ours.get(name), theirs.get(name)) for name in ours.names())
+    last = [
+        CheckpointReader(Storage.of(each / "checkpoints"), Catalog.name_of(STEPS))
+        for each in (folder, other)
+    ]
+    names = sorted(last[0].tensor_names())
+    assert names == sorted(last[1].tensor_names()) and len(names) > 60
+    assert all(torch.equal(last[0].get(name), last[1].get(name)) for name in names)
+    assert last[0].manifest.rng == last[1].manifest.rng
+
+
+class Killed(Exception):
+    """Stands for a kill."""

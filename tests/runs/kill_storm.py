@@ -1,0 +1,124 @@
+"""Kill -9 at random moments of writing, pointing, removing; look at what is there after each.
+
+`python kill_storm.py FOLDER KILLS` prints a JSON report, or says what was lost and exits with 1.
+Every child is forked from a process that has imported everything, so a kill costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from torchprime.checkpoint.run.catalog import LATEST, Catalog
+from torchprime.checkpoint.run.lock import run_lock
+from torchprime.checkpoint.run.reader import CheckpointReader
+from torchprime.checkpoint.run.shards import write_shards
+from torchprime.checkpoint.run.storage import Storage
+
+SHAPE = (512, 1024)
+KEEP_LAST, KEEP_BEST = 2, 1
+
+
+def helpers() -> ModuleType:
+    path = Path(__file__).parents[1] / "unit" / "checkpoint" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("c", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["c"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def work(folder: Path, helper: ModuleType, count: int) -> None:
+    """What a run does with its checkpoints: clean, resume, then write, point, retain."""
+    with run_lock(folder):
+        catalog = Catalog(Storage.of(folder / "checkpoints"))
+        catalog.clean()
+        newest = catalog.newest_whole(complain)
+        start = look(catalog, newest) if newest else 0
+        for step in range(start + 1, start + 1 + count):
+            name = catalog.name_of(step)
+            with catalog.storage.create(name) as writer:
+                write_shards(writer, helper.cut("w", torch.full(SHAPE, float(step)), (1, 1)))
+                score = float((step * 7) % 10)
+                helper.finish(writer, global_step=step, scores={"eval_loss": score})
+            catalog.point(LATEST, name)
+            catalog.retain(KEEP_LAST, KEEP_BEST, None)
+
+
+def complain(message: str) -> None:
+    print(f"a checkpoint is not whole: {message}", flush=True)
+    os._exit(1)
+
+
+def look(catalog: Catalog, name: str) -> int:
+    """The step of a checkpoint whose numbers are those that were written."""
+    with CheckpointReader(catalog.storage, name) as reader:
+        step = reader.manifest.step
+        if catalog.name_of(step) != name or not bool((reader.get("w") == float(step)).all()):
+            complain(f"{name} holds something else")
+    return step
+
+
+def inspect(catalog: Catalog, before: int) -> int:
+    """Everything visible is whole, the newest is not older than before, and `latest` exists."""
+    steps = catalog.steps()
+    for step in steps:
+        catalog.check(catalog.name_of(step))
+        look(catalog, catalog.name_of(step))
+    pointed = catalog.pointed(LATEST)
+    if pointed is not None and pointed not in map(catalog.name_of, steps):
+        complain(f"latest points to {pointed}, which is gone")
+    newest = steps[-1] if steps else 0
+    if newest < before:
+        complain(f"step {before} was there and is lost")
+    if len(steps) > KEEP_LAST + KEEP_BEST + 2:  # one not yet removed, one not yet pointed to
+        complain(f"retention does not keep up: {steps}")
+    return newest
+
+
+def fork(folder: Path, helper: ModuleType, count: int) -> int:
+    child = os.fork()
+    if child == 0:
+        try:
+            work(folder, helper, count)
+        except BaseException as error:
+            complain(repr(error))
+        os._exit(0)
+    return child
+
+
+def main(folder: Path, kills: int) -> None:
+    torch.set_num_threads(1)  # a forked child has no other threads
+    helper, chance = helpers(), random.Random(5)
+    catalog = Catalog(Storage.of(folder / "checkpoints"))
+    begin = time.monotonic()
+    _, status = os.waitpid(fork(folder, helper, 4), 0)
+    assert status == 0
+    span = time.monotonic() - begin
+    newest, halves, survived = inspect(catalog, 4), 0, 0
+    for _ in range(kills):
+        child = fork(folder, helper, 1_000_000)
+        time.sleep(chance.uniform(0, span))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            raise SystemExit("a child ended by itself, see above")
+        halves += bool(catalog.storage.leftovers())
+        later = inspect(catalog, newest)
+        survived += later > newest
+        newest = later
+    print(json.dumps({"halves": halves, "grew": survived, "newest": newest, "kills": kills}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

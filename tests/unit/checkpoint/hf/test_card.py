@@ -1,0 +1,93 @@
+"""The card says what was done; what is unknown is left out, not invented."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import huggingface_hub
+import pytest
+import yaml
+
+from torchprime.checkpoint.hf.card import model_card
+
+FACTS = {
+    "name": "export",
+    "base_model": "meta-llama/Meta-Llama-3-8B",
+    "dataset": "openai/gsm8k/main:train",
+    "hub_model": "meta-llama/Meta-Llama-3-8B",
+    "hub_datasets": ["openai/gsm8k", "squad"],
+    "command": "python3 torchprime/torch_xla_models/train.py --config-name x",
+    "steps": 1234,
+    "metrics": {"loss": 0.123456789},
+    "versions": {"torch": "2.9.1"},
+}
+
+
+def front_matter(card):
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_all_facts_are_in_the_card():
+    card = model_card(FACTS)
+    for text in (
+        *list(FACTS.values())[:4],
+        "1,234",
+        "0.123457",
+        "2.9.1",
+        "vllm serve",
+        "transformers",
+    ):
+        assert text in card
+    front = front_matter(card)
+    assert front["base_model"] == "meta-llama/Meta-Llama-3-8B"
+    assert front["datasets"] == ["openai/gsm8k", "squad"]
+    read = huggingface_hub.ModelCard(card).data
+    assert (read.base_model, read.datasets) == (FACTS["hub_model"], FACTS["hub_datasets"])
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"base_model": "/data/my/model", "dataset": "./rows.jsonl"},
+        # A folder here, which a hub would take for somebody's repository.
+        {"base_model": "models/mine", "dataset": "data/rows", "hub_datasets": []},
+        # As edited facts of a checkpoint may have them.
+        {"hub_model": ["a/b"], "hub_datasets": "a/b"},
+        {"hub_model": "a/b\nlicense: mit", "hub_datasets": [None, "../b", "a/b/c"]},
+    ],
+)
+def test_local_paths_stay_out_of_what_hubs_read(facts):
+    front = front_matter(model_card(facts))
+    assert "base_model" not in front and "datasets" not in front and "license" not in front
+
+
+def test_empty_facts_make_a_card_without_empty_sections():
+    card = model_card({})
+    assert "Trained from scratch" in card
+    assert "## Training" not in card and "## Command" not in card and "None" not in card
+
+
+def test_usage_follows_the_chat_template():
+    assert "apply_chat_template" in model_card({"chat": True})
+    assert "chat/completions" in model_card({"chat": True})
+    assert "apply_chat_template" not in model_card({"chat": False})
+
+
+def test_table_cells_cannot_break_the_table():
+    assert "a\\|b c" in model_card({"dataset": "a|b\nc"}).split("## Training")[1]
+
+
+def test_a_fence_is_longer_than_any_in_the_command():
+    card = model_card({"command": "train run_name='```\n# x'"})
+    assert "````bash\ntrain run_name='```\n# x'\n````" in card
+
+
+def test_what_is_copied_into_a_shell_is_quoted():
+    card = model_card({"name": "a'b $(c)", "chat": True, "template_options": {"d e": "'"}})
+    shell = card.split("```bash\n")[-1].split("\n```")[0]
+    words = shlex.split(shell.replace("\\\n", ""))
+    assert words[words.index("--served-model-name") + 1] == "a'b $(c)"
+    assert json.loads(words[words.index("--default-chat-template-kwargs") + 1]) == {"d e": "'"}
+    assert json.loads(words[-1])["model"] == "a'b $(c)"
+    assert "**{'d e': \"'\"}" in card

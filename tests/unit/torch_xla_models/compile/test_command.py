@@ -1,0 +1,199 @@
+"""`compile_only` through the real entry point: a small model with the TPU's own compiler, and
+what is said where that cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from torchprime.config.entry import run_main
+from torchprime.config.topologies import topology
+from torchprime.errors import ConfigError, RuntimeSetupError, UserError
+from torchprime.torch_xla_models.attention import choose_kernel
+from torchprime.torch_xla_models.compile import command as compile_only
+from torchprime.torch_xla_models.compile import library as tpu_library
+from torchprime.torch_xla_models.compile.library import Library, find_library
+from torchprime.torch_xla_models.train import main
+
+# Small, but with dims that a TPU's tiles do not pad.
+TINY = [
+    "--config-name", "llama-3-8b-sft-w-gsm8k", "run_name=small", "task=train",
+    "model=llama-3.2-1b", "model.pretrained_model=null", "model.architecture.num_hidden_layers=3",
+    "model.architecture.hidden_size=512", "model.architecture.intermediate_size=1024",
+    "model.architecture.num_attention_heads=4", "model.architecture.num_key_value_heads=2",
+    "model.architecture.head_dim=128", "model.architecture.vocab_size=2048",
+    "model.architecture.rope_scaling=null", "dataset.block_size=512", "task.loss_chunks=4",
+    "task.global_batch_size=16", "task.max_steps=1", "mesh=fsdp4", "compile_only=v5e-4",
+    "remat=scan_offload",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def library() -> Library:
+    try:
+        return find_library()
+    except RuntimeSetupError as error:
+        pytest.skip(f"the TPU's compiler is not here (make libtpu): {error}")
+
+
+@pytest.fixture(scope="module")
+def compiled(library, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compiled")
+    assert run_main(main, [*TINY, f"output_dir={folder}"]) == 0
+    return folder / "small-v5e-4"
+
+
+@pytest.fixture(scope="module")
+def report(compiled: Path) -> dict:
+    return json.loads((compiled / "compile_report.json").read_text())
+
+
+def test_a_small_model_compiles_and_fits(report: dict) -> None:
+    assert report["compiles"] and report["fits"]
+    memory = report["memory"]
+    # bf16 weights, fp32 master weights and two fp32 moments: 14 bytes a parameter on 4 chips.
+    assert memory["argument"] == pytest.approx(14 * report["parameters"] / 4, rel=0.1)
+    assert memory["limit"] == int(15.75 * 2**30)
+    assert report["versions"]["libtpu"] == tpu_library.VERSION
+
+
+def test_its_products_are_those_of_the_formula(report: dict) -> None:
+    assert report["flops"]["ratio"] == pytest.approx(1.0, abs=0.01)
+    assert report["loops"] == [3, 3]  # the layers forward, the layers backward
+
+
+def test_layer_inputs_wait_in_the_hosts_memory(compiled: Path) -> None:
+    """Memory space 5 is the host's: the stack of 3 layers' inputs is there, 4 blocks a chip."""
+    program = (compiled / "program.txt").read_text()
+    assert re.search(r"bf16\[3,4,512,512\]\{[^}]*S\(5\)\}", program)
+
+
+def test_splash_attention_is_in_it(report: dict) -> None:
+    kernels = report["kernels"]
+    assert any("splash" in name and "segmented" in name for name in kernels)
+    assert all(calls % 3 == 0 for calls in kernels.values())  # three layers
+
+
+def test_it_gathers_weights_and_reduces_gradients_once(report: dict) -> None:
+    moved = {kind: numbers["bytes"] for kind, numbers in report["collectives"].items()}
+    theory = report["collectives_in_theory"]
+    assert 0.75 * theory["all-gather"] < moved["all-gather"] < 1.25 * theory["all-gather"]
+    # The compiler joins small gradients into one all-reduce; large ones are reduced and scattered.
+    reduced = moved["reduce-scatter"] + moved["all-reduce"]
+    assert 0.9 * theory["reduce-scatter"] < reduced < 1.1 * theory["reduce-scatter"]
+    # Attention's kernel lies on the mesh as everything around it does.
+    assert moved.get("collective-permute", 0) < 0.05 * theory["all-gather"]
+    # The embedding's rows and their gradients go to the chips whose tokens they are, nothing else.
+    hidden = report["slot_tokens_per_chip"] * 512 * 2
+    assert moved.get("all-to-all", 0) <= 2 * hidden
+
+
+# What bad input gets ------------------------------------------------------------------------------
+
+
+def test_without_libtpu_the_command_that_installs_it(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setattr(tpu_library, "_candidates", list)
+    code = run_main(main, [*TINY, f"output_dir={tmp_path}"])
+    assert code == 2
+    said = capsys.readouterr().err
+    assert "pip install --no-deps libtpu==0.0.21" in said and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_libtpu_is_refused(monkeypatch, tmp_path) -> None:
+    path = tmp_path / "libtpu" / "libtpu.so"
+    path.parent.mkdir()
+    path.touch()
+    about = tmp_path / "libtpu-0.0.19.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: libtpu\nVersion: 0.0.19\n")
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(path))
+    with pytest.raises(
+        RuntimeSetupError, match=r"is of version 0.0.19.*goes with 0.0.21.*pip inst"
+    ):
+        find_library()
+
+
+def apart(monkeypatch, tmp_path: Path, code: str, limit_s: float = 60.0):
+    """`compile_apart` with other code in the place of the compiler's process."""
+    script = tmp_path / "tpu_compile"
+    script.write_text(f"#!{sys.executable}\n{code}")
+    script.chmod(0o755)
+    monkeypatch.setattr(compile_only.sys, "executable", str(script))
+    return compile_only.compile_apart({}, dict(os.environ), tmp_path, limit_s, print)
+
+
+def test_over_the_time_limit(monkeypatch, tmp_path) -> None:
+    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+    with pytest.raises(RuntimeSetupError, match="compile_time_limit: .* longer than 0.05 minutes"):
+        apart(monkeypatch, tmp_path, code + "time.sleep(600)", limit_s=3)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIG_DFL)
+
+
+def compilers(folder: Path) -> list[Path]:
+    """Processes that compile into a folder."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # ended meanwhile
+            words = each.read_bytes().decode().split("\0")
+            if str(folder) in words and "torchprime.torch_xla_models.compile.worker" in words:
+                found.append(each)
+    return found
+
+
+@pytest.mark.slow
+def test_the_compiler_ends_with_a_command_that_is_killed(library, tmp_path) -> None:
+    """Otherwise it goes on for minutes, for nobody."""
+    train = [sys.executable, str(Path(compile_only.__file__).parents[1] / "train.py")]
+    folder = tmp_path / "small-v5e-4"
+    command = subprocess.Popen([*train, *TINY, f"output_dir={tmp_path}"])
+    while not compilers(folder):
+        assert command.poll() is None
+        time.sleep(0.1)
+    command.kill()
+    command.wait()
+    while compilers(folder):
+        time.sleep(0.1)
+    assert not (folder / "result.json").exists()  # it did not come to its end
+
+
+def test_a_compiler_that_ends_its_process(monkeypatch, tmp_path) -> None:
+    code = "import os; print('Check failed: x', flush=True); os.abort()"
+    with pytest.raises(RuntimeSetupError, match=r"(?s)signal SIGABRT.*Check failed: x"):
+        apart(monkeypatch, tmp_path, code)
+
+
+def test_what_the_step_objects_to_is_a_users_error(monkeypatch, tmp_path) -> None:
+    """A block size that the kernel cannot take, say, is found where the step is traced."""
+    objection = "model.attention_kernel=splash works in tiles of 128 positions, but ..."
+    code = f"import sys, json; json.dump({{'user_error': {objection!r}}}, open('RESULT', 'w'))"
+    with pytest.raises(UserError, match="works in tiles of 128"):
+        apart(monkeypatch, tmp_path, code.replace("RESULT", str(tmp_path / "result.json")))
+
+
+def test_a_block_size_that_the_kernel_cannot_take(monkeypatch) -> None:
+    monkeypatch.setenv("PJRT_DEVICE", "TPU")  # as in the compiling process
+    with pytest.raises(ConfigError, match="tiles of 128 .*block_size=1000 is not a multiple"):
+        choose_kernel("splash", 1000)
+    assert choose_kernel("auto", 1000)[0] == "reference"
+    assert choose_kernel("auto", 1024)[0] == "splash"
+
+
+def test_the_environment_tells_of_no_other_tpu() -> None:
+    library = Library(Path("/x/libtpu.so"), "0.0.21", ("/x",))
+    given = {"TPU_ACCELERATOR_TYPE": "v4-8", "LIBTPU_INIT_ARGS": "--mine=1", "HOME": "/h"}
+    found = compile_only.environment(topology("v5e-4"), 4, library, given)
+    assert "TPU_ACCELERATOR_TYPE" not in found and found["HOME"] == "/h"
+    flags = found["LIBTPU_INIT_ARGS"].split()
+    assert flags[0] == "--mine=1" and "--xla_enable_async_all_gather=true" in flags
+    assert found["CPU_NUM_DEVICES"] == "4" and found["PYTHONPATH"].startswith("/x")

@@ -1,0 +1,103 @@
+"""The nearest change that fits: the least intrusive first, and nothing tried in vain."""
+
+from __future__ import annotations
+
+from torchprime.config.compose import compose_config
+from torchprime.config.schema import TrainConfig
+from torchprime.config.topologies import GIB
+from torchprime.errors import RuntimeSetupError
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.torch_xla_models.compile.command import step_sizes
+from torchprime.torch_xla_models.compile.fitting import changed, changes, find_nearest, state_bytes
+from torchprime.training.setup.model_files import find_architecture
+
+NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k", "compile_only=v6e-8"]
+
+
+def sizes_for(config: TrainConfig):
+    found, where = find_architecture(
+        pretrained_model=config.model.pretrained_model, architecture=None, cache_dir=None
+    )
+    assert where == "model=llama-3-8b"
+    return step_sizes(config, architecture_from_hf(found))
+
+
+def test_changes_begin_with_what_leaves_the_mathematics_alone() -> None:
+    config = compose_config([*NAMED, "remat=none"])
+    found = list(changes(config, rows=8))
+    scan = {"remat.scan_layers": True}
+    assert found[0] == {**scan, "remat.policy": "full"}
+    assert found[1] == {**scan, "remat.policy": "offload"}
+    assert found[2] == {**found[0], "task.gradient_accumulation_steps": 8}
+    assert found[3] == {**found[1], "task.gradient_accumulation_steps": 8}
+    assert found[4] == {**found[0], "task.optimizer.name": "adafactor"}
+    assert found[5] == {**found[3], "task.optimizer.name": "adafactor"}
+    assert found[-2]["task.optimizer.master_weights"] is False
+    assert found[-1] == {**found[0], "compile_only": "v6e-16", "ici_mesh.fsdp": 16}
+    # Where all that is done already, only the optimizer is left, and more chips.
+    full = compose_config([*NAMED, "task.optimizer.name=adafactor", "remat=scan_offload"])
+    chips = {"compile_only": "v6e-16", "ici_mesh.fsdp": 16}
+    assert list(changes(full, rows=1)) == [{"task.optimizer.master_weights": False}, chips]
+    # Layers that differ cannot be one loop, and only a loop's inputs are offloaded.
+    for change in changes(config, rows=8, scannable=False):
+        assert change["remat.policy"] == "full" and "remat.scan_layers" not in change
+    # Copies of the weights are given up before anything else is.
+    copies = compose_config([*NAMED, "ici_mesh.data=2", "ici_mesh.fsdp=4"])
+    assert next(changes(copies, rows=8)) == {"ici_mesh.data": 1, "ici_mesh.fsdp": 8}
+
+
+def test_state_by_hand() -> None:
+    """Bytes a parameter: bf16 weight 2, fp32 master 4, two fp32 moments 8."""
+    config = compose_config(NAMED)
+    sizes = sizes_for(config)
+    per_chip = (8_030_261_248 - 65 * 4096) // 8 + 65 * 4096
+    assert state_bytes(config, sizes) == 14 * per_chip
+    lean = changed(config, {"task.optimizer.name": "adafactor"})
+    assert state_bytes(lean, sizes) == 6 * per_chip
+
+
+def test_the_first_that_fits_is_named_and_hopeless_ones_are_not_compiled() -> None:
+    config = compose_config(NAMED)
+    compiled: list[TrainConfig] = []
+
+    def compile_one(candidate: TrainConfig) -> dict:
+        compiled.append(candidate)
+        accumulates = candidate.task.gradient_accumulation_steps > 1
+        return {"fits": accumulates, "memory": {"total": 7 * GIB}}
+
+    said: list[str] = []
+    found = find_nearest(config, sizes_for, 10 * GIB, compile_one, said.append)
+    # AdamW's state alone is 13.1 GiB a chip: none of its changes is tried.
+    assert [c.task.optimizer.name for c in compiled] == ["adafactor", "adafactor"]
+    assert found["overrides"] == [
+        "remat.policy=offload",
+        "task.gradient_accumulation_steps=8",
+        "task.optimizer.name=adafactor",
+    ]
+    assert found["total"] == 7 * GIB and "too large" in found["tried"][0]
+    assert compose_config([*NAMED, *found["overrides"]]).task.optimizer.name == "adafactor"
+    assert said[-1].endswith(" ".join(found["overrides"]))
+
+
+def test_where_nothing_fits_what_was_tried_is_told() -> None:
+    config = compose_config(NAMED)
+    nothing = find_nearest(
+        config, sizes_for, 20 * GIB, lambda c: {"fits": False}, lambda line: None
+    )
+    assert nothing["overrides"] is None and len(nothing["tried"]) == 8
+
+
+def test_a_change_that_cannot_be_compiled_is_told_and_passed_over() -> None:
+    """A chip's batch of one block cannot be spread over twice the chips; a compile may take too
+    long. Neither loses what else was found."""
+    config = compose_config([*NAMED, "task.global_batch_size=8"])
+
+    def compile_one(candidate: TrainConfig) -> dict:
+        if candidate.remat.policy == "offload":
+            raise RuntimeSetupError("compile_time_limit: the compiler took longer than 1 minutes.")
+        return {"fits": False}
+
+    found = find_nearest(config, sizes_for, 20 * GIB, compile_one, lambda line: None)
+    assert found["overrides"] is None
+    assert "took longer" in found["tried"][0]
+    assert "v6e-16" in found["tried"][-1] and "multiple of" in found["tried"][-1]

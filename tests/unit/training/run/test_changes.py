@@ -1,0 +1,107 @@
+"""What may differ between a checkpoint and the run that goes on from it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from torchprime.config.compose import compose_config
+from torchprime.errors import ConfigError
+from torchprime.training.run.changes import (
+    HARMLESS,
+    IDENTITIES,
+    QUESTIONABLE,
+    REFUSED,
+    find_changes,
+    not_allowed,
+    refuse_changes,
+)
+
+BASE = ["model.pretrained_model=x", "task.max_steps=10", "task.global_batch_size=8"]
+SAME = dict.fromkeys(IDENTITIES, "0" * 64)
+
+
+def changes(*overrides: str, identity: dict[str, Any] | None = None, unknown: tuple = ()):
+    """`unknown`: keys of `model` that the checkpoint's version did not have."""
+    config = compose_config(BASE).to_dict()
+    config["model"] = {k: v for k, v in config["model"].items() if k not in unknown}
+    manifest: Any = SimpleNamespace(
+        config=config,
+        model={"hash": SAME["model"]},
+        tokenizer_fingerprint=SAME["tokenizer"],
+        template_fingerprint=SAME["template"],
+        data_manifest={"fingerprint": SAME["data"]},
+        eval_manifest={"fingerprint": SAME["eval"]},
+    )
+    now = compose_config([*BASE, *overrides]).to_dict()
+    return find_changes(manifest, now, {**SAME, **(identity or {})})
+
+
+def test_nothing_changed() -> None:
+    assert changes() == []
+    refuse_changes([], [], "p")
+
+
+def test_a_checkpoint_from_before_a_key_goes_on() -> None:
+    assert changes(unknown=("add_special_tokens", "resize_embeddings")) == []
+    (change,) = changes('model.add_special_tokens=["<a>"]', unknown=("add_special_tokens",))
+    assert change.kind == REFUSED
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "kind"),
+    [
+        ("ici_mesh.fsdp=4", "ici_mesh.fsdp", HARMLESS),
+        ("task.gradient_accumulation_steps=2", "task.gradient_accumulation_steps", HARMLESS),
+        ("remat.scan_layers=true", "remat.scan_layers", HARMLESS),
+        ("model.pretrained_model=moved", "model.pretrained_model", HARMLESS),
+        ("dataset.num_proc=3", "dataset.num_proc", HARMLESS),
+        ("profile_dir=there", "profile_dir", HARMLESS),
+        ("task.optimizer.learning_rate=0.5", "task.optimizer.learning_rate", QUESTIONABLE),
+        ("task.max_steps=20", "task.max_steps", QUESTIONABLE),
+        ("task.optimizer.weight_decay=0.1", "task.optimizer.weight_decay", QUESTIONABLE),
+        ("task.max_grad_norm=null", "task.max_grad_norm", QUESTIONABLE),
+        ("task.global_batch_size=16", "task.global_batch_size", REFUSED),
+        ("seed=1", "seed", REFUSED),
+        ("task.optimizer.name=adafactor", "task.optimizer.name", REFUSED),
+        ("torch_dtype=bfloat16", "torch_dtype", REFUSED),
+        ('model.add_special_tokens=["<a>"]', "model.add_special_tokens", REFUSED),
+        ("model.resize_embeddings=zeros", "model.resize_embeddings", REFUSED),
+        ("model.pad_vocab_to_multiple=64", "model.pad_vocab_to_multiple", REFUSED),
+    ],
+)
+def test_kinds(override: str, key: str, kind: str) -> None:
+    (change,) = changes(override)
+    assert (change.key, change.kind) == (key, kind)
+    if kind == HARMLESS:
+        return refuse_changes([change], [], "step_7")
+    with pytest.raises(ConfigError) as caught:
+        refuse_changes([change], [], "step_7")
+    for part in ("step_7", key, str(change.old).removeprefix("None"), str(change.new)):
+        assert part.replace("None", "null") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model", "tokenizer", "template", "data"])
+def test_what_the_steps_were_made_of(name: str) -> None:
+    found = changes(identity={name: "f" * 64})
+    assert [(c.key, c.kind) for c in found] == [(name, REFUSED)]
+    with pytest.raises(ConfigError, match=f"refused +{name}: 000.*fff"):
+        refuse_changes(found, [name], "p")  # no permission helps
+
+
+def test_permission_is_by_key_or_section() -> None:
+    found = changes("task.optimizer.learning_rate=0.5", "task.max_steps=20")
+    keys = ["task.max_steps", "task.optimizer.learning_rate"]
+    assert [c.key for c in not_allowed(found, [])] == keys
+    assert [c.key for c in not_allowed(found, ["task.optimizer"])] == keys[:1]
+    refuse_changes(found, keys, "p")
+    refuse_changes(found, ["task"], "p")
+    with pytest.raises(ConfigError, match=r"resume\.allow_changes=\[task\.max_steps\]"):
+        refuse_changes(found, ["task.optimizer.learning_rate", "task.max"], "p")
+
+
+def test_the_gravest_come_first() -> None:
+    found = changes("seed=1", "ici_mesh.fsdp=4", "task.max_steps=20", identity={"eval": None})
+    assert [c.kind for c in found] == [REFUSED, QUESTIONABLE, QUESTIONABLE, HARMLESS]

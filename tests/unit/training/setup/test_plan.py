@@ -1,0 +1,52 @@
+"""The plan's estimate of memory against what the TPU's compiler counted in `make tpu-report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchprime.config.compose import compose_config
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.decoder import CausalLM
+from torchprime.training.setup.model_files import find_architecture
+from torchprime.training.setup.plan import Memory
+from torchprime.training.setup.recipe import checked_table, memory_of, optimizer_of
+
+RESULTS = Path(__file__).parents[4] / "experimental" / "tpu_report" / "results.json"
+CASES = ["8b-v5e-16", "8b-v6e-8-adafactor", "8b-v6e-8-8192-bf16-offload", "14b-v6e-8"]
+
+
+def estimate(argv: list[str]) -> Memory:
+    """As a run's plan has it."""
+    config = compose_config(argv)
+    found, _ = find_architecture(
+        pretrained_model=config.model.pretrained_model,
+        architecture=config.model.architecture,
+        cache_dir=None,
+    )
+    architecture = architecture_from_hf(found)
+    with torch.device("meta"):
+        model = CausalLM(architecture)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    _, specs = checked_table(config, model)
+    dtype = getattr(torch, config.torch_dtype)
+    return memory_of(config, architecture, shapes, specs, optimizer_of(config), dtype)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_and_state_are_what_the_compiler_counts(case: str) -> None:
+    """Its arguments are these and the batch, of less than a thousandth."""
+    counted = json.loads(RESULTS.read_text())[case]
+    memory = estimate(counted["argv"])
+    arguments = counted["memory"]["argument"]
+    assert memory.weights + memory.optimizer == pytest.approx(arguments, rel=1e-3)
+
+
+def test_what_the_host_keeps_is_not_on_the_chip() -> None:
+    argv = json.loads(RESULTS.read_text())["8b-v6e-8-8192-bf16-offload"]["argv"]
+    kept, away = estimate([*argv, "remat=scan_full"]), estimate(argv)
+    inputs = 32 * 8192 * 4096 * 2  # layers x tokens x hidden, bf16
+    assert kept.activations - away.activations == inputs

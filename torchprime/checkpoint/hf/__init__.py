@@ -1,0 +1,1 @@
+"""Hugging Face folders: weights and small files, read and written."""

@@ -1,0 +1,193 @@
+"""The small files of an export, and the facts that an export needs besides them and the weights.
+
+An export at the end of a run writes the small files beside the weights. A checkpoint keeps the same
+files and the facts (`hf/`), so that it can be exported later, without the run, its rows or a
+device, and the result is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchprime.atomic import write_json, write_text
+from torchprime.checkpoint.field_kinds import (
+    OBJECT,
+    TEXT,
+    Kind,
+    Table,
+    check_fields,
+    count,
+    list_of,
+    or_null,
+    texts_to,
+)
+from torchprime.checkpoint.hf.card import model_card
+from torchprime.checkpoint.hf.portable import write_tokenizer
+from torchprime.checkpoint.hf.portable_config import portable_config, portable_generation_config
+from torchprime.checkpoint.hf.served_template import TrainedTemplate
+from torchprime.checkpoint.hf.write import CODES
+from torchprime.errors import CheckpointError
+from torchprime.json_files import read_json
+
+FACTS = "export.json"
+FACTS_VERSION = 1
+CARD = "README.md"
+
+Spec = Mapping[str, tuple[int, ...]]
+
+MOST_DIMS = 16
+SHAPE = list_of(count(), "sizes")
+FIELDS: Table = {
+    "spec": texts_to(Kind("a shape", lambda v: SHAPE.holds(v) and len(v) <= MOST_DIMS)),
+    "dtype": Kind(
+        "a type of weights", lambda v: v in [str(t).removeprefix("torch.") for t in CODES]
+    ),
+    "max_shard_bytes": count(1),
+    "stop_ids": list_of(count(), "a list of ids"),
+    "unused_rows": list_of(count(), "a list of rows"),
+    "base_model": or_null(TEXT),
+    "base_folder": or_null(TEXT),
+    "step": or_null(count()),
+    "template": or_null(TEXT),
+    "tools_template": or_null(TEXT),
+    "template_options": OBJECT,
+    "card": OBJECT,
+    "metrics": OBJECT,
+    "fingerprints": texts_to(or_null(TEXT)),
+}
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What an export needs to know, as JSON can say it.
+
+    Attributes:
+        spec: name -> shape of every weight, in the order wanted in the files. Tied: no lm_head.
+        dtype: of the exported weights.
+        max_shard_bytes: files are split above it.
+        stop_ids: the ids that were trained to end an answer.
+        template: sha256 of the chat template that was trained with; None without conversations.
+        tools_template: sha256 of the one that rendered conversations with tools; None: the same.
+        template_options: what else the template was given.
+        base_model: as the config names it; None when training began from random weights.
+        base_folder: where its weights lay.
+        unused_rows: rows of the base's embeddings that were made anew for new tokens.
+        step: updates made; None if unknown.
+        card: facts for the model card; see `model_card`.
+        metrics: the last values.
+        fingerprints: of data, config, tokenizer, ...
+    """
+
+    spec: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    max_shard_bytes: int
+    stop_ids: tuple[int, ...]
+    template: str | None = None
+    tools_template: str | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
+    base_model: str | None = None
+    base_folder: str | None = None
+    unused_rows: tuple[int, ...] = ()
+    step: int | None = None
+    card: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    fingerprints: dict[str, str | None] = field(default_factory=dict)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def trained_template(self) -> TrainedTemplate | None:
+        """The chat template that was trained with, for its proof."""
+        if self.template is None:
+            return None
+        with_tools = self.tools_template or self.template
+        return TrainedTemplate(self.template, with_tools, self.template_options)
+
+    def card_text(self) -> str:
+        """README.md."""
+        more = {"steps": self.step, "dtype": self.dtype_name, "metrics": self.metrics}
+        more["template_options"] = self.template_options
+        return model_card({**self.card, **more})
+
+    def to_dict(self) -> dict[str, Any]:
+        content = dataclasses.asdict(self)
+        content["spec"] = {name: list(shape) for name, shape in self.spec.items()}
+        return {"format_version": FACTS_VERSION, **content, "dtype": self.dtype_name}
+
+
+def read_facts(path: Path) -> ExportFacts:
+    """The facts that a checkpoint keeps.
+
+    Raises:
+        CheckpointError: missing, malformed or of another format.
+    """
+    content = read_json(path)
+    version = content.pop("format_version", None)
+    if version != FACTS_VERSION:
+        raise CheckpointError(
+            f"{path} has format {version}; this torchprime reads format {FACTS_VERSION}. Use the "
+            "version that wrote it."
+        )
+    try:
+        content = {**_defaults(), **content}  # older versions wrote fewer fields
+        check_fields(content, FIELDS)
+        content["spec"] = {name: tuple(shape) for name, shape in content["spec"].items()}
+        content["dtype"] = getattr(torch, content["dtype"])
+        content["stop_ids"] = tuple(content["stop_ids"])
+        content["unused_rows"] = tuple(content["unused_rows"])
+        return ExportFacts(**content)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not hold an export's facts: {error}.") from error
+
+
+def _defaults() -> dict[str, Any]:
+    """The fields that may be left out, as JSON has them."""
+    needed = dict.fromkeys(("spec", "dtype", "max_shard_bytes", "stop_ids"), ())
+    found = dataclasses.asdict(ExportFacts(**needed))  # type: ignore[arg-type]
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in found.items() if n not in needed}
+
+
+def write_hf_files(
+    folder: Path,
+    *,
+    spec: Spec,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    tokenizer_folder: Path,
+    eos_token_id: int,
+    generation_config: Mapping[str, Any] | None,
+    card: str,
+    chat_templates: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Write everything of a Hugging Face folder but the weights.
+
+    Args:
+        spec: name -> shape of every weight. Tied: no lm_head.
+        config: the source's config.json, parsed.
+        dtype: of the weights that will be beside these files.
+        tokenizer_folder: holds tokenizer.json and what goes with it.
+        eos_token_id: the stop token that was trained.
+        generation_config: the source's generation_config.json, parsed; None if it has none.
+        card: the text of README.md.
+        chat_templates: those that were trained with, by name; None keeps the tokenizer's own.
+
+    Returns:
+        What was repaired in the source's files, as lines for the user.
+
+    Raises:
+        CheckpointError: contradicting or incomplete input.
+    """
+    exported, repairs = portable_config(config, spec, dtype, eos_token_id)
+    generation, more = portable_generation_config(generation_config, exported, eos_token_id)
+    write_json(folder / "config.json", exported)
+    write_json(folder / "generation_config.json", generation)
+    write_tokenizer(folder, tokenizer_folder, eos=eos_token_id, chat_templates=chat_templates)
+    write_text(folder / CARD, card)
+    return [*repairs, *more]

@@ -1,0 +1,294 @@
+"""config.json and generation_config.json of an export, such that all readers take them alike.
+
+What the trained model is, is written out in full, in the spellings of transformers 4 and 5. The
+source's other keys stay, except those that transformers would refuse when it loads the folder or
+saves it again: a stranger's null or list where it wants a number, sampling settings beside
+do_sample=false. Every such repair is returned as a line for the user.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import AutoConfig, GenerationConfig
+from transformers.utils import logging as hf_logging
+
+from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
+from torchprime.errors import CheckpointError
+from torchprime.json_files import token_ids
+from torchprime.models.architecture import Architecture, architecture_from_hf
+from torchprime.models.rope_config import ORIGINAL, PARTIAL, both_spellings
+
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
+# Remote code, the source's place, weights that are not quantized, parts that are not there; and
+# what the keys that are written out say already.
+DROPPED = {
+    *("auto_map", "_name_or_path", "quantization_config", "per_layer_config"),
+    *("text_config", "text_encoder", "decoder", "generator"),
+    *("attention_bias", "mlp_bias", "layer_types", "use_sliding_window"),
+    *("sliding_window", ORIGINAL, PARTIAL),
+}
+# Of a call and not of the model: with other values, loading or calling the export fails.
+OF_A_CALL = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Of generation_config.json: transformers takes any type for these, and fails when it generates.
+NUMBERS = re.compile(
+    r"temperature|top_[kph]|min_p|typical_p|\w+_cutoff|\w+_penalty|(max|min|num)_\w+"
+)
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p")
+
+
+class Portable(NamedTuple):
+    """A small file's content, and what was repaired in it, as lines for the user."""
+
+    content: dict[str, Any]
+    repairs: list[str]
+
+
+def portable_config(
+    config: Mapping[str, Any], spec: Mapping[str, tuple[int, ...]], dtype: torch.dtype, eos: int
+) -> Portable:
+    """The exported config.json: the model in all spellings, and the source's other keys.
+
+    Raises:
+        CheckpointError: the config and the weights' names and shapes contradict each other.
+    """
+    architecture = architecture_from_hf(config)
+    _check_shapes(architecture, spec)
+    written = {"model_type": architecture.family, **_written(architecture, config)}
+    written |= both_dtype_spellings(dtype)
+    if not token_ids(config, "eos_token_id", "config.json"):
+        written["eos_token_id"] = eos
+    others = {k: v for k, v in config.items() if k not in DROPPED and k not in written}
+    repairs: list[str] = []
+    for key, usual in OF_A_CALL.items():
+        if (given := others.pop(key, usual)) is not usual:
+            repairs.append(f"config.json: the export leaves out {key}={given!r:.60}.")
+    for key in ("bos_token_id", "pad_token_id"):
+        _repair_id(others, key, architecture.vocab_size, repairs)
+    others = _accepted(others, _config_reader(written, repairs), "config.json", repairs)
+    # In the order of the source, so that both can be read side by side.
+    whole = {**others, **written}
+    return Portable({k: whole[k] for k in (*config, *written) if k in whole}, repairs)
+
+
+def _check_shapes(architecture: Architecture, spec: Mapping[str, tuple[int, ...]]) -> None:
+    tied = HEAD not in spec
+    if tied != architecture.tie_word_embeddings:
+        raise CheckpointError(
+            f"config.json says tie_word_embeddings={architecture.tie_word_embeddings}, but the "
+            f"weights to export come {'without' if tied else 'with'} {HEAD}; a tied model has none."
+        )
+    rows = spec[EMBEDDING][0] if EMBEDDING in spec else None
+    if rows != architecture.vocab_size:
+        raise CheckpointError(
+            f"config.json says vocab_size={architecture.vocab_size}, but {EMBEDDING} has "
+            f"{'no' if rows is None else rows} rows."
+        )
+
+
+def _written(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that decide what the model computes, each written out."""
+    return {
+        "architectures": [CLASSES[a.family]],
+        "vocab_size": a.vocab_size,
+        "hidden_size": a.hidden_size,
+        "intermediate_size": a.intermediate_size,
+        "num_hidden_layers": a.num_hidden_layers,
+        "num_attention_heads": a.num_attention_heads,
+        "num_key_value_heads": a.num_key_value_heads,
+        "head_dim": a.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": a.rms_norm_eps,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": a.tie_word_embeddings,
+        "max_position_embeddings": a.max_position_embeddings,
+        **{key: a.out_bias if key == "attention_bias" else a.mlp_bias for key in _biases(a)},
+        **_window(a, config),
+        **both_spellings(a.rope),
+    }
+
+
+def _biases(a: Architecture) -> tuple[str, ...]:
+    return BIASES.get(a.family, ())
+
+
+def _window(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Absent, sliding_window would be a family's default; beside it layer_types must fit."""
+    if a.family == "llama":
+        return {}
+    if a.family == "mistral":
+        return {"sliding_window": a.sliding_window}
+    if a.sliding_window is None:
+        return {"use_sliding_window": False, "sliding_window": None}
+    first = a.windowed_from_layer
+    types = ["full_attention", "sliding_attention"]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": a.sliding_window,
+        "max_window_layers": first,
+        "layer_types": [types[layer >= first] for layer in range(a.num_hidden_layers)],
+    }
+
+
+def both_dtype_spellings(dtype: torch.dtype) -> dict[str, str]:
+    """What config.json says of its weights' dtype."""
+    name = str(dtype).removeprefix("torch.")
+    return {"dtype": name, "torch_dtype": name}
+
+
+def _repair_id(content: dict[str, Any], key: str, rows: int, repairs: list[str]) -> None:
+    """Some sources list several ids where readers take one; some name ids beyond the vocabulary,
+    for which transformers cannot build the embedding."""
+    given = content.get(key)
+    if isinstance(given, list) and given:
+        content[key] = given[0]
+        repairs.append(f"config.json: {key} is {given}; the export names the first, {given[0]}.")
+    found = content.get(key)
+    known = isinstance(found, int) and not isinstance(found, bool) and 0 <= found < rows
+    if found is not None and not known:
+        del content[key]
+        repairs.append(f"config.json: {key} is {found!r:.100}, no token's id; left out.")
+
+
+# What transformers takes --------------------------------------------------------------------------
+
+
+def _config_reader(
+    written: Mapping[str, Any], repairs: list[str]
+) -> Callable[[Mapping[str, Any]], None]:
+    """A function that raises what transformers raises for the written keys and some others."""
+
+    def read(base: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+        AutoConfig.for_model(**copy.deepcopy({**others, **base}))
+
+    reason = _reason(lambda: read(written, {}))
+    if reason is None:
+        return lambda others: read(written, others)
+    repairs.append(
+        f"transformers {transformers.__version__} refuses this model's own config.json, the "
+        f"source's as well as the export's: {reason} Load the export with a version that took the "
+        "source (4.57 did)."
+    )
+    base = config_without_check(written)
+    return lambda others: read(base, others)
+
+
+def config_without_check(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that transformers 5 takes for a model whose heads do not divide the hidden size.
+
+    It checks that, though it computes with `head_dim`. Set the number of heads afterwards.
+    """
+    return {**content, "num_attention_heads": 1}
+
+
+def config_if_refused(content: Mapping[str, Any]) -> Any:
+    """transformers' config of a model that it refuses for its number of heads alone; else None.
+
+    What it computes with that config is what it would compute without the check.
+    """
+    if _reason(lambda: AutoConfig.for_model(**copy.deepcopy(dict(content)))) is None:
+        return None
+    loosened = copy.deepcopy(config_without_check(content))
+    if _reason(lambda: AutoConfig.for_model(**loosened)) is not None:
+        return None
+    config = AutoConfig.for_model(**copy.deepcopy(config_without_check(content)))
+    config.num_attention_heads = content.get("num_attention_heads")
+    return config
+
+
+def _accepted(
+    content: Mapping[str, Any],
+    read: Callable[[Mapping[str, Any]], Any],
+    file: str,
+    repairs: list[str],
+) -> dict[str, Any]:
+    """The keys that `read` takes, each tried together with those before it."""
+    kept: dict[str, Any] = {}
+    for key, value in content.items():
+        tried = {**kept, key: value}
+        reason = _reason(lambda: (json.dumps(value, allow_nan=False), read(tried)))  # noqa: B023
+        if reason is None:
+            kept = tried
+        else:
+            repairs.append(f"{file}: the export leaves out {key}={value!r:.60}: {reason}")
+    return kept
+
+
+def _reason(attempt: Callable[[], Any]) -> str | None:
+    """Why an attempt fails, in one line; None if it does not."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        attempt()
+    except Exception as error:  # a library that reads a stranger's values raises nearly anything
+        text = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        return text[:200] + ("" if text.endswith(".") else ".")
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    return None
+
+
+# generation_config.json ---------------------------------------------------------------------------
+
+
+def portable_generation_config(
+    source: Mapping[str, Any] | None, config: Mapping[str, Any], eos: int
+) -> Portable:
+    """The source's generation settings, with the trained stop token among the stop tokens.
+
+    Args:
+        config: config.json of the export.
+
+    Raises:
+        CheckpointError: eos_token_id is no token's id.
+    """
+    file = "generation_config.json"
+    repairs: list[str] = []
+    dropped = ("_from_model_config", "transformers_version")
+    given = {key: value for key, value in (source or {}).items() if key not in dropped}
+    for key in IDS:
+        if given.get(key) is None and config.get(key) is not None:
+            given[key] = config[key]
+    stops = token_ids(given, "eos_token_id", file)
+    stops = stops if eos in stops else [*stops, eos]
+    if given.get("do_sample") is None and any(_samples(given, key) for key in SAMPLING):
+        given["do_sample"] = True
+        named = ", ".join(key for key in SAMPLING if _samples(given, key))
+        repairs.append(f"{file}: the export adds do_sample=true, without which {named} do nothing.")
+    # What the others depend on comes first.
+    first = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
+    ordered = {key: given[key] for key in (*first, *given) if key in given}
+    ordered["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    kept = _accepted(ordered, _read_generation, file, repairs)
+    return Portable({key: kept[key] for key in (*given, "eos_token_id") if key in kept}, repairs)
+
+
+def _samples(content: Mapping[str, Any], key: str) -> bool:
+    value = content.get(key)
+    return value is not None and value != {"top_k": 50, "min_p": None, "top_h": None}.get(key, 1.0)
+
+
+def _read_generation(content: Mapping[str, Any]) -> None:
+    """Raise what transformers raises when it saves these settings, or generates with them."""
+    for key, value in content.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if NUMBERS.fullmatch(key) and value is not None and not number:
+            raise ValueError("it must be a number.")
+        if key == "do_sample" and not isinstance(value, bool | None):
+            raise ValueError("it must be true or false.")
+        if key in IDS and key != "eos_token_id" and not isinstance(value, int | None):
+            raise ValueError("it must be one token's id.")
+    GenerationConfig(**copy.deepcopy(dict(content))).validate(strict=True)

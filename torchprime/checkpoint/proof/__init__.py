@@ -1,0 +1,1 @@
+"""The proof of an export: its certificate, made and checked again."""

@@ -1,0 +1,97 @@
+"""How an export's tensors differ from those of the base it was trained from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from torchprime.checkpoint.hf.read import SafetensorsReader
+from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
+from torchprime.errors import CheckpointError
+
+PIECE = 1 << 24  # values that are compared at once
+
+
+def told_changes(values: Mapping[str, Any]) -> str:
+    """The numbers of `changes_from` in words."""
+    new = values.get("new_rows")
+    return (
+        f"{values['changed']} of {values['tensors']} tensors differ from the base, the largest "
+        f"change is {values['largest_change']:.3g} in {values['largest_change_in']}"
+    ) + (f"; {new:,} rows are new and not compared" if new else "")
+
+
+def changes_from(
+    base: SafetensorsReader, export: SafetensorsReader, unused_rows: Sequence[int] = ()
+) -> dict[str, Any]:
+    """How the exported tensors differ from the base's, cast to the export's dtype.
+
+    Embedding and output head may have rows that training did not begin with: more than the base's,
+    or rows that the base did not use. They are counted (`new_rows`, only there if there are any),
+    and the others are compared.
+
+    Args:
+        unused_rows: rows of the base's embedding and head that were made anew.
+
+    Raises:
+        CheckpointError: the base lacks a tensor, or has it in another shape.
+    """
+    listing = export.names()
+    if HEAD not in listing:  # a tied model
+        base.share_head()
+    theirs = base.names()
+    changed, new_rows, largest, where = 0, 0, 0.0, None
+    for name, (shape, dtype) in listing.items():
+        more = _more_rows(name, shape, theirs)
+        unused = unused_rows if name in (EMBEDDING, HEAD) else ()
+        new_rows += more + len(unused)
+        new = export.get(name)[: shape[0] - more]
+        difference = _largest_difference(new, base.get(name), dtype, unused)
+        changed += difference > 0
+        if difference > largest:
+            largest, where = difference, name
+    values = {
+        "tensors": len(listing),
+        "changed": changed,
+        "largest_change": largest if math.isfinite(largest) else str(largest),
+        "largest_change_in": where,
+    }
+    more_values = {"new_rows": new_rows, "unused_rows": list(unused_rows)}
+    return values | {key: value for key, value in more_values.items() if value}
+
+
+def _largest_difference(
+    new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype, left_out: Sequence[int]
+) -> float:
+    """Of two tensors of one shape, without some of their rows; infinite if there is a NaN."""
+    width = old.numel() // old.shape[0]
+    difference, start = 0.0, 0
+    pieces = zip(new.reshape(-1).split(PIECE), old.reshape(-1).split(PIECE), strict=True)
+    for mine, its in pieces:
+        away = (mine.float() - its.to(dtype).float()).abs()
+        for first in (row * width - start for row in left_out):
+            away[max(first, 0) : max(first + width, 0)] = 0
+        farthest = away.max().item()
+        difference = max(difference, farthest) if farthest == farthest else math.inf
+        start += len(away)
+    return difference
+
+
+def _more_rows(
+    name: str, shape: tuple[int, ...], theirs: Mapping[str, tuple[tuple[int, ...], Any]]
+) -> int:
+    """Rows that an exported tensor has beyond the base's.
+
+    Raises:
+        CheckpointError: the base lacks the tensor, or has it in a shape that no new rows explain.
+    """
+    if name in theirs:
+        old = theirs[name][0]
+        grown = name in (EMBEDDING, HEAD) and shape[1:] == old[1:] and shape[0] > old[0]
+        if shape == old or grown:
+            return shape[0] - old[0] if grown else 0
+    other = f"has it as {list(theirs[name][0])}" if name in theirs else "does not have it"
+    raise CheckpointError(f"{name} is {list(shape)} in the export; the base {other}")

@@ -1,0 +1,375 @@
+"""The certificate of an export: certificate.json beside the weights.
+
+It names every file with its size and sha256, says where the weights come from, and lists what was
+proved of them before anyone could see the folder: their bytes, what changed against the base, their
+logits in transformers, chat template and stop tokens. Each check passed, failed, or was not made
+for a reason that is told. `recheck` makes them again later, without the run.
+
+What fails or raises in a check is a failed check, never a lost export: the weights of a long run
+are worth keeping until someone knows why. The caller refuses the certificate instead (`require`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchprime.atomic import write_json
+from torchprime.checkpoint.field_kinds import (
+    OBJECT,
+    TEXT,
+    Kind,
+    Table,
+    check_fields,
+    count,
+    list_of,
+    or_null,
+    texts_to,
+)
+from torchprime.checkpoint.hf.files import ExportFacts
+from torchprime.checkpoint.hf.portable import check_tokenizer
+from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
+from torchprime.checkpoint.hf.served_template import TrainedTemplate, check_served_template
+from torchprime.checkpoint.hf.weight_names import HEAD
+from torchprime.checkpoint.proof.base_changes import changes_from, told_changes
+from torchprime.checkpoint.proof.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
+from torchprime.checkpoint.proof.verify import NotChecked, compare_logits, read_back
+from torchprime.errors import CheckpointError
+from torchprime.hashing import FileFacts, hash_files
+from torchprime.json_files import read_json, token_ids
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.decoder import CausalLM
+
+CERTIFICATE = "certificate.json"
+FORMAT_VERSION = 1
+FIELDS: Table = {
+    "origin": TEXT,
+    "base_model": or_null(TEXT),
+    "step": or_null(count()),
+    "dtype": TEXT,
+    "fingerprints": OBJECT,
+    "metrics": OBJECT,
+    "versions": OBJECT,
+    "checks": list_of(OBJECT, "a list of objects"),
+    "files": texts_to(OBJECT),
+}
+CHECK: Table = {
+    "name": TEXT,
+    "passed": Kind("true, false or null", lambda v: v in (True, False, None)),
+    "detail": TEXT,
+    "values": OBJECT,
+}
+FIRST_CHANGE = 2  # with warm-up the first update has a learning rate of 0
+
+Found = tuple[str, dict[str, Any]]  # what a check says, and its numbers
+
+
+class UncertifiedError(CheckpointError):
+    """An export that is whole, with a certificate of which a check failed."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: `passed` is None where it was not made; `values` are its numbers."""
+
+    name: str
+    passed: bool | None
+    detail: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What certificate.json says.
+
+    Attributes:
+        origin: where the weights came from, for people.
+        step: updates made; None if unknown.
+        fingerprints: of data, config, tokenizer, ...
+        metrics: the last values.
+        files: size and sha256 of every other file of the folder.
+    """
+
+    origin: str
+    base_model: str | None
+    step: int | None
+    dtype: str
+    fingerprints: dict[str, Any]
+    metrics: dict[str, Any]
+    versions: dict[str, str]
+    checks: tuple[Check, ...]
+    files: dict[str, FileFacts]
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if check.passed is False]
+
+    def check(self, name: str) -> Check:
+        """The check of this name; a CheckpointError if the certificate does not have it."""
+        for check in self.checks:
+            if check.name == name:
+                return check
+        raise CheckpointError(f"{CERTIFICATE} has no check {name!r}; it was edited. Export again.")
+
+    def tally(self) -> str:
+        """How many checks passed, and which did not."""
+        return tally(self.checks)
+
+    def require(self, where: object) -> None:
+        """Raise an UncertifiedError if a check failed; `where` names the export's folder or URL."""
+        if self.failed:
+            told = "".join(f"\n  {check.name}: {check.detail}" for check in self.failed)
+            raise UncertifiedError(
+                f"The export in {where} is whole, but its certificate failed:{told}\nDo not use it "
+                f"before you know why; to export again, remove it. {where}/{CERTIFICATE} has all "
+                f"checks; `torchprime verify {where}` makes them again."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        content = asdict(self)
+        content["metrics"] = {key: _plain(value) for key, value in self.metrics.items()}
+        content["checks"] = [asdict(check) for check in self.checks]
+        return {"format_version": FORMAT_VERSION, "passed": not self.failed, **content}
+
+
+def tally(checks: tuple[Check, ...] | list[Check]) -> str:
+    """How many passed, which failed, which were not made."""
+    failed = [check.name for check in checks if check.passed is False]
+    left_out = [check.name for check in checks if check.passed is None]
+    parts = [f"{sum(check.passed is True for check in checks)} checks passed"]
+    parts += [f"{len(failed)} failed ({', '.join(failed)})"] if failed else []
+    parts += [f"{len(left_out)} not made ({', '.join(left_out)})"] if left_out else []
+    return ", ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_certificate(folder: Path) -> Certificate:
+    """The certificate in an export's folder.
+
+    Raises:
+        CheckpointError: there is none, or it is malformed or of another format.
+    """
+    path = folder / CERTIFICATE
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder of an export.")
+    if not path.is_file():
+        raise CheckpointError(
+            f"There is no {CERTIFICATE} in {folder}, so there is nothing to verify it by. Give the "
+            "folder of an export made by torchprime; a run's checkpoint has to be exported first "
+            "(torchprime export CHECKPOINT --out DIR)."
+        )
+    content = read_json(path)
+    version = content.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format {version}; this torchprime reads format {FORMAT_VERSION}. Use the "
+            "version that wrote it."
+        )
+    try:
+        content.pop("passed")
+        check_fields(content, FIELDS)
+        for check in content["checks"]:
+            check_fields(check, CHECK, "checks")
+        content["checks"] = tuple(Check(**check) for check in content["checks"])
+        files = content.pop("files")
+        files = {n: FileFacts(bytes=f["bytes"], sha256=f["sha256"]) for n, f in files.items()}
+        return Certificate(**content, files=files)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a certificate ({type(error).__name__}: {error}); it was cut short or "
+            "edited. Export again."
+        ) from error
+
+
+def trained_options(folder: Path) -> dict[str, Any]:
+    """Return what the chat template was given while training, as the certificate says."""
+    if not (folder / CERTIFICATE).is_file():
+        return {}
+    check = read_certificate(folder).check("chat template")
+    return check.values.get("options", {})
+
+
+# Making one ---------------------------------------------------------------------------------------
+
+
+def certify(
+    folder: Path,
+    hashes: Mapping[str, str],
+    *,
+    facts: ExportFacts,
+    origin: str,
+    trained: PromptLogits | str,
+    base: Path | str | None,
+) -> Certificate:
+    """Prove a folder that is complete but for its certificate, and write that, last.
+
+    Args:
+        hashes: of the weights as they were handed over; see `tensor_hash`.
+        origin: where the weights come from, for people.
+        trained: logits of the trainer's model, or why there are none.
+        base: the folder of the base's weights, or why they cannot be compared; None if training
+            began from random weights.
+    """
+    proofs: list[tuple[str, Callable[[], Found]]] = [
+        ("weights", lambda: _same_bytes(folder, hashes)),
+        ("tied weights", lambda: check_tied(folder)),
+        ("base", lambda: check_base(folder, base, facts)),
+        ("logits", lambda: _same_logits(folder, trained, facts.dtype)),
+        ("chat template", lambda: check_template(folder, facts.trained_template())),
+        ("stop tokens", lambda: check_stops(folder, facts.stop_ids)),
+        ("tokenizer", lambda: check_ids(folder)),
+    ]
+    certificate = Certificate(
+        origin=origin,
+        base_model=facts.base_model,
+        step=facts.step,
+        dtype=facts.dtype_name,
+        fingerprints=dict(facts.fingerprints),
+        metrics=dict(facts.metrics),
+        versions=dict(facts.card.get("versions") or {}),
+        checks=tuple(judge(name, check, folder) for name, check in proofs),
+        files=hash_folder(folder),
+    )
+    write_json(folder / CERTIFICATE, certificate.to_dict())
+    return certificate
+
+
+def judge(name: str, check: Callable[[], Found], folder: Path) -> Check:
+    """Make a check. Whatever it raises is its failure: libraries raise nearly anything."""
+    try:
+        detail, values = check()
+        return Check(name, True, detail, values)
+    except NotChecked as reason:
+        return Check(name, None, str(reason))
+    except CheckpointError as error:
+        told = str(error)
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+    # The folder may have another name by the time that someone reads this.
+    return Check(name, False, told.replace(str(folder), "the export"))
+
+
+def hash_folder(folder: Path) -> dict[str, FileFacts]:
+    """Size and sha256 of every file in the folder but the certificate, by relative name."""
+    paths = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    paths.pop(CERTIFICATE, None)
+    return hash_files(paths)
+
+
+# The checks ---------------------------------------------------------------------------------------
+
+
+def _same_bytes(folder: Path, hashes: Mapping[str, str]) -> Found:
+    read_back(folder, hashes)
+    values = weights_values(SafetensorsReader(folder), hashes)
+    return f"{len(hashes)} tensors read back equal the trained weights", values
+
+
+def weights_values(reader: SafetensorsReader, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """How many tensors, values and dtypes, and one hash of all, however they lie in files."""
+    listing = reader.names()
+    dtypes: dict[str, int] = {}
+    for _, dtype in listing.values():
+        name = str(dtype).removeprefix("torch.")
+        dtypes[name] = dtypes.get(name, 0) + 1
+    lines = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
+    return {
+        "tensors": len(listing),
+        "parameters": sum(math.prod(shape) for shape, _ in listing.values()),
+        "dtypes": dtypes,
+        "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+    }
+
+
+def check_tied(folder: Path) -> Found:
+    """The files hold exactly the tensors of config.json's model, a head of its own or none."""
+    config = read_json(folder / "config.json")
+    architecture = architecture_from_hf(config)
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in CausalLM(architecture).named_parameters()}
+    reader = SafetensorsReader(folder)
+    tied = architecture.tie_word_embeddings
+    check_names(shapes, reader, tied=tied)
+    if tied and HEAD in reader.names():
+        raise CheckpointError(f"config.json ties the embeddings, but the files hold {HEAD}.")
+    how = f"tied, no {HEAD}" if tied else f"not tied, {HEAD} of its own"
+    return f"{len(shapes)} tensors, those of config.json's model: {how}", {"tied": tied}
+
+
+def check_base(folder: Path, base: Path | str | None, facts: ExportFacts) -> Found:
+    """Training changed something, and what."""
+    if base is None:
+        raise NotChecked("training began from random weights; there is no base")
+    if isinstance(base, str):
+        raise NotChecked(base)
+    values = changes_from(SafetensorsReader(base), SafetensorsReader(folder), facts.unused_rows)
+    if not values["changed"]:
+        same = f"none of {values['tensors']} tensors differs from the base"
+        if facts.step is None or facts.step < FIRST_CHANGE:
+            raise NotChecked(f"{same}, as may be so early: updates made: {facts.step}")
+        raise CheckpointError(
+            f"{same} after {facts.step} updates: these are the base's weights, not trained ones"
+        )
+    return told_changes(values), values
+
+
+def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) -> Found:
+    if isinstance(trained, str):
+        raise NotChecked(f"logits not compared ({trained})")
+    least = LOGIT_TOLERANCE[dtype]
+    match = compare_logits(folder, trained.ids, trained.logits, least=least)
+    rows, length = trained.ids.shape
+    values = {
+        "computed_by": trained.computed_by,
+        "prompts": [
+            {"text": text, "tokens": length, "likeliest_next": likeliest(logits[-1])}
+            for text, logits in zip(PROMPTS, trained.logits, strict=True)
+        ],
+        "tolerance": match.tolerance,
+        "rounding_floor": match.floor,
+        "max_difference": match.difference,
+    }
+    return (
+        f"logits of transformers match the trainer's to {match.difference:.0e} of the largest "
+        f"({rows} prompts of {length} tokens, {match.allowed()})"
+    ), values
+
+
+def check_template(folder: Path, trained: TrainedTemplate | None) -> Found:
+    """A server renders with what was trained with, a conversation with tools, too."""
+    if trained is None:
+        raise NotChecked("no conversations were trained on")
+    return check_served_template(folder, trained)
+
+
+def check_stops(folder: Path, stop_ids: tuple[int, ...]) -> Found:
+    """A server stops where the model was trained to stop."""
+    file = "generation_config.json"
+    stops = token_ids(read_json(folder / file), "eos_token_id", file)
+    missing = [i for i in stop_ids if i not in stops]
+    if missing:
+        raise CheckpointError(
+            f"generation_config.json stops at {stops}, not at {missing}, which was trained to end "
+            "an answer: a server would go on past it"
+        )
+    return f"generation_config.json stops at {stops}", {"stop_ids": list(stop_ids)}
+
+
+def check_ids(folder: Path) -> Found:
+    """transformers (and so vLLM) reads the tokenizer as tokenizer.json says."""
+    check_tokenizer(folder)
+    return "AutoTokenizer gives the ids of tokenizer.json", {}

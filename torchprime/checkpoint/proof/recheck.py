@@ -1,0 +1,200 @@
+"""The checks of a certificate, made again on a folder that may have travelled since.
+
+Only what can be known from the folder (and the base's, if it is given) is judged; the rest is
+listed with the reason. A certificate is no signature: it finds what was damaged, mixed up or
+edited, and not what someone changed together with the certificate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchprime.checkpoint.hf.read import SafetensorsReader
+from torchprime.checkpoint.hf.served_template import TrainedTemplate
+from torchprime.checkpoint.hf.write import is_finite, tensor_hash
+from torchprime.checkpoint.proof.base_changes import changes_from, told_changes
+from torchprime.checkpoint.proof.certificate import (
+    CERTIFICATE,
+    Certificate,
+    Check,
+    Found,
+    check_ids,
+    check_stops,
+    check_template,
+    check_tied,
+    hash_folder,
+    judge,
+    read_certificate,
+    weights_values,
+)
+from torchprime.checkpoint.proof.logits import encode_prompts, no_room
+from torchprime.checkpoint.proof.verify import (
+    NotChecked,
+    judge_logits,
+    load_transformers,
+    logits_of,
+)
+from torchprime.errors import CheckpointError
+
+# Files that some reader of a model would open though the certificate does not know them.
+READ = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"),
+    *(".py", ".json", ".jinja", ".model", ".txt"),
+)
+
+
+def recheck(folder: Path, base: Path | None = None) -> tuple[Certificate, list[Check]]:
+    """Make again what can be made again.
+
+    Args:
+        base: the folder of the base's weights.
+
+    Raises:
+        CheckpointError: no certificate, or one that cannot be read.
+    """
+    certificate = read_certificate(folder)
+    again: list[tuple[str, Callable[[], Found]]] = [
+        ("when written", lambda: _when_written(certificate)),
+        ("files", lambda: _files(folder, certificate)),
+        ("weights", lambda: _weights(folder, _values(certificate, "weights"))),
+        ("tied weights", lambda: check_tied(folder)),
+        ("base", lambda: _base(folder, base, certificate)),
+        ("logits", lambda: _logits(folder, _values(certificate, "logits"), certificate)),
+        (
+            "chat template",
+            lambda: check_template(
+                folder, TrainedTemplate.from_values(_values(certificate, "chat template"))
+            ),
+        ),
+        (
+            "stop tokens",
+            lambda: check_stops(folder, tuple(_values(certificate, "stop tokens")["stop_ids"])),
+        ),
+        ("tokenizer", lambda: check_ids(folder)),
+        ("fingerprints", lambda: _not_here(certificate.fingerprints, "rows and config")),
+        ("metrics", lambda: _not_here(certificate.metrics, "the run and its held-out rows")),
+    ]
+    return certificate, [judge(name, check, folder) for name, check in again]
+
+
+def _values(certificate: Certificate, name: str) -> dict[str, Any]:
+    """A recorded check's numbers; NotChecked if it was not made or failed, when it has none."""
+    recorded = certificate.check(name)
+    if recorded.passed is None:
+        raise NotChecked(f"nor when the certificate was written: {recorded.detail}")
+    if not recorded.passed:
+        raise NotChecked("it failed when the certificate was written")
+    return recorded.values
+
+
+def _when_written(certificate: Certificate) -> Found:
+    if certificate.failed:
+        told = "; ".join(f"{check.name}: {check.detail}" for check in certificate.failed)
+        raise CheckpointError(f"it was written with failed checks: {told}")
+    return certificate.tally(), {}
+
+
+def _files(folder: Path, certificate: Certificate) -> Found:
+    found, expected = hash_folder(folder), certificate.files
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    for name, facts in expected.items():
+        if name in found and found[name] != facts:
+            here = found[name]["bytes"]
+            size = f"{here:,} bytes instead of {facts['bytes']:,}" if here != facts["bytes"] else ""
+            wrong.append(f"{name} differs ({size or 'its sha256'})")
+    more = [name for name in found if name not in expected and not _hidden(name)]
+    wrong += [f"{name} is not certified" for name in more if Path(name).suffix in READ]
+    if wrong:
+        raise CheckpointError("; ".join(wrong))
+    beside = [name for name in more if Path(name).suffix not in READ]
+    note = f"; not certified, and not read by anyone: {', '.join(beside)}" if beside else ""
+    size = sum(facts["bytes"] for facts in expected.values())
+    return f"{len(expected)} files, {size / 1e6:,.1f} MB, as certified{note}", {}
+
+
+def _hidden(name: str) -> bool:
+    """Such as .git/ and .cache/, which downloads leave behind."""
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
+def _weights(folder: Path, recorded: dict[str, Any]) -> Found:
+    reader = SafetensorsReader(folder)
+    hashes = {}
+    for name in reader.names():
+        tensor = reader.get(name)
+        if not is_finite(tensor):
+            raise CheckpointError(f"{name} holds NaN or infinite values")
+        hashes[name] = tensor_hash(tensor)
+    values = weights_values(reader, hashes)
+    other = [
+        f"{k} {values[k]}, certified {recorded[k]}" for k in values if values[k] != recorded[k]
+    ]
+    if other:
+        raise CheckpointError(f"the tensors are not those certified: {'; '.join(other)}")
+    kinds = ", ".join(f"{count} {dtype}" for dtype, count in values["dtypes"].items())
+    return f"{values['tensors']} tensors ({kinds}) are those that left the trainer", values
+
+
+def _base(folder: Path, base: Path | None, certificate: Certificate) -> Found:
+    if base is None:
+        named = certificate.base_model
+        raise NotChecked(
+            "there is none: training began from random weights"
+            if named is None
+            else f"give its folder to compare with it again: --base FOLDER (it is {named})"
+        )
+    recorded = certificate.check("base").values
+    unused = recorded.get("unused_rows", [])
+    values = changes_from(SafetensorsReader(base), SafetensorsReader(folder), unused)
+    if recorded and values != recorded:
+        raise CheckpointError(
+            f"{told_changes(values)}; certified was: {told_changes(recorded)}. Is that folder the "
+            f"base of this export ({certificate.base_model})?"
+        )
+    if not values["changed"]:
+        raise CheckpointError(f"none of {values['tensors']} tensors differs from the base")
+    return told_changes(values), values
+
+
+def _logits(folder: Path, recorded: dict[str, Any], certificate: Certificate) -> Found:
+    parameters = certificate.check("weights").values["parameters"]
+    if reason := no_room(parameters, getattr(torch, certificate.dtype)):
+        raise NotChecked(reason)
+    prompts = recorded["prompts"]
+    ids = encode_prompts(
+        folder / "tokenizer.json", [p["text"] for p in prompts], longest=prompts[0]["tokens"]
+    )
+    model = load_transformers(folder)
+    logits = logits_of(model, ids)
+    largest = float(np.abs(logits).max())
+    worst = max(
+        abs(float(row[-1][int(token)]) - value) / largest
+        for row, prompt in zip(logits, prompts, strict=True)
+        for token, value in prompt["likeliest_next"].items()
+    )
+    match = judge_logits(model, ids, logits, worst, recorded["tolerance"])
+    if not match.within:
+        raise CheckpointError(
+            f"logits in transformers differ from the certified ones by {worst:.1e} of the largest, "
+            f"{match.allowed()}"
+        )
+    return (
+        f"behind {len(prompts)} prompts transformers' logits are the certified ones to {worst:.0e} "
+        f"of the largest (computed by {recorded['computed_by']})"
+    ), {}
+
+
+def _not_here(recorded: dict[str, Any], what: str) -> Found:
+    told = ", ".join(
+        f"{key} {_short(value)}" for key, value in recorded.items() if value is not None
+    )
+    raise NotChecked(f"{what} are not in the folder; {CERTIFICATE} says: {told or 'nothing'}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)[:12]

@@ -1,0 +1,1 @@
+"""Run checkpoints: storage, shards, manifest, retention, the lock of a folder."""

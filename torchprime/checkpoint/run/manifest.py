@@ -1,0 +1,216 @@
+"""The manifest of a checkpoint: what a resume needs to know, and what the folder must hold.
+
+It is written last, so a folder that has one is whole as far as writing goes; the sizes and hashes
+in it say whether it still is. It also hashes itself, which finds damage and not a forger: every
+field is checked before anything goes by it, and the files it names lie in its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchprime.checkpoint.field_kinds import (
+    NUMBER,
+    OBJECT,
+    SHA256,
+    TEXT,
+    Table,
+    check_fields,
+    count,
+    list_of,
+    or_null,
+    texts_to,
+)
+from torchprime.checkpoint.run.storage import MANIFEST, Storage
+from torchprime.errors import CheckpointError
+from torchprime.foreign_names import checked_path
+from torchprime.hashing import FileFacts
+
+FORMAT_VERSION = 1
+MOST_BYTES = 64 << 20
+STEP = re.compile(r"step_(\d{8,15})")
+# Also of one that a resume from an earlier step put aside.
+NAMED_BY_STEP = re.compile(r"(?:set_aside_\d+_)?step_(\d{8,15})")
+FIELDS: Table = {
+    "backend": TEXT,
+    "mesh": texts_to(count(1)),
+    "processes": count(1),
+    "config": OBJECT,
+    "versions": texts_to(TEXT),
+    "created": TEXT,
+    "model": {"names": count(), "dtype": TEXT, "parameters": count(), "hash": or_null(TEXT)},
+    "optimizer": {"name": TEXT, "slots": list_of(TEXT, "a list of names")},
+    "scheduler": {
+        "name": TEXT,
+        "peak": NUMBER,
+        "warmup_steps": count(),
+        "total_steps": count(),
+        "min_lr_ratio": NUMBER,
+    },
+    "global_step": count(),
+    "rng": texts_to(TEXT),
+    "data_position": {
+        "seed": count(),
+        "next_step": count(),
+        "global_batch_size": count(1),
+        "num_blocks": count(),
+    },
+    "tokenizer_fingerprint": or_null(TEXT),
+    "template_fingerprint": or_null(TEXT),
+    "data_manifest": OBJECT,
+    "eval_manifest": or_null(OBJECT),
+    "best_metric": or_null(OBJECT),
+    "hooks": OBJECT,
+    "metrics": OBJECT,
+    "scores": texts_to(NUMBER),
+    "files": OBJECT,
+}
+BEST: Table = {"scores": texts_to(NUMBER), "step": count()}
+FILE: Table = {"bytes": count(), "sha256": SHA256}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint's facts, as JSON can say them.
+
+    Attributes:
+        global_step: updates made; also called `step`.
+        backend, mesh, processes: how it ran; a resume may differ.
+        config: as `TrainConfig.to_dict` gives it.
+        created: ISO time, for people: nothing is ordered by it.
+        model: `names` of weights (count), their `dtype`, number of `parameters`, and `hash` of all
+            names and shapes.
+        optimizer: `name` and its state `slots`.
+        scheduler: `name`, `peak`, `warmup_steps`, `total_steps`, `min_lr_ratio`.
+        rng: states of the random generators in use, in base64.
+        data_position: `seed`, `next_step`, `global_batch_size`, `num_blocks`: the whole state of a
+            pure order.
+        tokenizer_fingerprint, template_fingerprint: the latter null without a chat template.
+        data_manifest, eval_manifest: fingerprints of the prepared data, by source.
+        best_metric: `scores` and `step` of the best so far, or null.
+        hooks: what hooks remember, by hook.
+        metrics: the last values.
+        scores: what was measured on held-out rows after this very step, by metric.
+        files: size and sha256 of every other file of the folder.
+    """
+
+    backend: str
+    mesh: dict[str, int]
+    processes: int
+    config: dict[str, Any]
+    versions: dict[str, str]
+    created: str
+    # The eleven that a resume needs; model and optimizer describe the tensors beside the manifest.
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    global_step: int
+    rng: dict[str, Any]
+    data_position: dict[str, Any]
+    tokenizer_fingerprint: str | None
+    template_fingerprint: str | None
+    data_manifest: dict[str, Any]
+    eval_manifest: dict[str, Any] | None
+    best_metric: dict[str, Any] | None
+    hooks: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    files: dict[str, FileFacts] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(vars(self), FIELDS)
+        if self.best_metric is not None:
+            check_fields(self.best_metric, BEST, "best_metric")
+        if self.data_position["next_step"] != self.global_step:
+            raise ValueError(
+                f"data_position.next_step is {self.data_position['next_step']}, global_step "
+                f"{self.global_step}: they are of two steps"
+            )
+
+    @property
+    def step(self) -> int:
+        return self.global_step
+
+    def to_bytes(self) -> bytes:
+        """As written to the file."""
+        content = dataclasses.asdict(self)
+        envelope = {"format_version": FORMAT_VERSION, "sha256": _own_hash(content), **content}
+        return (json.dumps(envelope, indent=1, ensure_ascii=False) + "\n").encode()
+
+    @staticmethod
+    def from_bytes(data: bytes, where: str) -> Manifest:
+        """Parse and check; `where` names the file in messages.
+
+        Raises:
+            CheckpointError: not JSON, changed since it was written, of a newer format, incomplete,
+                or with a field that is something else.
+        """
+        try:
+            content = json.loads(data)
+            version, claimed = content.pop("format_version"), content.pop("sha256")
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"{where} is not a manifest ({type(error).__name__}: {error}); it was cut short or "
+                "overwritten. Resume from another checkpoint."
+            ) from error
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{where} has format {version}; this torchprime reads format {FORMAT_VERSION}. "
+                "Use the version that wrote it."
+            )
+        if _own_hash(content) != claimed:
+            raise CheckpointError(
+                f"{where} has changed since it was written: its sha256 does not fit. Resume from "
+                "another checkpoint; a manifest is not for editing."
+            )
+        try:
+            manifest = Manifest(**content)
+            _check_files(manifest.files, where)
+            return manifest
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{where} is not what a run writes: {error}. Resume from another checkpoint."
+            ) from error
+
+
+def read_manifest(storage: Storage, name: str) -> Manifest:
+    """The manifest of the checkpoint folder `name`.
+
+    Raises:
+        CheckpointError: there is none (then there is no checkpoint), it is damaged, or it is of
+            another step than the folder's name says.
+    """
+    where = f"{name}/{MANIFEST}"
+    if not storage.exists(where):
+        raise CheckpointError(
+            f"{storage.describe(name)} holds no {MANIFEST}, so it is not a whole checkpoint."
+        )
+    told = storage.describe(where)
+    manifest = Manifest.from_bytes(storage.read_bytes(where, MOST_BYTES), told)
+    named = NAMED_BY_STEP.fullmatch(name)
+    if named and int(named[1]) != manifest.step:
+        raise CheckpointError(
+            f"{told} is of step {manifest.step}, and its folder is named {name}: it was renamed, "
+            "or its files are another checkpoint's. Resume from another checkpoint."
+        )
+    return manifest
+
+
+def _check_files(files: Mapping[str, Any], where: str) -> None:
+    """Every checkpoint has files, and their names stay inside of its folder."""
+    if not files:
+        raise ValueError("files: given none, so nothing in the folder could be checked")
+    for name, facts in files.items():
+        checked_path(name, where)
+        check_fields(facts, FILE, f"files[{name!r}]")
+
+
+def _own_hash(content: Mapping[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,149 @@
+"""`torchprime resume-check RUN [...]`: say what a run will do when it is started again.
+
+Without --config-name, the run's own config.yaml is the base, and options of groups (mesh=fsdp8) are
+laid over it. With --config-name the command is composed as training composes it. What the last
+start alone was told holds no longer: where it began (resume.source) and what it was allowed
+(resume.allow_changes) have to be in the command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from torchprime.atomic import write_text
+from torchprime.checkpoint.places import ExportPlace
+from torchprime.checkpoint.run.catalog import Catalog
+from torchprime.checkpoint.run.storage import Storage
+from torchprime.cli.shared.arguments import make_parser, run_command
+from torchprime.cli.shared.data import load
+from torchprime.config.compose import SCHEMA_NODE, compose_config, is_group
+from torchprime.config.paths import is_url, local_path
+from torchprime.config.schema import TrainConfig
+from torchprime.errors import ConfigError
+from torchprime.terminal import print_lines, say
+from torchprime.training.evaluating import make_choosing
+from torchprime.training.run import resume as resuming
+from torchprime.training.run.changes import REFUSED, find_changes, not_allowed
+from torchprime.training.run.folder import CONFIG
+from torchprime.training.run.resume import Past, ResumePoint
+from torchprime.training.setup.recipe import steps_of
+
+EPILOG = """\
+RUN is a run's folder. Give the flags and overrides of the command to come. Without --config-name
+the run's config.yaml is the base. Exit code: 0 if the run would go on or has nothing left to do, 1
+if not, 2 for a mistake.
+"""
+# Another source of rows takes the place of the one before it.
+SOURCES = ("hf_dataset_name", "hf_dataset_config_name", "file_dataset_path", "mixture")
+
+
+def resume_check_main(argv: list[str]) -> int:
+    """Print what would happen; 0 if the run could go on, 1 if not, 2 for a mistake."""
+    parser = make_parser(
+        "torchprime resume-check", "Say what a run will do when it is started again.", EPILOG
+    )
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--config-name", "-cn", metavar="NAME", help="as the command has it")
+    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="as the command has it")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    return run_command(parser, argv, _check)
+
+
+def _check(given: argparse.Namespace) -> int:
+    run = local_path("RUN", given.run)
+    if not (run / CONFIG).is_file():
+        raise ConfigError(
+            f"RUN: {run} holds no {CONFIG}, expected a run's folder, <output_dir>/<run_name>."
+        )
+    config = _config(run, given.config_name, given.config_dir, given.overrides)
+    catalog = Catalog(Storage.of(resuming.checkpoints_place(run, config.checkpoint.folder)))
+    resuming.may_go_on(config.resume.source, run, catalog)
+    point = resuming.find_point(config.resume.source, catalog, _say)
+    if point is None:
+        _say("the run wrote no checkpoint: it would begin again at the first step")
+        return 0
+    manifest = point.reader.manifest
+    now = load(config)  # the data is prepared, or found prepared
+    identity = {"model": now.files.fingerprint(), **now.data.fingerprints()}
+    changes = find_changes(manifest, config.to_dict(), identity)
+    _say(f"{point.where}: step {manifest.step}, written by {manifest.backend} on {manifest.mesh}")
+    for change in changes:
+        _say(f"  {change.describe()}")
+    refused = [change for change in changes if change.kind == REFUSED]
+    asked = not_allowed(changes, config.resume.allow_changes)
+    if not refused and not asked:
+        _say(_what_is_left(config, run, point, steps_of(config, now.data.train).total_steps))
+        return 0
+    count = len(refused) + len(asked)
+    _say(f"the run would not go on from there: {count} of {len(changes)} changes forbid it")
+    if asked:
+        keys = ",".join(change.key for change in asked)
+        _say(f"to allow what is questionable: resume.allow_changes=[{keys}]")
+    return 1
+
+
+def _say(line: str) -> None:
+    print_lines([line])
+
+
+def _what_is_left(config: TrainConfig, run: Path, point: ResumePoint, total: int) -> str:
+    """What the run would do from a point that nothing forbids."""
+    stopping = make_choosing(config.eval, config.selection).stopping
+    history = Past.of(point.reader.manifest).history
+    early = bool(stopping and history and history[-1].step == point.step)
+    stopped = early and stopping is not None and stopping.reason(history) is not None
+    if point.step < total and not stopped:
+        return f"the run would go on from there, to step {total}"
+    if (wanted := config.task.export_checkpoint_path) is None:
+        return "the run is complete: nothing would be done"
+    place = ExportPlace.of(wanted if is_url(wanted) else run / wanted)
+    if place.is_there():
+        return "the run is complete: nothing would be done"
+    return f"every step is done: only the export to {place} would be written"
+
+
+# The config to come -------------------------------------------------------------------------------
+
+
+def _config(run: Path, name: str | None, folder: str | None, overrides: list[str]) -> TrainConfig:
+    if name is not None:
+        place = [] if folder is None else ["--config-dir", folder]
+        return compose_config(["--config-name", name, *place, *overrides])
+    base: dict[str, Any] = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    allowed = base.get("resume", {}).get("allow_changes")
+    if allowed and not any(each.startswith("resume.allow_changes") for each in overrides):
+        say(
+            f"note: the last start had resume.allow_changes={allowed}. It counts only if the "
+            "command to come has it again, so it is not counted here."
+        )
+    base["resume"] = {}
+    options = [each for each in overrides if is_group(each.partition("=")[0], folder)]
+    for option in options:
+        section = base.get(option.partition("=")[0], {})
+        section.update({key: None for key in SOURCES[:-1] if key in section})
+        section.update({key: [] for key in SOURCES[-1:] if key in section})
+    laid_over = [f"+{each}" if each in options else each for each in overrides]
+    with tempfile.TemporaryDirectory() as temporary:
+        defaults = {"defaults": [SCHEMA_NODE, "_self_"]}  # for keys that are newer than the run
+        text = yaml.safe_dump(defaults | _escaped(base), sort_keys=False)
+        write_text(Path(temporary) / CONFIG, text)
+        if folder is not None:
+            for group in local_path("--config-dir", folder).resolve().iterdir():
+                if group.is_dir():
+                    (Path(temporary) / group.name).symlink_to(group)
+        argv = ["--config-dir", temporary, "--config-name", Path(CONFIG).stem, *laid_over]
+        return compose_config(argv)
+
+
+def _escaped(value: Any) -> Any:
+    """What is recorded is resolved: a `${` that is left belongs to a text."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

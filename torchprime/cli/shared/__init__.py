@@ -1,0 +1,1 @@
+"""What several commands use: arguments, output columns, prepared data."""

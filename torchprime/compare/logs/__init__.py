@@ -1,0 +1,1 @@
+"""The logs of a run, whoever wrote them, become one form."""

@@ -1,0 +1,1 @@
+"""Examples become batches: stored, mixed, packed into blocks and ordered."""

@@ -1,0 +1,36 @@
+"""What one update costs, before anything is compiled: blocks and tokens over one epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from torchprime.data.blocks.dataset import PackedDataset
+from torchprime.data.blocks.order import EMPTY_BLOCK, batch_indices, steps_per_epoch
+
+
+def batch_budget(packed: PackedDataset, seed: int, global_batch_size: int) -> dict[str, Any]:
+    """Slot, real and supervised tokens per update: mean, min and max over the first epoch."""
+    steps = steps_per_epoch(packed.num_blocks, global_batch_size)
+    real, supervised = [], []
+    for step in range(steps):
+        indices = batch_indices(packed.num_blocks, seed, step, global_batch_size)
+        blocks = indices[indices != EMPTY_BLOCK]
+        real.append(int(packed.block_real_tokens[blocks].sum()))
+        supervised.append(int(packed.block_supervised_tokens[blocks].sum()))
+    slots = global_batch_size * packed.block_size
+    return {
+        "blocks": packed.num_blocks,
+        "block_size": packed.block_size,
+        "blocks_per_update": global_batch_size,
+        "steps_per_epoch": steps,
+        "empty_blocks_in_last_update": steps * global_batch_size - packed.num_blocks,
+        "slot_tokens_per_update": {"mean": float(slots), "min": slots, "max": slots},
+        "real_tokens_per_update": _summary(real),
+        "supervised_tokens_per_update": _summary(supervised),
+    }
+
+
+def _summary(values: list[int]) -> dict[str, float | int]:
+    return {"mean": float(np.mean(values)), "min": min(values), "max": max(values)}

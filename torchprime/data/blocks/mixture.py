@@ -1,0 +1,96 @@
+"""Which examples of several sources are trained on, when the sources have weights.
+
+Weights are shares of the result, in rows or in tokens. No example is used twice: the result is as
+large as the scarcest source allows, and what is left over is reported. Which examples are taken is
+a pure function of the seed, so the same mixture is made everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from torchprime.data.blocks.order import epoch_permutation
+from torchprime.errors import DataError
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One source's part of the mixture: its weight among its kind (None: all there is)."""
+
+    name: str
+    weight: float | None = None
+    replay: bool = False
+
+
+def shares_of(parts: Sequence[Share], replay_share: float | None) -> dict[str, float] | None:
+    """Name -> share of the whole, summing to 1; None when everything is to be used.
+
+    General data marked `replay` makes up `replay_share`, split by its weights; the rest is split
+    among the others by theirs.
+    """
+    main = [part for part in parts if not part.replay]
+    replay = [part for part in parts if part.replay]
+    if (replay_share is None) != (not replay):
+        raise DataError(
+            f"dataset.replay_share={replay_share}: {len(replay)} parts of dataset.mixture have "
+            "replay=true, expected both or neither. Set dataset.replay_share=0.1 and mark the "
+            "general data with replay: true"
+        )
+    if not main:
+        raise DataError(
+            "dataset.mixture has only parts with replay=true, expected at least one without"
+        )
+    given = [part for part in parts if part.weight is not None]
+    if not given and not replay:
+        return None
+    for group in (main, replay):
+        weighted = sum(part.weight is not None for part in group)
+        if weighted not in (0, len(group)) or (group is main and len(group) > 1 and not weighted):
+            names = ", ".join(part.name for part in group if part.weight is None)
+            raise DataError(
+                f"dataset.mixture: no weight is given for {names}, expected one for every part "
+                "or for none. Add weight: to each"
+            )
+    shares: dict[str, float] = {}
+    for group, total in ((main, 1 - (replay_share or 0.0)), (replay, replay_share or 0.0)):
+        weights = [1.0 if part.weight is None else part.weight for part in group]
+        for part, weight in zip(group, weights, strict=True):
+            shares[part.name] = total * weight / sum(weights)
+    return shares
+
+
+def choose(
+    sizes: Ints,
+    sources: npt.NDArray[np.int32],
+    names: Sequence[str],
+    shares: Mapping[str, float],
+    seed: int,
+) -> Ints:
+    """The examples to use, ascending.
+
+    Args:
+        sizes: what each example counts: 1, or its tokens.
+        sources: the place of each example's source in `names`.
+        shares: name -> share of the whole.
+    """
+    members = {name: np.flatnonzero(sources == place) for place, name in enumerate(names)}
+    for name, share in shares.items():
+        if share > 0 and not len(members.get(name, ())):
+            raise DataError(f"dataset.mixture: the part {name} has no usable example")
+    total = min(sizes[members[name]].sum() / share for name, share in shares.items() if share > 0)
+    chosen: list[Ints] = []
+    for number, (name, share) in enumerate(shares.items()):
+        if share == 0:
+            continue
+        mine = members[name]
+        shuffled = mine[epoch_permutation(len(mine), seed, number)]
+        # As many as come closest to the share from below, and at least one.
+        within = int((np.cumsum(sizes[shuffled]) <= total * share * (1 + 1e-9)).sum())
+        chosen.append(shuffled[: max(1, within)])
+    return np.sort(np.concatenate(chosen))

@@ -1,0 +1,1 @@
+"""Files, saved folders and the hub become records with ids."""

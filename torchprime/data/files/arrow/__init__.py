@@ -1,0 +1,1 @@
+"""Arrow types become the values that JSON would have."""

@@ -1,0 +1,234 @@
+"""Where rows come from: files of many kinds (any fsspec URL), or a dataset on the hub.
+
+A path is a file, a folder or a glob (source_files.py); of its files those of the wanted split are
+read (file_splits.py); readers.py knows the formats. hub_rows.py loads datasets from the hub.
+Everything ends in the same stream of (row_id, record). A row_id is what a person needs to find the
+record again: `train.jsonl:17` is line 17, `data.json#17` item 17 of an array, `sub/a.parquet#17`
+row 17 of a file in a folder, `openai/gsm8k:train:17` row 17 of a hub split; all count from 1. A
+record is a dict, or a `Rejection` for the caller to count. What cannot be read at all is a
+`DataError` at once: a missing file or an unreachable hub is never retried for long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+from torchprime.data.files.hub import load_hub, read_hub
+from torchprime.data.files.listing import SourceFile, find_files, is_saved_folder, protocols
+from torchprime.data.files.readers import DELIMITERS, LINE_EXTENSIONS, read_records, split_name
+from torchprime.data.files.record import Records
+from torchprime.data.files.splits import SplitKey, choose_split, unused_split
+from torchprime.data.files.streams import only_os_errors
+from torchprime.data.shared.notes import RowNotes
+from torchprime.errors import DataError
+
+HASH_BYTES = 2**20  # of a file at a time
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """Which rows to read; the fields are the keys of the config's dataset and eval sections.
+
+    Attributes:
+        split: None where the key is not set, which is an error where there are several.
+        name: that of a mixture's part; it begins the part's row ids: `replay/train.jsonl:17`.
+    """
+
+    file_dataset_path: str | None = None
+    hf_dataset_name: str | None = None
+    hf_dataset_config_name: str | None = None
+    split: str | None = "train"
+    cache_dir: str | None = None
+    name: str = ""
+
+    def describe(self) -> str:
+        if self.file_dataset_path:
+            return self.file_dataset_path
+        config = f"/{self.hf_dataset_config_name}" if self.hf_dataset_config_name else ""
+        return f"{self.hf_dataset_name}{config}:{self.split}"
+
+    def label(self, inner: str) -> str:
+        """What begins a row id: the part's name, if there is one, and the file's or dataset's."""
+        return f"{self.name}/{inner}" if self.name else inner
+
+
+def read_rows(
+    source: SourceSpec, section: str = "dataset", notes: RowNotes | None = None
+) -> Records:
+    """Stream (row_id, record) in order; a record is a dict, or a Rejection with the same row_id.
+
+    `section` is the config section named in messages; `notes` counts what was noticed in the
+    records while they stream. Raises DataError: at the call when not
+    exactly one place is set; while reading for what is missing, unreachable, structurally broken
+    or without a single row.
+    """
+    _check_one_place(source, section)
+    rows = _read_files if _path_of(source, section) else _read_hub
+    return _refuse_empty(rows(source, section, notes), source, section)
+
+
+def source_fingerprint(source: SourceSpec, section: str = "dataset") -> str:
+    """A hex digest of everything the rows and their ids depend on.
+
+    Files: the names below the path and the content of those that are read; on a remote store, which
+    would have to send all of it, what the store says of each version instead. Hub: name, config,
+    split and the fingerprint of the loaded dataset. Raises DataError as read_rows does.
+    """
+    _check_one_place(source, section)
+    parts: list[Any] = []
+    if path := _path_of(source, section):
+        for file in _files_of(source, section)[0]:
+            with _file_errors(file, path):
+                parts.append([file.name, _content_mark(file)])
+    else:
+        name, config = source.hf_dataset_name, source.hf_dataset_config_name
+        parts = [name, config, source.split, _loaded(source, section)._fingerprint]
+    return _digest(json.dumps([source.name, parts]).encode()).hexdigest()
+
+
+def _check_one_place(source: SourceSpec, section: str) -> None:
+    name, path = source.hf_dataset_name, source.file_dataset_path
+    if not name and not path:
+        raise DataError(
+            f"no rows to read: neither {section}.file_dataset_path nor {section}.hf_dataset_name "
+            f"is set. Set one of them, e.g. {section}.file_dataset_path=rows.jsonl"
+        )
+    if name and path:
+        raise DataError(
+            f"{section}.file_dataset_path={path} and {section}.hf_dataset_name={name} are both "
+            f"set, but rows come from one place. Set one of them to null"
+        )
+
+
+def _refuse_empty(rows: Records, source: SourceSpec, section: str) -> Records:
+    first = next(rows, None)
+    if first is None:
+        key = "file_dataset_path" if source.file_dataset_path else "hf_dataset_name"
+        raise DataError(
+            f"the dataset {source.describe()} ({section}.{key}) is empty: it has 0 rows, expected "
+            f"at least one JSON object"
+        )
+    yield from chain([first], rows)
+
+
+def _read_hub(source: SourceSpec, section: str, notes: RowNotes | None) -> Records:
+    loaded = _loaded(source, section)
+    yield from read_hub(loaded, source.label(f"{source.hf_dataset_name}:{source.split}"), notes)
+
+
+def _loaded(source: SourceSpec, section: str) -> Any:
+    if source.split is None:
+        raise DataError(
+            f"{section}.hf_dataset_name={source.hf_dataset_name} needs {section}.split, which is "
+            f"not set. Set it to the split to read, e.g. {section}.split=test"
+        )
+    return load_hub(
+        str(source.hf_dataset_name),
+        source.hf_dataset_config_name,
+        source.split,
+        source.cache_dir,
+        section,
+    )
+
+
+# Files ------------------------------------------------------------------------------------------
+
+
+def _path_of(source: SourceSpec, section: str) -> str | None:
+    """The config's key and path if files are read; a saved folder may be given as a hub name."""
+    if source.file_dataset_path:
+        return f"{section}.file_dataset_path={source.file_dataset_path}"
+    name, config = str(source.hf_dataset_name), source.hf_dataset_config_name
+    if not is_saved_folder(name):
+        return None
+    if config is not None:
+        raise DataError(
+            f"{section}.hf_dataset_config_name={config} is set, but {name} is a folder of "
+            f"save_to_disk, which has no configurations. Set {section}.hf_dataset_config_name=null"
+        )
+    return f"{section}.hf_dataset_name={name}"
+
+
+def _files_of(source: SourceSpec, section: str) -> tuple[list[SourceFile], SplitKey]:
+    """The files of the split, and the split that each of them has to have inside.
+
+    Raises DataError for a split that selects nothing and for one that nothing there uses.
+    """
+    given = str(_path_of(source, section))
+    found = find_files(str(source.file_dataset_path or source.hf_dataset_name), given)
+    unset = "null" if section == "eval" else "train"
+    key = f"{section}.mixture.{source.name}.split" if source.name else f"{section}.split"
+    wanted = SplitKey(source.split, key, unset)
+    files = choose_split(found.files, wanted, given, may_be_only=found.kind == "glob")
+    named = any(splits for _, splits in found.files) or source.split in found.named
+    if found.kind == "saved" and wanted.asks and not named:
+        raise unused_split(wanted, f"{given} is one saved data set, which")
+    return files, replace(wanted, is_used=named)
+
+
+def _read_files(source: SourceSpec, section: str, notes: RowNotes | None) -> Records:
+    given = str(_path_of(source, section))
+    files, wanted = _files_of(source, section)
+    for file in files:
+        with _file_errors(file, given):
+            yield from read_records(source.label(file.name), file.open, wanted, notes)
+
+
+@contextmanager
+def _file_errors(file: SourceFile, given: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        inside = "" if given.endswith(file.name) else f" ({file.name})"
+        kind = "" if type(error) is OSError else f"{type(error).__name__}: "
+        raise DataError(f"cannot read {given}{inside}: {kind}{error}") from error
+
+
+def expected_rows(source: SourceSpec, section: str = "dataset") -> int | None:
+    """About how many rows there are, from the files' sizes and first lines: for a progress bar.
+
+    None where that takes reading: compressed files, JSON arrays, Parquet, Arrow, the hub.
+    """
+    if not source.file_dataset_path:
+        return None
+    total = 0.0
+    for file in _files_of(source, section)[0]:
+        extension, compression = split_name(file.name)
+        if compression or extension not in (*LINE_EXTENSIONS, *DELIMITERS):
+            return None
+        with file.open() as handle:
+            head = handle.read(HASH_BYTES)
+        size = file.fs.info(file.path).get("size")
+        if size is None or not head:
+            return None
+        total += size * head.count(b"\n") / len(head)
+    return round(total)
+
+
+def _content_mark(file: SourceFile) -> str:
+    """A digest of the content, or of what a remote store says that changes with it."""
+    if not {"file", "memory"} & set(protocols(file.fs)):
+        return _version_mark(file)
+    digest = _digest()
+    with file.open() as handle:
+        while piece := handle.read(HASH_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _version_mark(file: SourceFile) -> str:
+    with only_os_errors():
+        info = file.fs.info(file.path)
+        # Over http the key is only the address.
+        seen = [file.fs.ukey(file.path), info.get("size"), info.get("ETag")]
+    return json.dumps(seen, default=str)
+
+
+def _digest(start: bytes = b"") -> Any:
+    return hashlib.blake2b(start, digest_size=32)

@@ -1,0 +1,1 @@
+"""Held-out rows among the training rows: exact and near duplicates."""

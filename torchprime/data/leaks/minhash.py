@@ -1,0 +1,89 @@
+"""MinHash signatures of many rows at once, and how long the bands are that propose pairs.
+
+In a signature each of `num_perm` permutations of all shingles keeps the first of a row's. Two rows
+agree in as large a share of them, about, as their sets of shingles have in common. LSH cuts
+signatures into bands and proposes rows that are equal in a whole one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from datasketch import MinHash
+
+from torchprime.data.leaks.shingles import shingle
+
+NUM_PERM = 128
+_SCHEME = "affine32"  # datasketch's 32-bit permutations
+
+
+def bands_for(threshold: float, num_perm: int) -> tuple[int, int]:
+    """How many bands of how many values: the longest bands with a recall of 0.9 at the threshold.
+
+    Longer bands propose fewer unlike pairs; exact comparison of what they propose is cheap, so
+    that recall comes first.
+    """
+    fitting = [
+        (num_perm // size, size)
+        for size in range(1, num_perm // 2 + 1)
+        if lsh_recall(threshold, num_perm // size, size) >= 0.9
+    ]
+    return max(fitting, key=lambda bands: bands[1], default=(num_perm, 1))
+
+
+def lsh_recall(similarity: float, bands: int, size: int) -> float:
+    """The probability that a pair of this Jaccard similarity is proposed."""
+    return 1 - (1 - similarity**size) ** bands
+
+
+class Signer:
+    """MinHash signatures of many rows at once; the values are those of datasketch's MinHash."""
+
+    def __init__(self, num_perm: int, seed: int, frequent: np.ndarray) -> None:
+        self.seed, self.frequent = seed, frequent
+        self.permutations = np.asarray(MinHash(num_perm, seed, scheme=_SCHEME).permutations)
+
+    def sign(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Keys, uint64 [rows], and signatures, uint32 [rows, num_perm]; all bits set for none."""
+        found = shingle(texts, self.frequent)
+        hashes = _mix32(to_32_bits(found.values))
+        full = np.flatnonzero(np.diff(found.starts))
+        signatures = np.full((len(texts), len(self.permutations[0])), 0xFFFFFFFF, np.uint32)
+        if len(full):
+            # By permutation and not by row: each pass is over an array that stays in the cache.
+            columns = np.empty((signatures.shape[1], len(full)), np.uint32)
+            for column, a, b in zip(columns, *self.permutations, strict=True):
+                np.minimum.reduceat(hashes * a + b, found.starts[:-1][full], out=column)
+            signatures[full] = columns.T
+        return found.keys, signatures
+
+    def minhash(self, signature: np.ndarray) -> MinHash:
+        """One row's signature as datasketch's index takes it."""
+        return MinHash(
+            seed=self.seed,
+            hashvalues=signature,
+            permutations=self.permutations,
+            scheme=_SCHEME,
+        )
+
+
+def to_32_bits(values: np.ndarray) -> np.ndarray:
+    """What a 64-bit shingle is to MinHash."""
+    return (values >> np.uint64(32)).astype(np.uint32)
+
+
+def _mix32(values: np.ndarray) -> np.ndarray:
+    """As datasketch prepares 32-bit hashes for its permutations (MurmurHash3's last step)."""
+    values = (values ^ (values >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    values = (values ^ (values >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return values ^ (values >> np.uint32(16))
+
+
+_worker: list[Signer] = []  # in a worker process, its only one
+
+
+def start_worker(num_perm: int, seed: int, frequent: np.ndarray) -> None:
+    _worker[:] = [Signer(num_perm, seed, frequent)]
+
+
+def sign_in_worker(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    return _worker[0].sign(texts)

@@ -1,0 +1,1 @@
+"""One message of any trainer becomes one form: role, content, calls, loss."""

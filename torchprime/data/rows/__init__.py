@@ -1,0 +1,1 @@
+"""Records become rows: a prompt and its completion, or a conversation."""

@@ -1,0 +1,212 @@
+"""The kind of a source's records, decided once, and the names under which their fields come."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchprime.data.files.record import Rejection
+from torchprime.data.messages.json_fields import objects_of_text
+from torchprime.data.shared.fields import MISSING, lookup, printable
+from torchprime.errors import DataError
+
+# What a record needs to be of a kind.
+FIELDS: dict[str, tuple[str, ...]] = {
+    "prompt_completion": ("prompt", "completion"),
+    "question_answer": ("question", "answer"),
+    "alpaca": ("instruction", "output"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "text": ("text",),
+    "preference": ("chosen", "rejected"),
+    "tree": ("message_tree_id",),
+}
+ASKED_FOR = ("preference",)  # never chosen by `auto`: the other half of such a row is not trained
+# What a record of a tree is known by: the messages inside one another, or a message each.
+FLAT_TREE = ("message_tree_id", "message_id", "text", "role")
+# What a model is given of a row of question and answer.
+QUESTION_PROMPT = "Question:\n{question}\n\n\nAnswer:\n"
+STRUCTURED = ("messages", "sharegpt")
+CANONICAL_FIELDS = (
+    *(field for fields in FIELDS.values() for field in fields),
+    *("input", "system", "history", "tools", "functions", "weight"),
+    *("message_id", "parent_id", "role", "rank", "deleted"),
+    *("message.role", "message.content"),
+)
+
+
+@dataclass(frozen=True)
+class FormatDecision:
+    """The kind all rows are read as, and why.
+
+    Attributes:
+        unused: an example of each column of the sampled rows that nothing reads.
+        like_input: the names of those that hold long texts, different in each row.
+    """
+
+    kind: str
+    why: str
+    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    like_input: tuple[str, ...] = ()
+
+
+def decide_format(
+    sample: Sequence[Mapping[str, Any] | Rejection],
+    requested: str,
+    columns: Mapping[str, str] | None = None,
+    section: str = "dataset",
+) -> FormatDecision:
+    """Take the requested kind, or the one kind whose fields the sampled records have.
+
+    A list of messages is preferred over strings beside it, since those are made from it; between
+    other kinds nothing is preferred.
+
+    Raises:
+        DataError: an unknown kind or canonical field; or `auto` finds no kind, or more than one.
+    """
+    config = section if section.startswith("dataset") else "dataset"
+    check_columns(columns, config)
+    if requested in FIELDS:
+        return FormatDecision(requested, f"{config}.format={requested}")
+    if requested != "auto":
+        close = difflib.get_close_matches(requested, ["auto", *FIELDS], n=1)
+        raise DataError(
+            f"{config}.format={requested} is not known, expected auto, {', '.join(FIELDS)}"
+            + (f". Did you mean {close[0]}?" if close else "")
+        )
+    records = [rename(row, columns) for row in sample if not isinstance(row, Rejection)]
+    if sample and not records:
+        raise DataError(_unreadable([row for row in sample if isinstance(row, Rejection)], section))
+    fits = [_fitting_kinds(row) for row in records]
+    chosen = [_preferred(kinds, row) for kinds, row in zip(fits, records, strict=True)]
+    counts = Counter(" + ".join(kinds) for kinds in chosen)
+    unknown = counts.pop("", 0)
+    kind = next(iter(counts), "")
+    if len(counts) == 1 and kind in FIELDS:
+        beside = Counter(k for kinds in fits if len(kinds) > 1 for k in kinds if k != kind)
+        return FormatDecision(kind, _why(kind, counts[kind], len(sample), beside))
+    if counts:
+        found = ", ".join(f"{kinds}: {n} rows" for kinds, n in counts.most_common())
+        raise DataError(
+            f"{config}.format=auto cannot decide: the first {len(sample)} rows of the {section} "
+            f"source are a mixture ({found}{f', none: {unknown} rows' if unknown else ''}). Set "
+            f"{config}.format to one of {', '.join(FIELDS)}"
+        )
+    raise DataError(_no_kind(records, columns, len(sample), config, section))
+
+
+def _why(kind: str, fitting: int, sampled: int, beside: Counter[str]) -> str:
+    why = f"{fitting} of the first {sampled} rows have {' and '.join(FIELDS[kind])}"
+    if beside:
+        others = ", ".join(f"{' and '.join(FIELDS[k])} ({n} rows)" for k, n in beside.items())
+        why += f", a list of messages, which is preferred over the strings beside it: {others}"
+    return why
+
+
+def _fitting_kinds(row: Mapping[str, Any]) -> list[str]:
+    """The kinds whose fields this row has; a null counts only where nothing else fits."""
+    if is_tree(row):
+        return ["tree"]
+    kinds = {k: fields for k, fields in FIELDS.items() if k not in (*ASKED_FOR, "tree")}
+    full = [k for k, fields in kinds.items() if all(row.get(f) is not None for f in fields)]
+    return full or [k for k, fields in kinds.items() if all(f in row for f in fields)]
+
+
+def is_tree(row: Mapping[str, Any]) -> bool:
+    """A tree of messages, or one message of such a tree."""
+    if all(name in row for name in FLAT_TREE):
+        return True
+    prompt = row.get("prompt")
+    return "message_tree_id" in row and isinstance(prompt, Mapping) and "text" in prompt
+
+
+def _preferred(kinds: list[str], row: Mapping[str, Any]) -> list[str]:
+    """One list of messages over strings, which are its first turn or its last; not over text."""
+    lists = [k for k in kinds if k in STRUCTURED and _is_list(row[FIELDS[k][0]])]
+    if len(lists) != 1 or "text" in kinds:
+        return kinds
+    others = [row[field] for k in kinds if k not in lists for field in FIELDS[k]]
+    return lists if all(isinstance(value, str) for value in others) else kinds
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and bool(objects_of_text(value)))
+
+
+def _unreadable(rejections: list[Rejection], section: str) -> str:
+    counts = ", ".join(f"{r}: {n}" for r, n in Counter(r.reason for r in rejections).most_common())
+    first = rejections[0]
+    return (
+        f"dataset.format=auto cannot decide: none of the first {len(rejections)} rows of the "
+        f"{section} source can be read ({counts}; the first is {first.row_id}: {first.reason} "
+        f"{first.detail}). Check what wrote the file"
+    )
+
+
+def _no_kind(
+    records: list[dict[str, Any]],
+    columns: Mapping[str, str] | None,
+    sampled: int,
+    config: str,
+    section: str,
+) -> str:
+    pairs = sum(all(row.get(f) is not None for f in FIELDS["preference"]) for row in records)
+    if pairs:
+        return (
+            f"{config}.format=auto cannot decide: {pairs} of the first {sampled} rows of the "
+            f"{section} source have chosen and rejected, and the fields of no other kind. Set "
+            f"{config}.format=preference to train the chosen answers"
+        )
+    found = sorted({str(key) for row in records for key in row})
+    known = " or ".join(f"{{{', '.join(fields)}}} ({k})" for k, fields in FIELDS.items())
+    absent = [
+        f"{field} (column {column})"
+        for field, column in (columns or {}).items()
+        if not field.startswith("message.") and not any(field in row for row in records)
+    ]
+    return (
+        f"{config}.format=auto cannot decide: none of the first {sampled} rows of the {section} "
+        f"source has the fields of a known kind. Found "
+        f"{printable(', '.join(found)) or 'no fields'}; expected {known}."
+        + (f" No row has {', '.join(absent)} of {config}.columns." if absent else "")
+        + f" Say which columns they are, e.g. {config}.columns={{prompt: COLUMN, "
+        "completion: COLUMN}, or rename them in the file"
+    )
+
+
+# Columns -----------------------------------------------------------------------------------------
+
+
+def check_columns(columns: Mapping[str, str] | None, config: str) -> None:
+    """Raise a DataError for a mapping of what is no field of ours, or to what is no name."""
+    for field, column in (columns or {}).items():
+        given = f"{config}.columns={{{field}: {column}}}"
+        if field not in CANONICAL_FIELDS:
+            if column in CANONICAL_FIELDS:
+                hint = f"Our field comes first: {config}.columns={{{column}: {field}}}"
+            else:
+                close = difflib.get_close_matches(str(field).lower(), CANONICAL_FIELDS, n=1)
+                hint = f"Did you mean {close[0]}?" if close else "The source's column comes second"
+            raise DataError(
+                f"{given}: there is no field {field}, expected one of "
+                f"{', '.join(CANONICAL_FIELDS)}. {hint}"
+            )
+        if not isinstance(column, str) or not column:
+            raise DataError(f"{given}: expected the name of a column, as in {{{field}: Body}}")
+
+
+def rename(record: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """The record under our names. A mapped field comes from its column and from nowhere else."""
+    if not columns:
+        return record if isinstance(record, dict) else dict(record)
+    taken = {*columns, *columns.values()}
+    renamed = {key: value for key, value in record.items() if key not in taken}
+    for field, column in columns.items():
+        value = lookup(record, column)
+        if value is not MISSING:
+            renamed[field] = value
+    return renamed

@@ -1,0 +1,106 @@
+"""What one row may cost: characters, and seconds of its chat template.
+
+A tokenizer holds some hundred bytes for each character of a text at once, so one row of 60 MB ends
+a process for want of memory. A template is a program of whoever wrote the model; nested loops keep
+it busy for as long as they like.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from torchprime.data.files.record import Rejection
+from torchprime.data.rows.row import Row
+
+REASON_TOO_MANY = "more characters than dataset.max_row_characters"
+RENDER_SECONDS = 5.0  # of this process's CPU time; a long conversation takes milliseconds
+MOST_RENDERED = 64 * 2**20  # characters of one rendering
+
+_left: list[float] = []  # seconds that the row being rendered has left
+
+
+class TooSlow(Exception):
+    """A row's renderings took more than RENDER_SECONDS."""
+
+
+def characters(row: Row) -> int:
+    """Count the characters of all texts of a row."""
+    count = len(row.prompt) + len(row.completion)
+    if row.messages:
+        count += sum(_characters(message.template) for message in row.messages)
+        count += _characters(row.tools)
+    return count
+
+
+def too_long(row: Row, count: int) -> Rejection:
+    """Return the rejection of a row for its number of characters."""
+    return Rejection(row.row_id, REASON_TOO_MANY, f"{count:,} characters")
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(str(key)) + _characters(each) for key, each in value.items())
+    if isinstance(value, Sequence):
+        return sum(map(_characters, value))
+    return 1
+
+
+@contextmanager
+def one_row() -> Iterator[None]:
+    """Count the renderings inside together: they have RENDER_SECONDS for all of them."""
+    _left.append(RENDER_SECONDS)
+    try:
+        yield
+    finally:
+        _left.pop()
+
+
+@contextmanager
+def rendering() -> Iterator[None]:
+    """Limit the time of one rendering, or of what `one_row` has left.
+
+    Only the main thread of a process can be interrupted; nothing is limited in another.
+
+    Raises:
+        TooSlow: it took longer.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    limit = _left[-1] if _left else RENDER_SECONDS
+    before = signal.signal(signal.SIGVTALRM, _stop)
+    begin = time.process_time()
+    signal.setitimer(signal.ITIMER_VIRTUAL, max(limit, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        if _left:
+            _left[-1] = limit - (time.process_time() - begin)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise TooSlow(f"the template took more than {RENDER_SECONDS:g} s of one row")
+
+
+def bounded(pieces: Iterator[str]) -> Iterator[str]:
+    """Pass on what a template writes, up to MOST_RENDERED characters.
+
+    Raises:
+        ValueError: it writes more.
+    """
+    count = 0
+    for piece in pieces:
+        count += len(piece)
+        if count > MOST_RENDERED:
+            raise ValueError(f"the template writes more than {MOST_RENDERED:,} characters")
+        yield piece

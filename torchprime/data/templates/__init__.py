@@ -1,0 +1,1 @@
+"""Chat templates: which one renders, what it renders, where in it the model speaks."""

@@ -1,0 +1,231 @@
+"""The structure of a conversation: all that a chat template can base a decision on.
+
+To compare what a server feeds for a turn with the whole text costs a rendering for each turn. A
+template writes contents but decides by less: roles, keys, neighbours, the last question, and
+constant texts that it looks for. Turns that are alike in these begin at the same places, so one
+comparison serves them all. The source says what a template looks for; where it decides by anything
+else (the length of a content, two contents compared), there is no structure and each turn is
+compared by itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import nodes
+
+from torchprime.data.templates.source import tree_of, variables_of
+
+STRING_METHODS = frozenset(
+    ("startswith", "endswith", "split", "rsplit", "strip", "lstrip", "rstrip", "replace")
+)
+OTHER_METHODS = frozenset(("get", "items", "keys", "values", "append", "update"))
+FILTERS = frozenset(
+    ("trim", "tojson", "string", "list", "first", "last", "reverse", "join", "map", "items")
+    + ("selectattr", "rejectattr", "default", "d", "safe", "upper", "lower", "indent", "dictsort")
+    + ("replace", "capitalize", "title", "int", "select", "reject")
+)
+LENGTHS = frozenset(("length", "count"))
+TESTS = frozenset(
+    ("defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "boolean")
+    + ("number", "integer", "true", "false", "in", "eq", "equalto", "ne", "odd", "even", "sameas")
+)
+# Lists whose lengths and slices are structure.
+LISTS = frozenset(("messages", "tools", "tool_calls", "documents"))
+IDS = frozenset(("id", "tool_call_id"))  # of which some templates want nine characters
+
+
+class Structure:
+    """A conversation's messages by kind, for one template.
+
+    Attributes:
+        kinds: of each message, what the template can tell it from others by.
+    """
+
+    def __init__(
+        self,
+        pattern: re.Pattern[str],
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+    ) -> None:
+        self.kinds = [_features(message, pattern) for message in messages]
+        self.tools = bool(tools)
+        self._users = [i for i, message in enumerate(messages) if message.get("role") == "user"]
+        self._questions = [
+            i for i in self._users if not pattern.search(str(messages[i].get("content")))
+        ]
+
+    def before(self, turn: int) -> Hashable:
+        """Return a key for the messages in front of a turn: every pattern of neighbours that
+        occurs among them, and on which side of the last question each stands, both in the whole
+        conversation and in the part that a server has seen by then."""
+        kinds, seen = [None, *self.kinds, None], set()
+        last = [max(i, default=-1) for i in (self._users, self._questions)]
+        last += [
+            max((i for i in found if i < turn), default=-1)
+            for found in (self._users, self._questions)
+        ]
+        for i in range(turn):
+            sides = tuple((i > each) - (i < each) for each in last)
+            seen.add((kinds[i], kinds[i + 1], kinds[i + 2], i == turn - 1, sides))
+        return self.tools, self.kinds[turn], turn == len(self.kinds) - 1, frozenset(seen)
+
+
+def structure_of(
+    text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> Structure | None:
+    """Return what this template can tell of a conversation; None where it could tell more.
+
+    Args:
+        text: the template's source.
+    """
+    pattern = _looked_for(text)
+    return None if pattern is None else Structure(pattern, messages, tools)
+
+
+# Written, never looked into.
+OPAQUE = frozenset(("arguments", "parameters", "name"))
+
+
+def _features(value: Any, pattern: re.Pattern[str], key: str = "") -> Hashable:
+    """A value as a template can tell it from others: the constants in it and what is empty."""
+    if key == "role":
+        return value
+    if isinstance(value, str):
+        if key in IDS:
+            return len(value)
+        pieces = pattern.split(value)
+        return tuple(p if i % 2 else _outline(p) for i, p in enumerate(pieces))
+    if key in OPAQUE:
+        return type(value), bool(value)
+    if isinstance(value, Mapping):
+        return tuple((name, _features(item, pattern, name)) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_features(item, pattern) for item in value)
+    return value if value is None or isinstance(value, bool) else type(value)
+
+
+def _outline(piece: str) -> tuple[bool, bool, bool]:
+    """Whether there is anything, and whether white space begins or ends it."""
+    return bool(piece), piece[:1].isspace(), piece[-1:].isspace()
+
+
+# What a template looks for ------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=32)
+def _looked_for(text: str) -> re.Pattern[str] | None:
+    """A pattern of the constants in a template's decisions; None where it decides otherwise."""
+    tree = tree_of(text)
+    lists = LISTS | _aliases(tree)
+    objects = {
+        loop.target.name
+        for loop in tree.find_all(nodes.For)
+        if isinstance(loop.target, nodes.Name) and _name(_inner(loop.iter)) in lists
+    }
+    options = variables_of(text) - lists
+    constants: set[str] = set()
+    for node in _all(tree):
+        if not _is_known(node, lists, options):
+            return None
+        constants |= _constants(node, objects)
+    longest_first = sorted(constants - {""}, key=lambda c: (-len(c), c))
+    return (
+        re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else NONE
+    )
+
+
+NONE = re.compile("((?!))")  # matches nowhere
+
+
+def _all(tree: nodes.Node) -> Iterator[nodes.Node]:
+    yield tree
+    for child in tree.iter_child_nodes():
+        yield from _all(child)
+
+
+def _aliases(tree: nodes.Node) -> set[str]:
+    """Names that a template gives to the messages or to a part of them."""
+    found = set()
+    for node in tree.find_all(nodes.Assign):
+        if isinstance(node.target, nodes.Name) and _name(_inner(node.node)) in LISTS:
+            found.add(node.target.name)
+    return found
+
+
+def _inner(node: nodes.Node) -> nodes.Node:
+    """A list without the filters and slices around it."""
+    while isinstance(node, nodes.Filter) or (
+        isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+    ):
+        if node.node is None:
+            break
+        node = node.node
+    return node
+
+
+def _is_known(node: nodes.Node, lists: frozenset[str], options: frozenset[str]) -> bool:
+    if isinstance(node, nodes.Filter):
+        return node.name in FILTERS or (node.name in LENGTHS and _name(node.node) in lists | IDS)
+    if isinstance(node, nodes.Test):
+        return node.name in TESTS
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
+        written = isinstance(node.node, nodes.Filter) and node.node.name == "tojson"
+        return written or _name(node.node) in lists
+    if isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr):
+        return node.node.attr in STRING_METHODS | OTHER_METHODS
+    if isinstance(node, nodes.Compare):
+        return any(_is_plain(each, options) for each in (node.expr, *(o.expr for o in node.ops)))
+    return not isinstance(node, nodes.CallBlock | nodes.Include | nodes.Import) or _is_mark(node)
+
+
+def _is_plain(node: nodes.Node, options: frozenset[str]) -> bool:
+    """A constant, a choice or list of constants, a number that the template counts, an option."""
+    if isinstance(node, nodes.CondExpr):
+        choices = [node.expr1, *([node.expr2] if node.expr2 is not None else [])]
+        return all(_is_plain(each, options) for each in choices)
+    if isinstance(node, nodes.List | nodes.Tuple):
+        return all(_is_plain(item, options) for item in node.items)
+    if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
+        return node.node.name in ("loop", "ns", "namespace")
+    if isinstance(node, nodes.Name):
+        return node.name in options
+    return isinstance(node, nodes.Const | nodes.BinExpr | nodes.UnaryExpr | nodes.Compare)
+
+
+def _is_mark(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.CallBlock) and "_generation_support" in repr(node.call)
+
+
+def _name(node: nodes.Node | None) -> str:
+    """The last name in `messages`, `message.tool_calls` or `message['tool_calls']`."""
+    if isinstance(node, nodes.Name):
+        return node.name
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+        return str(node.arg.value)
+    return ""
+
+
+def _constants(node: nodes.Node, objects: set[str]) -> set[str]:
+    """Texts that a node compares with, looks for, or cuts at, except names of roles and of keys.
+
+    Args:
+        objects: names of messages, in which a template looks for keys.
+    """
+    if isinstance(node, nodes.Compare):
+        given = [node.expr, *(operand.expr for operand in node.ops)]
+        if any(_name(each) == "role" or _name(each) in objects for each in given):
+            return set()
+    elif isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr):
+        given = list(node.args) if node.node.attr in STRING_METHODS else []
+    elif isinstance(node, nodes.Filter | nodes.Test):
+        given = list(node.args)
+    else:
+        return set()
+    consts = (c for each in given for c in (each, *each.find_all(nodes.Const)))
+    return {c.value for c in consts if isinstance(c, nodes.Const) and isinstance(c.value, str)}

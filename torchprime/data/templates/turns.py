@@ -1,0 +1,515 @@
+"""Where in a conversation's text the model speaks.
+
+Labels need to know which characters of the text an assistant turn has to produce: from just after
+what a server feeds (the generation prompt) to the end of its stop token. `turn_spans` finds that
+exactly or rejects the row:
+
+    marks    {% generation %} in the template says it. The families shipped here have the marks.
+    derived  a turn starts where the rendering of the messages before it, with the generation
+             prompt, ends, if the whole text begins with that. It ends at the first special token
+             after its content; the content's end shows when every turn is rendered again with a
+             word appended. A turn with tool calls ends where the rendering up to it does.
+
+Either way the text in front of every turn that carries loss is then compared with what a server
+feeds for that turn: the messages before it, rendered with the generation prompt. Where the last
+turn alone is wanted and the template writes it otherwise than a server asks for it (it feeds an
+opened <think> that no rendering has), the row's own answer is put behind the fed text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from torchprime.data.files.record import Rejection
+from torchprime.data.rows.read import Row
+from torchprime.data.templates.reasoning import reasoning_of
+from torchprime.data.templates.render import (
+    ChatTemplate,
+    TemplateRefusal,
+    as_served,
+    generation_prompt,
+    render,
+    render_with_marks,
+)
+from torchprime.data.templates.structure import structure_of
+from torchprime.data.tokenizer.load import Tokenizer
+
+REASON_REFUSED = "the chat template refuses the conversation"
+REASON_MARKS = "generation marks and assistant turns differ in number"
+REASON_NO_SPAN = "the assistant turn's span cannot be derived exactly"
+REASON_LEFT_OUT = "the chat template leaves out what the assistant says"
+REASON_NOT_SERVED = "the text in front of an assistant turn is not what a server feeds"
+NO_SYSTEM = "the chat template leaves out the system turn"
+NO_TOOLS = "the chat template leaves out the tools"
+NO_REASONING = "the chat template leaves out the reasoning of a turn"
+SHOWN_CHARACTERS = 48
+
+SENTINEL = "zqSentinel{}Qz"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) that the model has to produce in one assistant turn.
+
+    `stop` is where its stop token begins; the same as `end` when the template writes none.
+    """
+
+    message: int
+    start: int
+    end: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation's whole text, the spans of its assistant turns and the rule that found
+    them: "marks", "derived" or "answer". `left_out` are NO_SYSTEM and the like."""
+
+    text: str
+    spans: list[Span]
+    rule: str
+    left_out: tuple[str, ...] = ()
+
+
+# Special tokens in a text -----------------------------------------------------------------------
+
+
+class _Stops:
+    """Finds special tokens where a turn could end."""
+
+    def __init__(self, texts: frozenset[str]) -> None:
+        self.texts = tuple(sorted(texts, key=len, reverse=True))
+        self._pattern = re.compile(r"\s*(" + "|".join(map(re.escape, self.texts)) + ")")
+
+    def after(self, text: str, position: int) -> tuple[int, int] | None:
+        """Where the special token at this position stands, white space in front allowed."""
+        match = self._pattern.match(text, position) if self.texts else None
+        return match.span(1) if match else None
+
+    def at_end(self, text: str) -> tuple[int, int] | None:
+        """Where the special token at the end of a text stands, white space behind allowed."""
+        body = text.rstrip()
+        if not body.endswith(self.texts):
+            return None
+        longest = next(stop for stop in self.texts if body.endswith(stop))
+        return len(body) - len(longest), len(body)
+
+
+@lru_cache(maxsize=16)
+def _stops(texts: frozenset[str]) -> _Stops:
+    return _Stops(texts)
+
+
+@lru_cache(maxsize=16)
+def _openers(template: ChatTemplate, texts: frozenset[str]) -> frozenset[str]:
+    """Special tokens that begin a message: found after an answer, they do not end it.
+
+    Those in front of a user's text or in the generation prompt, except what also closes that
+    text and except EOS (which some tokenizers use as BOS too).
+    """
+    word = SENTINEL.format("")
+    try:
+        before, _, after = render(template, [{"role": "user", "content": word}]).partition(word)
+    except TemplateRefusal:
+        return frozenset()
+    opening = before + generation_prompt(template)
+    return frozenset(
+        text for text in texts if text in opening and text not in after + template.eos_token
+    )
+
+
+def reserved_texts(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[str]:
+    """What only the template may write: special tokens, also a family's that are plain here."""
+    own = {template.bos_token, template.eos_token, *template.markers} - {""}
+    return tokenizer.special_tokens | own
+
+
+# Spans ------------------------------------------------------------------------------------------
+
+
+def turn_spans(
+    template: ChatTemplate,
+    row: Row,
+    stop_texts: frozenset[str],
+    last_only: bool = False,
+    served: bool = True,
+) -> Rendering | Rejection:
+    """Find a row's text and the span of each assistant turn, or of the last one alone.
+
+    Args:
+        stop_texts: what can be a stop token, see `reserved_texts`.
+        served: compare what stands in front of each turn that carries loss with what a server
+            feeds for it.
+    """
+    template = template.for_tools(row.tools)
+    messages = as_served([message.template for message in row.messages])
+    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    chat = _Conversation(template, messages, row.tools, stop_texts, turns)
+    learned = {i for i in turns if row.messages[i].weight > 0} if served else set()
+    try:
+        found = _served_spans(chat, learned, last_only)
+    except TemplateRefusal as refusal:
+        return Rejection(row.row_id, REASON_REFUSED, str(refusal))
+    except _NoSpan as problem:
+        return Rejection(row.row_id, problem.reason, problem.detail)
+    problem = _unsaid(found, messages)
+    if problem:
+        return Rejection(row.row_id, REASON_LEFT_OUT, problem)
+    return replace(found, left_out=_left_out(chat, found.text))
+
+
+def _served_spans(chat: _Conversation, learned: set[int], last_only: bool) -> Rendering:
+    find = _marked_spans if chat.template.has_generation_marks else _derived_spans
+    try:
+        return _as_fed(chat, find(chat, last_only), learned)
+    except _NoSpan as problem:
+        if last_only and chat.turns and problem.reason in (REASON_NOT_SERVED, REASON_LEFT_OUT):
+            return _answer_behind_prompt(chat, chat.turns[-1], problem)
+        raise
+
+
+class _NoSpan(Exception):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    template: ChatTemplate
+    messages: list[Mapping[str, Any]]
+    tools: tuple[Mapping[str, Any], ...]
+    stop_texts: frozenset[str]
+    turns: list[int]  # which messages are the assistant's
+
+    @property
+    def stops(self) -> _Stops:
+        return _stops(self.stop_texts)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
+        return render(self.template, messages, self.tools, ask)
+
+    def fed(self, turn: int) -> str:
+        """The text that a server feeds for this turn."""
+        return self.render_up_to(turn, ask=True)
+
+    def render_up_to(self, count: int, ask: bool = False) -> str:
+        """The first messages alone; a template that refuses them gives nothing to go by."""
+        try:
+            return self.render(self.messages[:count], ask)
+        except TemplateRefusal as refusal:
+            raise _NoSpan(
+                REASON_NO_SPAN, f"message {count + ask}: without what follows, {refusal}"
+            ) from refusal
+
+    def with_message(self, index: int, **changed: Any) -> list[Mapping[str, Any]]:
+        messages = list(self.messages)
+        messages[index] = {**messages[index], **changed}
+        return messages
+
+    def is_opener(self, text: str) -> bool:
+        return text in _openers(self.template, self.stop_texts)
+
+
+def _marked_spans(chat: _Conversation, last_only: bool) -> Rendering:
+    text, marks = render_with_marks(chat.template, chat.messages, chat.tools)
+    if len(marks) != len(chat.turns):
+        marks = _joined(marks)  # several marks in a row may make up one turn
+    if len(marks) != len(chat.turns):
+        raise _NoSpan(REASON_MARKS, f"{len(marks)} marks, {len(chat.turns)} assistant turns")
+    pairs = list(zip(chat.turns, marks, strict=True))
+    spans = [
+        _marked_span(chat, text, turn, *mark) for turn, mark in pairs[-1 if last_only else 0 :]
+    ]
+    return _verified(text, spans, "marks")
+
+
+def _joined(marks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, end in marks:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
+
+
+def _marked_span(chat: _Conversation, text: str, turn: int, start: int, end: int) -> Span:
+    """A mark, without what the server feeds and without white space behind the stop token."""
+    prompt = generation_prompt(chat.template)
+    if prompt and not text.endswith(prompt, 0, start):
+        at = text.rfind(prompt, 0, min(end, start + len(prompt)))
+        start = max(start, at + len(prompt) if at >= 0 else 0)
+    inside = chat.stops.at_end(text[start:end])
+    if inside:
+        return Span(turn, start, start + inside[1], start + inside[0])
+    stop, end = _stop_behind(chat, text, turn, end) or (end, end)
+    return Span(turn, start, end, stop)
+
+
+def _stop_behind(
+    chat: _Conversation, text: str, turn: int, position: int
+) -> tuple[int, int] | None:
+    """The special token behind a turn's content, if it does not begin the next message.
+
+    A second one that touches it belongs to the turn if it also stands there when nothing follows
+    the turn.
+    """
+    found = chat.stops.after(text, position)
+    if found is None or chat.is_opener(text[slice(*found)]):
+        return None
+    stop, end = found
+    touching = chat.stops.after(text, end)
+    while touching and touching[0] == end and not chat.is_opener(text[slice(*touching)]):
+        if not chat.render_up_to(turn + 1).startswith(text[: touching[1]]):
+            break
+        end = touching[1]
+        touching = chat.stops.after(text, end)
+    return stop, end
+
+
+def _derived_spans(chat: _Conversation, last_only: bool) -> Rendering:
+    text = chat.render(chat.messages)
+    contents = _content_ends(chat, text)
+    spans: list[Span] = []
+    for turn in chat.turns[-1 if last_only else 0 :]:
+        prompt = chat.fed(turn)
+        if not text.startswith(prompt):
+            raise _not_served(turn, text, prompt)
+        # A turn that calls tools ends behind the calls, wherever its content is.
+        if turn in contents:
+            stop, end = _end_of_content(chat, text, turn, contents[turn])
+        else:
+            stop, end = _end_of_calls(chat, text, turn, len(prompt))
+        spans.append(Span(turn, len(prompt), end, stop))
+    return _verified(text, spans, "derived")
+
+
+def _content_ends(chat: _Conversation, text: str) -> dict[int, int]:
+    """Where the content of each turn without tool calls ends in the text.
+
+    All of them are rendered again with a word appended. The pieces between the words must make up
+    the text; where the template trims content, without the white space the content ends with.
+    """
+    plain = [i for i in chat.turns if not chat.messages[i].get("tool_calls")]
+    messages, words = list(chat.messages), [SENTINEL.format(i) for i in plain]
+    for i, word in zip(plain, words, strict=True):
+        messages[i] = {**messages[i], "content": (messages[i].get("content") or "") + word}
+    try:
+        rest = chat.render(messages)
+    except TemplateRefusal:
+        return {}
+    pieces: list[str] = []
+    for word in words:
+        if rest.count(word) != 1 or word in text:
+            return {}
+        piece, _, rest = rest.partition(word)
+        pieces.append(piece)
+    trimmed = [
+        _without_end(piece, _white_end(chat.messages[i].get("content") or ""))
+        for i, piece in zip(plain, pieces, strict=True)
+    ]
+    for candidate in (pieces, trimmed):
+        if "".join(candidate) + rest == text:
+            ends, position = {}, 0
+            for i, piece in zip(plain, candidate, strict=True):
+                position += len(piece)
+                ends[i] = position
+            return ends
+    return {}
+
+
+def _white_end(content: str) -> str:
+    """The white space behind the content's last word, "" for content without words."""
+    body = content.rstrip()
+    return content[len(body) :] if body else ""
+
+
+def _without_end(piece: str, end: str) -> str:
+    return piece[: len(piece) - len(end)] if end and piece.endswith(end) else piece
+
+
+def _end_of_content(chat: _Conversation, text: str, turn: int, content_end: int) -> tuple[int, int]:
+    """Where the stop token behind a turn's content begins and ends."""
+    behind = _stop_behind(chat, text, turn, content_end)
+    if behind:
+        return behind
+    alone = text if turn == len(chat.messages) - 1 else chat.render_up_to(turn + 1)
+    if text.startswith(alone) and len(alone) >= content_end:
+        closing = chat.stops.at_end(alone[content_end:])
+        if closing:
+            return content_end + closing[0], content_end + closing[1]
+        if not alone[content_end:].strip():
+            return content_end, content_end
+    behind = text[content_end : content_end + 24]
+    raise _NoSpan(
+        REASON_NO_SPAN,
+        f"message {turn + 1}: what ends the turn cannot be told: its content is followed by "
+        f"{behind!r}, which does not begin with a special token of this tokenizer",
+    )
+
+
+def _end_of_calls(chat: _Conversation, text: str, turn: int, start: int) -> tuple[int, int]:
+    """Where the stop token behind a turn's tool calls begins and ends.
+
+    The rendering up to this turn shows with what it closes. If the whole text does not begin with
+    that rendering (a template may treat the last message in its own way), the same closing must
+    stand behind the arguments of the last call, whose place shows when they are exchanged.
+    """
+    failed = _NoSpan(REASON_NO_SPAN, f"message {turn + 1}: what ends the turn cannot be told")
+    alone = chat.render_up_to(turn + 1)
+    closing = chat.stops.at_end(alone)
+    if closing is None or not chat.messages[turn].get("tool_calls"):
+        raise failed
+    if text.startswith(alone[: closing[1]]):
+        return closing
+    exchanged = chat.with_message(turn, tool_calls=_other_arguments(chat.messages[turn]))
+    behind_alone = _common_end(alone, chat.render(exchanged[: turn + 1]))
+    behind = _common_end(text, chat.render(exchanged))
+    if closing[0] < behind_alone or behind in (0, len(text)):
+        raise failed
+    moved = behind - behind_alone
+    if behind < start or not text.startswith(alone[behind_alone : closing[1]], behind):
+        raise failed
+    return closing[0] + moved, closing[1] + moved
+
+
+def _other_arguments(message: Mapping[str, Any]) -> list[Any]:
+    *others, last = message["tool_calls"]
+    word = SENTINEL.format("")
+    arguments = {"arguments": {word: word}}
+    if isinstance(last.get("function"), Mapping):
+        arguments = {"function": {**last["function"], **arguments}}
+    return [*others, {**last, **arguments}]
+
+
+def _common_end(text: str, other: str) -> int:
+    """Where the part of `text` begins that `other` ends with too."""
+    low, high = max(len(text) - len(other), 0), len(text)
+    while low < high:
+        middle = (low + high) // 2
+        if other.endswith(text[middle:]):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _as_fed(chat: _Conversation, found: Rendering, learned: set[int]) -> Rendering:
+    """Let every turn that carries loss begin where the text that a server feeds for it ends.
+
+    Spans of derived turns begin there already.
+    """
+    if found.rule == "derived":
+        return found
+    structure = structure_of(chat.template.text, chat.messages, chat.tools)
+    spans, before = [], 0
+    for span in found.spans:
+        # A conversation that begins with an answer was asked for by nobody.
+        if span.message in learned and span.message > 0:
+            key = structure and (chat.template, structure.before(span.message))
+            moved = _moved.get(key)
+            if moved is None:
+                moved = _compare_with_fed(chat, found.text, span, before)
+                if key is not None and len(_moved) < MOST_STRUCTURES:
+                    _moved[key] = moved
+            span = replace(span, start=span.start + moved)
+        spans.append(span)
+        before = span.end
+    return replace(found, spans=spans)
+
+
+# By structure, how far a turn begins behind its mark.
+_moved: dict[Hashable, int] = {}
+MOST_STRUCTURES = 50_000
+
+
+def _compare_with_fed(chat: _Conversation, text: str, span: Span, before: int) -> int:
+    """How far behind its mark a turn begins: where the text fed for it ends."""
+    fed = chat.fed(span.message)
+    if not text.startswith(fed) or not before <= len(fed) <= span.stop:
+        raise _not_served(span.message, text[: span.start], fed)
+    return len(fed) - span.start
+
+
+def _not_served(turn: int, text: str, fed: str) -> _NoSpan:
+    """Both texts from a little before the place where they part."""
+    pairs = zip(text, fed, strict=False)
+    at = next((i for i, (mine, its) in enumerate(pairs) if mine != its), min(len(text), len(fed)))
+    begin = max(at - 16, 0)
+    mine, its = (each[begin : begin + SHOWN_CHARACTERS] for each in (text, fed))
+    return _NoSpan(
+        REASON_NOT_SERVED,
+        f"message {turn + 1}: a server feeds {its!r}, the whole text has {mine!r}",
+    )
+
+
+def _answer_behind_prompt(chat: _Conversation, turn: int, problem: _NoSpan) -> Rendering:
+    """The last turn's own words behind what a server feeds for it.
+
+    The template may open a think block in the generation prompt and write none in a finished turn,
+    or cut the reasoning out of a finished turn. A model that is asked continues the fed text, so
+    the row's answer has to begin with what is fed beyond the header.
+    """
+    content = chat.messages[turn].get("content") or ""
+    if chat.messages[turn].get("tool_calls") or not content.strip():
+        raise problem
+    word = SENTINEL.format("")
+    header, found, closing = chat.render(
+        chat.with_message(turn, content=word)[: turn + 1]
+    ).partition(word)
+    fed = chat.fed(turn)
+    stop = chat.stops.after(closing, 0)
+    opened = fed[len(header) :]
+    if not found or not fed.startswith(header) or not content.startswith(opened):
+        raise problem
+    text = fed + content[len(opened) :]
+    start, end = (len(text), len(text)) if stop is None else (len(text) + s for s in stop)
+    whole = text + closing[: 0 if stop is None else stop[1]]
+    return Rendering(whole, [Span(turn, len(fed), end, start)], "answer")
+
+
+def _verified(text: str, spans: list[Span], rule: str) -> Rendering:
+    position = 0
+    for span in spans:
+        if not position <= span.start <= span.stop <= span.end <= len(text):
+            raise _NoSpan(REASON_NO_SPAN, f"message {span.message + 1}: the turns are not in order")
+        position = span.end
+    return Rendering(text, spans, rule)
+
+
+def _unsaid(found: Rendering, messages: Sequence[Mapping[str, Any]]) -> str:
+    """What of an assistant's words or calls its span does not show; reasoning may go missing."""
+    for span in found.spans:
+        message, shown = messages[span.message], found.text[span.start : span.end]
+        content = message.get("content")
+        if isinstance(content, str) and content.rpartition("</think>")[2].strip() not in shown:
+            return f"message {span.message + 1}: its content"
+        for call in message.get("tool_calls") or ():
+            if _function_name(call) not in shown:
+                return f"message {span.message + 1}: the call of {_function_name(call)}"
+    return ""
+
+
+def _left_out(chat: _Conversation, text: str) -> tuple[str, ...]:
+    """What of the row the text does not show, although no answer misses it."""
+    found = []
+    roles = ("system", "developer")
+    instructions = (m.get("content") or "" for m in chat.messages if m.get("role") in roles)
+    if any(said.strip() not in text for said in instructions):
+        found.append(NO_SYSTEM)
+    if chat.tools and not any(_function_name(tool) in text for tool in chat.tools):
+        found.append(NO_TOOLS)
+    if any(reasoning_of(message).strip() not in text for message in chat.messages):
+        found.append(NO_REASONING)
+    return tuple(found)
+
+
+def _function_name(value: Any) -> str:
+    """The name in a tool's schema or in a call."""
+    function = value.get("function", value) if isinstance(value, Mapping) else {}
+    return str(function.get("name", "")) if isinstance(function, Mapping) else ""

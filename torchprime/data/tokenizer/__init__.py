@@ -1,0 +1,1 @@
+"""A tokenizer as its own files define it, and new tokens in it."""

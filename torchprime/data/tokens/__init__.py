@@ -1,0 +1,1 @@
+"""Rows become examples: ids, loss weights and the rule behind each label."""

@@ -1,0 +1,1 @@
+"""Graders: a generated answer and its reference become a number."""

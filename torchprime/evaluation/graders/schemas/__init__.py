@@ -1,0 +1,1 @@
+"""JSON Schema checked exactly and in bounded time."""

@@ -1,0 +1,1 @@
+"""Generation: prefill and decode with a static cache, conversations, answers by transformers."""

@@ -1,0 +1,1 @@
+"""A run's folder becomes report.md and report.html."""

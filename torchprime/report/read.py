@@ -1,0 +1,346 @@
+"""What a run's folder says of the run, gathered for its report.
+
+    config.yaml, run.json, metrics.jsonl, data_report.json, evaluations/, the export's certificate
+      ->  RunReport  ->  report.md (report_markdown.py), report.html (report_html.py)
+
+Nothing but these files is read, so a report can be made again, on any machine. What was chosen and
+why is decided anew from the records, by the run's own rules.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from torchprime.checkpoint.proof.certificate import CERTIFICATE, Certificate, read_certificate
+from torchprime.config.evaluation import LOSSES
+from torchprime.data.leaks.report import LeakReport
+from torchprime.data.report import DataReport
+from torchprime.errors import DataError
+from torchprime.evaluation.before_after import columns, table
+from torchprime.evaluation.behaviour import samples_file
+from torchprime.evaluation.directions import lower_is_better
+from torchprime.evaluation.selection import (
+    EarlyStopping,
+    Evaluated,
+    Rule,
+    overfitting,
+    parse_rule,
+)
+from torchprime.metrics.writers import read_metrics
+from torchprime.report.answers import Answers, read_answers
+
+FINGERPRINTS = ("data", "eval", "tokenizer", "template", "data_version")
+
+
+@dataclass(frozen=True)
+class Export:
+    """The export that the config asks for.
+
+    Attributes:
+        told: a text about it for a person.
+        there: it was made.
+        certificate: None if there is none.
+    """
+
+    path: str
+    told: str
+    there: bool
+    certificate: Certificate | None = None
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A run, for its report.
+
+    Attributes:
+        facts: run.json.
+        steps, evaluations: the records of metrics.jsonl, in the order of steps.
+        best: the step that the run's rule puts first; None if none qualifies.
+        messages: what happened, for a person; warnings are those that start with "warning: ".
+        headings, rows: base, last and best compared (before_after.table); none where nothing was
+            held out.
+        answers: to the same held-out rows, side by side; None where none were generated.
+        times: seconds, by what they went to.
+        lower: the graders for which lower is better.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    history: list[Evaluated]
+    best: int | None
+    messages: list[str]
+    headings: list[str]
+    rows: list[list[str]]
+    answers: Answers | None
+    data: list[DataReport]
+    leaks: LeakReport | None
+    export: Export | None
+    times: dict[str, str]
+    lower: list[str]
+
+    @property
+    def lower_note(self) -> str:
+        """A sentence that names the graders for which lower is better; "" if there are none."""
+        return f"Lower is better: {', '.join(self.lower)}." if self.lower else ""
+
+    @property
+    def last_step(self) -> int:
+        """The last that has a record."""
+        return _last_step(self.steps, self.history)
+
+    @property
+    def mesh(self) -> str:
+        """The axes that are more than 1, with the devices."""
+        device = self.facts["device"]
+        axes = [f"{axis} {size}" for axis, size in self.facts["mesh"].items() if size > 1]
+        return f"{device['count']} x {device['kind']}" + (f": {' x '.join(axes)}" if axes else "")
+
+    @property
+    def run_facts(self) -> dict[str, str]:
+        """What ran, on what."""
+        model = self.facts["model"]
+        weights = f"{model['parameters']:,} parameters in {model['dtype']}"
+        versions = ", ".join(f"{name} {value}" for name, value in self.facts["versions"].items())
+        return {
+            "command": self.facts["command"],
+            "model": f"{model['pretrained'] or 'from random weights'}: {weights}",
+            "backend": f"{self.facts['backend']}, attention {self.facts['attention']}",
+            "mesh": self.mesh,
+            "versions": versions,
+        }
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of data, held-out data, tokenizer and template."""
+        found = self.facts["fingerprints"]
+        return {name: found[name] for name in FINGERPRINTS if found.get(name)}
+
+
+def read_report(folder: Path) -> RunReport:
+    """Gather a run's report from its folder.
+
+    Raises:
+        DataError: no folder of a run, or a file of it is missing or damaged; naming the file.
+        CheckpointError: the certificate of its export is damaged.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; give a run's folder, <output_dir>/<run_name>.")
+    config = _read(folder / "config.yaml", yaml.safe_load)
+    facts = _read(folder / "run.json", json.loads)
+    records = read_metrics(folder / "metrics.jsonl")
+    try:
+        return _gather(folder, config, facts, records)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"{folder}: config.yaml, run.json, metrics.jsonl or data_report.json lacks what a run "
+            f"writes there ({type(error).__name__}: {error}); it was edited, or is another "
+            "version's. Use the version that wrote it (run.json names it)."
+        ) from error
+
+
+def _read(path: Path, parse: Any) -> dict[str, Any]:
+    """A mapping from a file of the run."""
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it is {type(content).__name__}")
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} is missing; a run writes it before its first step. Give a run's folder, "
+            "<output_dir>/<run_name>."
+        ) from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({' '.join(str(error).split())[:200]}), expected what the run "
+            "wrote."
+        ) from error
+    return content
+
+
+def _gather(
+    folder: Path, config: dict[str, Any], facts: dict[str, Any], records: list[dict[str, Any]]
+) -> RunReport:
+    steps = _of_kind(records, "train")
+    evaluations = _of_kind(records, "eval")
+    history = [Evaluated.of(record) for record in evaluations]
+    rule = _rule(config)
+    best = rule.best(history)
+    headings, rows = table(history, best) if history else ([], [])
+    kinds = {grader["name"]: grader["kind"] for grader in _graders(config)}
+    lower = lower_is_better(kinds, rule, _stopping(config))
+    export = _export(folder, config)
+    data, leaks = _data(folder / "data_report.json")
+    return RunReport(
+        name=folder.absolute().name,
+        config=config,
+        facts=facts,
+        steps=steps,
+        evaluations=evaluations,
+        history=history,
+        best=best,
+        messages=_messages(config, facts, steps, history, rule, export),
+        headings=headings,
+        rows=rows,
+        answers=_answers(folder, history, best, rule, lower),
+        data=data,
+        leaks=leaks,
+        export=export,
+        times=_times(steps, evaluations, records),
+        lower=lower,
+    )
+
+
+def _of_kind(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """One record of each step, the last that was written."""
+    return sorted(
+        {record["step"]: record for record in records if record["kind"] == kind}.values(),
+        key=lambda record: record["step"],
+    )
+
+
+def _rule(config: Mapping[str, Any]) -> Rule:
+    selection, known = config["selection"], [*LOSSES, *(g["name"] for g in _graders(config))]
+    return parse_rule(selection["gates"], selection["ranking"], known)
+
+
+def _graders(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return config["eval"]["graders"]
+
+
+# What happened ------------------------------------------------------------------------------------
+
+
+def _messages(
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    steps: Sequence[Mapping[str, Any]],
+    history: Sequence[Evaluated],
+    rule: Rule,
+    export: Export | None,
+) -> list[str]:
+    done = _last_step(steps, history)
+    total = facts["plan"]["total_steps"]
+    messages = []
+    stopping = _stopping(config)
+    stopped = stopping.reason(history) if stopping is not None and history else None
+    if done >= total:
+        messages.append(f"All {total:,} steps are done.")
+    elif stopped is not None:
+        messages.append(f"Early stopping after step {done:,} of {total:,}: {stopped}.")
+    else:
+        messages.append(f"warning: the run is not finished: step {done:,} of {total:,} was logged.")
+    starts = [start["step"] for start in facts["starts"]]
+    if len(starts) > 1:
+        told = ", ".join(f"{step:,}" for step in starts[1:])
+        messages.append(f"The run was started {len(starts)} times; it went on after step {told}.")
+    if history:
+        messages.append(_selection(config, history, rule, export))
+    for end in range(3, len(history) + 1):
+        if (warning := overfitting(history[:end])) is not None:
+            messages.append(f"warning: {warning}.")
+    return messages
+
+
+def _last_step(steps: Sequence[Mapping[str, Any]], history: Sequence[Evaluated]) -> int:
+    return max([0, *(record["step"] for record in steps), *(one.step for one in history)])
+
+
+def _stopping(config: Mapping[str, Any]) -> EarlyStopping | None:
+    given = config["selection"]["early_stopping"]
+    if given["metric"] is None:
+        return None
+    highest = given["mode"] == "max"
+    return EarlyStopping(given["metric"], highest, given["patience"], given["min_delta"])
+
+
+def _selection(
+    config: Mapping[str, Any], history: Sequence[Evaluated], rule: Rule, export: Export | None
+) -> str:
+    best = rule.best(history)
+    if best is not None:
+        return f"Step {best:,} is the best of the evaluated ones, by {rule}."
+    failed = ", ".join(map(str, rule.failed(history[-1].scores)))
+    told = f"warning: no step qualifies by {rule}"
+    told += f" (the last one: not {failed})" if failed else ""
+    if config["export"]["which"] != "best":
+        return f"{told}."
+    if export is None:
+        return f"{told}; nothing is exported, since task.export_checkpoint_path is null."
+    instead = "the last one is exported instead" if export.there else "no export was made"
+    return f"{told}; {instead}."
+
+
+def _times(
+    steps: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, Any]],
+) -> dict[str, str]:
+    """Where the time went; a logged step's is the mean since the one before."""
+    found = {}
+    numbers = [0, *(record["step"] for record in steps)]
+    spent = [
+        (b - a) * r["step_seconds"] for (a, b), r in zip(pairwise(numbers), steps, strict=True)
+    ]
+    if spent:
+        tokens = steps[-1]["supervised_tokens_per_s"]
+        found["steps"] = f"{sum(spent):,.1f} s, at the end {tokens:,.0f} supervised tokens per s"
+    if evaluations:
+        seconds = sum(record["seconds"] for record in evaluations)
+        share = evaluations[-1].get("share_of_run")
+        part = "" if share is None else f", {share:.1%} of the run since its last start"
+        found["evaluations"] = f"{seconds:,.1f} s for {len(evaluations)}{part}"
+    stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
+    if stalls:
+        found["checkpoints"] = f"{sum(stalls):,.1f} s of standing still for {len(stalls)}"
+    return found
+
+
+# The other files ----------------------------------------------------------------------------------
+
+
+def _answers(
+    folder: Path,
+    history: Sequence[Evaluated],
+    best: int | None,
+    rule: Rule,
+    lower: Sequence[str],
+) -> Answers | None:
+    if not history:
+        return None
+    files = {
+        heading: path
+        for heading, one in columns(history, best).items()
+        if (path := samples_file(folder, one.step)).is_file()
+    }
+    return read_answers(files, [o.metric for o in rule.ranking], lower) if files else None
+
+
+def _data(path: Path) -> tuple[list[DataReport], LeakReport | None]:
+    content = _read(path, json.loads)
+    reports = [
+        DataReport.from_dict(content[name]) for name in ("dataset", "eval") if name in content
+    ]
+    return reports, LeakReport.from_dict(content["leaks"]) if "leaks" in content else None
+
+
+def _export(folder: Path, config: Mapping[str, Any]) -> Export | None:
+    given = config["task"]["export_checkpoint_path"]
+    if given is None:
+        return None
+    out = folder / given
+    if not out.is_dir():
+        return Export(given, "not there", False)
+    if not (out / CERTIFICATE).is_file():
+        return Export(given, "there, without a certificate", True)
+    certificate = read_certificate(out)
+    return Export(given, f"{certificate.origin}; {certificate.tally()}", True, certificate)

@@ -1,0 +1,1 @@
+"""The training step through the TPU's own compiler, without a TPU."""

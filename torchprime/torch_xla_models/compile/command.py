@@ -1,0 +1,281 @@
+"""`compile_only=v6e-8`: the run's training step through the TPU's compiler, without TPU or weights.
+
+The config says what to compile; the architecture comes from the model's config.json alone. Tracing
+and compiling happen in a process of its own (tpu_compile.py), since a compiler that fails can end
+its process and the number of devices is fixed in one. What it leaves is judged here
+(torch_xla_models/compile/report.py), printed, and written to compile_report.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchprime.atomic import make_folder, open_new, write_json, write_text
+from torchprime.config.schema import AXES, TrainConfig
+from torchprime.config.topologies import Topology, topology
+from torchprime.errors import RuntimeSetupError, UserError
+from torchprime.models.architecture import Architecture, architecture_from_hf
+from torchprime.models.decoder import CausalLM
+from torchprime.private_folders import require_private
+from torchprime.sharding import shard_count
+from torchprime.terminal import print_lines
+from torchprime.torch_xla_models.compile.fitting import find_nearest
+from torchprime.torch_xla_models.compile.hlo import Program
+from torchprime.torch_xla_models.compile.library import Library, find_library
+from torchprime.torch_xla_models.compile.report import Sizes, describe, judge, read_shortage
+from torchprime.torch_xla_models.runtime import (
+    TORCH_XLA_FLAGS,
+    TORCH_XLA_V5_FLAGS,
+    TPU_FLAGS,
+    with_flags,
+)
+from torchprime.training.setup.model_files import find_architecture
+from torchprime.training.setup.recipe import checked_table, vocabulary_of
+
+REPORT = "compile_report.json"
+# Autograd counts an XLA client's devices in a signed byte, and fails from 128 on.
+MOST_DEVICES = 64
+Say = Callable[[str], None]
+
+
+def compile_only(config: TrainConfig, say: Say | None = None) -> int:
+    """Compile the config's step for the slice it names, and say what comes of it.
+
+    Returns:
+        The exit code: 0 if it compiles and fits, else 1.
+    """
+    say = say or (lambda line: print_lines([line]))
+    library = find_library()
+    hf_config, where = find_architecture(
+        pretrained_model=config.model.pretrained_model,
+        architecture=config.model.architecture,
+        cache_dir=config.dataset.cache_dir,
+        tokenizer_name=config.model.tokenizer_name,
+        vocabulary=vocabulary_of(config),
+    )
+    architecture = architecture_from_hf(hf_config, where=where)
+    say(f"compiling the step for {config.compile_only}; architecture from {where}")
+    folder = (
+        Path(config.output_dir) / f"{config.run_name or config.task.name}-{config.compile_only}"
+    )
+    require_private(folder, "output_dir/run_name")
+    make_folder(folder)
+
+    def compile_one(candidate: TrainConfig) -> dict[str, Any]:
+        return compile_report(candidate, hf_config, architecture, library, folder, say)
+
+    report = compile_one(config)
+    write_json(folder / REPORT, report)  # what comes now may take long
+    if report["compiles"] and not report["fits"] and config.compile_search:
+        limit = topology(report["topology"]).chip.hbm_bytes
+        report["nearest"] = find_nearest(
+            config, partial(step_sizes, a=architecture), limit, compile_one, say
+        )
+    write_json(folder / REPORT, report)
+    say(describe(report))
+    say(f"written to {folder / REPORT}")
+    return 0 if report["fits"] else 1
+
+
+def compile_report(
+    config: TrainConfig,
+    hf_config: Mapping[str, Any],
+    architecture: Architecture,
+    library: Library,
+    folder: Path,
+    say: Say,
+) -> dict[str, Any]:
+    """Compile once; what compile_report.json holds. The program goes to program.txt."""
+    assert config.compile_only is not None
+    slice_ = topology(config.compile_only)
+    slices = math.prod(getattr(config.dcn_mesh, axis) for axis in AXES)
+    sizes = step_sizes(config, architecture)
+    request = {
+        "config": config.to_dict(),
+        "architecture": dict(hf_config),
+        "topology": slice_.name,
+        "slices": slices,
+    }
+    result = compile_apart(
+        request,
+        environment(slice_, config.device_count, library, os.environ),
+        folder,
+        config.compile_time_limit * 60,
+        say,
+    )
+    report = {
+        "topology": slice_.name,
+        "chips": slice_.chips * slices,
+        "mesh": config.mesh_shape(),
+        "settings": settings(config),
+        "parameters": sum(math.prod(shape) for shape in sizes.shapes.values()),
+        "slot_tokens_per_chip": sizes.tokens // sizes.tensor,
+        **{key: result[key] for key in ("versions", "compiler", "flags", "seconds")},
+        "host_memory_bytes": result["host_memory_bytes"],
+    }
+    report["versions"]["libtpu"] = library.version
+    if "error" not in result:
+        program = Program((folder / "program.txt").read_text())
+        judged = judge(program, result["memory"], sizes, slice_.chip)
+        return {"compiles": True, "fits": judged["memory"]["fits"], **report, **judged}
+    shortage = read_shortage(result["error"], sizes)
+    return {
+        "compiles": shortage is not None,
+        "fits": False,
+        **report,
+        "shortage": shortage,
+        "error": result["error"],
+    }
+
+
+def settings(config: TrainConfig) -> dict[str, Any]:
+    """What of the config shapes the step's memory and time."""
+    c = config
+    return {
+        "torch_dtype": c.torch_dtype,
+        "block_size": c.dataset.block_size,
+        "global_batch_size": c.task.global_batch_size,
+        "gradient_accumulation_steps": c.task.gradient_accumulation_steps,
+        "optimizer": c.task.optimizer.name,
+        "master_weights": c.task.optimizer.master_weights and c.torch_dtype != "float32",
+        "loss_chunks": c.task.loss_chunks,
+        "scan_layers": c.remat.scan_layers,
+        "remat": c.remat.policy,
+        "attention_kernel": c.model.attention_kernel,
+    }
+
+
+def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
+    """The sizes that the report's arithmetic wants, checked against the sharding table.
+
+    Raises:
+        ConfigError: what a run of the config would be refused for.
+    """
+    mesh = config.mesh_shape()
+    with torch.device("meta"):
+        model = CausalLM(a)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    _, specs = checked_table(config, model)
+    alone = {axis: size if axis == "fsdp" else 1 for axis, size in mesh.items()}
+    accumulation = config.task.gradient_accumulation_steps
+    micro_batch = config.task.global_batch_size // accumulation
+    return Sizes(
+        shapes=shapes,
+        pieces={name: shard_count(spec, alone) for name, spec in specs.items()},
+        tensor=mesh["tensor"],
+        data=mesh["data"],
+        weight_bytes=2 if config.torch_dtype == "bfloat16" else 4,
+        layers=a.num_hidden_layers,
+        hidden=a.hidden_size,
+        ffn=a.intermediate_size,
+        vocab=a.vocab_size,
+        heads=a.num_attention_heads,
+        kv_heads=a.num_key_value_heads,
+        head_size=a.head_dim,
+        tied=a.tie_word_embeddings,
+        block_size=config.dataset.block_size,
+        rows=micro_batch // (mesh["data"] * mesh["fsdp"]),
+        accumulation=accumulation,
+        loss_chunks=config.task.loss_chunks,
+        full_remat=config.remat.recomputes,
+    )
+
+
+# -- the other process -----------------------------------------------------------------------------
+
+
+def environment(
+    slice_: Topology, devices: int, library: Library, given: Mapping[str, str]
+) -> dict[str, str]:
+    """What the compiling process starts with: virtual devices to trace on, libtpu to compile with,
+    and the flags that training would give it."""
+    flags = TORCH_XLA_FLAGS | (TORCH_XLA_V5_FLAGS if slice_.chip.name.startswith("v5") else {})
+    path = [*library.python_path, str(Path(__file__).resolve().parents[3])]
+    # What describes a TPU host (TPU_ACCELERATOR_TYPE and the like) would be believed.
+    kept = {name: value for name, value in given.items() if not name.startswith("TPU_")}
+    return {
+        **kept,
+        "PYTHONPATH": os.pathsep.join([*path, *filter(None, [given.get("PYTHONPATH")])]),
+        "PJRT_DEVICE": "CPU",
+        "CPU_NUM_DEVICES": str(min(devices, MOST_DEVICES)),
+        "JAX_PLATFORMS": "cpu",
+        "USE_TORCH_XLA": "0",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TPU_LIBRARY_PATH": str(library.path),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "LIBTPU_INIT_ARGS": with_flags(given.get("LIBTPU_INIT_ARGS", ""), TPU_FLAGS | flags),
+    }
+
+
+def compile_apart(
+    request: Mapping[str, Any],
+    env: Mapping[str, str],
+    folder: Path,
+    limit_s: float,
+    say: Say,
+) -> dict[str, Any]:
+    """Run tpu_compile.py in its own process; its result.
+
+    Raises:
+        RuntimeSetupError: over the time limit, or the process ended without a result.
+        UserError: what the config's step itself objects to.
+    """
+    with tempfile.TemporaryDirectory(prefix="torchprime-compile-") as scratch:
+        asked, log = Path(scratch) / "request.json", Path(scratch) / "log.txt"
+        write_text(asked, json.dumps(request))
+        command = [sys.executable, "-m", "torchprime.torch_xla_models.compile.worker"]
+        with open_new(log) as out:
+            process = subprocess.Popen(
+                [*command, str(asked), str(folder.absolute()), str(os.getpid())],
+                env=dict(env),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                raise RuntimeSetupError(
+                    f"compile_time_limit: the compiler took longer than {limit_s / 60:g} minutes. "
+                    "Allow it more (compile_time_limit=60), or give it less: with "
+                    "remat.scan_layers=true it compiles one layer instead of all."
+                ) from None
+            finally:
+                _end(process)
+        path = folder / "result.json"
+        if code != 0 or not path.is_file():
+            raise RuntimeSetupError(_died(code, log.read_text(errors="replace")))
+        result = json.loads(path.read_text())
+        path.unlink()
+    if "user_error" in result:
+        raise UserError(result["user_error"])
+    return result
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """The process and all that it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _died(code: int, log: str) -> str:
+    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    tail = "\n  ".join(log.strip().splitlines()[-12:])
+    hint = " The host ran out of memory?" if code == -signal.SIGKILL else ""
+    return f"The compiler's process ended with {how} and no result.{hint} It said last:\n  {tail}"

@@ -1,0 +1,151 @@
+"""The nearest change to a config that fits a chip, found by compiling.
+
+Changes that leave the mathematics alone come first (recomputing, weights over more chips, layer
+inputs in the host's memory, smaller micro-batches), then those that do not (another optimizer, no
+fp32 master weights), and at last twice as many chips. What cannot fit by its weights and optimizer
+state alone is not tried.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torchprime.config.load import load_config
+from torchprime.config.schema import TrainConfig
+from torchprime.config.topologies import TOPOLOGIES, topology
+from torchprime.errors import ConfigError, UserError
+from torchprime.torch_xla_models.compile.report import Sizes
+
+Change = dict[str, Any]  # values by dotted key
+
+
+def changes(config: TrainConfig, rows: int, *, scannable: bool = True) -> Iterator[Change]:
+    """Changes to try, each by itself whole, the least intrusive first.
+
+    Args:
+        rows: blocks of a micro-batch on one chip.
+        scannable: layers are all alike, and can be one loop.
+    """
+    mesh = config.ici_mesh
+    scanned = config.remat.scan_layers
+    same: Change = {} if config.remat.recomputes else {"remat.policy": "full"}
+    if scannable and not scanned:
+        same["remat.scan_layers"] = True
+    if same:
+        yield same
+    if mesh.data > 1:
+        same = {**same, "ici_mesh.data": 1, "ici_mesh.fsdp": mesh.data * mesh.fsdp}
+        yield same
+    ways = [same]
+    if (scanned or scannable) and config.remat.policy != "offload":
+        ways.append({**same, "remat.policy": "offload"})
+        yield ways[1]
+    fewer: Change = {}
+    if rows > 1:
+        fewer = {"task.gradient_accumulation_steps": config.task.gradient_accumulation_steps * rows}
+        for way in ways:
+            yield {**way, **fewer}
+    for optimizer in _optimizers(config):
+        yield {**same, **optimizer}
+        if len(ways) > 1 or fewer:
+            yield {**ways[-1], **fewer, **optimizer}
+    larger = _twice(config)
+    if larger is not None:
+        yield {**same, "compile_only": larger, "ici_mesh.fsdp": 2 * mesh.data * mesh.fsdp}
+
+
+def _optimizers(config: TrainConfig) -> Iterator[Change]:
+    """Smaller states: another method, then no fp32 copy of the weights either."""
+    change: Change = {}
+    if config.task.optimizer.name != "adafactor":
+        change = {"task.optimizer.name": "adafactor"}
+        yield change
+    if config.task.optimizer.master_weights and config.torch_dtype != "float32":
+        yield {**change, "task.optimizer.master_weights": False}
+
+
+def _twice(config: TrainConfig) -> str | None:
+    """The slice of the same chips with twice as many."""
+    assert config.compile_only is not None
+    own = topology(config.compile_only)
+    for name, other in TOPOLOGIES.items():
+        if other.chip is own.chip and other.chips == 2 * own.chips:
+            return name
+    return None
+
+
+def changed(config: TrainConfig, change: Change) -> TrainConfig:
+    """The config with these values, checked anew."""
+    whole = config.to_dict()
+    for key, value in change.items():
+        *sections, leaf = key.split(".")
+        section = whole
+        for name in sections:
+            section = section[name]
+        section[leaf] = value
+    return load_config(whole)
+
+
+def state_bytes(config: TrainConfig, sizes: Sizes) -> int:
+    """Weights and optimizer state of one chip, from below."""
+    each = sizes.weight_bytes
+    each += 8 if config.task.optimizer.name == "adamw" else 0
+    each += 4 if config.task.optimizer.master_weights and sizes.weight_bytes < 4 else 0
+    elements = sum(
+        math.prod(shape) // (sizes.pieces[name] * sizes.tensor)
+        for name, shape in sizes.shapes.items()
+    )
+    return each * elements
+
+
+def find_nearest(
+    config: TrainConfig,
+    sizes_of: Callable[[TrainConfig], Sizes],
+    limit: int,
+    compile_one: Callable[[TrainConfig], Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Compile one change after the other until one fits.
+
+    Args:
+        sizes_of: the sizes of a config.
+        limit: bytes that a chip gives to a program.
+        compile_one: makes a report (compile_only.py) of a config.
+
+    Returns:
+        `overrides` to type (None if nothing fits), `total` bytes with them, and what was `tried`.
+    """
+    tried: list[str] = []
+    rows, scannable = sizes_of(config).rows, _accepts(config, {"remat.scan_layers": True}, sizes_of)
+    for change in changes(config, rows, scannable=scannable):
+        overrides = [f"{key}={_text(value)}" for key, value in change.items()]
+        name = " ".join(overrides)
+        try:
+            candidate = changed(config, change)
+            if state_bytes(candidate, sizes_of(candidate)) > limit:
+                tried.append(f"{name} (weights and state alone are too large)")
+                continue
+            say(f"does not fit; trying {name}")
+            report = compile_one(candidate)
+        except UserError as error:
+            tried.append(f"{name} ({error})")
+            continue
+        if report["fits"]:
+            total = report["memory"]["total"]
+            return {"overrides": overrides, "total": total, "tried": tried}
+        tried.append(name)
+    return {"overrides": None, "total": None, "tried": tried}
+
+
+def _accepts(config: TrainConfig, change: Change, sizes_of: Callable[[TrainConfig], Sizes]) -> bool:
+    try:
+        sizes_of(changed(config, change))
+    except ConfigError:
+        return False
+    return True
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

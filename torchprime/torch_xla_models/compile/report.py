@@ -1,0 +1,379 @@
+"""What a compiled step will need and do, in numbers that a person can judge.
+
+The compiler's memory figures against the chip; what travels between chips against what the sharding
+needs in theory; operations against the analytic formula; and from the published speeds of the chip
+an estimate of the time a step cannot be faster than. Nothing here knows a compiler: a `Program`, a
+model's sizes and the compiler's figures go in, plain containers come out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchprime.config.topologies import GIB, Chip
+from torchprime.torch_xla_models.compile.hlo import COLLECTIVES, Program
+
+# More than this many times what theory needs is said aloud.
+TOLERATED = 1.25
+MEMORY_PARTS = ("argument", "temp", "generated_code")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a step is made of, for one chip where it says so."""
+
+    shapes: Mapping[str, tuple[int, ...]]  # of every weight, by name
+    pieces: Mapping[str, int]  # into how many parts each is cut along fsdp
+    tensor: int  # devices along the axes
+    data: int
+    weight_bytes: int
+    layers: int
+    hidden: int
+    ffn: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    tied: bool
+    block_size: int
+    rows: int  # blocks of a micro-batch on one chip
+    accumulation: int
+    loss_chunks: int
+    full_remat: bool
+
+    @property
+    def tokens(self) -> int:
+        """Slot tokens of one update on one chip (chips along tensor share them)."""
+        return self.rows * self.accumulation * self.block_size
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def memory_use(stats: Mapping[str, int], chip: Chip) -> dict[str, Any]:
+    """Bytes of one chip by use, and whether the chip has them.
+
+    Arguments are weights, optimizer state and batch; the step writes its results over them.
+    Temporaries are what lives at the fullest moment of the step.
+    """
+    parts = {part: stats[part] for part in MEMORY_PARTS}
+    parts["output"] = stats["output"] - stats["alias"]
+    total = sum(parts.values())
+    return {**parts, "total": total, "limit": chip.hbm_bytes, "fits": total <= chip.hbm_bytes}
+
+
+_SIZE = r"([\d.]+)([KMG]?)"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def read_shortage(message: str, sizes: Sizes) -> dict[str, Any] | None:
+    """What the compiler says when a program does not fit, None if that is not what it says."""
+    used = re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
+    if used is None:
+        return None
+    largest = []
+    for block in re.split(r"\n\s*\d+\. ", message)[1:]:
+        size = re.match(rf"Size: {_SIZE}", block)
+        shape = re.search(r"Shape: (\w+)\[([\d,]*)\]", block)
+        if size is None or shape is None or "hbm" not in _memory_of(message, block):
+            continue
+        dims = tuple(int(n) for n in shape.group(2).split(",") if n)
+        largest.append(
+            {
+                "bytes": _bytes(size.group(1), size.group(2)),
+                "array": f"{shape.group(1)}[{','.join(map(str, dims))}]",
+                "what": allocation_in_words(dims, sizes),
+            }
+        )
+    return {
+        "used": _bytes(*used.group(1, 2)),
+        "limit": _bytes(*used.group(3, 4)),
+        "largest": largest,
+    }
+
+
+def _memory_of(message: str, block: str) -> str:
+    """The heading that an allocation of the message stands under."""
+    before = message[: message.index(block)]
+    headings = re.findall(r"[Ll]argest program allocations in (\w+)", before)
+    return headings[-1] if headings else "hbm"
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * _UNITS[unit])
+
+
+def allocation_in_words(dims: Sequence[int], s: Sizes) -> str:
+    """What an array in a chip's memory is, by its dims; its own name says nothing to a user."""
+    known = list(_known_arrays(s))
+    # The compiler adds and drops dims of size 1 and orders them as it likes; or it merges some.
+    wanted = sorted(dim for dim in dims if dim > 1)
+    for shape, words in known:
+        if sorted(dim for dim in shape if dim > 1) == wanted:
+            return words
+    for shape, words in known:
+        if math.prod(shape) == math.prod(dims) and shape[-1] in dims:
+            return words
+    return "a temporary of the step"
+
+
+def _known_arrays(s: Sizes) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Shapes on one chip of what a step is made of."""
+    chunk = -(-s.block_size // s.loss_chunks)
+    vocab, ffn, heads = (each // s.tensor for each in (s.vocab, s.ffn, s.heads))
+    fewer = "task.loss_chunks: more of them are smaller"
+    yield (s.rows, chunk, vocab), f"logits of one loss chunk, or their gradient ({fewer})"
+    yield (s.rows, chunk, s.hidden), "hidden states of one loss chunk"
+    yield (vocab, s.hidden), "the whole embedding or output weight, or its gradient"
+    hint = "" if s.full_remat else " (remat=scan_full keeps less)"
+    for shape, what in (
+        ((s.rows, s.block_size, s.hidden), "hidden states"),
+        ((s.rows, s.block_size, ffn), "MLP activations"),
+        ((s.rows, s.block_size, 2 * ffn), "MLP activations"),
+        ((s.rows, heads, s.block_size, s.head_size), "attention heads"),
+        ((s.rows, heads, s.block_size, s.block_size), "attention scores"),
+    ):
+        yield (s.layers, *shape), f"{what} of all layers, kept for the backward{hint}"
+        yield shape, f"{what} of one layer"
+    for name, shape in s.shapes.items():
+        leaf = re.sub(r"^model\.layers\.\d+\.", "", name)
+        inside = leaf != name
+        what = f"{'each layer' + chr(39) + 's ' if inside else ''}{leaf}"
+        pieces = s.pieces[name] * s.tensor
+        for place in range(len(shape)):
+            cut = tuple(n // (pieces if i == place else 1) for i, n in enumerate(shape))
+            stack = (s.layers, *cut) if inside else cut
+            yield stack, f"a chip's part of {what}: weight, gradient or optimizer state"
+        yield shape, f"{'one layer' + chr(39) + 's ' if inside else ''}{leaf}, whole"
+
+
+# -- what travels ----------------------------------------------------------------------------------
+
+
+def traffic(program: Program) -> dict[str, dict[str, int]]:
+    """By kind of collective: places in the program, runs in a step, bytes of payload in a step."""
+    found = {kind: {"places": 0, "runs": 0, "bytes": 0} for kind in COLLECTIVES}
+    for each in program.collectives():
+        of_kind = found[each.kind]
+        of_kind["places"] += 1
+        of_kind["runs"] += each.runs
+        of_kind["bytes"] += each.runs * each.payload
+    return {kind: numbers for kind, numbers in found.items() if numbers["runs"]}
+
+
+def traffic_in_theory(s: Sizes) -> dict[str, int]:
+    """Bytes of payload that the sharding needs in one step on one chip.
+
+    FSDP gathers each weight for the forward and again for the backward, and reduces and scatters
+    its gradient, for every micro-batch. Tensor parallelism sums hidden states after attention and
+    MLP, forward and backward, and with full remat after attention once more. Copies along data sum
+    their parts of the gradients.
+    """
+    cut = {name: math.prod(shape) * s.weight_bytes for name, shape in s.shapes.items()}
+    fsdp = sum(size // s.tensor for name, size in cut.items() if s.pieces[name] > 1)
+    kept = sum(size // (s.tensor * s.pieces[name]) for name, size in cut.items())
+    hidden = s.tokens * s.hidden * s.weight_bytes
+    sums = (5 if s.full_remat else 4) * s.layers * hidden if s.tensor > 1 else 0
+    return {
+        "all-gather": 2 * s.accumulation * fsdp,
+        "reduce-scatter": s.accumulation * fsdp,
+        "all-reduce": sums + (kept if s.data > 1 else 0),
+    }
+
+
+def judge_traffic(found: Mapping[str, Mapping[str, int]], theory: Mapping[str, int]) -> list[str]:
+    """A sentence for each kind that moves more than `TOLERATED` times its theory.
+
+    An all-reduce does what a reduce-scatter and an all-gather do, so where gradients are
+    all-reduced it counts against both.
+    """
+    said = []
+    base = sum(theory.values())
+    for kind in COLLECTIVES:
+        bytes_ = found.get(kind, {}).get("bytes", 0)
+        wanted = theory.get(kind, 0)
+        # Norms, counters and losses are reduced whole: a little is always there.
+        if bytes_ <= max(TOLERATED * wanted, 0.02 * base):
+            continue
+        times = f"{bytes_ / wanted:.2f} times the {wanted / GIB:.2f} GiB" if wanted else "none"
+        said.append(f"{kind}: {bytes_ / GIB:.2f} GiB a step, {times} that the sharding needs")
+    return said
+
+
+# -- operations ------------------------------------------------------------------------------------
+
+
+def products_in_theory(s: Sizes) -> int:
+    """Operations of one chip in products with weights in one step, by hand: two for each weight and
+    token forward and four backward, two more for what full remat computes again (all of a layer but
+    its last product, which nothing wants)."""
+    matrices = {name: math.prod(shape) for name, shape in s.shapes.items() if len(shape) == 2}
+    looked_up = 0 if s.tied else s.vocab * s.hidden
+    layers = sum(size for name, size in matrices.items() if ".layers." in name)
+    last = sum(size for name, size in matrices.items() if name.endswith("down_proj.weight"))
+    per_token = 6 * (sum(matrices.values()) - looked_up)
+    again = 2 * (layers - last) if s.full_remat else 0
+    return (per_token + again) * s.tokens // s.tensor
+
+
+def kernel_flops(kernels: Mapping[str, int], s: Sizes) -> int:
+    """Operations of the attention kernels of one chip: the causal half of a block, segments not
+    taken off. A forward kernel makes two products of scores' size, the backward one five."""
+    half = s.rows * (s.heads // s.tensor) * s.head_size * s.block_size**2
+    total = 0
+    for name, calls in kernels.items():
+        products = 5 if "dkv" in name.split("_segmented")[0] else 2
+        total += calls * products * half
+    return total
+
+
+# -- time ------------------------------------------------------------------------------------------
+
+# How often the payload crosses a link of a chip, with many chips in the ring.
+_CROSSINGS = {"all-reduce": 2}
+
+
+def roofline(
+    flops: int, hbm_bytes: int, moved: Mapping[str, Mapping[str, int]], chip: Chip
+) -> dict[str, float]:
+    """Seconds that each part would take alone at the published speeds, the longest of them, and
+    their sum. Memory traffic is counted from above, so a step can be faster than the longest."""
+    ici = sum(_CROSSINGS.get(kind, 1) * numbers["bytes"] for kind, numbers in moved.items())
+    parts = {
+        "compute": flops / chip.flops,
+        "hbm": hbm_bytes / chip.hbm_bytes_per_s,
+        "ici": ici / chip.ici_bytes_per_s,
+    }
+    return {**parts, "overlapped": max(parts.values()), "in_turn": sum(parts.values())}
+
+
+def judge(program: Program, memory: Mapping[str, int], sizes: Sizes, chip: Chip) -> dict[str, Any]:
+    """Everything a compiled program says, as it stands in compile_report.json."""
+    found, theory = traffic(program), traffic_in_theory(sizes)
+    kernels = dict(program.kernels())
+    products, expected = program.product_flops(), products_in_theory(sizes)
+    attention = kernel_flops(kernels, sizes)
+    hbm = program.hbm_bytes()
+    times = roofline(products + attention, hbm, found, chip)
+    return {
+        "memory": memory_use(memory, chip),
+        "collectives": found,
+        "collectives_in_theory": theory,
+        "warnings": judge_traffic(found, theory),
+        "flops": {
+            "products": products,
+            "products_in_theory": expected,
+            "ratio": products / expected,
+            "kernels_estimate": attention,
+        },
+        "hbm_bytes_estimate": hbm,
+        "kernels": {name.split("_block")[0]: calls for name, calls in kernels.items()},
+        "fusions": program.count("fusion"),
+        "loops": program.loops,
+        "roofline_estimate_s": times,
+        "slot_tokens_per_s_per_chip_estimate": sizes.tokens / sizes.tensor / times["overlapped"],
+    }
+
+
+# -- in words --------------------------------------------------------------------------------------
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """The report for a person, as lines."""
+    r = report
+    verdict = "fits" if r["fits"] else "does not fit" if r["compiles"] else "does not compile"
+    lines = [f"{r['topology']}: {verdict}", *_settings_lines(r)]
+    if "memory" in r:
+        lines += _memory_lines(r["memory"])
+        lines += _traffic_lines(r)
+        lines += _work_lines(r)
+    elif r["shortage"] is not None:
+        lines += _shortage_lines(r["shortage"])
+    else:
+        lines += ["the compiler says:", *(f"  {line}" for line in _first(r["error"], 12))]
+    s = r["seconds"]
+    lines.append(
+        f"compile      {s['compile']:.0f} s after {s['trace'] + s['lower']:.0f} s of tracing, "
+        f"{_gib(r['host_memory_bytes'])} of host memory; libtpu {r['versions']['libtpu']}, "
+        f"torch_xla {r['versions']['torch_xla']}"
+    )
+    lines.append(f"flags        {' '.join(r['flags'])}")
+    if r.get("nearest") is not None:
+        lines += _nearest_lines(r["nearest"])
+    return "\n".join([lines[0], *(f"  {line}" for line in lines[1:])])
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def _first(text: str, count: int) -> list[str]:
+    return [line[:300] for line in text.strip().splitlines()[:count]]
+
+
+def _settings_lines(r: Mapping[str, Any]) -> list[str]:
+    s = r["settings"]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in r["mesh"].items() if size > 1)
+    remat = f"remat {s['remat']}{', scan' if s['scan_layers'] else ''}"
+    masters = ", fp32 master weights" if s["master_weights"] else ""
+    return [
+        f"model        {r['parameters']:,} parameters, {s['torch_dtype']}, "
+        f"{s['optimizer']}{masters}",
+        f"mesh         {mesh or 'one device'} on {r['chips']} chips",
+        f"step         {s['global_batch_size']} blocks of {s['block_size']} in "
+        f"{s['gradient_accumulation_steps']} micro-batches, {r['slot_tokens_per_chip']:,} slot "
+        f"tokens a chip; {remat}",
+    ]
+
+
+def _memory_lines(m: Mapping[str, Any]) -> list[str]:
+    return [
+        f"memory       {_gib(m['total'])} of {_gib(m['limit'])} a chip: weights, state and batch "
+        f"{_gib(m['argument'])}, temporaries {_gib(m['temp'])}, code {_gib(m['generated_code'])}"
+    ]
+
+
+def _shortage_lines(shortage: Mapping[str, Any]) -> list[str]:
+    used, limit = shortage["used"], shortage["limit"]
+    lines = [f"memory       {_gib(used)} of {_gib(limit)} a chip, {_gib(used - limit)} too many"]
+    for each in shortage["largest"][:8]:
+        lines.append(f"             {_gib(each['bytes'])}  {each['array']}  {each['what']}")
+    return lines
+
+
+def _traffic_lines(r: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for kind, n in r["collectives"].items():
+        if n["bytes"] < 2**20:
+            continue
+        theory = r["collectives_in_theory"].get(kind, 0)
+        wanted = f"; in theory {_gib(theory)}" if theory else ""
+        lines.append(f"{kind:<18} {n['runs']:,} runs, {_gib(n['bytes'])} a step{wanted}")
+    lines += [f"WARNING      {each}" for each in r["warnings"]]
+    return lines or ["collectives  none worth counting"]
+
+
+def _work_lines(r: Mapping[str, Any]) -> list[str]:
+    f, t = r["flops"], r["roofline_estimate_s"]
+    kernels = ", ".join(f"{name} x {calls}" for name, calls in r["kernels"].items())
+    loops = ", ".join(map(str, r["loops"])) or "none"
+    return [
+        f"operations   {f['products']:.3e} a chip and step in matrix products, {f['ratio']:.3f} of "
+        f"what the formula says; about {f['kernels_estimate']:.2e} in kernels",
+        f"kernels      {kernels or 'none'}",
+        f"program      {r['fusions']} fusions; loops of {loops} trips",
+        f"estimate     {t['overlapped']:.3f} s a step by published peaks (compute "
+        f"{t['compute']:.3f}, memory {t['hbm']:.3f}, interconnect {t['ici']:.3f}; one after the "
+        f"other {t['in_turn']:.3f}), {r['slot_tokens_per_s_per_chip_estimate']:,.0f} slot tokens/s "
+        "a chip. An estimate, not a measurement",
+    ]
+
+
+def _nearest_lines(nearest: Mapping[str, Any]) -> list[str]:
+    if nearest["overrides"] is None:
+        return [f"nothing tried fits: {', '.join(nearest['tried'])}"]
+    return [f"this fits ({_gib(nearest['total'])}): {' '.join(nearest['overrides'])}"]

@@ -1,0 +1,151 @@
+"""Trace the training step without weights, and lower it to what a compiler takes.
+
+The backend is made with `Placeholders` instead of `DeviceTensors`. Every tensor then has a shape, a
+type and a spec, but no storage, and the step is traced by the code that trains. What the backend
+would have executed is lowered to an HLO module instead, with how each argument is cut and whether
+the program may write over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch_xla.core.xla_builder as xb
+import torch_xla.distributed.spmd as xs
+from torch import Tensor
+from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
+
+from torchprime.data.blocks.batch import Batch
+from torchprime.models.decoder import CausalLM
+from torchprime.sharding import ShardingTable, Spec
+from torchprime.torch_xla_models.backend import XlaBackend
+from torchprime.torch_xla_models.device_tensors import DeviceTensors
+from torchprime.torch_xla_models.mesh import annotate, partition
+from torchprime.training.backend import StepOptions
+from torchprime.training.optim import Optimizer
+
+
+class Argument(NamedTuple):
+    """One argument of the program."""
+
+    shape: tuple[int, ...]
+    sharding: str  # as HLO writes it
+    spec: Spec
+    donated: bool  # the step writes its new value over the old one
+
+
+class Lowered(NamedTuple):
+    """A step as a compiler takes it."""
+
+    hlo: bytes  # a serialized HloModuleProto
+    arguments: dict[int, Argument]  # by position; constants made on the host are not among them
+
+
+class Placeholders(DeviceTensors):
+    """Tensors without storage. To read one would end the process, so nothing here does."""
+
+    def __init__(self, mesh: xs.Mesh) -> None:
+        super().__init__(mesh)
+        self.lowered: Lowered | None = None
+        self._state: list[tuple[Tensor, Spec]] = []
+        self._made: dict[int, Argument] = {}  # by what identifies the storage a tensor would have
+
+    def send(self, host: Tensor, spec: Spec) -> Tensor:
+        """See DeviceTensors; the host tensor may be without storage too."""
+        return self._make(host.shape, host.dtype, spec, donated=True)
+
+    def send_batch(self, host: Sequence[Tensor], spec: Spec) -> list[Tensor]:
+        """See DeviceTensors."""
+        return [self._make(t.shape, t.dtype, spec, donated=False) for t in host]
+
+    def zeros(self, shape: Sequence[int], spec: Spec) -> Tensor:
+        """See DeviceTensors."""
+        return self._make(shape, torch.float32, spec, donated=True)
+
+    def widened(self, weight: Tensor, spec: Spec) -> Tensor:
+        """See DeviceTensors."""
+        return self._make(weight.shape, torch.float32, spec, donated=True)
+
+    def materialize(self, state: Sequence[Tensor]) -> None:
+        """There is nothing to materialize; but a tensor that is written keeps its spec."""
+        self._state = [(tensor, self._made[_identity(tensor)].spec) for tensor in state]
+
+    def run(self, outputs: Sequence[Tensor]) -> None:
+        """Lower what was traced for these tensors, in place of executing it."""
+        for tensor, spec in self._state:
+            # Where a tensor that lies on the mesh is written over, torch_xla annotates the new
+            # value with the old one's sharding by itself. A placeholder lies nowhere.
+            annotate(tensor, self.mesh, partition(spec))
+        context = XLAC.lowering.LoweringContext("train_step")
+        context.build([t.detach() for t in outputs])
+        parameters = context.device_parameter_id_tensor_mapping()
+        made = {position: self._made.get(_identity(t)) for position, t in parameters.items()}
+        arguments = {position: each for position, each in made.items() if each is not None}
+        self.lowered = Lowered(context.hlo(), arguments)
+
+    def _make(
+        self, shape: Sequence[int], dtype: torch.dtype, spec: Spec, *, donated: bool
+    ) -> Tensor:
+        made = xb.create_placeholder_tensor(tuple(shape), dtype)
+        spec = spec or ((),) * len(shape)
+        sharding = hlo_sharding(self.mesh, spec)
+        self._made[_identity(made)] = Argument(tuple(shape), sharding, spec, donated)
+        return made
+
+
+def _identity(tensor: Tensor) -> int:
+    return XLAC._unique_id_for_ir_and_data(tensor)
+
+
+def hlo_sharding(mesh: xs.Mesh, spec: Spec) -> str:
+    """A table's spec as HLO writes a sharding: pieces along each dim, then the devices in order."""
+    names = list(mesh.axis_names or ())
+    sizes = list(mesh.mesh_shape)
+    cut = [[names.index(axis) for axis in axes] for axes in spec]
+    pieces = [int(np.prod([sizes[axis] for axis in axes], dtype=int)) for axes in cut]
+    if all(count == 1 for count in pieces):
+        return "{replicated}"
+    used = [axis for axes in cut for axis in axes]
+    rest = [axis for axis in range(len(names)) if axis not in used]
+    devices = np.array(mesh.device_ids).reshape(sizes).transpose(used + rest).flatten()
+    copies = len(devices) // int(np.prod(pieces, dtype=int))
+    dims = ",".join(map(str, [*pieces, *([copies] if copies > 1 else [])]))
+    last = " last_tile_dim_replicate" if copies > 1 else ""
+    return f"{{devices=[{dims}]{','.join(map(str, devices))}{last}}}"
+
+
+def trace_step(
+    backend: XlaBackend,
+    model: CausalLM,
+    table: ShardingTable,
+    dtype: torch.dtype,
+    optimizer: Optimizer,
+    options: StepOptions,
+    *,
+    batch_size: int,
+    block_size: int,
+) -> Lowered:
+    """The training step of a backend made with `Placeholders`, lowered.
+
+    Args:
+        model: without storage.
+        batch_size: blocks per update, over all devices and micro-batches.
+    """
+    placeholders = backend.tensors
+    assert isinstance(placeholders, Placeholders)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    backend.place(model, table, lambda name: torch.empty(shapes[name], device="meta"), dtype)
+    backend.prepare_training(optimizer, options)
+    batch = _empty_batch(batch_size, block_size, with_sources=options.num_sources > 1)
+    backend.train_step(backend.put(batch, options.gradient_accumulation_steps), lr=0.0)
+    assert placeholders.lowered is not None
+    return placeholders.lowered
+
+
+def _empty_batch(rows: int, length: int, *, with_sources: bool) -> Batch:
+    zeros = np.zeros((rows, length), np.int32)
+    sources = zeros if with_sources else None
+    return Batch(zeros, zeros, zeros.astype(np.float32), zeros, zeros, sources)

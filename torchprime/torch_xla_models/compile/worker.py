@@ -1,0 +1,251 @@
+"""Compile one step with the TPU's own compiler, in a process of its own: libtpu can end it.
+
+    python -m torchprime.torch_xla_models.compile.worker REQUEST.json FOLDER PID
+
+The request holds a config and an architecture; the environment was set by process PID, which waits
+(`compile_only.py`), since torch_xla and jax read it when imported. Into FOLDER go result.json (what
+was compiled, with which memory, or the compiler's message) and program.txt, the partitioned and
+scheduled program of one chip.
+
+Tracing happens on virtual CPU devices, fewer than chips where autograd could not count them. Where
+code asks for the device, it is told of the TPU whose description libtpu gives: its mesh follows the
+links between chips, splash attention is lowered for it, and torch_xla takes the lowerings that it
+takes on a TPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+import torch_xla.core.xla_model as xm
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
+from jax._src import tpu_custom_call
+from jax._src.interpreters import mlir as jax_mlir
+from jax.experimental import topologies
+from jax.sharding import Mesh as JaxMesh
+from jaxlib import (
+    _jax,  # pyright: ignore[reportAttributeAccessIssue]
+    xla_client,
+)
+from jaxlib.mlir import ir
+
+from torchprime.atomic import write_text
+from torchprime.config.load import load_config
+from torchprime.config.schema import TrainConfig
+from torchprime.config.topologies import Topology, topology
+from torchprime.errors import UserError
+from torchprime.metrics.throughput import host_memory_bytes
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.decoder import CausalLM
+from torchprime.terminal import print_lines
+from torchprime.torch_xla_models.compile.tracing import Argument, Lowered, Placeholders, trace_step
+from torchprime.torch_xla_models.train import make_backend
+from torchprime.training.setup.recipe import optimizer_of, sharding_table, step_options
+
+# Of the kernels' intermediate language, libtpu 0.0.21 reads up to this version; jax 0.7.1 writes a
+# newer one where it sees no TPU to ask.
+KERNEL_IR_VERSION = 7
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def tpu_devices(slice_: Topology, slices: int) -> list[Any]:
+    """The devices of a TPU that is not here, in the order of their ids."""
+    many = {"num_slices": slices} if slices > 1 else {}
+    description = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=slice_.libtpu_name,
+        chips_per_host_bounds=slice_.host_shape,
+        **many,
+    )
+    return sorted(description.devices, key=lambda device: device.id)
+
+
+def pretend(devices: Sequence[Any], name: str) -> None:
+    """From here on, tracing takes the CPU's virtual devices for these, of the slice named so."""
+    attributes = [_attributes(ordinal, device) for ordinal, device in enumerate(devices)]
+
+    def jax_mesh(mesh: xs.Mesh) -> JaxMesh:
+        ids = np.array(mesh.device_ids).reshape(mesh.mesh_shape)
+        places = np.vectorize(lambda number: devices[number], otypes=[object])(ids)
+        return JaxMesh(places, mesh.axis_names or ())
+
+    xr.global_runtime_device_attributes = lambda: [dict(each) for each in attributes]
+    xr.global_runtime_device_count = lambda: len(devices)
+    xm.xla_device_hw = lambda device: "TPU"
+    xs.Mesh.get_jax_mesh = jax_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_use_shardy_partitioner", False)
+    jax.config.update("jax_default_device", devices[0])
+    tpu_custom_call.get_ir_version = lambda ctx: KERNEL_IR_VERSION
+    # Read at each use; the client is the CPU's already. (With TPU_ACCELERATOR_TYPE set, libtpu ends
+    # the process in cost_analysis.)
+    os.environ.update(PJRT_DEVICE="TPU", ACCELERATOR_TYPE=name)
+
+
+def _attributes(ordinal: int, device: Any) -> dict[str, Any]:
+    """What torch_xla tells of a device on a TPU, for its mesh."""
+    found = {"name": f"TPU:{ordinal}", "coords": list(device.coords), "core_on_chip": 0}
+    number = getattr(device, "slice_index", None)
+    return found if number is None else {**found, "slice_index": number}
+
+
+def trace(config: TrainConfig, architecture: dict[str, Any]) -> Lowered:
+    """The config's training step."""
+    backend = make_backend(config, make_tensors=Placeholders)
+    with torch.device("meta"):
+        model = CausalLM(architecture_from_hf(architecture, where="model"))
+    return trace_step(
+        backend,
+        model,
+        sharding_table(config),
+        getattr(torch, config.torch_dtype),
+        optimizer_of(config),
+        step_options(config, max(1, len(config.dataset.mixture))),
+        batch_size=config.task.global_batch_size,
+        block_size=config.dataset.block_size,
+    )
+
+
+def annotated(lowered: Lowered) -> bytes:
+    """StableHLO whose arguments say how they are cut and which may be written over: torch_xla tells
+    the compiler so when tensors hold data."""
+    text = _jax.mlir.xla_computation_to_mlir_module(_jax.XlaComputation(lowered.hlo))
+    with jax_mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        main = next(op for op in module.body.operations if _symbol(op) == "main")
+        given = list(ir.ArrayAttr(main.operation.attributes["arg_attrs"]))
+        main.operation.attributes["arg_attrs"] = ir.ArrayAttr.get(
+            [_with(attrs, lowered.arguments.get(place)) for place, attrs in enumerate(given)]
+        )
+        return jax_mlir.module_to_bytecode(module)
+
+
+def _symbol(op: Any) -> str | None:
+    name = "sym_name"
+    return ir.StringAttr(op.attributes[name]).value if name in op.attributes else None
+
+
+def _with(attributes: Any, argument: Argument | None) -> Any:
+    found = {each.name: each.attr for each in ir.DictAttr(attributes)}
+    if argument is not None:
+        found["mhlo.sharding"] = ir.StringAttr.get(argument.sharding)
+        if argument.donated:
+            found["jax.buffer_donor"] = ir.BoolAttr.get(True)
+    return ir.DictAttr.get(found)
+
+
+def compile_for(devices: Sequence[Any], module: bytes) -> Any:
+    """The executable, with the options that torch_xla gives under SPMD."""
+    assignment = xla_client.DeviceAssignment.create(np.array([[d.id for d in devices]]))
+    options = xla_client.CompileOptions()
+    options.num_replicas, options.num_partitions = 1, len(devices)
+    options.device_assignment = assignment
+    build = options.executable_build_options
+    build.num_replicas, build.num_partitions = 1, len(devices)
+    build.device_assignment = assignment
+    build.use_spmd_partitioning = True
+    build.use_shardy_partitioner = False
+    build.allow_spmd_sharding_propagation_to_output = [True]
+    return devices[0].client.compile(
+        module,
+        executable_devices=xla_client.DeviceList(tuple(devices)),
+        compile_options=options,
+    )
+
+
+def measures(executable: Any) -> dict[str, Any]:
+    """Bytes of one chip by use, and the compiler's own counts (which see a loop's body once)."""
+    stats = executable.get_compiled_memory_stats()
+    names = [name for name in dir(stats) if name.endswith("_size_in_bytes")]
+    cost = executable.cost_analysis()
+    cost = cost[0] if isinstance(cost, list) else cost
+    return {
+        "memory": {name.removesuffix("_size_in_bytes"): getattr(stats, name) for name in names},
+        "cost": {key: cost[key] for key in ("flops", "bytes accessed") if key in cost},
+    }
+
+
+def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Trace, lower and compile what is asked for; what is known afterwards."""
+    config = load_config(request["config"])
+    slice_ = topology(request["topology"])
+    xr.use_spmd()
+    xr.global_runtime_device_count()  # starts the CPU's client
+    devices = tpu_devices(slice_, request["slices"])
+    assert len(devices) == config.device_count
+    result: dict[str, Any] = {
+        "versions": {name: _version(name) for name in ("torch", "torch_xla", "jax", "libtpu")},
+        "compiler": devices[0].client.platform_version,
+        "flags": os.environ.get("LIBTPU_INIT_ARGS", "").split(),
+        "seconds": {},
+    }
+    pretend(devices, slice_.name)
+    clock = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        result["seconds"][name], clock = now - clock, now
+        print_lines([f"{name} {result['seconds'][name]:.1f} s"])
+
+    lowered = trace(config, request["architecture"])
+    lap("trace")
+    module = annotated(lowered)
+    result["arguments"] = len(lowered.arguments)
+    result["module_bytes"] = len(module)
+    del lowered
+    lap("lower")
+    try:
+        executable = compile_for(devices, module)
+    except (RuntimeError, ValueError) as error:  # jaxlib's own are RuntimeErrors
+        result["error"] = str(error)
+    else:
+        (program,) = executable.hlo_modules()
+        write_text(folder / "program.txt", program.to_string())
+        result |= measures(executable)
+    lap("compile")
+    result["host_memory_bytes"] = host_memory_bytes()
+    return result
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _end_with(parent: int) -> None:
+    """Nobody waits for the result of a compiler whose caller is gone: the kernel ends this process
+    with it. A caller that ends in order does so itself (`compile_only._end`)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # gone before
+        sys.exit("The command that asked for this compile has ended.")
+
+
+def main(argv: list[str]) -> int:
+    """Compile; 0 where result.json is written, whatever it says."""
+    _end_with(int(argv[2]))
+    request, folder = json.loads(Path(argv[0]).read_text()), Path(argv[1])
+    try:
+        result = run(request, folder)
+    except UserError as error:
+        result = {"user_error": str(error)}
+    write_text(folder / "result.json", json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

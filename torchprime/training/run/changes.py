@@ -1,0 +1,158 @@
+"""What differs between a checkpoint and the run that would go on from it, and whether that is fine.
+
+    harmless       how the steps are computed or where things lie: mesh, accumulation, paths
+    questionable   what the coming steps do: learning rate, length, weight decay
+    refused        what the steps so far were made of: data, tokenizer, template, model
+
+Harmless changes are said and taken. A questionable one needs to be named in resume.allow_changes.
+A refused one would make the run something that no one run ever was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchprime.checkpoint.run.manifest import Manifest
+from torchprime.errors import ConfigError
+
+HARMLESS, QUESTIONABLE, REFUSED = "harmless", "questionable", "refused"
+# By the beginning of a key. Where rows and weights come from is harmless as long as they are the
+# same, which their fingerprints tell.
+HARMLESS_KEYS = (
+    "ici_mesh", "dcn_mesh", "sharding", "remat", "checkpoint", "resume", "logging_steps",
+    "output_dir", "run_name", "dry_run", "compile_", "allow_recompile", "isolation_probe",
+    "profile_",
+    "dataset", "eval", "model", "task.name", "task.gradient_accumulation_steps", "task.loss_chunks",
+    "task.export_checkpoint_path", "task.convert_to_safetensors", "task.max_shard_size_gb",
+    "task.sample_prompts", "selection", "export",
+)  # fmt: skip
+REFUSED_KEYS = (
+    "seed", "torch_dtype", "task.global_batch_size", "task.optimizer.name",
+    "task.optimizer.master_weights", "model.add_special_tokens", "model.resize_embeddings",
+    "model.pad_vocab_to_multiple",
+)  # fmt: skip
+# Fingerprints: what a difference means, and what it is a fingerprint of.
+IDENTITIES = {
+    "model": (REFUSED, "names, shapes and new rows of the weights"),
+    "tokenizer": (REFUSED, "tokenizer.json and its special tokens"),
+    "template": (REFUSED, "the chat template"),
+    "data": (REFUSED, "the packed training rows"),
+    "eval": (QUESTIONABLE, "the packed held-out rows"),
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference: a config's key, or the name of a fingerprint."""
+
+    key: str
+    old: Any
+    new: Any
+    kind: str
+    what: str = ""
+
+    def describe(self) -> str:
+        """A line for a person."""
+        note = f" ({self.what})" if self.what else ""
+        return f"{self.kind:<12} {self.key}: {_shown(self.old)} -> {_shown(self.new)}{note}"
+
+
+def find_changes(
+    manifest: Manifest, config: Mapping[str, Any], identity: Mapping[str, str | None]
+) -> list[Change]:
+    """All differences, the gravest first.
+
+    Args:
+        config: as TrainConfig.to_dict() gives it.
+        identity: a fingerprint for each of IDENTITIES, as the run to come has it.
+    """
+    old, new = dict(_flat(manifest.config)), dict(_flat(config))
+    changes = [
+        Change(key, old.get(key), new.get(key), _kind(key))
+        for key in sorted(old.keys() | new.keys())
+        if _given(old, key) != _given(new, key)
+    ]
+    before = identity_of(manifest)
+    changes += [
+        Change(name, before.get(name), identity.get(name), kind, what)
+        for name, (kind, what) in IDENTITIES.items()
+        if before.get(name) != identity.get(name)
+    ]
+    order = (REFUSED, QUESTIONABLE, HARMLESS)
+    return sorted(changes, key=lambda change: order.index(change.kind))
+
+
+def identity_of(manifest: Manifest) -> dict[str, str | None]:
+    """The fingerprints that a checkpoint has for IDENTITIES."""
+    held_out = manifest.eval_manifest or {}
+    return {
+        "model": manifest.model["hash"],
+        "tokenizer": manifest.tokenizer_fingerprint,
+        "template": manifest.template_fingerprint,
+        "data": manifest.data_manifest.get("fingerprint"),
+        "eval": held_out.get("fingerprint"),
+    }
+
+
+def refuse_changes(changes: Sequence[Change], allowed: Sequence[str], point: str) -> None:
+    """Raise a ConfigError for what is refused, or questionable and not allowed."""
+    refused = [change for change in changes if change.kind == REFUSED]
+    asked = not_allowed(changes, allowed)
+    if not refused and not asked:
+        return
+    lines = [change.describe() for change in [*refused, *asked]]
+    advice = []
+    if refused:
+        advice.append(
+            "What is refused cannot go on from there: give the old values, or begin a new run "
+            "(resume=never and another run_name)."
+        )
+    if asked:
+        keys = ",".join(change.key for change in asked)
+        advice.append(f"If the questionable ones are meant: resume.allow_changes=[{keys}].")
+    raise ConfigError(
+        f"resume: this run differs from {point}:\n  " + "\n  ".join(lines) + "\n" + " ".join(advice)
+    )
+
+
+def not_allowed(changes: Sequence[Change], allowed: Sequence[str]) -> list[Change]:
+    """The questionable changes that no key or beginning of a key allows."""
+    return [
+        change
+        for change in changes
+        if change.kind == QUESTIONABLE and not _begins_with(change.key, allowed)
+    ]
+
+
+def _begins_with(key: str, names: Sequence[str]) -> bool:
+    return any(
+        key == name or key.startswith(f"{name}.") or (name.endswith("_") and key.startswith(name))
+        for name in names
+    )
+
+
+def _kind(key: str) -> str:
+    if _begins_with(key, REFUSED_KEYS):
+        return REFUSED
+    return HARMLESS if _begins_with(key, HARMLESS_KEYS) else QUESTIONABLE
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def _given(config: Mapping[str, Any], key: str) -> Any:
+    """A value; an empty list is none, as where an older version did not have the key."""
+    value = config.get(key)
+    return None if value == [] else value
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:24]}...{text[-8:]}"

@@ -1,0 +1,252 @@
+"""The end of a run: weights leave the device, become a Hugging Face folder, and are proved.
+
+Before the folder is in its place, the files are read back and every tensor's bytes must be those
+that left the device; transformers, loading the folder, must compute the logits that the trainer
+computes; and what else the certificate lists. The logits need the model in host memory, so they
+are compared when there is room, and it is said when not.
+
+A checkpoint keeps the small files and the facts of an export, so that one can be made of it later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchprime.atomic import write_json
+from torchprime.checkpoint.export import ExportResult, check_export, export_hf, export_need
+from torchprime.checkpoint.from_checkpoint import HF, add_weights
+from torchprime.checkpoint.hf.files import FACTS, ExportFacts, write_hf_files
+from torchprime.checkpoint.places import ExportPlace
+from torchprime.checkpoint.proof.certificate import certify
+from torchprime.checkpoint.proof.logits import PROMPT_TOKENS, PromptLogits, encode_prompts, no_room
+from torchprime.checkpoint.room import Need
+from torchprime.checkpoint.run.reader import TensorReader
+from torchprime.checkpoint.run.storage import FolderWriter
+from torchprime.data.templates.render import ChatTemplate, text_hash
+from torchprime.json_files import token_ids
+from torchprime.training.backend import Backend
+from torchprime.training.setup.model_files import ModelFiles
+
+
+class Exporter:
+    """Writes and proves exports of one run's model."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        *,
+        dtype: torch.dtype,
+        max_shard_bytes: int,
+        card_facts: Mapping[str, Any],
+        template: ChatTemplate | None,
+        stop_ids: Sequence[int],
+        fingerprints: Mapping[str, str | None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.files, self.dtype, self.max_shard_bytes = files, dtype, max_shard_bytes
+        self.card_facts, self.fingerprints, self.say = card_facts, fingerprints, say
+        self.template, self.stop_ids = template, stop_ids
+
+    def need(self, place: ExportPlace) -> Need:
+        """Return what an export there takes of a disk."""
+        return export_need(place, self.files.shapes, self.dtype, self.max_shard_bytes)
+
+    def check(self, out: Path | ExportPlace) -> None:
+        """Raise what `write` would raise about the target, before the run.
+
+        What the export repairs in the source's files is said, once.
+        """
+        repairs = check_export(
+            out,
+            spec=self.files.shapes,
+            config=self.files.hf_config,
+            dtype=self.dtype,
+            tokenizer_folder=self.files.tokenizer.folder,
+            eos_token_id=self.files.tokenizer.eos_id,
+            generation_config=self._generation_config(),
+            max_shard_bytes=self.max_shard_bytes,
+            chat_templates=None if self.template is None else self.template.texts,
+        )
+        for line in repairs:
+            self.say(f"note: {line}")
+
+    @staticmethod
+    def require_certified(place: ExportPlace) -> None:
+        """Raise the CheckpointError of an export that is there already and failed."""
+        if (certificate := place.certificate()) is not None:
+            certificate.require(place)
+
+    def facts(self, step: int | None, metrics: Mapping[str, Any]) -> ExportFacts:
+        """What an export of the weights after `step` updates has to know."""
+        template = self.template
+        folder, new_rows = self.files.folder, self.files.new_rows
+        return ExportFacts(
+            spec=dict(self.files.shapes),
+            dtype=self.dtype,
+            max_shard_bytes=self.max_shard_bytes,
+            stop_ids=tuple(sorted({self.files.tokenizer.eos_id, *self.stop_ids})),
+            template=None if template is None else text_hash(template.text),
+            tools_template=None if template is None else text_hash(template.for_tools([{}]).text),
+            template_options={} if template is None else template.option_values,
+            base_model=self.card_facts.get("base_model"),
+            base_folder=None if folder is None else str(folder.absolute()),
+            unused_rows=new_rows.unused if new_rows else (),
+            step=step,
+            card={**self.card_facts, "chat": template is not None},
+            metrics=dict(metrics),
+            fingerprints=dict(self.fingerprints),
+        )
+
+    def write_small_files(self, folder: Path, *, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write what a checkpoint keeps for an export: all of it but the weights, and the facts."""
+        facts = self.facts(step, metrics)
+        write_hf_files(folder, **self._small_files(facts))
+        write_json(folder / FACTS, facts.to_dict())
+
+    def keep(
+        self, writer: FolderWriter, *, step: int, metrics: Mapping[str, Any], weights: bool
+    ) -> None:
+        """Write a checkpoint's hf/, with the weights too if asked for; its tensors are there."""
+        with writer.local_folder(HF) as folder:
+            self.write_small_files(folder, step=step, metrics=metrics)
+            if not weights:
+                return
+            with TensorReader(*writer.where) as reader:
+                names = self.files.shapes
+                found = ((name, reader.get(f"model.{name}")) for name in names)
+                certificate = add_weights(folder, found)
+        if certificate.failed:  # no reason to lose the checkpoint, which does not need them
+            told = "; ".join(f"{check.name}: {check.detail}" for check in certificate.failed)
+            self.say(f"the weights in {HF}/ of step {step} failed their certificate: {told}")
+
+    def write_sharded(self, place: ExportPlace, backend: Backend) -> None:
+        """Leave the weights in shards instead (convert_to_safetensors=false): no conversion, no
+        proof."""
+        with place.folder() as folder:
+            backend.save_sharded(str(folder))
+        self.say(
+            f"wrote shards to {place} (torch.distributed.checkpoint, not a Hugging Face folder)"
+        )
+
+    def write(
+        self,
+        out: Path | ExportPlace,
+        backend: Backend,
+        metrics: Mapping[str, Any],
+        *,
+        step: int | None,
+        prove_logits: bool = True,
+        others_wait: Callable[[], None] = lambda: None,
+    ) -> ExportResult | None:
+        """Export the backend's weights to `out` and prove it; other processes only hand over.
+
+        Every process takes part in computing logits and in bringing a sharded tensor to a host, so
+        all do the same of these in the same order, also where the first one fails to write.
+
+        Args:
+            metrics: the last values, for card and certificate.
+            step: updates made; None if unknown.
+            prove_logits: false leaves them out, where the weights may compute no finite ones.
+            others_wait: called on the first process when the others have handed over all.
+
+        Raises:
+            CheckpointError: it could not be written, or a check of the certificate failed; in the
+                latter case the folder is there, with the certificate that says so.
+        """
+        trained = self._trained_logits(backend) if prove_logits else "the run diverged"
+        place = ExportPlace.of(out)
+        weights = backend.weights()
+        if backend.process_index == 0:
+            weights = _then(weights, others_wait)
+        try:
+            if backend.process_index != 0:
+                return None
+            result = self._export(place, weights, self.facts(step, metrics), trained)
+        finally:
+            if backend.process_count > 1:
+                for _ in weights:  # the rest of this process' share in bringing them to a host
+                    pass
+        certificate = result.certificate
+        assert certificate is not None
+        certificate.require(place)
+        proofs = (certificate.check(name).detail for name in ("weights", "logits"))
+        self.say(f"exported to {place}: {'; '.join(proofs)}; certificate: {certificate.tally()}")
+        return result
+
+    def _export(
+        self,
+        place: ExportPlace,
+        weights: Iterator[tuple[str, Tensor]],
+        facts: ExportFacts,
+        trained: PromptLogits | str,
+    ) -> ExportResult:
+        made = "random weights" if facts.base_model is None else facts.base_model
+        after = "" if facts.step is None else f" after {facts.step} updates"
+        return export_hf(
+            place,
+            **self._small_files(facts),
+            weights=weights,
+            max_shard_bytes=self.max_shard_bytes,
+            certify=partial(
+                certify,
+                facts=facts,
+                origin=f"a run from {made}{after}, at its end",
+                trained=trained,
+                base=self.files.folder,
+            ),
+        )
+
+    def _small_files(self, facts: ExportFacts) -> dict[str, Any]:
+        """The arguments of `write_hf_files`."""
+        return dict(
+            spec=self.files.shapes,
+            config=self.files.hf_config,
+            dtype=self.dtype,
+            tokenizer_folder=self.files.tokenizer.folder,
+            eos_token_id=self.files.tokenizer.eos_id,
+            generation_config=self._generation_config(),
+            card=facts.card_text(),
+            chat_templates=None if self.template is None else self.template.texts,
+        )
+
+    def _generation_config(self) -> dict[str, Any] | None:
+        """The source's, with the stop tokens that were trained: a server looks here for them."""
+        found = self.files.generation_config()
+        trained = [i for i in self.stop_ids if i != self.files.tokenizer.eos_id]
+        if not trained:
+            return found
+        source = found if found and found.get("eos_token_id") is not None else self.files.hf_config
+        stops = token_ids(source, "eos_token_id", "generation_config.json or config.json")
+        return {**(found or {}), "eos_token_id": list(dict.fromkeys([*stops, *trained]))}
+
+    def _trained_logits(self, backend: Backend) -> PromptLogits | str:
+        """The trainer's logits for the prompts, or why transformers cannot be compared with them.
+
+        Room is one host's matter, so several processes compute them all the same.
+        """
+        reason = no_room(self.files.num_parameters, self.dtype)
+        if reason and backend.process_count == 1:
+            return reason
+        logits = np.stack([backend.logits(ids).numpy() for ids in self._prompts.tolist()])
+        where = f"the trainer ({backend.name}, {backend.device_count} x {backend.device_kind})"
+        return reason or PromptLogits(self._prompts, logits, where)
+
+    @cached_property
+    def _prompts(self) -> np.ndarray:
+        longest = min(PROMPT_TOKENS, self.files.architecture.max_position_embeddings)
+        return encode_prompts(self.files.tokenizer.folder / "tokenizer.json", longest=longest)
+
+
+def _then(
+    weights: Iterator[tuple[str, Tensor]], after: Callable[[], None]
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights, and a call when the last of them was taken."""
+    yield from weights
+    after()

@@ -1,0 +1,122 @@
+"""What is written down of a run: run.json, its checkpoints' manifests, the metrics of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+
+from torchprime.checkpoint.run.manifest import Manifest
+from torchprime.config.evaluation import LOSSES
+from torchprime.config.schema import TrainConfig
+from torchprime.evaluation.selection import Evaluated
+from torchprime.training.backend import Backend
+from torchprime.training.optim import Optimizer, Parameter
+from torchprime.training.run import folder as run_folder
+from torchprime.training.run import resume as resuming
+from torchprime.training.setup.datasets import RunData
+from torchprime.training.setup.model_files import ModelFiles
+from torchprime.training.setup.plan import Plan
+
+LAST_LOSS = "train loss of the last step"
+
+
+def run_facts(
+    config: TrainConfig, backend: Backend, files: ModelFiles, rows: RunData, plan: Plan
+) -> dict[str, Any]:
+    """run.json: what ran, on what, with which data; enough to compare two runs."""
+    return {
+        "command": run_folder.command(),
+        "versions": run_folder.versions(),
+        "backend": backend.name,
+        "device": {"kind": backend.device_kind, "count": backend.device_count},
+        "processes": backend.process_count,
+        "mesh": config.mesh_shape(),
+        "attention": backend.attention,
+        "loss": backend.loss,
+        "model": {
+            "pretrained": config.model.pretrained_model,
+            "parameters": files.num_parameters,
+            "dtype": config.torch_dtype,
+            **({"vocabulary": files.vocabulary.to_dict()} if files.vocabulary else {}),
+        },
+        "fingerprints": rows.fingerprints(),
+        "plan": plan.to_dict(),
+    }
+
+
+def make_manifest(
+    config: TrainConfig,
+    step: int,
+    backend: Backend,
+    files: ModelFiles,
+    identity: Mapping[str, str | None],
+    optimizer: Optimizer,
+    plan: Plan,
+    *,
+    num_blocks: int,
+    metrics: dict[str, Any],
+    hooks: dict[str, Any],
+) -> Manifest:
+    """All that a run needs to go on after a step, but for the tensors.
+
+    Args:
+        identity: fingerprints of what the run's steps are made of.
+        num_blocks: of the training rows.
+        metrics: the last values.
+        hooks: what hooks want to know again.
+    """
+    slots = optimizer.slots(Parameter((2, 2), getattr(torch, config.torch_dtype), False, False))
+    return Manifest(
+        backend=backend.name,
+        mesh=config.mesh_shape(),
+        processes=backend.process_count,
+        config=config.to_dict(),
+        versions=run_folder.versions(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        model={
+            "names": len(files.shapes),
+            "dtype": config.torch_dtype,
+            "parameters": files.num_parameters,
+            "hash": identity["model"],
+        },
+        optimizer={"name": config.task.optimizer.name, "slots": sorted(slots)},
+        scheduler={
+            **asdict(config.task.lr_scheduler),
+            "peak": config.task.optimizer.learning_rate,
+            "warmup_steps": plan.warmup_steps,
+            "total_steps": plan.total_steps,
+        },
+        global_step=step,
+        rng=resuming.rng_states(backend.rng_state()),
+        data_position={
+            "seed": config.seed,
+            "next_step": step,
+            "global_batch_size": config.task.global_batch_size,
+            "num_blocks": num_blocks,
+        },
+        tokenizer_fingerprint=identity["tokenizer"],
+        template_fingerprint=identity["template"],
+        data_manifest={"fingerprint": identity["data"]},
+        eval_manifest={"fingerprint": identity["eval"]} if identity["eval"] else None,
+        best_metric=None,
+        hooks=hooks,
+        metrics=metrics,
+    )
+
+
+def metrics_at(
+    step: int, loss: float, loss_step: int, history: Sequence[Evaluated]
+) -> dict[str, Any]:
+    """What is known of the weights after a step; what is older says of which step it is."""
+    metrics = {LAST_LOSS if loss_step == step else f"train loss of step {loss_step}": loss}
+    if history:
+        last, now = history[-1], history[-1].step == step
+        metrics["held-out loss before"] = history[0].scores["eval_loss"]
+        after = "held-out loss after" if now else f"held-out loss of step {last.step}"
+        metrics[after] = last.scores["eval_loss"]
+        metrics |= {n: v for n, v in last.scores.items() if now and n not in LOSSES}
+    return metrics

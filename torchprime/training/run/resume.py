@@ -1,0 +1,383 @@
+"""Where a run begins: at its first step, or at a checkpoint.
+
+`auto` goes on from the newest whole checkpoint of the run's own folder, if there is one; `never`
+does not look; a number is a step of this run; anything else is a checkpoint's folder or URL, from
+which a new run goes on. A run that was killed before its first checkpoint begins again.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from torchprime.atomic import read_plain, write_text
+from torchprime.checkpoint.field_kinds import (
+    NUMBER,
+    OBJECT,
+    check_fields,
+    count,
+    list_of,
+    or_null,
+    texts_to,
+)
+from torchprime.checkpoint.run.catalog import Catalog
+from torchprime.checkpoint.run.manifest import STEP, Manifest, read_manifest
+from torchprime.checkpoint.run.reader import CheckpointReader
+from torchprime.checkpoint.run.storage import MANIFEST, LocalStorage, Storage
+from torchprime.errors import CheckpointError
+from torchprime.evaluation.selection import Evaluated
+from torchprime.foreign_names import inside
+from torchprime.metrics.record import StepRecord
+from torchprime.metrics.writers import read_metrics
+from torchprime.private_folders import require_private
+from torchprime.training.agreeing import from_first
+from torchprime.training.backend import Backend, ResumedState, StepNumbers
+from torchprime.training.run import folder as run_folder
+
+METRICS = "metrics.jsonl"
+EVALUATION = "evaluation"  # what the hook keeps in a manifest
+KEPT = {"history": list_of(OBJECT, "a list of objects"), "losses": list_of(NUMBER, "numbers")}
+EVALUATED = {
+    "step": count(),
+    "scores": texts_to(NUMBER),
+    "train_loss": or_null(NUMBER),
+    "graded": texts_to(OBJECT),
+}
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A whole checkpoint; `own` if it is one of the run's own."""
+
+    reader: CheckpointReader
+    where: str
+    own: bool
+
+    def state(self) -> ResumedState:
+        """What the backend makes its state of."""
+        return ResumedState(self.reader.get, self.step)
+
+    def weight(self, name: str) -> Tensor:
+        """A weight by its Hugging Face name."""
+        return self.reader.get(f"model.{name}")
+
+    @property
+    def step(self) -> int:
+        return self.reader.manifest.step
+
+
+def checkpoints_place(folder: Path, given: str | None) -> str:
+    """Where a run's checkpoints are: in its folder, or where the config says, under its name."""
+    return str(folder / "checkpoints") if given is None else f"{given.rstrip('/')}/{folder.name}"
+
+
+def agree_on_point(
+    backend: Backend, source: str, catalog: Catalog, say: Callable[[str], None]
+) -> ResumePoint | None:
+    """`find_point` of the first process, for all: only it reads every file."""
+    if backend.process_count == 1:
+        return find_point(source, catalog, say)
+
+    def found() -> str | None:
+        point = find_point(source, catalog, say)
+        return point and point.reader.name
+
+    name = from_first(backend, found)
+    if name is None:
+        return None
+    own = source == "auto" or source.isdigit()
+    storage = catalog.storage if own else _split(source)[0]
+    return ResumePoint(CheckpointReader(storage, name), storage.describe(name), own)
+
+
+def find_point(source: str, catalog: Catalog, say: Callable[[str], None]) -> ResumePoint | None:
+    """The checkpoint to begin at, checked file by file; None to begin at the first step.
+
+    Raises:
+        CheckpointError: what is named is not there, or is damaged.
+    """
+    if source == "never":
+        return None
+    if source == "auto":
+        name = catalog.newest_whole(say)
+        if name is None and (damaged := catalog.visible()):
+            raise CheckpointError(
+                f"{catalog.storage.describe()}: none of the {len(damaged)} checkpoints is whole; "
+                "each is named above with its damage. Nothing was touched, for some copy or backup "
+                "may mend one. To begin again at the first step, give the run another name "
+                "(run_name=NAME), or move that folder away."
+            )
+    elif source.isdigit():
+        name = catalog.name_of(int(source))
+        if int(source) not in catalog.steps():
+            raise CheckpointError(
+                f"resume={source}: {catalog.storage.describe('')} has no checkpoint of step "
+                f"{source}. It has {', '.join(map(str, catalog.steps())) or 'none'}."
+            )
+        catalog.check(name, deep=True)
+    else:
+        return _foreign(source)
+    if name is None:
+        return None
+    return ResumePoint(
+        CheckpointReader(catalog.storage, name), catalog.storage.describe(name), own=True
+    )
+
+
+def _foreign(place: str) -> ResumePoint:
+    storage, name = _split(place)
+    if not storage.exists(f"{name}/{MANIFEST}"):
+        raise CheckpointError(
+            f"resume={place}: there is no checkpoint with a manifest.json. Give the folder of one, "
+            "as <run>/checkpoints/step_00000600, or auto, never or a step of this run."
+        )
+    Catalog(storage).check(name, deep=True)
+    return ResumePoint(CheckpointReader(storage, name), place, own=False)
+
+
+def _split(place: str) -> tuple[Storage, str]:
+    parent, _, name = place.rstrip("/").rpartition("/")
+    return Storage.of(parent or "."), name
+
+
+def recorded_date(source: str, catalog: Catalog) -> str | None:
+    """Return the date that the run to go on with renders its chat template with, if it has one.
+
+    Only that is looked for: whether the checkpoint is whole is found out later.
+    """
+    storage, name = catalog.storage, None
+    if source == "auto" and (steps := catalog.steps()):
+        name = catalog.name_of(steps[-1])
+    elif source.isdigit():
+        name = catalog.name_of(int(source))
+    elif source not in ("auto", "never"):
+        storage, name = _split(source)
+    try:
+        config = {} if name is None else read_manifest(storage, name).config
+    except CheckpointError:
+        return None
+    return config.get("dataset", {}).get("template_date")
+
+
+def check_writable(storage: Storage) -> None:
+    """See early that checkpoints can be written, by writing a small file and removing it.
+
+    Raises:
+        CheckpointError: a place in which this user may not write.
+    """
+    try:
+        storage.probe()
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"checkpoint.folder: {storage.describe()} cannot hold checkpoints ({error}) Give this "
+            "user the right to write there, or set checkpoint.folder to another place."
+        ) from error
+
+
+def check_shared(backend: Backend, storage: Storage) -> None:
+    """See early that all processes mean the same place by the checkpoint folder; all call it.
+
+    Raises:
+        CheckpointError: some process does not see what the first one wrote, on every process.
+    """
+    if backend.process_count == 1:
+        return
+    with ExitStack() as held:
+        mark = from_first(backend, lambda: held.enter_context(storage.mark()))
+        try:
+            problem = None if storage.sees(mark) else "it is not there"
+        except CheckpointError as error:
+            problem = str(error)
+        told = backend.gather_objects(problem)
+    if blind := [rank for rank, problem in enumerate(told) if problem]:
+        raise CheckpointError(
+            f"checkpoint.folder: every process must see {storage.describe()}, but of what the "
+            f"first one wrote, process {blind[0]} says: {told[blind[0]]} ({len(blind)} of "
+            f"{len(told)} processes). Use a file system that all hosts share, or a URL such as "
+            "checkpoint.folder=gs://BUCKET/RUNS."
+        )
+
+
+def may_go_on(source: str, folder: Path, catalog: Catalog) -> None:
+    """Refuse early, without looking into checkpoints, a folder whose run this cannot go on with.
+
+    Raises:
+        RuntimeSetupError: the folder holds another run, or others could change what is in it.
+        CheckpointError: a link lies in the place of the checkpoints.
+    """
+    require_private(folder, run_folder.KEY)
+    require_private_storage(catalog.storage, folder)
+    own = source == "auto" or source.isdigit()
+    if not (own and (catalog.steps() or died_early(folder))):
+        run_folder.check(folder)
+
+
+def require_private_storage(storage: Storage, folder: Path) -> None:
+    """Refuse a place for checkpoints that others could exchange, or that is a link in the run's
+    folder."""
+    if not isinstance(storage, LocalStorage):
+        return
+    if storage.root.parent == folder:
+        inside(folder, storage.root.name, str(folder))
+    require_private(storage.root, "checkpoint.folder")
+
+
+def died_early(folder: Path) -> bool:
+    """Whether the folder's run was to write checkpoints."""
+    try:
+        config = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
+        wanted = config["checkpoint"]
+        asked = wanted["every_steps"] is not None or wanted["every_minutes"] is not None
+        return asked or config["export"]["which"] == "best"
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        return False
+
+
+# Random state -------------------------------------------------------------------------------------
+
+
+def rng_states(device: str) -> dict[str, str]:
+    """Of every generator a run may draw from, as text."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": json.dumps(random.getstate()),
+        "numpy": json.dumps([kind, np.asarray(keys).tolist(), position, has_gauss, gauss]),
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        "device": device,
+    }
+
+
+def seed_rng(seed: int) -> None:
+    """Begin them all, but for the device's, from the run's seed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def restore_rng(states: Mapping[str, str]) -> None:
+    """Give back what `rng_states` gave, but for the device's.
+
+    Raises:
+        CheckpointError: one of them is no state of that generator.
+    """
+    restore: dict[str, Callable[[str], None]] = {
+        "python": _restore_python,
+        "numpy": lambda text: np.random.set_state(tuple(json.loads(text))),
+        "torch": lambda text: torch.set_rng_state(_tensor_of(text)),
+    }
+    for name, give_back in restore.items():
+        try:
+            give_back(states[name])
+        except Exception as error:  # the libraries raise nearly anything
+            raise CheckpointError(
+                f"the checkpoint's manifest: rng.{name} is no state of that generator "
+                f"({type(error).__name__}). Resume from another checkpoint."
+            ) from error
+
+
+def restore_device(backend: Backend, states: Mapping[str, str]) -> None:
+    """Give back the state of the device's generator; see `restore_rng`."""
+    try:
+        backend.set_rng_state(states["device"])
+    except Exception as error:
+        raise CheckpointError(
+            f"the checkpoint's manifest: rng.device is no state of {backend.name}'s generator "
+            f"({type(error).__name__}). Resume from another checkpoint."
+        ) from error
+
+
+def _restore_python(text: str) -> None:
+    version, numbers, gauss = json.loads(text)
+    random.setstate((version, tuple(numbers), gauss))
+
+
+def _tensor_of(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+# Records ------------------------------------------------------------------------------------------
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Keep the records up to a step; those behind it are made again."""
+    if not path.is_file():
+        return
+    lines = read_plain(path).split("\n")[:-1]  # what a kill left torn is not kept
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+@dataclass(frozen=True)
+class Past:
+    """What was measured before a run's resumption; it is in the checkpoint, for all processes."""
+
+    history: tuple[Evaluated, ...] = ()  # one for each evaluated step
+    losses: tuple[float, ...] = ()  # of training, logged since the last of them
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Past:
+        """As the evaluation hook left it.
+
+        Raises:
+            CheckpointError: it is something else.
+        """
+        kept = manifest.hooks.get(EVALUATION)
+        if kept is None:
+            return cls()
+        try:
+            check_fields(kept, KEPT, f"hooks.{EVALUATION}")
+            for each in kept["history"]:
+                check_fields(each, EVALUATED, f"hooks.{EVALUATION}.history")
+            return cls(tuple(Evaluated(**each) for each in kept["history"]), tuple(kept["losses"]))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint's manifest is not what a run writes: {error}. Resume from another "
+                "checkpoint."
+            ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        history = [asdict(each) for each in self.history]
+        return {EVALUATION: {"history": history, "losses": list(self.losses)}}
+
+
+def last_numbers(path: Path, step: int) -> StepNumbers | None:
+    """The last that a run's records say of its steps up to this one; only the first process may
+    have them."""
+    records = read_metrics(path) if path.is_file() else []
+    steps = [r for r in records if r["kind"] == StepRecord.kind and r["step"] <= step]
+    if not steps:
+        return None
+    return StepNumbers(steps[-1]["loss"], steps[-1]["grad_norm"], float("nan"), bad_step=0)
+
+
+def cut_evaluations(folder: Path, step: int) -> None:
+    """Remove the samples of later steps, which are made again, or never."""
+    inside(folder.parent, folder.name, str(folder.parent))
+    for path in folder.glob("step_*.jsonl") if folder.is_dir() else ():
+        named = STEP.fullmatch(path.stem)
+        if named and int(named[1]) > step:
+            path.unlink()
+
+
+def set_aside(folder: Path, say: Callable[[str], None]) -> None:
+    """Keep the records of a run that begins again under another name."""
+    metrics = folder / METRICS
+    if not metrics.is_file() or not metrics.stat().st_size:
+        return
+    number = 1
+    while (other := folder / f"metrics.before_{number}.jsonl").exists():
+        number += 1
+    metrics.rename(other)
+    say(f"no checkpoint was written before: beginning again; the records so far are in {other}")

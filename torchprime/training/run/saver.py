@@ -1,0 +1,257 @@
+"""A checkpoint of a run: from tensors on devices to a whole folder, while training goes on.
+
+The steps under way are finished and the shards of this process are copied to host memory: for so
+long training stands still. A thread then writes them, hashing as it goes, and the folder gets its
+manifest and its name last. With `asynchronous=false`, and where the run waits anyway, nothing is
+copied ahead: tensors are fetched and written one after the other, so host memory holds one at a
+time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchprime.checkpoint.run.catalog import BEST, LATEST, Catalog
+from torchprime.checkpoint.run.manifest import Manifest
+from torchprime.checkpoint.run.shards import TensorShards, write_shards
+from torchprime.checkpoint.run.storage import MANIFEST, FolderWriter
+from torchprime.errors import CheckpointError, UserError
+from torchprime.metrics.record import CheckpointRecord
+from torchprime.training.backend import Backend
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest, the best, and every so many steps."""
+
+    keep_last: int | None
+    keep_best: int
+    keep_every: int | None
+
+
+class Saver:
+    """Writes the checkpoints of one run, one at a time.
+
+    Args:
+        manifest: makes a step's manifest; called when nothing is under way.
+        more: writes further files into the checkpoint's folder, on the first process; the tensors
+            of all are there by then.
+        best: `step` and `scores` of the best checkpoint there is, None for none.
+        before_commit: called on the first process before the checkpoint gets its name: what it
+            counts on must be on the disk by then.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        catalog: Catalog,
+        *,
+        manifest: Callable[[int], Manifest],
+        more: Callable[[FolderWriter, Manifest], None],
+        before_commit: Callable[[], None],
+        retention: Retention,
+        asynchronous: bool,
+        best: Mapping[str, Any] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.backend, self.catalog = backend, catalog
+        self.manifest, self.more, self.before_commit = manifest, more, before_commit
+        self.retention, self.asynchronous = retention, asynchronous
+        self._gather = partial(backend.gather_objects, aside=True)
+        self.best = dict(best) if best else None  # of the checkpoints that are whole
+        self._candidate: dict[str, Any] | None = None  # the one being written, if it is better
+        self.say = say
+        self.problem: Exception | None = None  # of the last checkpoint, if it could not be written
+        self._bug: Exception | None = None
+        self._thread: threading.Thread | None = None
+        self._copies: dict[str, list[Tensor]] = {}
+        self._reserving: threading.Thread | None = None
+        self._finished: list[CheckpointRecord] = []
+
+    def reserve(self) -> None:
+        """Begin to take the host memory that asynchronous checkpoints copy to: pages that the
+        system gives anew cost several times what the copy into them does, so the first checkpoint
+        would hold up training for as long as writing it takes."""
+        if not self.asynchronous:
+            return
+        live = [shards for shards in self.backend.checkpoint_tensors() if shards.live]
+
+        def take() -> None:
+            for shards in live:
+                sizes = [size for _, size in shards.chunks]
+                self._copies[shards.name] = [torch.zeros(s, dtype=shards.dtype) for s in sizes]
+
+        self._reserving = threading.Thread(target=take, name="checkpoint-memory", daemon=True)
+        self._reserving.start()
+
+    def save(self, step: int, *, scores: Mapping[str, float], wait: bool) -> None:
+        """Begin a checkpoint; end it too where `wait` says so.
+
+        Args:
+            scores: what was measured after this very step; empty if nothing was.
+        """
+        started = time.perf_counter()
+        self._join()
+        updates, bad = self.backend.progress()
+        if bad:  # the loop will say so at the next logged step; these weights go elsewhere
+            return
+        assert updates == step, f"the device has done {updates} updates, the loop {step}"
+        better = self.is_best(scores)
+        self._candidate = {"scores": dict(scores), "step": step} if better else None
+        best = self._candidate or self.best
+        manifest = replace(self.manifest(step), best_metric=best, scores=dict(scores))
+        tensors = self.backend.checkpoint_tensors()
+        if wait or not self.asynchronous:
+            self._write(manifest, tensors, started, None)
+            return self._join()
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
+        tensors = [self._on_host(shards) for shards in tensors]
+        stall = time.perf_counter() - started
+        arguments = (manifest, tensors, started, stall)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread.start()
+
+    def is_best(self, scores: Mapping[str, float]) -> bool:
+        """Whether these are better than those of every checkpoint, the one being written too."""
+        rank = self.catalog.rank(scores)
+        known = [self.catalog.rank(each["scores"]) for each in (self.best, self._candidate) if each]
+        return rank is not None and all(other is None or rank < other for other in known)
+
+    def _write(
+        self,
+        manifest: Manifest,
+        tensors: Sequence[TensorShards],
+        started: float,
+        stall: float | None,
+    ) -> None:
+        """All of it; what goes wrong is said and kept, for a run is worth more than a copy."""
+        try:
+            size = self._write_folder(manifest, tensors)
+        except Exception as error:
+            self.problem, self._candidate = error, None
+            if not isinstance(error, (UserError, OSError)):  # our own mistake: raised by `_join`
+                self._bug = error
+            self.say(f"checkpoint of step {manifest.step} NOT written: {error}")
+            return
+        self.problem = None
+        self.best, self._candidate = self._candidate or self.best, None
+        took = time.perf_counter() - started
+        stood = took if stall is None else stall
+        name = self.catalog.name_of(manifest.step)
+        self._finished.append(CheckpointRecord(manifest.step, name, size, stood, took))
+        self.say(
+            f"  checkpoint {name}: {size / 1e6:,.1f} MB in {took:.2f} s, "
+            f"training stood still for {stood:.2f} s"
+        )
+
+    def _write_folder(self, manifest: Manifest, tensors: Sequence[TensorShards]) -> int:
+        """Every process writes its shards; the first one what the folder is whole by.
+
+        What fails on one process fails on all of them, at the same place.
+        """
+        storage, name = self.catalog.storage, self.catalog.name_of(manifest.step)
+        backend, first = self.backend, self.backend.process_index == 0
+        with ExitStack() as stack:
+            writer, _ = self._together(
+                lambda: stack.enter_context(storage.create(name, main=first)), tell=False
+            )
+            write_shards(
+                writer,
+                tensors,
+                process_index=backend.process_index,
+                process_count=backend.process_count,
+                gather=self._gather,
+            )
+
+            def complete() -> int:
+                if not first:
+                    return 0
+                self.more(writer, manifest)
+                self.before_commit()
+                files = dict(writer.files)
+                writer.write_bytes(MANIFEST, replace(manifest, files=files).to_bytes())
+                stack.close()
+                self._point_and_retain(name)
+                return sum(entry["bytes"] for entry in files.values())
+
+            return self._together(complete)[1][0]
+
+    def _together(self, part: Callable[[], Any], tell: bool = True) -> tuple[Any, list[Any]]:
+        """What this process made of its part, and what all did, if they `tell` it; another's
+        failure is raised here."""
+        made, problem = None, None
+        try:
+            made = part()
+        except (UserError, OSError) as error:
+            problem = error
+        alone = self.backend.process_count == 1
+        mine = (made if tell else None, problem)
+        told = [mine] if alone else self._gather(mine)
+        for _, error in told:
+            if error is not None:
+                raise error
+        return made, [value for value, _ in told]
+
+    def _point_and_retain(self, name: str) -> None:
+        self.catalog.point(LATEST, name)
+        best = self._candidate or self.best
+        if best is not None:  # each time: a kill may have come before the pointer
+            self.catalog.point(BEST, self.catalog.name_of(best["step"]))
+        keep = self.retention
+        self.catalog.retain(keep.keep_last, keep.keep_best, keep.keep_every)
+
+    def finished(self) -> list[CheckpointRecord]:
+        """The checkpoints that became whole since the last call."""
+        found, self._finished = self._finished, []
+        return found
+
+    def close(self) -> None:
+        """Wait for the one under way."""
+        self._join()
+
+    def require(self) -> None:
+        """Raise what kept the last checkpoint from being written."""
+        self._join()
+        if self.problem is not None:
+            raise CheckpointError(f"the last checkpoint could not be written: {self.problem}")
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._bug is not None:
+            bug, self._bug = self._bug, None
+            raise bug
+
+    def _on_host(self, shards: TensorShards) -> TensorShards:
+        """The same with its chunks in host memory that no update touches.
+
+        The memory of what had to be copied is kept for the next checkpoint (see `reserve`). Handing
+        over the others lets go of them.
+        """
+        chunks = shards.read()
+        if shards.live:
+            if shards.name not in self._copies:
+                empty = [torch.empty_like(chunk, device="cpu") for chunk in chunks]
+                self._copies[shards.name] = empty
+            for copy, chunk in zip(self._copies[shards.name], chunks, strict=True):
+                copy.copy_(chunk)
+            chunks = list(self._copies[shards.name])
+
+        def read() -> list[Tensor]:
+            handed = list(chunks)
+            chunks.clear()
+            return handed
+
+        return replace(shards, read=read, live=False)

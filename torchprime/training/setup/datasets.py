@@ -1,0 +1,373 @@
+"""The config's data sections become data sets: what to train on, what to hold out, and whether
+the one leaks into the other.
+
+Sources and reading come from the config, the rest from torchprime.data: rows are split, prepared
+(or found prepared), and compared. The config stops here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torchprime import private_folders
+from torchprime.atomic import make_folder, write_text
+from torchprime.checkpoint.hf.source import hub_name
+from torchprime.config.schema import DatasetConfig, EvalConfig, MixturePart, TrainConfig
+from torchprime.data.blocks.chunks import Settings
+from torchprime.data.blocks.dataset import PackedDataset
+from torchprime.data.files.open_source import SourceSpec
+from torchprime.data.leaks.find import find_leaks
+from torchprime.data.leaks.report import LeakReport
+from torchprime.data.leaks.shingles import TextRow
+from torchprime.data.prepare import DATA_VERSION, Part, Side, prepare_dataset
+from torchprime.data.report import DataReport
+from torchprime.data.rows.read import Row, RowReading, open_rows
+from torchprime.data.rows.split import SplitRule, content_text, plan_split
+from torchprime.data.shared import cache
+from torchprime.data.templates.choose import resolve_template
+from torchprime.data.templates.render import ChatTemplate, render
+from torchprime.data.tokenizer.load import Tokenizer
+from torchprime.data.tokens.branches import WHOLE, row_of
+from torchprime.data.tokens.marked_text import Markers
+from torchprime.errors import DataError, RuntimeSetupError
+
+MOST_WORKERS = 8
+LEAKS_FILE = "leaks.json"
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything a run knows of its rows."""
+
+    sources: RunRows
+    train: PackedDataset
+    report: DataReport
+    heldout: PackedDataset | None
+    heldout_report: DataReport | None
+    leaks: LeakReport | None
+
+    def rejected_heldout(self) -> set[str]:
+        """Ids of the held-out rows that the preparation left out, wholly or an answer of them."""
+        report = self.heldout_report
+        found = [] if report is None else report.rejected.values()
+        apart = self.sources.dataset.turns != WHOLE
+        return {row_of(i) if apart else i for ids in found for i in ids}
+
+    def reports(self) -> dict[str, Any]:
+        """data_report.json."""
+        found: dict[str, Any] = {"dataset": self.report.to_dict()}
+        if self.heldout_report is not None:
+            found["eval"] = self.heldout_report.to_dict()
+        if self.leaks is not None:
+            found["leaks"] = self.leaks.to_dict()
+        return found
+
+    def fingerprints(self) -> dict[str, str | None]:
+        """What the run's data was, for run.json: equal fingerprints, equal batches."""
+        return {
+            "data": self.report.fingerprint,
+            "eval": self.heldout_report and self.heldout_report.fingerprint,
+            "tokenizer": self.report.tokenizer_fingerprint,
+            "template": self.report.template_fingerprint,
+            "data_version": str(DATA_VERSION),
+        }
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """Where a config's rows come from, before they are tokenized."""
+
+    dataset: DatasetConfig
+    eval: EvalConfig
+    seed: int
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> RunRows:
+        return cls(config.dataset, config.eval, config.seed)
+
+    @cached_property
+    def train_parts(self) -> list[Part]:
+        d = self.dataset
+        if not d.mixture:
+            return [Part(_source(d, d.split, d.cache_dir), self._reading(d.format, d.columns))]
+        return [
+            Part(
+                replace(_source(part, part.split, d.cache_dir), name=part.name),
+                self._reading(part.format, part.columns),
+                part.weight,
+                part.replay,
+            )
+            for part in d.mixture
+        ]
+
+    def hub_names(self) -> list[str]:
+        """The hub's names of the training rows' datasets."""
+        names = (hub_name(part.source.hf_dataset_name) for part in self.train_parts)
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    @cached_property
+    def heldout_parts(self) -> list[Part]:
+        """The eval section's source, read like the training rows; with a split, the same rows."""
+        d = self.dataset
+        if not self.eval.enabled:
+            return self.train_parts if d.eval_fraction is not None else []
+        source = _source(self.eval, self.eval.split, d.cache_dir)
+        return [Part(source, self._reading(d.format, d.columns))]
+
+    def _reading(self, format: str, columns: dict[str, str]) -> RowReading:
+        d = self.dataset
+        return RowReading(
+            format=format,
+            columns=columns or None,
+            group_key=d.group_key,
+            time_key=d.time_key,
+            id_key=d.id_key,
+            as_messages=d.as_messages,
+            answer_form=d.answer_form,
+        )
+
+    @cached_property
+    def _rule(self) -> SplitRule:
+        """Reads all rows once; only when something is to be split anew."""
+        assert self.dataset.eval_fraction is not None
+        rows = (row for part in self.train_parts for row in _rows_of(part, "dataset"))
+        by_time = self.dataset.time_key is not None
+        return plan_split(rows, self.dataset.eval_fraction, self.seed, by_time)
+
+    def side(self, name: str) -> Side | None:
+        """`train` or `eval` of a split; None when nothing is split."""
+        d = self.dataset
+        if d.eval_fraction is None:
+            return None
+        key = d.group_key or "row"
+        way = f"the latest by {d.time_key}, " if d.time_key else ""
+        described = f"a split ({way}dataset.eval_fraction={d.eval_fraction}, {key}, {self.seed})"
+        return Side(name, described, lambda row: self._rule.side_of(row, content_text(row)) == name)
+
+    def rows(self, name: str) -> Iterator[Row]:
+        """The usable rows of one side, `train` or `eval`, as they stand in the sources."""
+        side = self.side(name)
+        section = "dataset" if name == "train" or not self.eval.enabled else "eval"
+        for part in self.train_parts if name == "train" else self.heldout_parts:
+            for row in _rows_of(part, section):
+                if side is None or side.has(row):
+                    yield row
+
+    def first_heldout(self, count: int) -> list[Row]:
+        """To show answers to a person."""
+        return list(islice(self.rows("eval"), count))
+
+
+class Question(NamedTuple):
+    """A held-out row as something to be asked."""
+
+    text: str
+    ids: list[int]  # what a server gives the model
+    answer: str
+
+
+def question_of(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None) -> Question:
+    """The prompt of a row, or its messages up to the last answer, as training saw them."""
+    if not row.messages:
+        return Question(row.prompt, tokenizer.prompt_ids(row.prompt), row.completion)
+    assert template is not None
+    last = max(i for i, message in enumerate(row.messages) if message.role == "assistant")
+    asked = [message.template for message in row.messages[:last]]
+    text = render(template, asked, row.tools, add_generation_prompt=True)
+    ids = tokenizer.encode_ids([text])[0]
+    return Question(row.messages[last - 1].content, ids, row.messages[last].content)
+
+
+def template_of(
+    dataset: DatasetConfig, tokenizer: Tokenizer, date: str | None = None
+) -> ChatTemplate | None:
+    """Return the chat template that a dataset section asks for, or the tokenizer's own.
+
+    Args:
+        date: for templates that write one; dataset.template_date goes before it, today behind it.
+
+    Raises:
+        DataError: there is no such template, or it does not read an option.
+    """
+    return resolve_template(
+        dataset.chat_template,
+        tokenizer,
+        options=dataset.template_options,
+        date=dataset.template_date or date,
+    )
+
+
+def prepare_run_data(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    say: Callable[[str], None],
+) -> RunData:
+    """Prepare, report and compare all rows of a run.
+
+    Raises:
+        DataError: rows that can't be used, or a leak with dataset.leak_check=error.
+    """
+    d = config.dataset
+    rows = RunRows.of(config)
+    kept_in = _kept_in(d.prepared_dir, say)
+    settings = Settings(
+        block_size=d.block_size,
+        compute_loss_on=d.compute_loss_on,
+        packing=d.packing,
+        truncation=d.truncation,
+        max_rejected_fraction=d.max_rejected_fraction,
+        max_unreadable_rows=d.max_unreadable_rows,
+        max_row_characters=d.max_row_characters,
+        replay_share=d.replay_share,
+        mixture_by=d.mixture_by,
+        turns=d.turns,
+        reasoning=d.reasoning,
+        special_tokens_in_text=d.special_tokens_in_text,
+        markers=_markers(d),
+        seed=config.seed if d.mixture else 0,
+    )
+    workers = d.num_proc or min(MOST_WORKERS, os.cpu_count() or 1)
+
+    def prepared(
+        parts: Sequence[Part], limit: int | None, section: str, side: str
+    ) -> tuple[PackedDataset, DataReport]:
+        data, report = prepare_dataset(
+            parts,
+            tokenizer,
+            replace(settings, max_examples=limit),
+            template=template,
+            section=section,
+            side=rows.side(side),
+            keep_in=kept_in,
+            workers=workers,
+        )
+        say(report.summary())
+        for warning in report.warnings():
+            say(f"note: {warning}")
+        return data, report
+
+    train, report = prepared(rows.train_parts, d.max_train_examples, "dataset", "train")
+    if template is not None and report.has_chats:
+        for warning in template.warnings:
+            say(f"note: {warning}")
+    if not config.holds_out:
+        return RunData(rows, train, report, None, None, None)
+    # Held-out rows are all used, in whatever mixture they come.
+    parts = [replace(part, weight=None, replay=False) for part in rows.heldout_parts]
+    settings = replace(settings, replay_share=None)
+    heldout, heldout_report = prepared(parts, config.eval.max_examples, "eval", "eval")
+    if set(heldout_report.format.split(", ")) - set(report.format.split(", ")):
+        say(
+            f"note: held-out rows are read as {heldout_report.format}, training rows as "
+            f"{report.format}. If that is not meant, set dataset.format or correct the rows"
+        )
+    leaks = None
+    if d.leak_check != "off":
+        key = [report.fingerprint, heldout_report.fingerprint, d.leak_threshold, DATA_VERSION]
+        leaks = _check_leaks(rows, d.leak_threshold, d.leak_check, key, workers, kept_in, say)
+    return RunData(rows, train, report, heldout, heldout_report, leaks)
+
+
+def _source(
+    section: DatasetConfig | EvalConfig | MixturePart, split: str | None, cache_dir: str | None
+) -> SourceSpec:
+    return SourceSpec(
+        file_dataset_path=section.file_dataset_path,
+        hf_dataset_name=section.hf_dataset_name,
+        hf_dataset_config_name=section.hf_dataset_config_name,
+        split=split,
+        cache_dir=cache_dir,
+    )
+
+
+def _markers(dataset: DatasetConfig) -> Markers | None:
+    if dataset.response_marker is None:
+        return None
+    return Markers(dataset.response_marker, dataset.instruction_marker)
+
+
+def _rows_of(part: Part, section: str) -> Iterator[Row]:
+    _, rows = open_rows(part.source, part.reading, section)
+    return (row for row in rows if isinstance(row, Row))
+
+
+def _kept_in(given: str | None, say: Callable[[str], None]) -> Path | None:
+    """The folder of prepared data, made if need be; None, with a word on it, if it can't be."""
+    folder = Path(given) if given is not None else cache.default_folder()
+    try:
+        make_folder(folder)
+        usable = os.access(folder, os.W_OK)
+    except OSError:
+        usable = False
+    if usable and (fault := private_folders.fault_of(folder)) is not None:
+        if given is not None:
+            raise RuntimeSetupError(f"{cache.KEY}: {fault}")
+        say(f"note: prepared data is not kept: {fault}")
+        return None
+    if usable:
+        return folder
+    if given is not None:
+        raise DataError(
+            f"dataset.prepared_dir={given} is not a folder that can be written. Choose another, or "
+            "null for the user's cache folder"
+        )
+    say(f"note: {folder} can't be written, so prepared data is not kept (dataset.prepared_dir).")
+    return None
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """One side's rows as texts, as often as they are asked for."""
+
+    rows: RunRows
+    side: str
+
+    def __iter__(self) -> Iterator[TextRow]:
+        return ((row.row_id, content_text(row), row.group) for row in self.rows.rows(self.side))
+
+
+def _check_leaks(
+    rows: RunRows,
+    threshold: float,
+    mode: str,
+    key: Sequence[Any],
+    workers: int,
+    kept_in: Path | None,
+    say: Callable[[str], None],
+) -> LeakReport:
+    """Compare both sides, or recall what was found for the same rows."""
+
+    def find() -> LeakReport:
+        sides = (_Texts(rows, "train"), _Texts(rows, "eval"))
+        return find_leaks(*sides, threshold=threshold, workers=workers)
+
+    def write(folder: Path) -> None:
+        write_text(folder / LEAKS_FILE, json.dumps(find().to_dict()))
+
+    if kept_in is None:
+        found = find()
+    else:
+        ingredients = {"leaks": list(key)}
+        name = cache.cache_key(ingredients)
+        folder = cache.find(kept_in, name) or cache.build(kept_in, name, ingredients, write)
+        found = LeakReport.from_dict(json.loads((folder / LEAKS_FILE).read_text(encoding="utf-8")))
+    message = f"leak check: {found.summary()}"
+    if found.leaks and mode == "error":
+        shown = "; ".join(
+            f"{p.train_id} and {p.eval_id} ({p.similarity:.2f})" for p in found.pairs[:5]
+        )
+        raise DataError(
+            f"{message}. The first: {shown or ', '.join(found.shared_groups[:5])}. Remove them "
+            "from the training rows, set dataset.group_key so that a split keeps them together, or "
+            "set dataset.leak_check=warn"
+        )
+    say(message + (" (all in data_report.json)" if found.leaks else ""))
+    return found

@@ -1,0 +1,216 @@
+"""What a run starts from: a checkpoint's config.json, tokenizer and weights, or an architecture.
+
+Everything is checked here before a device is touched: the architecture is one we compute rightly,
+the tokenizer fits the vocabulary (vocabulary.py), and the weights' names and shapes are exactly the
+model's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
+from torchprime.checkpoint.hf.source import resolve_pretrained
+from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
+from torchprime.config.compose import configs_dir
+from torchprime.data.tokenizer.load import Tokenizer
+from torchprime.json_files import read_json, read_json_if_there
+from torchprime.models.architecture import Architecture, architecture_from_hf
+from torchprime.models.decoder import CausalLM, initial_tensor
+from torchprime.models.new_rows import NewRows
+from torchprime.training.setup.vocabulary import Vocabulary, VocabularyRequest, fit_vocabulary
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The model's description and where its tokenizer lies."""
+
+    folder: Path | None  # of the checkpoint; None when training from scratch
+    hf_config: Mapping[str, Any]
+    architecture: Architecture
+    tokenizer: Tokenizer
+    shapes: Mapping[str, Shape]  # of every weight, by Hugging Face name
+    vocabulary: Vocabulary | None = None  # if the config asks anything of it
+
+    @property
+    def new_rows(self) -> NewRows | None:
+        """Rows of the embeddings that the checkpoint does not have, or not trained."""
+        return self.vocabulary and self.vocabulary.rows
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def build(self) -> CausalLM:
+        """The model without storage."""
+        with torch.device("meta"):
+            return CausalLM(self.architecture)
+
+    def fingerprint(self) -> str:
+        """sha256 of the architecture, of names and shapes of the weights and of what their new rows
+        are: equal ones, equal programs."""
+        described = {"architecture": asdict(self.architecture), "shapes": dict(self.shapes)}
+        if self.new_rows is not None:
+            described["new_rows"] = asdict(self.new_rows)
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def generation_config(self) -> dict[str, Any] | None:
+        """The checkpoint's generation_config.json, if it has one."""
+        if self.folder is None:
+            return None
+        return read_json_if_there(self.folder / "generation_config.json") or None
+
+
+def find_model(
+    *,
+    pretrained_model: str | None,
+    tokenizer_name: str | None,
+    architecture: Mapping[str, Any] | None,
+    cache_dir: str | None,
+    weights: bool,
+    vocabulary: VocabularyRequest | None = None,
+) -> ModelFiles:
+    """Find the files, read config and tokenizer, and see that they fit each other.
+
+    Args:
+        weights: whether the weights are needed, too.
+        vocabulary: what is asked of it; None takes tokenizer and checkpoint as they are.
+
+    Raises:
+        CheckpointError: missing files, unsupported architecture, vocabularies that differ.
+    """
+    folder = None
+    if pretrained_model is not None:
+        folder = resolve_pretrained(pretrained_model, cache_dir=cache_dir, weights=weights)
+        hf_config = read_json(folder / "config.json")
+        parsed = architecture_from_hf(hf_config, where=str(folder / "config.json"))
+    else:
+        assert architecture is not None  # the schema has seen to it
+        hf_config = architecture
+        parsed = architecture_from_hf(hf_config, where="model.architecture")
+    tokenizer_folder = folder
+    if tokenizer_name is not None:
+        tokenizer_folder = resolve_pretrained(tokenizer_name, cache_dir=cache_dir, weights=False)
+    assert tokenizer_folder is not None  # the schema has seen to it
+    fitted = fit_vocabulary(tokenizer_folder, folder, parsed, hf_config, vocabulary)
+    if fitted.rows != parsed.vocab_size:
+        hf_config = {**hf_config, "vocab_size": fitted.rows}
+        parsed = replace(parsed, vocab_size=fitted.rows)
+    shapes = _shapes(parsed)
+    return ModelFiles(folder, hf_config, parsed, fitted.tokenizer, shapes, fitted.vocabulary)
+
+
+def _shapes(architecture: Architecture) -> dict[str, Shape]:
+    with torch.device("meta"):
+        model = CausalLM(architecture)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def find_architecture(
+    *,
+    pretrained_model: str | None,
+    architecture: Mapping[str, Any] | None,
+    cache_dir: str | None,
+    tokenizer_name: str | None = None,
+    vocabulary: VocabularyRequest | None = None,
+) -> tuple[Mapping[str, Any], str]:
+    """A model's config.json without its weights, and where it is from: a local folder, a shipped
+    option of the group `model`, or else the hub.
+
+    Args:
+        tokenizer_name: of the tokenizer, if it is another than the model's own; only read if the
+            vocabulary depends on it.
+        vocabulary: what is asked of it; None takes vocab_size as it is.
+
+    Raises:
+        CheckpointError: there is none; or the vocabulary needs a tokenizer that is not here.
+    """
+    folder, config, where = _described(pretrained_model, architecture, cache_dir)
+    if vocabulary is None or vocabulary.method is None:
+        return config, where
+    name = tokenizer_name or pretrained_model
+    assert name is not None  # the schema has seen to it
+    tokenizer_folder = resolve_pretrained(name, cache_dir=cache_dir, weights=False)
+    parsed = architecture_from_hf(config, where=where)
+    fitted = fit_vocabulary(tokenizer_folder, folder, parsed, config, vocabulary)
+    return {**config, "vocab_size": fitted.rows}, f"{where}, {fitted.rows:,} rows of vocabulary"
+
+
+def _described(
+    pretrained_model: str | None, architecture: Mapping[str, Any] | None, cache_dir: str | None
+) -> tuple[Path | None, Mapping[str, Any], str]:
+    """A checkpoint's folder if it is here, config.json, and where that is from."""
+    if pretrained_model is None:
+        assert architecture is not None  # the schema has seen to it
+        return None, architecture, "model.architecture"
+    shipped = None if Path(pretrained_model).is_dir() else _shipped_option(pretrained_model)
+    if shipped is not None:
+        config = yaml.safe_load(shipped.read_text())["architecture"]
+        return None, config, f"model={shipped.stem}"
+    folder = resolve_pretrained(pretrained_model, cache_dir=cache_dir, weights=False)
+    return folder, read_json(folder / "config.json"), str(folder / "config.json")
+
+
+def _shipped_option(hub_name: str) -> Path | None:
+    """The file with the architecture of this hub repository, if one ships."""
+    for path in sorted((configs_dir() / "model").glob("*.yaml")):
+        option = yaml.safe_load(path.read_text())
+        if "architecture" in option and option.get("tokenizer_name") == hub_name:
+            return path
+    return None
+
+
+def pretrained_tensors(files: ModelFiles, dtype: torch.dtype) -> Callable[[str], Tensor]:
+    """A function from a weight's name to its tensor, read when asked for.
+
+    Args:
+        dtype: of the model. Only a weight that gets new rows comes in it, in memory of its own; the
+            others are views of the mapped files.
+
+    Raises:
+        CheckpointError: names or shapes that do not fit, all of them listed.
+    """
+    assert files.folder is not None
+    reader = SafetensorsReader(files.folder)
+    rows = files.new_rows
+    expected = files.shapes
+    if rows is not None:
+        expected = _shapes(replace(files.architecture, vocab_size=rows.before))
+    check_names(expected, reader, tied=files.architecture.tie_word_embeddings)
+    if rows is None:
+        return reader.get
+
+    def tensor_of(name: str) -> Tensor:
+        tensor = reader.get(name)
+        return rows.resized(name, tensor, dtype) if name in (EMBEDDING, HEAD) else tensor
+
+    return tensor_of
+
+
+def random_tensors(files: ModelFiles, seed: int) -> Callable[[str], Tensor]:
+    """A function from a weight's name to its initial value, made when asked for.
+
+    Rows of new tokens are random like the others: there is no trained row to be near to.
+    """
+    rows = files.new_rows
+
+    def tensor_of(name: str) -> Tensor:
+        std = files.architecture.initializer_range
+        tensor = initial_tensor(name, torch.Size(files.shapes[name]), std, seed)
+        if rows is not None and rows.method == "zeros" and name in (EMBEDDING, HEAD):
+            tensor[rows.made] = 0
+        return tensor
+
+    return tensor_of

@@ -1,0 +1,172 @@
+"""What of a config makes the training step: its model, sharding table, optimizer, options, length.
+
+A run, its plan and a compile ahead of time (`compile_only`) all take them from here, so that what
+is planned or compiled is what is trained; the witness takes the length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from torchprime.config.schema import TrainConfig
+from torchprime.data.blocks.dataset import PackedDataset
+from torchprime.data.shared import cache
+from torchprime.errors import ConfigError
+from torchprime.models.architecture import Architecture
+from torchprime.models.decoder import CausalLM
+from torchprime.sharding import ShardingTable, Spec
+from torchprime.training.backend import StepOptions
+from torchprime.training.optim import Optimizer, make_optimizer
+from torchprime.training.setup.datasets import RunData
+from torchprime.training.setup.model_files import ModelFiles, find_model
+from torchprime.training.setup.plan import Memory, Plan, StepPlan, estimate_memory, plan_steps
+from torchprime.training.setup.vocabulary import VocabularyRequest
+
+
+def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
+    """The config's model files; with `weights`, those of a checkpoint must be there, too."""
+    m = config.model
+    return find_model(
+        pretrained_model=m.pretrained_model,
+        tokenizer_name=m.tokenizer_name,
+        architecture=m.architecture,
+        cache_dir=config.dataset.cache_dir,
+        weights=weights and m.pretrained_model is not None,
+        vocabulary=vocabulary_of(config),
+    )
+
+
+def vocabulary_of(config: TrainConfig) -> VocabularyRequest:
+    """What the config asks of the vocabulary."""
+    m, kept_in = config.model, config.dataset.prepared_dir
+    prepared = cache.default_folder() if kept_in is None else Path(kept_in)
+    return VocabularyRequest(
+        tokens=tuple(m.add_special_tokens),
+        method=m.new_rows,
+        multiple=m.pad_vocab_to_multiple,
+        seed=config.seed,
+        kept_in=prepared / "tokenizers",
+    )
+
+
+def sharding_table(config: TrainConfig) -> ShardingTable:
+    """As the config has it, not yet held to a model."""
+    s = config.sharding
+    return ShardingTable(s.parameters, s.activations, s.max_unsharded_params)
+
+
+def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, dict[str, Spec]]:
+    """The table, and what it says of each parameter on the config's mesh.
+
+    Args:
+        model: may be without storage.
+
+    Raises:
+        ConfigError: names or shapes that the table does not fit, a scan over layers that differ.
+    """
+    table = sharding_table(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    specs = table.parameter_specs(shapes, config.mesh_shape())
+    table.check_activations(name for name, _ in model.named_modules())
+    if config.remat.scan_layers and len(model.model.windows) > 1:
+        raise ConfigError(
+            "remat.scan_layers=true needs layers that are all alike, but this model mixes full "
+            "and sliding-window attention; set remat.scan_layers=false."
+        )
+    return table, specs
+
+
+def optimizer_of(config: TrainConfig) -> Optimizer:
+    """The method with its settings; the learning rate enters each step as data."""
+    o = config.task.optimizer
+    return make_optimizer(o.name, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+
+
+def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
+    """What shapes the step besides model and optimizer."""
+    task = config.task
+    return StepOptions(
+        gradient_accumulation_steps=task.gradient_accumulation_steps,
+        loss_chunks=task.loss_chunks,
+        max_grad_norm=task.max_grad_norm,
+        max_grad_value=task.max_grad_value,
+        master_weights=task.optimizer.master_weights,
+        num_sources=num_sources,
+    )
+
+
+def steps_of(config: TrainConfig, data: PackedDataset) -> StepPlan:
+    """How many updates the config's ways to say so come to."""
+    task = config.task
+    return plan_steps(
+        data,
+        seed=config.seed,
+        global_batch_size=task.global_batch_size,
+        max_steps=task.max_steps,
+        num_epochs=task.num_epochs,
+        warmup_steps=task.lr_scheduler.warmup_steps,
+        warmup_ratio=task.lr_scheduler.warmup_ratio,
+    )
+
+
+def plan_run(
+    config: TrainConfig,
+    files: ModelFiles,
+    rows: RunData,
+    optimizer: Optimizer,
+    dtype: torch.dtype,
+) -> tuple[ShardingTable, Plan]:
+    """What a config comes to, with the table by which it is sharded.
+
+    Raises:
+        ConfigError: names or shapes that the sharding table does not fit, a scan over layers that
+            differ.
+    """
+    table, specs = checked_table(config, files.build())
+    held_out = rows.heldout
+    plan = Plan(
+        **steps_of(config, rows.train)._asdict(),
+        eval_budget=held_out and {"examples": held_out.num_examples, "blocks": held_out.num_blocks},
+        parameters=files.num_parameters,
+        mesh=config.mesh_shape(),
+        memory=memory_of(config, files.architecture, files.shapes, specs, optimizer, dtype),
+    )
+    return table, plan
+
+
+def memory_of(
+    config: TrainConfig,
+    architecture: Architecture,
+    shapes: Mapping[str, tuple[int, ...]],
+    specs: Mapping[str, Spec],
+    optimizer: Optimizer,
+    dtype: torch.dtype,
+) -> Memory:
+    """What one device of the config's mesh will hold, estimated.
+
+    Args:
+        shapes: of parameters, and `specs` how they are cut, by name.
+        dtype: of the weights.
+    """
+    c, a = config, architecture
+    accumulation = c.task.gradient_accumulation_steps
+    return estimate_memory(
+        shapes,
+        specs,
+        c.mesh_shape(),
+        optimizer,
+        weight_bytes=dtype.itemsize,
+        master_weights=c.task.optimizer.master_weights,
+        accumulation=accumulation,
+        micro_batch=c.task.global_batch_size // accumulation,
+        block_size=c.dataset.block_size,
+        hidden_size=a.hidden_size,
+        intermediate_size=a.intermediate_size,
+        vocab_size=a.vocab_size,
+        num_layers=a.num_hidden_layers,
+        loss_chunks=c.task.loss_chunks,
+        remat=c.remat.policy,
+    )
