@@ -43,8 +43,7 @@ class RecompileError(UserError):
 
 
 class StoppedError(UserError):
-    """A requested stop, which is no mistake: the run has saved its state and resumes at the next
-    start.
+    """A requested stop: the run has saved its state and resumes at the next start.
 
     Its exit code (EX_TEMPFAIL) lets a scheduler distinguish it from failures and finished runs.
     """

@@ -46,8 +46,7 @@ def checked_name(name: object, where: str) -> str:
 
 
 def checked_path(name: object, where: str) -> str:
-    """Return a relative path, with slashes, that stays inside any folder, as `checked_name`
-    does."""
+    """Return a checked relative path, with slashes, that stays inside any folder."""
     if not isinstance(name, str):
         return _checked(name, where, fault_of(name))
     parts = name.split("/")

@@ -1,5 +1,4 @@
-"""JSON files from other people, read with limits: config.json, tokenizer_config.json, a shard
-index.
+"""JSON files from other people, read with limits: configs, tokenizer files, shard indexes.
 
 Only a regular file is read: a named pipe would block the run, a device would fill the memory. Size
 and nesting are limited. A duplicate key is refused, since parsers disagree on the value that

@@ -29,8 +29,7 @@ COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
 
 
 def shown(text: str) -> str:
-    """Return the text with control characters and marks of direction escaped; a tab is four
-    spaces."""
+    """Return the text with control characters and marks of direction escaped, tabs as spaces."""
     if text.isascii() and text.isprintable():
         return text
     text = text.replace("\r\n", "\n").replace("\t", "    ")

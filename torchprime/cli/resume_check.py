@@ -141,8 +141,7 @@ def _config(run: Path, name: str | None, folder: str | None, overrides: list[str
 
 
 def _escaped(value: Any) -> Any:
-    """Escape interpolations: recorded values are resolved, so a remaining `${` belongs to a
-    text."""
+    """Escape interpolations: in resolved values a remaining `${` is plain text."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -81,8 +81,7 @@ def some_source(section: str, hub: str | None, path: str | None) -> None:
 
 
 def one_source(section: str, hub: str | None, hub_config: str | None, path: str | None) -> None:
-    """Refuse a hub name together with a file: they are alternatives, and the choice is never
-    guessed."""
+    """Refuse a hub name together with a file: the choice is never guessed."""
     hub_key, path_key = f"{section}.hf_dataset_name", f"{section}.file_dataset_path"
     not_empty(hub_key, hub)
     not_empty(path_key, path)

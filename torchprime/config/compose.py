@@ -61,8 +61,7 @@ _HYDRA_VERSION = "1.3"
 
 
 def configs_dir() -> Path:
-    """Return the folder of our YAML files: in the package if installed from a wheel, else at the
-    repo's top."""
+    """Return the folder of our YAML files: in an installed package, else at the repo's top."""
     packaged = _PACKAGE / "configs"
     return packaged if packaged.is_dir() else _PACKAGE.parent / "configs"
 
@@ -98,12 +97,12 @@ class Command:
 
     @property
     def shows(self) -> bool:
-        """True if the command prints something instead of running."""
+        """Return True if the command prints something instead of running."""
         return bool(self.flags) and not self.many_runs
 
     @property
     def composes(self) -> bool:
-        """True if the printed text is made from the composed config."""
+        """Return True if the printed text is made from the composed config."""
         return "--cfg" in self.flags or "--info" in self.flags
 
 
@@ -257,8 +256,7 @@ def _quiet(scratch: str) -> list[str]:
 
 
 class _UserConfigs(SearchPathPlugin):
-    """A search path with the user's folder before ours: of two configs with one name it takes the
-    user's."""
+    """A search path with the user's folder first, so that a user's config replaces ours."""
 
     folder: Path | None = None
 

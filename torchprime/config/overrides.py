@@ -85,8 +85,7 @@ def in_full(override: str, *, many_runs: bool = False) -> str:
 
 
 def _as_text(value: str, many_runs: bool) -> str:
-    """Quote a value, unless Hydra has to parse it: null, quoted, a list, an interpolation, a
-    sweep."""
+    """Quote a value, unless it is null, quoted, a list, an interpolation or a sweep."""
     text = value.strip()
     if not text or text.lower() == "null" or text == "???" or "${" in text:
         return value

@@ -444,7 +444,7 @@ class RematConfig:
 
     @property
     def recomputes(self) -> bool:
-        """True if only a layer's input is kept for the backward pass."""
+        """Return True if only a layer's input is kept for the backward pass."""
         return self.policy != "none"
 
 
@@ -548,7 +548,7 @@ class TrainConfig:
 
     @property
     def holds_out(self) -> bool:
-        """True if held-out rows come from a separate source or a split of the training rows."""
+        """Return True if held-out rows have their own source or are split from training rows."""
         return self.eval.enabled or self.dataset.eval_fraction is not None
 
     def _check_eval(self) -> None:
@@ -607,7 +607,7 @@ class TrainConfig:
 
     @property
     def saves(self) -> bool:
-        """True if the run writes checkpoints, as scheduled or for `export.which=best`."""
+        """Return True if the run writes checkpoints, as scheduled or for `export.which=best`."""
         return self.checkpoint.enabled or self.export.which == "best"
 
     def _check_run_name(self) -> None:
@@ -692,7 +692,7 @@ class TrainConfig:
             )
 
     def mesh_shape(self) -> dict[str, int]:
-        """The size of each axis over all slices, outermost first."""
+        """Return the size of each axis over all slices, outermost first."""
         return {axis: getattr(self.ici_mesh, axis) * getattr(self.dcn_mesh, axis) for axis in AXES}
 
     @property

@@ -121,8 +121,7 @@ def first_batches(
     batches: int = SHOWN_BATCHES,
     most_blocks: int = SHOWN_BLOCKS,
 ) -> list[ShownBatch]:
-    """Yield the first steps' batches in the run's own order, each with up to `most_blocks`
-    blocks."""
+    """Yield the first steps' batches in the run's own order, with up to `most_blocks` blocks."""
     return [
         _shown(packed, tokenizer, step, indices, most_blocks)
         for step in range(batches)
@@ -237,8 +236,7 @@ class Bin(NamedTuple):
 
 
 def length_bins(lengths: npt.NDArray[np.int64], most: int = MOST_BINS) -> list[Bin]:
-    """Return a histogram of at most `most` bins of a round width (1, 2 or 5 times a power of
-    ten)."""
+    """Return a histogram with bins of a round width (1, 2 or 5 times 10^n), at most `most`."""
     longest = int(lengths.max())
     end = min(longest, int(np.percentile(lengths, 99) * TAIL))
     start = int(lengths.min())

@@ -280,8 +280,7 @@ class _Job:
         return outcome._replace(examples=outcome.examples.slice(0, room), count=room)
 
     def _outcomes(self, chunks: Iterator[list[Row]]) -> Iterator[Outcome]:
-        """Yield the outcome of each chunk, in order; other processes help if there are many
-        rows."""
+        """Yield each chunk's outcome, in order; other processes help if there are many rows."""
         work = Work(self.tokenizer, self.template, self.settings)
         started = time.perf_counter()
         for chunk in chunks:
@@ -301,8 +300,7 @@ class _Job:
     def _shared_out(
         self, chunks: Iterator[list[Row]], work: Work, pool: ProcessPoolExecutor
     ) -> Iterator[Outcome]:
-        """Yield outcomes from the pool; this process does the next chunk when all workers are
-        busy."""
+        """Yield the pool's outcomes; this process does a chunk itself when all workers are busy."""
         pending: deque[Future[Outcome] | Outcome] = deque()
         for chunk in chunks:
             open_futures = sum(isinstance(p, Future) and not p.done() for p in pending)
@@ -315,8 +313,7 @@ class _Job:
         yield from map(_result, pending)
 
     def _check(self, account: _Account) -> None:
-        """End the run with the counts by reason if too many rows are rejected or no example is
-        left."""
+        """Raise an error with counts if too many rows are rejected or no example is left."""
         rows, rejected = account.total("rows"), sum(map(len, account.rejected.values()))
         # With turns=branch every answer of a row is one example.
         tries = max(rows, account.total("examples") + rejected)

@@ -85,7 +85,7 @@ class DataReport:
 
     @property
     def has_chats(self) -> bool:
-        """True if the chat template shaped any row."""
+        """Return True if the chat template shaped any row."""
         return any(source["chats"] for source in self.sources.values())
 
     @property

@@ -25,8 +25,7 @@ def column_width(terminal: int, columns: int) -> int | None:
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Return lines of at most `width` cells. The text's line breaks stay, longer words are
-    split."""
+    """Return lines of at most `width` cells; line breaks stay, longer words are split."""
     return [line for paragraph in text.split("\n") for line in _wrap_paragraph(paragraph, width)]
 
 

@@ -55,8 +55,7 @@ def to_record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
 
 
 def _arrow(values: npt.NDArray[Any]) -> pa.Array:
-    """Wrap the memory as an Arrow array; `pa.array` would first import pandas, which takes 0.25
-    s."""
+    """Wrap the memory as an Arrow array; `pa.array` first imports pandas, for 0.25 s."""
     values = np.ascontiguousarray(values)
     kind = pa.from_numpy_dtype(values.dtype)
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])

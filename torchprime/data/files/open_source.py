@@ -54,8 +54,7 @@ class SourceSpec:
         return f"{self.hf_dataset_name}{config}:{self.split}"
 
     def label(self, inner: str) -> str:
-        """Return the prefix of row ids: the part's name, if any, and the file's or dataset's
-        name."""
+        """Return the prefix of row ids: the mixture part's name, if any, and `inner`."""
         return f"{self.name}/{inner}" if self.name else inner
 
 

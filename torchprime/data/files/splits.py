@@ -56,8 +56,7 @@ DEFAULT_SPLIT = SplitKey()
 
 
 def splits_of(names: Sequence[str]) -> list[set[str]]:
-    """Return the splits of each file by its name below the folder; empty sets if no pattern
-    fits."""
+    """Return the splits of each file, by its name below the folder; sets may be empty."""
     for way in (_by_shard, _by_folder, _by_file):
         found = [way(name) for name in names]
         if any(found):
@@ -87,8 +86,7 @@ def _keywords_in(text: str, may_end: str) -> set[str]:
 
 
 def splits_of_file(path: str) -> set[str]:
-    """Return the splits in a single file's own name, or in its folder's if that is only a
-    keyword."""
+    """Return the splits in a file's own name, or in a folder's name that is only a keyword."""
     folder = PurePosixPath(path).parent.name
     here = {split for split, words in KEYWORDS.items() if folder in words}
     return here | _by_file(path) | _by_shard("/".join(path.split("/")[-2:]))

@@ -69,8 +69,7 @@ def _decompressed(handle: IO[bytes], compression: str) -> Any:
 
 
 class _Zstandard:
-    """All frames of a zstd file. The library's own reader takes a truncated file for a whole
-    one."""
+    """All frames of a zstd file. The library's own reader accepts a truncated file."""
 
     # One byte may expand to thousands: small inputs keep the outputs small.
     PIECE = 16 * 2**10

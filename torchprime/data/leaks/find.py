@@ -271,8 +271,7 @@ class _Check:
         return np.flatnonzero(shared).tolist()
 
     def _read_again(self, candidates: dict[int, list[int]]) -> dict[int, np.ndarray]:
-        """Read the shingle sets of the candidates, and the first characters of all matching
-        rows."""
+        """Read the candidates' shingle sets, and the first characters of all matching rows."""
         near = set(candidates).union(*candidates.values())
         exact = (self.train.counts > 0) & (self.train.counts + self.eval.counts > 1)
         shown = set(np.flatnonzero(exact).tolist()) | near
@@ -296,8 +295,7 @@ class _Check:
     def _compare(
         self, candidates: dict[int, list[int]], sets: dict[int, np.ndarray]
     ) -> tuple[list[tuple[int, int, float]], _Clusters]:
-        """Return near pairs as (train text, eval text, Jaccard), and the clusters of train's
-        texts."""
+        """Return near pairs as (train text, eval text, Jaccard), and clusters of train's texts."""
         near: list[tuple[int, int, float]] = []
         clusters = _Clusters(len(self.firsts))
         in_train, in_eval = self.train.counts > 0, self.eval.counts > 0
@@ -367,8 +365,7 @@ class _Check:
                         yield LeakPair(*ids, similarity, pairs is exact, *heads)
 
     def _largest(self, members: dict[int, list[int]]) -> list[Cluster]:
-        """Return the largest clusters of train; exact clusters inside near ones are part of
-        them."""
+        """Return train's largest clusters; exact ones inside near ones are part of them."""
         inside = {text for texts in members.values() for text in texts}
         repeated = np.flatnonzero(self.train.counts > 1).tolist()
         found = [*members.values(), *([text] for text in repeated if text not in inside)]

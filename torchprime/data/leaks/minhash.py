@@ -35,16 +35,14 @@ def lsh_recall(similarity: float, bands: int, size: int) -> float:
 
 
 class Signer:
-    """A maker of MinHash signatures of many rows; the values equal those of datasketch's
-    MinHash."""
+    """A maker of MinHash signatures of many rows, equal to those of datasketch's MinHash."""
 
     def __init__(self, num_perm: int, seed: int, frequent: np.ndarray) -> None:
         self.seed, self.frequent = seed, frequent
         self.permutations = np.asarray(MinHash(num_perm, seed, scheme=_SCHEME).permutations)
 
     def sign(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return keys, uint64 [rows], and signatures, uint32 [rows, num_perm]; all bits set for
-        none."""
+        """Return uint64 keys [rows] and uint32 signatures [rows, num_perm], all ones if empty."""
         found = shingle(texts, self.frequent)
         hashes = _mix32(to_32_bits(found.values))
         full = np.flatnonzero(np.diff(found.starts))

@@ -58,7 +58,7 @@ class LeakReport:
 
     @property
     def leaks(self) -> bool:
-        """True if any row or group of eval is in train."""
+        """Return True if any row or group of eval is in train."""
         return bool(self.leaked_eval_rows or self.num_shared_groups)
 
     def to_dict(self) -> dict[str, Any]:

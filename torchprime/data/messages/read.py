@@ -304,8 +304,7 @@ def _joined(text: Message, call: Message, where: str) -> Message:
 def _read_parts(
     parts: list[Any], calls: list[Call], role: str, keys: Keys, where: str, found: RowFindings
 ) -> _Said:
-    """Read a list of content parts: join the texts; separate LLaMA-Factory v1's reasoning and
-    calls."""
+    """Join the texts of content parts; separate LLaMA-Factory v1's reasoning and calls."""
     texts: list[str] = []
     reasoning: list[str] = []
     others = 0

@@ -108,8 +108,7 @@ def _why(kind: str, fitting: int, sampled: int, beside: Counter[str]) -> str:
 
 
 def _fitting_kinds(row: Mapping[str, Any]) -> list[str]:
-    """Return the kinds whose fields this row has; a null field counts only if no kind fits without
-    it."""
+    """Return the kinds whose fields this row has; null fields count only as a last resort."""
     if is_tree(row):
         return ["tree"]
     kinds = {k: fields for k, fields in FIELDS.items() if k not in (*ASKED_FOR, "tree")}

@@ -50,8 +50,7 @@ class RecordKeys:
         self._plans: dict[tuple[str, tuple[str, ...]], tuple[Unread, ...]] = {}
 
     def unused(self, record: Mapping[str, Any], shape: str) -> Sequence[tuple[str, Any]]:
-        """Return (path, value) of non-null values that are not read for a record of this
-        `shape`."""
+        """Return (path, value) of the non-null values that this `shape` does not read."""
         names = tuple(record)
         plan = self._plans.get((shape, names))
         if plan is None:
@@ -77,8 +76,7 @@ class RecordKeys:
                 yield Unread(name, name, inside.get(name))
 
     def _paths(self, shape: str) -> Iterator[str]:
-        """Return the columns that are read, dotted or not. A mapped field is read from its column
-        only."""
+        """Return the columns that are read, dotted or not; mapped fields are read there only."""
         taken = set(self._columns.values())
         for name in self._fields[shape]:
             if name in self._columns:

@@ -109,8 +109,7 @@ def _role(turn: Any, keys: Keys) -> Any:
 
 
 def _asks(turns: list[Any], prompt: str, keys: Keys) -> bool:
-    """Return True if a turn has the prompt's text: the prompt is then in the conversation
-    already."""
+    """Return True if a turn repeats the prompt's text, which is then in the conversation."""
     said = (turn.get(keys.content) for turn in turns if isinstance(turn, Mapping))
     return any(isinstance(text, str) and text.strip() == prompt.strip() for text in said)
 
@@ -135,8 +134,7 @@ def _same(one: Any, other: Any, keys: Keys, other_keys: Keys) -> bool:
 
 
 def _split_dialogue(chosen: str, rejected: Any) -> tuple[str, str]:
-    """Return the dialogue up to the last "Assistant:" that both texts have, and the chosen
-    answer."""
+    """Return the dialogue up to the last shared "Assistant:", and the chosen answer."""
     same = commonprefix([chosen, rejected]) if isinstance(rejected, str) else chosen
     at = same.rfind(ASSISTANT)
     if at < 0:

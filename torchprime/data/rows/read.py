@@ -134,8 +134,7 @@ def _read_trees(records: Records, reader: RowReader) -> Iterator[Row | Rejection
 def _claim_id(
     row: Row, record: Mapping[str, Any], key: str, seen: dict[bytes, str]
 ) -> Row | Rejection:
-    """Return the row if its id is new. A rejected row claims no id: its repaired copy may
-    follow."""
+    """Return the row if its id is new. Rejected rows claim none: a repaired copy may follow."""
     try:
         value = scalar_of(record, key, NO_ID, BAD_ID)
     except Unusable as unusable:

@@ -32,8 +32,7 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 @dataclass(frozen=True)
 class SplitRule:
-    """The rule: `fraction` of the rows, or of the groups, is for evaluation; `seed` varies the
-    draw.
+    """The rule: `fraction` of the rows, or of the groups, is evaluated; `seed` varies the draw.
 
     With `by_time`, rows at or after `threshold` are for evaluation, and `latest` maps each group's
     hash to the time of its latest row. `TimeSplit.rule` fills both.

@@ -126,8 +126,7 @@ def _openers(template: ChatTemplate, texts: frozenset[str]) -> frozenset[str]:
 
 
 def reserved_texts(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[str]:
-    """Return texts that only the template may write: special tokens, and a family's plain
-    markers."""
+    """Return texts that only the template may write: special tokens and family markers."""
     own = {template.bos_token, template.eos_token, *template.markers} - {""}
     return tokenizer.special_tokens | own
 
@@ -242,8 +241,7 @@ def _joined(marks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _marked_span(chat: _Conversation, text: str, turn: int, start: int, end: int) -> Span:
-    """Return a mark's span without the server's input and without white space after the stop
-    token."""
+    """Return a mark's span without the server's input and without trailing white space."""
     prompt = generation_prompt(chat.template)
     if prompt and not text.endswith(prompt, 0, start):
         at = text.rfind(prompt, 0, min(end, start + len(prompt)))

@@ -33,8 +33,7 @@ REPLACEMENT = "\ufffd"  # the decoder's output for bytes that are no character
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer of ids only. `pad_id` is EOS's if the tokenizer has no padding token of its
-    own."""
+    """A tokenizer of ids only. `pad_id` is EOS's id if there is no padding token."""
 
     vocab_size: int
     bos_id: int | None

@@ -147,8 +147,7 @@ class WordEncoder:
         return list(chain.from_iterable(map(self.ids_of.__getitem__, words)))
 
     def words(self, text: str) -> list[str]:
-        """Return the pieces that are encoded separately, including added tokens; joined they are
-        the text."""
+        """Return the separately encoded pieces, with added tokens; joined they are the text."""
         if self._find_added is None or not self._find_added.search(text):
             return self._split(text)
         words: list[str] = []
@@ -283,8 +282,7 @@ def _described(part: Any) -> dict[str, Any]:
 
 
 def _pattern(step: Mapping[str, Any]) -> str | None:
-    """Return the pattern by which a pre-tokenizer splits, "" for none; None for an unsupported
-    one."""
+    """Return a pre-tokenizer's pattern: "" if it does not split, None if unsupported."""
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         return BYTE_LEVEL_PATTERN if step.get("use_regex", True) else ""
     if step["type"] == "Digits":

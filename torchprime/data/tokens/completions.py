@@ -75,8 +75,7 @@ class Example:
         return self.weights > 0
 
     def targets(self) -> npt.NDArray[np.int32]:
-        """Return the target of each position: the next id if it is supervised, else IGNORED (law
-        4)."""
+        """Return each position's target: the next id if it is supervised, else IGNORED (law 4)."""
         targets = np.full(len(self.ids), IGNORED, dtype=np.int32)
         targets[:-1] = np.where(self.weights[1:] > 0, self.ids[1:], IGNORED)
         return targets

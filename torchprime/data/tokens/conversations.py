@@ -151,8 +151,7 @@ def _why_unsupervised(found: Rendering, row: Row) -> str:
 
 
 def _close(row: Row, mode: str, found: Rendering, weights: list[float]) -> _Chat | Rejection:
-    """Check that every supervised turn ends with a stop token; add EOS to the last if it has
-    none."""
+    """Check that supervised turns end with a stop token; add EOS to the last if needed."""
     text, add_eos = found.text, False
     for span, weight in zip(found.spans, weights, strict=True):
         if weight == 0 or span.stop < span.end:
