@@ -1,9 +1,9 @@
-"""Files and folders that appear whole or not at all: written beside their place, synced, renamed
-into it. Runs, exports and prepared data are all written with these.
+"""Atomic writes: files and folders are written under a temporary name, synced, then renamed.
 
-What is written goes through no link that somebody put in its place: a new file or folder is made
-under a name that is free, an old one is opened only if it is a plain file, and a rename takes the
-place of a link. Files are readable as the umask says, and writable by their owner alone.
+Runs, exports and prepared data are all written with these functions. No write follows a link that
+somebody put in its place: a new file or folder gets a free name, an old one is opened only if it is
+a plain file, and a rename replaces a link. Files are readable as the umask allows, and writable
+only by their owner.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from torchprime.errors import CheckpointError, RuntimeSetupError
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 PIECE = 8 * 2**20
 SMALL_FILE = 64 * 2**20  # bytes: settings, templates, prompts; tokenizers have some 20 MB
-FILE_MODE, FOLDER_MODE = 0o644, 0o755  # less what the umask takes away
+FILE_MODE, FOLDER_MODE = 0o644, 0o755  # minus the bits that the umask removes
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write whole or not at all: temporary name, fsync, rename."""
+    """Write a file atomically: temporary name, fsync, rename."""
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     temporary = f".{path.name[:64]}.{secrets.token_hex(8)}.tmp"
     try:
@@ -49,17 +49,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As write_bytes, in UTF-8."""
+    """Write a text atomically, in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """As write_text; indented, in the key order given, with characters as they are."""
+    """Write JSON atomically; indented, in the given key order, without ASCII escapes."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def clear_temporary(folder: Path) -> None:
-    """Remove what kills left of files in a folder. Only its one writer may."""
+    """Remove temporary files of killed processes from a folder. Only its one writer may do this."""
     with suppress(OSError):
         for name in os.listdir(folder):
             if TEMPORARY.fullmatch(name):
@@ -67,27 +67,27 @@ def clear_temporary(folder: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it where they are missing, writable by their owner alone."""
+    """Make a folder and its missing parents, writable only by their owner."""
     for place in [*reversed(path.absolute().parents), path]:
         if not place.is_dir():
             place.mkdir(FOLDER_MODE, exist_ok=True)
 
 
 def open_new(path: Path) -> BinaryIO:
-    """Open a file to write that is not there yet.
+    """Open a new file for writing.
 
     Raises:
-        OSError: something is there, be it a link.
+        OSError: the path exists, even as a link.
     """
     return open(os.open(path, NEW, FILE_MODE), "wb")
 
 
 def open_plain(path: Path, flags: int) -> int:
-    """Return a descriptor of a file that is this user's alone, made if `flags` say so.
+    """Return a descriptor of a file that only this user owns, made if `flags` say so.
 
     Raises:
-        OSError: it cannot be opened; or it is a link, no plain file, or a file that has another
-            name elsewhere, which opening it here would change, too.
+        OSError: the file cannot be opened; or it is a link, no plain file, or a file with a second
+            name, whose content would change, too.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, FILE_MODE)
@@ -103,10 +103,10 @@ def open_plain(path: Path, flags: int) -> int:
 
 
 def read_plain(path: Path) -> str:
-    """Return the text of a run's own file; see `open_plain`.
+    """Return the text of a run's own file, opened with `open_plain`.
 
     Raises:
-        RuntimeSetupError: it cannot be read, or is no plain file.
+        RuntimeSetupError: the file cannot be read, or is no plain file.
     """
     try:
         with open(open_plain(path, os.O_RDONLY), encoding="utf-8") as file:
@@ -120,10 +120,10 @@ def read_plain(path: Path) -> str:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read; a pipe or a device would never end.
+    """Open a regular file for reading; a pipe or a device might never end.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: the file cannot be opened, or is no regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
@@ -136,13 +136,13 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_regular(path: Path, most: int = SMALL_FILE) -> bytes:
-    """Return the content of a file that somebody else may have laid down.
+    """Return the content of a file that may come from somebody else.
 
     Args:
         most: bytes; a longer file is refused before it is read.
 
     Raises:
-        OSError: it cannot be read, is a pipe or a device, or is longer.
+        OSError: the file cannot be read, is a pipe or a device, or is longer.
     """
     parts, size = [], 0
     with open_regular(path) as file:
@@ -155,11 +155,11 @@ def read_regular(path: Path, most: int = SMALL_FILE) -> bytes:
 
 
 def read_regular_text(path: Path, most: int = SMALL_FILE, errors: str = "strict") -> str:
-    """Return the text of such a file, with its line ends as they are; see `read_regular`.
+    """Return the text of a file read with `read_regular`, with its line breaks unchanged.
 
     Raises:
-        OSError: see there.
-        UnicodeDecodeError: it is not UTF-8.
+        OSError: as `read_regular`.
+        UnicodeDecodeError: the file is not UTF-8.
     """
     return read_regular(path, most).decode("utf-8", errors)
 
@@ -182,24 +182,24 @@ def refuse_used_folder(out: Path) -> None:
 
 
 def partial_of(out: Path) -> Path:
-    """The name of a folder that is being written."""
+    """Return the name of a folder while it is being written."""
     return out.with_name(f".{out.name}.partial")
 
 
 @contextmanager
 def atomic_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Give a temporary sibling of `out` to write into, and rename it to `out` at the end.
+    """Yield a temporary sibling of `out` to write into, and rename it to `out` at the end.
 
-    An exception inside removes what was written; after a kill, the leftover has another name
-    (`.NAME.partial`) and the next attempt clears it. What is at `out` already is refused, or, with
-    `replace`, kept until the new one is whole and removed then.
+    An exception inside removes the written files. After a kill the remains have another name
+    (`.NAME.partial`), and the next attempt removes them. An existing `out` is refused, or, with
+    `replace`, kept until the new folder is complete and then removed.
     """
     if not replace:
         refuse_used_folder(out)
     partial = partial_of(out)
     remove_tree(partial)
     make_folder(partial.parent)
-    partial.mkdir(FOLDER_MODE)  # fails if somebody put something there meanwhile
+    partial.mkdir(FOLDER_MODE)  # fails if somebody created the path meanwhile
     made = partial.lstat()
     try:
         yield partial
@@ -217,13 +217,13 @@ def atomic_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def settle(folder: Path, made: os.stat_result) -> None:
-    """Give all that was written into a folder its mode, and have it on the disk.
+    """Set the mode of everything written into a folder, and sync it to disk.
 
     Args:
-        made: the folder's own facts when it was made, by whose mode the umask is known.
+        made: the folder's stat result when it was made; its mode shows the umask.
 
     Raises:
-        CheckpointError: it is not that folder any more, or a link lies in it.
+        CheckpointError: the folder was replaced, or contains a link.
     """
     mode = stat.S_IMODE(made.st_mode)
     for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
@@ -240,7 +240,7 @@ def settle(folder: Path, made: os.stat_result) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove what lies at a path, as far as that can be; of a link itself and not its target."""
+    """Remove the tree at a path as far as possible; remove a link itself and not its target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -249,9 +249,9 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder whole or not at all, if it is there: renamed first, emptied then.
+    """Remove a folder atomically, if it exists: it is renamed first, then emptied.
 
-    After a kill in between, what is left has another name (`.NAME.removed`).
+    After a kill in between, the remains have another name (`.NAME.removed`).
     """
     _set_aside(folder)
     remove_tree(_removed(folder))
@@ -269,7 +269,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Ask the system to have this file's bytes, or this folder's entries, on the disk."""
+    """Sync a file's bytes or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""What a user's mistake becomes: one clear message and exit code 2, never a traceback.
+"""User errors: one clear message and exit code 2, never a traceback.
 
-A message names the key or the row, what was given, what was expected and how to fix it. Anything
-that is not a `UserError` is our own bug and keeps its traceback.
+A message names the key or the row, the given value, the expected value and the fix. Any exception
+that is not a `UserError` is a bug of torchprime and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as shells report it
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: configuration, data, weights, environment."""
+    """A mistake in the user's input: configuration, data, weights, environment."""
 
     exit_code = 2
 
@@ -31,7 +31,7 @@ class CheckpointError(UserError):
 
 
 class RuntimeSetupError(UserError):
-    """A package, device or folder that the run needs and the host does not give."""
+    """A package, device or folder that the run needs and the host lacks."""
 
 
 class DivergedError(UserError):
@@ -39,26 +39,26 @@ class DivergedError(UserError):
 
 
 class RecompileError(UserError):
-    """A step compiled again after warm-up, though everything in it should be static."""
+    """A step was compiled again after warm-up, although all its shapes should be static."""
 
 
 class StoppedError(UserError):
-    """Not a mistake: the run was asked to stop, saved what it has, and goes on when started again.
+    """A requested stop: the run has saved its state and resumes at the next start.
 
-    Its exit code (EX_TEMPFAIL) tells a scheduler from failures and from a finished run.
+    Its exit code (EX_TEMPFAIL) lets a scheduler distinguish it from failures and finished runs.
     """
 
     exit_code = 75
 
 
 class IsolationError(UserError):
-    """Segments of a packed block see each other, or the proof that they do not failed."""
+    """Segments of a packed block affect each other, or the proof of their isolation failed."""
 
 
 def told_disk_fault(error: OSError) -> str | None:
-    """Word the fault of a disk that is full, worn out or read-only; None for any other error.
+    """Describe the fault of a disk that is full, worn out or read-only; None for any other error.
 
-    Such a fault may come from any write, also inside of a library that does not name the file.
+    Such a fault may come from any write, even inside a library that does not name the file.
     """
     if error.errno not in DISK_FAULTS:
         return None

@@ -1,9 +1,9 @@
-"""Names that come from somebody else's file and become names of files here.
+"""File names that come from other people's files, checked before they are used here.
 
-A checkpoint's manifest, an index of shards or a tokenizer's settings say what files are called.
-Such a name is one plain name, or several with slashes between them: nothing in it leads out of the
-folder, is invisible or changes how its neighbours show. What is written under it goes through no
-link.
+A checkpoint's manifest, an index of shards or a tokenizer's settings contain file names. Such a
+name has to be one plain name, or several with slashes between them: no part of it may lead out of
+the folder, be invisible or change the display of the text around it. Writes under such a name
+follow no link.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 from torchprime.errors import CheckpointError
 from torchprime.visible import clean
 
-MOST_BYTES = 255  # of one name, as file systems have it
+MOST_BYTES = 255  # of one name, the limit of file systems
 MOST_PARTS = 16
 SHOWN = 200
 
 
 def fault_of(name: object) -> str | None:
-    """Return why a text cannot be the name of one file, None if it can."""
+    """Return the reason why a text cannot be the name of one file, None if it can."""
     if not isinstance(name, str):
         return f"it is {type(name).__name__}, not text"
     if name in ("", ".", ".."):
@@ -34,7 +34,7 @@ def fault_of(name: object) -> str | None:
 
 
 def checked_name(name: object, where: str) -> str:
-    """Return a name that can be a file's in any folder.
+    """Return a name after checking that it can be a file's in any folder.
 
     Args:
         where: the file that the name comes from.
@@ -46,7 +46,7 @@ def checked_name(name: object, where: str) -> str:
 
 
 def checked_path(name: object, where: str) -> str:
-    """Return a relative path, with slashes, that stays inside any folder; see `checked_name`."""
+    """Return a checked relative path, with slashes, that stays inside any folder."""
     if not isinstance(name, str):
         return _checked(name, where, fault_of(name))
     parts = name.split("/")
@@ -69,10 +69,10 @@ def _checked(name: object, where: str, fault: str | None) -> str:
 
 
 def inside(folder: Path, name: object, where: str) -> Path:
-    """Return the path of a file that is to be written into a folder under a foreign name.
+    """Return the path of a file to be written into a folder under a foreign name.
 
     Raises:
-        CheckpointError: the name leads elsewhere, or a link lies on the way.
+        CheckpointError: the name leads out of the folder, or a link is in the path.
     """
     path = folder
     for part in checked_path(name, where).split("/"):

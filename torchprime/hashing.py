@@ -1,4 +1,4 @@
-"""sha256 of files, by which what is read back is known to be what was written."""
+"""sha256 of files, which proves that the content read is the content written."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any, TypedDict
 from torchprime.atomic import open_regular
 
 PIECE = 1 << 20
-THREADS = 4  # files read at a time; hashing leaves Python to the others
+THREADS = 4  # files read at a time; hashing releases the GIL
 
 
 class FileFacts(TypedDict):
-    """What a manifest says of a file."""
+    """The facts about a file in a manifest."""
 
     bytes: int
     sha256: str
 
 
 def sha256_of(file: Any) -> tuple[str, int]:
-    """sha256 and size of what is left to read."""
+    """Return sha256 and size of the rest of a stream."""
     digest, size = hashlib.sha256(), 0
     buffer = bytearray(PIECE)
     view = memoryview(buffer)
@@ -34,10 +34,10 @@ def sha256_of(file: Any) -> tuple[str, int]:
 
 
 def hash_file(path: Path) -> FileFacts:
-    """Size and sha256 of a file.
+    """Return size and sha256 of a file.
 
     Raises:
-        OSError: it cannot be read, or is a pipe or a device.
+        OSError: the file cannot be read, or is a pipe or a device.
     """
     with open_regular(path) as file:
         sha256, size = sha256_of(file)
@@ -45,6 +45,6 @@ def hash_file(path: Path) -> FileFacts:
 
 
 def hash_files(paths: Mapping[str, Path]) -> dict[str, FileFacts]:
-    """Size and sha256 of each file, several at a time."""
+    """Return size and sha256 of each file, several at a time."""
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         return dict(zip(paths, pool.map(hash_file, paths.values()), strict=True))

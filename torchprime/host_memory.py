@@ -1,4 +1,4 @@
-"""The memory of this host that a process may still take."""
+"""The host memory that is available to a process."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import re
 from pathlib import Path
 
 MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")  # of a container, as it sees itself
+CGROUP = Path("/sys/fs/cgroup")  # of a container, as seen from inside
 AVAILABLE = re.compile(r"^MemAvailable:\s+(\d+) kB$", re.MULTILINE)
 INACTIVE = re.compile(r"^inactive_file (\d+)$", re.MULTILINE)
 
 
 def available_memory() -> int:
-    """Return the bytes that can be taken without swapping, within the container's limit.
+    """Return the bytes available without swapping, within the container's limit.
 
-    Files that the kernel keeps in memory count as available: it drops them when asked for memory.
-    Free memory alone is near zero on any host that has just read a model.
+    The kernel's page cache counts as available: the kernel frees it on demand. Free memory alone is
+    near zero on any host that has just read a model.
     """
     try:
         found = AVAILABLE.search(MEMINFO.read_text(encoding="ascii"))
@@ -29,13 +29,13 @@ def available_memory() -> int:
 
 
 def _left_of_the_limit() -> int | None:
-    """Return what a container may still take; None without a limit."""
+    """Return the bytes that a container has left; None without a limit."""
     try:
         most = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
         used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
         droppable = INACTIVE.search((CGROUP / "memory.stat").read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
-    if not most.isdigit():  # max
+    if not most.isdigit():  # the text is "max"
         return None
     return int(most) - used + (int(droppable[1]) if droppable else 0)

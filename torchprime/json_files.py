@@ -1,8 +1,8 @@
-"""JSON files of strangers, read with bounds: config.json, tokenizer_config.json, a shard index.
+"""JSON files from other people, read with limits: configs, tokenizer files, shard indexes.
 
-Only a regular file is read: a named pipe would make the run wait, a device would fill the memory.
-Size and nesting are bounded. A key that is written twice is refused, since readers disagree on
-which of the two counts. Every fault is a `CheckpointError` that names the file.
+Only a regular file is read: a named pipe would block the run, a device would fill the memory. Size
+and nesting are limited. A duplicate key is refused, since parsers disagree on the value that
+counts. Every fault is a `CheckpointError` that names the file.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torchprime.errors import CheckpointError
 MEBIBYTE = 1 << 20
 SMALL = 16 * MEBIBYTE  # a config; those of real models have kilobytes
 LARGE = 512 * MEBIBYTE  # a tokenizer.json or an index; the largest real ones have some 40 MB
-DEEPEST = 64  # objects and lists inside one another
+DEEPEST = 64  # nested objects and lists
 
 
 def read_json(path: Path, *, most: int = SMALL) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Args:
-        most: bytes that the file may have.
+        most: the largest size in bytes.
 
     Raises:
         CheckpointError: no such file, not a regular one, too large or too deeply nested, not JSON,
@@ -36,7 +36,7 @@ def read_json(path: Path, *, most: int = SMALL) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file's bytes; see `read_json`."""
+    """Parse the JSON object in a file's bytes, with the checks of `read_json`."""
     try:
         content = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
         _check(content)
@@ -53,7 +53,7 @@ def read_json_if_there(path: Path, *, most: int = SMALL) -> dict[str, Any]:
     """Return the JSON object in a file, `{}` if there is no such file.
 
     Raises:
-        CheckpointError: see `read_json`.
+        CheckpointError: as `read_json`.
     """
     return read_json(path, most=most) if os.path.lexists(path) else {}
 
@@ -74,7 +74,7 @@ def read_regular(path: Path, *, most: int) -> bytes:
 
 
 def token_ids(content: Mapping[str, Any], key: str, where: str) -> list[int]:
-    """Return the token ids under a key, which holds one, several or null.
+    """Return the token ids under a key, whose value is one id, several or null.
 
     Args:
         where: the file's name, for messages.
@@ -101,7 +101,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(content: Any) -> None:
-    """Walk through all values without recursion: those who read them later have less of a stack."""
+    """Check all values without recursion: later readers have less stack left."""
     level: list[Any] = [content]
     for _ in range(DEEPEST):
         level = [inner for value in level for inner in _inside(value)]
@@ -115,10 +115,10 @@ def _too_deep() -> str:
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    """The objects and lists in a value; its texts are seen to be Unicode."""
+    """Return the objects and lists in a value, after checking that its texts are Unicode."""
     inner = [*value, *value.values()] if isinstance(value, dict) else value
     for each in inner if isinstance(inner, list) else ():
         if isinstance(each, dict | list):
             yield each
         elif isinstance(each, str) and not each.isascii():
-            each.encode()  # "\ud800" alone can be written in JSON, and nowhere else: a ValueError
+            each.encode()  # JSON allows "\ud800" alone, but it can't be encoded: a ValueError

@@ -1,9 +1,9 @@
 """Cross-entropy as (loss_sum, weight_sum), never a mean (design law 3).
 
-The sum over supervised tokens is what adds up exactly over micro-batches, accumulation and devices;
-the step divides once by the global weight. Logits are made and dropped chunk by chunk along the
-sequence, and the gradients are made with them in the same pass, so that memory holds one chunk of
-[B, S/chunks, V] instead of the whole and no logit is computed twice.
+The sum over supervised tokens adds up exactly over micro-batches, accumulation and devices; the
+step divides once by the global weight. Logits are computed and freed chunk by chunk along the
+sequence, and the gradients are computed in the same pass. So memory holds one chunk of [B,
+S/chunks, V] instead of all logits, and no logit is computed twice.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ IGNORED = -100
 def _chunk(
     x_BCD: Tensor, w_VD: Tensor, t_BC: Tensor, weight_BC: Tensor, need_grad: bool, groups: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Weighted losses [B, C] of one chunk and, where wanted, the gradients of their sum to hidden
-    states and weight, the latter [G, D, V] apart for each group of rows.
+    """Return weighted losses [B, C] of one chunk and, if requested, gradients of their sum.
+
+    The gradients are those of hidden states and weight, the latter [G, D, V] for each group of
+    rows.
 
     The gradient of -log softmax(z)[t] is softmax(z) - onehot(t). The one-hot is a comparison, not a
     gather: it stays local when the vocabulary is sharded, and it fuses.
@@ -37,8 +39,8 @@ def _chunk(
     exp = torch.exp(logits - top)
     total = exp.sum(dim=-1, keepdim=True)
     at_target = torch.where(onehot, logits - top, 0.0).sum(dim=-1)
-    # An ignored token has weight 0, but its target (-100) matches nothing: select, do not multiply,
-    # so that an infinite logit there cannot make the loss 0 * inf.
+    # An ignored token has weight 0, but its target (-100) matches nothing. Select instead of
+    # multiplying, so that an infinite logit there cannot make the loss 0 * inf.
     nll = torch.where(weight_BC != 0, total.squeeze(-1).log() - at_target, 0.0)
     losses = nll * weight_BC
     if not need_grad:
@@ -46,13 +48,13 @@ def _chunk(
     g = (exp / total - onehot.to(exp.dtype)) * weight_BC[..., None]
     g_BCV = g.to(x_BCD.dtype)
     grad_x = torch.matmul(g_BCV, w_VD)
-    # As x' g, since XLA on the CPU transposes the left side in memory: better D wide than V wide.
+    # As x' g, since XLA on the CPU transposes the left side in memory: D is narrower than V.
     x_GTD, g_GTV = (each.reshape(groups, -1, each.shape[-1]) for each in (x_BCD, g_BCV))
     return losses, grad_x, torch.matmul(x_GTD.transpose(1, 2), g_GTV)
 
 
 class LossSums(NamedTuple):
-    """What a forward has to say of its loss."""
+    """The loss results of a forward pass."""
 
     loss_sum: Tensor  # fp32 scalar
     weight_sum: Tensor  # fp32 scalar
@@ -60,17 +62,17 @@ class LossSums(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """How the loss lies over devices; without a word of that, on one.
+    """The distribution of the loss over devices; the default is one device.
 
-    The gradient of a weight that devices share is summed over chunks apart for each group of rows,
-    and over groups at the end. Where the rows of a group lie on one device, devices talk once and
+    The gradient of a shared weight is summed over chunks separately for each group of rows, and
+    over groups at the end. If the rows of a group are on one device, devices communicate once and
     not once for each chunk.
     """
 
     groups: int = 1
-    # Annotates the weight's gradient [V, D], where it is summed over groups, with how it is cut.
+    # Annotates the sharding of the weight's gradient [V, D] where it is summed over groups.
     cut_gradient: Callable[[Tensor], Tensor] = lambda gradient: gradient
-    # Gives back (a chunk's input, the sum so far) so that the chunk begins after the sum is there:
+    # Returns (a chunk's input, the sum so far), so that the chunk starts after the sum is computed:
     # a compiler that sees all chunks at once would keep the parts of all for one long sum.
     in_order: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, total: (x, total)
 
@@ -125,7 +127,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def token_weights(targets: Tensor, loss_weights: Tensor) -> Tensor:
-    """Each token's weight [B, S], 0 where there is no target."""
+    """Return each token's weight [B, S], 0 where there is no target."""
     return torch.where(targets == IGNORED, 0.0, loss_weights)
 
 
@@ -137,21 +139,21 @@ def chunked_cross_entropy(
     chunks: int = 8,
     spread: Spread = ONE_DEVICE,
 ) -> LossSums:
-    """Weighted sum of next-token losses without full logits.
+    """Return the weighted sum of next-token losses without full logits.
 
     Args:
         hidden: [B, S, D] hidden states after the final norm.
         output_weight: [V, D].
         targets: integers [B, S], already shifted; -100 carries no loss.
-        loss_weights: fp32 [B, S]; counted only where there is a target.
-        chunks: pieces the sequence is cut into; memory for logits falls by this factor.
-        spread: how rows and weight lie over devices.
+        loss_weights: fp32 [B, S]; used only where there is a target.
+        chunks: number of pieces of the sequence; memory for logits falls by this factor.
+        spread: the distribution of rows and weight over devices.
 
     Returns:
-        The loss in nats, as a sum to differentiate and per token to look at.
+        The loss in nats, as a sum to differentiate and as a detached value per token.
     """
     weights = token_weights(targets, loss_weights)
-    # Inside a Function's forward grad mode is always off: look at it here.
+    # Grad mode is always off inside a Function's forward, so it is read here.
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)
     loss_sum, each = _ChunkedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
         hidden, output_weight, targets, weights, chunks, spread, need_grad

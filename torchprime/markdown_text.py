@@ -1,7 +1,7 @@
-"""Text that anyone may have written, made part of a Markdown file: as it is, and nothing more.
+"""Untrusted text made safe for a Markdown file, so that it appears exactly as written.
 
-In running text and tables it is escaped by entities and backslashes; texts of several lines and
-commands go inside a fence that is longer than any in them.
+In running text and tables it is escaped with entities and backslashes. Texts of several lines and
+commands go inside a fence that is longer than any fence in them.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ from collections.abc import Sequence
 
 from torchprime.visible import clean
 
-# An underscore between letters and a > behind something mean nothing, and names are full of them.
+# An underscore between letters and a > inside a line have no meaning, and names often have them.
 SPECIAL = re.compile(r"(^>|[\\`*\[\]|#~]|(?<!\w)_|_(?!\w))")
 RULE = "---"
 
 
 def inline(text: str) -> str:
-    """A text inside a line or a cell."""
+    """Escape a text inside a line or a cell."""
     shown = " ".join(clean(text).split())
     shown = shown.replace("&", "&amp;").replace("<", "&lt;")
     return SPECIAL.sub(r"\\\1", shown)
 
 
 def block(text: str, language: str = "text") -> list[str]:
-    """The lines of a text, word by word, in a fence."""
+    """Put the lines of a text unchanged in a fence."""
     shown = clean(text)
     longest = max(map(len, re.findall(r"`+", shown)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -32,7 +32,7 @@ def block(text: str, language: str = "text") -> list[str]:
 
 
 def code(text: str) -> str:
-    """A text as code inside a line."""
+    """Format a text as code inside a line."""
     shown = " ".join(clean(text).split())
     longest = max(map(len, re.findall(r"`+", shown)), default=0)
     mark = "`" * (longest + 1)
@@ -41,7 +41,7 @@ def code(text: str) -> str:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
+    """Return the lines of a table."""
     lines = [headings, [RULE] * len(headings), *rows]
     return ["| " + " | ".join(map(_cell, line)) + " |" for line in lines]
 

@@ -1,16 +1,16 @@
-"""Folders in which no other user can exchange what lies there.
+"""Checks that no other user can exchange the files in a folder.
 
-A run's folder, prepared data and compiled programs are read back and trusted. Whoever may rename
-files in such a folder may also put links under the names that come next, so such a folder belongs
-to the user of this process, or to root, and nobody else may rename in it:
+A run's folder, prepared data and compiled programs are read back and trusted. A user who may rename
+files in such a folder may also put links under the names that are written next. So such a folder
+has to belong to the user of this process, or to root, and nobody else may rename in it:
 
-    0755 ana           taken         0775 ana, group ana (her own)      taken
-    1777 root          taken: each may remove only what is theirs (sticky)
+    0755 ana           accepted      0775 ana, group ana (her own)      accepted
+    1777 root          accepted: each may remove only their own files (sticky)
     0755 ben           refused       0775 ana, group team / 0777        refused, with the chmod
 
-A mount may show other numbers than this process has (NFS, virtual machines, containers), or modes
-that mean nothing (CIFS, exFAT). What counts is who a new file there belongs to, and what mode it
-gets: it is tried before a folder is refused.
+A mount may show other user ids than this process has (NFS, virtual machines, containers), or modes
+without effect (CIFS, exFAT). The owner and mode of a new file there decide, so one is made as a
+test before a folder is refused.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def require_private(folder: Path, key: str) -> None:
-    """Refuse a folder in which other users could exchange what lies there, if it is there yet.
+    """Refuse an existing folder in which other users could exchange files.
 
     Args:
-        key: of the config, or of the command line, that names it.
+        key: the config key, or the command's argument, that names the folder.
 
     Raises:
-        RuntimeSetupError: with the command that mends it.
+        RuntimeSetupError: the folder is not private; the message has the command that fixes it.
     """
     if (fault := fault_of(folder)) is not None:
         raise RuntimeSetupError(f"{key}: {fault}")
 
 
 def fault_of(folder: Path) -> str | None:
-    """Return what is wrong with a folder and how to mend it; None if it is private or not there."""
+    """Return a folder's fault and its fix; None if it is private or does not exist."""
     for link, owner in _foreign_links(folder):
         return (
             f"{link} is a link that belongs to {_user(owner)}, who may let it lead elsewhere at "
@@ -60,16 +60,16 @@ def fault_of(folder: Path) -> str | None:
     except OSError as error:
         return f"{folder} cannot be looked at ({error.strerror}). Give another folder."
     if not stat.S_ISDIR(found.st_mode):
-        return None  # what makes folders says so
+        return None  # the code that makes folders reports it
     return _fault_of_owner(folder, found) or _fault_of_mode(folder, found)
 
 
 def own_folder(folder: Path, name: str, key: str) -> Path:
-    """Return a folder inside a private one, made if it is not there.
+    """Return a folder inside a private one; it is made if it does not exist.
 
     Raises:
-        RuntimeSetupError: it is not private, or cannot be made.
-        CheckpointError: it is a link.
+        RuntimeSetupError: the folder is not private, or cannot be made.
+        CheckpointError: the folder is a link.
     """
     path = inside(folder, name, str(folder))
     try:
@@ -116,7 +116,7 @@ def _fault_of_mode(folder: Path, found: os.stat_result) -> str | None:
 
 
 def _is_own_group(folder: Path, found: os.stat_result) -> bool:
-    """True for a group that is named like its only member, as many systems give each user one."""
+    """Return True for a group that is named like its only member, a user's own group."""
     if found.st_mode & stat.S_IWOTH or _has_access_list(folder):
         return False
     try:
@@ -128,14 +128,14 @@ def _is_own_group(folder: Path, found: os.stat_result) -> bool:
 
 
 def _has_access_list(folder: Path) -> bool:
-    """True where the group's bits of the mode are those of a longer list."""
+    """Return True if the mode's group bits are the mask of an access control list."""
     with suppress(OSError, AttributeError):  # AttributeError: not Linux
         return "system.posix_acl_access" in os.listxattr(folder)
     return False
 
 
 def _tried(folder: Path) -> tuple[int | None, bool]:
-    """The owner of a folder made in this one for a moment, and True if its mode says nothing."""
+    """Return the owner of a test folder made in this one, and True if its mode has no effect."""
     try:
         with tempfile.TemporaryDirectory(prefix=".torchprime-", dir=folder) as made:
             found = os.stat(made)
@@ -145,7 +145,7 @@ def _tried(folder: Path) -> tuple[int | None, bool]:
 
 
 def _foreign_links(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Links on the way that neither this user, root nor the owner of their folder made."""
+    """Return links in the path that neither this user, root nor the owner of their folder made."""
     path = folder.absolute()
     for place in [*reversed(path.parents), path]:
         with suppress(OSError):

@@ -1,8 +1,8 @@
-"""tokenizer.json read with the tokenizers library, its faults as one line.
+"""tokenizer.json read with the tokenizers library; each fault becomes one line.
 
-The library is written in Rust. For most faults in a file it raises a bare `Exception`; for others
-it panics: that is an exception which `except Exception` does not catch, and pages of the library's
-own stack on the terminal.
+The library is written in Rust. For most faults in a file it raises a bare `Exception`. For others
+it panics: `except Exception` does not catch that, and the library prints pages of its own stack to
+the terminal.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def load_tokenizer_json(path: Path) -> tuple[tokenizers.Tokenizer, bytes]:
     data = read_regular(path, most=LARGE)
     with library_faults(f"{path} is not a tokenizer that can be loaded"):
         raw = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        # A file may carry the settings of somebody's last call; cut or padded texts and random
-        # merges are not part of what the tokenizer is.
+        # A file may contain the settings of an earlier call; truncation, padding and random merges
+        # are not part of the tokenizer.
         raw.no_truncation()
         raw.no_padding()
         if getattr(raw.model, "dropout", None):
@@ -44,9 +44,9 @@ def load_tokenizer_json(path: Path) -> tuple[tokenizers.Tokenizer, bytes]:
 
 @contextmanager
 def library_faults(what: str) -> Iterator[None]:
-    """Turn whatever the library raises into a CheckpointError that begins with `what`.
+    """Turn any exception of the library into a CheckpointError that begins with `what`.
 
-    What it prints meanwhile is shown afterwards, unless it panicked.
+    Output of the library is shown afterwards, unless it panicked.
     """
     with _stderr_held() as held:
         try:
@@ -63,9 +63,9 @@ def library_faults(what: str) -> Iterator[None]:
 
 @contextmanager
 def encoding_faults(what: str) -> Iterator[None]:
-    """Turn what the library raises while it works on texts into a CheckpointError.
+    """Turn exceptions of the library while it encodes texts into a CheckpointError.
 
-    As `library_faults`, but the terminal is left alone: other threads write to it meanwhile.
+    Unlike `library_faults` it does not capture stderr: other threads write to it meanwhile.
     """
     try:
         yield
@@ -81,15 +81,15 @@ def _fault(what: str, error: BaseException) -> CheckpointError:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Return True for a panic in Rust. Its class cannot be imported."""
+    """Return True for a panic in Rust, whose class cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 
 @contextmanager
 def _stderr_held() -> Iterator[IO[bytes]]:
-    """Collect in a file what this process writes to file descriptor 2, and hand it on at the end.
+    """Capture this process's output to file descriptor 2 in a file, and write it out at the end.
 
-    Rust writes there directly, past `sys.stderr`.
+    Rust writes there directly, not through `sys.stderr`.
     """
     with tempfile.TemporaryFile() as held:
         sys.stderr.flush()

@@ -1,9 +1,9 @@
-"""One table from names to mesh axes, for parameters and activations; it knows no device.
+"""The sharding table: patterns of parameter and activation names, mapped to mesh axes.
 
-A pattern is a dotted name in which `*` stands for exactly one part (a layer number, say). Each dim
-of a matching tensor gets an axis, a list of axes or null. A parameter that no pattern matches, or a
-large one that ends up on every device whole, is an error: silent replication is how memory
-disappears.
+It is independent of devices. A pattern is a dotted name in which `*` stands for exactly one part
+(for example a layer number). Each dim of a matching tensor gets an axis, a list of axes or null. A
+parameter that no pattern matches, or a large one that is whole on every device, is an error,
+because silent replication wastes memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torchprime.errors import ConfigError
 
-# Per dim the axes it is cut along, () for none: (("tensor",), ("fsdp",)).
+# For each dim the axes that shard it, () for none: (("tensor",), ("fsdp",)).
 Spec = tuple[tuple[str, ...], ...]
 RawSpec = Sequence[str | Sequence[str] | None]
 
@@ -34,29 +34,32 @@ def _matches(pattern: str, name: str) -> bool:
 
 @dataclass(frozen=True)
 class ShardingTable:
-    """Name patterns -> axes. `parameters` are matched by parameter name, `activations` by the name
-    of the module whose output they are (and `batch` for the batch itself)."""
+    """Name patterns -> axes, for parameters and activations.
+
+    `parameters` are matched by parameter name, `activations` by the name of the module whose output
+    they are (and `batch` for the batch itself).
+    """
 
     parameters: Mapping[str, RawSpec]
     activations: Mapping[str, RawSpec]
     max_unsharded_params: int = 1_000_000
 
     def find(self, kind: Mapping[str, RawSpec], name: str) -> Spec | None:
-        """The spec of the first pattern that matches, or None."""
+        """Return the spec of the first pattern that matches, or None."""
         for pattern, spec in kind.items():
             if _matches(pattern, name):
                 return _normalize(spec)
         return None
 
     def batch_axes(self) -> tuple[str, ...]:
-        """The axes that the batch dim of every activation is cut along."""
+        """Return the axes that shard the batch dim of every activation."""
         spec = self.find(self.activations, "batch")
         return spec[0] if spec else ()
 
     def parameter_specs(
         self, shapes: Mapping[str, Sequence[int]], mesh: Mapping[str, int]
     ) -> dict[str, Spec]:
-        """The spec of every parameter, checked against its shape and the mesh.
+        """Return the spec of every parameter, checked against its shape and the mesh.
 
         Args:
             shapes: full (unsharded) shape by Hugging Face name.
@@ -81,10 +84,10 @@ class ShardingTable:
         return found
 
     def check_activations(self, modules: Iterable[str]) -> None:
-        """Every pattern must name a module of the model, and the batch must have one.
+        """Check that every pattern names a module of the model, and that the batch has a pattern.
 
         Raises:
-            ConfigError: naming the patterns that would silently do nothing.
+            ConfigError: names the patterns that would have no effect.
         """
         if "batch" not in self.activations:
             raise ConfigError(
@@ -136,7 +139,7 @@ class ShardingTable:
 
 
 def shard_count(spec: Spec, mesh: Mapping[str, int]) -> int:
-    """Into how many different pieces a tensor with this spec is cut."""
+    """Return the number of different pieces of a tensor with this spec."""
     return math.prod(mesh[axis] for dim in spec for axis in dim)
 
 

@@ -1,12 +1,12 @@
-"""The chat templates in a tokenizer's folder, found as transformers and vLLM find them.
+"""The chat templates in a tokenizer's folder, in the places where transformers and vLLM look.
 
     chat_template.jinja                         the template named `default`
     additional_chat_templates/NAME.jinja        one each; with the file above they hide what follows
     tokenizer_config.json: chat_template        one text, or a list of {name, template}
-    chat_template.json: chat_template           the same, by which processors keep theirs
+    chat_template.json: chat_template           the same, as processors store theirs
 
-A name comes from a stranger's file and becomes a file's name in the export, so only plain names
-are taken.
+A name comes from a file of unknown origin and becomes a file name in the export, so only plain
+names are accepted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _in_json(path: Path) -> object:
 
 
 def _listed(given: object, path: Path) -> dict[str, str]:
-    """Several templates in one file: a list of {name, template}, or an object of both."""
+    """Return the templates in one file: a list of {name, template}, or an object with both."""
     pairs: list[tuple[object, object]] = []
     if isinstance(given, Mapping):
         pairs = list(given.items())
@@ -92,7 +92,7 @@ def _checked_text(text: str, path: Path) -> str:
 
 
 def checked_name(name: object, path: Path) -> str:
-    """Return the name of a template if it can be a file's name in any folder.
+    """Return a template's name after checking that it can be a file name in any folder.
 
     Raises:
         CheckpointError: it is a path, hidden, empty or no text.
@@ -107,9 +107,9 @@ def checked_name(name: object, path: Path) -> str:
 
 
 def write_templates(folder: Path, templates: Mapping[str, str]) -> object:
-    """Write the files of a folder's templates and return what tokenizer_config.json says of them.
+    """Write the files of a folder's templates; return the value for tokenizer_config.json.
 
-    A reader looks in one of the two places, so both have them; None where there are none.
+    Readers look in one of the two places, so both have the templates; None if there are none.
 
     Raises:
         CheckpointError: a name that is not plain.
@@ -127,7 +127,7 @@ def write_templates(folder: Path, templates: Mapping[str, str]) -> object:
 
 
 def read_text(path: Path) -> str:
-    """Return a template's source, with the line ends it has.
+    """Return a template's source with its line breaks unchanged.
 
     Raises:
         CheckpointError: the file cannot be read as UTF-8.

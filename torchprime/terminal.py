@@ -1,11 +1,10 @@
-"""The one way to a person's terminal: messages to stderr, results to stdout.
+"""Output to a person's terminal: messages to stderr, results to stdout.
 
-A line may quote a row, a template, a file's name or a model's answer, which anybody may have
-written. So every text is printed by `shown`: a control character could clear the screen or write
-a false line, and a mark of direction can turn a name around. A contract test allows no other
-print.
+A line may quote a row, a template, a file name or a model's answer, all of them untrusted. So
+`shown` filters every printed text: a control character could clear the screen or write a false
+line, and a mark of direction can reverse a name. A contract test allows no other print.
 
-Light on imports: experimental/vllm_tpu_deployment uses it in an environment without torch_xla.
+Imports are light: experimental/vllm_tpu_deployment uses it in an environment without torch_xla.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from typing import Literal, TextIO
 from torchprime.visible import clean
 
 Errors = Literal["replace", "backslashreplace"]
-# Without these two some scripts are spelt wrongly and some emoji fall apart; they do no harm.
+# Without these two some scripts are misspelt and some emoji fall apart; they are harmless.
 JOINERS = re.compile("([\u200c\u200d])")
 COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
 
 
 def shown(text: str) -> str:
-    """The text with control characters and marks of direction written out; tabs are four spaces."""
+    """Return the text with control characters and marks of direction escaped, tabs as spaces."""
     if text.isascii() and text.isprintable():
         return text
     text = text.replace("\r\n", "\n").replace("\t", "    ")
@@ -38,7 +37,7 @@ def shown(text: str) -> str:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a message, whole and at once.
+    """Print a message with one write and flush it.
 
     Args:
         stream: stderr if not given.
@@ -52,7 +51,7 @@ def say(text: str, stream: TextIO | None = None) -> None:
 
 
 def tick(text: str) -> None:
-    """Print a line that the next one replaces, on a terminal only."""
+    """Print a line that the next one overwrites, on a terminal only."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{shown(text)}")
         sys.stderr.flush()
@@ -61,17 +60,17 @@ def tick(text: str) -> None:
 def print_lines(
     lines: Iterable[str], errors: Errors = "backslashreplace", coloured: bool = False
 ) -> None:
-    """Print to stdout, also where that knows less than Unicode or is closed early (`| head`).
+    """Print to stdout, even if its encoding is not Unicode or it is closed early (`| head`).
 
     Args:
-        errors: what becomes of a character that stdout's encoding lacks: `?`, or its escape.
-        coloured: keep escape codes of colours; whoever asks for it has cleaned the text between.
+        errors: replacement for a character that stdout's encoding lacks: `?`, or its escape.
+        coloured: keep escape codes of colours; the caller has cleaned the text between them.
     """
     print_text("\n".join(lines) + "\n", errors, coloured)
 
 
 def print_text(text: str, errors: Errors, coloured: bool = False) -> None:
-    """As `print_lines`, of a text that need not end with its line; it is seen at once."""
+    """Print as `print_lines` does a text that need not end with a line break, and flush it."""
     parts = COLOUR.split(text) if coloured else [text]
     safe = "".join(p if place % 2 else shown(p) for place, p in enumerate(parts))
     try:
@@ -82,7 +81,7 @@ def print_text(text: str, errors: Errors, coloured: bool = False) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print one line of JSON, in which what `shown` would write out is escaped as JSON does."""
+    """Print one line of JSON; characters that `shown` would escape get JSON escapes."""
     text = json.dumps(value, ensure_ascii=False)
     print_lines(["".join(c if shown(c) == c else json.dumps(c)[1:-1] for c in text)])
 
@@ -93,7 +92,7 @@ def _encodable(text: str, stream: TextIO, errors: Errors) -> str:
 
 
 def _forget(stream: TextIO) -> None:
-    """What is left in the buffer would be an error at exit."""
+    """Discard buffered output, which would raise an error at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -123,7 +122,7 @@ def _uncaught(kind: type[BaseException], error: BaseException, where: TracebackT
 
 
 def guard_output() -> None:
-    """Let logging, warnings and tracebacks print by `shown`, too; for a process's entry point."""
+    """Make logging, warnings and tracebacks print through `shown`, for a process's entry point."""
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _warning
     sys.excepthook = _uncaught

@@ -1,4 +1,4 @@
-"""Text that anyone may have written, made safe to show: on a terminal, on a page."""
+"""Untrusted text made safe to display on a terminal or a page."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ TEXT, SPACE, NEWLINE, ESCAPE = "text", "space", "newline", "escape"
 
 
 def visible(text: str) -> list[tuple[str, str]]:
-    """The text in runs of (TEXT | SPACE | NEWLINE | ESCAPE, characters).
+    """Return the text in runs of (TEXT | SPACE | NEWLINE | ESCAPE, characters).
 
-    What shows nothing, or changes how its neighbours show (control characters, marks of direction,
-    a byte that is part of a character), is an ESCAPE, written as in a Python string.
+    Characters that are invisible or change the display of their neighbours (control characters,
+    marks of direction, a byte that is part of a character) are an ESCAPE, written as in a Python
+    string.
     """
     kinds = ((_kind(character), character) for character in text)
     return [
@@ -22,7 +23,7 @@ def visible(text: str) -> list[tuple[str, str]]:
 
 
 def clean(text: str) -> str:
-    """The text with ESCAPE characters written out: safe for a terminal, and encodable."""
+    """Return the text with ESCAPE characters escaped: safe for a terminal, and encodable."""
     return "".join(run for _, run in visible(text))
 
 
@@ -32,13 +33,13 @@ def _kind(character: str) -> str:
     if character == "\n":
         return NEWLINE
     category = unicodedata.category(character)
-    # Other, and separators: what is a blank but neither a space nor the end of a line.
+    # Other and separator categories: blanks that are neither a space nor the end of a line.
     return ESCAPE if category[0] in "CZ" else TEXT
 
 
 def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte, see Tokenizer.pieces
+    if "\udc80" <= character <= "\udcff":  # a byte, as in Tokenizer.pieces
         return f"\\x{ord(character) - 0xDC00:02x}"
-    if "\x80" <= character <= "\xff":  # not to be taken for a byte
+    if "\x80" <= character <= "\xff":  # not to be confused with a byte
         return f"\\u{ord(character):04x}"
     return character.encode("unicode_escape").decode("ascii")

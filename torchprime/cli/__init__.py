@@ -1,1 +1,1 @@
-"""Commands around a run: each takes the same config and overrides as the training job."""
+"""Commands around a run; each takes the same config and overrides as the training job."""

@@ -1,11 +1,12 @@
-"""`torchprime chat --model EXPORT [--base BASE]`: ask a model, and see what its base says.
+"""`torchprime chat --model EXPORT [--base BASE]`: answers of a model and of its base.
 
-Prompts are typed, given with --prompt, or come from a file or a pipe. Both models get the same
-ones, each with its own chat template (or as plain text, if its folder has none) and its own
-history. Notes go to stderr, answers to stdout. torchprime/generation/conversation.py does the rest.
+Prompts are typed, given with --prompt, or read from a file or a pipe. Both models get the same
+prompts, each with its own chat template (or as plain text, if its folder has none) and its own
+history. Notes go to stderr, answers to stdout. torchprime/generation/conversation.py generates the
+answers.
 
-One model streams its answer. With two, side by side, the base answers first; then each line is
-printed as soon as the tuned model has finished it.
+One model streams its answer. With two models side by side, the base answers first; then each line
+is printed as soon as the fine-tuned model has finished it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ text to go on from, by itself.
 
 
 def chat_main(argv: list[str]) -> int:
-    """Run `chat` with the arguments after it; the exit code."""
+    """Run `chat` with the arguments after it; return the exit code."""
     parser = make_parser("torchprime chat", "Ask a model, and its base beside it.", EPILOG)
     add = parser.add_argument
     add("--model", metavar="EXPORT", required=True, help="folder or hub name")
@@ -131,10 +132,10 @@ def _chat(given: argparse.Namespace) -> int:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device that --device names.
+    """Return the device that --device names.
 
     Raises:
-        RuntimeSetupError: cuda is asked for where there is none.
+        RuntimeSetupError: cuda is requested but not available.
     """
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
@@ -146,7 +147,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def _tell_certificate(folder: Path, base: str | None) -> None:
-    """What is known of an export without checking it again."""
+    """Print the certificate's results for an export, without checking it again."""
     if not (folder / CERTIFICATE).is_file():
         return
     try:
@@ -174,7 +175,7 @@ def _described(title: str, speaker: Speaker, system: str | None) -> str:
 
 @dataclass
 class _Asker:
-    """Asks all models the same and prints what they say."""
+    """An object that sends each prompt to all models and prints their answers."""
 
     speakers: dict[str, Speaker]
     system: str | None
@@ -195,7 +196,7 @@ class _Asker:
         return as_question(prompt) if self.as_question else prompt
 
     def check(self, prompt: str, where: str = "") -> None:
-        """Raise what asking this would raise, before anything is computed."""
+        """Raise the errors of `ask` for this prompt before anything is computed."""
         require_unicode(prompt, where.rstrip(": ") or "the prompt")
         for title, conversation in self.conversations.items():
             try:
@@ -207,10 +208,10 @@ class _Asker:
         """Print every model's answer.
 
         Raises:
-            DataError: a prompt that cannot be asked; nothing is remembered of it then.
+            DataError: a prompt that cannot be sent; it is not added to the history.
         """
         self.check(prompt)
-        # A question asked twice may be sampled twice; --base changes no answer of the model.
+        # A repeated prompt may be sampled differently; --base changes no answer of the model.
         sampling = replace(self.sampling, seed=self.sampling.seed + self.asked)
         self.asked += 1
         replies: dict[str, Reply] = {}
@@ -227,7 +228,7 @@ class _Asker:
             print_json({"prompt": self._worded(prompt), **told})
 
     def _places(self) -> Iterator[tuple[str, Conversation, Show, Any]]:
-        """Each conversation with where its answer goes: bit by bit, and when it is done."""
+        """Return each conversation with its output functions: for each piece, and at the end."""
         width = column_width(shutil.get_terminal_size().columns, len(self.conversations))
         columns = _Columns(list(self.conversations), width) if width else None
         for title, conversation in self.conversations.items():
@@ -269,10 +270,10 @@ def _told_end(reply: Reply) -> str:
 
 
 class _Columns:
-    """Two answers side by side, made one after the other.
+    """Two answers side by side, generated one after the other.
 
-    The first is kept until it is whole; then a line goes out as soon as the second's is final, that
-    is when another begins.
+    The first answer is stored until it is complete. Then a line is printed as soon as the second
+    answer's line is final, that is when the next line begins.
     """
 
     def __init__(self, titles: list[str], width: int) -> None:
@@ -324,11 +325,11 @@ class _Columns:
 def _interactive(asker: _Asker) -> int:
     terminal = sys.stdin.isatty()
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # to be told as a prompt's mistake
+        sys.stdin.reconfigure(errors="surrogateescape")  # reported as a prompt's error
     if terminal:
         say(HELP)
         with suppress(ImportError):
-            # late: only a terminal has lines to edit, and not every Python has it
+            # imported late: only a terminal has lines to edit, and not every Python has it
             import readline  # noqa: F401
     while True:
         try:

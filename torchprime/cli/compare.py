@@ -1,8 +1,8 @@
-"""`torchprime compare RUN RUN [RUN...]`: are these runs the same training?
+"""`torchprime compare RUN RUN [RUN...]`: a check that runs trained identically.
 
-The verdict goes to the terminal, all it stands on to `parity.json`, and the curves to a figure (PNG
-and SVG). torchprime/compare/judge.py says how it is judged, read_logs.py what a RUN may be.
-`--measure-noise` writes the noise floor that runs in less than float32 are judged by.
+The verdict goes to the terminal, its evidence to `parity.json`, and the curves to a figure (PNG and
+SVG). torchprime/compare/judge.py defines the verdict, torchprime/compare/logs/read.py the forms of
+a RUN. `--measure-noise` writes the noise floor for runs with less precision than float32.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ float32: losses to 1e-4, gradient norm to 1e-3, learning rate to 1e-6, relative.
 
 
 def compare_main(argv: list[str]) -> int:
-    """Run the command with the arguments after `compare`; the exit code."""
+    """Run the command with the arguments after `compare`; return the exit code."""
     try:
         given = _parser().parse_intermixed_args(argv)
-    except SystemExit as stop:  # argparse has printed the help or the mistake
+    except SystemExit as stop:  # argparse has printed the help or the error
         return stop.code if isinstance(stop.code, int) else 2
     try:
         named = name_runs(given.runs)
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def name_runs(given: Sequence[str]) -> list[tuple[str, str]]:
-    """(label, path) of each argument: NAME=PATH, or a path that gives the name."""
+    """Return (label, path) of each argument: NAME=PATH, or a path that gives the name."""
     named = []
     for argument in given:
         name, equals, path = argument.partition("=")
@@ -124,10 +124,10 @@ def name_runs(given: Sequence[str]) -> list[tuple[str, str]]:
 def read_how(
     labels: Sequence[str], mean_over: Sequence[str], resumed_at: Sequence[str]
 ) -> dict[str, HowLogged]:
-    """By run, what the options NAME=N tell of its log.
+    """Return by run the values of the options NAME=N, which describe its log.
 
     Raises:
-        ConfigError: no such run, or no number.
+        ConfigError: no such run, or not a number.
     """
     how = dict.fromkeys(labels, HowLogged())
     for option, texts in (("--mean-over", mean_over), ("--resumed-at", resumed_at)):
@@ -147,7 +147,7 @@ def read_how(
 
 
 def _short(path: str) -> str:
-    """A run's folder gives its name; the usual file names tell nothing."""
+    """Return a short name of a run: its folder's, if the file's name is a usual one."""
     absolute = Path(path).absolute()
     if absolute.name in ("metrics.jsonl", "trainer_state.json"):
         return absolute.parent.name
@@ -184,7 +184,7 @@ def _compare(runs: Sequence[Run], given: argparse.Namespace, argv: Sequence[str]
         left = [path for end in (".png", ".svg") if (path := folder / f"{name}{end}").exists()]
         old = [f"note: {path} is an earlier comparison's, nothing was drawn" for path in left]
     elif name != NO_FIGURE:
-        # late: matplotlib takes a second, and only a figure needs it
+        # imported late: matplotlib takes a second, and only a figure needs it
         from torchprime.compare.draw import draw
 
         wrote += draw(comparison, folder / name)
@@ -216,7 +216,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def terminal(comparison: Comparison) -> Iterator[str]:
-    """All but the final line, line by line."""
+    """Yield the lines for the terminal, all but the final one."""
     width = max(len(run.label) for run in comparison.runs)
     for run in comparison.runs:
         role = "reference" if run is comparison.reference else "run"
@@ -247,7 +247,7 @@ def _span(steps: Sequence[int]) -> str:
 
 
 def data_line(comparison: Comparison, pair: Pair) -> str:
-    """What is known of the pair's data."""
+    """Return a line about the pair's data."""
     check, count = pair.data, len(comparison.steps)
     if (first := check.first_difference) is not None:
         moved = first.get("reference_has_it_at_step")
@@ -314,7 +314,7 @@ def _worst(judged: Judged | None) -> str:
 
 
 def first_line(comparison: Comparison, pair: Pair) -> str:
-    """Where the pair first leaves a band."""
+    """Return a line about the place where the pair first leaves a band."""
     assert pair.first_beyond is not None
     name, point = pair.first_beyond
     return (
@@ -325,7 +325,7 @@ def first_line(comparison: Comparison, pair: Pair) -> str:
 
 
 def _advice(comparison: Comparison, argv: Sequence[str]) -> Iterator[str]:
-    """The commands to type where a noise floor is missing."""
+    """Return the commands that measure a missing noise floor."""
     if comparison.bands["loss"] is None and comparison.verdict != DIFFERENT_DATA:
         dtype = " or ".join(imprecise(comparison.runs))
         yield f"measure the noise floor, on two or more runs of this config in {dtype}:"
@@ -334,7 +334,7 @@ def _advice(comparison: Comparison, argv: Sequence[str]) -> Iterator[str]:
 
 
 def final_line(comparison: Comparison) -> str:
-    """The verdict in a line."""
+    """Return the verdict in a line."""
     reference = comparison.reference.label
     of_verdict = [pair for pair in comparison.pairs if pair.verdict == comparison.verdict]
     labels = ", ".join(pair.run.label for pair in of_verdict)
@@ -351,7 +351,7 @@ def final_line(comparison: Comparison) -> str:
 
 
 def too_few(comparison: Comparison, pair: Pair) -> str:
-    """The reason why equal losses are no agreement, and the way out."""
+    """Return the reason why equal losses do not prove agreement, and the way to a proof."""
     coverage, count = pair.coverage, len(pair.quantities["loss"].points)
     assert coverage is not None
     return (

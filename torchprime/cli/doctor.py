@@ -1,8 +1,9 @@
-"""`torchprime doctor`: what this host can do, and what of it is broken.
+"""`torchprime doctor`: the capabilities of this host, and their faults.
 
-Versions are held to what this package asks for; devices are counted where they announce themselves;
-and what can be tried without a run is tried: XLA on virtual devices, and the TPU's compiler on a
-small step. A line each, `ok`, `none` or `PROBLEM`, and an exit code for scripts.
+Package versions are compared with the requirements of this package. Devices are counted where the
+system lists them. Checks that need no run are executed: XLA on virtual devices, and the TPU's
+compiler on a small step. Each finding is a line with `ok`, `none` or `PROBLEM`; the exit code is
+for scripts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torchprime.torch_xla_models.compile.library import find_library
 from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips
 
 OK, NONE, PROBLEM = "ok", "none", "PROBLEM"
-# Extras whose packages matter where they are installed; the others are for developing.
+# Extras whose packages are checked if installed; the others are for development.
 EXTRAS = ("xla", "tpu", "gpu")
 VIRTUAL = """
 import torch, torch_xla, torch_xla.runtime as xr, torch_xla.distributed.spmd as xs, numpy as np
@@ -50,11 +51,11 @@ class Finding(NamedTuple):
 
 
 def misfits(requirements: list[str], installed: Callable[[str], str | None]) -> list[str]:
-    """What is installed in another version than is asked for, as `have: want` sentences.
+    """Return packages whose version does not meet the requirement, as `have: want` sentences.
 
     Args:
         requirements: as in a package's metadata, with markers.
-        installed: the version of a package, None if it is not there.
+        installed: returns the version of a package, None if it is not installed.
     """
     found = []
     for text in requirements:
@@ -79,7 +80,7 @@ def _installed(name: str) -> str | None:
 
 
 def versions() -> Iterator[Finding]:
-    """Python, and the packages against what this one asks for."""
+    """Check the versions of Python and of the packages that this package requires."""
     names = ("torch", "torch_xla", "jax", "libtpu", "transformers", "datasets")
     there = [f"{name} {version}" for name in names if (version := _installed(name))]
     yield Finding("python", OK, f"{platform.python_version()}; {', '.join(there)}")
@@ -96,7 +97,7 @@ def versions() -> Iterator[Finding]:
 
 
 def tpu() -> Iterator[Finding]:
-    """Chips of this host."""
+    """Count the TPU chips of this host."""
     chips = tpu_chips()
     if not chips:
         yield Finding("TPU", NONE, "no chips on this host")
@@ -109,7 +110,7 @@ def tpu() -> Iterator[Finding]:
 
 
 def gpu() -> Iterator[Finding]:
-    """CUDA devices, and the kernels that are taken where they are installed."""
+    """Count the CUDA devices, and list the optional kernels that are installed."""
     if not torch.cuda.is_available():
         yield Finding("GPU", NONE, "torch sees no CUDA device")
         return
@@ -121,7 +122,7 @@ def gpu() -> Iterator[Finding]:
 
 
 def virtual_devices() -> Iterator[Finding]:
-    """XLA on the CPU, partitioned over four virtual devices, in a process of its own."""
+    """Run XLA on the CPU, partitioned over four virtual devices, in a separate process."""
     if importlib.util.find_spec("torch_xla") is None:
         yield Finding("virtual devices", NONE, "torch_xla is not installed (extra xla)")
         return
@@ -137,7 +138,7 @@ def virtual_devices() -> Iterator[Finding]:
 
 
 def compiler() -> Iterator[Finding]:
-    """The TPU's compiler on the quickstart's step."""
+    """Compile the quickstart's step with the TPU's compiler."""
     what = "TPU compiler"
     try:
         library = find_library()
@@ -157,7 +158,7 @@ def compiler() -> Iterator[Finding]:
 
 
 def doctor_main(argv: list[str]) -> int:
-    """Print the findings; 0 if none is a problem, else 1."""
+    """Print the findings; return 0 if none is a problem, else 1."""
     parser = make_parser("torchprime doctor", __doc__ or "", "")
     parser.add_argument("--quick", action="store_true", help="look only, try nothing")
     given = parser.parse_args(argv)

@@ -1,8 +1,8 @@
 """`torchprime export CHECKPOINT --out DIR` and `torchprime verify DIR`.
 
-The first makes a Hugging Face folder of a run's checkpoint, the second checks such a folder by the
-certificate in it. Neither needs an accelerator. torchprime/checkpoint/from_checkpoint.py and
-recheck.py say how.
+The first makes a Hugging Face folder from a run's checkpoint, the second checks such a folder
+against its certificate. Neither needs an accelerator. The work is done in
+torchprime/checkpoint/from_checkpoint.py and torchprime/checkpoint/proof/recheck.py.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ A certificate is no signature: it does not tell who made it.
 
 
 def export_main(argv: list[str]) -> int:
-    """Run `export` with the arguments after it; the exit code."""
+    """Run `export` with the arguments after it; return the exit code."""
     parser = make_parser(
         "torchprime export", "Make a Hugging Face folder of a run's checkpoint.", EXPORT_EPILOG
     )
@@ -48,7 +48,7 @@ def export_main(argv: list[str]) -> int:
 
 
 def verify_main(argv: list[str]) -> int:
-    """Run `verify` with the arguments after it; the exit code."""
+    """Run `verify` with the arguments after it; return the exit code."""
     parser = make_parser("torchprime verify", "Check an export by its certificate.", VERIFY_EPILOG)
     add = parser.add_argument
     add("folder", metavar="DIR")

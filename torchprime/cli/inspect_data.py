@@ -1,8 +1,8 @@
 """`inspect`: the first batches and the account of the data, in the terminal and as a page.
 
-torchprime/data/inspection.py says what is shown; this file draws it. Rows may hold anything, so
-nothing of them reaches a terminal or a page as it is: control characters, marks of direction and
-stray bytes are written out (torchprime/visible.py), and on the page all else is escaped.
+torchprime/data/inspection.py collects the content; this file draws it. Rows may contain anything,
+so no text of them is written unchanged: control characters, marks of direction and stray bytes are
+made visible (torchprime/visible.py), and on the page all other text is escaped.
 
 The page (torchprime/assets/inspect) is one file that loads nothing (torchprime/data/page.py).
 """
@@ -60,7 +60,7 @@ RULE_MEANINGS = {
 
 
 def inspect_data(config: TrainConfig) -> int:
-    """Prepare the config's data, write the page and print the rest; the exit code."""
+    """Prepare the config's data, write the page and print the rest; return the exit code."""
     inspection = _look(config, load(config))
     path = Path(config.output_dir) / f"{inspection.name}-inspect.html"
     try:
@@ -141,7 +141,7 @@ def _cut(segment: Segment) -> str:
 
 @dataclass(frozen=True)
 class _Style:
-    """Escape codes, or plain marks where there are to be none."""
+    """Escape codes for colours, or plain marks if colours are off."""
 
     colours: bool
 
@@ -149,16 +149,16 @@ class _Style:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colours and text else text
 
     def supervised(self, text: str, weight: float) -> str:
-        """A run of tokens that carry loss; a weight other than 1 is told."""
+        """Mark a run of tokens that carry loss; a weight other than 1 is shown."""
         told = "" if weight == 1 else f"×{weight:g} "
         if not self.colours:
             return f"⟦{told}{text}⟧"
-        # Line by line: a colour that crosses lines is lost in pagers.
+        # Line by line: pagers lose a colour that crosses lines.
         return "\n".join(self("32", line) for line in (told + text).split("\n"))
 
 
 def terminal(inspection: Inspection, colours: bool) -> Iterator[str]:
-    """What is printed, line by line."""
+    """Yield the printed lines."""
     style = _Style(colours)
     yield ""
     yield style("1", clean(inspection.name))
@@ -273,7 +273,7 @@ def _block_text(block: Block, style: _Style) -> Iterator[str]:
 def _runs(segment: Segment, style: _Style) -> Iterator[str]:
     for weight, run in groupby(segment.tokens, key=lambda token: token.weight):
         text = "".join(token.text for token in run)
-        # Characters of several tokens are whole again; other bytes stay what they are.
+        # Characters of several tokens become whole again; other bytes stay unchanged.
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
         shown = "".join(_in_terminal(kind, part) for kind, part in visible(text))
         yield style.supervised(shown, weight) if weight > 0 else shown
@@ -292,7 +292,7 @@ def _in_terminal(kind: str, run: str) -> str:
 
 
 def page(inspection: Inspection) -> str:
-    """One HTML document that needs nothing else."""
+    """Return one HTML document that needs no other file."""
     return render_page(
         "inspect",
         at=inspection,
@@ -307,7 +307,7 @@ def page(inspection: Inspection) -> str:
 
 
 def _strip(block: Block) -> list[tuple[str, int, int]]:
-    """A block in small: (class, first slot, slots) of its runs."""
+    """Return a block in small: (class, first slot, slots) of its runs."""
     runs: list[tuple[str, int, int]] = []
     slot = 0
     for segment in block.segments:
@@ -319,13 +319,13 @@ def _strip(block: Block) -> list[tuple[str, int, int]]:
 
 
 def _borders(block: Block) -> list[int]:
-    """The slots at which a segment begins, without the first."""
+    """Return the slots at which a segment begins, without the first."""
     sizes = [len(segment.tokens) for segment in block.segments]
     return list(accumulate(sizes))[:-1]
 
 
 def _tokens(segment: Segment, inspection: Inspection) -> Markup:
-    """The tokens of a segment as elements; their titles say the rest."""
+    """Return the tokens of a segment as elements; their titles hold the details."""
     most, special = max(inspection.weights, default=1.0), inspection.special
     parts = []
     for token in segment.tokens:
@@ -358,7 +358,7 @@ def _title(token: Token, segment: int) -> str:
 
 
 def _glyphs(text: str) -> str:
-    """A token's text with its white space to be seen."""
+    """Return a token's text with visible white space."""
     drawn = {
         TEXT: lambda run: str(escape(run)),
         SPACE: lambda run: f"<i>{run}</i>",

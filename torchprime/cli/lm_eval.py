@@ -1,9 +1,9 @@
 """`torchprime lm-eval EXPORT --tasks gsm8k,...`: standard benchmarks on an export.
 
-EleutherAI's lm-eval harness (an optional extra; its tasks fetch their data from the hub) asks the
-model that transformers loads of the folder, every weight accounted for. What it finds is kept as
-lm_eval.json beside the export, with what it was found with: the export's certificate, settings,
-versions. In the export it would be a file that the certificate does not know.
+EleutherAI's lm-eval harness (an optional extra; its tasks download their data from the hub)
+evaluates the model that transformers loads from the folder, with every weight accounted for. The
+results are written to lm_eval.json beside the export, with the export's certificate, the settings
+and the versions. Inside the export it would be a file that the certificate does not list.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ files in --include-path. The result goes beside the export as {RESULT}.
 
 
 def lm_eval_main(argv: list[str]) -> int:
-    """Run `lm-eval` with the arguments after it; the exit code."""
+    """Run `lm-eval` with the arguments after it; return the exit code."""
     parser = make_parser("torchprime lm-eval", "Score an export on standard benchmarks.", EPILOG)
     add = parser.add_argument
     add("export", metavar="EXPORT", help="folder or hub name")
@@ -76,7 +76,7 @@ def _evaluate(given: argparse.Namespace) -> int:
     chat = _wants_template(given.chat_template, folder)
     device = choose_device(given.device)
     model = load_transformers(folder).to(device)
-    # late: as below; it must be there by now
+    # imported late: as below; load_harness has checked that it is installed
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     tokenizer = auto_tokenizer(folder)
@@ -107,13 +107,13 @@ def _evaluate(given: argparse.Namespace) -> int:
 
 
 def load_harness() -> ModuleType:
-    """The harness.
+    """Import and return the harness.
 
     Raises:
-        RuntimeSetupError: it is not installed; with the command.
+        RuntimeSetupError: it is not installed; the message has the install command.
     """
     try:
-        # late: an optional extra
+        # imported late: an optional extra
         import lm_eval  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RuntimeSetupError(
@@ -131,16 +131,16 @@ def _require_new(out: Path) -> None:
 
 
 def _task_manager(tasks: list[str], include_path: str | None) -> Any:
-    """Of the harness's own tasks and the user's.
+    """Return a manager of the harness's own tasks and the user's.
 
     Raises:
-        ConfigError: a name that none of them has.
+        ConfigError: a name that no task has.
     """
     if include_path is not None:
         include_path = str(local_path("--include-path", include_path))
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"--include-path: {include_path} is not a folder")
-    # late: as above
+    # imported late: as above
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     manager = TaskManager(include_path=include_path)
@@ -183,7 +183,7 @@ def _record(
 
 
 def _certificate(folder: Path) -> dict[str, Any] | None:
-    """Which export this was; None for a folder without a certificate."""
+    """Return the certificate's identity of an export; None for a folder without a certificate."""
     path = folder / CERTIFICATE
     if not path.is_file():
         return None
@@ -201,12 +201,12 @@ def _version_of(package: str) -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON knows it: numpy's numbers are numbers, what else there is becomes text."""
+    """Convert a value to JSON types: numpy's numbers become numbers, unknown types become text."""
     return json.loads(json.dumps(value, default=lambda each: getattr(each, "item", each.__str__)()))
 
 
 def _table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each metric: task, metric and filter, value, standard error."""
+    """Return a line for each metric: task, metric and filter, value, standard error."""
     rows = []
     for task, metrics in results.items():
         for key, value in metrics.items():

@@ -1,7 +1,7 @@
-"""`torchprime report RUN [--out DIR]`: the report of a run, made again from the run's folder.
+"""`torchprime report RUN [--out DIR]`: the report of a run, rebuilt from the run's folder.
 
-A run writes it at its end; this is for runs that were cut short, and for folders that came from
-elsewhere. torchprime/report/write.py makes it.
+A run writes its report at its end. This command is for runs that were interrupted, and for folders
+copied from elsewhere. torchprime/report/write.py makes the report.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RUN is a folder, <output_dir>/<run_name>. Exit code: 0; 2 if a file of it is mis
 
 
 def report_main(argv: list[str]) -> int:
-    """Run `report` with the arguments after it; the exit code."""
+    """Run `report` with the arguments after it; return the exit code."""
     parser = make_parser("torchprime report", "Write report.md and report.html of a run.", EPILOG)
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--out", metavar="DIR", help="where to (default: the run's folder)")

@@ -1,9 +1,9 @@
-"""`torchprime resume-check RUN [...]`: say what a run will do when it is started again.
+"""`torchprime resume-check RUN [...]`: the action of a run when it is started again.
 
-Without --config-name, the run's own config.yaml is the base, and options of groups (mesh=fsdp8) are
-laid over it. With --config-name the command is composed as training composes it. What the last
-start alone was told holds no longer: where it began (resume.source) and what it was allowed
-(resume.allow_changes) have to be in the command again.
+Without --config-name, the run's own config.yaml is the base, and group options (mesh=fsdp8) are
+applied to it. With --config-name the command is composed as training composes it. Two settings hold
+for one start only and have to be in the command again: the start of the run (resume.source) and the
+allowed changes (resume.allow_changes).
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ RUN is a run's folder. Give the flags and overrides of the command to come. With
 the run's config.yaml is the base. Exit code: 0 if the run would go on or has nothing left to do, 1
 if not, 2 for a mistake.
 """
-# Another source of rows takes the place of the one before it.
+# Another source of rows replaces the previous one.
 SOURCES = ("hf_dataset_name", "hf_dataset_config_name", "file_dataset_path", "mixture")
 
 
 def resume_check_main(argv: list[str]) -> int:
-    """Print what would happen; 0 if the run could go on, 1 if not, 2 for a mistake."""
+    """Print the result; return 0 if the run could resume, 1 if not, 2 for a user error."""
     parser = make_parser(
         "torchprime resume-check", "Say what a run will do when it is started again.", EPILOG
     )
@@ -68,7 +68,7 @@ def _check(given: argparse.Namespace) -> int:
         _say("the run wrote no checkpoint: it would begin again at the first step")
         return 0
     manifest = point.reader.manifest
-    now = load(config)  # the data is prepared, or found prepared
+    now = load(config)  # prepares the data, or finds it in the cache
     identity = {"model": now.files.fingerprint(), **now.data.fingerprints()}
     changes = find_changes(manifest, config.to_dict(), identity)
     _say(f"{point.where}: step {manifest.step}, written by {manifest.backend} on {manifest.mesh}")
@@ -92,7 +92,7 @@ def _say(line: str) -> None:
 
 
 def _what_is_left(config: TrainConfig, run: Path, point: ResumePoint, total: int) -> str:
-    """What the run would do from a point that nothing forbids."""
+    """Describe the work that remains after a point from which the run can resume."""
     stopping = make_choosing(config.eval, config.selection).stopping
     history = Past.of(point.reader.manifest).history
     early = bool(stopping and history and history[-1].step == point.step)
@@ -141,7 +141,7 @@ def _config(run: Path, name: str | None, folder: str | None, overrides: list[str
 
 
 def _escaped(value: Any) -> Any:
-    """What is recorded is resolved: a `${` that is left belongs to a text."""
+    """Escape interpolations: in resolved values a remaining `${` is plain text."""
     if isinstance(value, dict):
         return {key: _escaped(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,1 +1,1 @@
-"""From YAML and a command line to one checked, frozen `TrainConfig`; no torch is imported here."""
+"""Composition and checks of a run's config: one frozen `TrainConfig`, made without torch."""

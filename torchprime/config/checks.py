@@ -1,4 +1,4 @@
-"""What the schema's sections check themselves with: the forms of a message about a value."""
+"""Checks that the schema's sections use, and the form of their error messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchprime.errors import ConfigError
 
 
 def refuse(key: str, given: object, expected: str, fix: str) -> NoReturn:
-    """The one form of a message about a value."""
+    """Return a ConfigError in the standard form for a message about a value."""
     raise ConfigError(f"{key}: given {shown(given)}, expected {expected}. {fix}")
 
 
@@ -56,7 +56,7 @@ def iso_date(key: str, value: str | None) -> None:
 
 
 def special_tokens(key: str, texts: Sequence[str]) -> None:
-    """Texts that can each become one token."""
+    """Check texts that are each to become one token."""
     for place, text in enumerate(texts):
         where = f"{key}[{place}]"
         if not text.strip():
@@ -81,7 +81,7 @@ def some_source(section: str, hub: str | None, path: str | None) -> None:
 
 
 def one_source(section: str, hub: str | None, hub_config: str | None, path: str | None) -> None:
-    """A hub name and a file are alternatives: which of them is meant is never guessed."""
+    """Refuse a hub name together with a file: the choice is never guessed."""
     hub_key, path_key = f"{section}.hf_dataset_name", f"{section}.file_dataset_path"
     not_empty(hub_key, hub)
     not_empty(path_key, path)

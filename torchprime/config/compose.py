@@ -1,10 +1,10 @@
-"""A command line -> composed config -> TrainConfig, with Hydra's grammar and our messages.
+"""Composition of a command line to a TrainConfig, with Hydra's grammar and our messages.
 
 Hydra finds the YAML files (the user's `--config-dir` first, then ours), merges groups and applies
-overrides onto the schema's defaults; load.py then makes it a TrainConfig. A run composes through
-Hydra's compose API, so no `outputs/` folder, log file or changed working directory appears. What
-only shows something (`--cfg job`, `--help`, `--info`, ...) goes to a real `hydra.main`, so that it
-acts as Hydra's users expect; so does `-m`, whose sweeper says which runs there are (sweep.py).
+overrides to the schema's defaults; load.py then makes the result a TrainConfig. A run uses Hydra's
+compose API, so Hydra makes no `outputs/` folder or log file and keeps the working directory. Flags
+that only show something (`--cfg job`, `--help`, `--info`, ...) go to a real `hydra.main`, so that
+they act as Hydra's users expect. So does `-m`, whose sweeper lists the runs (sweep.py).
 
 torch is not imported here: the entry point sets up the XLA environment from the config first.
 """
@@ -61,20 +61,20 @@ _HYDRA_VERSION = "1.3"
 
 
 def configs_dir() -> Path:
-    """Our YAML files: inside the package when installed from a wheel, else at the repo's top."""
+    """Return the folder of our YAML files: in an installed package, else at the repo's top."""
     packaged = _PACKAGE / "configs"
     return packaged if packaged.is_dir() else _PACKAGE.parent / "configs"
 
 
 def assets_dir() -> Path:
-    """Model and rows that ship with the package: `${torchprime:assets}` in YAML."""
+    """Return the folder of the model and rows in the package: `${torchprime:assets}` in YAML."""
     return _PACKAGE / "assets"
 
 
 def compose_config(argv: list[str]) -> TrainConfig:
-    """The config that a command line (without the program's name) asks for.
+    """Compose the config of a command line (without the program's name).
 
-    Flags that only show something print it and leave with SystemExit.
+    Flags that only show something print it and exit with SystemExit.
     """
     command = parse_command(argv)
     if command.many_runs:
@@ -87,7 +87,7 @@ def compose_config(argv: list[str]) -> TrainConfig:
 
 @dataclass(frozen=True)
 class Command:
-    """A command line, taken apart."""
+    """A parsed command line."""
 
     config_name: str
     config_dir: Path | None
@@ -97,12 +97,12 @@ class Command:
 
     @property
     def shows(self) -> bool:
-        """Whether this prints something instead of running."""
+        """Return True if the command prints something instead of running."""
         return bool(self.flags) and not self.many_runs
 
     @property
     def composes(self) -> bool:
-        """Whether what it prints is made from the composed config."""
+        """Return True if the printed text is made from the composed config."""
         return "--cfg" in self.flags or "--info" in self.flags
 
 
@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parse_command(argv: list[str]) -> Command:
-    """Flags and overrides in any order, checked as far as no YAML is needed."""
+    """Parse flags and overrides in any order, with all checks that need no YAML."""
     given, unknown = _parser().parse_known_intermixed_args(argv)
     if unknown:
         word = unknown[0].lstrip("-")
@@ -181,7 +181,7 @@ def _user_folder(given: str | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of many: its own command line (without the program's name), and its config."""
+    """One of several runs: its own command line (without the program's name), and its config."""
 
     argv: list[str]
     overrides: list[str]
@@ -189,7 +189,7 @@ class Job:
 
 
 def compose_jobs(command: Command) -> list[Job]:
-    """Every run that a command with -m asks for, composed and checked; none has begun."""
+    """Compose and check every run of a command with -m; none has started."""
     jobs: list[Job] = []
 
     def collect(composed: DictConfig) -> None:
@@ -207,10 +207,10 @@ def compose_jobs(command: Command) -> list[Job]:
 
 
 def _run_hydra_main(command: Command, take: Callable[[DictConfig], None]) -> None:
-    """Hand a command to hydra.main; `take` is called for each job of a multirun.
+    """Pass a command to hydra.main; `take` is called for each job of a multirun.
 
-    A mistake in one job ends them all and is raised here, outside of Hydra, which would turn it
-    into a traceback.
+    An error in one job ends all jobs and is raised here, outside of Hydra, which would print a
+    traceback.
     """
     mistakes: list[UserError] = []
 
@@ -244,7 +244,7 @@ def _run_hydra_main(command: Command, take: Callable[[DictConfig], None]) -> Non
 
 
 def _quiet(scratch: str) -> list[str]:
-    """A run has its own output folder; Hydra is to leave no folder and no log file of its own."""
+    """Stop Hydra from making an output folder and a log file: a run has its own folder."""
     return [
         "hydra.run.dir=.",
         f"hydra.sweep.dir='{scratch}'",
@@ -256,7 +256,7 @@ def _quiet(scratch: str) -> list[str]:
 
 
 class _UserConfigs(SearchPathPlugin):
-    """Puts the user's folder before ours: a config of the same name is the user's."""
+    """A search path with the user's folder first, so that a user's config replaces ours."""
 
     folder: Path | None = None
 
@@ -288,7 +288,7 @@ def _resolve_path(name: str) -> str:
 
 
 def _compose(command: Command) -> DictConfig:
-    """Hydra's part, with Hydra's and OmegaConf's exceptions turned into ours."""
+    """Compose with Hydra, and turn exceptions of Hydra and OmegaConf into ours."""
     overrides = _parse_overrides(command)
     GlobalHydra.instance().clear()
     try:
@@ -319,7 +319,7 @@ def _finish(composed: DictConfig, default_run_name: str) -> TrainConfig:
 
 
 def _parse_overrides(command: Command) -> list[Override]:
-    """Hydra's grammar, and the check that each key to change is one the schema knows."""
+    """Parse overrides with Hydra's grammar, and check that the schema has each changed key."""
     groups, keys = _groups(command.config_dir), known_keys()
     for text in command.overrides:
         if "=" not in text and not text.startswith("~"):
@@ -367,7 +367,7 @@ def _unknown_override(override: Override, groups: list[str]) -> str:
 
 
 def _groups(user_folder: Path | None) -> list[str]:
-    """Folders of configs: the groups from which an option is chosen."""
+    """Return the groups: the folders of configs from which an option is chosen."""
     folders = [folder for folder in (user_folder, configs_dir()) if folder is not None]
     return sorted(
         {
@@ -380,7 +380,7 @@ def _groups(user_folder: Path | None) -> list[str]:
 
 
 def is_group(key: str, user_folder: str | None) -> bool:
-    """True for a group from which an option is chosen, not a key."""
+    """Return True for a group from which an option is chosen, False for a key."""
     return key in _groups(_user_folder(user_folder))
 
 
@@ -411,7 +411,7 @@ def _missing_config_message(error: MissingConfigException, command: Command) -> 
 
 
 def _free_key_message(error: Exception, overrides: list[Override], command: Command) -> str | None:
-    """For an override of a key that a section of the user's own keys (an architecture) lacks."""
+    """Return the message for an unknown key in a section of free keys (an architecture)."""
     for override in overrides:
         key, line = override.key_or_group, override.input_line
         section = next((each for each in free_sections() if key.startswith(f"{each}.")), None)
@@ -430,7 +430,7 @@ def _free_key_message(error: Exception, overrides: list[Override], command: Comm
 
 
 def _composition_message(error: Exception) -> str:
-    """Hydra's own words on one line, and where to look."""
+    """Return Hydra's own message on one line, and the place of the fault."""
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) else None
     line = _first_line(error)
     if cause is not None and _first_line(cause) not in line:

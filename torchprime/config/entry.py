@@ -1,4 +1,4 @@
-"""The frame around every entry point: command line in, exit code out, no traceback for a mistake.
+"""The frame of every entry point: composes the config, returns an exit code, reports user errors.
 
 if __name__ == "__main__":
     sys.exit(run_main(main))

@@ -1,4 +1,4 @@
-"""The sections about held-out rows: what is measured on them, and what follows from it."""
+"""The config sections for held-out rows: metrics, early stopping, selection and export."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any, Literal
 from torchprime.config.checks import at_least, fraction, not_empty, one_source, positive, refuse
 from torchprime.config.paths import PathOrUrl, RowsNameOrFolder
 
-LOSSES = ("eval_loss", "eval_perplexity")  # measured wherever rows are held out
-# Names that graders can't have: the other fields of an evaluation's record, as they are shown.
+LOSSES = ("eval_loss", "eval_perplexity")  # measured whenever rows are held out
+# Names that graders can't have: the other fields of an evaluation's record, as displayed.
 TAKEN = (*LOSSES, "loss", "perplexity", "supervised_tokens", "seconds", "train_loss",
          "generated_tokens", "generate_seconds", "share_of_run", "step")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Answers to held-out prompts, made wherever the held-out loss is measured, and graded."""
+    """Graded answers to held-out prompts, generated whenever the held-out loss is measured."""
 
-    max_examples: int | None = 0  # the first so many held-out rows; null: all, 0: none
+    max_examples: int | None = 0  # number of held-out rows; null: all, 0: none
     max_new_tokens: int = 256
     batch_size: int = 32  # prompts at a time, over all devices
-    temperature: float = 0.0  # 0: always the likeliest token
+    temperature: float = 0.0  # 0: always the most likely token
     top_k: int | None = None
     top_p: float = 1.0
-    every_steps: int | None = None  # a multiple of eval.every_steps; null: whenever that is
+    every_steps: int | None = None  # a multiple of eval.every_steps; null: at every evaluation
 
     def __post_init__(self) -> None:
         key = "eval.generate"
@@ -44,8 +44,10 @@ class GenerateConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out rows: their loss, and graded answers to them, before the first step, every
-    `every_steps` and at the end."""
+    """Evaluation on held-out rows: their loss, and graded answers.
+
+    It runs before the first step, every `every_steps` and at the end.
+    """
 
     hf_dataset_name: RowsNameOrFolder | None = None
     hf_dataset_config_name: str | None = None
@@ -54,7 +56,7 @@ class EvalConfig:
     max_examples: int | None = None
     every_steps: int | None = None
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    # Each with a name and a kind, and the kind's options (docs/evaluation.md).
+    # Each has a name, a kind, and the kind's options (docs/evaluation.md).
     graders: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -112,7 +114,7 @@ class EvalConfig:
 
     @property
     def metrics(self) -> list[str]:
-        """What an evaluation measures, by name."""
+        """The names of the metrics that an evaluation measures."""
         return [*LOSSES, *(grader["name"] for grader in self.graders)]
 
     @property
@@ -137,7 +139,7 @@ class EarlyStoppingConfig:
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Which evaluated step is the best: of those that pass every gate, the first by ranking."""
+    """Checkpoint selection: of the steps that pass every gate, the first by ranking is the best."""
 
     gates: list[str] = field(default_factory=list)  # "format_pass >= 0.98"
     ranking: list[str] = field(default_factory=lambda: ["eval_loss asc"])
@@ -150,7 +152,7 @@ class SelectionConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What is exported at the end."""
+    """The export at the end of a run."""
 
-    # best: by `selection`; an evaluated step that is the best so far is then kept as a checkpoint.
+    # best: by `selection`; an evaluated step that is the best so far is then saved as a checkpoint.
     which: Literal["best", "last"] = "last"

@@ -1,8 +1,8 @@
-"""A composed config (nested dict or DictConfig) -> TrainConfig, strictly.
+"""Strict conversion of a composed config (nested dict or DictConfig) to a TrainConfig.
 
-The dataclasses' own annotations drive the conversion, so a key exists in one place only. Nothing is
-coerced quietly: the only liberties are a whole number where a fraction is wanted, and a float that
-YAML 1.1 hands over as text because it has no dot ("1e-5").
+The annotations of the dataclasses drive the conversion, so each key is defined in one place only.
+There are two implicit conversions only: a whole number to a float, and text to a float if YAML 1.1
+reads it as text because it has no dot ("1e-5").
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FLOAT_TEXT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 
 
 def load_config(composed: Mapping[str, Any] | DictConfig) -> TrainConfig:
-    """Turn a composed config into a checked TrainConfig, or say what is wrong with it."""
+    """Turn a composed config into a checked TrainConfig, or raise an error that names the fault."""
     if isinstance(composed, DictConfig):
         missing = OmegaConf.missing_keys(composed)
         if missing:
@@ -47,7 +47,7 @@ def missing_message(keys: list[str]) -> str:
 
 
 def known_keys(cls: type[Any] = TrainConfig, prefix: str = "") -> list[str]:
-    """Every dotted name the schema knows, sections included."""
+    """Return every dotted name in the schema, sections included."""
     keys = []
     hints = typing.get_type_hints(cls)
     for spec in dataclasses.fields(cls):
@@ -59,7 +59,7 @@ def known_keys(cls: type[Any] = TrainConfig, prefix: str = "") -> list[str]:
 
 
 def free_sections() -> list[str]:
-    """Dotted names of the dicts whose keys are the user's own."""
+    """Return the dotted names of the dicts whose keys are the user's own."""
     return [
         "dataset.columns",
         "model.architecture",
@@ -69,7 +69,7 @@ def free_sections() -> list[str]:
 
 
 def schema_defaults(cls: type[Any] = TrainConfig) -> dict[str, Any]:
-    """Every key with its default, `???` where it has none: what a config starts from."""
+    """Return every key with its default, `???` if it has none: the base of every config."""
     defaults: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for spec in dataclasses.fields(cls):
@@ -86,8 +86,8 @@ def schema_defaults(cls: type[Any] = TrainConfig) -> dict[str, Any]:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate a misspelt name most likely meant; the last part of a dotted name decides."""
-    # A section above the misspelt key is no answer to it.
+    """Return the candidate closest to a misspelt name; the last part of a dotted name decides."""
+    # A section above the misspelt key is never the intended name.
     candidates = [key for key in candidates if not name.startswith(f"{key}.")]
     same_leaf = [key for key in candidates if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     pools = [same_leaf, candidates] if same_leaf else [candidates]
@@ -101,7 +101,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 def unknown_key_message(key: str, given: object) -> str:
-    """For a key that is in no schema."""
+    """Return the message for a key that is in no schema."""
     if (advice := advice_for(key)) is not None:
         return f"{key}: given {given!r}, but there is no such key. {advice}"
     close = nearest(key, known_keys())
@@ -140,12 +140,12 @@ def _section(cls: type[Any], given: Any, key: str) -> Any:
 
 
 def checked_value(wanted: Any, given: Any, key: str) -> Any:
-    """One value against one annotation: as the annotation has it, or a ConfigError."""
+    """Convert one value to its annotation, or raise a ConfigError."""
     return _value(wanted, given, key)
 
 
 def _value(wanted: Any, given: Any, key: str) -> Any:
-    """One value against one annotation."""
+    """Convert one value to its annotation."""
     origin = get_origin(wanted)
     if dataclasses.is_dataclass(wanted):
         return _section(typing.cast(type, wanted), given, key)
@@ -203,7 +203,7 @@ def _tuple(items: tuple[Any, ...], given: Any, key: str) -> tuple[Any, ...]:
 
 
 def _sections(item: Any, given: Any, key: str) -> list[Any]:
-    """A list of sections of the same kind."""
+    """Convert a list of sections of the same kind."""
     if not isinstance(given, list | tuple):
         refuse(key, given, "a list of sections", f"Write it in YAML, each item of {key} with a -.")
     return [_section(item, value, f"{key}[{place}]") for place, value in enumerate(given)]
@@ -223,7 +223,7 @@ def _mapping(wanted: Any, given: Any, key: str) -> dict[str, Any]:
 
 
 def _plain_copy(value: Any) -> Any:
-    """A free-form value as it is, but detached; YAML's text for 1e-5 becomes the number."""
+    """Return a copy of a free-form value; YAML's text for 1e-5 becomes the number."""
     if isinstance(value, Mapping):
         return {name: _plain_copy(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Names that other trainers use for what is asked here, and what to write instead."""
+"""Option names of other trainers, and the torchprime key or advice for each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _DTYPE = "Set torch_dtype=bfloat16 (fp16 is not there)."
 _LOSS = "Set dataset.compute_loss_on=completion or assistant; auto does so already."
 _MESH = "Choose a mesh: mesh=fsdp4, or ici_mesh.fsdp=4."
 _LORA = "All weights are trained; adapters are not there yet."
-# Another trainer's name -> what to do.
+# Another trainer's name -> advice.
 ADVICE = {
     "adam_beta1": "Set task.optimizer.betas=[0.9,0.999].",
     "adam_beta2": "Set task.optimizer.betas=[0.9,0.999].",
@@ -61,7 +61,7 @@ ADVICE = {
 
 
 def advice_for(key: str) -> str | None:
-    """What to write instead of another trainer's name; None for a name that is not known here."""
+    """Return the replacement for another trainer's name; None for an unknown name."""
     name = key.rsplit(".", 1)[-1]
     if name in SAME:
         return f"Here it is {SAME[name]}."

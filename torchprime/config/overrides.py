@@ -1,8 +1,8 @@
-"""An override as it is typed -> one that Hydra reads as it was meant.
+"""Conversion of an override as typed to the spelling with the intended meaning in Hydra.
 
 Hydra's grammar makes numbers of `run_name=1e3`, and stops at the `~`, `#`, `=` or `(` of a path. A
-key of ours that takes text gets exactly the text that was typed, so such a value is put in quotes
-before Hydra sees it. `null`, lists, interpolations and values in quotes are Hydra's.
+key of ours that takes text gets exactly the typed text, so such a value is quoted before Hydra
+parses it. `null`, lists, interpolations and quoted values are left to Hydra.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torchprime.config.checks import refuse
 from torchprime.config.schema import TrainConfig
 
 OWN_KEYS = re.compile(r"dataset\.(columns|template_options)[.=]")  # every key is the user's own
-TEXT_SECTION = "dataset.columns."  # where every value is a text
+TEXT_SECTION = "dataset.columns."  # every value in it is a text
 _OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
-_ESCAPED = re.compile(r"\\[\\()\[\]{}:=, \t]")  # by someone who knows Hydra's grammar
+_ESCAPED = re.compile(r"\\[\\()\[\]{}:=, \t]")  # written by a user who knows Hydra's grammar
 _PLAIN = re.compile(r"[A-Za-z_/][\w/.:@%+-]*", re.ASCII)
 _VALUES = ("null", "true", "false", "nan", "inf")
 _SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|str|int|float|bool|json_str)\(")
@@ -28,7 +28,7 @@ _RUN_FOLDER = (
     "A run's folder is <output_dir>/<run_name>. Set output_dir=FOLDER run_name=NAME instead."
 )
 _ONE_BY_ONE = "-m makes its runs one after another, each in a process of its own. Leave it out."
-# What people who come from Hydra set, and what to do here. By the beginning of the key.
+# Settings that Hydra users expect, and advice for each, by the beginning of the key.
 HYDRA_ADVICE: Mapping[str, str] = {
     "hydra.run.": _RUN_FOLDER,
     "hydra.sweep.": f"{_RUN_FOLDER} Without run_name, the runs of -m are NAME_0, NAME_1, ...",
@@ -43,7 +43,7 @@ HYDRA_ADVICE: Mapping[str, str] = {
 
 @cache
 def text_keys() -> frozenset[str]:
-    """Dotted names of the keys that take a text or a path."""
+    """Return the dotted names of the keys that take a text or a path."""
     return frozenset(_text_keys(TrainConfig, ""))
 
 
@@ -58,7 +58,7 @@ def _text_keys(cls: type[Any], prefix: str) -> list[str]:
 
 
 def _plain(hint: Any) -> Any:
-    """The type without null and without what is annotated."""
+    """Return the type without null and without its annotations."""
     if get_origin(hint) is Annotated:
         return _plain(get_args(hint)[0])
     if get_origin(hint) is Union or type(hint).__name__ == "UnionType":
@@ -70,11 +70,11 @@ def _plain(hint: Any) -> Any:
 def in_full(override: str, *, many_runs: bool = False) -> str:
     """Return the override in Hydra's own spelling.
 
-    Hydra adds no key unless told to, and in a mapping of columns or options every key is the
-    user's own. A section has no value, but `resume=auto` says what is meant.
+    Hydra adds no key unless told to, and in a mapping of columns or options every key is the user's
+    own. A section has no value, but `resume=auto` means `resume.source=auto`.
 
     Args:
-        many_runs: commas separate values of several runs.
+        many_runs: commas separate the values of several runs.
     """
     if override.startswith("resume="):
         override = f"resume.source={override.removeprefix('resume=')}"
@@ -85,7 +85,7 @@ def in_full(override: str, *, many_runs: bool = False) -> str:
 
 
 def _as_text(value: str, many_runs: bool) -> str:
-    """A value in quotes, unless it is Hydra's: null, quoted, a list, an interpolation, a sweep."""
+    """Quote a value, unless it is null, quoted, a list, an interpolation or a sweep."""
     text = value.strip()
     if not text or text.lower() == "null" or text == "???" or "${" in text:
         return value
@@ -98,20 +98,20 @@ def _as_text(value: str, many_runs: bool) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as Hydra's grammar reads it back: in double quotes, if it takes any."""
+    """Return a text in the form that Hydra's grammar reads back, in double quotes if needed."""
     if _PLAIN.fullmatch(text) and text.lower() not in _VALUES:
         return text
-    # A backslash is itself, unless it stands before a quote or ends the text.
+    # A backslash is literal, unless it is before a quote or at the end of the text.
     escaped = re.sub(r'(\\*)"', lambda found: found[1] * 2 + '\\"', text)
     tail = escaped[len(escaped.rstrip("\\")) :]
     return f'"{escaped}{tail}"'
 
 
 def refuse_hydras(key: str, given: str, *, uses_hydra: bool) -> None:
-    """Refuse a setting of Hydra's own that would do nothing here, with what to do instead.
+    """Refuse a setting of Hydra's own that would have no effect, with the alternative.
 
     Args:
-        uses_hydra: hydra.main runs: for -m, --cfg and --info.
+        uses_hydra: True if hydra.main runs: for -m, --cfg and --info.
 
     Raises:
         ConfigError: naming the key.

@@ -1,9 +1,9 @@
-"""One type for every path of a config and of a command: `~`, relative paths and URLs mean the same.
+"""One path type for configs and commands: `~`, relative paths and URLs mean the same everywhere.
 
     ~/data          the user's home
-    runs            relative: from where the command was started
+    runs            relative to the folder in which the command was started
     file:///data    the same as /data
-    gs://bucket/x   only where the key's rule takes URLs; elsewhere the message has the way out
+    gs://bucket/x   only for keys whose rule accepts URLs; otherwise the message has the alternative
 
 The schema annotates a key with one of the types below, and load.py applies the rule. Arguments of
 commands use `local_path` and `place`. A relative task.export_checkpoint_path is the one exception:
@@ -24,7 +24,7 @@ import fsspec
 from torchprime.config.checks import refuse
 
 URL = re.compile(r"([A-Za-z][\w+.-]*(?:::[A-Za-z][\w+.-]*)*)://(.*)", re.DOTALL)
-# What is left of a URL where a slash was lost: `gs:/bucket`, `s3:bucket`.
+# The remains of a URL that lost a slash: `gs:/bucket`, `s3:bucket`.
 TORN_URL = re.compile(r"([A-Za-z][\w+.-]*):(?!:)/?[^/]")
 LOCAL_SCHEMES = ("file", "local")
 REMOTE_SCHEMES = (
@@ -35,11 +35,11 @@ REMOTE_SCHEMES = (
 
 @dataclass(frozen=True)
 class PathRule:
-    """Where a path may lie.
+    """A rule for the kinds of path that a key accepts.
 
     Attributes:
-        instead: the way out for someone who gives a URL; None where URLs are taken.
-        words: the type in docs/configuration.md.
+        instead: the alternative for a user who gives a URL; None if URLs are accepted.
+        words: the type's description in docs/configuration.md.
     """
 
     instead: str | None = None
@@ -79,18 +79,18 @@ CompileCache = Annotated[
 
 
 def is_url(text: str) -> bool:
-    """True for what fsspec opens by its scheme; a checked path has no other `://`."""
+    """Return True for a URL that fsspec opens by its scheme; a checked path has no other `://`."""
     return URL.match(text) is not None
 
 
 def checked_path(key: str, text: str, rule: PathRule) -> str:
-    """Return the path with `~` expanded and file:// taken off.
+    """Return the path with `~` expanded and file:// removed.
 
     Args:
         key: names the config's key or the command's argument in messages.
 
     Raises:
-        ConfigError: an unknown scheme, a URL where none is taken, an unknown user after `~`.
+        ConfigError: an unknown scheme, a URL that the rule excludes, an unknown user after `~`.
     """
     if "\0" in text:
         refuse(key, text, "a path without a NUL character", "Take it out.")
@@ -128,7 +128,7 @@ def _checked_url(key: str, text: str, scheme: str, rest: str, rule: PathRule) ->
 
 
 def local_path(key: str, text: str, rule: PathRule | None = None) -> Path:
-    """A command's argument that is a file or folder of this machine.
+    """Return a command's argument that is a file or folder of this machine.
 
     Raises:
         ConfigError: as `checked_path`.
@@ -137,7 +137,7 @@ def local_path(key: str, text: str, rule: PathRule | None = None) -> Path:
 
 
 def name_or_folder(key: str, text: str) -> str:
-    """A command's argument that is a hub name or a folder of this machine.
+    """Return a command's argument that is a hub name or a folder of this machine.
 
     Raises:
         ConfigError: as `checked_path`.
@@ -146,7 +146,7 @@ def name_or_folder(key: str, text: str) -> str:
 
 
 def place(key: str, text: str) -> str:
-    """A command's argument that is a path or a URL.
+    """Return a command's argument that is a path or a URL.
 
     Raises:
         ConfigError: as `checked_path`.

@@ -1,10 +1,10 @@
-"""What a run may be told: every key, its type, its default and the combinations that make sense.
+"""The config schema: every key with its type and default, and the checks between keys.
 
 YAML and overrides become a plain dict (compose.py), the dict becomes these frozen dataclasses
-(load.py), and the dataclasses check themselves here. A `TrainConfig` that exists is one a trainer
-can act on: whatever is wrong has been said by then, with the key, what was given, what was expected
-and how to fix it, before a weight is read or a device is touched. Config objects stop at the door:
-builders take flat arguments, never a section of this tree.
+(load.py), and the dataclasses check themselves here. So every `TrainConfig` is valid: any fault is
+reported with the key, the given value, the expected value and the fix, before weights are read or a
+device is used. Config objects are not passed further down: builders take flat arguments, never a
+section of this tree.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from torchprime.foreign_names import fault_of
 
 Axis = Literal["data", "fsdp", "expert", "context", "tensor"]
 # Outermost first: neighbours along the last axis are neighbours on the interconnect, and tensor
-# parallelism talks the most.
+# parallelism communicates the most.
 AXES: tuple[str, ...] = get_args(Axis)
 
 # One entry per dim of a tensor: an axis, several axes (the first is the major one) or null.
@@ -65,7 +65,7 @@ Format = Literal[
 
 @dataclass(frozen=True)
 class MixturePart:
-    """One of several sources, and how much of it is wanted."""
+    """One of several sources, and its share of the mixture."""
 
     name: str
     hf_dataset_name: RowsNameOrFolder | None = None
@@ -74,8 +74,8 @@ class MixturePart:
     split: str = "train"
     format: Format = "auto"
     columns: dict[str, str] = field(default_factory=dict)
-    weight: float | None = None  # its share among its kind; null for all: everything is used
-    replay: bool = False  # general data, of which dataset.replay_share is taken
+    weight: float | None = None  # share within its group; null for all: every row is used
+    replay: bool = False  # general data, limited to dataset.replay_share
 
     def check(self, key: str) -> None:
         not_empty(f"{key}.name", self.name)
@@ -86,29 +86,30 @@ class MixturePart:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """Where rows come from and how they become packed blocks."""
+    """The sources of rows, and the settings that make packed blocks of them."""
 
     hf_dataset_name: RowsNameOrFolder | None = None
     hf_dataset_config_name: str | None = None
     file_dataset_path: PathOrUrl | None = None  # a file, folder or glob
     split: str = "train"
     cache_dir: LocalFolder | None = None  # of the hub's downloads
-    # Several sources instead of one; their rows keep the part's name, and each has its own loss.
+    # Several sources instead of one; their rows have the part's name, and each has its own loss.
     mixture: list[MixturePart] = field(default_factory=list)
     mixture_by: Literal["rows", "tokens"] = "rows"
     replay_share: float | None = None
     format: Format = "auto"
     columns: dict[str, str] = field(default_factory=dict)  # our field: the source's column
-    answer_form: Literal["as_is", "think_answer"] = "as_is"  # of prompts' answers
+    answer_form: Literal["as_is", "think_answer"] = "as_is"  # form of prompts' answers
     as_messages: bool = False  # prompt and completion become a user's and an assistant's turn
     chat_template: NameOrFile | None = None  # null: the tokenizer's own; a family; or a .jinja file
     template_options: dict[str, Any] = field(default_factory=dict)  # enable_thinking, ...
     template_date: str | None = None  # ISO date for templates that write one; null: today
     turns: Literal["whole", "branch", "auto"] = "whole"
-    reasoning: Literal["error", "drop", "inline"] = "error"  # where a template has no place for it
+    reasoning: Literal["error", "drop", "inline"] = "error"  # if a template never writes it
     special_tokens_in_text: Literal["error", "answers"] = "error"
-    response_marker: str | None = None  # of rows of text: what stands in front of an answer
-    instruction_marker: str | None = None  # and of an instruction, where a text has several turns
+    response_marker: str | None = None  # for rows of text: the text before an answer
+    # the text before an instruction, if a text has several turns
+    instruction_marker: str | None = None
     block_size: int = 1024
     compute_loss_on: Literal["auto", "all", "completion", "assistant", "last_assistant"] = "auto"
     packing: Literal["none", "bfd", "bfd_split", "wrapped"] = "bfd"
@@ -117,13 +118,14 @@ class DatasetConfig:
     max_rejected_fraction: float = 0.05
     max_row_characters: int = 4_000_000  # a tokenizer needs some 300 bytes of memory for each
     max_unreadable_rows: int = 0  # lines that are no JSON at all: a damaged file
-    id_key: str | None = None  # column of an id that may occur once
+    id_key: str | None = None  # column of an id that may occur only once
     group_key: str | None = None  # column; rows of a group stay on one side of the split
-    time_key: str | None = None  # column; held out is what is latest
+    time_key: str | None = None  # column; the latest rows are held out
     eval_fraction: float | None = None
     leak_check: Literal["off", "warn", "error"] = "warn"
     leak_threshold: float = 0.8
-    prepared_dir: LocalFolder | None = None  # of prepared data; null: the user's cache folder
+    # folder of prepared data; null: the user's cache folder
+    prepared_dir: LocalFolder | None = None
     num_proc: int | None = None  # processes that tokenize; null: one per core, 8 at most
 
     def __post_init__(self) -> None:
@@ -250,7 +252,7 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Whose weights, or which architecture; a checkpoint's own config.json always wins."""
+    """The model's weights or its architecture; a checkpoint's own config.json takes precedence."""
 
     pretrained_model: HubNameOrFolder | None = None
     tokenizer_name: HubNameOrFolder | None = None
@@ -258,9 +260,9 @@ class ModelConfig:
     # HF config.json keys, to train from scratch or plan without the weights.
     architecture: dict[str, Any] | None = None
     add_special_tokens: list[str] = field(default_factory=list)
-    # How rows are made for tokens that the model has none for; null: a larger tokenizer is refused.
+    # Initialization of rows for tokens without one; null: a larger tokenizer is refused.
     resize_embeddings: Literal["mean", "zeros"] | None = None
-    pad_vocab_to_multiple: int | None = None  # null: 128 where rows are added
+    pad_vocab_to_multiple: int | None = None  # null: 128 if rows are added
 
     def __post_init__(self) -> None:
         not_empty("model.pretrained_model", self.pretrained_model)
@@ -270,7 +272,7 @@ class ModelConfig:
 
     @property
     def new_rows(self) -> Literal["mean", "zeros"] | None:
-        """How rows are made; asking for tokens or padding asks for rows, too."""
+        """The initialization of new rows; adding tokens or padding requires one, too."""
         asked = self.add_special_tokens or self.pad_vocab_to_multiple is not None
         return self.resize_embeddings or ("mean" if asked else None)
 
@@ -295,7 +297,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Linear warm-up, then this shape down to `min_lr_ratio` of the peak."""
+    """Linear warm-up, then decay of this shape to `min_lr_ratio` of the peak."""
 
     name: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int | None = None
@@ -316,7 +318,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What one step is, how many there are, and what is left at the end."""
+    """The size of a step, the number of steps, and the export at the end."""
 
     name: Literal["train", "sft"]
     global_batch_size: int  # blocks per step, over all devices and micro-batches
@@ -399,7 +401,7 @@ class ShardingConfig:
 
     parameters: dict[str, AxisSpec] = field(default_factory=dict)
     activations: dict[str, AxisSpec] = field(default_factory=dict)
-    # A parameter with more elements than this that ends up on every device whole is an error.
+    # A larger parameter that is whole on every device is an error (number of elements).
     max_unsharded_params: int = 1_000_000
 
     def __post_init__(self) -> None:
@@ -442,13 +444,13 @@ class RematConfig:
 
     @property
     def recomputes(self) -> bool:
-        """Whether only a layer's input is kept for its backward."""
+        """Return True if only a layer's input is kept for the backward pass."""
         return self.policy != "none"
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When all that a run needs to go on is written, and which of it is kept."""
+    """The schedule of checkpoints, and the number of them that is kept."""
 
     folder: PathOrUrl | None = None  # null: checkpoints/ in the run's folder
     every_steps: int | None = None
@@ -474,10 +476,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ResumeConfig:
-    """Where a run begins; `resume=X` on the command line is `resume.source=X`."""
+    """The start of a run; `resume=X` on the command line is `resume.source=X`."""
 
     source: PathOrUrl = "auto"  # or never, a step of this run, a checkpoint's folder or URL
-    allow_changes: list[str] = field(default_factory=list)  # keys that may differ from it
+    # keys that may differ from the checkpoint's config
+    allow_changes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         not_empty("resume.source", self.source)
@@ -485,7 +488,7 @@ class ResumeConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run, whole. Its folder is `<output_dir>/<run_name>`."""
+    """The config of one run. Its folder is `<output_dir>/<run_name>`."""
 
     dataset: DatasetConfig
     eval: EvalConfig
@@ -505,14 +508,14 @@ class TrainConfig:
     output_dir: RunFolders = "outputs"
     run_name: str | None = None  # null: the config's name
     dry_run: bool = False
-    # A slice's name (v6e-8): compile the step for it and stop; neither TPU nor weights are needed.
+    # A slice's name (v6e-8): compile the step for it and exit; neither TPU nor weights are needed.
     compile_only: str | None = None
     compile_time_limit: float = 30.0  # minutes
-    compile_search: bool = True  # where it does not fit, compile changes until one does
+    compile_search: bool = True  # if the step does not fit, compile changed settings until one fits
     # Compiled programs on a TPU, kept across restarts; auto: in the user's cache folder.
     compile_cache: CompileCache | None = "auto"
     allow_recompile: bool = False
-    # Before the first step: change a segment's tokens, and see that no other's loss moves.
+    # Before the first step: change a segment's tokens and check that no other segment's loss moves.
     isolation_probe: bool = True
     profile_start_step: int | None = None
     profile_end_step: int | None = None
@@ -545,7 +548,7 @@ class TrainConfig:
 
     @property
     def holds_out(self) -> bool:
-        """Held-out rows come from a source of their own or from a split of the training rows."""
+        """Return True if held-out rows have their own source or are split from training rows."""
         return self.eval.enabled or self.dataset.eval_fraction is not None
 
     def _check_eval(self) -> None:
@@ -604,7 +607,7 @@ class TrainConfig:
 
     @property
     def saves(self) -> bool:
-        """Whether the run writes checkpoints, of its own accord or for `export.which=best`."""
+        """Return True if the run writes checkpoints, as scheduled or for `export.which=best`."""
         return self.checkpoint.enabled or self.export.which == "best"
 
     def _check_run_name(self) -> None:
@@ -668,7 +671,7 @@ class TrainConfig:
             )
 
     def _check_batch(self) -> None:
-        """Every device gets the same number of whole blocks in every micro-batch."""
+        """Check that every device gets the same number of whole blocks in every micro-batch."""
         sizes = self.mesh_shape()
         accumulation = self.task.gradient_accumulation_steps
         divisor = sizes["data"] * sizes["fsdp"] * accumulation
@@ -689,16 +692,16 @@ class TrainConfig:
             )
 
     def mesh_shape(self) -> dict[str, int]:
-        """Size of each axis over all slices, outermost first."""
+        """Return the size of each axis over all slices, outermost first."""
         return {axis: getattr(self.ici_mesh, axis) * getattr(self.dcn_mesh, axis) for axis in AXES}
 
     @property
     def device_count(self) -> int:
-        """How many devices the mesh takes."""
+        """The number of devices in the mesh."""
         return math.prod(self.mesh_shape().values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers: what config.yaml holds, and what load_config reads back."""
+        """Return plain containers, as config.yaml stores them and load_config reads them."""
         return _plain(dataclasses.asdict(self))
 
 

@@ -1,8 +1,8 @@
-"""Many runs by one command (`-m`): all are composed and checked, then each has its own process.
+"""Multirun (`-m`): all runs are composed and checked, then each runs in its own process.
 
-A run decides things that hold for its whole process: how many devices XLA has, what a process group
-has agreed on. So the second run of a process would meet what the first has left. Each job starts
-the same program again with the job's own command line, which is also what its run.json records.
+A run sets state for its whole process: the number of XLA devices, the process group. A second run
+in the same process would find the state of the first. So each job starts the same program again
+with the job's own command line, which its run.json also records.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def this_program(argv: Sequence[str]) -> list[str]:
-    """The command line that started this process, up to where `argv` begins.
+    """Return the command line that started this process, up to the start of `argv`.
 
     Raises:
         ConfigError: torchrun started it, or it did not come from a command line.
@@ -48,17 +48,17 @@ def this_program(argv: Sequence[str]) -> list[str]:
 
 
 class Ended(NamedTuple):
-    """How a job's process ended; `stopped` if this process was asked to stop meanwhile."""
+    """The end of a job's process; `stopped` if this process was asked to stop meanwhile."""
 
     code: int
     stopped: bool
 
 
 def run_jobs(jobs: Sequence[Job], program: Sequence[str]) -> int:
-    """Run each job in a process of its own, one after another; the first exit code that is not 0.
+    """Run each job in its own process, one after another; return the first nonzero exit code.
 
-    A job that fails keeps none of the others from running. A signal goes to the job under way,
-    which may save a checkpoint; the jobs behind it are not started.
+    A failed job does not stop the others. A signal goes to the running job, which may save a
+    checkpoint; later jobs are not started.
     """
     _refuse_shared_folders(jobs)
     labels, codes = _labels(jobs), []
@@ -77,7 +77,7 @@ def run_jobs(jobs: Sequence[Job], program: Sequence[str]) -> int:
 
 
 def _labels(jobs: Sequence[Job]) -> list[str]:
-    """The overrides in which the jobs differ."""
+    """Return the overrides in which the jobs differ."""
     common = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     return [" ".join(each for each in job.overrides if each not in common) for job in jobs]
 
@@ -95,7 +95,7 @@ def _refuse_shared_folders(jobs: Sequence[Job]) -> None:
 
 
 def _run(command: Sequence[str]) -> Ended:
-    """In a session of its own, so that a signal reaches it once: from here."""
+    """Run in a separate session, so that a signal reaches the child once: from this process."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     with _forwarding(child) as received:
         code = child.wait()
@@ -104,7 +104,7 @@ def _run(command: Sequence[str]) -> Ended:
 
 @contextmanager
 def _forwarding(child: subprocess.Popen) -> Iterator[list[int]]:
-    """Hand signals on to the child; which came so far."""
+    """Forward signals to the child; yield the list of those received."""
     received: list[int] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:
@@ -115,7 +115,7 @@ def _forwarding(child: subprocess.Popen) -> Iterator[list[int]]:
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            if signal.getsignal(number) is not signal.SIG_IGN:  # set by nohup
                 before[number] = signal.signal(number, hand_on)
     try:
         yield received

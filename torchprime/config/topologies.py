@@ -1,7 +1,7 @@
-"""TPU slices that a step can be compiled for, by the names the cloud gives them.
+"""TPU slices that a step can be compiled for, under the cloud's names.
 
 v5e and v6e names count chips (v5e is `v5litepod` in accelerator types), v5p names count cores, two
-a chip. Several slices make one run when `dcn_mesh` says so; the name is one's.
+per chip. With `dcn_mesh` several slices make one run; the name is that of one slice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One kind of chip; speeds as published by the vendor, memory as libtpu 0.0.21 gives it out."""
+    """A chip type; speeds as published by the vendor, memory as libtpu 0.0.21 allocates it."""
 
     name: str
     hbm_bytes: int
@@ -37,7 +37,7 @@ CHIPS: dict[str, Chip] = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: its chip, how chips are arranged, and how many of them a host has."""
+    """A slice: its chip type, the arrangement of its chips, and the number of chips per host."""
 
     name: str
     chip: Chip
@@ -50,7 +50,7 @@ class Topology:
 
     @property
     def libtpu_name(self) -> str:
-        """As libtpu writes it: v6e:2x4."""
+        """The name in libtpu's spelling: v6e:2x4."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
 
@@ -62,7 +62,7 @@ def _slices() -> dict[str, Topology]:
     found = {}
     for kind, shapes in (("v5e", flat), ("v6e", flat), ("v5p", deep)):
         for number, shape in shapes.items():
-            # Up to 8 flat chips are one machine; larger slices are made of machines with 4.
+            # Up to 8 flat chips are one machine; larger slices consist of machines with 4.
             whole = kind != "v5p" and number <= 8
             host = (shape[0], shape[1], 1) if whole else (2, 2, 1)
             found[f"{kind}-{number}"] = Topology(f"{kind}-{number}", CHIPS[kind], shape, host)
@@ -73,10 +73,10 @@ TOPOLOGIES = _slices()
 
 
 def topology(name: str, key: str = "compile_only") -> Topology:
-    """The slice of this name.
+    """Return the slice of this name.
 
     Raises:
-        ConfigError: an unknown one, with all that are known.
+        ConfigError: an unknown name; the message lists the known ones.
     """
     found = TOPOLOGIES.get(name.lower().replace("v5litepod", "v5e"))
     if found is None:
@@ -89,14 +89,14 @@ def topology(name: str, key: str = "compile_only") -> Topology:
 
 
 def check_devices(slice_: Topology, mesh: dict[str, int], slices: int) -> None:
-    """The mesh takes exactly the chips there are.
+    """Check that the mesh takes exactly the available chips.
 
     Args:
         mesh: size of each axis over all slices.
-        slices: how many slices of this name make the run: the product of `dcn_mesh`.
+        slices: number of slices of this name in the run: the product of `dcn_mesh`.
 
     Raises:
-        ConfigError: it does not; with the numbers and an override that would.
+        ConfigError: the numbers differ; the message has an override that fits.
     """
     wanted, there = math.prod(mesh.values()), slice_.chips * slices
     if wanted == there:

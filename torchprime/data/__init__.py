@@ -1,5 +1,5 @@
-"""From raw rows to batches, in plain Python and numpy.
+"""Data preparation, from raw rows to batches, in plain Python and numpy.
 
-sources -> rows -> tokenize -> pack -> packed -> batch, with order.py saying which blocks make
-which step. Nothing here knows a device, a mesh or a framework.
+sources -> rows -> tokens -> packed blocks -> batches; blocks/order.py decides which blocks make
+each step. No module here depends on a device, a mesh or a training framework.
 """

@@ -1,7 +1,7 @@
 """Advice for each reason why rows are rejected: what to change in the config or in the rows.
 
-A reason that comes up often ends a run, and the message that ends it should say what helps against
-that reason. ADVICE is the whole table; a new reason needs a line in it.
+Too many rejections for one reason end a run; the error message then gives the advice for that
+reason. ADVICE is the whole table; a new reason needs a line in it.
 """
 
 from __future__ import annotations
@@ -162,13 +162,13 @@ def _patterns() -> list[tuple[re.Pattern[str], str]]:
 
 
 def advice_for(reason: str) -> str:
-    """Return the advice for one reason; its {} may be filled in."""
+    """Return the advice for one reason; a {} in the reason may be filled in."""
     found = (advice for pattern, advice in _patterns() if pattern.fullmatch(reason))
     return next(found, "correct the rows")
 
 
 def advise(reasons: Iterable[str]) -> str:
-    """Advice for several reasons, the most frequent first, in one sentence."""
+    """Return the advice for several reasons in one sentence, the most frequent first."""
     by_advice: dict[str, list[str]] = {}
     for reason in reasons:
         by_advice.setdefault(advice_for(reason), []).append(reason)

@@ -1,10 +1,10 @@
-"""What a person is shown of prepared data, as plain values that torchprime.cli.inspect_data draws.
+"""Prepared data as plain values, which torchprime.cli.inspect_data shows to a person.
 
 Everything is taken from the batches as the device gets them, not from the rows they were made of:
-ids, targets, weights, positions and segments are read back out of the five arrays. A weight lies in
-the slot that predicts (law 4), a person thinks of the token that is predicted, so each token here
-carries the weight of the slot before it. What a piece's last slot predicts when its example goes on
-in another block has no token to stand on; it is the segment's `beyond`.
+ids, targets, weights, positions and segments are read back from the five arrays. A weight belongs
+to the slot that predicts (law 4), but a person thinks of the predicted token, so each token here
+has the weight of the slot before it. If an example continues in another block, the last slot's
+target has no token in this block; it is the segment's `beyond`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torchprime.data.tokens.completions import IGNORED, RULES
 
 SHOWN_BATCHES, SHOWN_BLOCKS = 2, 8
 MOST_BINS = 24
-# A tail longer than this many times the 99th percentile is gathered in the histogram's last bin.
+# A tail longer than this many times the 99th percentile is collected in the histogram's last bin.
 TAIL = 1.5
 
 
@@ -37,7 +37,7 @@ TAIL = 1.5
 
 
 class Target(NamedTuple):
-    """What a slot predicts, and with what weight."""
+    """The target of a slot, and its weight."""
 
     id: int
     text: str
@@ -45,11 +45,11 @@ class Target(NamedTuple):
 
 
 class Token(NamedTuple):
-    """One real slot. Texts are pieces, see Tokenizer.pieces.
+    """One real slot. Texts are pieces as Tokenizer.pieces gives them.
 
     Attributes:
-        weight: with which the slot before predicts this token; 0 for context.
-        target: what this slot predicts, if that carries loss.
+        weight: of the slot before, which predicts this token; 0 for context.
+        target: the target of this slot, if it carries loss.
     """
 
     id: int
@@ -62,7 +62,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a block: `tokens` are those from `begin` of an example of `example_length`."""
+    """A piece of a block: `tokens` begin at `begin` of an example with `example_length` tokens."""
 
     number: int
     row_id: str
@@ -83,7 +83,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Block:
-    """One row of a batch; `number` is its place in the data set, None for an empty block."""
+    """One row of a batch; `number` is its index in the data set, None for an empty block."""
 
     number: int | None
     segments: list[Segment]
@@ -100,7 +100,7 @@ class Block:
 
 @dataclass(frozen=True)
 class ShownBatch:
-    """The batch of the 0-based `step`: numbers of all of it, and its first blocks."""
+    """The batch of the 0-based `step`: totals of the whole batch, and its first blocks."""
 
     step: int
     hash: str
@@ -121,7 +121,7 @@ def first_batches(
     batches: int = SHOWN_BATCHES,
     most_blocks: int = SHOWN_BLOCKS,
 ) -> list[ShownBatch]:
-    """The batches of the first steps in the run's own order, each with up to `most_blocks`."""
+    """Yield the first steps' batches in the run's own order, with up to `most_blocks` blocks."""
     return [
         _shown(packed, tokenizer, step, indices, most_blocks)
         for step in range(batches)
@@ -199,7 +199,7 @@ def _tokens(
 
 
 class RuleCount(NamedTuple):
-    """How many tokens a rule labelled, and how many of those carry loss."""
+    """The number of tokens that a rule labelled, and how many of them carry loss."""
 
     rule: str
     tokens: int
@@ -207,7 +207,7 @@ class RuleCount(NamedTuple):
 
 
 def count_rules(batches: Sequence[ShownBatch]) -> list[RuleCount]:
-    """Of the blocks shown, in the order of RULES, without rules that set no label."""
+    """Count the rules in the blocks shown, in the order of RULES, without unused rules."""
     tokens = [
         token
         for batch in batches
@@ -227,7 +227,7 @@ def count_rules(batches: Sequence[ShownBatch]) -> list[RuleCount]:
 
 
 class Bin(NamedTuple):
-    """Examples of `first` to `last` tokens; the last bin may stand for a whole tail."""
+    """Examples of `first` to `last` tokens; the last bin may hold a whole tail."""
 
     first: int
     last: int
@@ -236,7 +236,7 @@ class Bin(NamedTuple):
 
 
 def length_bins(lengths: npt.NDArray[np.int64], most: int = MOST_BINS) -> list[Bin]:
-    """A histogram with bins of a round width (1, 2 or 5 times a power of ten), at most `most`."""
+    """Return a histogram with bins of a round width (1, 2 or 5 times 10^n), at most `most`."""
     longest = int(lengths.max())
     end = min(longest, int(np.percentile(lengths, 99) * TAIL))
     start = int(lengths.min())
@@ -256,7 +256,7 @@ def length_bins(lengths: npt.NDArray[np.int64], most: int = MOST_BINS) -> list[B
 
 @dataclass(frozen=True)
 class ShownTemplate:
-    """The chat template and what it does; `used` if any row is a conversation."""
+    """The chat template and its effects; `used` is True if any row is a conversation."""
 
     name: str
     used: bool
@@ -279,11 +279,11 @@ class ShownTemplate:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that is shown.
+    """All values of an inspection.
 
     Attributes:
         reports: of the training rows, then of the held-out rows if there are any.
-        budget: as data.budget.batch_budget gives it.
+        budget: the result of data.blocks.budget.batch_budget.
         special: texts of the special tokens.
     """
 
@@ -300,7 +300,7 @@ class Inspection:
 
     @cached_property
     def weights(self) -> list[float]:
-        """The loss weights that occur in what is shown, ascending."""
+        """The loss weights that occur in the blocks shown, ascending."""
         return sorted(
             {
                 token.target.weight

@@ -1,11 +1,11 @@
-"""Pages for a browser: one HTML document that loads nothing, whatever the texts in it hold.
+"""HTML pages for a browser: one document that loads nothing, whatever texts it contains.
 
-A page has a folder in torchprime/assets with its template (page.html.jinja), its style (page.css,
-behind the one that all pages share) and perhaps a script (page.js). A policy in the document
-forbids the browser any request, and any script but its own. What the template writes is escaped,
-and control characters and marks of direction in it are written out (visible.py). The template
-itself is rendered in jinja's sandbox, as every template is here: should somebody exchange the file,
-it still runs nothing.
+Each page has a folder in torchprime/assets with its template (page.html.jinja), its style
+(page.css, after the style that all pages share) and optionally a script (page.js). A content
+security policy forbids the browser all requests, and any script but the page's own. Template values
+are escaped, and control characters and marks of direction in them are made visible (visible.py).
+The template is rendered in jinja's sandbox, like every template, so a replaced template file can't
+run code.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from torchprime.data.shared.notes import most_first
 from torchprime.visible import clean
 
 SHOWN_IDS = 5
-SHARED = "page"  # the folder of what all pages have
+SHARED = "page"  # the folder of the parts that all pages share
 
 
 def first_of(values: Iterable[str], count: int = SHOWN_IDS) -> str:
-    """The first few, and that there are more."""
+    """Return the first few items, and the number of the others."""
     values = list(values)
     return ", ".join(values[:count]) + (", ..." if len(values) > count else "")
 
 
 def by_count(rejected: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
-    """Reasons with their row ids, the most frequent first."""
+    """Return reasons with their row ids, the most frequent first."""
     return sorted(rejected.items(), key=lambda item: -len(item[1]))
 
 
 def render_page(name: str, **values: Any) -> str:
-    """The page of this folder with these values.
+    """Render the page of this folder with these values.
 
-    The template gets `style`, `policy` and `version` too, `script` where there is one, and may use
-    what the shared folder's templates define.
+    The template also gets `style`, `policy` and `version`, and `script` if there is one. It may use
+    macros of the shared folder's templates.
     """
     folder = assets_dir() / name
     environment = ImmutableSandboxedEnvironment(
@@ -72,5 +72,5 @@ def render_page(name: str, **values: Any) -> str:
 
 
 def _writable(value: Any) -> Any:
-    """What an expression in the template becomes; Markup was made here and is left as it is."""
+    """Return a template value as text to write; Markup was made here and stays as it is."""
     return clean(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -1,8 +1,9 @@
-"""The way from sources to packed blocks, with an account of every row.
+"""Data preparation from sources to packed blocks, with an account of every row.
 
-Rows stream in, are tokenized in chunks (by several processes when there are many) and written to an
-example store; lengths alone then make the plan of the blocks. So nothing but the plan ever lies in
-memory whole. All of it is kept under a hash of what shaped it, and the next start reads it back.
+Rows are streamed, tokenized in chunks (by several processes if there are many) and written to an
+example store. The plan of the blocks is then made from lengths alone, so only the plan is ever in
+memory whole. The result is cached under a hash of its inputs, and the next start reads it from
+there.
 """
 
 from __future__ import annotations
@@ -41,21 +42,22 @@ from torchprime.data.templates.render import ChatTemplate
 from torchprime.data.tokenizer.load import Tokenizer
 from torchprime.errors import DataError
 
-# Part of every cache key: to be raised whenever the same rows would give other examples or blocks.
+# Part of every cache key: raise it when the same rows would give other examples or blocks.
 DATA_VERSION = 4
 
 CHUNK_ROWS = 512
-CHUNK_CHARACTERS = 4_000_000  # end a chunk, too: a tokenizer takes memory for all of them
-# Starting processes takes seconds: what is done sooner than this goes without.
+CHUNK_CHARACTERS = 4_000_000  # these end a chunk, too: a tokenizer needs memory for all of them
+# Starting processes takes seconds, so shorter work is done without them.
 PARALLEL_AFTER_SECONDS = 1.5
-AHEAD, MOST_PENDING = 2, 32  # chunks that wait for each process, and that wait for the first
+# chunks queued for each process, and queued before the first one starts
+AHEAD, MOST_PENDING = 2, 32
 EXAMPLES_FILE, REPORT_FILE = "examples.arrow", "report.json"
 PLAN_FILES = {name: f"plan_{name}.npy" for name in ("examples", "begins", "lengths", "starts")}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One source, how its records are read, and its share of a mixture."""
+    """One source, the settings for reading its records, and its share of a mixture."""
 
     source: SourceSpec
     reading: RowReading = RowReading()
@@ -64,7 +66,7 @@ class Part:
 
 
 class Side(NamedTuple):
-    """Which rows belong to this data set, when one source is split in two."""
+    """The rows that belong to this data set if one source is split in two."""
 
     name: str
     description: str  # of the rule, for the cache key and the report
@@ -82,13 +84,13 @@ def prepare_dataset(
     keep_in: Path | None = None,
     workers: int = 1,
 ) -> tuple[PackedDataset, DataReport]:
-    """Read, tokenize and pack, or find it done already.
+    """Read, tokenize and pack the data, or load it from the cache.
 
     Args:
-        parts: where rows come from; several are a mixture.
+        parts: the sources of rows; several are a mixture.
         template: for rows of messages.
-        section: of the config, named in messages.
-        keep_in: folder of prepared data; None keeps nothing.
+        section: the config section named in messages.
+        keep_in: folder of prepared data; None stores nothing.
         workers: processes that tokenize, when there are many rows.
 
     Raises:
@@ -120,7 +122,7 @@ def _load(folder: Path) -> tuple[ExampleStore, Plan, DataReport]:
 
 @dataclass
 class _Account:
-    """Where each row went."""
+    """The account of all rows: used, rejected, or left out."""
 
     sources: dict[str, SourceReport] = field(default_factory=dict)
     rejected: dict[str, list[str]] = field(default_factory=dict)
@@ -150,7 +152,7 @@ class _Job:
     workers: int
 
     def ingredients(self) -> dict[str, Any]:
-        """All that shapes the result, as JSON: what the cache's key is a hash of."""
+        """Return everything that shapes the result, as JSON; its hash is the cache key."""
         return {
             "data_version": DATA_VERSION,
             "parts": [
@@ -173,7 +175,7 @@ class _Job:
         }
 
     def write(self, folder: Path) -> None:
-        """Build into a folder, as `_load` reads it."""
+        """Build into a folder, in the form that `_load` reads."""
         _, plan, report = self.build(folder / EXAMPLES_FILE)
         for name, array in plan.arrays().items():
             with open_new(folder / PLAN_FILES[name]) as file:
@@ -181,8 +183,8 @@ class _Job:
         write_text(folder / REPORT_FILE, json.dumps(report.to_dict()))
 
     def build(self, path: Path | None) -> tuple[ExampleStore, Plan, DataReport]:
-        """Rows to examples (in a file, or in memory) and their plan."""
-        shares = shares_of(  # what cannot be mixed is said before anything is read
+        """Build examples (in a file, or in memory) and their plan from rows."""
+        shares = shares_of(  # report weights that cannot be mixed before anything is read
             [Share(p.source.name, p.weight, p.replay) for p in self.parts],
             self.settings.replay_share,
         )
@@ -268,7 +270,7 @@ class _Job:
                 writer.write(outcome.examples)
 
     def _no_more_than(self, outcome: Outcome, account: _Account) -> Outcome:
-        """Cut to max_examples: a row of several answers can give more than was missing."""
+        """Truncate to max_examples: a row with several answers can exceed it."""
         limit = self.settings.max_examples
         if limit is None or outcome.examples is None:
             return outcome
@@ -278,13 +280,12 @@ class _Job:
         return outcome._replace(examples=outcome.examples.slice(0, room), count=room)
 
     def _outcomes(self, chunks: Iterator[list[Row]]) -> Iterator[Outcome]:
-        """Of each chunk, in order. The first rows are done here; if there are many, processes
-        help."""
+        """Yield each chunk's outcome, in order; other processes help if there are many rows."""
         work = Work(self.tokenizer, self.template, self.settings)
         started = time.perf_counter()
         for chunk in chunks:
             yield work.run(chunk)
-            # A limit on examples says how many rows to read next only after the last ones.
+            # With a limit on examples, the number of rows to read depends on the last outcomes.
             alone = self.workers == 1 or self.settings.max_examples is not None
             if not alone and time.perf_counter() - started >= PARALLEL_AFTER_SECONDS:
                 break
@@ -299,7 +300,7 @@ class _Job:
     def _shared_out(
         self, chunks: Iterator[list[Row]], work: Work, pool: ProcessPoolExecutor
     ) -> Iterator[Outcome]:
-        """Every process has a few chunks ahead; when all have, the next one is done here."""
+        """Yield the pool's outcomes; this process does a chunk itself when all workers are busy."""
         pending: deque[Future[Outcome] | Outcome] = deque()
         for chunk in chunks:
             open_futures = sum(isinstance(p, Future) and not p.done() for p in pending)
@@ -312,9 +313,9 @@ class _Job:
         yield from map(_result, pending)
 
     def _check(self, account: _Account) -> None:
-        """Too many rejected rows, or no example at all, end the run with the counts by reason."""
+        """Raise an error with counts if too many rows are rejected or no example is left."""
         rows, rejected = account.total("rows"), sum(map(len, account.rejected.values()))
-        # With turns=branch a row is as many tries as it has answers.
+        # With turns=branch every answer of a row is one example.
         tries = max(rows, account.total("examples") + rejected)
         allowed = self.settings.max_rejected_fraction
         where = f"{self.section} ({', '.join(p.source.describe() for p in self.parts)})"
@@ -399,7 +400,7 @@ class _Job:
 
 
 def _like_input(parts: Sequence[Part], decisions: Sequence[FormatDecision]) -> dict[str, str]:
-    """Unused columns that look like input, each with an example; with the part of a mixture."""
+    """Return unused columns that look like input, with examples and the mixture part's name."""
     found = {}
     for part, decision in zip(parts, decisions, strict=True):
         of = f" of {part.source.name}" if part.source.name else ""
@@ -412,10 +413,10 @@ def _result(pending: Future[Outcome] | Outcome) -> Outcome:
 
 
 def _chunks(rows: Iterator[tuple[Row, int]], missing: Callable[[], int]) -> Iterator[list[Row]]:
-    """Chunks until the rows end or there are enough examples; never more rows than are missing.
+    """Yield chunks until the rows end or there are enough examples; read no more rows than needed.
 
     Args:
-        rows: each with its number of characters, which end a chunk, too.
+        rows: each with its number of characters, which also limits a chunk.
     """
     while True:
         chunk, size = [], 0

@@ -1,4 +1,4 @@
-"""What became of the rows, for data_report.json and for a person: nothing is lost silently."""
+"""The account of all rows, used or not, for data_report.json and for a person."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ SHOWN_ROW_IDS = 3
 
 @dataclass
 class SourceReport:
-    """The account of one source. Rows on the other side of a split are not among `rows`; examples
-    beyond its share of a mixture are not among those used."""
+    """The account of one source.
+
+    `rows` does not include rows on the other side of a split; the used examples do not include
+    those beyond the source's share of a mixture.
+    """
 
     source: str
     rows: int = 0
@@ -44,12 +47,12 @@ class DataReport:
     split: str | None
     rows: int
     examples: int
-    sources: dict[str, dict[str, Any]]  # by the name of the mixture's part; "" when there is one
+    sources: dict[str, dict[str, Any]]  # by the name of the mixture's part; "" if there is only one
     rejected: dict[str, list[str]]
     rejected_details: dict[str, str]  # of the first row of each reason
     truncated: list[str]
     boundaries: dict[str, int]
-    unused_keys: dict[str, dict[str, Any]]  # by path; see RowNotes
+    unused_keys: dict[str, dict[str, Any]]  # by path; RowNotes describes them
     noticed: dict[str, dict[str, Any]]
     real_tokens: int
     supervised_tokens: int
@@ -61,7 +64,8 @@ class DataReport:
     template_fingerprint: str | None
     prepare_seconds: float = 0.0
     cached: bool = False
-    like_input: dict[str, str] = field(default_factory=dict)  # by column; see FormatDecision
+    # by column; FormatDecision describes them
+    like_input: dict[str, str] = field(default_factory=dict)
 
     @property
     def num_rejected(self) -> int:
@@ -75,23 +79,23 @@ class DataReport:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> DataReport:
-        """What `to_dict` made."""
+        """Return the report that `to_dict` stored."""
         names = {spec.name for spec in fields(cls)}
         return cls(**{name: value for name, value in content.items() if name in names})
 
     @property
     def has_chats(self) -> bool:
-        """Whether the chat template shaped any row."""
+        """Return True if the chat template shaped any row."""
         return any(source["chats"] for source in self.sources.values())
 
     @property
     def unused(self) -> dict[str, int]:
-        """Examples that a mixture has no use for, by source."""
+        """The examples that a mixture leaves unused, by source."""
         counts = {n: s["examples"] - s["used_examples"] for n, s in self.sources.items()}
         return {name: count for name, count in counts.items() if count}
 
     def warnings(self) -> list[str]:
-        """Return what a person should look at before training, a sentence each."""
+        """Return one sentence for each fact that a person should check before training."""
         where = "" if self.section == "dataset" else f"{self.section}: "
         return [
             f"{where}column {column} looks like input but is not used, e.g. {example}: "
@@ -100,7 +104,7 @@ class DataReport:
         ]
 
     def summary(self) -> str:
-        """A few words for the log; rejected and truncated rows are always in it."""
+        """Return a few words for the log; rejected and truncated rows are always included."""
         parts = [
             f"{self.section}: {self.rows:,} rows from {self.source} as {self.format}",
             f"{self.examples:,} examples in {self.num_blocks:,} blocks of {self.block_size:,} "
@@ -125,7 +129,7 @@ class DataReport:
 
 
 def describe_rejected(rejected: dict[str, list[str]], details: dict[str, str]) -> str:
-    """Counts by reason, most frequent first, with the first row ids of each."""
+    """Return counts by reason, most frequent first, with the first row ids of each."""
     ordered = sorted(rejected.items(), key=lambda item: -len(item[1]))
     return "; ".join(
         f"{reason}: {len(ids):,} ({_some(ids)}"
@@ -139,7 +143,7 @@ def _some(ids: Sequence[str]) -> str:
 
 
 def length_summary(lengths: Sequence[int] | npt.NDArray[np.int64]) -> dict[str, float]:
-    """Lengths of the examples in tokens, as they lie in the blocks."""
+    """Return statistics of the examples' lengths in tokens, as they are in the blocks."""
     values = np.asarray(lengths)
     middle = {f"p{q}": float(np.percentile(values, q)) for q in (50, 95, 99)}
     return {

@@ -1,1 +1,1 @@
-"""What several commands use: arguments, output columns, prepared data."""
+"""Modules for several commands: arguments, output columns, prepared data."""

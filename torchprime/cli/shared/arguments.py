@@ -1,7 +1,6 @@
-"""The frame around a command that takes arguments of its own: they go in, an exit code comes out,
-and no traceback for a mistake.
+"""The frame of a command with its own arguments: it returns an exit code and reports user errors.
 
-Light on imports: experimental/vllm_tpu_deployment uses it in an environment without Hydra.
+Imports are light: experimental/vllm_tpu_deployment uses it in an environment without Hydra.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torchprime.terminal import guard_output, say
 
 
 class _Parser(argparse.ArgumentParser):
-    """Quotes arguments, which may be names of files that anybody gave."""
+    """A parser that quotes arguments in messages, because they may be file names by anybody."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if message:
@@ -23,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser that prints the epilog as it is written, and knows no abbreviations."""
+    """Return a parser that prints the epilog as written and accepts no abbreviations."""
     return _Parser(
         prog=prog,
         description=description,
@@ -34,7 +33,7 @@ def make_parser(prog: str, description: str, epilog: str) -> argparse.ArgumentPa
 
 
 def positive(text: str) -> int:
-    """A type for arguments: a whole number of 1 or more."""
+    """Parse an argument that is a whole number of 1 or more."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
@@ -43,11 +42,11 @@ def positive(text: str) -> int:
 def run_command(
     parser: argparse.ArgumentParser, argv: list[str], command: Callable[[argparse.Namespace], int]
 ) -> int:
-    """Parse the arguments and run the command with them; the exit code."""
+    """Parse the arguments and run the command with them; return the exit code."""
     guard_output()
     try:
         given = parser.parse_intermixed_args(argv)
-    except SystemExit as stop:  # argparse has printed the help or the mistake
+    except SystemExit as stop:  # argparse has printed the help or the error
         return stop.code if isinstance(stop.code, int) else 2
     try:
         return command(given)

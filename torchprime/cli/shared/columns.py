@@ -1,9 +1,9 @@
-"""Answers of several models to one prompt, for a terminal: in columns side by side where it is wide
-enough, one below the other elsewhere.
+"""Answers of several models to one prompt, for a terminal: side by side if they fit.
 
-Answers are model output and may hold anything, so control characters are written out first
-(`shown`). A text is wrapped so that every line but the last stays as it is when more text follows:
-a column can be printed line by line while its answer is still being made.
+Narrow terminals get the answers one below the other. Answers are model output and may contain
+anything, so control characters are made visible first (`shown`). A text is wrapped so that every
+line but the last stays the same when more text follows: a column can be printed line by line during
+generation.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Iterator, Sequence
 
 from torchprime.terminal import shown
 
-NARROWEST = 38  # characters of a column that is still read with ease
+NARROWEST = 38  # characters of the narrowest column that is still easy to read
 GAP = " | "
 
 
 def column_width(terminal: int, columns: int) -> int | None:
-    """How many characters each column gets; None if so many do not fit beside each other."""
+    """Return the characters for each column; None if so many columns do not fit side by side."""
     width = (terminal - len(GAP) * (columns - 1)) // columns
     return width if columns > 1 and width >= NARROWEST else None
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` cells. The text's own line ends stay, longer words are cut."""
+    """Return lines of at most `width` cells; line breaks stay, longer words are split."""
     return [line for paragraph in text.split("\n") for line in _wrap_paragraph(paragraph, width)]
 
 
@@ -50,7 +50,7 @@ def _wrap_paragraph(paragraph: str, width: int) -> Iterator[str]:
 
 
 def _head(word: str, width: int) -> str:
-    """As much of a word as fits, at least one character."""
+    """Return as much of a word as fits, at least one character."""
     length = 1
     while length < len(word) and cells(word[: length + 1]) <= width:
         length += 1
@@ -58,7 +58,7 @@ def _head(word: str, width: int) -> str:
 
 
 def cells(text: str) -> int:
-    """How wide a terminal shows this: East Asian characters take two cells, accents none."""
+    """Return the width on a terminal: East Asian characters take two cells, accents none."""
     if text.isascii():
         return len(text)
     return sum(_cells_of(character) for character in text)
@@ -71,13 +71,13 @@ def _cells_of(character: str) -> int:
 
 
 def beside(row: Sequence[str], width: int) -> str:
-    """One line of every column."""
+    """Return one line of every column, side by side."""
     padded = [line + " " * (width - cells(line)) for line in row]
     return GAP.join(padded).rstrip()
 
 
 def in_columns(texts: Sequence[str], width: int) -> list[str]:
-    """Whole texts side by side."""
+    """Return whole texts side by side."""
     columns = [wrap(shown(text), width) for text in texts]
     height = max(map(len, columns))
     filled = [column + [""] * (height - len(column)) for column in columns]
@@ -85,7 +85,7 @@ def in_columns(texts: Sequence[str], width: int) -> list[str]:
 
 
 def answers_lines(answers: Sequence[tuple[str, str]], terminal: int) -> list[str]:
-    """Whole answers with their titles: side by side, or below each other if they do not fit.
+    """Return whole answers with their titles: side by side, or below each other if they do not fit.
 
     Args:
         answers: (title, text) of each model; a single one is shown without a title.

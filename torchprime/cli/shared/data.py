@@ -15,7 +15,7 @@ from torchprime.training.setup.recipe import files_of
 
 
 class Offline(NamedTuple):
-    """What the data commands work on."""
+    """The config's data and tokenizer for the data commands."""
 
     data: RunData
     files: ModelFiles
@@ -27,7 +27,7 @@ class Offline(NamedTuple):
 
 
 def load(config: TrainConfig) -> Offline:
-    """Prepare the config's rows, or find them prepared; what is to be said goes to stderr."""
+    """Prepare the config's rows, or load them from the cache; messages go to stderr."""
 
     files = files_of(config, weights=False)
     for line in files.vocabulary.describe() if files.vocabulary else ():
@@ -37,7 +37,7 @@ def load(config: TrainConfig) -> Offline:
 
 
 def prepare_offline(config: TrainConfig) -> int:
-    """Prepare, and print what one update costs."""
+    """Prepare the rows, and print the size of one update."""
     data = load(config).data.train
     budget = batch_budget(data, config.seed, config.task.global_batch_size)
     supervised = budget["supervised_tokens_per_update"]

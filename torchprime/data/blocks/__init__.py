@@ -1,1 +1,1 @@
-"""Examples become batches: stored, mixed, packed into blocks and ordered."""
+"""Batches from examples: storage, mixtures, packing into blocks, and the order of blocks."""

@@ -1,6 +1,6 @@
-"""One step's blocks, as every backend gets them: five [B, S] arrays and a hash.
+"""The blocks of one step as every backend receives them: five [B, S] arrays and a hash.
 
-The hash is how two runs on different hardware prove they saw the same batch.
+Two runs on different hardware compare the hashes to prove that they saw the same batch.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ FIELDS = ("input_ids", "targets", "loss_weights", "position_ids", "segment_ids")
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Arrays of shape [B, S]. Padding: segment 0, target -100, weight 0, position 0."""
+    """Arrays of shape [B, S]. A padding slot has segment 0, target -100, weight 0, position 0."""
 
     input_ids: npt.NDArray[np.int32]
     targets: npt.NDArray[np.int32]
     loss_weights: npt.NDArray[np.float32]
     position_ids: npt.NDArray[np.int32]
     segment_ids: npt.NDArray[np.int32]
-    source_ids: npt.NDArray[np.int32] | None = None  # [B, S]; only in mixtures, for their losses
+    # [B, S]; only in mixtures, for the losses per source
+    source_ids: npt.NDArray[np.int32] | None = None
 
     def arrays(self) -> dict[str, npt.NDArray[np.int32] | npt.NDArray[np.float32]]:
         return {name: getattr(self, name) for name in FIELDS}
 
     def hash(self) -> str:
-        """16 hex digits over names, types, shapes and little-endian bytes of the five arrays."""
+        """Return 16 hex digits from names, types, shapes and little-endian bytes of the arrays."""
         digest = hashlib.sha256()
         for name, array in self.arrays().items():
             little = array.astype(array.dtype.newbyteorder("<"), copy=False)
@@ -54,7 +55,7 @@ class Batch:
         return float(self.loss_weights.sum(dtype=np.float64))
 
     def source_weights(self, count: int) -> tuple[float, ...]:
-        """The weight sum by source; () where there is one source only."""
+        """Return the weight sum of each source; () if there is only one source."""
         if self.source_ids is None:
             return ()
         flat, sources = self.loss_weights.reshape(-1), self.source_ids.reshape(-1)

@@ -1,4 +1,4 @@
-"""What one update costs, before anything is compiled: blocks and tokens over one epoch."""
+"""The size of one update, known before compilation: its blocks and tokens over one epoch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchprime.data.blocks.order import EMPTY_BLOCK, batch_indices, steps_per_e
 
 
 def batch_budget(packed: PackedDataset, seed: int, global_batch_size: int) -> dict[str, Any]:
-    """Slot, real and supervised tokens per update: mean, min and max over the first epoch."""
+    """Return mean, min and max of slot, real and supervised tokens per update of an epoch."""
     steps = steps_per_epoch(packed.num_blocks, global_batch_size)
     real, supervised = [], []
     for step in range(steps):

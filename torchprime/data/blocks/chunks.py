@@ -1,4 +1,4 @@
-"""A chunk of rows becomes examples: the part of a preparation that several processes share."""
+"""Examples from one chunk of rows: the part of data preparation that worker processes share."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from torchprime.data.tokens.conversations import ChatRules, tokenize_chat
 from torchprime.data.tokens.marked_text import Markers, tokenize_texts
 
 LAST = "last_assistant"
-# One sequence of the whole conversation can't be right for every turn; one for each answer can.
+# No single sequence of the whole conversation is right for every turn; one for each answer is.
 NOT_AS_SERVED = (REASON_NOT_SERVED, REASON_NOT_FED)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What rows are made into."""
+    """The settings that turn rows into examples."""
 
     block_size: int
     compute_loss_on: str = "auto"
@@ -48,11 +48,11 @@ class Settings:
     reasoning: str = ERROR
     special_tokens_in_text: str = "error"
     markers: Markers | None = None
-    seed: int = 0  # of the mixture's choice
+    seed: int = 0  # limited by what the mixture uses
 
 
 class Outcome(NamedTuple):
-    """What became of a chunk of rows."""
+    """The examples, rejections and counts from one chunk of rows."""
 
     examples: pa.RecordBatch | None
     count: int
@@ -64,14 +64,14 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What a chunk is tokenized with; travels to the worker processes as two small values."""
+    """The tokenizer, template and settings for a chunk; workers receive it as two small values."""
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
     settings: Settings
 
     def run(self, rows: Sequence[Row]) -> Outcome:
-        """Tokenize, cut to size and encode one chunk."""
+        """Tokenize, truncate and encode one chunk."""
         s, notes = self.settings, RowNotes()
         texts = [row for row in rows if not row.messages]
         results: dict[str, list[Example | Rejection]] = {}
@@ -100,7 +100,7 @@ class Work:
         )
 
     def _chats(self, rows: Sequence[Row], notes: RowNotes) -> dict[str, list[Example | Rejection]]:
-        """Of each row its one result, or one for each answer where turns are branches."""
+        """Return one result for each row, or one for each answer if turns are branches."""
         mode = loss_mode(self.settings.compute_loss_on, rows[0])
         if self.settings.turns == BRANCH:
             return self._branches(rows, mode, notes)
@@ -139,7 +139,7 @@ _worker: Work | None = None
 
 def start_worker(folder: Path, template: ChatTemplate | None, settings: Settings) -> None:
     global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the worker processes are the parallelism
     _worker = Work(load_tokenizer(folder), template, settings)
 
 

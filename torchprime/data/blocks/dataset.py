@@ -1,6 +1,7 @@
-"""The blocks of a data set: a plan over stored examples; batches are made when asked for.
+"""The blocks of a data set: a plan over stored examples. Batches are built on request.
 
-Only real tokens are stored; padding, positions, segments and shifted targets follow from the plan.
+Only real tokens are stored; padding, positions, segments and shifted targets are computed from the
+plan.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class PackedDataset:
-    """Blocks of `block_size` slots; `batch(indices)` builds any of them, -1 an empty one."""
+    """Blocks of `block_size` slots; `batch(indices)` builds any of them, an empty one for -1."""
 
     def __init__(self, store: ExampleStore, plan: Plan, *, block_size: int, pad_id: int) -> None:
         self.store, self.plan = store, plan
@@ -37,7 +38,7 @@ class PackedDataset:
     def from_examples(
         cls, examples: Sequence[Example], *, block_size: int, pad_id: int, packing: str
     ) -> PackedDataset:
-        """All in memory: plan the blocks of these examples."""
+        """Plan the blocks of these examples, all in memory."""
         store = ExampleStore.from_examples(examples)
         plan = pack(store.lengths, block_size, packing)
         return cls(store, plan, block_size=block_size, pad_id=pad_id)
@@ -48,7 +49,7 @@ class PackedDataset:
 
     @property
     def num_examples(self) -> int:
-        """Examples in the blocks, cut ones counted once."""
+        """The number of examples in the blocks; a split example counts once."""
         return len(np.unique(self.plan.examples))
 
     @property
@@ -61,21 +62,23 @@ class PackedDataset:
 
     @property
     def efficiency(self) -> float:
-        """The part of all slots that holds a real token."""
+        """The share of all slots that hold a real token."""
         return self.real_tokens / (self.num_blocks * self.block_size)
 
     @property
     def source_names(self) -> list[str]:
-        """The parts of the mixture; a slot's source is a place in this list."""
+        """The names of the mixture's sources; a slot's source is an index into this list."""
         return self.store.source_names
 
     def pieces(self, block: int) -> range:
-        """The pieces of one block, in order; segment n + 1 is the n-th of them."""
+        """Return the pieces of one block, in order; segment n + 1 is the n-th piece."""
         return range(int(self.plan.starts[block]), int(self.plan.starts[block + 1]))
 
     def _targets(self, piece: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
-        """What each token of a piece predicts and with what weight. The last one of a piece that
-        was cut off predicts the first of the next piece."""
+        """Return the target and weight of each token of a piece.
+
+        If the example continues in another piece, the last token predicts that piece's first token.
+        """
         tokens = self.store.tokens(int(self.plan.examples[piece]))
         begin, length = int(self.plan.begins[piece]), int(self.plan.lengths[piece])
         targets = np.full(length, IGNORED, dtype=np.int32)
@@ -87,7 +90,7 @@ class PackedDataset:
         return targets, weights
 
     def batch(self, indices: npt.NDArray[np.int64]) -> Batch:
-        """The blocks with these indices; -1 is a block of padding, without weight."""
+        """Build the blocks with these indices; -1 is a block of padding, without weight."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.ndim != 1 or ((indices < -1) | (indices >= self.num_blocks)).any():
             raise IndexError(
@@ -118,7 +121,7 @@ class PackedDataset:
         return Batch(input_ids, targets, loss_weights, position_ids, segment_ids, source_ids)
 
     def rules(self, block: int) -> list[str]:
-        """For each slot, the rule that made its token's label; "" for padding."""
+        """Return for each slot the rule that set its token's label; "" for padding."""
         names: list[str] = []
         for piece in self.pieces(block):
             begin, length = int(self.plan.begins[piece]), int(self.plan.lengths[piece])
@@ -127,18 +130,18 @@ class PackedDataset:
         return names + [""] * (self.block_size - len(names))
 
     def stop_ids(self) -> list[int]:
-        """The ids that end supervised turns, as the first examples show them."""
+        """Return the ids that end supervised turns, as found in the first examples."""
         ends: set[int] = set()
         for example in range(min(len(self.store), STOP_SAMPLE)):
             tokens = self.store.tokens(example)
             stops = np.flatnonzero(tokens.rules == STOP)
-            # Of a stop marker of several tokens none ends a turn alone.
+            # If a stop marker has several tokens, none of them ends a turn alone.
             apart = np.diff(np.concatenate([[-2], stops, [len(tokens.ids) + 1]])) > 1
             ends.update(tokens.ids[stops[apart[:-1] & apart[1:]]].tolist())
         return sorted(ends)
 
     def fingerprint(self) -> str:
-        """sha256 of everything a batch can depend on: equal fingerprints, equal batches."""
+        """Return a sha256 of everything a batch depends on: if equal, so are the batches."""
         digest = hashlib.sha256(f"{self.block_size}:{self.pad_id}:".encode())
         digest.update(self.store.fingerprint().encode())
         for name, array in self.plan.arrays().items():
@@ -148,5 +151,5 @@ class PackedDataset:
 
 
 def _per_block(values: Ints, starts: Ints) -> Ints:
-    """Sums of per-piece values over each block."""
+    """Return the sums of per-piece values over each block."""
     return np.diff(np.concatenate([[0], np.cumsum(values)])[starts])

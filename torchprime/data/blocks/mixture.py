@@ -1,8 +1,8 @@
-"""Which examples of several sources are trained on, when the sources have weights.
+"""Selection of the training examples in a mixture of weighted sources.
 
-Weights are shares of the result, in rows or in tokens. No example is used twice: the result is as
-large as the scarcest source allows, and what is left over is reported. Which examples are taken is
-a pure function of the seed, so the same mixture is made everywhere.
+Weights are shares of the result, in rows or in tokens. No example is used twice: the scarcest
+source limits the size of the result, and unused examples are reported. The selection is a pure
+function of the seed, so every process selects the same examples.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Share:
-    """One source's part of the mixture: its weight among its kind (None: all there is)."""
+    """One source's part of the mixture: its weight in its group (None uses every example)."""
 
     name: str
     weight: float | None = None
@@ -29,10 +29,10 @@ class Share:
 
 
 def shares_of(parts: Sequence[Share], replay_share: float | None) -> dict[str, float] | None:
-    """Name -> share of the whole, summing to 1; None when everything is to be used.
+    """Return name -> share of the whole, summing to 1; None if all examples are to be used.
 
-    General data marked `replay` makes up `replay_share`, split by its weights; the rest is split
-    among the others by theirs.
+    General data marked `replay` gets `replay_share`, split by its weights; the other sources share
+    the rest by their weights.
     """
     main = [part for part in parts if not part.replay]
     replay = [part for part in parts if part.replay]
@@ -72,11 +72,11 @@ def choose(
     shares: Mapping[str, float],
     seed: int,
 ) -> Ints:
-    """The examples to use, ascending.
+    """Return the indices of the examples to use, ascending.
 
     Args:
-        sizes: what each example counts: 1, or its tokens.
-        sources: the place of each example's source in `names`.
+        sizes: the size of each example: 1, or its number of tokens.
+        sources: the index of each example's source in `names`.
         shares: name -> share of the whole.
     """
     members = {name: np.flatnonzero(sources == place) for place, name in enumerate(names)}
@@ -90,7 +90,7 @@ def choose(
             continue
         mine = members[name]
         shuffled = mine[epoch_permutation(len(mine), seed, number)]
-        # As many as come closest to the share from below, and at least one.
+        # The number of examples that comes closest to the share without exceeding it, at least one.
         within = int((np.cumsum(sizes[shuffled]) <= total * share * (1 + 1e-9)).sum())
         chosen.append(shuffled[: max(1, within)])
     return np.sort(np.concatenate(chosen))

@@ -1,9 +1,10 @@
-"""Which blocks make which step: a pure function of (number of blocks, seed, step, batch size).
+"""The blocks of each step: a pure function of (number of blocks, seed, step, batch size).
 
-No sampler holds state, so resuming is a seek, and hosts, devices, meshes and backends cannot
-disagree. Every epoch has its own permutation, from Philox keyed by (seed, epoch). Only Philox's
-raw numbers are used, whose stream numpy guarantees; `Generator.permutation` may change between
-numpy versions, and with it the order of two runs that are meant to be compared.
+No sampler holds state, so a resume only computes the step, and all hosts, devices, meshes and
+backends use the same order. Every epoch has its own permutation, from Philox keyed by (seed,
+epoch). Only Philox's raw numbers are used, because numpy guarantees their stream.
+`Generator.permutation` may change between numpy versions, and two runs could then no longer be
+compared.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ EMPTY_BLOCK = -1
 
 
 def steps_per_epoch(num_blocks: int, global_batch_size: int) -> int:
-    """Updates that see every block once; the last one may be partial."""
+    """Return the number of updates that see every block once; the last one may be partial."""
     return -(-num_blocks // global_batch_size)
 
 
 def batch_indices(
     num_blocks: int, seed: int, step: int, global_batch_size: int
 ) -> npt.NDArray[np.int64]:
-    """The blocks of the 0-based step, filled with -1 where an epoch's last batch is partial."""
+    """Return the blocks of the 0-based step; -1 fills the partial last batch of an epoch."""
     if num_blocks < 1 or global_batch_size < 1 or step < 0:
         raise ValueError(
             f"expected num_blocks >= 1, global_batch_size >= 1 and step >= 0, got {num_blocks}, "
@@ -40,8 +41,8 @@ def batch_indices(
 
 @lru_cache(maxsize=4)
 def epoch_permutation(num_blocks: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """All blocks once, sorted by one random number each (read-only: it is shared)."""
-    # The array fixes the key as two words; numpy fills a Python int's words differently.
+    """Return all blocks once, sorted by one random number each (shared, so read-only)."""
+    # The array sets the key as two words; numpy would split a Python int into words differently.
     key = np.array([seed % 2**64, epoch], dtype=np.uint64)
     numbers = np.random.Philox(key=key).random_raw(num_blocks)
     permutation = np.argsort(numbers, kind="stable").astype(np.int64)

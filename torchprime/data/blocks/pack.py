@@ -1,22 +1,23 @@
-"""Which examples share a block: a plan made from lengths alone, deterministic.
+"""Packing: a deterministic plan, made from lengths alone, of the examples in each block.
 
     none       one example per block
     bfd        best fit decreasing: examples stay whole
     bfd_split  an example longer than a block is cut into blocks first; nothing is lost
     wrapped    examples in their order, end to end, cut where a block is full: no padding
 
-What is placed is a piece, nearly always a whole example. A piece that is cut off keeps the target
-of its last token, the first token of the next piece, so that cutting loses context but no label.
+The unit that is placed is a piece, nearly always a whole example. If an example is split, the last
+token of a piece still predicts the first token of the next piece, so that splitting loses context
+but no label.
 
-Best fit decreasing, seen from the block: take the longest example left, then again the longest that
-still fits, until none does. One thing is better: the last two places of a block are filled
-together, by the pair that leaves the least room, because the longest example that fits often leaves
-a gap no other fits into (GSM8K with a Qwen tokenizer, blocks of 1024: 98.5% of slots real without,
-99.9% with).
+Best fit decreasing fills a block as follows: take the longest remaining example, then again the
+longest one that still fits, until none does. The last two places of a block are filled together, by
+the pair that leaves the least room, because the longest example that fits often leaves a gap that
+no other example fills (GSM8K with a Qwen tokenizer, blocks of 1024: 98.5% of slots hold real tokens
+without the pair, 99.9% with it).
 
-Pieces of equal length are interchangeable, so the work is done on a histogram: the lengths found
-for one block are repeated for as many blocks as the counts allow, and a million examples need no
-more decisions than there are lengths.
+Pieces of equal length are interchangeable, so the algorithm works on a histogram of lengths. The
+lengths found for one block are repeated for as many blocks as the counts allow, so a million
+examples need no more decisions than there are lengths.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ PACKINGS = ("none", "bfd", "bfd_split", "wrapped")
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Block b holds the pieces `starts[b]:starts[b + 1]`; a piece is tokens
-    `begins : begins + lengths` of an example."""
+    """The plan: block b holds the pieces `starts[b]:starts[b + 1]`.
+
+    A piece is the tokens `begins : begins + lengths` of one example.
+    """
 
     examples: Ints
     begins: Ints
@@ -60,9 +63,9 @@ def pack(
     """Assign every piece to one block.
 
     Args:
-        lengths: of all examples, in tokens. Those longer than a block are cut into pieces; who does
-            not want that leaves them out.
-        examples: which examples to place; None is all of them.
+        lengths: of all examples, in tokens. Examples longer than a block are split into pieces;
+            to avoid that, leave them out of `examples`.
+        examples: the examples to place; None is all of them.
     """
     if packing not in PACKINGS:
         raise DataError(
@@ -85,7 +88,7 @@ def pack(
 
 
 def _cut_pieces(lengths: Ints, block_size: int) -> tuple[Ints, Ints, Ints]:
-    """(example, begin, length) of each piece, no piece longer than a block."""
+    """Return (example, begin, length) of each piece, no piece longer than a block."""
     counts = -(-lengths // block_size)
     places = np.repeat(np.arange(len(lengths)), counts)
     number = np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -94,7 +97,7 @@ def _cut_pieces(lengths: Ints, block_size: int) -> tuple[Ints, Ints, Ints]:
 
 
 def _wrapped_pieces(lengths: Ints, block_size: int) -> tuple[Ints, Ints, Ints]:
-    """As _cut_pieces, cut wherever a block ends if all examples lie end to end."""
+    """Return pieces as _cut_pieces does, split at each block's end with all examples end to end."""
     ends = np.cumsum(lengths)
     cuts = np.union1d(ends, np.arange(block_size, ends[-1], block_size))
     firsts = np.concatenate([[0], cuts[:-1]])
@@ -103,11 +106,11 @@ def _wrapped_pieces(lengths: Ints, block_size: int) -> tuple[Ints, Ints, Ints]:
 
 
 def _best_fit(lengths: Ints, block_size: int) -> tuple[Ints, Ints]:
-    """The pieces in block order, and where each block starts in that order."""
+    """Return the pieces in block order, and the index at which each block starts in that order."""
     sizes, counts = np.unique(lengths, return_counts=True)
     blocks = _block_fills(sizes, counts, block_size)
-    # Every place in a block asks for a length; places and pieces, both sorted by length and then by
-    # order of appearance, belong together one to one.
+    # Every place in a block needs a certain length. Places and pieces, both sorted by length and
+    # then by order of appearance, are matched one to one.
     places = np.concatenate([np.tile(fill, times) for fill, times in blocks])
     order = np.empty(len(lengths), dtype=np.int64)
     order[np.argsort(places, kind="stable")] = np.argsort(lengths, kind="stable")
@@ -116,9 +119,9 @@ def _best_fit(lengths: Ints, block_size: int) -> tuple[Ints, Ints]:
 
 
 def _block_fills(sizes: Ints, counts: Ints, block_size: int) -> list[tuple[list[int], int]]:
-    """(lengths in one block, how many such blocks), until every count is used up.
+    """Yield (lengths in one block, number of such blocks), until every count is used up.
 
-    `sizes` ascend. Lengths whose count is 0 are removed, so that a search sees only what is left.
+    `sizes` ascend. Lengths whose count is 0 are removed, so that a search sees only the rest.
     """
     fills: list[tuple[list[int], int]] = []
     counts = counts.copy()
@@ -135,7 +138,7 @@ def _block_fills(sizes: Ints, counts: Ints, block_size: int) -> list[tuple[list[
 
 
 def _fill_one(sizes: Ints, counts: Ints, block_size: int) -> list[int]:
-    """The lengths for one block, long to short but for what fits after the finishing pair."""
+    """Return the lengths for one block, descending except for any that fit after the final pair."""
     left = counts.copy()
     fill: list[int] = []
     room = block_size
@@ -154,17 +157,17 @@ def _fill_one(sizes: Ints, counts: Ints, block_size: int) -> list[int]:
 
 
 def _finish(fitting: Ints, left: Ints, room: int, indices: Ints) -> list[int]:
-    """The one or two of the `fitting` lengths that leave the least room; two only if better."""
+    """Return the one or two `fitting` lengths that leave the least room; two only if better."""
     partner = np.searchsorted(fitting, room - fitting, side="right") - 1
-    # A length may not be paired with itself when one example is left; the next shorter is then
-    # the best that remains.
+    # A length with only one example left can't be paired with itself; the next shorter length is
+    # then the best candidate.
     alone = (partner == np.arange(len(fitting))) & (left == 1)
     partner = partner - alone
     total = np.where(partner >= 0, fitting + fitting[partner], 0)
     if total.max() <= fitting[-1]:
         return [int(indices[-1])]
-    # Of the pairs that fill best, the one of which most are left. Taking any pair would use up
-    # the short examples, or the long ones, and leave blocks at the end that nothing completes.
+    # Of the pairs that fill the block best, take the one with the most examples left. An arbitrary
+    # pair would use up the short or the long examples, and the last blocks would stay incomplete.
     best = np.flatnonzero(total == total.max())
     plenty = np.minimum(left[best], left[partner[best]])
     chosen = int(best[np.argmax(plenty)])

@@ -1,9 +1,9 @@
-"""Tokenized examples on disk: one Arrow file, read through a memory map, never whole.
+"""Tokenized examples on disk: one Arrow file, read through a memory map, never loaded whole.
 
-Examples lie end to end in the order they were made. Each has its ids, the loss weight and the rule
-of every token, its row id and its part of the mixture. Looking at one example touches only its
-pages, so a data set larger than memory trains as well as a small one. The same table can live in
-memory, for a preparation that is not to be kept.
+Examples are stored end to end in the order they were made. Each has its ids, the loss weight and
+the rule of every token, its row id and its source in the mixture. Reading one example touches only
+its pages, so a data set larger than memory can be trained. If a preparation is not to be kept, the
+same table is in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCHEMA = pa.schema(
     [
         ("row_id", pa.string()),
         ("source", pa.string()),
-        ("supervised", pa.int32()),  # targets this example gives when it is whole
+        ("supervised", pa.int32()),  # number of targets in this example when it is whole
         ("ids", pa.large_list(pa.int32())),
         ("weights", pa.large_list(pa.float32())),
         ("rules", pa.large_list(pa.uint8())),
@@ -36,7 +36,7 @@ PER_TOKEN = ("ids", "weights", "rules")
 
 
 def to_record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
-    """Examples as one Arrow batch of SCHEMA."""
+    """Return examples as one Arrow batch of SCHEMA."""
     offsets = np.concatenate([[0], np.cumsum([len(e.ids) for e in examples])]).astype(np.int64)
 
     def tokens(name: str, dtype: type) -> pa.Array:
@@ -55,14 +55,14 @@ def to_record_batch(examples: Sequence[Example]) -> pa.RecordBatch:
 
 
 def _arrow(values: npt.NDArray[Any]) -> pa.Array:
-    """The same memory as an Arrow array. `pa.array` would first import pandas, a quarter second."""
+    """Wrap the memory as an Arrow array; `pa.array` first imports pandas, for 0.25 s."""
     values = np.ascontiguousarray(values)
     kind = pa.from_numpy_dtype(values.dtype)
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
 
 def _strings(values: Sequence[str]) -> pa.Array:
-    """Texts as an Arrow array, for the same reason."""
+    """Return texts as an Arrow array, without importing pandas."""
     encoded = [value.encode("utf-8", "replace") for value in values]
     offsets = np.concatenate([[0], np.cumsum([len(each) for each in encoded])]).astype(np.int32)
     buffers = (pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded)))
@@ -100,12 +100,12 @@ class ExampleStore:
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example]) -> ExampleStore:
-        """All of them in memory."""
+        """Return a store that holds these examples in memory."""
         return cls(pa.Table.from_batches([to_record_batch(examples)], schema=SCHEMA))
 
     @classmethod
     def open(cls, path: Path) -> ExampleStore:
-        """Through a memory map."""
+        """Open a store through a memory map."""
         with pa.memory_map(str(path)) as source:
             return cls(pa.ipc.open_file(source).read_all())
 
@@ -116,17 +116,17 @@ class ExampleStore:
         return self._table.column("row_id")[index].as_py()
 
     def tokens(self, index: int) -> Tokens:
-        """One example's ids, weights and rules."""
+        """Return one example's ids, weights and rules."""
         chunk = int(np.searchsorted(self._first, index, side="right")) - 1
         local = index - int(self._first[chunk])
         start, end = self._offsets[chunk][local : local + 2].tolist()
         return Tokens(*(values[chunk][start:end] for values in self._values))
 
     def fingerprint(self) -> str:
-        """sha256 of all ids, weights, lengths and sources, however they are cut into batches."""
+        """Return a sha256 of all ids, weights, lengths and sources, however they are batched."""
         digest = hashlib.sha256(np.ascontiguousarray(self.lengths.astype("<i8")).data)
         for name, dtype, column in zip(PER_TOKEN, ("<i4", "<f4", "u1"), self._values, strict=True):
-            if name == "rules":  # they explain the labels, they do not make a batch
+            if name == "rules":  # rules explain the labels but are not part of a batch
                 continue
             for offsets, values in zip(self._offsets, column, strict=True):
                 used = values[offsets[0] : offsets[-1]]
@@ -136,7 +136,7 @@ class ExampleStore:
 
 
 class StoreWriter:
-    """Appends examples to an Arrow file, or to memory when `path` is None."""
+    """A writer that appends examples to an Arrow file, or to memory if `path` is None."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -158,7 +158,7 @@ class StoreWriter:
             self._sink.close()
 
     def open(self) -> ExampleStore:
-        """What was written, after `close`."""
+        """Open the written store, after `close`."""
         if self._path is not None:
             return ExampleStore.open(self._path)
         return ExampleStore(pa.Table.from_batches(self._batches, schema=SCHEMA))
@@ -166,7 +166,7 @@ class StoreWriter:
 
 @contextmanager
 def writing(path: Path | None) -> Iterator[StoreWriter]:
-    """A writer that is closed at the end, also when something fails."""
+    """Yield a writer that is closed at the end, also after an error."""
     writer = StoreWriter(path)
     try:
         yield writer

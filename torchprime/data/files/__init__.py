@@ -1,1 +1,1 @@
-"""Files, saved folders and the hub become records with ids."""
+"""Readers that turn files, saved data sets and hub datasets into records with ids."""

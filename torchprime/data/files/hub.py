@@ -1,4 +1,4 @@
-"""Rows of a dataset on the hub, through the datasets library and its cache."""
+"""Rows of a Hugging Face Hub dataset, read with the datasets library and its cache."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ HUB_PROBE_SECONDS = 5.0
 
 
 def read_hub(loaded: datasets.Dataset, label: str, notes: RowNotes | None) -> Records:
-    """Stream the rows of a dataset, with ids `label`:n, from its Arrow data as those of a file.
+    """Stream the rows of a dataset, with ids `label`:n, from its Arrow data as for a file.
 
-    The library's own rows have all fields of a union schema in them, as nulls.
+    The library's own rows would have all fields of a union schema, filled with nulls.
     """
     size = batch_rows(loaded.data.num_rows, loaded.data.nbytes)
     tables = cast("Iterator[Any]", loaded.with_format("arrow").iter(batch_size=size))
@@ -37,7 +37,7 @@ def load_hub(
     name: str, config: str | None, split: str, cache_dir: str | None, section: str
 ) -> datasets.Dataset:
     """Load one split of a dataset; DataErrors name the keys of the config's `section`."""
-    # late: it takes more than a second and a run on a file never needs it.
+    # imported late: it takes more than a second, and a run on a file never needs it
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
@@ -57,7 +57,7 @@ def load_hub(
             f"not in the cache. Set {section}.file_dataset_path to a local file "
             f"(and {section}.hf_dataset_name=null), or fix the network{_offline_hint()}"
         ) from error
-    except Exception as error:  # a wrong config or split name, a script, a broken file
+    except Exception as error:  # a wrong config or split name, a script, a corrupt file
         raise DataError(
             f"{given} (config {config}, split {split}) cannot be "
             f"loaded: {type(error).__name__}: {error}. Check {section}.hf_dataset_config_name and "
@@ -73,12 +73,12 @@ def _offline_hint() -> str:
 
 @contextmanager
 def _no_retries_without_network(name: str) -> Iterator[None]:
-    """Look whether the hub answers; when it does not, let the libraries use only their cache.
+    """Check that the hub answers; if it does not, restrict the libraries to their cache.
 
-    Left alone they retry every request with growing pauses, about 25 seconds for a host without
-    network, to arrive at the same answer.
+    Otherwise they retry every request with growing pauses, about 25 seconds on a host without
+    network, and give the same result.
     """
-    # late: as above
+    # imported late: as above
     import datasets.config
     import huggingface_hub.constants
 
@@ -95,14 +95,14 @@ def _no_retries_without_network(name: str) -> Iterator[None]:
 
 
 def _answers(endpoint: str) -> bool:
-    """Any answer counts, an HTTP error too; only a connection that fails does not."""
+    """Return True for any answer, even an HTTP error; only a failed connection is False."""
     request = urllib.request.Request(endpoint, method="HEAD")
     try:
         urllib.request.urlopen(request, timeout=HUB_PROBE_SECONDS).close()
     except urllib.error.HTTPError:
         return True
     except urllib.error.URLError as error:
-        # Certificates are the libraries' business: they may trust others than Python does.
+        # The libraries check certificates: they may trust other authorities than Python does.
         return isinstance(error.reason, ssl.SSLError)
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""A JSON document of any size, read value by value."""
+"""A reader for a JSON document of any size, one value at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchprime.errors import DataError
 
 
 class JsonFault(DataError):
-    """A document that cannot be read on from this line."""
+    """A fault in a document, after which nothing can be read."""
 
     def __init__(self, message: str, line: int) -> None:
         super().__init__(message)
@@ -23,21 +23,21 @@ class JsonFault(DataError):
 
 
 class JsonText:
-    """A JSON document seen through a window of text that moves along the file.
+    """A JSON document read through a window of text that moves along the file.
 
-    Values are decoded by the standard library, so that one means here what it means on a line of
-    JSON Lines. A value that does not decode may only be cut by the window's edge: the window grows
-    until it does, or until the fault is known to lie before the edge.
+    The standard library decodes each value, so values are read as on a line of JSON Lines. If a
+    value does not decode, the window's end may have truncated it. The window then grows until the
+    value decodes, or until the fault is known to lie before the window's end.
     """
 
-    # A fault this near to the edge may be the cut itself: "-Infinit", "\u00e", "1.".
+    # A fault this near to the window's end may be a truncated token: "-Infinit", "\u00e", "1.".
     EDGE = 16
     SPACE = re.compile(r"[ \t\n\r]*")
     SCALAR_END = re.compile(r"[\s,\]}]")
 
     def __init__(self, name: str, stream: io.BufferedReader) -> None:
         self.name = name
-        self.item = 0  # of an array: the one being read, or read last
+        self.item = 0  # index in an array: of the item being read, or read last
         self._stream = stream
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._decode = json.JSONDecoder().raw_decode
@@ -45,10 +45,11 @@ class JsonText:
         self._line, self._column = 1, 1  # of the window's first character
         self._bytes = 0  # read so far
         self._ended = False
-        self._broken: tuple[str, int] | None = None  # a bad byte just after the window; its line
+        # a bad byte directly after the window; its line
+        self._broken: tuple[str, int] | None = None
 
     def peek(self) -> str:
-        """The next character that is no space, which is then the next to read; "" at the end."""
+        """Return the next character that is no space, to be read next; "" at the end."""
         while True:
             self._pos = self.SPACE.match(self._window, self._pos).end()  # type: ignore[union-attr]
             if self._pos < len(self._window):
@@ -62,7 +63,7 @@ class JsonText:
         self._pos += 1
 
     def value(self) -> Any:
-        """The value that begins here, decoded; raises JsonFault."""
+        """Decode the value that begins here; raises JsonFault."""
         if self.peek() not in '{["':
             self._hold_scalar()
         while True:
@@ -70,7 +71,7 @@ class JsonText:
                 value, end = self._decode(self._window, self._pos)
             except json.JSONDecodeError as error:
                 problem, ahead = error.msg, error.pos - self._pos
-            except (ValueError, RecursionError) as error:  # numbers or nesting
+            except (ValueError, RecursionError) as error:  # too many digits or too deep nesting
                 raise self.fault(f"it is beyond the parser's limits ({error})") from None
             else:
                 self._check_size(end - self._pos)
@@ -83,12 +84,12 @@ class JsonText:
             self._check_size(held)
 
     def _hold_scalar(self) -> None:
-        """Have a number in the window to its end: half of one decodes too."""
+        """Extend the window to the end of a number: half of one decodes too."""
         while not self.SCALAR_END.search(self._window, self._pos) and self._more():
             self._check_size(len(self._window) - self._pos)
 
     def items(self) -> Iterator[Any]:
-        """The items of the array that begins here."""
+        """Yield the items of the array that begins here."""
         self.take("[")
         self.item = 0
         if self.peek() == "]":
@@ -105,7 +106,7 @@ class JsonText:
             self.take(",")
 
     def fields(self) -> Iterator[str]:
-        """The keys of the object that begins here; at each the caller reads the value."""
+        """Yield the keys of the object that begins here; the caller reads each value."""
         self.take("{")
         if self.peek() == "}":
             self.take("}")
@@ -148,20 +149,21 @@ class JsonText:
         )
 
     def _place(self, pos: int) -> tuple[int, int]:
-        """Line and column of a position in the window, both from 1."""
+        """Return line and column of a position in the window, both from 1."""
         lines = self._window.count("\n", 0, pos)
         if not lines:
             return self._line, self._column + pos
         return self._line + lines, pos - self._window.rindex("\n", 0, pos)
 
     def _more(self) -> bool:
-        """Move the window to here and make it longer; False at the end of the file."""
+        """Move the window's start to here and extend it; return False at the end of the file."""
         if self._broken:
             raise JsonFault(*self._broken)
         if self._ended:
             return False
         self._line, self._column = self._place(self._pos)
-        # As much again as is held: a large value is decoded a few times, not once a piece.
+        # Double the window: a large value is then decoded a few times, not once for each piece
+        # read.
         raw = self._stream.read(max(READ_BYTES, len(self._window) - self._pos))
         self._ended = not raw
         piece = raw if self._bytes else raw.removeprefix(UTF8_BOM)
@@ -169,7 +171,7 @@ class JsonText:
         try:
             text = self._utf8.decode(piece, final=self._ended)
         except UnicodeDecodeError as error:
-            # What stands before the bad byte is good, and may be all that is asked for.
+            # The text before the bad byte is valid and may be all that the caller needs.
             text = error.object[: error.start].decode("utf-8")
             line = self._place(len(self._window))[0] + text.count("\n")
             where = self._bytes + len(raw) - len(piece) - len(kept) + error.start

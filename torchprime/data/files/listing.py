@@ -1,7 +1,7 @@
-"""The files of a path: a file, a folder, a glob, or what `save_to_disk` of datasets wrote.
+"""The files of a path: a file, a folder, a glob, or a data set saved by `save_to_disk`.
 
-The files come in the order in which they are read, each with the splits that its name gives
-(file_splits.py). Metadata beside rows is never taken for rows.
+The files are in reading order, each with the splits that its name gives (splits.py). Metadata files
+beside rows are never read as rows.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torchprime.data.files.streams import only_os_errors
 from torchprime.errors import DataError
 
 GLOB_MARK = re.compile(r"[*?\[]")
-HIDDEN = re.compile(r"(^|/)(\.|__[^/]*/)")  # __MACOSX/ too
+HIDDEN = re.compile(r"(^|/)(\.|__[^/]*/)")  # and __MACOSX/
 STATE, SPLITS = "state.json", "dataset_dict.json"  # of save_to_disk
-# The library's and the hub's own files beside rows.
+# Files of the datasets library and the hub that may lie beside rows.
 METADATA = re.compile(
     r"(state|dataset_dict|dataset_infos?|config)\.json|(README|LICEN[CS]E).*|readme\.md"
 )
@@ -33,17 +33,17 @@ METADATA = re.compile(
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file to read, and its path below the folder or the part of a glob before the first *."""
+    """One file to read, and its path below the folder or below a glob's part before the first *."""
 
     name: str
     fs: fsspec.AbstractFileSystem
     path: str
 
     def open(self) -> IO[bytes]:
-        """Open it to read.
+        """Open the file for reading.
 
         Raises:
-            OSError: it cannot be opened, or is a pipe or a device, which may never end.
+            OSError: the file cannot be opened, or is a pipe or a device, which may never end.
         """
         if "file" in protocols(self.fs):
             return open_regular(Path(self.path))
@@ -57,7 +57,7 @@ class FoundFiles:
 
     Attributes:
         kind: file, folder, glob or saved: one `Dataset.save_to_disk`, a whole without splits.
-        named: what the path itself says of the split of a file or a saved data set.
+        named: the split that the path itself names, for a file or a saved data set.
     """
 
     kind: str
@@ -66,9 +66,9 @@ class FoundFiles:
 
 
 def find_files(path: str, given: str) -> FoundFiles:
-    """Look up a path; a remote store may raise anything, all of it the user's.
+    """Find the files of a path; any error of a remote store becomes a user error.
 
-    A name that holds a glob's characters and exists is that file.
+    A name that contains glob characters and exists is read as that file.
 
     Args:
         given: the config's key with the path, for messages.
@@ -104,12 +104,12 @@ def find_files(path: str, given: str) -> FoundFiles:
 
 
 def protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
-    """All names of a store's protocol."""
+    """Return all names of a store's protocol."""
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 def _kind_of(fs: fsspec.AbstractFileSystem, inner: str) -> str | None:
-    """file, directory or None: nothing is there. (isdir would download a whole file over http.)"""
+    """Return file, directory or None (missing). isdir would download a whole file over http."""
     try:
         return str(fs.info(inner)["type"])
     except (FileNotFoundError, NotADirectoryError):
@@ -131,7 +131,7 @@ def _files_of_glob(fs: fsspec.AbstractFileSystem, pattern: str) -> list[SourceFi
 
 
 def _below(root: str, fs: fsspec.AbstractFileSystem, paths: list[str]) -> list[SourceFile]:
-    """Each with its name below the root, sorted by it, without the hidden ones."""
+    """Return the files with their names below the root, sorted, without hidden ones."""
     files = [SourceFile(path.removeprefix(root).lstrip("/"), fs, path) for path in paths]
     visible = [file for file in files if not HIDDEN.search(file.name)]
     return sorted(visible, key=lambda file: file.name)
@@ -146,7 +146,7 @@ def _with_splits(files: Sequence[SourceFile]) -> list[tuple[SourceFile, set[str]
 
 
 def _nearest_name(fs: fsspec.AbstractFileSystem, inner: str) -> str:
-    """What follows "does not exist": the closest name beside it, or that its folder is missing."""
+    """Return the end of "does not exist": the closest name beside it, or the missing folder."""
     folder, _, name = inner.rpartition("/")
     try:
         names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(folder, detail=False)]
@@ -162,7 +162,8 @@ def _nearest_name(fs: fsspec.AbstractFileSystem, inner: str) -> str:
 
 
 def _files_in_folder(fs: fsspec.AbstractFileSystem, root: str, given: str) -> FoundFiles:
-    # Left alone a subfolder that cannot be listed is left out. Not every remote store takes this.
+    # By default a subfolder that cannot be listed is left out. Not every remote store has this
+    # option.
     options: dict[str, Any] = {"on_error": "raise"} if "file" in protocols(fs) else {}
     below = _below(root, fs, list(fs.find(root, **options)))
     rows = [f for f in below if split_name(f.name)[0] in EXTENSIONS and not _is_metadata(f)]
@@ -184,7 +185,7 @@ def _files_in_folder(fs: fsspec.AbstractFileSystem, root: str, given: str) -> Fo
 
 
 def is_saved_folder(path: str) -> bool:
-    """True for a local folder that `save_to_disk` wrote."""
+    """Return True for a local folder that `save_to_disk` wrote."""
     folder = Path(path).expanduser()
     return any((folder / name).is_file() for name in (STATE, SPLITS))
 
@@ -201,9 +202,9 @@ def _json_object(file: SourceFile, given: str) -> Mapping[str, Any]:
 def _as_listed(
     files: list[SourceFile], folder: str, state: Mapping[str, Any], given: str
 ) -> list[SourceFile]:
-    """The files with those of a saved folder as its state.json lists them, in its order.
+    """Return the files of saved folders in the order of their state.json, without other files.
 
-    Other files there are left from something else: the library keeps its cache beside its data.
+    Other files in such a folder are not rows: the library keeps its cache beside its data.
     """
     if state.get("_indices_files") or state.get("_indices_data_files"):
         raise DataError(

@@ -1,12 +1,12 @@
-"""Where rows come from: files of many kinds (any fsspec URL), or a dataset on the hub.
+"""The sources of rows: files of many kinds (any fsspec URL), or a dataset on the hub.
 
-A path is a file, a folder or a glob (source_files.py); of its files those of the wanted split are
-read (file_splits.py); readers.py knows the formats. hub_rows.py loads datasets from the hub.
-Everything ends in the same stream of (row_id, record). A row_id is what a person needs to find the
-record again: `train.jsonl:17` is line 17, `data.json#17` item 17 of an array, `sub/a.parquet#17`
-row 17 of a file in a folder, `openai/gsm8k:train:17` row 17 of a hub split; all count from 1. A
-record is a dict, or a `Rejection` for the caller to count. What cannot be read at all is a
-`DataError` at once: a missing file or an unreachable hub is never retried for long.
+A path is a file, a folder or a glob (listing.py). Its files of the requested split are read
+(splits.py); readers.py handles the formats, and hub.py loads datasets from the hub. Each source
+gives a stream of (row_id, record). A row_id lets a person find the record again: `train.jsonl:17`
+is line 17, `data.json#17` item 17 of an array, `sub/a.parquet#17` row 17 of a file in a folder,
+`openai/gsm8k:train:17` row 17 of a hub split; all count from 1. A record is a dict, or a
+`Rejection` for the caller to count. A source that cannot be read at all, such as a missing file or
+an unreachable hub, is a `DataError` at once, without long retries.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from torchprime.data.files.streams import only_os_errors
 from torchprime.data.shared.notes import RowNotes
 from torchprime.errors import DataError
 
-HASH_BYTES = 2**20  # of a file at a time
+HASH_BYTES = 2**20  # per file at a time
 
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """Which rows to read; the fields are the keys of the config's dataset and eval sections.
+    """The rows to read; the fields are the keys of the config's dataset and eval sections.
 
     Attributes:
-        split: None where the key is not set, which is an error where there are several.
-        name: that of a mixture's part; it begins the part's row ids: `replay/train.jsonl:17`.
+        split: None if the key is not set, which is an error if there are several splits.
+        name: the name of a mixture's part, which begins its row ids: `replay/train.jsonl:17`.
     """
 
     file_dataset_path: str | None = None
@@ -54,7 +54,7 @@ class SourceSpec:
         return f"{self.hf_dataset_name}{config}:{self.split}"
 
     def label(self, inner: str) -> str:
-        """What begins a row id: the part's name, if there is one, and the file's or dataset's."""
+        """Return the prefix of row ids: the mixture part's name, if any, and `inner`."""
         return f"{self.name}/{inner}" if self.name else inner
 
 
@@ -63,10 +63,10 @@ def read_rows(
 ) -> Records:
     """Stream (row_id, record) in order; a record is a dict, or a Rejection with the same row_id.
 
-    `section` is the config section named in messages; `notes` counts what was noticed in the
-    records while they stream. Raises DataError: at the call when not
-    exactly one place is set; while reading for what is missing, unreachable, structurally broken
-    or without a single row.
+    `section` is the config section named in messages; `notes` counts findings in the records while
+    they stream. Raises DataError at the call unless exactly one source is set. While reading,
+    raises it for a source that is missing, unreachable, structurally broken or without a single
+    row.
     """
     _check_one_place(source, section)
     rows = _read_files if _path_of(source, section) else _read_hub
@@ -74,11 +74,11 @@ def read_rows(
 
 
 def source_fingerprint(source: SourceSpec, section: str = "dataset") -> str:
-    """A hex digest of everything the rows and their ids depend on.
+    """Return a hex digest of everything the rows and their ids depend on.
 
-    Files: the names below the path and the content of those that are read; on a remote store, which
-    would have to send all of it, what the store says of each version instead. Hub: name, config,
-    split and the fingerprint of the loaded dataset. Raises DataError as read_rows does.
+    Files: the names below the path and the content of the files read; on a remote store, which
+    would have to send all content, its version metadata instead. Hub: name, config, split and the
+    fingerprint of the loaded dataset. Raises DataError as read_rows does.
     """
     _check_one_place(source, section)
     parts: list[Any] = []
@@ -141,7 +141,7 @@ def _loaded(source: SourceSpec, section: str) -> Any:
 
 
 def _path_of(source: SourceSpec, section: str) -> str | None:
-    """The config's key and path if files are read; a saved folder may be given as a hub name."""
+    """Return the config's key and path if files are read; a hub name may be a saved folder."""
     if source.file_dataset_path:
         return f"{section}.file_dataset_path={source.file_dataset_path}"
     name, config = str(source.hf_dataset_name), source.hf_dataset_config_name
@@ -156,9 +156,9 @@ def _path_of(source: SourceSpec, section: str) -> str | None:
 
 
 def _files_of(source: SourceSpec, section: str) -> tuple[list[SourceFile], SplitKey]:
-    """The files of the split, and the split that each of them has to have inside.
+    """Return the files of the split, and the split to select inside each of them.
 
-    Raises DataError for a split that selects nothing and for one that nothing there uses.
+    Raises DataError for a split that selects nothing or that none of the files has.
     """
     given = str(_path_of(source, section))
     found = find_files(str(source.file_dataset_path or source.hf_dataset_name), given)
@@ -191,9 +191,10 @@ def _file_errors(file: SourceFile, given: str) -> Iterator[None]:
 
 
 def expected_rows(source: SourceSpec, section: str = "dataset") -> int | None:
-    """About how many rows there are, from the files' sizes and first lines: for a progress bar.
+    """Estimate the number of rows from the files' sizes and first lines, for a progress bar.
 
-    None where that takes reading: compressed files, JSON arrays, Parquet, Arrow, the hub.
+    Return None for files that would have to be read: compressed, JSON arrays, Parquet, Arrow, the
+    hub.
     """
     if not source.file_dataset_path:
         return None
@@ -212,7 +213,7 @@ def expected_rows(source: SourceSpec, section: str = "dataset") -> int | None:
 
 
 def _content_mark(file: SourceFile) -> str:
-    """A digest of the content, or of what a remote store says that changes with it."""
+    """Return a digest of the content, or of remote metadata that changes with it."""
     if not {"file", "memory"} & set(protocols(file.fs)):
         return _version_mark(file)
     digest = _digest()

@@ -1,19 +1,20 @@
-"""What is in one file: its bytes, by the format its name says, become records with their ids.
+"""Readers for one file: bytes become records with ids, by the format that its name gives.
 
-A record is a dict, or a `Rejection` where only this record is broken (a line cut in half, an item
-that is no object): the caller counts those. What breaks the rest of the file too (a comma missing
-in an array, a damaged Parquet page, a compressed file that ends too soon) is a `DataError`.
+A record is a dict, or a `Rejection` if only this record is broken (a truncated line, an item that
+is no object); the caller counts rejections. A fault that also breaks the rest of the file (a
+missing comma in an array, a damaged Parquet page, a truncated compressed file) is a `DataError`.
 
-No file is ever held whole. Lines are read one at a time and never beyond `MAX_ROW_BYTES`, an array
-is decoded item by item in a window of text that moves along the file, Parquet comes in batches.
+No file is ever held in memory whole. Lines are read one at a time and never beyond `MAX_ROW_BYTES`,
+an array is decoded item by item in a window of text that moves along the file, and Parquet is read
+in batches.
 
     name.jsonl .ndjson      one object a line                                   id name.jsonl:17
     name.json               an array of objects; an object with one list of     id name.json#17
                             them; else one object a line
     name.csv .tsv           a header line, then records; values are strings     id name.csv:17
-    name.parquet .arrow     rows (arrow_files.py)                               id name.parquet#17
+    name.parquet .arrow     rows (arrow/read.py)                                id name.parquet#17
 
-Each may be compressed (.gz .bz2 .xz .zst). A name that says nothing goes by its first byte.
+Each may be compressed (.gz .bz2 .xz .zst). Without a known extension the first byte decides.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def read_records(
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The extension that says the format and the one that says the compression, either ""."""
+    """Return the extensions for the format and for the compression, either may be ""."""
     stem, compression = name.lower(), ""
     for suffix in COMPRESSIONS:
         if stem.endswith(suffix):
@@ -103,7 +104,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def known_formats() -> str:
-    """The extensions that can be read, for messages."""
+    """Return the extensions that can be read, for messages."""
     return f"{' '.join(EXTENSIONS)}, each also with {' '.join(COMPRESSIONS)}"
 
 
@@ -121,7 +122,7 @@ def _read_lines(name: str, open_file: Callable[[], io.BufferedReader]) -> Record
 
 
 def _lines(stream: io.BufferedReader) -> Iterator[bytes | None]:
-    """Each line with its end; None for one beyond the limit, of which only the limit is held."""
+    """Yield each line with its line break; None for one beyond the limit, never held whole."""
     first = True
     while raw := stream.readline(MAX_ROW_BYTES + 1):
         if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
@@ -140,7 +141,7 @@ def _parse_line(raw: bytes, row_id: str) -> Record:
         return Rejection(row_id, NOT_UTF8, bad_byte(error, error.start))
     except json.JSONDecodeError as error:
         return Rejection(row_id, MALFORMED_JSON, f"{error.msg}: column {error.colno}")
-    except (ValueError, RecursionError) as error:  # numbers or nesting
+    except (ValueError, RecursionError) as error:  # too many digits or too deep nesting
         return Rejection(row_id, BEYOND_PARSER, str(error))
     return as_object(value, row_id)
 
@@ -148,7 +149,7 @@ def _parse_line(raw: bytes, row_id: str) -> Record:
 # JSON -------------------------------------------------------------------------------------------
 
 
-ONE_ROW, LINES = 1, 2  # what a JSON file that begins with { may hold beside a list under a key
+ONE_ROW, LINES = 1, 2  # the forms of a JSON file that begins with {, besides a list under a key
 
 
 def _read_json(
@@ -181,7 +182,7 @@ def _read_json(
 
 
 def _first_byte(stream: io.BufferedReader) -> bytes:
-    """The first byte that is no space; b"" in a file of nothing else."""
+    """Return the first byte that is no space; b"" if there is none."""
     head = stream.read(READ_BYTES).removeprefix(UTF8_BOM).lstrip()
     while not head and (more := stream.read(READ_BYTES)):
         head = more.lstrip()
@@ -189,7 +190,7 @@ def _first_byte(stream: io.BufferedReader) -> bytes:
 
 
 def _items_under(text: JsonText, key: int | str | None) -> Iterator[Any]:
-    """The items of the document's one array: the document itself, or the value of `key`."""
+    """Yield the items of the document's one array: the document itself, or the value of `key`."""
     if key is None:
         yield from text.items()
     else:
@@ -205,10 +206,10 @@ def _items_under(text: JsonText, key: int | str | None) -> Iterator[Any]:
 def _shape_of_object(
     name: str, open_file: Callable[[], io.BufferedReader], split: SplitKey
 ) -> int | str:
-    """What a file that begins with { is: LINES, ONE_ROW or the key of its list of rows.
+    """Return the kind of a file that begins with {: LINES, ONE_ROW or the key of its list of rows.
 
-    The first object is read to its end, holding no more than one item at a time. If it is the
-    first of lines, that is one line.
+    The first object is read to its end, one item at a time. If the file is JSON Lines, the first
+    object is one line.
     """
     with open_file() as stream:
         text = JsonText(name, stream)
@@ -217,7 +218,7 @@ def _shape_of_object(
         try:
             lists, is_conversation = _lists_of_objects(text)
         except JsonFault as fault:
-            # Whether the document is broken or only a first line of many.
+            # The document is either broken or the first of many lines.
             if fault.line == first_line or _second_line_is_object(open_file):
                 return LINES
             raise
@@ -247,7 +248,7 @@ def _shape_of_object(
 
 
 def _lists_of_objects(text: JsonText) -> tuple[list[str], bool]:
-    """The keys whose value is a list of objects, and whether one is the turns of a conversation.
+    """Return the keys that hold a list of objects, and True if one holds a conversation's turns.
 
     An object with turns is itself a row.
     """
@@ -279,10 +280,10 @@ def _second_line_is_object(open_file: Callable[[], io.BufferedReader]) -> bool:
 
 
 def _read_table(name: str, open_file: Callable[[], io.BufferedReader], delimiter: str) -> Records:
-    # The library's own limit of 128 KiB is the process's, and a field may well be longer.
+    # The csv module's limit of 128 KiB holds for the whole process, and a field may be longer.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_ROW_BYTES))
     with open_file() as stream:
-        # strict: else a quote that is never closed swallows the rest of the file as one value.
+        # strict: otherwise an unclosed quote takes the rest of the file as one value.
         reader = csv.reader(_text_lines(name, stream), delimiter=delimiter, strict=True)
         header: list[str] = []
         while True:

@@ -1,4 +1,4 @@
-"""What a file's reader gives: records with their ids, and why one cannot be used."""
+"""The results of a file's reader: records with ids, or rejections with a reason."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-MAX_ROW_BYTES = 64 * 2**20  # a longer row is a mistake in the file, not a row
+MAX_ROW_BYTES = 64 * 2**20  # a longer row is a mistake in the file
 
 MALFORMED_JSON = "malformed JSON"
 NOT_UTF8 = "not valid UTF-8"
@@ -14,8 +14,9 @@ NOT_AN_OBJECT = "not a JSON object"
 BEYOND_PARSER = "JSON beyond the parser's limits"
 TOO_LARGE = f"row larger than {MAX_ROW_BYTES // 2**20} MiB"
 WRONG_FIELD_COUNT = "wrong number of fields"
-OUT_OF_RANGE = "a value that cannot be read"  # of a typed column: a date in the year 300000
-# The file itself is at fault, not what somebody wrote into a row.
+# in a typed column: for example a date in the year 300000
+OUT_OF_RANGE = "a value that cannot be read"
+# The file itself is at fault, not the content of a row.
 UNREADABLE = frozenset(
     (MALFORMED_JSON, NOT_UTF8, NOT_AN_OBJECT, BEYOND_PARSER, TOO_LARGE, WRONG_FIELD_COUNT)
 )
@@ -23,7 +24,7 @@ UNREADABLE = frozenset(
 
 @dataclass(frozen=True)
 class Rejection:
-    """A record that cannot be used. The reason groups; the detail is this record's own."""
+    """A record that cannot be used, with a reason (one of a few) and a detail of this record."""
 
     row_id: str
     reason: str
@@ -35,12 +36,12 @@ Records = Iterator[tuple[str, Record]]
 
 
 def bad_byte(error: UnicodeDecodeError, offset: int) -> str:
-    """Where and what the byte is that ends the UTF-8, for messages."""
+    """Describe the byte that is not UTF-8 and its position, for messages."""
     return f"byte {offset + 1:,} is 0x{error.object[error.start]:02x} ({error.reason})"
 
 
 def as_object(value: Any, row_id: str) -> Record:
-    """A JSON value as a record: only objects are."""
+    """Return a JSON value as a record; anything but an object is a Rejection."""
     if isinstance(value, dict):
         return value
     kind = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(

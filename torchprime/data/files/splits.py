@@ -1,12 +1,12 @@
-"""The splits that file names give: the convention of the Hugging Face Hub, for files anywhere.
+"""Splits from file names: the Hugging Face Hub's convention, for files anywhere.
 
-    data/NAME-00000-of-00003.parquet        the split NAME, whatever it is
+      data/NAME-00000-of-00003.parquet        the split NAME, whatever it is
     train/rows.jsonl, my-train.v2/a/b.csv   a folder's name has a keyword of a split
     train.jsonl, rows_dev-1.jsonl           a file's name has one
 
 A keyword is a whole name, or stands between separators: `-`, `.`, `_`, a space, a digit. The first
-of the three ways that fits any file holds for all, as it does on the hub. There a file that it does
-not fit is left out; here that is an error, and so is a file that two splits would have.
+of the three patterns that fits any file applies to all files, as on the hub. The hub leaves out a
+file that the pattern does not fit; here that is an error, and so is a file with two splits.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ File = TypeVar("File")
 
 @dataclass(frozen=True)
 class SplitKey:
-    """The split that is asked for, and the config's key that says it.
+    """The requested split, and the config key that requests it.
 
     Attributes:
-        name: None where the key is not set.
-        unset: the key's value that asks for nothing in particular, for messages.
-        is_used: the names of files have said it already.
+        name: None if the key is not set.
+        unset: the key's default value, which requests no particular split, for messages.
+        is_used: the file names have already selected the split.
     """
 
     name: str | None = "train"
@@ -48,7 +48,7 @@ class SplitKey:
 
     @property
     def asks(self) -> bool:
-        """False for the default, with which files without splits are read too."""
+        """Return False for the default, with which files without splits are read too."""
         return self.name not in (None, "train") and not self.is_used
 
 
@@ -56,7 +56,7 @@ DEFAULT_SPLIT = SplitKey()
 
 
 def splits_of(names: Sequence[str]) -> list[set[str]]:
-    """The splits of each file by its name below the folder; none fits an empty set."""
+    """Return the splits of each file, by its name below the folder; sets may be empty."""
     for way in (_by_shard, _by_folder, _by_file):
         found = [way(name) for name in names]
         if any(found):
@@ -78,7 +78,7 @@ def _by_file(name: str) -> set[str]:
 
 
 def _keywords_in(text: str, may_end: str) -> set[str]:
-    """The splits of which a keyword is in the text; `may_end`: "?" where nothing need follow."""
+    """Return the splits with a keyword in the text; with `may_end` "?" no separator need follow."""
     around = rf"(?:.*{_SEPARATOR})?(?:%s)(?:{_SEPARATOR}.*){may_end}"
     return {
         split for split, words in KEYWORDS.items() if re.fullmatch(around % "|".join(words), text)
@@ -86,7 +86,7 @@ def _keywords_in(text: str, may_end: str) -> set[str]:
 
 
 def splits_of_file(path: str) -> set[str]:
-    """The splits that a single file's own name gives, or its folder's if that is but a keyword."""
+    """Return the splits in a file's own name, or in a folder's name that is only a keyword."""
     folder = PurePosixPath(path).parent.name
     here = {split for split, words in KEYWORDS.items() if folder in words}
     return here | _by_file(path) | _by_shard("/".join(path.split("/")[-2:]))
@@ -95,12 +95,12 @@ def splits_of_file(path: str) -> set[str]:
 def choose_split(
     files: Sequence[tuple[File, set[str]]], wanted: SplitKey, given: str, may_be_only: bool
 ) -> list[File]:
-    """The files of the split that is asked for; all where no file has one.
+    """Return the files of the requested split; all files if none has a split.
 
     Args:
         files: each with the splits that its name gives.
         given: the path's key and value, for messages.
-        may_be_only: take the only split there is where none is asked for.
+        may_be_only: use the only split if none is requested.
 
     Raises:
         DataError: files with and without a split, a file of two splits, a split that no file has,
@@ -139,7 +139,7 @@ def choose_split(
 
 
 def same_split(name: str | None, found: Sequence[str]) -> str | None:
-    """The one of `found` that is the split `name`, or that another keyword of it names."""
+    """Return the split in `found` that is `name`, or that another keyword of it names."""
     if name is None or name in found:
         return name
     words = next((words for words in KEYWORDS.values() if name in words), ())
@@ -154,7 +154,7 @@ def _some(files: Iterable[Any]) -> str:
 
 
 def unused_split(wanted: SplitKey, where: str, found: Sequence[str] = ()) -> DataError:
-    """The error of a split that is asked for where there are none."""
+    """Return the error for a requested split where there are no splits."""
     lists = f"has only the list {', '.join(found)}" if found else "has no splits"
     return DataError(
         f"{wanted.key}={wanted.name} is set, but {where} {lists}: no file or folder name and no "

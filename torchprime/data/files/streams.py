@@ -1,4 +1,4 @@
-"""The plain bytes of a file, compressed or not, wherever it lies."""
+"""Decompressed byte streams of local and remote files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import IO, Any
 
 import zstandard
 
-READ_BYTES = 64 * 2**10  # what is asked of a file at a time
+READ_BYTES = 64 * 2**10  # read from a file at a time
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
 @contextmanager
 def only_os_errors() -> Iterator[None]:
-    """Whatever a remote store or a decompressor raises, as an OSError that names it."""
+    """Turn any exception of a remote store or a decompressor into an OSError with its name."""
     try:
         yield
     except OSError:
@@ -28,7 +28,7 @@ def only_os_errors() -> Iterator[None]:
 
 
 class PlainStream(io.RawIOBase):
-    """The plain bytes of a file; a fault of any kind is an OSError."""
+    """The decompressed bytes of a file; a fault of any kind is an OSError."""
 
     def __init__(self, handle: IO[bytes], compression: str) -> None:
         self._handle = handle
@@ -69,9 +69,9 @@ def _decompressed(handle: IO[bytes], compression: str) -> Any:
 
 
 class _Zstandard:
-    """All frames of a zstd file. The library's own reader takes a file that was cut for its end."""
+    """All frames of a zstd file. The library's own reader accepts a truncated file."""
 
-    # One byte may stand for thousands: little goes in at a time, so that little comes out.
+    # One byte may expand to thousands: small inputs keep the outputs small.
     PIECE = 16 * 2**10
 
     def __init__(self, handle: IO[bytes]) -> None:

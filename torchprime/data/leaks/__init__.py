@@ -1,1 +1,1 @@
-"""Held-out rows among the training rows: exact and near duplicates."""
+"""The leak check: exact and near duplicates between held-out and training rows."""

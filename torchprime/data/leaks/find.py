@@ -1,20 +1,20 @@
-"""Rows that are in train and in eval, word for word or nearly, and rows repeated inside train.
+"""A search for rows in both train and eval, exact or near, and for duplicates inside train.
 
     texts -> shingles (shingles.py) -> MinHash signatures (minhash.py) -> bands that rows share
           -> candidates -> exact Jaccard of the candidates' shingle sets -> pairs and clusters
 
 Two rows are exact duplicates when their normalized texts are equal, and near-duplicates when the
 Jaccard similarity of their sets of shingles reaches the threshold. MinHash and LSH (datasketch)
-only propose pairs: what is reported was compared shingle by shingle. So the report has no false
+only propose pairs: every reported pair was compared shingle by shingle. So the report has no false
 pair, and misses a pair at the threshold with the probability 1 - `lsh_recall`: at the default
 threshold of 0.8, 5% at exactly 0.8, 0.6% at 0.85 and 0.01% at 0.9.
 
 Shingles that more than 2% of the rows contain (a system prompt, the frame of a template) are left
-out of the sets, else rows would be alike for what is the same in all of them.
+out of the sets. Otherwise rows would seem alike because of text that all of them share.
 
-The rows are read up to three times and never kept: a sample for the frequent shingles, all for the
-signatures (512 bytes a row), and the texts of candidates for the comparison. Groups that are on
-both sides are found on the way.
+The rows are read up to three times and never held in memory: a sample for the frequent shingles,
+all for the signatures (512 bytes a row), and the texts of candidates for the comparison. Groups
+that are on both sides are found in the same passes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from torchprime.errors import ConfigError, DataError
 
 SHOWN_PAIRS, SHOWN_CLUSTERS, SHOWN_IDS, SHOWN_CHARS = 1000, 20, 10, 80
 PARALLEL_FROM = 20_000
-# No row is compared with many more others than this: pairs grow with the square of a family.
+# A row is compared with at most this many others: pairs grow with the square of a cluster's size.
 MAX_CANDIDATES = 300
 
 
@@ -64,7 +64,7 @@ def find_leaks(
     workers: int = 2,
     seed: int = 0,
 ) -> LeakReport:
-    """Compare eval with train and train with itself. The result does not depend on `workers`.
+    """Compare eval with train and train with itself. `workers` does not change the result.
 
     Args:
         train, evaluation: (row id, text, group or None), iterable three times with the same
@@ -76,7 +76,7 @@ def find_leaks(
 
     Raises:
         ConfigError: a threshold outside of (0, 1], or too few permutations.
-        DataError: the rows were others when they were read again.
+        DataError: a second reading gave other rows.
         TypeError: a generator or another one-time iterator.
     """
     if not 0 < threshold <= 1:
@@ -93,7 +93,7 @@ def find_leaks(
 
 
 class _Clusters:
-    """Which texts belong together, by the pairs joined so far (union-find)."""
+    """Clusters of texts, from the pairs joined so far (union-find)."""
 
     def __init__(self, size: int) -> None:
         self.parents = list(range(size))
@@ -108,7 +108,7 @@ class _Clusters:
         self.parents[second] = first
 
     def families(self) -> dict[int, list[int]]:
-        """The clusters of two and more, each under its first member."""
+        """Return the clusters of two or more texts, each under its first member."""
         found: dict[int, list[int]] = {}
         for item, parent in enumerate(self.parents):
             if parent != item:
@@ -118,7 +118,7 @@ class _Clusters:
 
 
 class _Side:
-    """One side's rows: ids, and for each row which of the different texts it has."""
+    """One side's rows: ids, and for each row the number of its distinct text."""
 
     def __init__(self, name: str, rows: Iterable[TextRow]) -> None:
         self.name, self.rows = name, rows
@@ -129,7 +129,7 @@ class _Side:
         self._by_text: np.ndarray | None = None
 
     def again(self) -> Iterator[tuple[int, list[TextRow]]]:
-        """The rows in chunks, once more, and the assurance that they are the same rows."""
+        """Yield the rows in chunks once more; raise a DataError if they are not the same rows."""
         total = 0
         for first, chunk in in_chunks(self.rows):
             total = first + len(chunk)
@@ -145,7 +145,7 @@ class _Side:
         )
 
     def rows_with(self, text: int) -> np.ndarray:
-        """The places of the rows with this text, in order."""
+        """Return the indices of the rows with this text, in order."""
         if self._by_text is None:
             self._by_text = np.argsort(self.text_of, kind="stable")
             self._ends = np.cumsum(self.counts)
@@ -185,21 +185,21 @@ class _Check:
         return self._report(near, clusters, shared_groups, started)
 
     def _sign(self) -> list[str]:
-        """Fill the sides and the signatures. Returns the groups that are on both sides."""
+        """Fill the sides and the signatures; return the groups that are on both sides."""
         keys, rows = [np.empty(0, np.uint64)], 0
         groups: dict[str, set[str]] = {"train": set(), "eval": set()}
         for side in (self.train, self.eval):
             for chunk_keys, signatures in self._signed(side, groups[side.name]):
                 start, rows = rows, rows + len(chunk_keys)
                 if rows > len(self.signatures):
-                    # In place: a copy would need the memory twice.
+                    # In place: a copy would double the memory.
                     size = max(rows, len(self.signatures) * 9 // 8)
                     self.signatures.resize((size, self.num_perm), refcheck=False)
                 self.signatures[start:rows] = signatures
                 keys.append(chunk_keys)
         self.signatures.resize((rows, self.num_perm), refcheck=False)
         _, firsts, text_of = np.unique(np.concatenate(keys), return_index=True, return_inverse=True)
-        # Numbered in the order of their first rows, train's before eval's.
+        # Texts are numbered in the order of their first rows, train's before eval's.
         order = np.argsort(firsts)
         numbers = np.empty_like(order)
         numbers[order] = np.arange(len(order))
@@ -210,7 +210,7 @@ class _Check:
         return sorted(groups["train"] & groups["eval"])
 
     def _signed(self, side: _Side, groups: set[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Keys and signatures, chunk by chunk in order, noting ids and groups on the way."""
+        """Yield keys and signatures, chunk by chunk in order; record ids and groups."""
 
         def texts() -> Iterator[list[str]]:
             for _, chunk in in_chunks(side.rows):
@@ -219,7 +219,7 @@ class _Check:
                 yield [text for _, text, _ in chunk]
 
         chunks = texts()
-        # Few rows are signed before a process has started.
+        # A few rows are signed in less time than it takes to start a process.
         alone = PARALLEL_FROM // CHUNK_ROWS if self.workers > 1 else None
         yield from map(self.signer.sign, islice(chunks, alone))
         first = next(chunks, None)
@@ -236,7 +236,7 @@ class _Check:
                 yield pending.popleft().result()
 
     def _candidates(self) -> dict[int, list[int]]:
-        """For each text the earlier texts of train that it should be compared with."""
+        """Return for each text the earlier texts of train to compare it with."""
         lsh = MinHashLSH(num_perm=self.num_perm, params=(self.bands, self.band_size))
         margin = 4 * np.sqrt(self.threshold * (1 - self.threshold) / self.num_perm)
         needed = np.floor((self.threshold - margin) * self.num_perm)
@@ -250,14 +250,14 @@ class _Check:
                     lsh.insert(text, signature, check_duplication=False)
                 else:
                     self.crowded += int(self.train.counts[text])
-            # An estimate far below the threshold needs no look at the texts.
+            # A pair estimated far below the threshold need not be compared.
             equal = (self.signatures[self.firsts[found]] == values).sum(axis=1)
             if (equal >= needed).any():
                 candidates[text] = found[equal >= needed].tolist()
         return candidates
 
     def _with_company(self) -> list[int]:
-        """Texts that share a band with another: no other can be found, so no other is indexed."""
+        """Return the texts that share a band with another; only these need an index entry."""
         shared = np.zeros(len(self.firsts), bool)
         for band in range(self.bands):
             keys = np.zeros(len(self.firsts), np.uint64)
@@ -266,12 +266,12 @@ class _Check:
                 keys = mix(keys * np.uint64(0x9E3779B97F4A7C15) + values)
             ordered = np.sort(keys)
             shared |= np.isin(keys, np.unique(ordered[1:][ordered[1:] == ordered[:-1]]))
-        # Texts without shingles have nothing to be similar in.
+        # Texts without shingles can't be similar to others.
         shared[(self.signatures == 0xFFFFFFFF).all(axis=1)[self.firsts]] = False
         return np.flatnonzero(shared).tolist()
 
     def _read_again(self, candidates: dict[int, list[int]]) -> dict[int, np.ndarray]:
-        """The shingle sets of the candidates, and the first characters of all rows like them."""
+        """Read the candidates' shingle sets, and the first characters of all matching rows."""
         near = set(candidates).union(*candidates.values())
         exact = (self.train.counts > 0) & (self.train.counts + self.eval.counts > 1)
         shown = set(np.flatnonzero(exact).tolist()) | near
@@ -295,7 +295,7 @@ class _Check:
     def _compare(
         self, candidates: dict[int, list[int]], sets: dict[int, np.ndarray]
     ) -> tuple[list[tuple[int, int, float]], _Clusters]:
-        """Near pairs as (train text, eval text, Jaccard), and the clusters of train's texts."""
+        """Return near pairs as (train text, eval text, Jaccard), and clusters of train's texts."""
         near: list[tuple[int, int, float]] = []
         clusters = _Clusters(len(self.firsts))
         in_train, in_eval = self.train.counts > 0, self.eval.counts > 0
@@ -355,7 +355,7 @@ class _Check:
     def _pairs(
         self, exact: list[tuple[int, int, float]], near: list[tuple[int, int, float]]
     ) -> Iterator[LeakPair]:
-        """Every pair of rows, exact ones first, then in the order of train's rows."""
+        """Return every pair of rows, exact ones first, then in the order of train's rows."""
         for pairs in (exact, near):
             for train_text, eval_text, similarity in pairs:
                 for t in self.train.rows_with(train_text).tolist():
@@ -365,7 +365,7 @@ class _Check:
                         yield LeakPair(*ids, similarity, pairs is exact, *heads)
 
     def _largest(self, members: dict[int, list[int]]) -> list[Cluster]:
-        """Clusters of train with the most rows; exact ones inside near ones are part of them."""
+        """Return train's largest clusters; exact ones inside near ones are part of them."""
         inside = {text for texts in members.values() for text in texts}
         repeated = np.flatnonzero(self.train.counts > 1).tolist()
         found = [*members.values(), *([text] for text in repeated if text not in inside)]

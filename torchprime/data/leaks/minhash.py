@@ -1,8 +1,8 @@
-"""MinHash signatures of many rows at once, and how long the bands are that propose pairs.
+"""MinHash signatures of many rows at once, and the length of the LSH bands that propose pairs.
 
-In a signature each of `num_perm` permutations of all shingles keeps the first of a row's. Two rows
-agree in as large a share of them, about, as their sets of shingles have in common. LSH cuts
-signatures into bands and proposes rows that are equal in a whole one.
+A signature holds, for each of `num_perm` permutations of all shingles, the first of the row's
+shingles. The share of equal values in two signatures estimates the Jaccard similarity of the rows.
+LSH divides signatures into bands and proposes rows that are equal in a whole band.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ _SCHEME = "affine32"  # datasketch's 32-bit permutations
 
 
 def bands_for(threshold: float, num_perm: int) -> tuple[int, int]:
-    """How many bands of how many values: the longest bands with a recall of 0.9 at the threshold.
+    """Return (bands, values per band): the longest bands with a recall of 0.9 at the threshold.
 
-    Longer bands propose fewer unlike pairs; exact comparison of what they propose is cheap, so
-    that recall comes first.
+    Longer bands propose fewer unlike pairs. Exact comparison is cheap, so recall has priority.
     """
     fitting = [
         (num_perm // size, size)
@@ -31,25 +30,26 @@ def bands_for(threshold: float, num_perm: int) -> tuple[int, int]:
 
 
 def lsh_recall(similarity: float, bands: int, size: int) -> float:
-    """The probability that a pair of this Jaccard similarity is proposed."""
+    """Return the probability that a pair of this Jaccard similarity is proposed."""
     return 1 - (1 - similarity**size) ** bands
 
 
 class Signer:
-    """MinHash signatures of many rows at once; the values are those of datasketch's MinHash."""
+    """A maker of MinHash signatures of many rows, equal to those of datasketch's MinHash."""
 
     def __init__(self, num_perm: int, seed: int, frequent: np.ndarray) -> None:
         self.seed, self.frequent = seed, frequent
         self.permutations = np.asarray(MinHash(num_perm, seed, scheme=_SCHEME).permutations)
 
     def sign(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Keys, uint64 [rows], and signatures, uint32 [rows, num_perm]; all bits set for none."""
+        """Return uint64 keys [rows] and uint32 signatures [rows, num_perm], all ones if empty."""
         found = shingle(texts, self.frequent)
         hashes = _mix32(to_32_bits(found.values))
         full = np.flatnonzero(np.diff(found.starts))
         signatures = np.full((len(texts), len(self.permutations[0])), 0xFFFFFFFF, np.uint32)
         if len(full):
-            # By permutation and not by row: each pass is over an array that stays in the cache.
+            # The loop is over permutations, not rows: each pass is over an array that stays in the
+            # CPU cache.
             columns = np.empty((signatures.shape[1], len(full)), np.uint32)
             for column, a, b in zip(columns, *self.permutations, strict=True):
                 np.minimum.reduceat(hashes * a + b, found.starts[:-1][full], out=column)
@@ -57,7 +57,7 @@ class Signer:
         return found.keys, signatures
 
     def minhash(self, signature: np.ndarray) -> MinHash:
-        """One row's signature as datasketch's index takes it."""
+        """Return one row's signature in the form that datasketch's index takes."""
         return MinHash(
             seed=self.seed,
             hashvalues=signature,
@@ -67,12 +67,12 @@ class Signer:
 
 
 def to_32_bits(values: np.ndarray) -> np.ndarray:
-    """What a 64-bit shingle is to MinHash."""
+    """Reduce 64-bit shingles to the 32 bits that MinHash uses."""
     return (values >> np.uint64(32)).astype(np.uint32)
 
 
 def _mix32(values: np.ndarray) -> np.ndarray:
-    """As datasketch prepares 32-bit hashes for its permutations (MurmurHash3's last step)."""
+    """Mix 32-bit hashes as datasketch does before its permutations (MurmurHash3's last step)."""
     values = (values ^ (values >> np.uint32(16))) * np.uint32(0x85EBCA6B)
     values = (values ^ (values >> np.uint32(13))) * np.uint32(0xC2B2AE35)
     return values ^ (values >> np.uint32(16))

@@ -1,4 +1,4 @@
-"""What a leak check found: what data_report.json keeps of it, and a line for the log."""
+"""Results of a leak check, for data_report.json and for the log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LeakPair:
-    """A train row and an eval row that are the same, and the first characters of both."""
+    """A train row and an eval row that are duplicates, and the first characters of both."""
 
     train_id: str
     eval_id: str
@@ -30,9 +30,9 @@ class Cluster:
 
 @dataclass(frozen=True)
 class LeakReport:
-    """What was found. Counts are of all; pairs, clusters and groups list the first or largest.
+    """The results. Counts cover all rows; pairs, clusters and groups list the first or largest.
 
-    `crowded_rows` have so many look-alikes that not all of them were compared.
+    `crowded_rows` are rows with too many similar rows to compare them all.
     """
 
     threshold: float
@@ -45,8 +45,8 @@ class LeakReport:
     leaked_train_rows: int  # train rows in a pair; without them there is no leak
     leaked_eval_rows: int
     num_shared_groups: int
-    exact_duplicate_rows: int  # rows of train whose normalized text is there more than once
-    exact_extra_rows: int  # how many of them are too many
+    exact_duplicate_rows: int  # rows of train whose normalized text occurs more than once
+    exact_extra_rows: int  # the redundant ones among them
     near_duplicate_rows: int  # rows of train in a cluster of different but similar texts
     num_near_clusters: int
     frequent_shingles: int
@@ -58,7 +58,7 @@ class LeakReport:
 
     @property
     def leaks(self) -> bool:
-        """Whether anything of eval is in train: a row, or a group."""
+        """Return True if any row or group of eval is in train."""
         return bool(self.leaked_eval_rows or self.num_shared_groups)
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,13 +66,13 @@ class LeakReport:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> LeakReport:
-        """What `to_dict` made."""
+        """Return the report that `to_dict` stored."""
         pairs = [LeakPair(**pair) for pair in content["pairs"]]
         clusters = [Cluster(**cluster) for cluster in content["clusters"]]
         return cls(**{**content, "pairs": pairs, "clusters": clusters})
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         parts = [
             f"{self.leaked_eval_rows:,} of {self.eval_rows:,} eval rows are in train "
             f"({self.exact_pairs:,} exact pairs, {self.near_pairs:,} near pairs at Jaccard >= "

@@ -1,9 +1,9 @@
-"""What a text is compared by: its shingles, runs of words or characters, as 64-bit hashes.
+"""Shingles for the comparison of texts: runs of words or characters, as 64-bit hashes.
 
     text -> normalized -> units (words, or characters) -> runs of SHINGLE units -> hashes
 
-Shingles that more than 2% of the rows contain (a system prompt, the frame of a template) can be
-found first and left out.
+Frequent shingles, which more than 2% of the rows contain (a system prompt, the frame of a
+template), can be found first and left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 TextRow = tuple[str, str, "str | None"]  # row id, text, group
 
-SHINGLE = 5  # words, or characters where a script has no spaces
+SHINGLE = 5  # words, or characters for a script without spaces
 CHUNK_ROWS = 2000
 # A shingle is frequent when more than this share of the rows, and this many rows, contain it.
 FREQUENT_SHARE, FREQUENT_ROWS = 0.02, 100
@@ -30,8 +30,8 @@ _CACHED_WORDS = 500_000
 _SPACELESS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]"
 )
-# Between digits these are arithmetic, without which 7-2 and 7/2 were one problem. As mathematical
-# symbols they survive the removal of punctuation.
+# Between digits these are arithmetic; without them 7-2 and 7/2 would be one problem. As
+# mathematical symbols they survive the removal of punctuation.
 _OPERATORS = {"-": "\u2212", "*": "\u00d7", "/": "\u00f7", ".": "\u22c5"}
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)(?:\s*([-*/])\s*|(\.))(?=\d)")
 _SIGN = re.compile(r"(?<![\w)])-(?=\d)")
@@ -39,11 +39,11 @@ _PERCENT = re.compile(r"(?<=\d)\s?%")
 
 
 class _Plain(dict[int, "str | None"]):
-    """What each character becomes: itself, a space, nothing, or a word of its own."""
+    """A translation table: each character becomes itself, a space, nothing, or a separate word."""
 
     def __missing__(self, code: int) -> str | None:
         category = unicodedata.category(chr(code))
-        if category == "Cf":  # soft hyphens, joiners, marks of direction: not to be seen
+        if category == "Cf":  # invisible: soft hyphens, joiners, marks of direction
             plain = None
         elif category[0] in "PZ" or category in ("Cc", "Sk"):
             plain = " "
@@ -57,24 +57,25 @@ _PLAIN = _Plain()
 
 
 def normalize(text: str) -> str:
-    """Letters, digits and symbols, so that case, spacing and punctuation make no difference.
+    """Normalize a text so that case, spacing and punctuation make no difference.
 
-    NFKC and case folding; punctuation and controls become spaces; symbols (+, =, $, emoji) are
-    words of their own, as are -, *, / and the point between digits, a sign and a percentage.
+    Apply NFKC and case folding; punctuation and controls become spaces. Symbols (+, =, $, emoji)
+    become separate words, and so do -, *, / and the point between digits, a sign and a percentage.
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)  # folding can leave what NFKC composes
+        # case folding can produce sequences that NFKC composes
+        text = unicodedata.normalize("NFKC", text)
     text = _BETWEEN_DIGITS.sub(lambda found: _OPERATORS[found[1] or found[2]], text)
     text = _PERCENT.sub(" percent ", _SIGN.sub(_OPERATORS["-"], text))
     return " ".join(text.translate(_PLAIN).split())
 
 
 def shingle_units(normalized: str) -> list[str]:
-    """What shingles are made of: words, or characters where spaces do not separate words.
+    """Split a text into units: words, or characters if spaces do not separate its words.
 
-    Characters are taken when 3 in 10 are of a script written without spaces, or when there are
-    more than 20 to a word.
+    Characters are used if 3 in 10 are of a script written without spaces, or if there are more than
+    20 to a word.
     """
     words = normalized.split()
     joined = normalized.replace(" ", "")
@@ -86,13 +87,13 @@ def shingle_units(normalized: str) -> list[str]:
 
 
 def _hash(text: str) -> int:
-    """64 bits, the same in every process."""
+    """Return a 64-bit hash that is the same in every process."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 class _UnitHashes(dict[str, int]):
-    """The hashes of the words met so far. Emptied when there are too many."""
+    """A cache of word hashes, emptied when it has too many."""
 
     def __missing__(self, unit: str) -> int:
         value = self[unit] = _hash(unit)
@@ -110,7 +111,7 @@ class Shingles(NamedTuple):
     starts: np.ndarray  # int64 [rows + 1]
 
     def sets(self) -> list[np.ndarray]:
-        """Each row's set of shingles, sorted."""
+        """Return each row's set of shingles, sorted."""
         return [np.unique(part) for part in np.split(self.values, self.starts[1:-1])]
 
 
@@ -125,7 +126,7 @@ def shingle(texts: list[str], frequent: np.ndarray) -> Shingles:
     if len(_UNIT_HASHES) > _CACHED_WORDS:
         _UNIT_HASHES.clear()
     hashes = np.fromiter(map(_UNIT_HASHES.__getitem__, chain.from_iterable(units)), np.uint64)
-    # A text of symbols that vanish is compared as it stands; two such are not always the same.
+    # A text that normalizes to nothing is compared unchanged; two such texts may differ.
     keys = [_hash(p or "\0" + t) for p, t in zip(plain, texts, strict=True)]
     lengths = np.fromiter(map(len, units), np.int64, len(units))
     values, starts = _runs(hashes, lengths)
@@ -135,14 +136,14 @@ def shingle(texts: list[str], frequent: np.ndarray) -> Shingles:
 
 
 def _runs(hashes: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One hash for every SHINGLE hashes on end of a row; a shorter row is filled up with 0."""
+    """Hash every SHINGLE consecutive unit hashes of a row; a shorter row is padded with 0."""
     padded = np.where(lengths > 0, np.maximum(lengths, SHINGLE), 0)
-    begins = np.cumsum(padded) - padded  # of the rows in the filled-up array
+    begins = np.cumsum(padded) - padded  # index of the rows in the padded array
     line = np.zeros(padded.sum() + SHINGLE, np.uint64)
     shifts = begins - (np.cumsum(lengths) - lengths)
     line[np.arange(len(hashes)) + np.repeat(shifts, lengths)] = hashes
     mixed = np.zeros(padded.sum(), np.uint64)
-    for i in range(SHINGLE):  # order matters: every place has another factor
+    for i in range(SHINGLE):  # order matters: every position has another factor
         mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + line[i : i + len(mixed)]
     counts = np.where(padded > 0, padded - SHINGLE + 1, 0)
     starts = np.concatenate([[0], np.cumsum(counts)])
@@ -171,10 +172,10 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def frequent_shingles(rows: Iterable[TextRow]) -> np.ndarray:
-    """Shingles that more than FREQUENT_SHARE of the different texts contain, sorted uint64.
+    """Return shingles that more than FREQUENT_SHARE of the different texts contain, sorted uint64.
 
-    Counted on every row, or of many on a half, a quarter, ... that their places draw, scattered:
-    every 4th row of sources that take turns would be of one source.
+    Few rows are all counted. Of many rows a half, a quarter, ... is drawn by a hash of the index:
+    every 4th row of interleaved sources could be of one source.
     """
     share, sample = 1, dict[int, tuple[int, np.ndarray]]()  # by key: a repeated row counts once
     nothing = np.empty(0, np.uint64)
@@ -199,7 +200,7 @@ def _num_shingles(sample: dict[int, tuple[int, np.ndarray]]) -> int:
 
 
 def in_chunks(rows: Iterable[TextRow]) -> Iterator[tuple[int, list[TextRow]]]:
-    """The rows in lists of CHUNK_ROWS, with the place of each list's first row."""
+    """Yield the rows in lists of CHUNK_ROWS, with the index of each list's first row."""
     iterator, first = iter(rows), 0
     while chunk := list(islice(iterator, CHUNK_ROWS)):
         yield first, chunk
@@ -207,7 +208,7 @@ def in_chunks(rows: Iterable[TextRow]) -> Iterator[tuple[int, list[TextRow]]]:
 
 
 def jaccard(one: np.ndarray, other: np.ndarray) -> float:
-    """Of two sorted arrays without repetitions."""
+    """Return the Jaccard similarity of two sorted arrays without repetitions."""
     both = np.sort(np.concatenate([one, other]))
     common = int((both[1:] == both[:-1]).sum())
     return common / (len(both) - common) if len(both) else 0.0

@@ -1,1 +1,1 @@
-"""One message of any trainer becomes one form: role, content, calls, loss."""
+"""Messages in the forms of many trainers, read into one form: role, content, calls, loss."""

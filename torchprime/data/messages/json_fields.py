@@ -11,7 +11,7 @@ SPEAKERS, TEXTS = ("role", "from"), ("content", "value", "tool_calls", "function
 
 
 def objects_of_text(text: str) -> list[Any] | None:
-    """A list of objects, if that is what the text says."""
+    """Return the list of objects that the text holds, or None."""
     if text.lstrip()[:1] != "[":
         return None
     value = parse_json(text)
@@ -20,8 +20,11 @@ def objects_of_text(text: str) -> list[Any] | None:
 
 
 def turns_of_text(text: str) -> list[Any] | None:
-    """The same where each object says who speaks and what: any other text could be meant as it is,
-    a prompt that shows JSON."""
+    """Return the list of turns that the text holds, or None.
+
+    Each object needs a speaker and content; any other JSON could be plain text, such as a prompt
+    that shows JSON.
+    """
     value = objects_of_text(text)
     return value if value and all(map(_is_turn, value)) else None
 

@@ -1,8 +1,8 @@
-"""One form for the messages of all sources: OpenAI's, ShareGPT's and what is between.
+"""Messages of all sources in one form: OpenAI's, ShareGPT's and mixed ones.
 
-Roles become system, developer, user, assistant and tool, and content a string. Tool calls come out
-as servers give them to chat templates (tool_calls.py), and the keys by which a message asks for
-loss or none become a weight (turn_loss.py). A key that nothing reads is reported.
+Roles become system, developer, user, assistant and tool, and content becomes a string. Tool calls
+get the form that servers give to chat templates (tool_calls.py), and the keys that switch a
+message's loss become a weight (turn_loss.py). Unused keys are reported.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ROLES = {
     **dict.fromkeys(("function", "ipython", "observation"), "tool"),
     **dict.fromkeys(("function_response", "tool_response"), "tool"),
 }
-# What else of a message a chat template sees; all strings.
+# Other fields of a message that a chat template receives; all strings.
 MESSAGE_STRINGS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 CALLS = ("tool_calls", "function_call")
 MOST_PLANS = 1000
@@ -63,7 +63,7 @@ CALL_PARTS, REASONING, TOOLS = ("tool_call", "tool_calls"), "reasoning", "tools"
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `template` is what a chat template sees: role, content, tool_calls and the like.
+    """One turn. `template` holds the fields for the chat template: role, content, tool_calls etc.
 
     `content` is a string, or None for an assistant that only calls tools. `weight` scales the loss
     of an assistant turn, 0 for a turn that is not trained on. `masked` are character ranges
@@ -97,7 +97,7 @@ class _Plan(NamedTuple):
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys of a message's role and content, and the field that reports name it by."""
+    """The keys of a message's role and content, and the field's name in reports."""
 
     role: str
     content: str
@@ -117,20 +117,20 @@ class Keys:
         return self.plans.setdefault(names, plan)
 
     def where(self, number: int) -> str:
-        """The beginning of a rejection's detail."""
+        """Return the beginning of a rejection's detail."""
         return f"{self.place} {number}: "
 
 
 def message_keys(
     columns: Mapping[str, str], path: str, role: str = "role", content: str = "content"
 ) -> Keys:
-    """The source's own names for the keys, or else the kind's: `role` and `content`."""
+    """Return the source's own names for the keys, or else the kind's: `role` and `content`."""
     given = columns.get(path, path)
     return _keys(columns.get("message.role", role), columns.get("message.content", content), given)
 
 
 def keys_found(columns: Mapping[str, str], path: str, turns: Iterable[Any]) -> Keys:
-    """The keys of a list that may be OpenAI's or ShareGPT's: `from` and `value` if it has them."""
+    """Return `from` and `value` for a list that has them, else OpenAI's keys."""
     first = next(iter(turns), None)
     sharegpt = isinstance(first, Mapping) and "from" in first and "role" not in first
     return message_keys(columns, path, *(("from", "value") if sharegpt else ()))
@@ -147,11 +147,11 @@ def _keys(role: str, content: str, path: str) -> Keys:
 def read_messages(
     turns: Iterable[Any], keys: Keys, found: RowFindings, off: bool = False, first: int = 1
 ) -> list[Message]:
-    """All turns in the common form; a turn of calls joins the assistant's turn in front of it.
+    """Read all turns; a turn of calls is joined to the assistant's turn before it.
 
     Args:
-        off: all are context, whatever their switches say.
-        first: the number of the first one in messages to a person.
+        off: all turns are context, whatever their loss switches say.
+        first: the number of the first turn in messages to a person.
     """
     messages: list[Message] = []
     for number, turn in enumerate(turns, first):
@@ -166,7 +166,7 @@ def read_messages(
 def read_message(
     turn: Any, number: int, keys: Keys, found: RowFindings, off: bool = False
 ) -> Message:
-    """One turn in the common form; `off`: it is context whatever its switches say."""
+    """Read one turn; with `off` it is context, whatever its loss switches say."""
     if type(turn) is not dict and not isinstance(turn, Mapping):
         raise Unusable(MESSAGE_NOT_OBJECT, keys.where(number) + type_name(turn))
     names = tuple(turn)
@@ -182,7 +182,7 @@ def read_message(
     if type(content) is not str or given in CALL_ROLES:
         return _read_more(turn, role, plan, keys, keys.where(number), found, off)
     for name in plan.read:
-        if turn[name] is not None:  # Arrow gives every message the keys that any has
+        if turn[name] is not None:  # Arrow gives every message the keys that any message has
             return _read_more(turn, role, plan, keys, keys.where(number), found, off)
     weight = 0.0 if off else 1.0
     if role == "assistant" and weight and (not content or content.isspace()):
@@ -209,7 +209,7 @@ def _read_more(
     found: RowFindings,
     off: bool,
 ) -> Message:
-    """A message with more than a role and a text."""
+    """Read a message that has more than a role and a text."""
     loss = read_turn_loss(turn, plan.switches, where) if plan.switches else NO_SWITCH
     trained = role == "assistant" and not off
     if loss.asking and not trained:
@@ -225,7 +225,7 @@ def _read_more(
         template["tool_calls"] = said.calls
     for name in plan.strings:
         value = turn[name]
-        if value is not None:  # Arrow gives every message the keys that any has
+        if value is not None:  # Arrow gives every message the keys that any message has
             if not isinstance(value, str):
                 raise Unusable(MESSAGE_NOT_STRING.format(name), where + type_name(value))
             template[name] = value
@@ -251,7 +251,7 @@ def _masked(
 
 
 class _Said(NamedTuple):
-    """A message's content, its calls, and its reasoning where that is a part of the content."""
+    """A message's content, its calls, and its reasoning if the content has a reasoning part."""
 
     content: str | None
     calls: list[Call]
@@ -287,7 +287,7 @@ def _what_is_said(
 
 
 def _joined(text: Message, call: Message, where: str) -> Message:
-    """An assistant's turn and the turn of calls behind it: a server produces both as one."""
+    """Join an assistant's turn and the turn of calls after it: a server produces both as one."""
     if text.weight != call.weight:
         raise Unusable(ANSWER_WEIGHTS_DIFFER, f"{where}{text.weight:g} and {call.weight:g}")
     calls = [*text.template.get("tool_calls", ()), *call.template["tool_calls"]]
@@ -304,7 +304,7 @@ def _joined(text: Message, call: Message, where: str) -> Message:
 def _read_parts(
     parts: list[Any], calls: list[Call], role: str, keys: Keys, where: str, found: RowFindings
 ) -> _Said:
-    """A list of parts: the texts joined; reasoning and calls of LLaMA-Factory's v1 as such."""
+    """Join the texts of content parts; separate LLaMA-Factory v1's reasoning and calls."""
     texts: list[str] = []
     reasoning: list[str] = []
     others = 0

@@ -1,11 +1,11 @@
-"""Tool calls and tool schemas in the one form that OpenAI-style servers give to chat templates.
+"""Tool calls and tool schemas in the form that OpenAI-style servers give to chat templates.
 
     {"name": f, "arguments": {...}}     -> {"type": "function", "function": {...}}, as vLLM has it
     arguments as JSON text              -> the object; "", null and "null" are {}
     {"name": f, "parameters": {...}}    -> {"type": "function", "function": {...}}
 
-A list of calls or of schemas may be JSON text, and so may each item of it. The arguments are an
-object then: what a chat template writes with `tojson` is the call, not a quotation of it.
+A list of calls or of schemas may be JSON text, and so may each item of it. The arguments then
+become an object, so that a chat template's `tojson` writes the call and not a quoted string.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Tools = tuple[Mapping[str, Any], ...]
 
 
 def calls_of(turn: Mapping[str, Any], where: str) -> list[Call]:
-    """The calls of an assistant's message: `tool_calls`, or the older `function_call`."""
+    """Return the calls of an assistant's message: `tool_calls`, or the older `function_call`."""
     calls = read_calls(turn.get("tool_calls"), BAD_TOOL_CALLS, where)
     value = turn.get("function_call")
     if value is None:
@@ -51,7 +51,7 @@ def calls_of(turn: Mapping[str, Any], where: str) -> list[Call]:
 
 
 def read_calls(value: Any, reason: str, where: str, single: bool = False) -> list[Call]:
-    """A list of calls, or its JSON text; with `single` also one call without a list."""
+    """Read a list of calls, or its JSON text; with `single` also one call without a list."""
     if isinstance(value, str):
         value = parse_json(value) if value.strip() else None
         if value is MISSING:
@@ -72,7 +72,8 @@ def _read_call(call: Any, reason: str, where: str) -> Call:
         found = "malformed JSON" if call is MISSING else type_name(call)
         raise Unusable(reason, f"{where}a list with {found}")
     function = call.get("function")
-    if function is None:  # a bare one: what is neither name nor arguments goes around it
+    # a call without `function`: keys other than name and arguments stay outside of it
+    if function is None:
         function = {key: call[key] for key in ("name", "arguments") if key in call}
         call = {key: value for key, value in call.items() if key not in (*function, "function")}
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -85,7 +86,7 @@ def _read_call(call: Any, reason: str, where: str) -> Call:
 
 
 def _read_arguments(value: Any, where: str) -> Mapping[str, Any]:
-    """An object; servers make an empty one of what is no text at all."""
+    """Read the arguments as an object; like servers, read null or blank text as an empty object."""
     if isinstance(value, Mapping):
         return value
     if value is None:
@@ -107,7 +108,7 @@ def _read_arguments(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def tools_of(fields: Mapping[str, Any], in_parts: list[Any]) -> Tools:
-    """The tools of a row: `tools`, the older `functions`, or parts of its messages."""
+    """Return the tools of a row: `tools`, the older `functions`, or parts of its messages."""
     found = [read_tools(fields.get("tools")), read_tools(fields.get("functions"))]
     found = [tools for tools in (*found, *map(read_tools, in_parts)) if tools]
     if not found:
@@ -118,7 +119,7 @@ def tools_of(fields: Mapping[str, Any], in_parts: list[Any]) -> Tools:
 
 
 def read_tools(value: Any) -> Tools:
-    """A list of schemas, or the text of one; null and blank text are none."""
+    """Read a list of schemas, or the text of one; null and blank text are None."""
     if not isinstance(value, str):
         return _tool_list(value)
     shared = len(value) <= LONGEST_SHARED_TOOLS
@@ -129,12 +130,12 @@ def _tools_of_text(text: str) -> Tools:
     return _tool_list(parse_json(text) if text.strip() else None)
 
 
-# Conversations share their tools: the same text is read and checked once.
+# Conversations share their tools, so the same text is read and checked once.
 _shared_tools = lru_cache(maxsize=256)(_tools_of_text)
 
 
 def _tool_list(value: Any) -> Tools:
-    if value is None:  # what the text "null" says, too
+    if value is None:  # the text "null" is None too
         return ()
     if not isinstance(value, list):
         raise Unusable(BAD_TOOLS, "malformed JSON" if value is MISSING else type_name(value))
@@ -144,7 +145,7 @@ def _tool_list(value: Any) -> Tools:
 
 
 def _read_tool(tool: Any) -> Mapping[str, Any]:
-    """One schema inside `function`; what is of a type of its own stays as it is."""
+    """Put one schema inside `function`; a tool with a type of its own stays as it is."""
     if isinstance(tool, str):
         tool = parse_json(tool)
     if not isinstance(tool, Mapping):

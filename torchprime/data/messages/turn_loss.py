@@ -1,12 +1,12 @@
-"""Loss switches of one message: the keys by which trainers say whether a turn carries loss.
+"""Loss switches of one message: the keys with which trainers set the loss of a turn.
 
     weight, loss_weight, loss_scale     a number, 0 to 10 (OpenAI, Mistral, LLaMA-Factory, Swift)
     loss, train, training, trainable    true or 1: loss; false or 0: none (Swift, Axolotl, Tinker)
     masked                              true or 1: no loss (torchtune)
     train_detail, training_detail       parts of the content by character offsets (Axolotl)
 
-Switches of one message have to agree. `mask` is refused: 1 means loss to some trainers and no loss
-to others.
+The switches of one message have to agree. `mask` is rejected: for some trainers 1 means loss, for
+others no loss.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ MASKED, MASK = "masked", "mask"
 DETAILS = ("train_detail", "training_detail")
 SWITCHES = frozenset((*WEIGHTS, *FLAGS, MASKED, MASK, *DETAILS))
 OFFSETS = ("begin_offset", "end_offset", "train")
-Part = tuple[int, int, bool]  # characters [start, end) of the content, and whether they carry loss
+Part = tuple[int, int, bool]  # characters [start, end) of the content, and True if they carry loss
 
 
 class TurnLoss(NamedTuple):
-    """The switches of one message, read.
+    """The loss switches of one message.
 
     Attributes:
         weight: of the turn's loss.
         parts: of the content, in order, from `train_detail`; empty without it.
-        asking: keys that ask for loss.
+        asking: keys that request loss.
     """
 
     weight: float
@@ -53,13 +53,13 @@ NO_SWITCH = TurnLoss(1.0)
 
 
 def read_turn_loss(turn: Mapping[str, Any], given: tuple[str, ...], where: str) -> TurnLoss:
-    """Read the switches that a message has; `given` are their keys."""
+    """Read the loss switches of a message; `given` are their keys."""
     weights: dict[str, float] = {}
     on: dict[str, bool] = {}
     parts: dict[str, tuple[Part, ...]] = {}
     for key in given:
         value = turn[key]
-        if value is None:  # Arrow gives every message the keys that any has
+        if value is None:  # Arrow gives every message the keys that any message has
             continue
         if key == MASK:
             raise Unusable(MASK_UNCLEAR, f"{where}say masked: true or train: false instead")
@@ -78,7 +78,7 @@ def read_turn_loss(turn: Mapping[str, Any], given: tuple[str, ...], where: str) 
         given_values = ", ".join(f"{key}: {show(turn[key])}" for key in (*on, *parts))
         raise Unusable(SWITCHES_DIFFER, where + given_values)
     if parts and not detail and not on:
-        # Axolotl trains nothing of such a turn, a reader expects all of it.
+        # Axolotl trains nothing of such a turn, but a reader would expect loss on all of it.
         raise Unusable(BAD_TRAIN_DETAIL.format(next(iter(parts))), f"{where}an empty list")
     weight = next(iter(weights.values()), 1.0) if all(on.values()) else 0.0
     asking = [key for key, value in on.items() if value]
@@ -93,7 +93,7 @@ def _flag(value: Any, key: str, where: str) -> bool:
 
 
 def _parts(value: Any, key: str, where: str) -> tuple[Part, ...]:
-    """The parts in order; `end_offset` is a part's last character, as in Axolotl."""
+    """Return the parts in order; `end_offset` is a part's last character, as in Axolotl."""
     reason = BAD_TRAIN_DETAIL.format(key)
     if not isinstance(value, list):
         raise Unusable(reason, where + type_name(value))
@@ -115,9 +115,9 @@ def _parts(value: Any, key: str, where: str) -> tuple[Part, ...]:
 def spans_without_loss(
     parts: tuple[Part, ...], content: str, where: str
 ) -> tuple[tuple[int, int], ...]:
-    """The ranges of the content that no part with `train: true` covers.
+    """Return the ranges of the content that no part with `train: true` covers.
 
-    As in Axolotl, what is in no part carries no loss either.
+    As in Axolotl, text outside of all parts carries no loss either.
     """
     if not parts:
         return ()

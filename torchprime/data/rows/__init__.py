@@ -1,1 +1,1 @@
-"""Records become rows: a prompt and its completion, or a conversation."""
+"""Rows from records: a prompt and its completion, or a conversation."""

@@ -1,4 +1,4 @@
-"""Answers in another form than their rows have: GSM8K's become <think> and <answer> blocks.
+"""Answers in a form that their rows lack: GSM8K answers get <think> and <answer> blocks.
 
     He has 3 + 4 = 7.        <think>
     #### 7              ->   He has 3 + 4 = 7.
@@ -7,8 +7,8 @@
                              7
                              </answer>
 
-The text itself is kept as it is. An answer that does not end in one `#### number` line is rejected,
-since nothing else says which part of it is the value.
+The text itself is unchanged. An answer that does not end in one `#### number` line is rejected,
+since nothing else marks the part that is the value.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def think_answer(answer: str) -> str:
-    """The reasoning inside <think>, what stands behind the last `####` inside <answer>.
+    """Put the reasoning inside <think>, and the text after the last `####` inside <answer>.
 
     Raises:
-        Unusable: there is no such line at the end, or more than one; nothing before or behind it;
+        Unusable: no such line at the end, or more than one; nothing before or after it;
             or a tag is in the text already.
     """
     reasoning, marker, value = (part.strip() for part in answer.rpartition(MARKER))

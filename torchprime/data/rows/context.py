@@ -4,7 +4,7 @@
     history   [[user's text, assistant's text], ...], or a list of messages; or its JSON text
 
 In a conversation they are its first turns, and the assistant's turns of the history carry loss like
-all others. In front of a plain prompt they are context.
+all others. Before a plain prompt they are context.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPENING_ROLES = ("system", "developer")
 
 
 def read_system(fields: dict[str, Any], columns: Mapping[str, str]) -> str:
-    """The system prompt; "" for none, which blank text is too."""
+    """Return the system prompt; "" if there is none or it is blank."""
     if fields.get("system") is None:
         return ""
     system = string_of(fields, "system", columns, may_be_empty=True)
@@ -38,7 +38,7 @@ def read_system(fields: dict[str, Any], columns: Mapping[str, str]) -> str:
 def read_history(
     fields: dict[str, Any], columns: Mapping[str, str], found: RowFindings
 ) -> list[Message]:
-    """The turns before the row's own."""
+    """Return the turns before the row's own."""
     value = fields.get("history")
     if isinstance(value, str):
         value = parse_json(value) if value.strip() else None
@@ -66,7 +66,7 @@ def _found(pair: Any) -> str:
 
 
 def history_pairs(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """The same as pairs of texts, for a plain prompt."""
+    """Return the history as pairs of texts, for a plain prompt."""
     roles = [message.role for message in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2):
         raise Unusable(
@@ -81,7 +81,7 @@ def history_pairs(messages: Sequence[Message]) -> list[tuple[str, str]]:
 def with_context(
     messages: list[Message], fields: dict[str, Any], columns: Mapping[str, str], found: RowFindings
 ) -> list[Message]:
-    """A conversation with the turns that its row's `system` and `history` are."""
+    """Return a conversation that begins with the turns of its row's `system` and `history`."""
     system = read_system(fields, columns)
     if system:
         if messages and messages[0].role == "system":

@@ -1,12 +1,12 @@
-"""Rows of one question and its answer, and what stands in front of the question.
+"""Rows of one question and its answer, and the context before the question.
 
-    prompt_completion  {prompt, completion}           as they are
+    prompt_completion  {prompt, completion}           unchanged
     question_answer    {question, answer}             the question inside QUESTION_PROMPT
     alpaca             {instruction, input?, output}  inside the prompts of the original Alpaca
 
-A system prompt and earlier exchanges are context. As text they are written in front of the prompt
-with blank lines between, the exchanges in the kind's own frame; in Alpaca's prompt the system
-prompt takes the place of the opening sentences.
+A system prompt and earlier exchanges are context. As text they are written before the prompt with
+blank lines between, the exchanges in the kind's own frame; in Alpaca's prompt the system prompt
+replaces the opening sentences.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Exchange(NamedTuple):
     """A question and its answer.
 
     Attributes:
-        asked: what a user's turn says.
-        prompt: the same in the kind's frame.
-        opening: what the kind writes before everything else, if there is no system prompt.
+        asked: the text of a user's turn.
+        prompt: the same text in the kind's frame.
+        opening: text of the kind before everything else, if there is no system prompt.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Exchange(NamedTuple):
     opening: str = ""
 
     def prompt_after(self, system: str, history: Pairs) -> str:
-        """The whole prompt."""
+        """Return the whole prompt."""
         opening = system or self.opening
         before = [self._framed(question) + answer for question, answer in history]
         return BETWEEN.join([*([opening] if opening else []), *before, self.prompt])
@@ -69,20 +69,20 @@ class Exchange(NamedTuple):
 
 
 def prompt_completion(fields: dict[str, Any], columns: Mapping[str, str]) -> Exchange:
-    """Both strings as they are."""
+    """Return both strings unchanged."""
     prompt = string_of(fields, "prompt", columns, may_be_empty=True)
     return Exchange("prompt_completion", prompt, prompt, string_of(fields, "completion", columns))
 
 
 def question_answer(fields: dict[str, Any], columns: Mapping[str, str]) -> Exchange:
-    """The question in its frame."""
+    """Return the question in its frame."""
     question = string_of(fields, "question", columns)
     prompt = QUESTION_PROMPT.format(question=question)
     return Exchange("question_answer", question, prompt, string_of(fields, "answer", columns))
 
 
 def alpaca(fields: dict[str, Any], columns: Mapping[str, str]) -> Exchange:
-    """One of Alpaca's two prompts, without and with an input."""
+    """Return one of Alpaca's two prompts, without or with an input."""
     instruction = string_of(fields, "instruction", columns)
     output = string_of(fields, "output", columns)
     given = ""

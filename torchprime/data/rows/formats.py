@@ -1,4 +1,4 @@
-"""The kind of a source's records, decided once, and the names under which their fields come."""
+"""The kind of a source's records, decided once, and the mapping of their field names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchprime.data.messages.json_fields import objects_of_text
 from torchprime.data.shared.fields import MISSING, lookup, printable
 from torchprime.errors import DataError
 
-# What a record needs to be of a kind.
+# The fields that a record of each kind needs.
 FIELDS: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "question_answer": ("question", "answer"),
@@ -26,9 +26,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "tree": ("message_tree_id",),
 }
 ASKED_FOR = ("preference",)  # never chosen by `auto`: the other half of such a row is not trained
-# What a record of a tree is known by: the messages inside one another, or a message each.
+# The marks of a tree's record: nested messages, or one message each.
 FLAT_TREE = ("message_tree_id", "message_id", "text", "role")
-# What a model is given of a row of question and answer.
+# The prompt of a question-answer row, as a model receives it.
 QUESTION_PROMPT = "Question:\n{question}\n\n\nAnswer:\n"
 STRUCTURED = ("messages", "sharegpt")
 CANONICAL_FIELDS = (
@@ -41,11 +41,11 @@ CANONICAL_FIELDS = (
 
 @dataclass(frozen=True)
 class FormatDecision:
-    """The kind all rows are read as, and why.
+    """The kind that all rows are read as, and the reason for it.
 
     Attributes:
-        unused: an example of each column of the sampled rows that nothing reads.
-        like_input: the names of those that hold long texts, different in each row.
+        unused: an example of each column of the sampled rows that is not read.
+        like_input: names of unused columns with long texts that differ in each row.
     """
 
     kind: str
@@ -60,10 +60,10 @@ def decide_format(
     columns: Mapping[str, str] | None = None,
     section: str = "dataset",
 ) -> FormatDecision:
-    """Take the requested kind, or the one kind whose fields the sampled records have.
+    """Use the requested kind, or the one kind whose fields the sampled records have.
 
-    A list of messages is preferred over strings beside it, since those are made from it; between
-    other kinds nothing is preferred.
+    A list of messages is preferred over strings beside it, since those are made from it. There is
+    no other preference between kinds.
 
     Raises:
         DataError: an unknown kind or canonical field; or `auto` finds no kind, or more than one.
@@ -108,7 +108,7 @@ def _why(kind: str, fitting: int, sampled: int, beside: Counter[str]) -> str:
 
 
 def _fitting_kinds(row: Mapping[str, Any]) -> list[str]:
-    """The kinds whose fields this row has; a null counts only where nothing else fits."""
+    """Return the kinds whose fields this row has; null fields count only as a last resort."""
     if is_tree(row):
         return ["tree"]
     kinds = {k: fields for k, fields in FIELDS.items() if k not in (*ASKED_FOR, "tree")}
@@ -117,7 +117,7 @@ def _fitting_kinds(row: Mapping[str, Any]) -> list[str]:
 
 
 def is_tree(row: Mapping[str, Any]) -> bool:
-    """A tree of messages, or one message of such a tree."""
+    """Return True for a tree of messages, or for one message of such a tree."""
     if all(name in row for name in FLAT_TREE):
         return True
     prompt = row.get("prompt")
@@ -125,7 +125,7 @@ def is_tree(row: Mapping[str, Any]) -> bool:
 
 
 def _preferred(kinds: list[str], row: Mapping[str, Any]) -> list[str]:
-    """One list of messages over strings, which are its first turn or its last; not over text."""
+    """Prefer one list of messages over strings, its first or last turn, but not over `text`."""
     lists = [k for k in kinds if k in STRUCTURED and _is_list(row[FIELDS[k][0]])]
     if len(lists) != 1 or "text" in kinds:
         return kinds
@@ -182,7 +182,7 @@ def _no_kind(
 
 
 def check_columns(columns: Mapping[str, str] | None, config: str) -> None:
-    """Raise a DataError for a mapping of what is no field of ours, or to what is no name."""
+    """Raise a DataError for a mapping with an unknown field of ours or without a column name."""
     for field, column in (columns or {}).items():
         given = f"{config}.columns={{{field}: {column}}}"
         if field not in CANONICAL_FIELDS:
@@ -200,7 +200,7 @@ def check_columns(columns: Mapping[str, str] | None, config: str) -> None:
 
 
 def rename(record: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
-    """The record under our names. A mapped field comes from its column and from nowhere else."""
+    """Return the record under our names. A mapped field is read from its column only."""
     if not columns:
         return record if isinstance(record, dict) else dict(record)
     taken = {*columns, *columns.values()}

@@ -1,7 +1,7 @@
-"""The keys of records that nothing reads (law 9: each is used, or named in the report).
+"""Unread keys of records (law 9: each key is used, or named in the report).
 
-Records of one source mostly have the same keys, so the answer is worked out once for all that do.
-Of an object that a dotted column reaches into, only what the column names is used: with
+Most records of one source have the same keys, so the result is computed once for each set of keys.
+If a dotted column reaches into an object, only the named key is used: with
 `dataset.columns={answer: meta.solution}` a record's `meta.source` is reported.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torchprime.data.rows.formats import FIELDS
 from torchprime.data.rows.row import Row, RowReading
 
-# What a record becomes: its fields besides those that its kind needs.
+# The forms a record can take: its fields besides those that its kind needs.
 PLAIN, CHAT, FLAT_TREE = "plain", "chat", "flat tree"
 OF_ALL = ("system", "history", "weight")
 OF_SHAPE = {
@@ -24,12 +24,12 @@ OF_SHAPE = {
 OF_KIND = {"alpaca": ("input",), "preference": ("prompt",), "tree": ("prompt",)}
 MOST_PLANS = 1000
 
-# A column that looks like input: long texts, mostly not twice the same.
+# A column that looks like input has long texts, mostly different ones.
 LONG, DISTINCT, FILLED, FEWEST = 40, 0.8, 0.5, 2
 
 
 class Unread(NamedTuple):
-    """A key that nothing reads, or an object of which only some keys are read."""
+    """A key that is not read, or an object of which only some keys are read."""
 
     path: str
     key: str
@@ -37,7 +37,7 @@ class Unread(NamedTuple):
 
 
 class RecordKeys:
-    """Finds what of a source's records nothing reads."""
+    """A finder of the unread keys in a source's records."""
 
     def __init__(self, kind: str, reading: RowReading) -> None:
         self._columns = dict(reading.columns or {})
@@ -50,7 +50,7 @@ class RecordKeys:
         self._plans: dict[tuple[str, tuple[str, ...]], tuple[Unread, ...]] = {}
 
     def unused(self, record: Mapping[str, Any], shape: str) -> Sequence[tuple[str, Any]]:
-        """(path, value) of what is not null and not read when the record becomes `shape`."""
+        """Return (path, value) of the non-null values that this `shape` does not read."""
         names = tuple(record)
         plan = self._plans.get((shape, names))
         if plan is None:
@@ -76,7 +76,7 @@ class RecordKeys:
                 yield Unread(name, name, inside.get(name))
 
     def _paths(self, shape: str) -> Iterator[str]:
-        """Columns that are read, dotted or not. A mapped field is read from its column alone."""
+        """Return the columns that are read, dotted or not; mapped fields are read there only."""
         taken = set(self._columns.values())
         for name in self._fields[shape]:
             if name in self._columns:
@@ -103,14 +103,16 @@ def _values(record: Mapping[str, Any], unread: Unread) -> Iterator[tuple[str, An
 
 
 class Unused(NamedTuple):
-    """The values of a column that nothing reads, each with the text of its row."""
+    """The values of an unread column, each with the text of its row."""
 
     values: list[Any]
     rows: list[str]
 
     def looks_like_input(self, count: int) -> bool:
-        """Return True if most of `count` rows have a long text here, mostly not twice the same,
-        that is not in the row anyway."""
+        """Return True if most of `count` rows have a long text here that looks like input.
+
+        Such texts are mostly different ones, and are not part of the row's own text.
+        """
         pairs = [pair for pair in zip(*self, strict=True) if _is_prose(pair[0])]
         if len(pairs) < max(FEWEST, FILLED * count):
             return False
@@ -121,17 +123,17 @@ class Unused(NamedTuple):
 
 
 def _is_prose(value: Any) -> bool:
-    """Words, not a hash or an address."""
+    """Return True for words, False for a hash or an address."""
     return isinstance(value, str) and (len(value.split()) > 1 or not value.isascii())
 
 
 def unused_columns(
     sample: Iterable[tuple[Mapping[str, Any], Row | None]], keys: RecordKeys
 ) -> dict[str, Unused]:
-    """The columns of these records that their rows are not made of, by path.
+    """Return the unread columns of these records, by path.
 
     Args:
-        sample: records with their rows; a record of a tree has none of its own.
+        sample: records with their rows; a record of a tree has no row of its own.
     """
     columns: dict[str, Unused] = {}
     for record, row in sample:
@@ -145,7 +147,7 @@ def unused_columns(
 
 
 def shape_of_tree(record: Mapping[str, Any]) -> str:
-    """A record of a whole tree, or of one message."""
+    """Return the shape of a whole tree's record, or of one message's."""
     return CHAT if isinstance(record.get("prompt"), Mapping) else FLAT_TREE
 
 

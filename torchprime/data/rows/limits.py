@@ -1,8 +1,8 @@
-"""What one row may cost: characters, and seconds of its chat template.
+"""Limits on one row: characters, and seconds of its chat template.
 
-A tokenizer holds some hundred bytes for each character of a text at once, so one row of 60 MB ends
-a process for want of memory. A template is a program of whoever wrote the model; nested loops keep
-it busy for as long as they like.
+A tokenizer uses some hundred bytes of memory for each character of a text, so one row of 60 MB can
+exhaust the memory of a process. A template is a program by the model's author; nested loops can
+keep it busy for any length of time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REASON_TOO_MANY = "more characters than dataset.max_row_characters"
 RENDER_SECONDS = 5.0  # of this process's CPU time; a long conversation takes milliseconds
 MOST_RENDERED = 64 * 2**20  # characters of one rendering
 
-_left: list[float] = []  # seconds that the row being rendered has left
+_left: list[float] = []  # seconds left for the row being rendered
 
 
 class TooSlow(Exception):
@@ -39,7 +39,7 @@ def characters(row: Row) -> int:
 
 
 def too_long(row: Row, count: int) -> Rejection:
-    """Return the rejection of a row for its number of characters."""
+    """Return the rejection of a row with too many characters, or None."""
     return Rejection(row.row_id, REASON_TOO_MANY, f"{count:,} characters")
 
 
@@ -55,7 +55,7 @@ def _characters(value: Any) -> int:
 
 @contextmanager
 def one_row() -> Iterator[None]:
-    """Count the renderings inside together: they have RENDER_SECONDS for all of them."""
+    """Limit all renderings inside to RENDER_SECONDS together."""
     _left.append(RENDER_SECONDS)
     try:
         yield
@@ -65,12 +65,12 @@ def one_row() -> Iterator[None]:
 
 @contextmanager
 def rendering() -> Iterator[None]:
-    """Limit the time of one rendering, or of what `one_row` has left.
+    """Limit the time of one rendering, or use the rest of `one_row`'s time.
 
-    Only the main thread of a process can be interrupted; nothing is limited in another.
+    Only the main thread of a process can be interrupted; other threads have no limit.
 
     Raises:
-        TooSlow: it took longer.
+        TooSlow: the rendering took longer.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -93,10 +93,10 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def bounded(pieces: Iterator[str]) -> Iterator[str]:
-    """Pass on what a template writes, up to MOST_RENDERED characters.
+    """Yield the output of a template, up to MOST_RENDERED characters.
 
     Raises:
-        ValueError: it writes more.
+        ValueError: the template writes more.
     """
     count = 0
     for piece in pieces:

@@ -1,12 +1,12 @@
-"""Preference rows, of which the chosen answer is trained.
+"""Preference rows; their chosen answer is trained.
 
     {prompt: text, chosen: text, rejected: text}      prompt and completion
     {prompt?: turns, chosen: turns, rejected: turns}  a conversation
     {chosen: text, rejected: text}                    texts that both begin with the same dialogue,
                                                       "\\n\\nHuman: ...\\n\\nAssistant: ..."
 
-In a conversation the turns that `prompt` gives and those that chosen and rejected begin with alike
-are context; the last turn never is. The rejected answer is used for nothing else.
+In a conversation the turns of `prompt` and the turns that chosen and rejected share at the start
+are context; the last turn never is. The rejected answer has no other use.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROLES = {"Human": "user", "Assistant": "assistant"}
 def read_preference(
     fields: dict[str, Any], columns: Mapping[str, str], found: RowFindings
 ) -> Exchange | list[Message]:
-    """The chosen answer behind its prompt: texts, or turns."""
+    """Return the chosen answer after its prompt: texts, or turns."""
     found.noticed.append((NOTICE, 1))
     chosen = _turns(field_of(fields, "chosen", columns))
     rejected = _turns(fields.get("rejected"))
@@ -50,13 +50,13 @@ def read_preference(
         prompt = string_of(fields, "prompt", columns)
         return Exchange("preference", prompt, prompt, completion)
     if not completion.startswith(HUMAN) or ASSISTANT not in completion:
-        string_of(fields, "prompt", columns)  # says that it is missing
+        string_of(fields, "prompt", columns)  # reports that it is missing
     prompt, completion = _split_dialogue(completion, fields.get("rejected"))
     return Exchange("preference", prompt, prompt, completion)
 
 
 def _turns(value: Any) -> list[Any] | None:
-    """A list of messages, one message, or the JSON text of a list; None for a plain text."""
+    """Read a list of messages, one message, or the JSON text of a list; None for a plain text."""
     if isinstance(value, Mapping):
         return [value]
     if isinstance(value, str):
@@ -109,7 +109,7 @@ def _role(turn: Any, keys: Keys) -> Any:
 
 
 def _asks(turns: list[Any], prompt: str, keys: Keys) -> bool:
-    """Return True if a turn says what the prompt says: it is in the conversation already."""
+    """Return True if a turn repeats the prompt's text, which is then in the conversation."""
     said = (turn.get(keys.content) for turn in turns if isinstance(turn, Mapping))
     return any(isinstance(text, str) and text.strip() == prompt.strip() for text in said)
 
@@ -134,7 +134,7 @@ def _same(one: Any, other: Any, keys: Keys, other_keys: Keys) -> bool:
 
 
 def _split_dialogue(chosen: str, rejected: Any) -> tuple[str, str]:
-    """The dialogue up to the last "Assistant:" that both texts have, and the chosen answer."""
+    """Return the dialogue up to the last shared "Assistant:", and the chosen answer."""
     same = commonprefix([chosen, rejected]) if isinstance(rejected, str) else chosen
     at = same.rfind(ASSISTANT)
     if at < 0:
@@ -148,7 +148,7 @@ def _split_dialogue(chosen: str, rejected: Any) -> tuple[str, str]:
 
 
 def dialogue_messages(exchange: Exchange) -> list[Message]:
-    """The turns of a dialogue that is written as text; none if the prompt is no dialogue."""
+    """Return the turns of a dialogue that is written as text; none if the prompt is no dialogue."""
     nothing, *pieces = SPEAKER.split(exchange.prompt)
     if nothing or len(pieces) < 4 or pieces[-2:] != ["Assistant", ""]:
         return []

@@ -1,8 +1,8 @@
-"""The rows of a source, streamed: each record is read as the one kind that all of them are.
+"""The rows of a source, streamed: all records are read as one kind.
 
-`auto` decides the kind once, on the first rows, and refuses to guess between kinds; `columns` says
-which columns of the source the fields are in (row_format.py). What becomes of one record is said in
-row_reader.py. A record that can't be used is a `Rejection`, to be counted, not an exception.
+`auto` decides the kind once, from the first rows, and never guesses between kinds; `columns` maps
+our fields to the source's columns (formats.py). reader.py reads one record. A record that can't be
+used is a `Rejection`, to be counted, not an exception.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from torchprime.errors import DataError
 __all__ = ["QUESTION_PROMPT", "SAMPLE_ROWS", "Row", "RowReading", "open_rows", "read_row"]
 
 SAMPLE_ROWS = 100
-WITHOUT_INPUT = ("text", "tree")  # kinds that leave no column aside that could belong to a question
+WITHOUT_INPUT = ("text", "tree")  # kinds that use every column that could be a question
 
 
 # All records -------------------------------------------------------------------------------------
@@ -52,15 +52,15 @@ def open_rows(
     section: str = "dataset",
     notes: RowNotes | None = None,
 ) -> tuple[FormatDecision, Iterator[Row | Rejection]]:
-    """Decide the kind on the first records, then stream all of them, those first ones included.
+    """Decide the kind from the first records, then stream all records, including the first ones.
 
-    Records that could not be read come through as the rejections they are.
+    Records that could not be read are passed on as rejections.
 
     Args:
-        notes: filled while the rows are read; what is noticed in them is counted there.
+        notes: counts findings in the rows while they are read.
 
     Raises:
-        DataError: no kind can be decided, `reading` names what there isn't, or nothing is there.
+        DataError: no kind can be decided, `reading` names a missing field, or there are no rows.
     """
     check_columns(reading.columns, section if section.startswith("dataset") else "dataset")
     notes = RowNotes() if notes is None else notes
@@ -83,7 +83,7 @@ def open_rows(
 def _with_unused(
     decision: FormatDecision, sample: Sequence[Mapping[str, Any] | Rejection], reading: RowReading
 ) -> FormatDecision:
-    """The decision with the columns of the sampled records that nothing reads."""
+    """Add the unread columns of the sampled records to the decision."""
     reader = RowReader(decision.kind, reading)
     records = [record for record in sample if not isinstance(record, Rejection)]
     if decision.kind == "tree":
@@ -117,7 +117,7 @@ def _read_all(records: Records, reader: RowReader) -> Iterator[Row | Rejection]:
 
 
 def _read_trees(records: Records, reader: RowReader) -> Iterator[Row | Rejection]:
-    """Several rows of one record, or one row of several records."""
+    """Read trees: several rows from one record, or one row from several records."""
     seen: dict[bytes, str] = {}
     id_key = reader.reading.id_key
     for tree in read_trees(records, reader.reading.columns):
@@ -134,7 +134,7 @@ def _read_trees(records: Records, reader: RowReader) -> Iterator[Row | Rejection
 def _claim_id(
     row: Row, record: Mapping[str, Any], key: str, seen: dict[bytes, str]
 ) -> Row | Rejection:
-    """The row if its id is new. A rejected row claims none: its repaired copy may follow."""
+    """Return the row if its id is new. Rejected rows claim none: a repaired copy may follow."""
     try:
         value = scalar_of(record, key, NO_ID, BAD_ID)
     except Unusable as unusable:
@@ -153,6 +153,6 @@ def load_rows(
     reading: RowReading = PLAIN_READING,
     section: str = "eval",
 ) -> list[Row]:
-    """The first `limit` usable rows, to show answers to a person."""
+    """Return the first `limit` usable rows, to show answers to a person."""
     _, rows = open_rows(source, reading, section)
     return list(islice((row for row in rows if isinstance(row, Row)), limit))

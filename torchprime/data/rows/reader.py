@@ -1,6 +1,6 @@
-"""One record becomes a Row, or a Rejection that says why not.
+"""Conversion of one record to a Row, or to a Rejection with the reason.
 
-    prompt_completion  {prompt, completion}           strings as they are; or two lists of messages
+    prompt_completion  {prompt, completion}           strings unchanged; or two lists of messages
     question_answer    {question, answer}             the question inside QUESTION_PROMPT
     alpaca             {instruction, input?, output}  inside the prompts of the original Alpaca
     messages           {messages, tools?}             [{role, content, tool_calls?, weight?, ...}]
@@ -9,9 +9,9 @@
     preference         {prompt?, chosen, rejected}    the chosen answer (preferences.py)
     tree               {message_tree_id, ...}         the best ways through a tree (trees.py)
 
-All take a `system` prompt, a `history` (row_context.py) and a `weight`. Messages come out in one
-form whatever they came in (messages.py). The reason of a rejection is one of REASONS (fields.py),
-its detail this record's own. Keys that nothing reads are reported (row_keys.py).
+All kinds accept a `system` prompt, a `history` (context.py) and a `weight`. Messages of all forms
+are converted to one form (messages/read.py). The reason of a rejection is one of REASONS
+(shared/fields.py), its detail is specific to the record. Unread keys are reported (keys.py).
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def read_row(
     source: str = "",
     notes: RowNotes | None = None,
 ) -> Row | Rejection:
-    """One record as a Row, or why not. `kind` is one of FIELDS, but no tree."""
+    """Return a record as a Row, or its Rejection. `kind` is one of FIELDS, but no tree."""
     return RowReader(kind, reading, source, notes).read(row_id, record)
 
 
 class RowReader:
-    """Reads the records of one source, all of one kind."""
+    """A reader for the records of one source, all of one kind."""
 
     def __init__(
         self,
@@ -99,11 +99,11 @@ class RowReader:
         self.keys = RecordKeys(kind, reading)
         self._columns = reading.columns or {}
         self._body = _BODIES.get(kind)
-        self._found = RowFindings()  # made anew only when something was found
+        self._found = RowFindings()  # replaced only after something was found
         self._think = reading.answer_form == THINK_ANSWER and kind in KINDS_WITH_ANSWERS
 
     def read(self, row_id: str, record: Mapping[str, Any]) -> Row | Rejection:
-        """One record as a Row, or why not."""
+        """Return a record as a Row, or its Rejection."""
         assert self._body is not None, "trees have no row a record"
         found = self._found
         if found.unused or found.noticed or found.tools:
@@ -114,7 +114,7 @@ class RowReader:
             if isinstance(body, Exchange):
                 body = self._exchange(body, fields, found)
             elif self._think:
-                think_answer("")  # says why these have no such answer
+                think_answer("")  # raises the reason why these have no such answer
             row = self._row(row_id, record, fields, body)
         except Unusable as unusable:
             return Rejection(row_id, unusable.reason, unusable.detail)
@@ -139,7 +139,7 @@ class RowReader:
     def _exchange(
         self, exchange: Exchange, fields: dict[str, Any], found: RowFindings
     ) -> dict[str, Any]:
-        """A question and its answer, as text or as turns."""
+        """Read a question and its answer, as text or as turns."""
         if self._think:
             exchange = exchange._replace(completion=think_answer(exchange.completion))
         if not self.reading.as_messages:
@@ -153,7 +153,7 @@ class RowReader:
         return _conversation(messages, fields, self._columns, found, exchange.kind)
 
     def read_tree(self, tree: Tree) -> Iterator[Row | Rejection]:
-        """The rows of one tree: `file.jsonl:17`, `file.jsonl:17/2` and so on."""
+        """Read the rows of one tree: `file.jsonl:17`, `file.jsonl:17/2` and so on."""
         if isinstance(tree.result, Rejection):
             yield tree.result
             return
@@ -201,7 +201,7 @@ def _prompt_completion(
     elif isinstance(prompt, str) and isinstance(completion, list):
         prompt = turns_of_text(prompt) or prompt
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        return exchanges.prompt_completion(fields, columns)  # says which of them is no string
+        return exchanges.prompt_completion(fields, columns)  # reports which of them is no string
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise Unusable(
             MIXED_FORMS, f"prompt: {type_name(prompt)}, completion: {type_name(completion)}"
@@ -282,7 +282,7 @@ def _conversation(
     found: RowFindings,
     kind: str = "messages",
 ) -> dict[str, Any]:
-    """The body of a row of messages, of which some turn has to carry loss."""
+    """Return the body of a row of messages, at least one turn of which carries loss."""
     if fields.get("system") is not None or fields.get("history") is not None:
         messages = with_context(messages, fields, columns, found)
     if fields.get("only_last") is not None or fields.get("mask") is not None:
@@ -296,8 +296,10 @@ def _conversation(
 
 
 def _switched(messages: list[Message], fields: dict[str, Any]) -> list[Message]:
-    """The messages with what a row's own switches say: `only_last` (Mistral) and `mask` (NeMo: the
-    role whose turns carry no loss)."""
+    """Apply a row's own loss switches to its messages.
+
+    They are `only_last` (Mistral) and `mask` (NeMo: the role whose turns carry no loss).
+    """
     mask, only_last = fields.get("mask"), fields.get("only_last")
     masked = ROLES.get(mask.lower()) if isinstance(mask, str) else None
     if mask is not None and masked not in ("user", "system", "tool"):

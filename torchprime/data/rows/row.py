@@ -1,4 +1,4 @@
-"""A record in the common form, and the settings by which records become it."""
+"""A record in the common form, and the settings for reading records into it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torchprime.data.rows.answer_form import AS_IS
 class Row:
     """One record in the common form: a prompt and a completion, or messages.
 
-    A text row has everything in completion; its prompt is context that a field `system` gives, or
-    "". A row of messages has neither.
+    A text row has everything in completion; its prompt is context from the field `system`, or "". A
+    row of messages has neither.
     """
 
     row_id: str
@@ -24,22 +24,22 @@ class Row:
     completion: str = ""
     messages: tuple[Message, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas, for the template
-    weight: float = 1.0  # scales the loss of the whole row
-    source: str = ""  # which part of a mixture it is from
+    weight: float = 1.0  # multiplies the loss of the whole row
+    source: str = ""  # the part of a mixture it is from
     group: str | None = None  # rows of one group stay on one side of a split
     time: float | str | None = None  # for a split by time
 
 
 @dataclass(frozen=True)
 class RowReading:
-    """The settings of reading; column names may be dotted to reach into nested objects.
+    """The settings for reading; column names may be dotted to reach into nested objects.
 
     Attributes:
         columns: our field -> the source's column, e.g. {"question": "Body"}; "message.role" and
             "message.content" name keys inside each message.
-        group_key, time_key, id_key: columns of what Row.group and Row.time hold, and of an id that
-            may occur only once.
-        answer_form: AS_IS, or what answer_form.py makes of prompts' answers.
+        group_key, time_key, id_key: columns of Row.group and Row.time, and of an id that may occur
+            only once.
+        answer_form: AS_IS, or a form that answer_form.py gives to prompts' answers.
         as_messages: prompt and completion become a user's and an assistant's turn.
     """
 

@@ -1,13 +1,12 @@
-"""Which side of a train/eval split a row is on, as a function of the row alone.
+"""The train/eval split: the side of a row is a function of the row alone.
 
-A hash of the row's group, or of its text where it has no group, falls into the evaluation part or
-not. So a row stays on its side when others are added, removed or reordered, rows with the same text
-are always together, and so are the rows of one group: a thread, a document, a tenant.
+A hash of the row's group, or of its text if it has no group, decides the side. So a row stays on
+its side when others are added, removed or reordered. Rows with the same text are always together,
+and so are the rows of one group: a thread, a document, a tenant.
 
-A split by time needs to see all rows once: the latest part of them is for evaluation, and a group
-is as late as its latest row, so that no group is on both sides and nothing that is trained on is
-later than what is evaluated. (Equal texts of different times and groups can then be on both sides;
-leaks.py finds those.)
+A split by time reads all rows once and evaluates on the latest part of them. A group is as late as
+its latest row, so no group is on both sides and no training row is later than an evaluation row.
+(Equal texts of different times and groups can be on both sides; data/leaks finds those.)
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 @dataclass(frozen=True)
 class SplitRule:
-    """`fraction` of the rows, or of the groups, is for evaluation; `seed` draws another part.
+    """The rule: `fraction` of the rows, or of the groups, is evaluated; `seed` varies the draw.
 
-    With `by_time`, rows at or after `threshold` are, and `latest` has the time of each group's
-    latest row under the group's hash: `TimeSplit.rule` fills both.
+    With `by_time`, rows at or after `threshold` are for evaluation, and `latest` maps each group's
+    hash to the time of its latest row. `TimeSplit.rule` fills both.
     """
 
     fraction: float
@@ -54,7 +53,7 @@ class SplitRule:
             )
 
     def side_of(self, row: Row, key_text: str) -> Side:
-        """The side of a row whose `content_text` is `key_text`.
+        """Return the side of a row whose `content_text` is `key_text`.
 
         Raises:
             DataError: the rule is by time and the row has no usable time.
@@ -76,9 +75,9 @@ class SplitRule:
 
 
 class TimeSplit:
-    """Shown every row once, then gives the rule that puts the latest `fraction` into evaluation.
+    """A collector of all rows' times; its rule puts the latest `fraction` into evaluation.
 
-    Keeps a number for each row without a group, and a hash, a time and a count for each group.
+    It stores a number for each row without a group, and a hash, a time and a count for each group.
     """
 
     def __init__(self, fraction: float, seed: int = 0) -> None:
@@ -88,10 +87,10 @@ class TimeSplit:
         self._form: tuple[str, str] | None = None  # the first row's, and its id
 
     def add(self, row: Row) -> None:
-        """Take note of one row.
+        """Record the time of one row.
 
         Raises:
-            DataError: no time, one that can't be read, or one of another form than the rows before.
+            DataError: no time, an unreadable one, or one of another form than in the rows before.
         """
         time, form = parse_time(row)
         self._form = self._form or (form, row.row_id)
@@ -108,7 +107,7 @@ class TimeSplit:
         self._groups[key] = (max(latest, time), count + 1)
 
     def rule(self) -> SplitRule:
-        """The rule for the rows seen. Rows of one time stay together: all of them in evaluation.
+        """Return the rule for the rows seen. Rows of the threshold's time are all in evaluation.
 
         Raises:
             DataError: one side would have no rows.
@@ -134,7 +133,7 @@ class TimeSplit:
 def plan_split(
     rows: Iterable[Row], fraction: float, seed: int = 0, by_time: bool = False
 ) -> SplitRule:
-    """The rule for these rows, read once, and the assurance that neither side is empty.
+    """Read the rows once, return the rule for them, and check that neither side is empty.
 
     Raises:
         ConfigError: a fraction that is not between 0 and 1.
@@ -170,9 +169,9 @@ def check_sides(num_train: int, num_eval: int) -> None:
 
 
 def parse_time(row: Row) -> tuple[float, str]:
-    """A row's time as a number that orders it, and the form it was given in.
+    """Return a row's time as a number that orders it, and the form it was given in.
 
-    Numbers are themselves; texts are ISO 8601 dates or dates with times, in seconds since 1970.
+    Numbers stay as they are; texts are ISO 8601 dates or dates with times, in seconds since 1970.
 
     Raises:
         DataError: anything else.
@@ -202,10 +201,10 @@ def parse_time(row: Row) -> tuple[float, str]:
 
 
 def content_text(row: Row) -> str:
-    """What a row says, as one text: prompt and completion, or its messages' roles and contents.
+    """Return a row's text: prompt and completion, or its messages' roles and contents.
 
-    Names, ids, weights and what else a row carries are not in it: rows that differ only in those
-    are the same row to a split and to the leak check.
+    Names, ids, weights and other fields are not in it: rows that differ only in those are the same
+    row for a split and for the leak check.
     """
     if not row.messages:
         return row.prompt + "\n" + row.completion
@@ -216,7 +215,7 @@ def _message_parts(message: Message) -> list[str]:
     parts = [message.role, _as_text(message.template.get("content"))]
     parts.append(_as_text(message.template.get("reasoning_content")))
     for call in message.template.get("tool_calls") or ():
-        # Not the call's id, which is drawn anew each time the same conversation is exported.
+        # Not the call's id, which is new each time the same conversation is exported.
         parts.append(_as_text(call.get("function", call) if isinstance(call, Mapping) else call))
     return [part for part in parts if part]
 
@@ -228,7 +227,7 @@ def _as_text(value: Any) -> str:
 
 
 def _hash(kind: str, key: str, seed: int) -> int:
-    """64 bits that depend on nothing but these three; the kind keeps groups and texts apart."""
+    """Return a 64-bit hash of these three; the kind separates groups from texts."""
     secret = hashlib.sha256(str(seed).encode()).digest()
     message = f"{kind}\0{key}".encode("utf-8", "surrogatepass")
     digest = hashlib.blake2b(message, digest_size=8, key=secret).digest()

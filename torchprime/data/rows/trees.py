@@ -1,12 +1,12 @@
-"""Trees of messages become conversations: OpenAssistant's two forms.
+"""Conversations from trees of messages, in OpenAssistant's two forms.
 
     {message_tree_id, prompt: {text, role, rank, replies: [{...}, ...]}}    nested: a whole tree
     {message_tree_id, message_id, parent_id, text, role, rank}              flat: one message of it
 
-Of the assistant's replies to a message only the best is followed (the lowest rank, then the first);
-of the prompter's all are. Each way from the first message to an assistant's turn that nothing
-answers is a conversation. A turn that stands in several of them carries loss in the first alone.
-Deleted messages are left out with what replies to them. What is left out is counted.
+Of the assistant's replies to a message only the best is used (the lowest rank, then the first); of
+the prompter's all are. Each path from the first message to an assistant's turn without a reply is a
+conversation. A turn that is in several conversations carries loss in the first one only. Deleted
+messages are left out together with their replies. Everything left out is counted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Node:
     """One message and the replies to it, in their order."""
 
     given: Fields
-    number: int  # its place in the tree, from 1
+    number: int  # index in the tree, from 1
     replies: list[Node] = field(default_factory=list)
     message: Message | None = None
 
@@ -61,7 +61,7 @@ class Node:
 
 
 class Tree(NamedTuple):
-    """One tree: its conversations, or why there are none.
+    """One tree: its conversations, or the reason why there are none.
 
     Attributes:
         record: the tree's, or that of its first message.
@@ -79,7 +79,7 @@ class Tree(NamedTuple):
 def read_trees(
     records: Iterable[tuple[str, Fields | Rejection]], columns: Mapping[str, str] | None
 ) -> Iterator[Tree | Rejection]:
-    """The trees of a source in order, and the records that belong to none."""
+    """Yield the trees of a source in order, and rejections for the records that belong to none."""
     flat: list[tuple[str, Fields]] = []
     current: str | None = None
     seen: set[bytes] = set()
@@ -125,7 +125,7 @@ def _nested_tree(row_id: str, record: Fields, columns: Mapping[str, str] | None)
 
 
 def _nested_nodes(prompt: Any, found: RowFindings) -> list[Node]:
-    """All nodes, each after the one it replies to."""
+    """Return all nodes, each after the one it replies to."""
     nodes: list[Node] = []
     waiting: list[tuple[Any, Node | None]] = [(prompt, None)]
     while waiting:
@@ -159,7 +159,7 @@ def _flat_tree(records: list[tuple[str, Fields]], columns: Mapping[str, str] | N
 
 
 def _flat_nodes(members: list[dict[str, Any]]) -> list[Node]:
-    """All nodes, each after the one it replies to, whatever their order in the file."""
+    """Return all nodes, each after the one it replies to, whatever their order in the file."""
     by_id: dict[Any, Node] = {}
     for number, given in enumerate(members, start=1):
         name = given.get("message_id")
@@ -193,7 +193,7 @@ def _checked(given: Any, number: int) -> Fields:
 
 
 def _below(nodes: list[Node]) -> list[Node]:
-    """These nodes and all below them, each after the one it replies to."""
+    """Return these nodes and all below them, each after the one it replies to."""
     found: list[Node] = []
     waiting = list(reversed(nodes))
     while waiting:
@@ -207,7 +207,7 @@ def _below(nodes: list[Node]) -> list[Node]:
 
 
 def _conversations(nodes: list[Node], found: RowFindings) -> list[list[Message]]:
-    """The ways through a tree; its nodes come in the order of `_below`."""
+    """Return the conversations of a tree; its nodes are in the order of `_below`."""
     root = [node for node in nodes[:1] if not node.given.get("deleted")]
     for node in nodes:
         node.replies = [reply for reply in node.replies if not reply.given.get("deleted")]
@@ -218,7 +218,7 @@ def _conversations(nodes: list[Node], found: RowFindings) -> list[list[Message]]
         node.replies = [r for r in node.replies if not r.is_assistant or r is best]
     left = _notice_left_out(left, root, NOT_BEST, found)
     answered: set[int] = set()
-    for node in reversed(left):  # replies come behind what they reply to
+    for node in reversed(left):  # replies come after their parents
         node.replies = [reply for reply in node.replies if id(reply) in answered]
         if node.is_assistant or node.replies:
             answered.add(id(node))
@@ -242,9 +242,9 @@ def _notice_left_out(
 
 
 def _rank(node: Node) -> tuple[bool, float]:
-    """Sorts the best first; without a rank a message comes last."""
+    """Return a sort key with the best first; a message without a rank comes last."""
     rank = decimal(node.given.get("rank"))
-    if rank is None or rank != rank:  # NaN is what pandas makes of null
+    if rank is None or rank != rank:  # pandas writes null as NaN
         return True, 0.0
     if isinstance(rank, bool) or not isinstance(rank, int | float):
         raise Unusable(BAD_RANK, f"message {node.number}: {show(rank)}")

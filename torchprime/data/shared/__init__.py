@@ -1,1 +1,1 @@
-"""What every part of the data path uses: checked values, notes, worker processes, a cache."""
+"""Modules for all parts of the data path: checked values, notes, worker processes, a cache."""

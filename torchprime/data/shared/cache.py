@@ -1,13 +1,13 @@
 """Prepared data sets on disk, each under a hash of everything that shaped it.
 
-A preparation is written into a folder of another name and renamed when it is whole, its manifest
-last. The manifest has the sha256 of every file, and a folder is taken only if all of them are as
-they were written: changed ids would train under the old fingerprint. What a killed process leaves
-behind is removed by the next one. Two processes that prepare the same thing do it twice and keep
-one.
+A preparation is written into a folder with a temporary name, its manifest last, and renamed when it
+is complete. The manifest has the sha256 of every file, and a folder is used only if all hashes
+match: changed ids would otherwise be trained under the old fingerprint. The next process removes
+the remains of a killed one. Two processes that prepare the same data do it twice and one result is
+used.
 
-Hashes find damage and not a forger, who would change the manifest too. So a folder that another
-user may change is refused (private_folders).
+Hashes detect damage but not forgery, since a forger would change the manifest too. So a folder that
+another user may change is refused (private_folders.py).
 """
 
 from __future__ import annotations
@@ -43,25 +43,24 @@ _checked: dict[Path, Stamps] = {}  # folders whose files were hashed in this pro
 
 
 def default_folder() -> Path:
-    """Where prepared data lies unless dataset.prepared_dir says otherwise."""
+    """Return the folder for prepared data that is used if dataset.prepared_dir is not set."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "torchprime" / "prepared"
 
 
 def cache_key(ingredients: Mapping[str, Any]) -> str:
-    """A hash over a JSON-able description of all that shapes the result."""
+    """Return a hash of a JSON-able description of everything that shapes the result."""
     text = json.dumps([FORMAT, ingredients], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def find(root: Path, key: str, say: Callable[[str], None] = terminal.say) -> Path | None:
-    """The folder prepared under this key, if every file in it is as it was written.
+    """Return the folder prepared under this key, if every file in it matches its hash.
 
-    Files are read whole, once per process. A folder that is damaged gets another name, and `say`
-    a line.
+    Files are read whole, once per process. A damaged folder is renamed, and `say` gets a message.
 
     Raises:
-        RuntimeSetupError: other users could change it.
+        RuntimeSetupError: other users could change the folder.
     """
     folder = root / key
     require_private(root, KEY)
@@ -79,11 +78,11 @@ def find(root: Path, key: str, say: Callable[[str], None] = terminal.say) -> Pat
 def build(
     root: Path, key: str, ingredients: Mapping[str, Any], write: Callable[[Path], None]
 ) -> Path:
-    """Let `write` fill a folder, then give it its name.
+    """Let `write` fill a folder, then give it its final name.
 
     Raises:
         OSError: the folder can't be written; nothing is left behind.
-        RuntimeSetupError: other users could change it.
+        RuntimeSetupError: other users could change the folder.
     """
     make_folder(root)
     require_private(root, KEY)
@@ -104,7 +103,7 @@ def build(
         settle(partial, made)
         try:
             partial.rename(final)
-        except OSError:  # it is there: somebody else's was ready first, or it is damaged
+        except OSError:  # it exists: another process finished first, or it is damaged
             if find(root, key) is None:
                 partial.rename(final)
     finally:
@@ -116,11 +115,11 @@ def build(
 
 
 class _Damaged(Exception):
-    """What is wrong with a folder."""
+    """A fault of a prepared folder."""
 
 
 def _check(folder: Path, key: str) -> None:
-    """Raise what is wrong with a folder; what was hashed before is not read again."""
+    """Raise the fault of a folder, if any; files hashed before are not read again."""
     if folder.is_symlink() or not folder.is_dir():
         raise _Damaged("it is no folder")
     before = _stamps(folder)
@@ -146,7 +145,7 @@ def _check(folder: Path, key: str) -> None:
 
 
 def _listed(folder: Path, key: str) -> dict[str, FileFacts]:
-    """The files that the manifest names; it must be this folder's."""
+    """Return the files that the manifest lists; it must be this folder's manifest."""
     try:
         with open_regular(folder / MANIFEST) as file:
             manifest = json.loads(file.read(MOST_BYTES))
@@ -159,7 +158,7 @@ def _listed(folder: Path, key: str) -> dict[str, FileFacts]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Everything in a folder but folders, by relative name."""
+    """Return every file in a folder, by relative name."""
     return {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
@@ -168,7 +167,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _stamps(folder: Path) -> Stamps:
-    """What changes when a file is changed, without reading it."""
+    """Return values that change when a file is changed, without reading it."""
     found = {name: os.lstat(path) for name, path in _files(folder).items()}
     return {
         name: (s.st_dev, s.st_ino, s.st_mode, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
@@ -177,7 +176,7 @@ def _stamps(folder: Path) -> Stamps:
 
 
 def _set_aside(folder: Path, damage: str, say: Callable[[str], None]) -> None:
-    """Give a folder another name; of several processes that find it, one does and tells."""
+    """Rename a damaged folder; if several processes find it, one renames it and reports it."""
     other = folder.with_name(f"{folder.name}{DAMAGED}")
     remove_tree(other)
     try:
@@ -188,7 +187,7 @@ def _set_aside(folder: Path, damage: str, say: Callable[[str], None]) -> None:
 
 
 def _remove_left_behind(root: Path) -> None:
-    """Unfinished folders of processes of this host that no longer run."""
+    """Remove unfinished folders of processes of this host that no longer run."""
     for path in root.glob(f"*{PARTIAL}*"):
         host, _, pid = path.name.rpartition(PARTIAL)[2].rpartition("-")
         if host == socket.gethostname() and pid.isdigit() and not _runs(int(pid)):

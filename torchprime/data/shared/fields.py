@@ -1,6 +1,6 @@
-"""The fields of one record, each checked, or the reason why the record cannot be used.
+"""Checked fields of one record, and the reasons why a record cannot be used.
 
-Every reason there is stands here, in REASONS; documents and reports rely on the list.
+REASONS lists every reason; documents and reports rely on it.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ BAD_TIME = "time_key {} is not a number or an ISO date"
 NO_ID = "id_key {} is missing"
 BAD_ID = "id_key {} is not a string or number"
 DUPLICATED_ID = "duplicated id"
-# Every reason there is; {} stands for the name of a field or column.
+# All reasons; {} stands for the name of a field or column.
 REASONS = (
     *(FIELD_MISSING, FIELD_NULL, FIELD_NOT_STRING, FIELD_EMPTY, FIELD_NOT_LIST),
     *(FIELD_NOT_UNICODE, FIELD_UNSUPPORTED, MIXED_FORMS),
@@ -77,7 +77,7 @@ REASONS = (
     *(NO_GROUP, BAD_GROUP, NO_TIME, BAD_TIME, NO_ID, BAD_ID, DUPLICATED_ID),
 )
 
-MISSING = object()  # what is not there, not even as null
+MISSING = object()  # a missing value, as opposed to null
 _DECIMAL = re.compile(r"-?[0-9]{1,300}(?:\.[0-9]{1,300})?")
 _ISO_TIME = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})"
@@ -86,7 +86,7 @@ _ISO_TIME = re.compile(
 
 
 class Unusable(Exception):
-    """Ends the reading of one record; `read_row` makes a Rejection of it."""
+    """An exception that ends the reading of one record; `read_row` makes a Rejection of it."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -98,7 +98,7 @@ class Unusable(Exception):
 
 
 def lookup(record: Mapping[str, Any], column: str) -> Any:
-    """The column of that name, else what the dots lead to, else MISSING."""
+    """Return the column of that name, else the value at the dotted path, else MISSING."""
     if column in record:
         return record[column]
     value: Any = record
@@ -110,7 +110,7 @@ def lookup(record: Mapping[str, Any], column: str) -> Any:
 
 
 def field_of(fields: dict[str, Any], name: str, columns: Mapping[str, str]) -> Any:
-    """A field that has to be there, and not null."""
+    """Return a field that must be present and not null."""
     if name not in fields:
         column = f"column {columns[name]}; " if name in columns else ""
         found = ", ".join(sorted(map(str, fields))) or "nothing"
@@ -123,7 +123,7 @@ def field_of(fields: dict[str, Any], name: str, columns: Mapping[str, str]) -> A
 def string_of(
     fields: dict[str, Any], name: str, columns: Mapping[str, str], may_be_empty: bool = False
 ) -> str:
-    """A field that has to be a string, of more than white space unless it `may_be_empty`."""
+    """Return a field that must be a string, with more than white space unless it `may_be_empty`."""
     value = field_of(fields, name, columns)
     if not isinstance(value, str):
         raise Unusable(FIELD_NOT_STRING.format(name), type_name(value))
@@ -135,14 +135,14 @@ def string_of(
 
 
 def decimal(value: Any) -> Any:
-    """The number that a plain decimal spells: a CSV file has columns of strings only."""
+    """Return the number in a plain decimal string: a CSV file has columns of strings only."""
     if isinstance(value, str) and _DECIMAL.fullmatch(value):
         return float(value)
     return value
 
 
 def weight_of(value: Any, reason: str, where: str) -> float:
-    """A number from 0 to MAX_WEIGHT."""
+    """Return a number from 0 to MAX_WEIGHT."""
     # NaN compares false with everything.
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_WEIGHT:
         return float(value)
@@ -153,7 +153,7 @@ def weight_of(value: Any, reason: str, where: str) -> float:
 
 
 def scalar_of(record: Mapping[str, Any], key: str, missing: str, wrong: str) -> str:
-    """The column as text; null, NaN and blank text are what exports write for "none"."""
+    """Return the column as text, or None; exports write null, NaN and blank text for "none"."""
     value = lookup(record, key)
     if value is MISSING or value is None or value != value:
         raise Unusable(missing.format(key))
@@ -168,19 +168,21 @@ def scalar_of(record: Mapping[str, Any], key: str, missing: str, wrong: str) -> 
 
 
 def group_of(record: Mapping[str, Any], key: str | None) -> str | None:
-    """What Row.group holds."""
+    """Return the value for Row.group."""
     return None if key is None else scalar_of(record, key, NO_GROUP, BAD_GROUP)
 
 
 def time_of(record: Mapping[str, Any], key: str | None) -> float | str | None:
-    """What Row.time holds: a finite number, or an ISO date or date and time, in the spelling every
-    Python can read."""
+    """Return the value for Row.time: a finite number, or an ISO date or date and time.
+
+    The text is in a form that every supported Python can parse.
+    """
     if key is None:
         return None
     value = decimal(lookup(record, key))
     if value is MISSING or value is None:
         raise Unusable(NO_TIME.format(key))
-    if isinstance(value, date):  # a datetime is one; Arrow has columns of them
+    if isinstance(value, date):  # a datetime is a date; Arrow has columns of them
         return value.isoformat()
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
@@ -202,8 +204,11 @@ def time_of(record: Mapping[str, Any], key: str | None) -> float | str | None:
 
 
 def check_nested(value: Any, reason: str, where: str) -> None:
-    """Raise Unusable for a half surrogate in any string or key, bytes that are no text, or nesting
-    that breaks a recursive walk."""
+    """Raise Unusable for a nested value that later steps can't process.
+
+    That is a lone surrogate in a string or key, bytes that are no text, or too deep nesting for a
+    recursive walk.
+    """
     stack: list[tuple[Any, int]] = [(value, 0)]
     while stack:
         item, depth = stack.pop()
@@ -222,7 +227,7 @@ def check_nested(value: Any, reason: str, where: str) -> None:
 
 
 def is_unicode(value: str) -> bool:
-    """JSON can spell half a surrogate pair; no tokenizer takes it."""
+    """Return True for text without lone surrogates, which JSON allows but no tokenizer accepts."""
     if value.isascii():
         return True
     try:
@@ -233,7 +238,7 @@ def is_unicode(value: str) -> bool:
 
 
 def parse_json(text: str) -> Any:
-    """What JSON text says, or MISSING."""
+    """Return the parsed JSON text, or MISSING."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -241,20 +246,20 @@ def parse_json(text: str) -> Any:
 
 
 def type_name(value: Any) -> str:
-    """What JSON calls it, for messages."""
+    """Return the JSON name of the value's type, for messages."""
     names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list"}
     names |= {int: "a number", float: "a number", dict: "an object"}
     return names.get(type(value), type(value).__name__)
 
 
 def show(value: Any) -> str:
-    """A value for a message: short, and its type where it could be large."""
+    """Return a short form of a value for a message: its type if it could be large."""
     if not isinstance(value, (str, int, float)):
         return type_name(value)
     return printable(repr(value[:60] if isinstance(value, str) else value), 80)
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """Cut to the limit, and without half surrogates, which can't be written anywhere."""
+    """Truncate to the limit and remove lone surrogates, which can't be encoded."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= limit else text[:limit] + "..."

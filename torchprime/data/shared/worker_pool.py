@@ -19,10 +19,10 @@ def worker_pool(
     """Open a pool of processes; each calls `start` with `arguments` before any work.
 
     Args:
-        task: what they do, for messages.
+        task: the work of the processes, for messages.
 
     Raises:
-        RuntimeSetupError: one of them ended before its work was done.
+        RuntimeSetupError: a process ended before its work was done.
     """
     try:
         with ProcessPoolExecutor(

@@ -1,1 +1,1 @@
-"""Chat templates: which one renders, what it renders, where in it the model speaks."""
+"""Chat templates: choice, rendering, and the assistant's spans in the rendered text."""

@@ -1,9 +1,9 @@
-"""Chat templates: which one a run uses, and what a person should know of it.
+"""The choice of a run's chat template, and warnings about it.
 
-A template is jinja source that turns messages into one text. It comes from the tokenizer's own
-folder, from a family shipped in assets/templates, or from a user's file; what trains is what is
-exported. What it renders is in rendering.py, where in it the model speaks in turns.py, what it does
-with reasoning in reasoning.py.
+A template is jinja source that renders messages as one text. It comes from the tokenizer's own
+folder, from a family shipped in assets/templates, or from a user's file; the template used for
+training is exported. render.py renders it, turns.py finds the assistant's spans in the text,
+reasoning.py handles reasoning.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "assets" / "templates"
 OWN = "tokenizer's own"
 FILE_ENDINGS = (".jinja", ".jinja2")
 
-# A family and the control tokens that its format consists of, which a tokenizer made for it has
-# as one token each. Families without any are written in plain words.
+# A family and the control tokens of its format, each of which is one token in a tokenizer made for
+# it. Families without any are written in plain words.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "llama2": (),
@@ -62,11 +62,11 @@ def resolve_template(
 ) -> ChatTemplate | None:
     """Return the template that dataset.chat_template names, or the tokenizer's own.
 
-    None when nothing is chosen and the tokenizer has none.
+    Return None if nothing is chosen and the tokenizer has no template.
 
     Args:
-        options: dataset.template_options, what the template reads besides messages and tools.
-        date: ISO date that `strftime_now` tells; None is today.
+        options: dataset.template_options, the template's variables besides messages and tools.
+        date: ISO date that `strftime_now` returns; None is today.
 
     Raises:
         DataError: a name that is neither a family nor a file, a file that cannot be read, a
@@ -97,7 +97,7 @@ def resolve_template(
 
 
 def _bos_text(tokenizer: Tokenizer, settings: dict[str, Any]) -> tuple[str, list[str]]:
-    """The text that templates know as bos_token, and a warning where a server knows none."""
+    """Return the template's bos_token text, and a warning if a server has none."""
     bos = token_named(settings, "bos_token") or ""
     if bos or not tokenizer.add_bos or tokenizer.bos_id is None:
         return bos, []
@@ -113,12 +113,12 @@ def _reads_date(template: ChatTemplate) -> bool:
 
 
 def today() -> str:
-    """The local date, as transformers' `strftime_now` takes it."""
+    """Return the local date, which transformers' `strftime_now` uses."""
     return datetime.now().date().isoformat()
 
 
 def _own(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> ChatTemplate | None:
-    """The tokenizer's own templates; its name is that of all of them."""
+    """Return the tokenizer's own templates, under one name for all of them."""
     texts = own_templates(tokenizer.folder, settings)
     if not texts:
         return None
@@ -148,9 +148,9 @@ def _file_text(path: Path) -> str:
 
 
 def _family_text(family: str, tokenizer: Tokenizer) -> str:
-    """The shipped source; a tokenizer that wants BOS gets it written by the template itself.
+    """Return the shipped source; if the tokenizer uses BOS, the template itself writes it.
 
-    Servers encode what a template renders without adding anything to it.
+    Servers encode a rendered template without adding anything to it.
     """
     text = (FOLDER / f"{family}.jinja").read_text(encoding="utf-8")
     if tokenizer.add_bos and not BOS_USED.search(text):
@@ -190,7 +190,7 @@ def _warnings(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
 
 
 def _warnings_of_rendering(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
-    """How a short conversation begins and ends, where the template renders one."""
+    """Return warnings about the beginning and end of a short conversation, if it renders."""
     messages = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
     row = Row("", "messages", messages=tuple(map(Message, messages)))
     probe = turn_spans(template, row, reserved_texts(template, tokenizer))

@@ -1,8 +1,8 @@
-"""Reasoning beside an answer: what a chat template does with it, and what a run wants of it.
+"""Reasoning beside an answer: a template's handling of it, and a run's policy.
 
-A message may carry reasoning in a field of its own (`reasoning_content`, `reasoning`, `thinking`).
-Some templates write it, some write it only for the last turns, some have no place for it; then a
-run has to say whether it is dropped or written into the answer.
+A message may carry reasoning in a separate field (`reasoning_content`, `reasoning`, `thinking`).
+Some templates write it, some write it only for the last turns, some never do; then a run has to
+choose between dropping it and writing it into the answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INLINE_FORM = "<think>\n{reasoning}\n</think>\n\n{content}"
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str:
-    """Return a message's reasoning, "" if it has none; the fields go by transformers' order."""
+    """Return a message's reasoning, "" if it has none; fields are tried in transformers' order."""
     for name in ("reasoning_content", "thinking", "reasoning"):
         if message.get(name) is not None:
             return message[name]
@@ -37,7 +37,7 @@ def reasoning_of(message: Mapping[str, Any]) -> str:
 
 
 def place_reasoning(row: Row, template: ChatTemplate, policy: str) -> Row | Rejection:
-    """Return the row with its reasoning where the policy wants it.
+    """Return the row with its reasoning placed as the policy requires.
 
     Args:
         policy: `error` rejects a row whose answers have reasoning that the template never writes;
@@ -81,13 +81,13 @@ def _inline(message: Message) -> Message:
 
 @lru_cache(maxsize=16)
 def writes_reasoning(template: ChatTemplate) -> bool:
-    """Return True when the template writes the reasoning of the last turn, or refuses to say."""
+    """Return True if the template writes the last turn's reasoning, or refuses to render it."""
     kept = _kept(template, lambda i: {"reasoning_content": f"why{i}", "content": f"say{i}"})
     return kept is None or kept[1]
 
 
 def reasoning_policy(template: ChatTemplate) -> str:
-    """Say what this template does with think blocks, found out on a conversation of two turns."""
+    """Describe the template's handling of think blocks, tested on a conversation of two turns."""
     field = _kept(template, lambda i: {"reasoning_content": f"why{i}", "content": f"say{i}"})
     inline = _kept(template, lambda i: {"content": f"<think>\nwhy{i}\n</think>\n\nsay{i}"})
     if field is None or inline is None:
@@ -121,7 +121,7 @@ def _probe(answer: Callable[[int], dict[str, str]]) -> list[dict[str, str]]:
 def _kept(
     template: ChatTemplate, answer: Callable[[int], dict[str, str]]
 ) -> tuple[bool, bool] | None:
-    """Return which of two turns keeps its reasoning; None when the template refuses them."""
+    """Return for each of two turns True if its reasoning is kept; None if the template refuses."""
     try:
         text = render(template, _probe(answer))
     except TemplateRefusal:
@@ -130,7 +130,7 @@ def _kept(
 
 
 def _added(template: ChatTemplate) -> str:
-    """Think blocks that the template writes where a row has no reasoning."""
+    """Return the think blocks that the template writes for turns without reasoning."""
     text = render(template, _probe(lambda i: {"content": f"say{i}"}))
     first, _, rest = text.partition("say1")
     added = ["earlier turns"] if "<think>" in first else []

@@ -1,7 +1,7 @@
-"""A chat template and the text it makes of messages.
+"""A chat template, and the rendering of messages to text.
 
-Rendering is transformers', so a server renders the same. A template is jinja source and a program:
-whatever goes wrong in it is a `TemplateRefusal`.
+transformers renders, so a server renders the same. A template is jinja source and a program: any
+error in it is a `TemplateRefusal`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 
 class TemplateRefusal(Exception):
-    """The template raised while it rendered a conversation; the text says why."""
+    """The template raised while it rendered a conversation; the text has the reason."""
 
 
 TOOL_USE = "tool_use"
@@ -38,18 +38,18 @@ DATE_FUNCTION = "strftime_now"
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template with what it takes from the tokenizer and from the run.
+    """A template with its inputs from the tokenizer and from the run.
 
     Attributes:
         name: "tokenizer's own", a family or a file's name.
         text: jinja source, the one that is exported as the default.
-        bos_token, eos_token: their texts, "" where the tokenizer has none.
+        bos_token, eos_token: their texts, "" if the tokenizer has none.
         markers: a family's control tokens.
-        warnings: what a person should know before training with it.
+        warnings: facts that a person should know before training with it.
         named: (name, jinja source) of the tokenizer's other templates. As in transformers and vLLM
             the one named `tool_use` renders every conversation with tools.
-        options: (variable, JSON text) of what else the template reads: enable_thinking, ...
-        date: ISO date for `strftime_now`; "" where no template asks for it.
+        options: (variable, JSON text) of the template's other variables: enable_thinking, ...
+        date: ISO date for `strftime_now`; "" if no template uses it.
     """
 
     name: str
@@ -68,20 +68,20 @@ class ChatTemplate:
 
     @property
     def texts(self) -> dict[str, str]:
-        """Every template by name, as they are exported."""
+        """Every template by name, in exported form."""
         return {"default": self.text, **dict(self.named)}
 
     @property
     def option_values(self) -> dict[str, Any]:
-        """The options as a server is given them."""
+        """The options as a server receives them."""
         return {name: json.loads(value) for name, value in self.options}
 
     def for_tools(self, tools: Sequence[Mapping[str, Any]]) -> ChatTemplate:
-        """The template that renders a conversation with these tools, on its own."""
+        """Return the template that renders a conversation with these tools, as the only one."""
         return _alone(self, bool(tools)) if self.named else self
 
     def fingerprint(self) -> str:
-        """sha256 of everything that a rendering depends on besides the messages."""
+        """Return a sha256 of everything that a rendering depends on besides the messages."""
         if not (self.named or self.options or self.date):
             return text_hash(self.text)
         parts = [self.text, self.named, self.options, self.date]
@@ -89,7 +89,7 @@ class ChatTemplate:
 
 
 def text_hash(text: str) -> str:
-    """sha256 of a template's source."""
+    """Return the sha256 of a template's source."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -123,7 +123,7 @@ def render_with_marks(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[str, list[tuple[int, int]]]:
-    """`render`, and the characters [start, end) of each {% generation %} block in it."""
+    """Return the text as `render` does, and [start, end) of each {% generation %} block in it."""
     return _render(template, messages, tools, with_marks=True)
 
 
@@ -135,15 +135,15 @@ def _render(
     with_marks: bool = False,
 ) -> tuple[str, list[tuple[int, int]]]:
     template = template.for_tools(tools)
-    # As for transformers a token that the tokenizer lacks is undefined in the template.
+    # As in transformers, a token that the tokenizer lacks is undefined in the template.
     tokens = {"bos_token": template.bos_token, "eos_token": template.eos_token}
     defined: dict[str, Any] = {name: text for name, text in tokens.items() if text}
     try:
         compiled = compiled_template(template.text)
         if template.date:
-            # So that every process and every start render alike.
+            # Every process and every start then renders alike.
             compiled.globals[DATE_FUNCTION] = datetime.fromisoformat(template.date).strftime
-        # It keeps compiled templates; its own work is a tenth of the time.
+        # transformers caches compiled templates; its own work is a tenth of the time.
         with rendering():
             result: Any = render_jinja_template(
                 [[dict(message) for message in as_served(messages)]],
@@ -169,7 +169,7 @@ def _render(
 def compiled_template(text: str) -> jinja2.Template:
     """Return transformers' compiled form of a template, from its sandbox.
 
-    transformers keeps one for each source; its globals are that template's own.
+    transformers caches one for each source; its globals are specific to that template.
     """
     template = _compile_jinja_template(text)
     write: Any = template.root_render_func
@@ -179,10 +179,10 @@ def compiled_template(text: str) -> jinja2.Template:
 
 
 def as_served(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Messages with tool calls as vLLM gives them to a template.
+    """Return messages with tool calls in the form that vLLM gives to a template.
 
-    Arguments are objects where rows have them as JSON text (the API writes text, templates are
-    written for objects), and content that is null is "" (some templates would write "None").
+    JSON text arguments become objects (the API writes text, templates expect objects), and null
+    content becomes "" (some templates would write "None").
     """
     return [_as_served(message) if message.get("tool_calls") else message for message in messages]
 
@@ -209,7 +209,7 @@ def _call_as_served(call: Any) -> Any:
 
 @lru_cache(maxsize=16)
 def generation_prompt(template: ChatTemplate) -> str:
-    """What asks for an answer after a user's message, "" where it cannot be told apart."""
+    """Return the text that asks for an answer after a user's message, "" if it is not separable."""
     messages = [{"role": "user", "content": "a"}]
     try:
         plain, asking = render(template, messages), render(template, messages, (), True)

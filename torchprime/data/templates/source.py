@@ -1,5 +1,4 @@
-"""The source of a chat template, read without rendering it: which variables it takes, and which
-texts it looks for in a message."""
+"""Analysis of a chat template's source without rendering: its variables, and its constants."""
 
 from __future__ import annotations
 
@@ -16,15 +15,15 @@ from torchprime.data.shared.fields import printable
 from torchprime.data.templates.render import DATE_FUNCTION, ChatTemplate, compiled_template
 from torchprime.errors import DataError
 
-# What a rendering gives a template without being asked.
+# Variables that every rendering provides.
 GIVEN = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token")
-# What transformers' renderer itself takes under these names.
+# Names of parameters of transformers' renderer.
 RENDERERS_OWN = ("conversations", "chat_template", "return_assistant_tokens_mask")
 
 
 @lru_cache(maxsize=32)
 def tree_of(text: str) -> nodes.Template:
-    """Return the parsed source, by the environment that renders it.
+    """Return the source's syntax tree, parsed with the environment that renders it.
 
     Raises:
         jinja2.TemplateSyntaxError: the source is not jinja.
@@ -34,18 +33,18 @@ def tree_of(text: str) -> nodes.Template:
 
 @lru_cache(maxsize=32)
 def variables_of(text: str) -> frozenset[str]:
-    """Return the names that a template takes from outside: messages, tools, enable_thinking, ..."""
+    """Return the names of a template's variables: messages, tools, enable_thinking, ..."""
     return frozenset(meta.find_undeclared_variables(tree_of(text)))
 
 
 def tells_date(text: str) -> bool:
-    """Return True when a template asks for the date."""
+    """Return True if a template uses the date."""
     names = tree_of(text).find_all(nodes.Name)
     return any(isinstance(node, nodes.Name) and node.name == DATE_FUNCTION for node in names)
 
 
 def check_syntax(text: str, name: str) -> None:
-    """Raise a DataError that says where a template is not jinja."""
+    """Raise a DataError with the place where a template is not valid jinja."""
     try:
         tree_of(text)
     except jinja2.TemplateSyntaxError as error:
@@ -57,10 +56,10 @@ def check_syntax(text: str, name: str) -> None:
 def checked_options(
     options: Mapping[str, Any], template: ChatTemplate
 ) -> tuple[tuple[str, str], ...]:
-    """Return dataset.template_options as a template keeps them, sorted by name.
+    """Return dataset.template_options in a template's form, sorted by name.
 
     Raises:
-        DataError: an option that the template does not read, or that is given anyway.
+        DataError: an option that the template does not read, or that every rendering provides.
     """
     read = {name for text in template.texts.values() for name in variables_of(text)}
     readable = sorted(read - {*GIVEN})

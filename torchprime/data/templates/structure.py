@@ -1,11 +1,11 @@
-"""The structure of a conversation: all that a chat template can base a decision on.
+"""The structure of a conversation: everything that a chat template can base a decision on.
 
-To compare what a server feeds for a turn with the whole text costs a rendering for each turn. A
-template writes contents but decides by less: roles, keys, neighbours, the last question, and
-constant texts that it looks for. Turns that are alike in these begin at the same places, so one
-comparison serves them all. The source says what a template looks for; where it decides by anything
-else (the length of a content, two contents compared), there is no structure and each turn is
-compared by itself.
+Comparing a server's input for a turn with the whole text costs a rendering for each turn. But a
+template decides by less than the contents that it writes: roles, keys, neighbours, the last
+question, and constant texts that it looks for. Turns that are alike in these begin at the same
+places, so one comparison covers them all. The source shows the constants. If a template decides by
+anything else (the length of a content, two contents compared), there is no structure and each turn
+is compared separately.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ TESTS = frozenset(
     ("defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "boolean")
     + ("number", "integer", "true", "false", "in", "eq", "equalto", "ne", "odd", "even", "sameas")
 )
-# Lists whose lengths and slices are structure.
+# Lists whose lengths and slices are part of the structure.
 LISTS = frozenset(("messages", "tools", "tool_calls", "documents"))
-IDS = frozenset(("id", "tool_call_id"))  # of which some templates want nine characters
+IDS = frozenset(("id", "tool_call_id"))  # some templates require nine characters
 
 
 class Structure:
-    """A conversation's messages by kind, for one template.
+    """The kinds of a conversation's messages, for one template.
 
     Attributes:
-        kinds: of each message, what the template can tell it from others by.
+        kinds: for each message, everything by which the template can distinguish it.
     """
 
     def __init__(
@@ -59,9 +59,11 @@ class Structure:
         ]
 
     def before(self, turn: int) -> Hashable:
-        """Return a key for the messages in front of a turn: every pattern of neighbours that
-        occurs among them, and on which side of the last question each stands, both in the whole
-        conversation and in the part that a server has seen by then."""
+        """Return a key for the messages before a turn.
+
+        It has every pattern of neighbours among them, and the side of the last question on which
+        each stands: in the whole conversation, and in the part that a server has seen by then.
+        """
         kinds, seen = [None, *self.kinds, None], set()
         last = [max(i, default=-1) for i in (self._users, self._questions)]
         last += [
@@ -77,7 +79,7 @@ class Structure:
 def structure_of(
     text: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
 ) -> Structure | None:
-    """Return what this template can tell of a conversation; None where it could tell more.
+    """Return the structure of a conversation; None if this template may decide by more.
 
     Args:
         text: the template's source.
@@ -86,12 +88,12 @@ def structure_of(
     return None if pattern is None else Structure(pattern, messages, tools)
 
 
-# Written, never looked into.
+# Written, never inspected.
 OPAQUE = frozenset(("arguments", "parameters", "name"))
 
 
 def _features(value: Any, pattern: re.Pattern[str], key: str = "") -> Hashable:
-    """A value as a template can tell it from others: the constants in it and what is empty."""
+    """Return a value's constants and empty parts, by which a template can distinguish it."""
     if key == "role":
         return value
     if isinstance(value, str):
@@ -109,7 +111,7 @@ def _features(value: Any, pattern: re.Pattern[str], key: str = "") -> Hashable:
 
 
 def _outline(piece: str) -> tuple[bool, bool, bool]:
-    """Whether there is anything, and whether white space begins or ends it."""
+    """Return (is not empty, begins with white space, ends with white space)."""
     return bool(piece), piece[:1].isspace(), piece[-1:].isspace()
 
 
@@ -118,7 +120,7 @@ def _outline(piece: str) -> tuple[bool, bool, bool]:
 
 @lru_cache(maxsize=32)
 def _looked_for(text: str) -> re.Pattern[str] | None:
-    """A pattern of the constants in a template's decisions; None where it decides otherwise."""
+    """Return a pattern of the constants in a template's decisions; None for other decisions."""
     tree = tree_of(text)
     lists = LISTS | _aliases(tree)
     objects = {
@@ -148,7 +150,7 @@ def _all(tree: nodes.Node) -> Iterator[nodes.Node]:
 
 
 def _aliases(tree: nodes.Node) -> set[str]:
-    """Names that a template gives to the messages or to a part of them."""
+    """Return names that a template assigns to the messages or to a part of them."""
     found = set()
     for node in tree.find_all(nodes.Assign):
         if isinstance(node.target, nodes.Name) and _name(_inner(node.node)) in LISTS:
@@ -157,7 +159,7 @@ def _aliases(tree: nodes.Node) -> set[str]:
 
 
 def _inner(node: nodes.Node) -> nodes.Node:
-    """A list without the filters and slices around it."""
+    """Return a list expression without the filters and slices around it."""
     while isinstance(node, nodes.Filter) or (
         isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
     ):
@@ -183,7 +185,7 @@ def _is_known(node: nodes.Node, lists: frozenset[str], options: frozenset[str]) 
 
 
 def _is_plain(node: nodes.Node, options: frozenset[str]) -> bool:
-    """A constant, a choice or list of constants, a number that the template counts, an option."""
+    """Return True for a constant, a choice or list of them, a number counted here, or an option."""
     if isinstance(node, nodes.CondExpr):
         choices = [node.expr1, *([node.expr2] if node.expr2 is not None else [])]
         return all(_is_plain(each, options) for each in choices)
@@ -201,7 +203,7 @@ def _is_mark(node: nodes.Node) -> bool:
 
 
 def _name(node: nodes.Node | None) -> str:
-    """The last name in `messages`, `message.tool_calls` or `message['tool_calls']`."""
+    """Return the last name in `messages`, `message.tool_calls` or `message['tool_calls']`."""
     if isinstance(node, nodes.Name):
         return node.name
     if isinstance(node, nodes.Getattr):
@@ -212,10 +214,10 @@ def _name(node: nodes.Node | None) -> str:
 
 
 def _constants(node: nodes.Node, objects: set[str]) -> set[str]:
-    """Texts that a node compares with, looks for, or cuts at, except names of roles and of keys.
+    """Yield texts that a node compares with, looks for or splits at, but no names of roles or keys.
 
     Args:
-        objects: names of messages, in which a template looks for keys.
+        objects: names of messages, in which a template looks up keys.
     """
     if isinstance(node, nodes.Compare):
         given = [node.expr, *(operand.expr for operand in node.ops)]

@@ -1,19 +1,20 @@
-"""Where in a conversation's text the model speaks.
+"""The spans of a conversation's text that the assistant produces.
 
-Labels need to know which characters of the text an assistant turn has to produce: from just after
-what a server feeds (the generation prompt) to the end of its stop token. `turn_spans` finds that
+Labels need the characters that the model has to produce in an assistant turn: from the end of the
+server's input (the generation prompt) to the end of the turn's stop token. `turn_spans` finds them
 exactly or rejects the row:
 
-    marks    {% generation %} in the template says it. The families shipped here have the marks.
+      marks    {% generation %} in the template gives them. The families shipped here have the
+      marks.
     derived  a turn starts where the rendering of the messages before it, with the generation
              prompt, ends, if the whole text begins with that. It ends at the first special token
              after its content; the content's end shows when every turn is rendered again with a
              word appended. A turn with tool calls ends where the rendering up to it does.
 
-Either way the text in front of every turn that carries loss is then compared with what a server
-feeds for that turn: the messages before it, rendered with the generation prompt. Where the last
-turn alone is wanted and the template writes it otherwise than a server asks for it (it feeds an
-opened <think> that no rendering has), the row's own answer is put behind the fed text.
+In both cases the text before every turn that carries loss is then compared with a server's input
+for that turn: the messages before it, rendered with the generation prompt. If only the last turn is
+trained and the template's text differs from that input (which may have an opened <think> that no
+rendering has), the row's own answer is appended to the server's input.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ SENTINEL = "zqSentinel{}Qz"
 class Span:
     """Characters [start, end) that the model has to produce in one assistant turn.
 
-    `stop` is where its stop token begins; the same as `end` when the template writes none.
+    `stop` is the start of its stop token, or `end` if the template writes none.
     """
 
     message: int
@@ -66,8 +67,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Rendering:
-    """A conversation's whole text, the spans of its assistant turns and the rule that found
-    them: "marks", "derived" or "answer". `left_out` are NO_SYSTEM and the like."""
+    """A conversation's whole text, the spans of its assistant turns and the rule that found them.
+
+    The rule is "marks", "derived" or "answer". `left_out` has NO_SYSTEM and similar notes.
+    """
 
     text: str
     spans: list[Span]
@@ -79,19 +82,19 @@ class Rendering:
 
 
 class _Stops:
-    """Finds special tokens where a turn could end."""
+    """A finder of special tokens where a turn could end."""
 
     def __init__(self, texts: frozenset[str]) -> None:
         self.texts = tuple(sorted(texts, key=len, reverse=True))
         self._pattern = re.compile(r"\s*(" + "|".join(map(re.escape, self.texts)) + ")")
 
     def after(self, text: str, position: int) -> tuple[int, int] | None:
-        """Where the special token at this position stands, white space in front allowed."""
+        """Return the special token at this position; white space may precede it."""
         match = self._pattern.match(text, position) if self.texts else None
         return match.span(1) if match else None
 
     def at_end(self, text: str) -> tuple[int, int] | None:
-        """Where the special token at the end of a text stands, white space behind allowed."""
+        """Return the special token at the end of a text; white space may follow it."""
         body = text.rstrip()
         if not body.endswith(self.texts):
             return None
@@ -106,10 +109,10 @@ def _stops(texts: frozenset[str]) -> _Stops:
 
 @lru_cache(maxsize=16)
 def _openers(template: ChatTemplate, texts: frozenset[str]) -> frozenset[str]:
-    """Special tokens that begin a message: found after an answer, they do not end it.
+    """Return special tokens that begin a message: found after an answer, they do not end it.
 
-    Those in front of a user's text or in the generation prompt, except what also closes that
-    text and except EOS (which some tokenizers use as BOS too).
+    These are the tokens before a user's text or in the generation prompt, except tokens that also
+    close that text and except EOS (some tokenizers use it as BOS too).
     """
     word = SENTINEL.format("")
     try:
@@ -123,7 +126,7 @@ def _openers(template: ChatTemplate, texts: frozenset[str]) -> frozenset[str]:
 
 
 def reserved_texts(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[str]:
-    """What only the template may write: special tokens, also a family's that are plain here."""
+    """Return texts that only the template may write: special tokens and family markers."""
     own = {template.bos_token, template.eos_token, *template.markers} - {""}
     return tokenizer.special_tokens | own
 
@@ -138,12 +141,11 @@ def turn_spans(
     last_only: bool = False,
     served: bool = True,
 ) -> Rendering | Rejection:
-    """Find a row's text and the span of each assistant turn, or of the last one alone.
+    """Find a row's text and the span of each assistant turn, or of the last one only.
 
     Args:
-        stop_texts: what can be a stop token, see `reserved_texts`.
-        served: compare what stands in front of each turn that carries loss with what a server
-            feeds for it.
+        stop_texts: possible stop tokens, as `reserved_texts` returns them.
+        served: compare the text before each turn that carries loss with a server's input for it.
     """
     template = template.for_tools(row.tools)
     messages = as_served([message.template for message in row.messages])
@@ -184,7 +186,7 @@ class _Conversation:
     messages: list[Mapping[str, Any]]
     tools: tuple[Mapping[str, Any], ...]
     stop_texts: frozenset[str]
-    turns: list[int]  # which messages are the assistant's
+    turns: list[int]  # the indices of the assistant's messages
 
     @property
     def stops(self) -> _Stops:
@@ -194,11 +196,11 @@ class _Conversation:
         return render(self.template, messages, self.tools, ask)
 
     def fed(self, turn: int) -> str:
-        """The text that a server feeds for this turn."""
+        """Return a server's input text for this turn."""
         return self.render_up_to(turn, ask=True)
 
     def render_up_to(self, count: int, ask: bool = False) -> str:
-        """The first messages alone; a template that refuses them gives nothing to go by."""
+        """Render the first messages alone; raise _NoSpan if the template refuses them."""
         try:
             return self.render(self.messages[:count], ask)
         except TemplateRefusal as refusal:
@@ -239,7 +241,7 @@ def _joined(marks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _marked_span(chat: _Conversation, text: str, turn: int, start: int, end: int) -> Span:
-    """A mark, without what the server feeds and without white space behind the stop token."""
+    """Return a mark's span without the server's input and without trailing white space."""
     prompt = generation_prompt(chat.template)
     if prompt and not text.endswith(prompt, 0, start):
         at = text.rfind(prompt, 0, min(end, start + len(prompt)))
@@ -254,9 +256,9 @@ def _marked_span(chat: _Conversation, text: str, turn: int, start: int, end: int
 def _stop_behind(
     chat: _Conversation, text: str, turn: int, position: int
 ) -> tuple[int, int] | None:
-    """The special token behind a turn's content, if it does not begin the next message.
+    """Return the special token after a turn's content, if it does not begin the next message.
 
-    A second one that touches it belongs to the turn if it also stands there when nothing follows
+    A second token directly after it belongs to the turn if it is also there when nothing follows
     the turn.
     """
     found = chat.stops.after(text, position)
@@ -280,7 +282,7 @@ def _derived_spans(chat: _Conversation, last_only: bool) -> Rendering:
         prompt = chat.fed(turn)
         if not text.startswith(prompt):
             raise _not_served(turn, text, prompt)
-        # A turn that calls tools ends behind the calls, wherever its content is.
+        # A turn that calls tools ends after the calls, wherever its content is.
         if turn in contents:
             stop, end = _end_of_content(chat, text, turn, contents[turn])
         else:
@@ -290,10 +292,10 @@ def _derived_spans(chat: _Conversation, last_only: bool) -> Rendering:
 
 
 def _content_ends(chat: _Conversation, text: str) -> dict[int, int]:
-    """Where the content of each turn without tool calls ends in the text.
+    """Return the end of the content of each turn without tool calls.
 
-    All of them are rendered again with a word appended. The pieces between the words must make up
-    the text; where the template trims content, without the white space the content ends with.
+    All these turns are rendered again with a word appended. The pieces between the words must make
+    up the text; if the template trims content, they lack the white space at the content's end.
     """
     plain = [i for i in chat.turns if not chat.messages[i].get("tool_calls")]
     messages, words = list(chat.messages), [SENTINEL.format(i) for i in plain]
@@ -324,7 +326,7 @@ def _content_ends(chat: _Conversation, text: str) -> dict[int, int]:
 
 
 def _white_end(content: str) -> str:
-    """The white space behind the content's last word, "" for content without words."""
+    """Return the white space after the content's last word, "" for content without words."""
     body = content.rstrip()
     return content[len(body) :] if body else ""
 
@@ -334,7 +336,7 @@ def _without_end(piece: str, end: str) -> str:
 
 
 def _end_of_content(chat: _Conversation, text: str, turn: int, content_end: int) -> tuple[int, int]:
-    """Where the stop token behind a turn's content begins and ends."""
+    """Return start and end of the stop token after a turn's content."""
     behind = _stop_behind(chat, text, turn, content_end)
     if behind:
         return behind
@@ -354,11 +356,11 @@ def _end_of_content(chat: _Conversation, text: str, turn: int, content_end: int)
 
 
 def _end_of_calls(chat: _Conversation, text: str, turn: int, start: int) -> tuple[int, int]:
-    """Where the stop token behind a turn's tool calls begins and ends.
+    """Return start and end of the stop token after a turn's tool calls.
 
-    The rendering up to this turn shows with what it closes. If the whole text does not begin with
-    that rendering (a template may treat the last message in its own way), the same closing must
-    stand behind the arguments of the last call, whose place shows when they are exchanged.
+    The rendering up to this turn shows the closing text. If the whole text does not begin with that
+    rendering (a template may treat the last message differently), the same closing text must follow
+    the arguments of the last call, which are found by exchanging them.
     """
     failed = _NoSpan(REASON_NO_SPAN, f"message {turn + 1}: what ends the turn cannot be told")
     alone = chat.render_up_to(turn + 1)
@@ -388,7 +390,7 @@ def _other_arguments(message: Mapping[str, Any]) -> list[Any]:
 
 
 def _common_end(text: str, other: str) -> int:
-    """Where the part of `text` begins that `other` ends with too."""
+    """Return the start of the longest ending of `text` that `other` shares."""
     low, high = max(len(text) - len(other), 0), len(text)
     while low < high:
         middle = (low + high) // 2
@@ -400,7 +402,7 @@ def _common_end(text: str, other: str) -> int:
 
 
 def _as_fed(chat: _Conversation, found: Rendering, learned: set[int]) -> Rendering:
-    """Let every turn that carries loss begin where the text that a server feeds for it ends.
+    """Move the start of every turn that carries loss to the end of the server's input for it.
 
     Spans of derived turns begin there already.
     """
@@ -409,7 +411,7 @@ def _as_fed(chat: _Conversation, found: Rendering, learned: set[int]) -> Renderi
     structure = structure_of(chat.template.text, chat.messages, chat.tools)
     spans, before = [], 0
     for span in found.spans:
-        # A conversation that begins with an answer was asked for by nobody.
+        # No request precedes an answer that begins the conversation.
         if span.message in learned and span.message > 0:
             key = structure and (chat.template, structure.before(span.message))
             moved = _moved.get(key)
@@ -423,13 +425,13 @@ def _as_fed(chat: _Conversation, found: Rendering, learned: set[int]) -> Renderi
     return replace(found, spans=spans)
 
 
-# By structure, how far a turn begins behind its mark.
+# For each structure, the distance from a turn's mark to its start.
 _moved: dict[Hashable, int] = {}
 MOST_STRUCTURES = 50_000
 
 
 def _compare_with_fed(chat: _Conversation, text: str, span: Span, before: int) -> int:
-    """How far behind its mark a turn begins: where the text fed for it ends."""
+    """Return the distance from a turn's mark to the end of the server's input for it."""
     fed = chat.fed(span.message)
     if not text.startswith(fed) or not before <= len(fed) <= span.stop:
         raise _not_served(span.message, text[: span.start], fed)
@@ -437,7 +439,7 @@ def _compare_with_fed(chat: _Conversation, text: str, span: Span, before: int) -
 
 
 def _not_served(turn: int, text: str, fed: str) -> _NoSpan:
-    """Both texts from a little before the place where they part."""
+    """Return both texts from shortly before their first difference."""
     pairs = zip(text, fed, strict=False)
     at = next((i for i, (mine, its) in enumerate(pairs) if mine != its), min(len(text), len(fed)))
     begin = max(at - 16, 0)
@@ -449,11 +451,11 @@ def _not_served(turn: int, text: str, fed: str) -> _NoSpan:
 
 
 def _answer_behind_prompt(chat: _Conversation, turn: int, problem: _NoSpan) -> Rendering:
-    """The last turn's own words behind what a server feeds for it.
+    """Return the server's input for the last turn, followed by the row's answer.
 
     The template may open a think block in the generation prompt and write none in a finished turn,
-    or cut the reasoning out of a finished turn. A model that is asked continues the fed text, so
-    the row's answer has to begin with what is fed beyond the header.
+    or remove the reasoning from a finished turn. A model continues the server's input, so the row's
+    answer has to begin with the part of that input after the header.
     """
     content = chat.messages[turn].get("content") or ""
     if chat.messages[turn].get("tool_calls") or not content.strip():
@@ -483,7 +485,7 @@ def _verified(text: str, spans: list[Span], rule: str) -> Rendering:
 
 
 def _unsaid(found: Rendering, messages: Sequence[Mapping[str, Any]]) -> str:
-    """What of an assistant's words or calls its span does not show; reasoning may go missing."""
+    """Return the words or calls of an assistant that its span lacks; reasoning may be missing."""
     for span in found.spans:
         message, shown = messages[span.message], found.text[span.start : span.end]
         content = message.get("content")
@@ -496,7 +498,7 @@ def _unsaid(found: Rendering, messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _left_out(chat: _Conversation, text: str) -> tuple[str, ...]:
-    """What of the row the text does not show, although no answer misses it."""
+    """Return the parts of the row that the text lacks, although every answer is complete."""
     found = []
     roles = ("system", "developer")
     instructions = (m.get("content") or "" for m in chat.messages if m.get("role") in roles)
@@ -510,6 +512,6 @@ def _left_out(chat: _Conversation, text: str) -> tuple[str, ...]:
 
 
 def _function_name(value: Any) -> str:
-    """The name in a tool's schema or in a call."""
+    """Return the function's name in a tool's schema or in a call."""
     function = value.get("function", value) if isinstance(value, Mapping) else {}
     return str(function.get("name", "")) if isinstance(function, Mapping) else ""

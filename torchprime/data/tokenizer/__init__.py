@@ -1,1 +1,1 @@
-"""A tokenizer as its own files define it, and new tokens in it."""
+"""Tokenizers as their own files define them, and added special tokens."""

@@ -1,4 +1,4 @@
-"""A text after tokenization: its ids, and which of its characters each token stands for."""
+"""A tokenized text: its ids, and the characters that each token covers."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import tokenizers
 
 
 class Encoded:
-    """Ids, and spans [start, end) of characters that never go back.
+    """Ids, and spans [start, end) of characters in ascending order.
 
-    Where a tokenizer cuts a character into several tokens, each of them spans it whole.
+    If a tokenizer splits a character into several tokens, the span of each is the whole character.
     """
 
     ids: list[int]
 
     def span(self, index: int) -> tuple[int, int]:
-        """The characters that this token stands for."""
+        """Return the characters that this token covers."""
         raise NotImplementedError
 
     def before(self, position: int) -> int:
-        """How many tokens end at or before this character."""
+        """Return the number of tokens that end at or before this character."""
         low, high = 0, len(self.ids)
         while low < high:
             middle = (low + high) // 2
@@ -31,14 +31,14 @@ class Encoded:
         return low
 
     def cut(self, position: int) -> int | None:
-        """How many tokens lie before this character; None if one stands for both its sides."""
+        """Return the number of tokens before this character; None if a token crosses it."""
         count = self.before(position)
         clean = count == len(self.ids) or self.span(count)[0] >= position
         return count if clean else None
 
 
 class LibraryEncoded(Encoded):
-    """What the tokenizers library made of a text."""
+    """A text encoded by the tokenizers library."""
 
     def __init__(self, encoding: tokenizers.Encoding) -> None:
         self.ids = encoding.ids
@@ -52,7 +52,7 @@ class LibraryEncoded(Encoded):
 
 
 class JoinedEncoded(Encoded):
-    """Tokens put together from several texts."""
+    """Tokens concatenated from several texts."""
 
     def __init__(self, ids: Sequence[int], spans: Sequence[tuple[int, int]]) -> None:
         self.ids, self._spans = list(ids), spans

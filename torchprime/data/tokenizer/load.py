@@ -1,9 +1,9 @@
-"""The tokenizer as its own files define it: the raw `tokenizers` library on tokenizer.json.
+"""The tokenizer as its own files define it: the `tokenizers` library on tokenizer.json.
 
-transformers may replace parts of a tokenizer.json by what it believes of the model type, so ids
-are taken from the file itself. Texts are encoded without special tokens and in batches (the
-library's threads then work); where BOS and EOS go is decided by tokenize.py, from what is found
-here once: which ids they are and whether this tokenizer begins a text with BOS.
+transformers may replace parts of a tokenizer.json by its defaults for the model type, so ids are
+taken from the file itself. Texts are encoded without special tokens and in batches, so that the
+library uses its threads. The modules in data/tokens decide the places of BOS and EOS; this module
+finds their ids, and if this tokenizer begins a text with BOS.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from torchprime.json_files import read_json_if_there, token_ids
 from torchprime.raw_tokenizer import encoding_faults, library_faults, load_tokenizer_json
 
 PROBE = "a"
-REPLACEMENT = "\ufffd"  # what decoding makes of bytes that are no character
+REPLACEMENT = "\ufffd"  # the decoder's output for bytes that are no character
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Ids in, ids out. `pad_id` is EOS's where the tokenizer has no padding token of its own."""
+    """A tokenizer of ids only. `pad_id` is EOS's id if there is no padding token."""
 
     vocab_size: int
     bos_id: int | None
@@ -47,7 +47,7 @@ class Tokenizer:
     _fingerprint: str = field(repr=False)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoded]:
-        """Ids and character spans of every text, without special tokens."""
+        """Return ids and character spans of every text, without special tokens."""
         by_words = [self._words and self._words.encode(text) for text in texts]
         rest = [text for text, done in zip(texts, by_words, strict=True) if done is None]
         with self._faults():
@@ -55,7 +55,7 @@ class Tokenizer:
         return [done or LibraryEncoded(next(others)) for done in by_words]
 
     def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same ids without spans, which the library is faster at."""
+        """Return the same ids without spans, which the library computes faster."""
         by_words = [self._words and self._words.encode(text) for text in texts]
         rest = [text for text, done in zip(texts, by_words, strict=True) if done is None]
         raw = self._raw
@@ -67,8 +67,11 @@ class Tokenizer:
         return encoding_faults(f"the tokenizer in {self.folder} fails on a text")
 
     def joint_ids(self, prompt: str, completion: str) -> tuple[list[int], list[int]] | None:
-        """The ids of both sides in their joint text, if no token crosses and the prompt's are
-        those it has alone. None says only that this is not seen at a glance."""
+        """Return the ids of prompt and completion in their joint text, or None.
+
+        No token may cross the boundary, and the prompt's ids must be those it has alone. None means
+        only that the fast check could not show this.
+        """
         return self._words and self._words.joint_ids(prompt, completion)
 
     @cached_property
@@ -76,11 +79,11 @@ class Tokenizer:
         return WordEncoder.of(self._raw)
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """What a model is given to answer this prompt: its ids, after BOS where that is used."""
+        """Return a model's input for this prompt: its ids, after BOS if that is used."""
         return self.with_bos(self.encode_ids([prompt])[0])
 
     def with_bos(self, ids: list[int]) -> list[int]:
-        """BOS in front, once: a text that spells it already is left as it is."""
+        """Put BOS first, once: a text that begins with BOS already is unchanged."""
         if not self.add_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
             return ids
         return [self.bos_id, *ids]
@@ -97,19 +100,19 @@ class Tokenizer:
             return self._raw.decode_batch(lists, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str | None:
-        """How the vocabulary writes this token; None for an id it does not have."""
+        """Return the vocabulary's spelling of this token; None for an unknown id."""
         return self._raw.id_to_token(token_id)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text that each token adds when it follows others.
+        """Return the text that each token adds when it follows others.
 
-        A token may stand for a part of a character; its bytes then become lone surrogates, as
-        Python's "surrogateescape" has it, so that no piece is lost: the pieces, joined and encoded
-        with that handler, are the bytes of the text.
+        A token may be a part of a character; its bytes then become lone surrogates, as in Python's
+        "surrogateescape" handler. The pieces, joined and encoded with that handler, are exactly the
+        bytes of the text.
         """
         ids = list(ids)
         distinct = list(dict.fromkeys(ids))
-        # A decoder may strip the space in front of a text: nothing is decoded as the first token.
+        # A decoder may strip the leading space of a text, so no token is decoded as the first one.
         before = self._raw.encode(PROBE, add_special_tokens=False).ids[-1:]
         alone = self.decode(before, False)
         behind = self.decode_batch([[*before, i] for i in distinct], False)
@@ -121,27 +124,27 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> frozenset[str]:
-        """The texts that become one control token wherever they stand, such as <|im_end|>."""
+        """The texts that become one control token wherever they occur, such as <|im_end|>."""
         added = self._raw.get_added_tokens_decoder().values()
         return frozenset(token.content for token in added if token.special)
 
     def vocabulary(self) -> dict[str, int]:
-        """The id of every token, added ones included."""
+        """Return the id of every token, including added ones."""
         return self._raw.get_vocab(with_added_tokens=True)
 
     def fingerprint(self) -> str:
-        """sha256 of tokenizer.json and of the settings that change ids."""
+        """Return a sha256 of tokenizer.json and of the settings that change ids."""
         return self._fingerprint
 
 
 @lru_cache(maxsize=1)
 def _byte_of() -> dict[str, int]:
-    """The characters that byte-level vocabularies write bytes with, and which bytes they are."""
+    """Return the characters that byte-level vocabularies use for bytes, and their bytes."""
     return {character: byte for byte, character in enumerate(byte_characters())}
 
 
 def _piece(text: str, token: str) -> str:
-    """A token's text, from its bytes where decoding it apart from its neighbours lost some."""
+    """Return a token's text, from its bytes if decoding it alone lost some."""
     if not text:
         return token
     if REPLACEMENT not in text or REPLACEMENT in token:
@@ -156,7 +159,7 @@ def _piece(text: str, token: str) -> str:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Read tokenizer.json and the settings beside it; what is missing is a CheckpointError."""
+    """Read tokenizer.json and the settings beside it; a missing file is a CheckpointError."""
     folder = Path(folder)
     raw, raw_bytes = load_raw(folder)
     settings = read_settings(folder)
@@ -168,8 +171,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     bos_id, add_bos = _bos(raw, settings, vocab, eos_id, folder)
     pad_id = vocab.get(token_named(settings, "pad_token") or "", eos_id)
 
-    # Its work is done: what a text begins and ends with is decided in tokenize.py, and a
-    # post-processor that trims offsets would hide where a token really starts.
+    # It is no longer needed: data/tokens decides how a text begins and ends, and a post-processor
+    # that trims offsets would hide where a token really starts.
     raw.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     rules = {"bos_id": bos_id, "eos_id": eos_id, "pad_id": pad_id, "add_bos": add_bos}
     digest = hashlib.sha256(raw_bytes + json.dumps(rules, sort_keys=True).encode())
@@ -188,7 +191,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def load_raw(folder: Path) -> tuple[tokenizers.Tokenizer, bytes]:
-    """Read tokenizer.json with the tokenizers library; the tokenizer and the file's bytes.
+    """Read tokenizer.json with the tokenizers library; return the tokenizer and the file's bytes.
 
     Raises:
         CheckpointError: there is no such file, or the library cannot load it.
@@ -208,14 +211,14 @@ def load_raw(folder: Path) -> tuple[tokenizers.Tokenizer, bytes]:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json; the older special_tokens_map.json fills what it leaves open."""
+    """Return tokenizer_config.json; the older special_tokens_map.json fills missing keys."""
     settings = read_json_if_there(folder / "special_tokens_map.json")
     newer = read_json_if_there(folder / "tokenizer_config.json")
     return settings | {key: value for key, value in newer.items() if value is not None}
 
 
 def token_named(settings: dict[str, Any], name: str) -> str | None:
-    """A special token's text; it is written as a string or as an object with `content`."""
+    """Return a special token's text; it is stored as a string or as an object with `content`."""
     value = settings.get(name)
     if isinstance(value, dict):
         value = value.get("content")
@@ -248,10 +251,10 @@ def _bos(
     eos_id: int,
     folder: Path,
 ) -> tuple[int | None, bool]:
-    """BOS's id, and whether a text begins with it.
+    """Return BOS's id, and True if a text begins with it.
 
-    An explicit add_bos_token decides (as in transformers 5); otherwise what the post-processor
-    of tokenizer.json does to a text.
+    An explicit add_bos_token decides (as in transformers 5); otherwise the post-processor of
+    tokenizer.json does.
     """
     leading = _leading_specials(raw, folder)
     if len(leading) > 1:
@@ -283,7 +286,7 @@ def _bos(
 
 
 def _leading_specials(raw: tokenizers.Tokenizer, folder: Path) -> list[int]:
-    """The ids the post-processor puts in front of a text."""
+    """Return the ids that the post-processor puts before a text."""
     with library_faults(f"the tokenizer in {folder} fails on a text"):
         full = raw.encode(PROBE).ids
         bare = raw.encode(PROBE, add_special_tokens=False).ids
@@ -294,6 +297,6 @@ def _leading_specials(raw: tokenizers.Tokenizer, folder: Path) -> list[int]:
 
 
 def _generation_eos_ids(folder: Path) -> tuple[int, ...]:
-    """The ids generation stops at; information only: training supervises eos_token."""
+    """Return the ids that end generation; for information only: training supervises eos_token."""
     path = folder / "generation_config.json"
     return tuple(token_ids(read_json_if_there(path), "eos_token_id", str(path)))

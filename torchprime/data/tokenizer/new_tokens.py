@@ -1,13 +1,13 @@
-"""Special tokens added to a tokenizer: a folder of its own, which everything after reads.
+"""Special tokens added to a tokenizer, in a new folder that all later steps read.
 
 The tokenizers library decides the ids, as it does for transformers' `add_special_tokens`:
 
-    a text that the tokenizer lacks          a new id, behind all others
+    a text that the tokenizer lacks          a new id, after all others
     an added token that is not special yet   keeps its id and becomes special
     an ordinary token of the vocabulary      keeps its id and becomes special
     a special token                          nothing changes
 
-The folder is kept under a hash of the source's files and the texts, beside prepared data, so that
+The folder is cached under a hash of the source's files and the texts, beside prepared data, so that
 worker processes and the export load the same files as the run. Only tokenizer.json and the lists of
 tokens in the settings differ from the source; chat templates and stop tokens are copied.
 """
@@ -40,16 +40,16 @@ JSON_FILE, SETTINGS_FILE, MAP_FILE = (
     "tokenizer_config.json",
     "special_tokens_map.json",
 )
-# What a tokenizer's folder says besides its tokens. Other files (vocab.json, tokenizer.model,
+# The files of a tokenizer's folder besides its tokens. Other files (vocab.json, tokenizer.model,
 # added_tokens.json) repeat tokenizer.json in older forms and would lack the new tokens.
 COPIED = ("generation_config.json", "chat_template.*", "additional_chat_templates/*")
-# A token as `add_special_tokens` of the library makes it from a text.
+# A token as the library's `add_special_tokens` makes it from a text.
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """A tokenizer's folder with the tokens that were asked for, and what became of each text.
+    """A tokenizer's folder with the requested special tokens, and the outcome for each text.
 
     Attributes:
         new: texts that the tokenizer lacked, and their ids.
@@ -70,15 +70,15 @@ def add_special_tokens(source: Path, texts: Sequence[str], root: Path) -> Specia
 
     Args:
         texts: distinct, none of them empty.
-        root: where the new folder is kept; if nothing can be written there, it is a temporary one
-            that ends with this process.
+        root: the place of the new folder; if it can't be written, a temporary folder that ends
+            with this process is used.
 
     Returns:
         The new folder, or `source` if it has all of them as special tokens.
 
     Raises:
-        CheckpointError: no tokenizer that can be loaded, or one in which a new token would get the
-            id of another.
+        CheckpointError: the tokenizer cannot be loaded, or a new token would get the id of another
+            token.
     """
     raw, _ = load_raw(source)
     before = raw.get_vocab(with_added_tokens=True)
@@ -100,7 +100,7 @@ def add_special_tokens(source: Path, texts: Sequence[str], root: Path) -> Specia
 def _check_ids(
     before: Mapping[str, int], after: Mapping[str, int], texts: Sequence[str], source: Path
 ) -> None:
-    """No token may lose its id, and no two tokens may share one."""
+    """Check that no token loses its id and that no two tokens share one."""
     taken = {number: text for text, number in before.items()}
     for text in texts:
         if text not in before and after[text] in taken:
@@ -135,7 +135,8 @@ def _derived_folder(source: Path, texts: Sequence[str], ids: Mapping[str, int], 
 
     key = cache.cache_key(ingredients)
     try:
-        # Tokenizers lie in a folder of the prepared data's, which others must not exchange either.
+        # The folder is beside prepared data, and other users must not be able to exchange it
+        # either.
         require_private(root.parent, cache.KEY)
         return cache.find(root, key) or cache.build(root, key, ingredients, write)
     except (OSError, RuntimeSetupError):  # of prepared data, which comes later, this is told
@@ -163,9 +164,9 @@ def _write(folder: Path, source: Path, chosen: Mapping[str, int], copied: Sequen
 
 
 def _write_tokenizer(path: Path, content: dict[str, Any], tokens: Mapping[int, Any]) -> None:
-    """Add the tokens to the file's own list, so that nothing else in it is written differently.
+    """Add the tokens to the file's own list, so that everything else in it stays unchanged.
 
-    The library numbers added tokens anew when it reads the file, in the order of the list.
+    The library renumbers added tokens when it reads the file, in the order of the list.
     """
     others = [token for token in content.get("added_tokens") or [] if token["id"] not in tokens]
     mine = [{"id": number, **token, "special": True} for number, token in tokens.items()]
@@ -181,7 +182,7 @@ def _write_tokenizer(path: Path, content: dict[str, Any], tokens: Mapping[int, A
 
 
 def _list_tokens(settings: dict[str, Any], texts: list[str]) -> None:
-    """Name the tokens where transformers looks for them: it has had two keys for the list."""
+    """List the tokens in the two keys where versions of transformers read them."""
     newer = settings.get("extra_special_tokens")
     listed = settings.get("additional_special_tokens")
     if isinstance(listed, list) or not isinstance(newer, list):

@@ -1,18 +1,18 @@
-"""Byte-level BPE by words: each distinct word of a data set is encoded once.
+"""Byte-level BPE with a word cache: each distinct word of a data set is encoded once.
 
-A byte-level tokenizer first splits a text by a pattern, then merges inside each piece alone, so
-the ids of a text are those of its pieces, one after the other. The pieces of a data set come from
-a small vocabulary: with the merges of each kept, what remains of tokenizing is the split and a
-dictionary. The pattern, the added tokens and the merges are those of tokenizer.json, the merges
-are made by the tokenizers library itself, and a text takes this way only if the outcome is sure to
-be the library's:
+A byte-level tokenizer first splits a text by a pattern, then merges inside each piece alone, so the
+ids of a text are those of its pieces, one after the other. The pieces of a data set come from a
+small vocabulary: with a cache of each piece's ids, tokenizing needs only the split and a
+dictionary. The pattern, the added tokens and the merges are those of tokenizer.json, and the
+tokenizers library itself makes the merges. A text is encoded this way only if the result is sure to
+equal the library's:
 
-- every character is one that Unicode has long settled and that normalization leaves alone, so the
-  library's expression engine and ours see the same classes of characters;
-- the tokenizer is made of parts known here, its pattern of constructs that mean the same to both;
-- the first texts it could be wrong about, `PROBES`, come out equal when it is made.
+- every character is one that Unicode settled long ago and that normalization does not change, so
+  the library's regex engine and ours see the same classes of characters;
+- the tokenizer has only known parts, and both engines read its pattern alike;
+- the texts most likely to differ, `PROBES`, come out equal when the encoder is made.
 
-Everything else goes to the library, text by text.
+The library encodes every other text.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import tokenizers
 
 from torchprime.data.tokenizer.encoded import Encoded
 
-# What a text may not contain to be split here: all but printable ASCII, tab and line breaks, Latin
-# letters and signs up to U+017E without those that change under case folding or normalization,
-# and common punctuation.
+# Characters that exclude a text from being split here: all but printable ASCII, tab and line
+# breaks, Latin letters and signs up to U+017E without those that change under case folding or
+# normalization, and common punctuation.
 UNSETTLED = re.compile(
     "[^\t\n\r -~\u00a1-\u00ac\u00ae-\u012f\u0132-\u013e\u0141-\u0148\u014a-\u017e"
     "\u2010-\u2015\u2018-\u2022\u2026\u20ac]"
@@ -51,9 +51,9 @@ PROBES = (
     "déjà-vu Straße «¿Qué?» 5€ – “so” it’s… ½ x² ŒUVRE", "HELLO'S I'D'VE don'T 'tis ''''",
     "https://example.org/a_b?c=d&e=1 ~!@#$%^&*()_+|", "12345678 1 22 333\n4444\n\n",
 )  # fmt: skip
-# Patterns whose every alternative is a run of like characters, for which the end of a run is seen
-# by looking at one more. Where a space follows something that is none, they always split, whatever
-# else is in front of it or behind.
+# Patterns whose every alternative is a run of like characters, so that one more character shows the
+# end of a run. Before a space that follows a non-space they always split, whatever else surrounds
+# it.
 RUN_PATTERNS = (
     BYTE_LEVEL_PATTERN,
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -69,15 +69,17 @@ SHARED_STRETCH, MAX_KEPT_STRETCHES = 256, 512
 
 @lru_cache(maxsize=1)
 def byte_characters() -> list[str]:
-    """For each byte, the character that byte-level vocabularies write it with (GPT-2's table):
-    printable ones stand for themselves, the others are moved to U+0100 and up, in order."""
+    """Return for each byte its character in byte-level vocabularies (GPT-2's table).
+
+    Printable ones stand for themselves, the others are moved to U+0100 and up, in order.
+    """
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 class WordEncoder:
-    """Encodes texts as one tokenizer does; `of` says whether it can."""
+    """An encoder that gives the same ids as one tokenizer; `of` makes it for a supported one."""
 
     def __init__(
         self,
@@ -98,7 +100,7 @@ class WordEncoder:
 
     @classmethod
     def of(cls, raw: tokenizers.Tokenizer) -> WordEncoder | None:
-        """An encoder by words for this tokenizer; None if it has a part not known here."""
+        """Return a word encoder for this tokenizer; None if it has an unsupported part."""
         patterns = _patterns(raw)
         added = raw.get_added_tokens_decoder()
         plain = not any(t.lstrip or t.rstrip or t.single_word for t in added.values())
@@ -115,22 +117,25 @@ class WordEncoder:
         return encoder
 
     def encode(self, text: str) -> WordEncoded | None:
-        """Ids and spans; None for a text that is the library's to encode."""
+        """Return ids and spans; None for a text that the library must encode."""
         if UNSETTLED.search(text):
             return None
         return WordEncoded(self, self.words(text))
 
     def joint_ids(self, prompt: str, completion: str) -> tuple[list[int], list[int]] | None:
-        """The ids of both sides in their joint text, if no token crosses and the prompt's are
-        those it has alone; None where that is not so, or not seen at a glance."""
+        """Return the ids of prompt and completion in their joint text, or None.
+
+        No token may cross the boundary, and the prompt's ids must be those it has alone. None means
+        that this is false or that the fast check could not show it.
+        """
         place = prompt.rfind(" ")
         if place < 1 or prompt[place - 1].isspace() or not self._splits_before_space:
             return None
         text = prompt + completion
         if UNSETTLED.search(text) or (self._find_added and self._find_added.search(text)):
             return None
-        # In front of this space the words are the same, whatever follows: only those behind it
-        # are split twice.
+        # Before this space the words are the same, whatever follows: only those after it are split
+        # twice.
         alone, joint = self._split(prompt[place:]), self._split(text[place:])
         if joint[: len(alone)] != alone:
             return None
@@ -138,11 +143,11 @@ class WordEncoder:
         return self.ids([*head, *alone]), self.ids(joint[len(alone) :])
 
     def ids(self, words: Sequence[str]) -> list[int]:
-        """Those of all words, one after the other."""
+        """Return the ids of all words, one after the other."""
         return list(chain.from_iterable(map(self.ids_of.__getitem__, words)))
 
     def words(self, text: str) -> list[str]:
-        """The pieces that are encoded apart, added tokens among them; joined they are the text."""
+        """Return the separately encoded pieces, with added tokens; joined they are the text."""
         if self._find_added is None or not self._find_added.search(text):
             return self._split(text)
         words: list[str] = []
@@ -167,7 +172,7 @@ class WordEncoder:
         return self._raw.model.tokenize(written)
 
     def spans(self, word: str) -> list[tuple[int, int]]:
-        """The characters of a word that each of its tokens stands for."""
+        """Return the characters of a word that each of its tokens covers."""
         if word in self._added:
             return [(0, len(word))]
         owner = [place for place, c in enumerate(word) for _ in c.encode()]
@@ -179,7 +184,7 @@ class WordEncoder:
 
 
 class _KeptIds(dict[str, tuple[int, ...]]):
-    """The ids of words seen before; long ones, hardly seen twice, are not kept."""
+    """A cache of words' ids; long words, which rarely repeat, are not stored."""
 
     def __init__(self, merge: Callable[[str], tuple[int, ...]]) -> None:
         super().__init__()
@@ -193,7 +198,7 @@ class _KeptIds(dict[str, tuple[int, ...]]):
 
 
 class WordEncoded(Encoded):
-    """A text by its words; spans are worked out when they are asked for."""
+    """A text encoded by its words; spans are computed on request."""
 
     def __init__(self, encoder: WordEncoder, words: list[str]) -> None:
         self._encoder, self._words = encoder, words
@@ -201,7 +206,7 @@ class WordEncoded(Encoded):
 
     @cached_property
     def _ends(self) -> tuple[list[int], list[int]]:
-        """Behind each word: how many characters, how many tokens."""
+        """The number of characters and of tokens up to the end of each word."""
         counts = map(len, map(self._encoder.ids_of.__getitem__, self._words))
         return list(accumulate(map(len, self._words))), list(accumulate(counts))
 
@@ -223,8 +228,10 @@ class WordEncoded(Encoded):
 
 
 def _ascii_pattern(patterns: Sequence[regex.Pattern[str]]) -> re.Pattern[str] | None:
-    """The same pattern for ASCII texts, for Python's own engine, which is faster; None for one
-    it cannot be written for."""
+    """Return the same pattern for ASCII texts in Python's own, faster engine.
+
+    Return None if the pattern cannot be written for it.
+    """
     if len(patterns) != 1 or patterns[0].pattern not in RUN_PATTERNS:
         return None
     inside_class = re.sub(
@@ -237,7 +244,7 @@ def _ascii_pattern(patterns: Sequence[regex.Pattern[str]]) -> re.Pattern[str] | 
 
 
 def _isolated(pattern: regex.Pattern[str], text: str) -> list[str]:
-    """Every match a piece of its own, and what lies between matches."""
+    """Split a text so that every match is a piece, and so is the text between matches."""
     found = pattern.findall(text)
     if sum(map(len, found)) == len(text):
         return found
@@ -249,7 +256,7 @@ def _isolated(pattern: regex.Pattern[str], text: str) -> list[str]:
 
 
 def _patterns(raw: tokenizers.Tokenizer) -> list[regex.Pattern[str]] | None:
-    """The patterns that split a text, one after the other; None where a part is not known."""
+    """Return the patterns that split a text, in order; None if a part is unsupported."""
     steps = _described(raw.pre_tokenizer)
     steps = steps.get("pretokenizers", [steps])
     model = raw.model
@@ -259,7 +266,7 @@ def _patterns(raw: tokenizers.Tokenizer) -> list[regex.Pattern[str]] | None:
         return None
     if _described(raw.normalizer) not in ({}, {"type": "NFC"}):
         return None
-    # What comes behind ByteLevel would see bytes; without it the vocabulary's are characters.
+    # Steps after ByteLevel would see bytes; without it the vocabulary holds characters.
     if [step.get("type") == "ByteLevel" for step in steps] != [False] * (len(steps) - 1) + [True]:
         return None
     sources = [_pattern(step) for step in steps]
@@ -270,12 +277,12 @@ def _patterns(raw: tokenizers.Tokenizer) -> list[regex.Pattern[str]] | None:
 
 
 def _described(part: Any) -> dict[str, Any]:
-    """A part of a tokenizer as its file has it; the library gives it as its pickled state."""
+    """Return a part of a tokenizer as in its file; the library gives it as its pickled state."""
     return {} if part is None else json.loads(part.__getstate__())
 
 
 def _pattern(step: Mapping[str, Any]) -> str | None:
-    """The pattern by which one pre-tokenizer splits, "" for none; None for one not known."""
+    """Return a pre-tokenizer's pattern: "" if it does not split, None if unsupported."""
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         return BYTE_LEVEL_PATTERN if step.get("use_regex", True) else ""
     if step["type"] == "Digits":

@@ -1,1 +1,1 @@
-"""Rows become examples: ids, loss weights and the rule behind each label."""
+"""Examples from rows: ids, loss weights and the rule behind each label."""

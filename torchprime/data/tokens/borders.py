@@ -1,16 +1,16 @@
-"""Texts in which some characters carry loss, tokenized so that labels begin and end exactly.
+"""Tokenization of texts so that labels begin and end exactly at given characters.
 
-A model that answers is given the ids of the text in front of the answer, tokenized alone. Training
-has to use those ids and no others, for each span that carries loss:
+A model's input is the ids of the text before the answer, tokenized alone. Training has to use
+exactly those ids, for each span that carries loss:
 
     joint     the whole text tokenized at once: no token crosses a border of a span, and the ids in
               front of every span are those of its prefix alone.
-    separate  the text is cut where that fails and its pieces are tokenized apart, if together they
-              decode to the same text.
+    separate  the text is split where joint fails, and its pieces are tokenized apart, if together
+              they decode to the same text.
     context   the same, each piece tokenized after a character it does not merge with.
 
-After a cut the prefixes are compared again: a cut in front of one span can change what stands in
-front of the next, and then no single sequence has the served ids for both.
+After a split the prefixes are compared again: a split before one span can change the ids before the
+next one, and then no single sequence has the served ids for both.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Tokens(NamedTuple):
 
 
 class NotExact(NamedTuple):
-    """No tokens, and why."""
+    """The reason why there are no exact tokens."""
 
     reason: str
     detail: str
 
 
 def tokenize_bordered(texts: Sequence[Bordered], tokenizer: Tokenizer) -> list[Tokens | NotExact]:
-    """Tokenize each text, in order. Give many at once: the tokenizer works in batches."""
+    """Tokenize each text, in order. Pass many at once: the tokenizer works in batches."""
     joint = tokenizer.encode_batch([each.text for each in texts])
     return [
         _apart(each, cuts, encoded.ids, tokenizer) if cuts else Tokens(encoded, "joint")
@@ -59,7 +59,7 @@ def tokenize_bordered(texts: Sequence[Bordered], tokenizer: Tokenizer) -> list[T
 def _cuts(
     texts: Sequence[Bordered], joint: Sequence[Encoded], tokenizer: Tokenizer
 ) -> list[list[int]]:
-    """Of each text, the borders at which its pieces have to be tokenized apart."""
+    """Return for each text the borders at which its pieces have to be tokenized apart."""
     fed = are_fed(texts, joint, tokenizer)
     found = []
     for each, encoded, same in zip(texts, joint, fed, strict=True):
@@ -72,11 +72,11 @@ def _cuts(
 def are_fed(
     texts: Sequence[Bordered], encoded: Sequence[Encoded], tokenizer: Tokenizer, cut: bool = False
 ) -> list[list[bool]]:
-    """Compare the ids in front of each span with those of the same characters tokenized alone.
+    """Compare the ids before each span with those of the same characters tokenized alone.
 
-    In a text that was tokenized whole it is enough to look at what stands between the last special
-    token and the span, the same few characters in every row: the two sides of such a token are
-    tokenized apart anyway. Where that differs (or there is no such token, or the text was `cut`)
+    In a text that was tokenized whole it is enough to compare the tokens between the last special
+    token and the span, the same few characters in every row: the two sides of a special token are
+    tokenized separately anyway. If those differ (or there is no such token, or the text was `cut`),
     the whole prefix is compared.
     """
     special = _special_ids(tokenizer)
@@ -102,7 +102,7 @@ def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
 def _tail(
     text: str, encoded: Encoded, start: int, special: frozenset[int]
 ) -> tuple[str, list[int]]:
-    """Text and ids from the last special token to a span's start."""
+    """Return text and ids from the last special token to a span's start."""
     end = encoded.before(start)
     first = end - 1
     while first > 0 and encoded.ids[first] not in special:
@@ -114,7 +114,7 @@ def _tail(
 def _apart(
     given: Bordered, cuts: list[int], joint: list[int], tokenizer: Tokenizer
 ) -> Tokens | NotExact:
-    """The pieces between the cuts tokenized apart, if that changes nothing of the text."""
+    """Tokenize the pieces between the cuts separately, if the decoded text stays the same."""
     text = given.text
     pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     wanted = tokenizer.decode(joint, skip_special_tokens=False)
@@ -133,8 +133,10 @@ def _apart(
 def _joined(
     pieces: Sequence[str], cuts: Sequence[int], context: str, tokenizer: Tokenizer
 ) -> JoinedEncoded | None:
-    """The first piece's tokens and those of the others behind `context`; None where a token takes
-    in both."""
+    """Join the first piece's tokens and those of the others, tokenized after `context`.
+
+    Return None if a token covers parts of both.
+    """
     first, *others = tokenizer.encode_batch([pieces[0], *(context + p for p in pieces[1:])])
     ids, spans = list(first.ids), [first.span(i) for i in range(len(first.ids))]
     for cut, encoded in zip(cuts, others, strict=True):

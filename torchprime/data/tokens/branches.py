@@ -1,10 +1,10 @@
-"""A conversation as the turns of a server: one example for each answer (dataset.turns=branch).
+"""Branches: one example for each answer, as a server sees the turns (dataset.turns=branch).
 
-A template may write earlier turns otherwise than it wrote them when they were the last: Qwen 3 and
-others drop their reasoning. One text of the whole conversation then trains answers that the model
-is never to give. A branch is the conversation up to one answer; only that answer carries loss, so
-its prefix is what a server feeds at that turn and nothing that follows has shaped it. `auto` does
-so for the conversations of which no single sequence is right for every turn.
+A template may render earlier turns differently than when they were the last: Qwen 3 and others drop
+their reasoning. One text of the whole conversation then trains answers that the model should never
+give. A branch is the conversation up to one answer, and only that answer carries loss. So its
+prefix is exactly a server's input at that turn, without any effect of later turns. `auto` makes
+branches of conversations that have no single sequence correct for every turn.
 """
 
 from __future__ import annotations
@@ -32,5 +32,5 @@ def branches(row: Row, last_only: bool = False) -> list[Row]:
 
 
 def row_of(branch_id: str) -> str:
-    """Return the id of the row that a branch is of."""
+    """Return the id of the row that a branch comes from."""
     return _BRANCH_ID.sub("", branch_id)

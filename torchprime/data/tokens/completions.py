@@ -1,20 +1,20 @@
-"""Rows become examples: ids, with what weight each is to be predicted, and which rule said so.
+"""Examples from prompts and completions: ids, loss weights, and the rule behind each label.
 
     ids     = BOS? + prompt + completion + EOS
     weights = 0 for context, above 0 for what carries loss
-    rules   = why, for a person who looks (`inspect`)
+    rules   = the reason for each label, for a person (`inspect`)
 
-A model that answers is given exactly the ids of the prompt alone, so training must use those ids
-and no others. Tokens like to merge across the place where prompt and completion meet (and
-sentencepiece likes to put a space in front of a completion tokenized alone), so the boundary is
-established, never guessed from a length:
+A model's input is exactly the ids of the prompt alone, so training must use exactly those ids.
+Tokens tend to merge across the boundary between prompt and completion (and sentencepiece tends to
+put a space before a completion tokenized alone), so the boundary is established, never guessed from
+a length:
 
 1. joint: the prompt's ids begin the ids of the whole text, and no token crosses the boundary.
 2. separate: prompt and completion tokenized apart, if together they decode to the same text.
 3. context: the completion tokenized after a character it does not merge with, cut exactly there.
 
-A row for which none holds is rejected. BOS comes once, if this tokenizer uses it; EOS comes once,
-supervised. Labels follow from positions alone: an id that equals PAD or EOS says nothing.
+A row for which none holds is rejected. BOS is added once, if this tokenizer uses it; EOS is added
+once, supervised. Labels depend on positions alone, never on an id that equals PAD or EOS.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from torchprime.data.tokenizer.load import Tokenizer
 from torchprime.errors import DataError
 
 IGNORED = -100
-# Tried in this order; all begin no longer token with what usually starts a completion.
+# Tried in this order; none begins a longer token with a usual start of a completion.
 NEUTRAL_CONTEXTS = ("\n", ".", ":", "a", "0")
 
-# What set a token's label; an Example's `rules` are places in this list. `off` is a turn that the
-# row itself excludes.
+# The rules that set a token's label; an Example's `rules` are indices into this list. `off` is a
+# turn that the row itself excludes.
 RULES = ("context", "bos", "completion", "assistant", "stop", "all", "off")
 CONTEXT, BOS, COMPLETION, ASSISTANT, STOP, ALL, OFF = range(len(RULES))
 LOSS_MODES = ("auto", "all", "completion", "assistant", "last_assistant")
@@ -54,11 +54,11 @@ class Example:
 
     Attributes:
         ids: int32.
-        weights: fp32, the loss weight with which a token is to be predicted; 0 is context.
-        rules: uint8, places in RULES.
-        boundary: the rule that found where supervision starts.
+        weights: fp32, the loss weight for predicting a token; 0 is context.
+        rules: uint8, indices into RULES.
+        boundary: the rule that found the start of supervision.
         source: the part of a mixture it is from.
-        divisible: a text that may be cut into blocks when it is longer than one.
+        divisible: a text that may be split into blocks if it is longer than one.
     """
 
     row_id: str
@@ -75,7 +75,7 @@ class Example:
         return self.weights > 0
 
     def targets(self) -> npt.NDArray[np.int32]:
-        """What each position predicts: the next id if it is supervised, else IGNORED (law 4)."""
+        """Return each position's target: the next id if it is supervised, else IGNORED (law 4)."""
         targets = np.full(len(self.ids), IGNORED, dtype=np.int32)
         targets[:-1] = np.where(self.weights[1:] > 0, self.ids[1:], IGNORED)
         return targets
@@ -91,7 +91,7 @@ class _Parts:
 
 
 def loss_mode(requested: str, row: Row) -> str:
-    """The mode for one row, with `auto` resolved; DataError where it makes no sense."""
+    """Return the mode for one row, with `auto` resolved; raise DataError if it does not apply."""
     if requested not in LOSS_MODES:
         raise DataError(
             f"dataset.compute_loss_on={requested} is not known, expected {', '.join(LOSS_MODES)}"
@@ -117,8 +117,10 @@ def loss_mode(requested: str, row: Row) -> str:
 def tokenize_rows(
     rows: Sequence[Row], tokenizer: Tokenizer, compute_loss_on: str
 ) -> list[Example | Rejection]:
-    """One result per row of text, in order. Give many rows at once: the tokenizer works in
-    batches."""
+    """Return one result per row of text, in order.
+
+    Pass many rows at once: the tokenizer works in batches.
+    """
     modes = [loss_mode(compute_loss_on, row) for row in rows]
     found: list[_Parts | None] = []
     for row in rows:
@@ -147,7 +149,7 @@ def _example(row: Row, parts: _Parts, tokenizer: Tokenizer, mode: str) -> Exampl
     added_bos = len(tokenizer.with_bos(parts.prompt)) - len(parts.prompt)
     first = added_bos + len(parts.prompt)
     if row.kind == "text":
-        first = max(first, 1)  # the first token of all has no predecessor
+        first = max(first, 1)  # the first token has no predecessor
     if first == 0:
         return Rejection(row.row_id, REASON_UNPREDICTED)
     if row.weight == 0:
@@ -198,7 +200,7 @@ def _split_at_boundary(rows: Sequence[Row], tokenizer: Tokenizer) -> list[_Parts
 def _completions_after(
     context: str, completions: Sequence[str], tokenizer: Tokenizer
 ) -> list[list[int] | None]:
-    """Each completion's ids when it follows `context`; None where a token takes in both."""
+    """Return each completion's ids after `context`; None if a token covers parts of both."""
     encodings = tokenizer.encode_batch([context + completion for completion in completions])
     cuts = [encoded.cut(len(context)) for encoded in encodings]
     return [
@@ -208,9 +210,9 @@ def _completions_after(
 
 
 def fit_to_block(example: Example, block_size: int, truncation: str) -> Example | Rejection:
-    """The example as it is if it fits, else what the truncation setting says.
+    """Return the example if it fits; otherwise apply the truncation setting.
 
-    `split` leaves a divisible example (text) whole: the plan cuts it into blocks.
+    `split` leaves a divisible example (text) whole: the packing plan splits it into blocks.
     """
     length = len(example.ids)
     if length <= block_size or (truncation == "split" and example.divisible):
@@ -232,9 +234,9 @@ def fit_to_block(example: Example, block_size: int, truncation: str) -> Example 
     if truncation == "left":
         kept = np.arange(length - block_size, length)
         if example.rules[0] == BOS:
-            kept[0] = 0  # a text begins with BOS, whatever was cut away behind it
+            kept[0] = 0  # a text begins with BOS, even if the text after it was truncated
     weights = example.weights[kept]
-    if not (weights[1:] > 0).any():  # the first token is context for whatever predicts next
+    if not (weights[1:] > 0).any():  # no token predicts the first one
         return Rejection(example.row_id, REASON_NOTHING_LEFT, f"{length} tokens")
     return replace(
         example,

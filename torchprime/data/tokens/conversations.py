@@ -1,12 +1,12 @@
-"""Conversations become examples: ids of the rendered text, labels by the turns' characters.
+"""Examples from conversations: ids of the rendered text, labels by the turns' characters.
 
-The whole text is tokenized once. A token belongs to a turn by the characters it stands for, so
-every turn's border must also be a border between tokens, and the ids in front of a turn must be
-those that a server feeds, which tokenizes the text up to there alone (borders.py).
+The whole text is tokenized once. A token belongs to a turn by the characters it covers, so every
+turn's border must also be a border between tokens. The ids before a turn must equal a server's
+input, which tokenizes the text up to there alone (borders.py).
 
-A conversation for which that can't be had is rejected, as is one that spells a special token in a
-message (it would fake a turn's border). What the template renders is complete: no BOS is added,
-and EOS only where the template ends the last turn without a stop token.
+A conversation that cannot satisfy this is rejected. So is one with a special token in the text of a
+message, which would look like a turn's border. The rendered text is complete: no BOS is added, and
+EOS only if the template ends the last turn without a stop token.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ REASON_MASKED_PLACE = "train_detail: the content does not stand in the text as t
 
 @dataclass(frozen=True)
 class ChatRules:
-    """What a run wants of its conversations.
+    """The run's settings for conversations.
 
     Attributes:
         compute_loss_on: auto (assistant), assistant, last_assistant or all.
-        reasoning: what becomes of reasoning that the template never writes; see reasoning.py.
+        reasoning: the policy for reasoning that the template never writes; see reasoning.py.
         special_tokens_in_text: `error`, or `answers` to allow special tokens in answers.
     """
 
@@ -65,7 +65,7 @@ class _Chat:
     """A row ready to be tokenized.
 
     Attributes:
-        text: the rendering; it ends with the last turn where EOS is to follow that.
+        text: the rendered text; it ends with the last turn if EOS has to follow that turn.
         weights: of each span, 0 for a turn that is not trained on.
         supervised: the spans with a weight.
         add_eos: EOS follows the text.
@@ -90,11 +90,12 @@ def tokenize_chat(
     rules: ChatRules = ChatRules(),
     notes: RowNotes | None = None,
 ) -> list[Example | Rejection]:
-    """Return one result per row of messages, in order. Give many rows at once: the tokenizer works
-    in batches.
+    """Return one result per row of messages, in order.
+
+    Pass many rows at once: the tokenizer works in batches.
 
     Args:
-        notes: counts what the template leaves out of rows that are used.
+        notes: counts parts of used rows that the template leaves out.
     """
     renderer = _Renderer(template, tokenizer, rules)
     notes = RowNotes() if notes is None else notes
@@ -115,7 +116,7 @@ def tokenize_chat(
 
 
 class _Renderer:
-    """Makes text and turns of rows by one template."""
+    """A renderer of rows' texts and turns with one template."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, rules: ChatRules) -> None:
         self.template, self.rules = template, rules
@@ -150,7 +151,7 @@ def _why_unsupervised(found: Rendering, row: Row) -> str:
 
 
 def _close(row: Row, mode: str, found: Rendering, weights: list[float]) -> _Chat | Rejection:
-    """See that every supervised turn ends with a stop token, EOS for the last one if need be."""
+    """Check that supervised turns end with a stop token; add EOS to the last if needed."""
     text, add_eos = found.text, False
     for span, weight in zip(found.spans, weights, strict=True):
         if weight == 0 or span.stop < span.end:
@@ -195,7 +196,7 @@ def _example(chat: _Chat, tokens: Tokens | NotExact, tokenizer: Tokenizer) -> Ex
         weights[first:end] = weight
         rules[first:stop] = ASSISTANT if weight else OFF
         rules[stop:end] = STOP if weight else OFF
-    for begin, behind in chat.masked:  # a token that takes in a masked character carries no loss
+    for begin, behind in chat.masked:  # a token that covers a masked character carries no loss
         crossed = encoded.cut(behind) is None
         inside = slice(encoded.before(begin), encoded.before(behind) + crossed)
         weights[inside], rules[inside] = 0.0, OFF

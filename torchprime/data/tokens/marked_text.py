@@ -1,13 +1,13 @@
-"""Texts that hold prompt and answer together, told apart by a marker (dataset.response_marker).
+"""Texts that hold prompt and answer together, separated by a marker (dataset.response_marker).
 
     ### Instruction:
     Add 2 and 3.
     ### Response:
     5
 
-Everything behind the response marker carries loss, up to the next instruction marker where a text
-has several turns. Markers are looked for in characters: a tokenizer may write the same marker with
-other ids in another place.
+The text after the response marker carries loss, up to the next instruction marker if a text has
+several turns. Markers are searched in characters: a tokenizer may write the same marker with other
+ids in another place.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ REASON_NO_PROMPT = "nothing in front of the answer predicts its first token"
 
 @dataclass(frozen=True)
 class Markers:
-    """Texts in front of an answer and, where a row has several turns, of an instruction."""
+    """Texts before an answer and, if a row has several turns, before an instruction."""
 
     response: str
     instruction: str | None = None
@@ -48,7 +48,7 @@ class Markers:
 def tokenize_texts(
     rows: Sequence[Row], tokenizer: Tokenizer, compute_loss_on: str, markers: Markers | None
 ) -> list[Example | Rejection]:
-    """Return one result per row without messages, in order; plain texts go by their markers."""
+    """Return one result per row without messages, in order; markers divide plain texts."""
     if markers is None:
         return tokenize_rows(rows, tokenizer, compute_loss_on)
     marked = [row for row in rows if row.kind == "text"]
@@ -61,7 +61,7 @@ def tokenize_texts(
 def answer_spans(
     text: str, markers: Markers, row_id: str = ""
 ) -> list[tuple[int, int]] | Rejection:
-    """Return the characters [start, end) behind each response marker."""
+    """Return the characters [start, end) after each response marker."""
     count = text.count(markers.response)
     if count == 0:
         return Rejection(row_id, REASON_NO_MARKER, f"it begins {text[:40]!r}")

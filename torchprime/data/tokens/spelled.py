@@ -1,7 +1,7 @@
-"""Special tokens that a row spells in a message or a tool: they would fake the border of a turn.
+"""Special tokens in the text of a message or a tool, which would look like a turn's border.
 
-A tokenizer makes one control token of such a text wherever it stands. `answers` allows a run's own
-special tokens in what the assistant says, but never those that begin or end a message.
+A tokenizer turns such a text into one control token wherever it occurs. `answers` allows a run's
+own special tokens in the assistant's text, but never those that begin or end a message.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ THINK = ("<think>", "</think>")
 
 
 class Spelled:
-    """Finds reserved texts in rows.
+    """A finder of reserved texts in rows.
 
     Args:
-        reserved: what only the template may write.
-        in_answers: an assistant's words may spell those that are no border of a message.
+        reserved: texts that only the template may write.
+        in_answers: allow those that are no border of a message in the assistant's text.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Spelled:
         self._pattern = _any_of(reserved)
         borders = reserved & _borders(template, tokenizer) if in_answers else reserved
         self._in_answer = _any_of(borders)
-        # By identity, of rows that outlive this: conversations share their tools.
+        # By identity, for rows that outlive this object: conversations share their tools.
         self._in_tools: dict[int, str] = {}
 
     def in_row(self, row: Row) -> str:
-        """Return where the first one stands, "" for nowhere."""
+        """Return a description of the first one's place, "" if there is none."""
         if id(row.tools) not in self._in_tools:
             self._in_tools[id(row.tools)] = self._in_values("tool", row.tools)
         messages = as_served([message.template for message in row.messages])
@@ -66,7 +66,7 @@ class Spelled:
 
 
 def _borders(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[str]:
-    """Texts that begin or end messages: what a short conversation has around its words."""
+    """Return texts that begin or end messages, found around the words of a short conversation."""
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
     frames = [generation_prompt(template)]
     for messages in (said, [{"role": "system", "content": "s"}, *said]):

@@ -1,1 +1,1 @@
-"""Arrow types become the values that JSON would have."""
+"""Conversion of Arrow types to JSON values."""

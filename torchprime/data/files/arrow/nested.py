@@ -1,6 +1,6 @@
-"""Arrow arrays that hold other arrays: objects, lists, maps, and those that encode another.
+"""Converters for nested Arrow types: structs, lists, maps, unions and encoded arrays.
 
-Each function makes the converter of a type of the converters of its children.
+Each function builds the converter of a type from the converters of its children.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torchprime.data.files.arrow.values import Column, Convert, where_valid
 
 
 def objects(names: list[str], children: list[Convert], spoken: set[int]) -> Convert:
-    """Objects without their null fields. `spoken`: children of which a None is content."""
+    """Convert structs to objects without null fields; children in `spoken` keep None as content."""
 
     def convert_valid(array: Any) -> Column:
         rows, filled, gaps = empty_objects(len(array)), [], False
@@ -50,14 +50,14 @@ def objects(names: list[str], children: list[Convert], spoken: set[int]) -> Conv
 
 
 def _may_have_gaps(array: Any) -> bool:
-    """True for nulls, and for types that have them without counting them."""
+    """Return True for arrays with nulls, and for types whose null count omits some nulls."""
     is_, kind = pa.types, array.type
     loose = (is_.is_dictionary(kind), is_.is_run_end_encoded(kind), is_.is_union(kind))
     return array.null_count > 0 or any(loose)
 
 
 def _present(array: Any, convert: Convert) -> tuple[Sequence[int], Column]:
-    """The places of the values that are not null, and these: in a union schema few are there."""
+    """Return the indices and values that are not null; in a union schema these are few."""
     if not array.null_count:
         return range(len(array)), convert(array)
     if array.null_count == len(array):
@@ -65,7 +65,7 @@ def _present(array: Any, convert: Convert) -> tuple[Sequence[int], Column]:
     places = np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False))
     try:
         return places.tolist(), convert(array.drop_null())
-    except pa.ArrowNotImplementedError:  # of a type that cannot be filtered
+    except pa.ArrowNotImplementedError:  # for a type that cannot be filtered
         values, filled = convert(array)
         kept = [values[place] for place in places.tolist()]
         return places.tolist(), Column(kept, None if filled is None else filled[places])
@@ -80,24 +80,24 @@ def _scattered(filled: np.ndarray | None, places: Sequence[int], length: int) ->
 
 
 def empty_objects(number: int) -> list[dict[str, Any]]:
-    """Objects to `put` values into."""
+    """Return empty objects for `put` to fill."""
     return [{} for _ in range(number)]
 
 
 def put(rows: list[dict[str, Any]], name: str, values: list[Any]) -> None:
-    """Give each row its value. (Half the time of making each row at once.)"""
+    """Set one key in every row, in half the time of building row by row."""
     for row, value in zip(rows, values, strict=True):
         row[name] = value
 
 
 def total(counts: list[np.ndarray | None]) -> np.ndarray | None:
-    """The sum per value; None stands for zeros."""
+    """Return the sum per value; None stands for zeros."""
     found = [count for count in counts if count is not None]
     return sum(found[1:], found[0]) if found else None
 
 
 def lists(child: Convert) -> Convert:
-    """Lists with offsets of any size."""
+    """Convert lists with offsets of any size."""
 
     def convert(array: Any) -> Column:
         offsets = array.offsets.to_numpy()
@@ -109,10 +109,10 @@ def lists(child: Convert) -> Convert:
 
 
 def list_views(child: Convert) -> Convert:
-    """Lists whose items lie anywhere. (Casting a slice of them loses items in pyarrow 26.)"""
+    """Convert lists whose items lie anywhere. (Casting a slice loses items in pyarrow 26.)"""
 
     def convert(array: Any) -> Column:
-        # Where a view is null its place means nothing.
+        # The offset and size of a null view are undefined.
         valid = array.is_valid().to_numpy(zero_copy_only=False)
         starts = np.where(valid, array.offsets.to_numpy(zero_copy_only=False), 0)
         sizes = np.where(valid, array.sizes.to_numpy(zero_copy_only=False), 0)
@@ -127,7 +127,7 @@ def list_views(child: Convert) -> Convert:
 
 
 def fixed_lists(child: Convert, size: int) -> Convert:
-    """Lists of one length."""
+    """Convert lists of one fixed length."""
 
     def convert(array: Any) -> Column:
         column = child(array.values.slice(array.offset * size, len(array) * size))
@@ -138,7 +138,7 @@ def fixed_lists(child: Convert, size: int) -> Convert:
 
 
 def _pieces(array: Any, items: Column, starts: np.ndarray, ends: np.ndarray) -> Column:
-    """Pieces of `items`; an item that is null stays."""
+    """Return slices of `items`; null items stay."""
     bounds = zip(starts.tolist(), ends.tolist(), strict=True)
     found = [items.values[start:end] for start, end in bounds]
     filled = None
@@ -149,9 +149,10 @@ def _pieces(array: Any, items: Column, starts: np.ndarray, ends: np.ndarray) -> 
 
 
 def maps(key: Convert, item: Convert) -> Convert:
-    """Objects; a null value of a map was written by somebody, and stays.
+    """Convert maps to objects; a null map value was written explicitly, so it stays.
 
-    Where keys are objects or lists, a list of objects with `key` and `value`, as Arrow stores it.
+    If keys are objects or lists, return a list of objects with `key` and `value`, as Arrow stores
+    it.
     """
 
     def convert(array: Any) -> Column:
@@ -169,19 +170,19 @@ def maps(key: Convert, item: Convert) -> Convert:
 def _object(pairs: list[tuple[Any, Any]]) -> Any:
     try:
         return dict(pairs)
-    except TypeError:  # no key of an object
+    except TypeError:  # not a valid key of a JSON object
         return [{"key": key, "value": value} for key, value in pairs]
 
 
 def dictionaries(child: Convert) -> Convert:
-    """Values that are places in a dictionary; `child` is for the dictionary's own."""
+    """Convert dictionary-encoded values; `child` converts the dictionary itself."""
 
     def convert(array: Any) -> Column:
         dictionary, indices = array.dictionary, array.indices
-        if len(dictionary) > len(array):  # a slice, which needs but a few of them
+        if len(dictionary) > len(array):  # a slice, which needs only a few of them
             try:
                 return child(dictionary.take(indices))
-            except pa.ArrowNotImplementedError:  # of a type that cannot be taken from
+            except pa.ArrowNotImplementedError:  # for a type that `take` does not support
                 pass
         return _taken(child(dictionary), indices)
 
@@ -189,7 +190,7 @@ def dictionaries(child: Convert) -> Convert:
 
 
 def run_ends(child: Convert) -> Convert:
-    """Values that are repeated, kept once with where each run ends."""
+    """Convert run-end encoded values: each value is stored once with the end of its run."""
 
     def convert(array: Any) -> Column:
         places = np.arange(array.offset, array.offset + len(array))
@@ -207,7 +208,7 @@ def _taken(column: Column, indices: Any) -> Column:
 
 
 def unions(children: list[Convert]) -> Convert:
-    """Value by value: such columns are rare, and their children's buffers lie each in its way."""
+    """Convert unions value by value: such columns are rare, and each child has its own layout."""
 
     def convert(array: Any) -> Column:
         found = [
@@ -224,7 +225,7 @@ def unions(children: list[Convert]) -> Convert:
 
 
 def objects_of_lists(convert: Convert) -> Convert:
-    """A list of objects of one object of lists; it stays what it is if they are not of a length."""
+    """Turn an object of lists into a list of objects; keep it if the lengths differ."""
 
     def convert_turns(array: Any) -> Column:
         values, filled = convert(array)

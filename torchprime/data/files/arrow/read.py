@@ -1,4 +1,4 @@
-"""Rows of Parquet and Arrow files, batch by batch; arrow_rows.py makes records of a batch."""
+"""Rows of Parquet and Arrow files, batch by batch; arrow/rows.py converts a batch to records."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torchprime.data.files.streams import READ_BYTES, PlainStream
 from torchprime.data.shared.notes import RowNotes
 from torchprime.errors import DataError
 
-BATCH_BYTES = 8 * 2**20  # of rows converted at a time
+BATCH_BYTES = 8 * 2**20  # size of the rows converted at a time
 BATCH_ROWS = 1024
 
-ARROW_FILE = b"ARROW1"  # how the file format begins; the stream format begins with a size
+ARROW_FILE = b"ARROW1"  # the first bytes of the file format; the stream format begins with a size
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 def arrow_records(
     name: str, ids: str, schema: Any, batches: Iterable[Any], notes: RowNotes | None
 ) -> Records:
-    """Stream the rows of record batches, or tables of one chunk; row n has the id `ids` + n.
+    """Stream the rows of record batches, or of one-chunk tables; row n has the id `ids` + n.
 
-    `name` is that of the file or dataset, for messages.
+    `name` is the name of the file or dataset, for messages.
     """
-    # late: pyarrow takes a quarter of a second, and only these files need it
+    # imported late: pyarrow takes a quarter of a second, and only these files need it
     from torchprime.data.files.arrow.rows import BY_STORAGE, FILLED_IN, ArrowRows, BadValue
 
     converter, notes = ArrowRows(name, schema), notes or RowNotes()
     stored = ", ".join(converter.by_storage)
 
     def numbered(batch: Any, number: int) -> Records:
-        """A batch's records; they are gone before those of the next are made."""
+        """Yield a batch's records; they are freed before the next batch is converted."""
         records, filled = converter.records(batch)
         for i, record in enumerate(records):
             row_id = f"{ids}{number + i}"
@@ -53,7 +53,7 @@ def arrow_records(
 
 
 def batch_rows(total_rows: int, total_bytes: int) -> int:
-    """How many rows are about BATCH_BYTES together."""
+    """Return the number of rows that together have about BATCH_BYTES."""
     return max(1, min(BATCH_ROWS, total_rows * BATCH_BYTES // max(total_bytes, 1)))
 
 
@@ -64,13 +64,13 @@ def read_parquet(
     name: str, open_plain: Callable[[], PlainStream], notes: RowNotes | None = None
 ) -> Records:
     """Stream the rows of a Parquet file."""
-    import pyarrow.parquet  # late: as above
+    import pyarrow.parquet  # imported late: as above
 
     kind = "Parquet"
     with open_plain() as plain, _seekable(plain) as stream:
         with _faults(name, kind):
-            # pre_buffer would read the whole file before the first row; buffer_size has a large
-            # row group read in pieces.
+            # pre_buffer would read the whole file before the first row; buffer_size reads a large
+            # row group in pieces.
             file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
             batches = file.iter_batches(batch_size=_parquet_batch_rows(file.metadata))
             schema = file.schema_arrow
@@ -83,7 +83,7 @@ def _parquet_batch_rows(metadata: Any) -> int:
 
 
 def _watched(batches: Iterable[Any], name: str, kind: str) -> Iterator[Any]:
-    """The batches; one that cannot be read is a DataError that says how far reading came."""
+    """Yield the batches; raise a DataError with the rows read so far if one cannot be read."""
     number, following = 0, iter(batches)
     while True:
         with _faults(name, kind, number):
@@ -96,7 +96,7 @@ def _watched(batches: Iterable[Any], name: str, kind: str) -> Iterator[Any]:
 
 @contextmanager
 def _faults(name: str, kind: str, number: int = 0) -> Iterator[None]:
-    import pyarrow  # late: as above
+    import pyarrow  # imported late: as above
 
     try:
         yield
@@ -109,7 +109,7 @@ def _faults(name: str, kind: str, number: int = 0) -> Iterator[None]:
 
 @contextmanager
 def _seekable(stream: PlainStream) -> Iterator[IO[bytes]]:
-    """These files are read from their end: a compressed one is first unpacked, to disk."""
+    """Return a seekable file, as Parquet and Arrow need; a compressed one is unpacked to disk."""
     if stream.seekable():
         yield stream  # type: ignore[misc]
         return
@@ -126,7 +126,7 @@ def read_arrow(
     name: str, open_plain: Callable[[], PlainStream], notes: RowNotes | None = None
 ) -> Records:
     """Stream the rows of an Arrow file, in the stream format or the file format."""
-    import pyarrow.ipc  # late: as above
+    import pyarrow.ipc  # imported late: as above
 
     with open_plain() as plain:
         is_file_format = _Tail(plain).read(len(ARROW_FILE)) == ARROW_FILE
@@ -145,7 +145,7 @@ def read_arrow(
 
 
 def _to_the_end(stream: Any, tail: _Tail) -> Iterator[Any]:
-    """All batches of a stream, which has to end where the file does."""
+    """Yield all batches of a stream, which has to end at the end of the file."""
     yield from stream
     if tail.last != END_OF_STREAM:
         raise ValueError("it ends without the mark of its end: it was cut, or not closed")
@@ -154,7 +154,7 @@ def _to_the_end(stream: Any, tail: _Tail) -> Iterator[Any]:
 
 
 class _Tail:
-    """A stream that remembers the last bytes read: pyarrow takes a cut stream for its end."""
+    """A stream that remembers its last bytes: pyarrow takes a truncated stream for a whole one."""
 
     closed = False
 
@@ -172,11 +172,11 @@ class _Tail:
         return data
 
     def close(self) -> None:
-        """Whoever opened the stream closes it."""
+        """Do nothing: the function that opened the stream closes it."""
 
 
 def _pieces(batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches of any size in pieces: a whole data set may be one."""
+    """Split large batches into pieces: a whole data set may be one batch."""
     for batch in batches:
         size = batch_rows(batch.num_rows, batch.nbytes)
         yield from (batch.slice(start, size) for start in range(0, batch.num_rows, size))

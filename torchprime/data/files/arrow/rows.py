@@ -1,12 +1,12 @@
-"""Arrow batches as the records that JSON Lines would have given: one converter per schema.
+"""Conversion of Arrow batches to the records of equivalent JSON Lines, one converter per schema.
 
-A typed column is read as what it says, not as what it is stored in: a JSON-typed column gives what
-its text says, a UUID its text, a map an object (docs/data.md lists every type). A struct has all
-fields of the schema, so the fields a row did not have stand there as nulls. Those are taken out and
-counted; columns keep their nulls, list items do too, and so does a null that JSON text says.
+A typed column is read by its logical type, not by its storage type: a JSON-typed column gives the
+parsed value, a UUID its text, a map an object (docs/data.md lists every type). A struct has all
+fields of the schema, so fields that a row did not have are stored as nulls. Those are removed and
+counted. Nulls of columns and list items are kept, and so are nulls in JSON text.
 
-Whole columns are converted at a time, children before parents. Only where that fails is a batch
-converted row by row, so that a value that cannot be read costs one row.
+Whole columns are converted at a time, children before parents. If that fails, the batch is
+converted row by row, so that a value that cannot be read costs only one row.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ BY_STORAGE = "values of a type that is not known, read as they are stored"
 # Columns of turns that the datasets library's Sequence stores as one object of lists.
 LISTS_OF_OBJECTS = ("messages", "conversations", "tools")
 TURN_KEYS = ({"role", "content"}, {"from", "value"})
-# A KeyError is a time zone that this machine does not know.
+# A KeyError means a time zone that this machine does not know.
 CONVERSION_ERRORS = (pa.ArrowException, ValueError, OverflowError, KeyError)
 
-Path = tuple[str, ...]  # names from the column down; items of a list have the list's
+Path = tuple[str, ...]  # names from the column down; list items have the name of the list
 
 
 class ArrowRows:
-    """Converts the record batches of one schema.
+    """A converter for the record batches of one schema.
 
-    Raises DataError for a schema whose names occur twice.
+    Raises DataError if a name occurs twice in the schema.
 
     Attributes:
-        by_storage: the columns, as paths, of an extension type that is not known.
+        by_storage: paths of the columns whose extension type is unknown.
     """
 
     def __init__(self, name: str, schema: pa.Schema) -> None:
@@ -71,7 +71,7 @@ class ArrowRows:
         self._columns = [(field.name, self._converter(field, (field.name,))) for field in schema]
 
     def records(self, batch: Any) -> tuple[Sequence[dict[str, Any] | BadValue], Sequence[int]]:
-        """The rows of a batch, and the number of filled-in nulls taken out of each, if of any."""
+        """Return the rows of a batch and the number of schema nulls removed from each, if any."""
         try:
             columns = [convert(batch.column(i)) for i, (_, convert) in enumerate(self._columns)]
         except (*CONVERSION_ERRORS, BadValue):
@@ -94,7 +94,7 @@ class ArrowRows:
         return rows, counts
 
     def _bad_value(self, row: Any) -> BadValue:
-        """Why the one row of a batch cannot be converted."""
+        """Return the reason why the only row of a batch cannot be converted."""
         for i, (name, convert) in enumerate(self._columns):
             try:
                 convert(row.column(i))
@@ -105,7 +105,7 @@ class ArrowRows:
                 return found or BadValue(OUT_OF_RANGE, f"column {name}: {error}")
         raise AssertionError("each column can be converted")
 
-    # The converter of a type -------------------------------------------------------------------
+    # Converters by type -------------------------------------------------------------------------
 
     def _converter(self, field: pa.Field, path: Path) -> Convert:
         kind, is_ = field.type, pa.types
@@ -133,7 +133,7 @@ class ArrowRows:
     def _extension(self, name: str, field: pa.Field, path: Path) -> Convert:
         kind = field.type
         stored = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
-        # without the metadata, which would say the same again
+        # without the metadata, which would repeat the name
         convert = self._converter(pa.field(field.name, stored), path)
         if name == "arrow.json":
             convert = each_value(convert, parsed_json)
@@ -167,7 +167,7 @@ def _check_names(name: str, names: Sequence[str], what: str) -> None:
 
 
 def _extension_of(field: pa.Field) -> str:
-    """The name of an extension type, also of one that this pyarrow does not know."""
+    """Return the name of an extension type, even if this pyarrow does not know it."""
     if isinstance(field.type, pa.BaseExtensionType):
         return field.type.extension_name
     said = (field.metadata or {}).get(b"ARROW:extension:name", b"")
@@ -175,7 +175,7 @@ def _extension_of(field: pa.Field) -> str:
 
 
 def _says_null(field: pa.Field) -> bool:
-    """True for JSON text, encoded or not: there a null may be content."""
+    """Return True for JSON text, encoded or not: its nulls may be content."""
     kind = field.type
     while pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         kind = kind.value_type
@@ -183,9 +183,9 @@ def _says_null(field: pa.Field) -> bool:
 
 
 def _is_lists_of_turns(kind: Any, path: Path) -> bool:
-    """True for one object of lists that stands for a list of objects.
+    """Return True for one object of lists that stands for a list of objects.
 
-    Only whole columns and the calls of a turn are: elsewhere such an object is what it looks like.
+    This applies only to whole columns and to the calls of a turn; elsewhere such an object is data.
     """
     types = [kind.field(i).type for i in range(kind.num_fields)]
     if not types or not all(map(_is_list, types)):

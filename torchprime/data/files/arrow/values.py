@@ -1,6 +1,6 @@
-"""Arrow arrays that hold no other arrays, as lists of what JSON would say.
+"""Converters for Arrow types without children, to lists of JSON values.
 
-arrow_rows.py makes objects, lists and records of them; docs/data.md has the table of types.
+arrow/rows.py builds objects, lists and records from them; docs/data.md has the table of types.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import pyarrow as pa
 
 from torchprime.data.files.record import BEYOND_PARSER, MALFORMED_JSON, NOT_UTF8, bad_byte
 
-FLOAT_DIGITS = 15  # decimal digits that a float keeps
+FLOAT_DIGITS = 15  # decimal digits that a float represents exactly
 INTERVAL = ("months", "days", "nanoseconds")
-UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # of a second
+UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}  # per second
 
 
 class Column(NamedTuple):
-    """The values of an array, and per value how many filled-in nulls were taken out (or None)."""
+    """The values of an array, and the number of schema nulls removed from each value (or None)."""
 
     values: list[Any]
     filled: np.ndarray | None = None
@@ -39,7 +39,7 @@ class BadValue(Exception):
 
 
 def where_valid(array: Any, values: list[Any], filled: np.ndarray | None = None) -> Column:
-    """None in place of what lies under a null, whose counts do not count."""
+    """Replace values under a null by None, and their counts by 0."""
     if not array.null_count:
         return Column(values, filled)
     valid = array.is_valid().to_numpy(zero_copy_only=False)
@@ -49,7 +49,7 @@ def where_valid(array: Any, values: list[Any], filled: np.ndarray | None = None)
 
 
 def leaf(kind: Any) -> Convert:
-    """The converter of a type without children."""
+    """Return the converter of a type without children."""
     is_ = pa.types
     if is_.is_null(kind):
         return lambda array: Column([None] * len(array))
@@ -75,7 +75,7 @@ def leaf(kind: Any) -> Convert:
 
 
 def plain(array: Any) -> Column:
-    """The values as pyarrow has them."""
+    """Return the values as pyarrow gives them."""
     return Column(array.to_pylist())
 
 
@@ -84,13 +84,13 @@ def _numbers(array: Any) -> Column:
 
 
 def _ticks(array: Any) -> Column:
-    """Times as whole numbers of their unit: Python's own types have no nanoseconds."""
+    """Return times as integers of their unit: Python's own types have no nanoseconds."""
     wide = array.type.bit_width == 64
     return plain(array.cast(pa.int64() if wide else pa.int32()))
 
 
 def each_value(convert: Convert, form: Callable[[Any], Any]) -> Convert:
-    """The values through `form`, nulls apart."""
+    """Apply `form` to each value that is not null."""
 
     def convert_each(array: Any) -> Column:
         return Column([None if v is None else form(v) for v in convert(array).values])
@@ -99,18 +99,20 @@ def each_value(convert: Convert, form: Callable[[Any], Any]) -> Convert:
 
 
 def parsed_json(text: str) -> Any:
-    """What JSON text says; a BadValue where it is none."""
+    """Parse JSON text; invalid text becomes a BadValue."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise BadValue(MALFORMED_JSON, f"{error.msg}: column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # numbers or nesting
+    except (ValueError, RecursionError) as error:  # too many digits or too deep nesting
         raise BadValue(BEYOND_PARSER, str(error)) from None
 
 
 def _text_or_bytes(raw: bytes) -> str | bytes:
-    """Some writers store text without saying that it is text. Other bytes are no value of JSON:
-    they stay bytes, which whatever reads the column refuses."""
+    """Return text for bytes that are UTF-8, because some writers store text without its type.
+
+    Other bytes are no JSON value: they stay bytes, and the reader of the column rejects them.
+    """
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -118,7 +120,7 @@ def _text_or_bytes(raw: bytes) -> str | bytes:
 
 
 def _decimal_form(kind: Any) -> Callable[[Decimal], Any]:
-    """A number, or the digits as text where a float would not keep them all."""
+    """Return a number, or the digits as text if a float would lose some of them."""
     if kind.scale <= 0:
         return int
     return float if kind.precision <= FLOAT_DIGITS else lambda value: f"{value:f}"
@@ -158,11 +160,11 @@ def _seconds_form(unit: str) -> Callable[[int], int | float]:
 
 
 def unreadable_text(array: Any) -> BadValue | None:
-    """The byte that is no UTF-8 in an array of text, if there is one."""
+    """Describe the first byte that is not UTF-8 in an array of text, if there is one."""
     try:
         array.to_pylist()
     except UnicodeDecodeError as error:
         return BadValue(NOT_UTF8, bad_byte(error, error.start))
-    except Exception:  # something else is wrong with it
+    except Exception:  # another fault
         return None
     return None
