@@ -196,7 +196,6 @@ JINJA = (
     "{% {%- %} {{ }} {# for if elif else endif set macro call filter namespace loop recursive "
     "raise_exception strftime_now tojson default messages tools add_generation_prompt"
 )
-)
 
 
 def as_json(*contents: object) -> Callable[[], list[bytes]]:

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from torchprime.data.notes import RowNotes
 from torchprime.data.records import Records, Rejection
@@ -108,15 +108,15 @@ def _faults(name: str, kind: str, number: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def _seekable(stream: PlainStream) -> Iterator[IO[bytes]]:
+def _seekable(stream: PlainStream) -> Iterator[PlainStream]:
     """These files are read from their end: a compressed one is first unpacked, to disk."""
     if stream.seekable():
-        yield stream  # type: ignore[misc]
+        yield stream
         return
     with tempfile.TemporaryFile() as unpacked:
         shutil.copyfileobj(stream, unpacked, READ_BYTES)
         unpacked.seek(0)
-        yield unpacked
+        yield PlainStream(cast("IO[bytes]", unpacked), "")
 
 
 # Arrow ------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,7 @@ from torchprime.metrics.trainer_logs import (
     read_printed_dicts,
     round_old_losses,
 )
-from torchprime.metrics.writers import read_metrics
-
-MOST_BYTES = 2**30  # of a log, which is held whole
+from torchprime.metrics.writers import MOST_BYTES, read_metrics
 
 EXPECTED = (
     "expected a run's folder, a metrics.jsonl, a trainer_state.json of transformers, or a text log "
@@ -138,7 +137,7 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
         return {}
     try:
         values = parse(_read(path))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(
             f"{path}: cannot be read ({str(error)[:200]}), expected what the trainer wrote; "
             "remove it to compare without what it tells"
@@ -150,10 +149,7 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
 
 
 def _jsonl(path: Path, how: HowLogged) -> Log:
-    try:
-        records = read_metrics(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"run {path}: is not text ({error.reason}); {EXPECTED}") from error
+    records = read_metrics(path)
     if any("current_steps" in record for record in records):
         return _trainer_log(path, records, how)
     log = Log("metrics.jsonl", [])
@@ -187,7 +183,7 @@ def _trainer_log(path: Path, records: list[dict[str, Any]], how: HowLogged) -> L
 def _trainer_state(path: Path, how: HowLogged) -> Log:
     try:
         state = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"run {path}: is no JSON ({error}); {EXPECTED}") from error
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list) or not all(isinstance(each, dict) for each in history):
@@ -211,7 +207,7 @@ def _logged(record: Mapping[str, Any], where: str) -> LoggedStep:
         loss=_number(record, "loss", where),
         grad_norm=_number(record, "grad_norm", where),
         lr=_number(record, "lr" if "lr" in record else "learning_rate", where),
-        supervised_tokens=None if tokens is None else int(tokens),
+        supervised_tokens=None if tokens is None or not isfinite(tokens) else int(tokens),
         batch_hash=None if batch_hash is None else str(batch_hash),
         supervised_tokens_per_s=_number(record, "supervised_tokens_per_s", where),
     )
@@ -230,4 +226,9 @@ def _number(record: Mapping[str, Any], name: str, where: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"run {where}: {name} is {value!r}, expected a number or null")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise DataError(
+            f"run {where}: {name} is a number of {len(str(value)):,} digits, which no float holds"
+        ) from None
