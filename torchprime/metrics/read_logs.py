@@ -50,6 +50,8 @@ EXPECTED = (
     "expected a run's folder, a metrics.jsonl, a trainer_state.json of transformers, or a text log "
     "with a step and a loss on a line"
 )
+MOST_STEPS = 10**7  # of a run: each that a loss stands for is held
+EXPECTED_STEP = f"expected a whole number up to {MOST_STEPS:,}"
 UNTOLD = HowLogged()
 
 
@@ -70,6 +72,8 @@ def read_run(label: str, path: str | Path, how: HowLogged = UNTOLD) -> Run:
         lines = list(lines_of(_read(file)))
         log = read_printed_dicts(file, lines, how)
         log = log if log.steps else read_step_lines(file, lines, how)
+    if (last := max((each.step for each in log.steps), default=0)) > MOST_STEPS:
+        raise DataError(f"run {label}: {file} has a step {last}, {EXPECTED_STEP}; {EXPECTED}")
     if not any(logged.loss is not None for logged in log.steps):
         raise DataError(f"run {label}: {file} has no training loss; {EXPECTED}")
     undecided = _decide(label, log, how)
@@ -215,8 +219,8 @@ def _logged(record: Mapping[str, Any], where: str) -> LoggedStep:
 
 def _step(record: Mapping[str, Any], where: str) -> int:
     step = record.get("step")
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise DataError(f"run {where}: step is {step!r}, expected a whole number; {EXPECTED}")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= MOST_STEPS:
+        raise DataError(f"run {where}: step is {step!r:.40}, {EXPECTED_STEP}; {EXPECTED}")
     return step
 
 
