@@ -176,7 +176,10 @@ class _Tail:
 
 
 def _pieces(batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches of any size in pieces: a whole data set may be one."""
+    """Batches of any size in pieces, checked: a whole data set may be one."""
+    from torchprime.data.arrow_checks import check_batch  # late: as above
+
     for batch in batches:
+        check_batch(batch)
         size = batch_rows(batch.num_rows, batch.nbytes)
         yield from (batch.slice(start, size) for start in range(0, batch.num_rows, size))
