@@ -30,7 +30,12 @@ def arrow_records(
     # late: pyarrow takes a quarter of a second, and only these files need it
     from torchprime.data.arrow_rows import BY_STORAGE, FILLED_IN, ArrowRows, BadValue
 
-    converter, notes = ArrowRows(name, schema), notes or RowNotes()
+    try:
+        converter, notes = ArrowRows(name, schema), notes or RowNotes()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name}: the name of a column or field is not UTF-8: {error}. Write the file again"
+        ) from None
     stored = ", ".join(converter.by_storage)
 
     def numbered(batch: Any, number: int) -> Records:

@@ -118,6 +118,12 @@ def test_offsets_out_of_the_batch_are_refused(write: Any) -> None:
     assert isinstance(rejected, Rejection) and kept == {"t": "b", "n": {"l": ["b"]}}
 
 
+@pytest.mark.parametrize("old", [b"column", b"inner"])
+def test_names_that_are_no_text(old: bytes) -> None:
+    content = as_stream(pa.table({"column": [{"inner": 1}]})).replace(old, b"\xff" + old[1:])
+    assert "the name of a column or field is not UTF-8" in error_of(content)
+
+
 def test_what_is_no_arrow_file() -> None:
     assert "cannot be read as an Arrow file after 0 rows" in error_of(as_file()[:-9])
     for content in (b"", b"ARR", b'{"a": 1}\n' * 9):
