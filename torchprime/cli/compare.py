@@ -184,7 +184,7 @@ def _compare(runs: Sequence[Run], given: argparse.Namespace, argv: Sequence[str]
         left = [path for end in (".png", ".svg") if (path := folder / f"{name}{end}").exists()]
         old = [f"note: {path} is an earlier comparison's, nothing was drawn" for path in left]
     elif name != NO_FIGURE:
-        # imported late: matplotlib takes a second, and only a figure needs it
+        # late: matplotlib takes a second, and only a figure needs it
         from torchprime.compare.draw import draw
 
         wrote += draw(comparison, folder / name)

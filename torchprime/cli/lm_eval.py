@@ -76,7 +76,7 @@ def _evaluate(given: argparse.Namespace) -> int:
     chat = _wants_template(given.chat_template, folder)
     device = choose_device(given.device)
     model = load_transformers(folder).to(device)
-    # imported late: as below; load_harness has checked that it is installed
+    # late: as below; load_harness has checked that it is installed
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     tokenizer = auto_tokenizer(folder)
@@ -113,7 +113,7 @@ def load_harness() -> ModuleType:
         RuntimeSetupError: it is not installed; the message has the install command.
     """
     try:
-        # imported late: an optional extra
+        # late: an optional extra
         import lm_eval  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RuntimeSetupError(
@@ -140,7 +140,7 @@ def _task_manager(tasks: list[str], include_path: str | None) -> Any:
         include_path = str(local_path("--include-path", include_path))
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"--include-path: {include_path} is not a folder")
-    # imported late: as above
+    # late: as above
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     manager = TaskManager(include_path=include_path)

@@ -14,7 +14,7 @@ from torchprime.terminal import print_lines, say
 
 def prepare(config: TrainConfig) -> int:
     """Prepare the run's data now, so that training finds it done."""
-    # imported late: reading the model's files takes seconds, and a misspelt command needs none
+    # late: reading the model's files takes seconds, and a misspelt command needs none
     from torchprime.cli.shared.data import prepare_offline
 
     return prepare_offline(config)
@@ -22,7 +22,7 @@ def prepare(config: TrainConfig) -> int:
 
 def inspect(config: TrainConfig) -> int:
     """Show real batches as the device gets them: in the terminal and as a page."""
-    # imported late: as above
+    # late: as above
     from torchprime.cli.inspect_data import inspect_data
 
     return inspect_data(config)
@@ -30,7 +30,7 @@ def inspect(config: TrainConfig) -> int:
 
 def compare(argv: list[str]) -> int:
     """Judge whether runs are the same training, and draw them."""
-    # imported late: as above
+    # late: as above
     from torchprime.cli.compare import compare_main
 
     return compare_main(argv)
@@ -39,7 +39,7 @@ def compare(argv: list[str]) -> int:
 def resume_check(argv: list[str]) -> int:
     """Say what a run will do when it is started again, and what differs from its checkpoint."""
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
-    # imported late: as above, and transformers looks for torch_xla when imported
+    # late: as above, and transformers looks for torch_xla when imported
     from torchprime.cli.resume_check import resume_check_main
 
     return resume_check_main(argv)
@@ -48,7 +48,7 @@ def resume_check(argv: list[str]) -> int:
 def export(argv: list[str]) -> int:
     """Make a Hugging Face folder of a run's checkpoint, without an accelerator."""
     os.environ["USE_TORCH_XLA"] = "0"
-    # imported late: as above
+    # late: as above
     from torchprime.cli.export import export_main
 
     return export_main(argv)
@@ -57,7 +57,7 @@ def export(argv: list[str]) -> int:
 def verify(argv: list[str]) -> int:
     """Check an export by its certificate: files, weights, logits, stop tokens."""
     os.environ["USE_TORCH_XLA"] = "0"
-    # imported late: as above
+    # late: as above
     from torchprime.cli.export import verify_main
 
     return verify_main(argv)
@@ -66,7 +66,7 @@ def verify(argv: list[str]) -> int:
 def report(argv: list[str]) -> int:
     """Write a run's report again: report.md and report.html."""
     os.environ["USE_TORCH_XLA"] = "0"
-    # imported late: as above
+    # late: as above
     from torchprime.cli.report import report_main
 
     return report_main(argv)
@@ -75,7 +75,7 @@ def report(argv: list[str]) -> int:
 def chat(argv: list[str]) -> int:
     """Ask a model, and its base beside it."""
     os.environ["USE_TORCH_XLA"] = "0"
-    # imported late: as above
+    # late: as above
     from torchprime.cli.chat import chat_main
 
     return chat_main(argv)
@@ -84,7 +84,7 @@ def chat(argv: list[str]) -> int:
 def lm_eval(argv: list[str]) -> int:
     """Score an export on standard benchmarks, by EleutherAI's lm-eval harness."""
     os.environ["USE_TORCH_XLA"] = "0"
-    # imported late: as above
+    # late: as above
     from torchprime.cli.lm_eval import lm_eval_main
 
     return lm_eval_main(argv)
@@ -93,7 +93,7 @@ def lm_eval(argv: list[str]) -> int:
 def doctor(argv: list[str]) -> int:
     """Say what this host can do: TPU, GPU, virtual devices, the TPU's compiler, versions."""
     os.environ["USE_TORCH_XLA"] = "0"
-    # imported late: as above
+    # late: as above
     from torchprime.cli.doctor import doctor_main
 
     return doctor_main(argv)

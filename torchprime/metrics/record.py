@@ -130,10 +130,16 @@ def to_json(record: Record) -> str:
 
 def from_json(line: str) -> dict[str, Any]:
     """The dict a line was made from, NaN and infinity included. ValueError if it is no record."""
-    values = json.loads(line)
+    try:
+        values = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, got {type(values).__name__}")
-    nonfinite = values.pop("nonfinite", {})
-    for source, value in nonfinite.pop(BY_SOURCE, {}).items():
-        values[BY_SOURCE][source] = float(value)
-    return values | {name: float(value) for name, value in nonfinite.items()}
+    try:
+        nonfinite = values.pop("nonfinite", {})
+        for source, value in nonfinite.pop(BY_SOURCE, {}).items():
+            values[BY_SOURCE][source] = float(value)
+        return values | {name: float(value) for name, value in nonfinite.items()}
+    except (TypeError, AttributeError, KeyError, OverflowError) as error:
+        raise ValueError(f"nonfinite is not as the trainer writes it: {error}") from error

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
-from torchprime.atomic import open_plain
+from torchprime.atomic import open_plain, read_regular_text
 from torchprime.errors import DataError, RuntimeSetupError
 from torchprime.metrics.record import (
     CheckpointRecord,
@@ -31,6 +31,8 @@ from torchprime.metrics.record import (
 from torchprime.private_folders import own_folder
 from torchprime.terminal import say
 from torchprime.terminal import shown as shown_text
+
+MOST_BYTES = 2**30  # of a log, which is held whole
 
 
 class Writer(Protocol):
@@ -92,7 +94,12 @@ def _cut_torn_line(file: FileIO) -> None:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All records of a `metrics.jsonl` in file order; of a last line being written, nothing."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_regular_text(Path(path), MOST_BYTES)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"metrics file {path}: is not text ({error.reason}); expected the metrics.jsonl in a "
+            "run's folder, <output_dir>/<run_name>/"
+        ) from error
     except OSError as error:
         raise DataError(
             f"metrics file {path}: cannot be read ({error.strerror}); "

@@ -7,6 +7,7 @@ reader turns into an error with the line.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
@@ -95,4 +96,4 @@ def _decimal(text: str | None) -> Decimal | None:
         number = Decimal(text or "nan")
     except InvalidOperation:
         return None
-    return number if number.is_finite() else None
+    return number if math.isfinite(float(number)) else None  # also of 1e400

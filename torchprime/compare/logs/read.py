@@ -4,8 +4,8 @@
   it). Any JSON lines with `step`, `loss` and perhaps `grad_norm` and `lr` will do; LLaMA-Factory's
   trainer_log.jsonl too.
 - Hugging Face's `trainer_state.json`, or a folder that has one, itself or in a checkpoint; or a
-  text with the dicts that transformers' Trainer prints (trainer_logs.py).
-- A text with a step and a loss on a line (text_logs.py).
+  text with the dicts that transformers' Trainer prints (trainer.py).
+- A text with a step and a loss on a line (text.py).
 
 Four things would make honest runs look different, so they are kept with the numbers. Printed
 numbers are rounded: each has in `rounding` what its last digit may hide. Some losses are means over
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,14 @@ from torchprime.compare.logs.trainer import (
     round_old_losses,
 )
 from torchprime.errors import ConfigError, DataError
-from torchprime.metrics.writers import read_metrics
-
-MOST_BYTES = 2**30  # of a log, which is held whole
+from torchprime.metrics.writers import MOST_BYTES, read_metrics
 
 EXPECTED = (
     "expected a run's folder, a metrics.jsonl, a trainer_state.json of transformers, or a text log "
     "with a step and a loss on a line"
 )
+MOST_STEPS = 10**7  # of a run: each that a loss stands for is held
+EXPECTED_STEP = f"expected a whole number up to {MOST_STEPS:,}"
 UNTOLD = HowLogged()
 
 
@@ -71,6 +72,8 @@ def read_run(label: str, path: str | Path, how: HowLogged = UNTOLD) -> Run:
         lines = list(lines_of(_read(file)))
         log = read_printed_dicts(file, lines, how)
         log = log if log.steps else read_step_lines(file, lines, how)
+    if (last := max((each.step for each in log.steps), default=0)) > MOST_STEPS:
+        raise DataError(f"run {label}: {file} has a step {last}, {EXPECTED_STEP}; {EXPECTED}")
     if not any(logged.loss is not None for logged in log.steps):
         raise DataError(f"run {label}: {file} has no training loss; {EXPECTED}")
     undecided = _decide(label, log, how)
@@ -138,7 +141,7 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
         return {}
     try:
         values = parse(_read(path))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(
             f"{path}: cannot be read ({str(error)[:200]}), expected what the trainer wrote; "
             "remove it to compare without what it tells"
@@ -150,10 +153,7 @@ def _mapping(path: Path, parse: Any) -> dict[str, Any]:
 
 
 def _jsonl(path: Path, how: HowLogged) -> Log:
-    try:
-        records = read_metrics(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"run {path}: is not text ({error.reason}); {EXPECTED}") from error
+    records = read_metrics(path)
     if any("current_steps" in record for record in records):
         return _trainer_log(path, records, how)
     log = Log("metrics.jsonl", [])
@@ -187,7 +187,7 @@ def _trainer_log(path: Path, records: list[dict[str, Any]], how: HowLogged) -> L
 def _trainer_state(path: Path, how: HowLogged) -> Log:
     try:
         state = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"run {path}: is no JSON ({error}); {EXPECTED}") from error
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list) or not all(isinstance(each, dict) for each in history):
@@ -211,7 +211,7 @@ def _logged(record: Mapping[str, Any], where: str) -> LoggedStep:
         loss=_number(record, "loss", where),
         grad_norm=_number(record, "grad_norm", where),
         lr=_number(record, "lr" if "lr" in record else "learning_rate", where),
-        supervised_tokens=None if tokens is None else int(tokens),
+        supervised_tokens=None if tokens is None or not isfinite(tokens) else int(tokens),
         batch_hash=None if batch_hash is None else str(batch_hash),
         supervised_tokens_per_s=_number(record, "supervised_tokens_per_s", where),
     )
@@ -219,8 +219,8 @@ def _logged(record: Mapping[str, Any], where: str) -> LoggedStep:
 
 def _step(record: Mapping[str, Any], where: str) -> int:
     step = record.get("step")
-    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise DataError(f"run {where}: step is {step!r}, expected a whole number; {EXPECTED}")
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= MOST_STEPS:
+        raise DataError(f"run {where}: step is {step!r:.40}, {EXPECTED_STEP}; {EXPECTED}")
     return step
 
 
@@ -230,4 +230,9 @@ def _number(record: Mapping[str, Any], name: str, where: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(f"run {where}: {name} is {value!r}, expected a number or null")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise DataError(
+            f"run {where}: {name} is a number of {len(str(value)):,} digits, which no float holds"
+        ) from None

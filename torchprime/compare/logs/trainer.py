@@ -18,6 +18,8 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from torchprime.compare.logs.numbers_in_text import Doubt, is_exact, printed_at
 from torchprime.compare.logs.run import HowLogged, Log, LoggedStep, tell_means, with_windows
 from torchprime.compare.logs.text import Line, StepLine, add_heldout, one_process, refuse_line, rows
@@ -57,7 +59,7 @@ def finish_history(
     last = history[-1] if history else {}
     exact = round_old_losses(log)
     log.steps = with_windows(log.steps, how, whole=True, ends=ends)
-    begun = _resumed_at(log.steps, last, int(state.get("max_steps") or 0), exact)
+    begun = _resumed_at(log.steps, last, state.get("max_steps"), exact)
     if begun and begun not in (*ends, *how.resumed_at):
         log.steps = with_windows(log.steps, how, whole=True, ends=[*ends, begun])
         log.notes.append(f"it was resumed at step {begun:,}, as its last record tells")
@@ -65,7 +67,7 @@ def finish_history(
 
 
 def _resumed_at(
-    steps: Sequence[LoggedStep], last: Mapping[str, Any], max_steps: int, exact: bool
+    steps: Sequence[LoggedStep], last: Mapping[str, Any], max_steps: object, exact: bool
 ) -> int | None:
     """Return the step at which the last start of a finished training began, if its end tells.
 
@@ -78,14 +80,16 @@ def _resumed_at(
         return None
     if isinstance(told, float) and math.isfinite(told) and max(s.step for s in steps) == end:
         near = 1e-6 * abs(told) if exact else 10.0**-DECIMALS
-        for start in range(end):
-            total = _summed_since(steps, start)
-            parts = {end, end - start} if exact else {end}
-            if total is not None and any(abs(total / n - told) <= near for n in parts):
-                return start
-        return None
+        with np.errstate(all="ignore"):  # losses may be infinite, and fit nothing then
+            starts, totals = _sums_since(steps, end)
+            fits = np.abs(totals / end - told) <= near
+            if exact:
+                fits |= np.abs(totals / (end - starts) - told) <= near
+        return int(starts[fits.argmax()]) if fits.any() else None
     rate, seconds = last.get("train_steps_per_second"), last["train_runtime"]
     if not isinstance(rate, float) or not isinstance(seconds, float):
+        return None
+    if not math.isfinite(rate * seconds):
         return None
     count = round(rate * seconds)
     # The rate has three decimals. 4.x gives the run's length, whenever it was resumed.
@@ -94,16 +98,26 @@ def _resumed_at(
     return end - count
 
 
-def _summed_since(steps: Sequence[LoggedStep], start: int) -> float | None:
-    """The sum of the steps' losses behind a step, had a mean begun there."""
-    total, latest = 0.0, {each.step: each for each in steps}
-    for each in latest.values():
-        if each.step <= start:
-            continue
-        if each.loss is None or each.mean_over is None:
-            return None
-        total += each.loss * min(each.mean_over, each.step - start)
-    return total
+def _sums_since(steps: Sequence[LoggedStep], end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return each step before the end, and the sum of the losses behind it had a mean begun there.
+
+    A record counts `min(mean_over, step - start)` times: the sum is straight between the places
+    where a record begins or ends. Left out are steps with a record of an unknown mean behind them.
+    """
+    latest = {each.step: each for each in steps}
+    unknown = [e.step for e in latest.values() if e.loss is None or e.mean_over is None]
+    known = [each for each in latest.values() if each.step > max(unknown, default=0)]
+    bends: dict[int, float] = {0: 0.0, end: 0.0}
+    for each in known:
+        loss, over = each.loss or 0.0, each.mean_over or 1
+        bends[each.step] = bends.get(each.step, 0.0) + loss
+        bends[each.step - over] = bends.get(each.step - over, 0.0) - loss
+    places = np.array(sorted(bends))
+    slopes = -np.cumsum([bends[place] for place in places[::-1].tolist()])[::-1][1:]
+    pieces = slopes * np.diff(places)
+    at_places = np.append(-np.cumsum(pieces[::-1])[::-1], 0.0)
+    starts = np.arange(max(unknown, default=0), end)
+    return starts, np.interp(starts, places, at_places)
 
 
 def round_old_losses(log: Log) -> bool:
@@ -247,7 +261,7 @@ def _steps_of(
 ) -> list[int]:
     """The steps of the dicts: named, or told by the bars, or counted."""
     if all("step" in each.texts for each in found):
-        return [int(float(each.texts["step"])) for each in found]
+        return [_named_step(path, each) for each in found]
     if (told := bars.steps()) is not None:
         log.notes.append("its lines name no steps: taken from the progress bars behind them")
         return told
@@ -263,6 +277,15 @@ def _steps_of(
         + (f", {apart} apart" if apart > 1 else "")
     )
     return [apart * place for place in range(1, len(found) + 1)]
+
+
+def _named_step(path: object, found: StepLine) -> int:
+    step = float(found.texts["step"])
+    if not math.isfinite(step) or step < 0:
+        raise refuse_line(
+            path, found.line, f"step is {step}", "Expected a whole number of updates."
+        )
+    return int(step)
 
 
 def _uncounted(path: object, told: str) -> DataError:

@@ -37,7 +37,7 @@ def load_hub(
     name: str, config: str | None, split: str, cache_dir: str | None, section: str
 ) -> datasets.Dataset:
     """Load one split of a dataset; DataErrors name the keys of the config's `section`."""
-    # imported late: it takes more than a second, and a run on a file never needs it
+    # late: it takes more than a second, and a run on a file never needs it
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
@@ -78,7 +78,7 @@ def _no_retries_without_network(name: str) -> Iterator[None]:
     Otherwise they retry every request with growing pauses, about 25 seconds on a host without
     network, and give the same result.
     """
-    # imported late: as above
+    # late: as above
     import datasets.config
     import huggingface_hub.constants
 

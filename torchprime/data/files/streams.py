@@ -46,6 +46,24 @@ class PlainStream(io.RawIOBase):
     def tell(self) -> int:
         return self._handle.tell()
 
+    def read(self, size: int = -1) -> bytes:
+        """Read `size` bytes, or all there are; less is returned only at the end.
+
+        The size may come from a damaged file: no memory is taken before the bytes are there.
+        """
+        if size <= READ_BYTES:
+            return super().read(size)
+        if self.seekable():
+            here = self.tell()
+            size = min(size, max(self.seek(0, io.SEEK_END) - here, 0))
+            self.seek(here)
+            return super().read(size)
+        pieces = []
+        while size and (piece := super().read(min(size, READ_BYTES))):
+            pieces.append(piece)
+            size -= len(piece)
+        return b"".join(pieces)
+
     def readinto(self, buffer: Any) -> int:
         with only_os_errors():
             data = self._plain.read(len(buffer))

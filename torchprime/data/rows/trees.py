@@ -164,7 +164,7 @@ def _flat_nodes(members: list[dict[str, Any]]) -> list[Node]:
     for number, given in enumerate(members, start=1):
         name = given.get("message_id")
         if not isinstance(name, str | int) or name in by_id:
-            told = "a second message" if name in by_id else "message"
+            told = "a second message" if isinstance(name, str | int) else "message"
             raise Unusable(BAD_TREE, f"{told} with message_id {show(name)}")
         by_id[name] = Node(_checked(given, number), number)
     roots: list[Node] = []

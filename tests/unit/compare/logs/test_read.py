@@ -291,6 +291,16 @@ def test_what_rounding_hides(texts: list[str | None], halves: list[float | None]
         ("metrics.jsonl", '{"kind": "train", "step": "1", "loss": 1.0}\n', "whole number"),
         ("metrics.jsonl", '{"kind": "train", "step": 1, "loss": true}\n', "True"),
         ("metrics.jsonl", "not json\n", "line 1"),
+        ("metrics.jsonl", "[" * 100_000 + "\n", "line 1.*nested too deeply"),
+        ("metrics.jsonl", '{"step": 1, "loss": 1%s}\n' % ("0" * 400), "a number of 401 digits"),
+        ("metrics.jsonl", '{"step": 1, "nonfinite": 1}\n', "nonfinite is not as"),
+        ("metrics.jsonl", '{"step": 1, "nonfinite": ["loss"]}\n', "nonfinite is not as"),
+        ("metrics.jsonl", '{"step": 1, "nonfinite": {"loss": {}}}\n', "nonfinite is not as"),
+        ("metrics.jsonl", '{"nonfinite": {"source_losses": {"a": 1}}}\n', "nonfinite is not as"),
+        ("metrics.jsonl", '{"step": 10000001, "loss": 1.0}\n', "whole number up to 10,000,000"),
+        ("trainer_state.json", "[" * 100_000, "no JSON"),
+        ("train.log", "step: 99999999 loss: 1.5\n", "a step 99999999, expected a whole number"),
+        ("train.log", "{'loss': 1.5, 'step': 'nan'}\n", "step is nan"),
         ("trainer_state.json", "{", "no JSON"),
         ("trainer_state.json", "[1]", "log_history"),
         ("trainer_state.json", '{"log_history": [1]}', "log_history"),
@@ -303,6 +313,27 @@ def test_what_cannot_be_read_is_said(write, name: str, content: str, said: str) 
         read_run("x", path.parent if path.name == "notes.txt" else path)
 
 
+def test_a_long_history_with_odd_totals_is_read_soon(write) -> None:
+    """The start of a mean is looked for among all steps."""
+    records = [{"step": 10**7 - k, "loss": 1.0} for k in (400, 300, 200, 100, 0)]
+    end = {"step": 10**7, "train_loss": 0.123, "train_runtime": 1e308}
+    state = {"log_history": [*records, end], "max_steps": "many"}
+    assert len(read_run("x", write("trainer_state.json", json.dumps(state))).steps) == 5
+    del end["train_loss"]
+    end["train_steps_per_second"] = 1e308
+    assert len(read_run("x", write("trainer_state.json", json.dumps(state))).steps) == 5
+
+
+def test_a_printed_number_beyond_floats(write) -> None:
+    run = read_run("x", write("train.log", "step: 1 loss: 1e400\nstep: 2 loss: 2.5\n"))
+    assert run.steps[1].loss == float("inf") and "loss" not in run.steps[1].rounding
+
+
+def test_tokens_without_end_are_not_counted(write) -> None:
+    path = write("metrics.jsonl", '{"step": 1, "loss": 1.0, "supervised_tokens": NaN}\n')
+    assert read_run("x", path).steps[1].supervised_tokens is None
+
+
 def test_a_missing_or_binary_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No such file"):
         read_run("x", tmp_path / "nothing")
@@ -313,6 +344,7 @@ def test_a_missing_or_binary_file(tmp_path: Path) -> None:
 
 def test_a_broken_run_json_is_said(write, tmp_path: Path) -> None:
     write("run/metrics.jsonl", '{"step": 1, "loss": 2.0}\n')
-    write("run/run.json", "{")
-    with pytest.raises(DataError, match=r"run\.json"):
-        read_run("x", tmp_path / "run")
+    for content in ("{", "[" * 100_000):
+        write("run/run.json", content)
+        with pytest.raises(DataError, match=r"run\.json"):
+            read_run("x", tmp_path / "run")

@@ -240,6 +240,7 @@ def messages(**changes: Any) -> list[dict[str, Any]]:
         (messages(parent_id="a"), "tree message without its parent"),  # itself
         (messages(parent_id=None), "tree with more than one first message"),
         (messages(message_id="p"), "tree message is not an object with text and role"),
+        (messages(message_id=["p"]), "tree message is not an object with text and role"),
         (messages(message_id=None), "tree message is not an object with text and role"),
         (messages(text=None), "tree message is not an object with text and role"),
         (messages(text=""), "message content is empty"),

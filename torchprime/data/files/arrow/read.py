@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from torchprime.data.files.record import Records, Rejection
 from torchprime.data.files.streams import READ_BYTES, PlainStream
@@ -27,10 +27,15 @@ def arrow_records(
 
     `name` is the name of the file or dataset, for messages.
     """
-    # imported late: pyarrow takes a quarter of a second, and only these files need it
+    # late: pyarrow takes a quarter of a second, and only these files need it
     from torchprime.data.files.arrow.rows import BY_STORAGE, FILLED_IN, ArrowRows, BadValue
 
-    converter, notes = ArrowRows(name, schema), notes or RowNotes()
+    try:
+        converter, notes = ArrowRows(name, schema), notes or RowNotes()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name}: the name of a column or field is not UTF-8: {error}. Write the file again"
+        ) from None
     stored = ", ".join(converter.by_storage)
 
     def numbered(batch: Any, number: int) -> Records:
@@ -64,7 +69,7 @@ def read_parquet(
     name: str, open_plain: Callable[[], PlainStream], notes: RowNotes | None = None
 ) -> Records:
     """Stream the rows of a Parquet file."""
-    import pyarrow.parquet  # imported late: as above
+    import pyarrow.parquet  # late: as above
 
     kind = "Parquet"
     with open_plain() as plain, _seekable(plain) as stream:
@@ -96,7 +101,7 @@ def _watched(batches: Iterable[Any], name: str, kind: str) -> Iterator[Any]:
 
 @contextmanager
 def _faults(name: str, kind: str, number: int = 0) -> Iterator[None]:
-    import pyarrow  # imported late: as above
+    import pyarrow  # late: as above
 
     try:
         yield
@@ -108,15 +113,15 @@ def _faults(name: str, kind: str, number: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def _seekable(stream: PlainStream) -> Iterator[IO[bytes]]:
+def _seekable(stream: PlainStream) -> Iterator[PlainStream]:
     """Return a seekable file, as Parquet and Arrow need; a compressed one is unpacked to disk."""
     if stream.seekable():
-        yield stream  # type: ignore[misc]
+        yield stream
         return
     with tempfile.TemporaryFile() as unpacked:
         shutil.copyfileobj(stream, unpacked, READ_BYTES)
         unpacked.seek(0)
-        yield unpacked
+        yield PlainStream(cast("IO[bytes]", unpacked), "")
 
 
 # Arrow ------------------------------------------------------------------------------------------
@@ -126,7 +131,7 @@ def read_arrow(
     name: str, open_plain: Callable[[], PlainStream], notes: RowNotes | None = None
 ) -> Records:
     """Stream the rows of an Arrow file, in the stream format or the file format."""
-    import pyarrow.ipc  # imported late: as above
+    import pyarrow.ipc  # late: as above
 
     with open_plain() as plain:
         is_file_format = _Tail(plain).read(len(ARROW_FILE)) == ARROW_FILE
@@ -176,7 +181,10 @@ class _Tail:
 
 
 def _pieces(batches: Iterable[Any]) -> Iterator[Any]:
-    """Split large batches into pieces: a whole data set may be one batch."""
+    """Split large batches into pieces, checked: a whole data set may be one batch."""
+    from torchprime.data.files.arrow.checks import check_batch  # late: as above
+
     for batch in batches:
+        check_batch(batch)
         size = batch_rows(batch.num_rows, batch.nbytes)
         yield from (batch.slice(start, size) for start in range(0, batch.num_rows, size))
