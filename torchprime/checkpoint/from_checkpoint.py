@@ -263,7 +263,8 @@ def _decoder_logits(
 
 
 def _base(facts: ExportFacts, given: Path | None) -> Path | str | None:
-    """The base's folder; why there is none; or None if training began from random weights."""
+    """Return the base's folder; why there is none; or None if training began from random
+    weights."""
     if given is not None:
         return given
     if facts.base_model is None:

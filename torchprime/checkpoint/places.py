@@ -55,7 +55,7 @@ class ExportPlace(ABC):
 
     @staticmethod
     def of(place: str | Path | ExportPlace, scratch: Path | None = None) -> ExportPlace:
-        """The place at a path or URL.
+        """Return the place at a path or URL.
 
         Args:
             scratch: the folder in which an export to a URL is made, kept if sending it fails; None
@@ -71,15 +71,15 @@ class ExportPlace(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """The path or URL, for messages."""
+        """Return the path or URL, for messages."""
 
     @abstractmethod
     def is_there(self) -> bool:
-        """True if a whole export is there."""
+        """Return True if a whole export is there."""
 
     @abstractmethod
     def certificate(self) -> Certificate | None:
-        """The certificate that is there, None if there is none."""
+        """Return the certificate that is there, None if there is none."""
 
     @abstractmethod
     def require_new(self) -> None:

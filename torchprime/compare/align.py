@@ -28,7 +28,7 @@ def relative(reference: float, value: float) -> float:
 
 
 def common_steps(runs: Sequence[Run]) -> list[int]:
-    """The steps that all runs logged, in order. DataError if there is none."""
+    """Return the steps that all runs logged, in order. DataError if there is none."""
     common = sorted(set.intersection(*(set(run.steps) for run in runs)))
     if not common:
         told = ", ".join(
@@ -131,7 +131,8 @@ class Aligned:
 
 
 def align(reference: Run, run: Run, name: str, steps: Sequence[int]) -> list[Aligned]:
-    """The quantity wherever both runs have it; `eval_loss` has steps of its own up to the last.
+    """Return the quantity wherever both runs have it; `eval_loss` has steps of its own up to the
+    last.
 
     A run whose losses are means over several steps is set beside the other's mean over the same
     ones. A loss that is the mean of an unknown number of steps is left out.
@@ -160,7 +161,8 @@ def align(reference: Run, run: Run, name: str, steps: Sequence[int]) -> list[Ali
 
 
 def common_window(reference: Run, run: Run, step: int) -> range | None:
-    """The steps that both runs' losses at this step stand for: the longer of the two windows.
+    """Return the steps that both runs' losses at this step stand for: the longer of the two
+    windows.
 
     None if one is of unknown length.
     """
@@ -171,7 +173,7 @@ def common_window(reference: Run, run: Run, step: int) -> range | None:
 
 
 def _number(run: Run, step: int, name: str, window: range) -> tuple[float, float] | None:
-    """The run's number and what its rounding hides, as a mean over the window."""
+    """Return the run's number and what its rounding hides, as a mean over the window."""
     logged = run.steps[step]
     value = getattr(logged, name)
     if value is None:
@@ -182,8 +184,8 @@ def _number(run: Run, step: int, name: str, window: range) -> tuple[float, float
 
 
 def mean_loss(run: Run, window: range) -> tuple[float, float] | None:
-    """The mean of the run's losses over these steps, made of records that fill them exactly, and
-    what their rounding hides; None if there are no such records."""
+    """Return the mean of the run's losses over these steps, made of records that fill them exactly,
+    and what their rounding hides; None if there are no such records."""
     step, total, hidden = window[-1], 0.0, 0.0
     while step >= window[0]:
         part = run.steps.get(step)

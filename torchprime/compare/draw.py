@@ -101,7 +101,7 @@ def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
 
 
 def _relabelled(comparison: Comparison, missing: set[str]) -> Comparison:
-    """The comparison with names that can be drawn."""
+    """Return the comparison with names that can be drawn."""
     if not missing:
         return comparison
 
@@ -183,13 +183,13 @@ def _name_colour(place: int) -> str:
 
 
 def _first_step(comparison: Comparison) -> int:
-    """The first step that a judged loss stands for."""
+    """Return the first step that a judged loss stands for."""
     first = comparison.steps[0]
     return min(run.steps[first].window.start for run in comparison.runs)
 
 
 def _within(comparison: Comparison, run: Run, name: str) -> list[tuple[LoggedStep, float]]:
-    """The run's own numbers up to the last judged step, as far as it logged them."""
+    """Return the run's own numbers up to the last judged step, as far as it logged them."""
     steps = [s for s in run.steps if _first_step(comparison) <= s <= comparison.steps[-1]]
     found = [(run.steps[step], getattr(run.steps[step], name)) for step in steps]
     return [(logged, float(value)) for logged, value in found if value is not None]

@@ -124,7 +124,7 @@ def _check_arguments(runs: Sequence[Run], loss_tolerance: float | None, steps: i
 
 
 def imprecise(runs: Sequence[Run]) -> list[str]:
-    """The dtypes of the runs that float32's bands are too narrow for."""
+    """Return the dtypes of the runs that float32's bands are too narrow for."""
     return sorted({run.dtype for run in runs if run.dtype} - {"float32", "float64"})
 
 
@@ -183,7 +183,7 @@ def _judge(
     *,
     first: bool,
 ) -> Pair:
-    """The verdict on one run.
+    """Return the verdict on one run.
 
     Args:
         first: the steps are the first ones that were asked for, not all.
@@ -228,7 +228,7 @@ def _no_loss(reference: Run, run: Run, steps: int, coarse: int) -> DataError:
 def _points(
     reference: Run, run: Run, name: str, steps: Sequence[int], band: Band | None
 ) -> tuple[tuple[Point, ...], int]:
-    """The points of a quantity, and the number of steps at which rounding hides too much.
+    """Return the points of a quantity, and the number of steps at which rounding hides too much.
 
     Such a number can show a difference that is larger than what it hides, but never an agreement.
     """

@@ -52,7 +52,7 @@ def legible(text: str, missing: set[str]) -> str:
 
 
 def _has(family: str, chars: set[str]) -> set[str]:
-    """The characters that the family has in every weight that is used."""
+    """Return the characters that the family has in every weight that is used."""
     found = set(chars)
     for weight in WEIGHTS:
         path = findfont(FontProperties(family=family, weight=weight), fallback_to_default=False)

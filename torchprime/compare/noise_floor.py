@@ -79,7 +79,7 @@ class NoiseFloor:
         return max(self.spreads["loss"])
 
     def band(self, name: str, least: float, origin: str) -> Band | None:
-        """The quantity's band, nowhere below `least`; None if it was not measured.
+        """Return the quantity's band, nowhere below `least`; None if it was not measured.
 
         The held-out loss is logged seldom, and few spreads may all be lucky: its band is nowhere
         below the training loss's, which is a mean over fewer tokens.
@@ -94,7 +94,7 @@ class NoiseFloor:
         return Band(origin, least, steps, tuple(widths))
 
     def to_dict(self) -> dict[str, Any]:
-        """The file's content."""
+        """Return the file's content."""
         return {
             "kind": KIND,
             "dtype": self.dtype,
@@ -116,7 +116,7 @@ def running_max(values: Sequence[float], window: int) -> list[float]:
 
 
 def measure_noise(runs: Sequence[Run]) -> NoiseFloor:
-    """The floor of runs that ought to be equal.
+    """Return the floor of runs that ought to be equal.
 
     Raises:
         DataError: if they are fewer than two, have different data, learning rates or dtypes or

@@ -178,7 +178,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
 
 
 def usual_speed(run: Run) -> float | None:
-    """The median of the logged supervised tokens per second."""
+    """Return the median of the logged supervised tokens per second."""
     logged = (step.supervised_tokens_per_s for step in run.steps.values())
     rates = [rate for rate in logged if rate is not None and math.isfinite(rate)]
     return median(rates) if rates else None

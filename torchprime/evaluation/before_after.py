@@ -9,7 +9,7 @@ from torchprime.metrics.writers import shown
 
 
 def columns(history: Sequence[Evaluated], best_step: int | None) -> dict[str, Evaluated]:
-    """The evaluations that are compared, by heading: those with the most metrics.
+    """Return the evaluations that are compared, by heading: those with the most metrics.
 
     Args:
         history: in the order of steps.
@@ -49,7 +49,7 @@ def _cell(one: Evaluated, name: str) -> str:
 
 
 def table_lines(history: Sequence[Evaluated], best_step: int | None) -> list[str]:
-    """The table for a terminal; 95% intervals in brackets."""
+    """Return the table for a terminal; 95% intervals in brackets."""
     headings, rows = table(history, best_step)
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     return [

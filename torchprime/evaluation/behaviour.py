@@ -66,7 +66,7 @@ def ask(
     options: GenerateOptions,
     decode: Callable[[list[int]], str],
 ) -> list[Sample]:
-    """The model's answers, in the order of the prompts."""
+    """Return the model's answers, in the order of the prompts."""
     answers = backend.generate([prompt.ids for prompt in prompts], options)
     return [
         Sample(p.row_id, p.text, decode(a.ids), p.reference, a.stopped, len(a.ids))
@@ -82,7 +82,7 @@ def grade(samples: Sequence[Sample], graders: Mapping[str, Grader]) -> list[Grad
 def scores_of(
     grades: Sequence[Grades], names: Sequence[str], measures: Collection[str] = ()
 ) -> dict[str, Score]:
-    """Each grader's mean with its count and interval.
+    """Return each grader's mean with its count and interval.
 
     Args:
         measures: those of the names whose numbers are no passes and fails.

@@ -61,7 +61,7 @@ def score(values: Sequence[float | None], *, measure: bool = False) -> Score | N
 
 
 def _wilson(passed: int, count: int) -> tuple[float, float]:
-    """The shares p for which `passed` of `count` is within z standard errors of p."""
+    """Return the shares p for which `passed` of `count` is within z standard errors of p."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     share, spread = passed / count, z * z / count
     middle = share + spread / 2

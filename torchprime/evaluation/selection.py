@@ -62,7 +62,7 @@ class Gate(NamedTuple):
     bound: float
 
     def holds(self, scores: Scores) -> bool:
-        """Whether it was measured and is so; NaN never is."""
+        """Return True if it was measured and is so; NaN never is."""
         value = scores.get(self.metric, math.nan)
         return RELATIONS[self.relation](value, self.bound)
 
@@ -88,8 +88,8 @@ class Rule:
     ranking: tuple[Order, ...] = (Order("eval_loss", False),)
 
     def rank(self, scores: Scores) -> Rank | None:
-        """A step's place among others, by comparison; None if it is no candidate: a gate fails, or
-        a metric of the ranking was not measured or is not finite."""
+        """Return a step's place among others, by comparison; None if it is no candidate: a gate
+        fails, or a metric of the ranking was not measured or is not finite."""
         if self.failed(scores):
             return None
         values = [scores.get(order.metric, math.nan) for order in self.ranking]
@@ -99,12 +99,12 @@ class Rule:
         return tuple(-value if order.descending else value for value, order in pairs)
 
     def failed(self, scores: Scores) -> list[Gate]:
-        """The gates that these scores do not pass."""
+        """Return the gates that these scores do not pass."""
         return [gate for gate in self.gates if not gate.holds(scores)]
 
     def best(self, history: Sequence[Evaluated]) -> int | None:
-        """The step that ranks first, the earliest of equal ones; None if none is a candidate. The
-        base, step 0, is none."""
+        """Return the step that ranks first, the earliest of equal ones; None if none is a
+        candidate. The base, step 0, is none."""
         ranks = ((self.rank(one.scores), one.step) for one in history if one.step)
         return min(((rank, step) for rank, step in ranks if rank is not None), default=(0, None))[1]
 
@@ -151,7 +151,7 @@ def parse_rule(gates: Sequence[str], ranking: Sequence[str], known: Collection[s
 
 
 def known_metric(name: str, known: Collection[str], key: str) -> str:
-    """The name itself, if the run measures it.
+    """Return the name itself, if the run measures it.
 
     Raises:
         ConfigError: it does not.

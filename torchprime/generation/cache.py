@@ -72,7 +72,7 @@ class CachedAttention(nn.Module):
     def _one_token(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mask: Tensor
     ) -> Tensor:
-        """One softmax, in fp32, over the slots that the mask leaves and the token itself."""
+        """Return one softmax, in fp32, over the slots that the mask leaves and the token itself."""
         B, H, _, h = q.shape
         q = (q * self.scale).view(B, k.shape[1], -1, h)
         scores = self.match(q, keys).float() + mask
@@ -91,10 +91,10 @@ def by_product(q: Tensor, keys: Tensor) -> Tensor:
 
 
 def by_sums(q: Tensor, keys: Tensor) -> Tensor:
-    """The same as multiplications and sums, for a compiler that makes one loop of them: where few
-    queries share a head's keys, a product on a CPU has most of its vector lanes empty. In fp32, as
-    a product of bf16 sums up, too. Of a head of more than 32 in two stages: XLA on a CPU cuts
-    longer sums up itself, and then keeps what was multiplied in memory."""
+    """Return the same as multiplications and sums, for a compiler that makes one loop of them:
+    where few queries share a head's keys, a product on a CPU has most of its vector lanes empty. In
+    fp32, as a product of bf16 sums up, too. Of a head of more than 32 in two stages: XLA on a CPU
+    cuts longer sums up itself, and then keeps what was multiplied in memory."""
     width = 32 if q.shape[-1] % 32 == 0 else q.shape[-1]
     q, keys = (t.float().unflatten(-1, (-1, width)) for t in (q, keys))
     return torch.stack([(keys * each[:, :, None]).sum(-1).sum(-1) for each in q.unbind(2)], 2)

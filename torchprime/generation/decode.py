@@ -79,7 +79,7 @@ class GenerateOptions:
 
     @property
     def sampled(self) -> bool:
-        """Whether tokens are drawn, not just the likeliest taken."""
+        """Return True if tokens are drawn, not just the likeliest taken."""
         return self.temperature > 0
 
     @property
@@ -118,7 +118,7 @@ class PromptBatch:
         return self.ids.shape[1] + self.chunk * self.chunks
 
     def part(self, index: int, count: int) -> PromptBatch:
-        """The rows of one of `count` parts."""
+        """Return the rows of one of `count` parts."""
         size = len(self.rows) // count
         rows = slice(index * size, (index + 1) * size)
         return replace(self, ids=self.ids[rows], padding=self.padding[rows], rows=self.rows[rows])
@@ -168,7 +168,8 @@ def plan_batches(
 
 
 def bucket(length: int, limit: int) -> int:
-    """The slots that a prompt of this length is padded to: a power of two from 64 on, or the limit.
+    """Return the slots that a prompt of this length is padded to: a power of two from 64 on, or the
+    limit.
 
     >>> [bucket(length, 300) for length in (1, 64, 65, 200, 257)]
     [64, 64, 128, 256, 300]
@@ -237,7 +238,7 @@ def sampling_tensors(options: GenerateOptions) -> Sampling:
 def choose(
     logits: Tensor, options: GenerateOptions, sampling: Sampling, rows: Tensor, number: Tensor
 ) -> Tensor:
-    """The next token of each row.
+    """Return the next token of each row.
 
     Args:
         logits: fp32 [B, V].
@@ -271,7 +272,7 @@ def _cut(logits: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _threshold(logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
-    """The largest value [B, 1] such that logits from it on weigh `target` or more together.
+    """Return the largest value [B, 1] such that logits from it on weigh `target` or more together.
 
     By halving the interval until it is as narrow as two neighbouring numbers: a sort of a large
     vocabulary takes longer on every device.
@@ -300,7 +301,8 @@ def gumbel_noise(seed: Tensor, rows: Tensor, number: Tensor, vocabulary: int) ->
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 32 bits in which every bit of the input flips about half of the output's."""
+    """Return a bijection of 32 bits in which every bit of the input flips about half of the
+    output's."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, None)):
         x = x ^ ((x >> shift) & (2 ** (32 - shift) - 1))  # int32 shifts keep the sign: mask it off
         x = x if factor is None else x * factor

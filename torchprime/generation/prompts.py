@@ -21,7 +21,7 @@ OBJECT_ENDINGS = (".jsonl", ".ndjson")
 
 
 def as_question(text: str) -> str:
-    """A question as a model that was trained on rows of question and answer knows them."""
+    """Return a question as a model that was trained on rows of question and answer knows them."""
     return QUESTION_PROMPT.format(question=text)
 
 
@@ -46,7 +46,7 @@ def require_unicode(text: str, where: str) -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, in order; blank lines are none.
+    """Return the prompts of a file, in order; blank lines are none.
 
     Raises:
         DataError: no such file, nothing in it, or a line that has no prompt.

@@ -110,7 +110,7 @@ Record = StepRecord | EvalRecord | CheckpointRecord
 
 
 def to_json(record: Record) -> str:
-    """One line of valid JSON without the line end."""
+    """Return one line of valid JSON without the line end."""
     values = record.to_dict()
     nonfinite: dict[str, Any] = {
         name: str(value)
@@ -129,7 +129,8 @@ def to_json(record: Record) -> str:
 
 
 def from_json(line: str) -> dict[str, Any]:
-    """The dict a line was made from, NaN and infinity included. ValueError if it is no record."""
+    """Return the dict a line was made from, NaN and infinity included. ValueError if it is no
+    record."""
     values = json.loads(line)
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, got {type(values).__name__}")

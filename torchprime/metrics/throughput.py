@@ -109,7 +109,7 @@ class Stopwatch:
         self._slot_tokens += slot_tokens
 
     def lap(self) -> Lap:
-        """The means since the last lap, or since the start; the next lap begins now."""
+        """Return the means since the last lap, or since the start; the next lap begins now."""
         if self._steps == 0:
             raise ValueError("no step was counted since the last lap")
         seconds = self._clock() - self._started

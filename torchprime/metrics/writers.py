@@ -90,7 +90,8 @@ def _cut_torn_line(file: FileIO) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a `metrics.jsonl` in file order; of a last line being written, nothing."""
+    """Return all records of a `metrics.jsonl` in file order; of a last line being written,
+    nothing."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -226,7 +227,8 @@ class ConsoleWriter:
 
 
 def shown(score: Mapping[str, Any]) -> str:
-    """A score with its interval: `71.0% (64.4 to 76.9)` of passes, `12.3 (11.8 to 12.9)` else."""
+    """Return a score with its interval: `71.0% (64.4 to 76.9)` of passes, `12.3 (11.8 to 12.9)`
+    else."""
     value, low, high = (score[key] for key in ("value", "low", "high"))
     if score["interval"] == "wilson":
         return f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"

@@ -172,7 +172,7 @@ def _sliding_window(values: ConfigValues, family: str, layers: int) -> tuple[int
 def _by_layer_types(
     values: ConfigValues, family: str, layers: int, window: int | None, first: int
 ) -> int:
-    """The first layer with a window, as layer_types say.
+    """Return the first layer with a window, as layer_types say.
 
     transformers reads the list in the Qwen families only, vLLM in all: in the others it must not
     say anything else than the rest of the config.

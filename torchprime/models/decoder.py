@@ -119,7 +119,7 @@ class LayerStack(nn.ModuleList):
         return x_BSD
 
     def templates(self) -> list[nn.Module]:
-        """The layers whose code runs."""
+        """Return the layers whose code runs."""
         return list(self)
 
     def with_cache(
@@ -221,7 +221,7 @@ def initialize(model: CausalLM, seed: int) -> dict[str, Tensor]:
 
 
 def initial_tensor(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
-    """One tensor of `initialize`."""
+    """Return one tensor of `initialize`."""
     if "norm" in name:
         return torch.ones(shape)
     if name.endswith("bias"):
@@ -231,7 +231,7 @@ def initial_tensor(name: str, shape: torch.Size, std: float, seed: int) -> Tenso
 
 
 def hash_name(name: str) -> int:
-    """A stable 32-bit hash of a parameter's name (FNV-1a), equal in every process."""
+    """Return a stable 32-bit hash of a parameter's name (FNV-1a), equal in every process."""
     value = 0x811C9DC5
     for byte in name.encode():
         value = ((value ^ byte) * 0x01000193) % 2**32

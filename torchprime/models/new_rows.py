@@ -52,8 +52,8 @@ class NewRows:
         return [*self.unused, *range(self.before, self.rows)]
 
     def resized(self, name: str, old: Tensor, dtype: torch.dtype) -> Tensor:
-        """The matrix [rows, D] in host memory, of the checkpoint's [before, D]; its other rows are
-        as they were.
+        """Return the matrix [rows, D] in host memory, of the checkpoint's [before, D]; its other
+        rows are as they were.
 
         Args:
             name: the weight's Hugging Face name.

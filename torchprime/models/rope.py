@@ -16,7 +16,7 @@ from torchprime.models.rope_config import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> list[float]:
-    """The head_dim/2 rotation speeds in radians per position, in double precision.
+    """Return the head_dim/2 rotation speeds in radians per position, in double precision.
 
     `linear` divides all of them by the factor (position interpolation, arXiv:2306.15595). `llama3`
     divides only the slow ones and blends in between by wavelength, as Llama 3.1's reference code

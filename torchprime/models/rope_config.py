@@ -70,7 +70,7 @@ def read_rope(config: ConfigValues, max_position_embeddings: int) -> Rope:
 
 
 def _read(keys: ConfigValues, config: ConfigValues) -> Rope:
-    """One spelling, but for the original context."""
+    """Return one spelling, but for the original context."""
     for key in keys.content:
         if isinstance(keys.get(key), dict):
             raise keys.fault(key, "one rope for all layers, not one for each kind of layer")
@@ -108,7 +108,7 @@ def _kind(keys: ConfigValues) -> str:
 def _with_original(
     rope: Rope, keys: ConfigValues | None, config: ConfigValues, max_position_embeddings: int
 ) -> Rope:
-    """The rope with the context that it was trained for, which only `llama3` uses.
+    """Return the rope with the context that it was trained for, which only `llama3` uses.
 
     transformers 5 prefers the key outside of the object; transformers 4 knows only the one inside.
     """
@@ -137,7 +137,7 @@ def _refuse_difference(new: Rope, old: Rope, where: str, older: str) -> None:
 
 
 def both_spellings(rope: Rope) -> dict[str, Any]:
-    """The keys of config.json for a rope, in the spellings of transformers 4 and 5."""
+    """Return the keys of config.json for a rope, in the spellings of transformers 4 and 5."""
     scaling: dict[str, Any] = {"rope_type": rope.kind}
     if rope.kind != "default":
         scaling["factor"] = rope.factor

@@ -88,7 +88,7 @@ def read_answers(
 
 
 def _deciding(grades: Sequence[Grades], ranked: Sequence[str]) -> str | None:
-    """The first grader of the ranking, else the first that passes or fails, else any."""
+    """Return the first grader of the ranking, else the first that passes or fails, else any."""
     names = list(grades[0]) if grades else []
     passes = [name for name in names if _is_binary([each.get(name) for each in grades])]
     return next(chain((name for name in ranked if name in names), passes, names), None)
@@ -123,12 +123,12 @@ def _telling(rows: Sequence[AskedRow]) -> list[AskedRow]:
 
 
 def shorten(text: str) -> str:
-    """A long text's beginning, and how much is left out."""
+    """Return a long text's beginning, and how much is left out."""
     if len(text) <= LONGEST:
         return text
     return f"{text[:LONGEST]} ... ({len(text) - LONGEST:,} more characters)"
 
 
 def grade(value: float | None) -> str:
-    """A grade in a few characters."""
+    """Return a grade in a few characters."""
     return "-" if value is None else f"{value:.4g}"

@@ -48,7 +48,7 @@ def charts(
     history: Sequence[Evaluated],
     lower: Collection[str],
 ) -> list[Chart]:
-    """A run's charts from its records: losses, scores, learning rate, gradient norm.
+    """Return a run's charts from its records: losses, scores, learning rate, gradient norm.
 
     Args:
         lower: the graders for which lower is better.
@@ -113,7 +113,7 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
 
 
 def svg(chart: Chart, last: int, best: int | None) -> Markup:
-    """The chart, from step 0 to the last; `best` is marked with a line."""
+    """Return the chart, from step 0 to the last; `best` is marked with a line."""
     values = [value for each in chart.series for _, value in each.points]
     values += [end for each in chart.series for pair in each.band.values() for end in pair]
     low, high = (0.0, 1.0) if chart.percent else _range(values)

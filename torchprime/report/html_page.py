@@ -11,7 +11,7 @@ from torchprime.report.read import RunReport
 
 
 def html(report: RunReport) -> str:
-    """The page."""
+    """Return the page."""
     drawn = charts(report.steps, report.evaluations, report.history, report.lower)
 
     def curve(chart: Chart) -> Markup:

@@ -14,7 +14,7 @@ from torchprime.report.read import RunReport
 
 
 def markdown(report: RunReport) -> str:
-    """The file."""
+    """Return the file."""
     return "\n".join([f"# {inline(report.name)}", "", *_sections(report)]) + "\n"
 
 

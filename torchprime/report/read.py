@@ -149,7 +149,7 @@ def read_report(folder: Path) -> RunReport:
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:
-    """A mapping from a file of the run."""
+    """Return a mapping from a file of the run."""
     try:
         content = parse(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -201,7 +201,7 @@ def _gather(
 
 
 def _of_kind(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """One record of each step, the last that was written."""
+    """Return one record of each step, the last that was written."""
     return sorted(
         {record["step"]: record for record in records if record["kind"] == kind}.values(),
         key=lambda record: record["step"],

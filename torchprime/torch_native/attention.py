@@ -159,7 +159,7 @@ def choose_kernel(
 
 
 def flex_trains_on_cpu() -> bool:
-    """Whether this torch differentiates FlexAttention on the CPU: 2.9 does, 2.13 refuses."""
+    """Return True if this torch differentiates FlexAttention on the CPU: 2.9 does, 2.13 refuses."""
     q = torch.zeros(1, 1, 1, 16, requires_grad=True)
     try:
         attended: Any = flex_attention(q, q, q)

@@ -70,7 +70,7 @@ class _Loss(nn.Module):
         self.model, self.cross_entropy = model, cross_entropy
 
     def forward(self, *fields: Tensor, instead: Callable[[], Any] | None = None) -> Any:
-        """The loss, or what is run `instead` with the root's weights whole (generation)."""
+        """Return the loss, or what is run `instead` with the root's weights whole (generation)."""
         if instead is not None:
             return instead()
         return loss_of(self.model, fields, partial(on_supervised_tokens, self.cross_entropy))

@@ -121,8 +121,9 @@ def on_supervised_tokens(
     targets: Tensor,
     loss_weights: Tensor,
 ) -> LossSums:
-    """The same loss with logits of supervised tokens alone, in a batch of one: in fine-tuning half
-    of the slots carry none. How many there are is known on the device: the host waits for it."""
+    """Return the same loss with logits of supervised tokens alone, in a batch of one: in
+    fine-tuning half of the slots carry none. How many there are is known on the device: the host
+    waits for it."""
     weights = token_weights(targets, loss_weights).flatten()
     chosen = weights.nonzero().flatten()
     if not len(chosen):

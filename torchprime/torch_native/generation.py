@@ -93,7 +93,7 @@ class Generator:
     def generate(
         self, prompts: Sequence[Sequence[int]], options: GenerateOptions
     ) -> dict[int, Answer]:
-        """The answers that this process made, by the prompts' places."""
+        """Return the answers that this process made, by the prompts' places."""
         batches = plan_batches(prompts, options, self.parts)
         answers: dict[int, Answer] = {}
         with ExitStack() as stack:
@@ -124,7 +124,7 @@ class Generator:
             self.root.reshard()
 
     def _fits(self) -> bool:
-        """Whether all weights, whole, would take less than half of what memory is left."""
+        """Return True if all weights, whole, would take less than half of what memory is left."""
         needed = sum(p.numel() * p.element_size() for p in self.model.parameters())
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
@@ -171,7 +171,7 @@ class Generator:
 
 
 def _allocated(read: Cache, slots: int) -> Cache:
-    """A cache of so many slots that begins with what was read."""
+    """Return a cache of so many slots that begins with what was read."""
     missing = slots - read.keys[0].shape[-2]
     keys, values = (tuple(F.pad(t, (0, 0, 0, missing)) for t in part) for part in read)
     return Cache(keys, values)

@@ -19,7 +19,7 @@ NAMES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int], device_type: str) -> DeviceMesh:
-    """The mesh over all processes.
+    """Return the mesh over all processes.
 
     Raises:
         ConfigError: the axes' product is not the number of processes.

@@ -175,7 +175,7 @@ def local(parameter: Tensor) -> Tensor:
 
 
 def mean_of(parameter: Tensor) -> Mean:
-    """The mean over dims of the whole parameter, by processes that hold shards of it.
+    """Return the mean over dims of the whole parameter, by processes that hold shards of it.
 
     A dim that is cut is summed here and then along each axis that cuts it. Shards may be uneven or
     empty: the sum is divided by the size of the whole.
@@ -218,7 +218,7 @@ def region(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def writes(parameter: Tensor, mesh: DeviceMesh) -> bool:
-    """Whether this process is the one that writes its shard, of all that hold the same."""
+    """Return True if this process is the one that writes its shard, of all that hold the same."""
     cut: set[str] = set()
     if isinstance(parameter, DTensor):
         names = parameter.device_mesh.mesh_dim_names or ()

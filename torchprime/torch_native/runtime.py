@@ -171,7 +171,7 @@ def _leave(why: str) -> None:
 
 
 def watched(method: Function) -> Function:
-    """A method in which a process may wait for others."""
+    """Return a method in which a process may wait for others."""
 
     @wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

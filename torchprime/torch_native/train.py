@@ -17,7 +17,7 @@ from torchprime.errors import ConfigError
 
 
 def make_backend(config: TrainConfig):
-    """The native backend for a config's mesh and kernels."""
+    """Return the native backend for a config's mesh and kernels."""
     # late: it imports torch, and a wrong config is refused without
     from torchprime.torch_native.backend import NativeBackend
 

@@ -52,7 +52,7 @@ class SplashAttention(nn.Module):
         self.mesh, self.batch_axes = mesh, batch_axes
 
     def config(self, length: int) -> str:
-        """The kernel's settings for a sequence of this length, as torch_xla takes them."""
+        """Return the kernel's settings for a sequence of this length, as torch_xla takes them."""
         block, compute = kernel_blocks(length)
         # torch_xla annotates the specs as one-element tuples; any PartitionSpec works.
         heads: Any = (self.batch_axes, "tensor", None, None)
@@ -75,7 +75,7 @@ class SplashAttention(nn.Module):
         ).to_json()
 
     def prepare(self, segment_ids: Tensor) -> Tensor:
-        """The kernel reads segment ids [B, S] as they are."""
+        """Return the kernel reads segment ids [B, S] as they are."""
         return segment_ids
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor) -> Tensor:

@@ -423,7 +423,7 @@ def _is_keeping_compiled() -> bool:
 
 
 def _choose_loss(wanted: str) -> tuple[str, str]:
-    """The compiler fuses ours; there is no other here."""
+    """Return the compiler fuses ours; there is no other here."""
     if wanted == "liger":
         raise ConfigError(
             "task.loss_kernel=liger is a kernel of the GPU backend, and this run is on XLA; use "

@@ -25,11 +25,11 @@ class DeviceTensors:
         self.mesh = mesh
 
     def send(self, host: Tensor, spec: Spec) -> Tensor:
-        """A host tensor's shards."""
+        """Return a host tensor's shards."""
         return to_device(host, self.mesh, spec)
 
     def send_batch(self, host: Sequence[Tensor], spec: Spec) -> list[Tensor]:
-        """The same of a batch's fields, without waiting."""
+        """Return the same of a batch's fields, without waiting."""
         return send_batch(host, self.mesh, spec)
 
     def zeros(self, shape: Sequence[int], spec: Spec) -> Tensor:
@@ -38,7 +38,7 @@ class DeviceTensors:
         return constrain(zeros, self.mesh, spec)
 
     def widened(self, weight: Tensor, spec: Spec) -> Tensor:
-        """An fp32 copy of a weight, made on the devices."""
+        """Return an fp32 copy of a weight, made on the devices."""
         return constrain(weight.detach().float(), self.mesh, spec)
 
     def materialize(self, state: Sequence[Tensor]) -> None:

@@ -201,8 +201,8 @@ class Generator:
         carry: Sequence[Tensor],
         _: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The body of a chunk's loop. It reads nothing that it is not given: weights so keep their
-        place (`_Step`), and the loop serves every batch of its shapes."""
+        """Return the body of a chunk's loop. It reads nothing that it is not given: weights so keep
+        their place (`_Step`), and the loop serves every batch of its shapes."""
         token, slot, number, *rest = carry
         old = Cache(tuple(rest[:layers]), tuple(rest[layers : 2 * layers]))
         fixed, weights = rest[2 * layers : -len(names)], rest[-len(names) :]

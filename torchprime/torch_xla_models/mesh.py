@@ -67,7 +67,7 @@ def device_order(
 
 
 def _slice_numbers(devices: int, dcn: Mapping[str, int]) -> list[int]:
-    """The slice of each device; the slices are as many as the mesh says."""
+    """Return the slice of each device; the slices are as many as the mesh says."""
     if xr.device_type() != "TPU":
         return [0] * devices  # virtual devices have no interconnect, and no slices
     found = [int(each.get("slice_index", 0)) for each in _device_attributes()]
@@ -92,7 +92,7 @@ def axis_sizes(mesh: xs.Mesh) -> dict[str, int]:
 
 
 def partition(spec: Spec) -> tuple[tuple[str, ...] | str | None, ...]:
-    """A table's spec in torch_xla's form."""
+    """Return a table's spec in torch_xla's form."""
     return tuple(None if not dim else dim[0] if len(dim) == 1 else dim for dim in spec)
 
 

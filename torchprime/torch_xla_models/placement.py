@@ -110,7 +110,8 @@ def gather(
 
 
 def from_local_shards(tensor: Tensor) -> Tensor:
-    """The whole tensor on the host, from the shards of this process; no device ever holds it whole.
+    """Return the whole tensor on the host, from the shards of this process; no device ever holds it
+    whole.
 
     Moving a sharded tensor with `.cpu()` makes every device gather all of it first.
     """
@@ -125,8 +126,8 @@ def from_local_shards(tensor: Tensor) -> Tensor:
 
 
 def checkpoint_shards(tensor: Tensor, names: Sequence[str], stacked: bool) -> list[TensorShards]:
-    """A tensor on the mesh as a checkpoint holds it: an entry for each of its names, which are its
-    layers where it is a stack. Copies of a shard are written once."""
+    """Return a tensor on the mesh as a checkpoint holds it: an entry for each of its names, which
+    are its layers where it is a stack. Copies of a shard are written once."""
     places = XLAC._get_local_shard_replica_and_indices([tensor])[0]
     first = int(stacked)
     shape = tuple(tensor.shape)
@@ -159,7 +160,7 @@ class _HostShards:
         self._shards: list[Tensor] = []
 
     def whole(self) -> list[Tensor]:
-        """Each shard, without padding."""
+        """Return each shard, without padding."""
         if not self._shards:
             found = XLAC._get_local_shards([self._tensor])[0]
             for number, sizes in zip(self._kept, self._sizes, strict=True):
@@ -171,7 +172,7 @@ class _HostShards:
         return shards
 
     def layer(self, index: int) -> list[Tensor]:
-        """The same of one layer of a stack."""
+        """Return the same of one layer of a stack."""
         return [shard[index] for shard in self.whole()]
 
 

@@ -150,14 +150,14 @@ class LayerRunner:
         self.offload = policy == "offload" and xr.device_type() == "TPU"
 
     def call(self, x: Tensor, weights: Sequence[Tensor], context: LayerContext) -> Tensor:
-        """The layer, as it is."""
+        """Return the layer, as it is."""
         named = dict(zip(self.names, weights, strict=True))
         return torch.func.functional_call(self.template, named, (x, context))
 
     def forward(
         self, x: Tensor, weights: Sequence[Tensor], context: LayerContext
     ) -> tuple[Tensor, list[Tensor]]:
-        """The layer's output, and its input and the outputs kept for `backward`."""
+        """Return the layer's output, and its input and the outputs kept for `backward`."""
         outputs: dict[str, Tensor] = {}
 
         def keep(name: str, out: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def tpu_chips() -> list[str]:
 
 
 def host_has_tpu() -> bool:
-    """True on a TPU VM: chips are there, and libtpu is importable."""
+    """Return True on a TPU VM: chips are there, and libtpu is importable."""
     return bool(tpu_chips()) and importlib.util.find_spec("libtpu") is not None
 
 

@@ -15,7 +15,7 @@ from torchprime.torch_xla_models.runtime import prepare_environment
 
 
 def make_backend(config: TrainConfig, **more: Any):
-    """The XLA backend for a config's mesh and kernels.
+    """Return the XLA backend for a config's mesh and kernels.
 
     Args:
         more: further arguments of the backend.

@@ -120,8 +120,8 @@ class Backend(Protocol):
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights on the host, one at a time, by Hugging Face name; every process has to go
-        through all of them."""
+        """Return the weights on the host, one at a time, by Hugging Face name; every process has to
+        go through all of them."""
         ...
 
     def checkpoint_tensors(self) -> list[TensorShards]:
@@ -144,12 +144,12 @@ class Backend(Protocol):
         ...
 
     def largest(self, value: int) -> int:
-        """The largest of what each process gives; all of them must call it."""
+        """Return the largest of what each process gives; all of them must call it."""
         ...
 
     def preempted(self, step: int) -> bool:
-        """Whether the machine is about to be taken away, as its runtime says and all processes
-        have agreed for this step; False where the runtime says nothing."""
+        """Return True if the machine is about to be taken away, as its runtime says and all
+        processes have agreed for this step; False where the runtime says nothing."""
         ...
 
     def seed(self, seed: int) -> None:
@@ -157,7 +157,7 @@ class Backend(Protocol):
         ...
 
     def rng_state(self) -> str:
-        """The device's random state as text, "" where it has none of its own."""
+        """Return the device's random state as text, "" where it has none of its own."""
         ...
 
     def set_rng_state(self, state: str) -> None:

@@ -52,7 +52,7 @@ class Evaluation:
     stopping: EarlyStopping | None
 
     def complete(self, scores: Mapping[str, float]) -> bool:
-        """Whether these have a value from every grader."""
+        """Return True if these have a value from every grader."""
         return all(name in scores for name in self.graders)
 
 
@@ -72,7 +72,7 @@ def make_choosing(eval: EvalConfig, selection: SelectionConfig) -> Choosing:
 
 
 def make_graders(eval: EvalConfig) -> dict[str, Grader]:
-    """The graders by name.
+    """Return the graders by name.
 
     Raises:
         ConfigError: a kind, option or value that does not exist.

@@ -76,7 +76,7 @@ class DataOrder:
     global_batch_size: int
 
     def batch(self, step: int) -> Batch:
-        """The batch of the 0-based step."""
+        """Return the batch of the 0-based step."""
         return self.data.batch(
             batch_indices(self.data.num_blocks, self.seed, step, self.global_batch_size)
         )

@@ -26,7 +26,7 @@ Mean = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
 def mean_over(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The mean over some dims, which stay with size 1."""
+    """Return the mean over some dims, which stay with size 1."""
     return values.mean(dim=dims, keepdim=True)
 
 
@@ -197,7 +197,7 @@ def learning_rate(
     warmup_steps: int,
     min_lr_ratio: float,
 ) -> float:
-    """The learning rate used in update number `step` (0-based).
+    """Return the learning rate used in update number `step` (0-based).
 
     Warm-up rises linearly from 0 to the peak over `warmup_steps` updates, as transformers'
     schedules

@@ -20,7 +20,7 @@ class SFTTrainer(Trainer):
     """`Trainer` that starts from pretrained weights and shows what the tuning changed."""
 
     def weights(self) -> Callable[[str], Tensor]:
-        """The checkpoint's weights, names and shapes checked; never random ones."""
+        """Return the checkpoint's weights, names and shapes checked; never random ones."""
         if self.files.folder is None:
             raise ConfigError(
                 "task=sft fine-tunes a checkpoint, but model.pretrained_model is null. Set it to a "

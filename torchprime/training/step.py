@@ -70,13 +70,13 @@ class TrainState:
 
 
 def host_fields(batch: Batch) -> list[Tensor]:
-    """The batch's arrays in the order of FIELDS, each [B, S], on the host and not copied."""
+    """Return the batch's arrays in the order of FIELDS, each [B, S], on the host and not copied."""
     fields = FIELDS if batch.source_ids is None else (*FIELDS, SOURCE_FIELD)
     return [torch.from_numpy(getattr(batch, field)) for field in fields]
 
 
 def loss_of(model: CausalLM, fields: Sequence[Tensor], cross_entropy: CrossEntropy) -> LossSums:
-    """The loss of one micro-batch whose fields are [b, S]."""
+    """Return the loss of one micro-batch whose fields are [b, S]."""
     input_ids, targets, position_ids, segment_ids, loss_weights = fields[: len(FIELDS)]
     hidden = model(input_ids, position_ids, segment_ids)
     return cross_entropy(hidden, model.output_weight, targets, loss_weights)
@@ -94,7 +94,7 @@ class _Loss(nn.Module):
 
 
 def source_sums(each: Tensor, sources: Tensor, count: int) -> list[Tensor]:
-    """The losses [b, S] summed by source."""
+    """Return the losses [b, S] summed by source."""
     return [torch.where(sources == source, each, 0.0).sum() for source in range(count)]
 
 
@@ -165,13 +165,14 @@ def sums_length(num_sources: int) -> int:
 
 
 def supervised_weight(batch: Sequence[Tensor]) -> Tensor:
-    """The weight of the tokens that carry loss, of fields of any shape in the order of FIELDS."""
+    """Return the weight of the tokens that carry loss, of fields of any shape in the order of
+    FIELDS."""
     targets, weights = batch[FIELDS.index("targets")], batch[FIELDS.index("loss_weights")]
     return torch.where(targets < 0, 0.0, weights).sum()
 
 
 def sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
-    """The squared norm of gradients that are all here, whole."""
+    """Return the squared norm of gradients that are all here, whole."""
     return torch.stack([g.pow(2).sum() for g in gradients]).sum()
 
 
@@ -270,5 +271,5 @@ def forward_sums(loss: LossSums, fields: Sequence[Tensor], num_sources: int) -> 
 
 
 def eval_sums(vectors: Iterable[Sequence[float]]) -> tuple[float, ...]:
-    """The sums over eval steps of what `forward_sums` gave."""
+    """Return the sums over eval steps of what `forward_sums` gave."""
     return tuple(math.fsum(column) for column in zip(*vectors, strict=True))

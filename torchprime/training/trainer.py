@@ -123,7 +123,7 @@ class Trainer:
         return numbers
 
     def _is_complete(self) -> bool:
-        """True if every step is done and what the config wants exported is there."""
+        """Return True if every step is done and what the config wants exported is there."""
         if self.point is None or not self.point.own:
             return False
         if self.point.step < self.plan.total_steps and not self.stopped_early():
@@ -131,7 +131,8 @@ class Trainer:
         return self.export_place is None or self.export_place.is_there()
 
     def stopped_early(self) -> bool:
-        """Whether the run that this one goes on with had ended itself after its last step."""
+        """Return True if the run that this one goes on with had ended itself after its last
+        step."""
         history, stopping = self.past.history, self.choosing.stopping
         if stopping is None or not history or history[-1].step != self.first_step:
             return False
@@ -415,7 +416,7 @@ class Trainer:
         return self._numbers_before() or numbers if self.first_step >= last else numbers
 
     def _schedule(self) -> Callable[[int], float]:
-        """The learning rate of each 0-based step."""
+        """Return the learning rate of each 0-based step."""
         o, s = self.config.task.optimizer, self.config.task.lr_scheduler
         return partial(
             learning_rate,
@@ -461,7 +462,7 @@ class Trainer:
         )
 
     def _best_checkpoint(self) -> dict[str, Any] | None:
-        """The best of those there are of this run, by the rule of today; found by the first
+        """Return the best of those there are of this run, by the rule of today; found by the first
         process, which sees to the pointer too."""
         if self.point is None or not self.point.own:
             return None
@@ -474,7 +475,7 @@ class Trainer:
         self.exporter.keep(writer, step=manifest.step, metrics=manifest.metrics, weights=weights)
 
     def manifest(self, step: int) -> Manifest:
-        """All that a run needs to go on after this step, but for the tensors."""
+        """Return all that a run needs to go on after this step, but for the tensors."""
         return make_manifest(
             self.config,
             step,
@@ -566,7 +567,7 @@ class Trainer:
             self.exporter.write_sharded(place, self.backend)
 
     def _saved(self, step: int) -> str | None:
-        """The checkpoint of the weights to be exported, if there is one."""
+        """Return the checkpoint of the weights to be exported, if there is one."""
         if self.config.export.which == "best" and self.saver is not None and self.saver.best:
             step = self.saver.best["step"]
         there = step in self.catalog.steps()
@@ -586,7 +587,7 @@ class Trainer:
         export_checkpoint(self.catalog.storage, name, place, base=self.files.folder, say=self.say)
 
     def _metrics_so_far(self, step: int) -> dict[str, float]:
-        """The last that was measured, for a checkpoint."""
+        """Return the last that was measured, for a checkpoint."""
         assert self.metrics is not None
         record = self.metrics.last
         # None when just gone on from a checkpoint.

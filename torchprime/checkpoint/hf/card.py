@@ -39,8 +39,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
 
 def _front_matter(facts: Mapping[str, Any]) -> str:
-    """The part that hubs read. It names only what came from the hub: a hub makes a link of each
-    name, and a local path is none, or the name of somebody else's model."""
+    """Return the part that hubs read. It names only what came from the hub: a hub makes a link of
+    each name, and a local path is none, or the name of somebody else's model."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += [f"base_model: {name}" for name in _hub_names([facts.get("hub_model")])]
     if names := _hub_names(facts.get("hub_datasets")):
@@ -49,7 +49,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
 
 
 def _hub_names(given: Any) -> list[str]:
-    """The names of hub form, quoted for YAML."""
+    """Return the names of hub form, quoted for YAML."""
     given = given if isinstance(given, list) else []
     return [json.dumps(n) for n in given if isinstance(n, str) and HUB_NAME.fullmatch(n)]
 
@@ -85,7 +85,7 @@ def _command(facts: Mapping[str, Any]) -> str:
 
 
 def _argument(name: str, value: Any) -> str:
-    """An argument of a Python call, whatever its name."""
+    """Return an argument of a Python call, whatever its name."""
     if name.isidentifier() and not iskeyword(name):
         return f"{name}={value!r}"
     return f"**{ {name: value}!r}"

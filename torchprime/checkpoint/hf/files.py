@@ -104,7 +104,7 @@ class ExportFacts:
         return str(self.dtype).removeprefix("torch.")
 
     def trained_template(self) -> TrainedTemplate | None:
-        """The chat template that was trained with, for its proof."""
+        """Return the chat template that was trained with, for its proof."""
         if self.template is None:
             return None
         with_tools = self.tools_template or self.template
@@ -123,7 +123,7 @@ class ExportFacts:
 
 
 def read_facts(path: Path) -> ExportFacts:
-    """The facts that a checkpoint keeps.
+    """Return the facts that a checkpoint keeps.
 
     Raises:
         CheckpointError: missing, malformed or of another format.
@@ -148,7 +148,7 @@ def read_facts(path: Path) -> ExportFacts:
 
 
 def _defaults() -> dict[str, Any]:
-    """The fields that may be left out, as JSON has them."""
+    """Return the fields that may be left out, as JSON has them."""
     needed = dict.fromkeys(("spec", "dtype", "max_shard_bytes", "stop_ids"), ())
     found = dataclasses.asdict(ExportFacts(**needed))  # type: ignore[arg-type]
     return {n: list(v) if isinstance(v, tuple) else v for n, v in found.items() if n not in needed}

@@ -60,7 +60,7 @@ class Portable(NamedTuple):
 def portable_config(
     config: Mapping[str, Any], spec: Mapping[str, tuple[int, ...]], dtype: torch.dtype, eos: int
 ) -> Portable:
-    """The exported config.json: the model in all spellings, and the source's other keys.
+    """Return the exported config.json: the model in all spellings, and the source's other keys.
 
     Raises:
         CheckpointError: the config and the weights' names and shapes contradict each other.
@@ -100,7 +100,7 @@ def _check_shapes(architecture: Architecture, spec: Mapping[str, tuple[int, ...]
 
 
 def _written(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that decide what the model computes, each written out."""
+    """Return the keys that decide what the model computes, each written out."""
     return {
         "architectures": [CLASSES[a.family]],
         "vocab_size": a.vocab_size,
@@ -169,7 +169,8 @@ def _repair_id(content: dict[str, Any], key: str, rows: int, repairs: list[str])
 def _config_reader(
     written: Mapping[str, Any], repairs: list[str]
 ) -> Callable[[Mapping[str, Any]], None]:
-    """A function that raises what transformers raises for the written keys and some others."""
+    """Return a function that raises what transformers raises for the written keys and some
+    others."""
 
     def read(base: Mapping[str, Any], others: Mapping[str, Any]) -> None:
         AutoConfig.for_model(**copy.deepcopy({**others, **base}))
@@ -187,7 +188,8 @@ def _config_reader(
 
 
 def config_without_check(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that transformers 5 takes for a model whose heads do not divide the hidden size.
+    """Return a config that transformers 5 takes for a model whose heads do not divide the hidden
+    size.
 
     It checks that, though it computes with `head_dim`. Set the number of heads afterwards.
     """
@@ -215,7 +217,7 @@ def _accepted(
     file: str,
     repairs: list[str],
 ) -> dict[str, Any]:
-    """The keys that `read` takes, each tried together with those before it."""
+    """Return the keys that `read` takes, each tried together with those before it."""
     kept: dict[str, Any] = {}
     for key, value in content.items():
         tried = {**kept, key: value}
@@ -247,7 +249,7 @@ def _reason(attempt: Callable[[], Any]) -> str | None:
 def portable_generation_config(
     source: Mapping[str, Any] | None, config: Mapping[str, Any], eos: int
 ) -> Portable:
-    """The source's generation settings, with the trained stop token among the stop tokens.
+    """Return the source's generation settings, with the trained stop token among the stop tokens.
 
     Args:
         config: config.json of the export.

@@ -67,7 +67,7 @@ class SafetensorsReader:
             self._listing[public] = (tuple(view.get_shape()), DTYPES[kind])
 
     def names(self) -> dict[str, tuple[Shape, torch.dtype]]:
-        """Every tensor's shape and dtype, from the headers alone."""
+        """Return every tensor's shape and dtype, from the headers alone."""
         return dict(self._listing)
 
     def share_head(self) -> None:
@@ -77,7 +77,7 @@ class SafetensorsReader:
             self._listing[EMBEDDING] = self._listing.pop(HEAD)
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor, a view of the mapped file: copy before writing to it."""
+        """Return one tensor, a view of the mapped file: copy before writing to it."""
         if name not in self._places:
             raise CheckpointError(f"{self.folder} has no tensor {name}.")
         file, stored = self._places[name]

@@ -135,7 +135,7 @@ def _differs(which: str, wanted: str, found: str | None) -> str:
 
 
 def _rendered(render: Any) -> str:
-    """A rendering, or how a template refuses: that is what a server does, too."""
+    """Return a rendering, or how a template refuses: that is what a server does, too."""
     try:
         return str(render())
     except Exception as error:  # a template is a program: it can fail in any way

@@ -112,7 +112,7 @@ def _require_regular(folder: Path) -> None:
 
 
 def hub_name(name_or_path: str | None) -> str | None:
-    """The name of the hub repository that this means; None for a local folder or file."""
+    """Return the name of the hub repository that this means; None for a local folder or file."""
     if name_or_path is None or Path(name_or_path).expanduser().exists():
         return None
     return name_or_path if HUB_NAME.fullmatch(name_or_path) else None

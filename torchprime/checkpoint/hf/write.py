@@ -65,7 +65,7 @@ def plan_shards(
 
 
 def index_json(shards: list[Shard]) -> dict[str, object]:
-    """The index beside several shards; transformers wants its metadata."""
+    """Return the index beside several shards; transformers wants its metadata."""
     return {
         "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
         "weight_map": {name: shard.file for shard in shards for name in shard.places},
@@ -80,8 +80,8 @@ def tensor_hash(tensor: torch.Tensor) -> str:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite: the extremes say so, without copies of the tensor and
-    several times faster than torch.isfinite (NaN is carried over to both)."""
+    """Return True if no value is NaN or infinite: the extremes say so, without copies of the tensor
+    and several times faster than torch.isfinite (NaN is carried over to both)."""
     if not tensor.numel():
         return True
     low, high = tensor.detach().aminmax()

@@ -16,7 +16,7 @@ PIECE = 1 << 24  # values that are compared at once
 
 
 def told_changes(values: Mapping[str, Any]) -> str:
-    """The numbers of `changes_from` in words."""
+    """Return the numbers of `changes_from` in words."""
     new = values.get("new_rows")
     return (
         f"{values['changed']} of {values['tensors']} tensors differ from the base, the largest "

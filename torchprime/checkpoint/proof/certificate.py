@@ -111,7 +111,7 @@ class Certificate:
         return [check for check in self.checks if check.passed is False]
 
     def check(self, name: str) -> Check:
-        """The check of this name; a CheckpointError if the certificate does not have it."""
+        """Return the check of this name; a CheckpointError if the certificate does not have it."""
         for check in self.checks:
             if check.name == name:
                 return check
@@ -154,7 +154,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_certificate(folder: Path) -> Certificate:
-    """The certificate in an export's folder.
+    """Return the certificate in an export's folder.
 
     Raises:
         CheckpointError: there is none, or it is malformed or of another format.
@@ -296,7 +296,8 @@ def weights_values(reader: SafetensorsReader, hashes: Mapping[str, str]) -> dict
 
 
 def check_tied(folder: Path) -> Found:
-    """The files hold exactly the tensors of config.json's model, a head of its own or none."""
+    """Return the files hold exactly the tensors of config.json's model, a head of its own or
+    none."""
     config = read_json(folder / "config.json")
     architecture = architecture_from_hf(config)
     with torch.device("meta"):
@@ -350,14 +351,14 @@ def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) 
 
 
 def check_template(folder: Path, trained: TrainedTemplate | None) -> Found:
-    """A server renders with what was trained with, a conversation with tools, too."""
+    """Return a server renders with what was trained with, a conversation with tools, too."""
     if trained is None:
         raise NotChecked("no conversations were trained on")
     return check_served_template(folder, trained)
 
 
 def check_stops(folder: Path, stop_ids: tuple[int, ...]) -> Found:
-    """A server stops where the model was trained to stop."""
+    """Return a server stops where the model was trained to stop."""
     file = "generation_config.json"
     stops = token_ids(read_json(folder / file), "eos_token_id", file)
     missing = [i for i in stop_ids if i not in stops]

@@ -60,7 +60,8 @@ class PromptLogits:
 def encode_prompts(
     tokenizer_json: Path, prompts: Sequence[str] = PROMPTS, *, longest: int = PROMPT_TOKENS
 ) -> npt.NDArray[np.int64]:
-    """The first ids of each prompt, without special tokens: [B, S], S the most that all have."""
+    """Return the first ids of each prompt, without special tokens: [B, S], S the most that all
+    have."""
     raw, _ = load_tokenizer_json(tokenizer_json)
     encoded = [e.ids for e in raw.encode_batch(list(prompts), add_special_tokens=False)]
     length = min(longest, *(len(ids) for ids in encoded))
@@ -73,7 +74,7 @@ def decoder_logits(
     dtype: torch.dtype,
     ids: npt.NDArray[np.int64],
 ) -> Logits:
-    """The logits [B, S, V] of our own decoder on the CPU, for rows without padding."""
+    """Return the logits [B, S, V] of our own decoder on the CPU, for rows without padding."""
     architecture = architecture_from_hf(config)
     with torch.device("meta"):
         model = CausalLM(architecture)
@@ -98,6 +99,6 @@ def no_room(num_parameters: int, dtype: torch.dtype) -> str:
 
 
 def likeliest(logits: Logits) -> dict[str, float]:
-    """The largest logits of one position, by token id, as the certificate keeps them."""
+    """Return the largest logits of one position, by token id, as the certificate keeps them."""
     best = np.argsort(-logits, kind="stable")[:KEPT_TOKENS]
     return {str(i): float(f"{logits[i]:.7g}") for i in best.tolist()}

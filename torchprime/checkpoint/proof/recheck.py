@@ -83,7 +83,8 @@ def recheck(folder: Path, base: Path | None = None) -> tuple[Certificate, list[C
 
 
 def _values(certificate: Certificate, name: str) -> dict[str, Any]:
-    """A recorded check's numbers; NotChecked if it was not made or failed, when it has none."""
+    """Return a recorded check's numbers; NotChecked if it was not made or failed, when it has
+    none."""
     recorded = certificate.check(name)
     if recorded.passed is None:
         raise NotChecked(f"nor when the certificate was written: {recorded.detail}")

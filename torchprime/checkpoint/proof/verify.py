@@ -47,7 +47,7 @@ class LogitsMatch(NamedTuple):
         return self.difference <= self.tolerance  # false for NaN
 
     def allowed(self) -> str:
-        """The tolerance, in words."""
+        """Return the tolerance, in words."""
         told = f"allowed is {self.tolerance:.0e}"
         if self.floor is None:
             return told
@@ -94,7 +94,8 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def load_transformers(folder: Path) -> Any:
-    """The folder's model in transformers, on the CPU, in its own dtype, every weight accounted for.
+    """Return the folder's model in transformers, on the CPU, in its own dtype, every weight
+    accounted for.
 
     Raises:
         CheckpointError: transformers reports missing, unexpected or mismatched weights (left to

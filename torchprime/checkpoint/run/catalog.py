@@ -25,7 +25,7 @@ OURS = re.compile(r"^\.*(set_aside_\d+_)?step_\d{8,}")  # whatever else lies the
 
 
 def by_loss(scores: Mapping[str, float]) -> Rank | None:
-    """The lower the held-out loss the better; None where it is not known."""
+    """Return the lower the held-out loss the better; None where it is not known."""
     loss = scores.get("eval_loss", math.nan)
     return (loss,) if math.isfinite(loss) else None
 
@@ -98,8 +98,8 @@ class Catalog:
             raise CheckpointError(f"{where} is damaged: its sha256 is not the manifest's.")
 
     def newest_whole(self, say: Callable[[str], None]) -> str | None:
-        """The newest checkpoint of which every file is as it was written; others are skipped,
-        with a message."""
+        """Return the newest checkpoint of which every file is as it was written; others are
+        skipped, with a message."""
         for step in reversed(self._numbered()):
             name = self.name_of(step)
             try:
@@ -115,7 +115,7 @@ class Catalog:
         self.storage.write_bytes(pointer, f"{name}\n".encode())
 
     def pointed(self, pointer: str) -> str | None:
-        """The checkpoint that a pointer names; None if there is no such pointer, or it holds
+        """Return the checkpoint that a pointer names; None if there is no such pointer, or it holds
         something else than a checkpoint's name."""
         if not self.storage.exists(pointer):
             return None
@@ -189,7 +189,7 @@ class Catalog:
         self.storage.clear_temporary()
 
     def _rank(self, name: str) -> Rank | None:
-        """A checkpoint's rank; None if it has none, or nobody can tell."""
+        """Return a checkpoint's rank; None if it has none, or nobody can tell."""
         try:
             return self.rank(read_manifest(self.storage, name).scores)
         except CheckpointError:

@@ -180,7 +180,7 @@ class Manifest:
 
 
 def read_manifest(storage: Storage, name: str) -> Manifest:
-    """The manifest of the checkpoint folder `name`.
+    """Return the manifest of the checkpoint folder `name`.
 
     Raises:
         CheckpointError: there is none (then there is no checkpoint), it is damaged, or it is of

@@ -59,7 +59,7 @@ class TensorReader:
         return self._entry(name).properties.dtype
 
     def get(self, name: str, region: Region | None = None) -> Tensor:
-        """A tensor in host memory, or the region of it with these offsets and sizes.
+        """Return a tensor in host memory, or the region of it with these offsets and sizes.
 
         Raises:
             CheckpointError: no such tensor, or the file it is in cannot be read.

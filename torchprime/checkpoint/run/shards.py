@@ -125,7 +125,7 @@ def write_shards(
 
 
 def _write_items(tensors: Sequence[TensorShards]) -> list[WriteItem]:
-    """The plan of this process: one item a region, without those that hold nothing."""
+    """Return the plan of this process: one item a region, without those that hold nothing."""
     assert len({tensor.name for tensor in tensors}) == len(tensors), "a tensor is listed twice"
     items: dict[MetadataIndex, WriteItem] = {}
     for tensor in tensors:
@@ -228,7 +228,7 @@ def _no_crc32() -> Iterator[None]:
 
 
 def _alone(value: Tensor, planned: TensorWriteData, name: str) -> Tensor:
-    """The tensor with a storage of just its size: torch.save writes the whole storage."""
+    """Return the tensor with a storage of just its size: torch.save writes the whole storage."""
     assert value.shape == planned.chunk.sizes and value.dtype == planned.properties.dtype, (
         f"{name}: {value.dtype} {tuple(value.shape)} read, {planned} planned"
     )

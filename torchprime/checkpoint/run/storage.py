@@ -188,7 +188,7 @@ class FolderWriter(ABC):
 
     @abstractmethod
     def _open(self, name: str) -> BinaryIO:
-        """The file, opened for writing."""
+        """Return the file, opened for writing."""
 
     @abstractmethod
     def _push(self, file: BinaryIO) -> None:
@@ -281,7 +281,7 @@ class Storage(ABC):
 
     @staticmethod
     def of(place: str | Path) -> Storage:
-        """The storage at a local path or fsspec URL; nothing is made there yet.
+        """Return the storage at a local path or fsspec URL; nothing is made there yet.
 
         Raises:
             RuntimeSetupError: no package here reads that kind of URL.
@@ -294,7 +294,7 @@ class Storage(ABC):
 
     @abstractmethod
     def describe(self, name: str = "") -> str:
-        """The full path or URL, for messages."""
+        """Return the full path or URL, for messages."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -302,11 +302,11 @@ class Storage(ABC):
 
     @abstractmethod
     def size(self, name: str) -> int | None:
-        """A file's size in bytes; None if there is no such file."""
+        """Return a file's size in bytes; None if there is no such file."""
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
-        """A file to read, seekable."""
+        """Return a file to read, seekable."""
 
     @abstractmethod
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -366,11 +366,11 @@ class Storage(ABC):
         """Return True if another process' mark is here: then both mean the same place."""
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Return True if there is such a file."""
         return self.size(name) is not None
 
     def read_bytes(self, name: str, most: int = SMALL_FILE) -> bytes:
-        """The content of a small file.
+        """Return the content of a small file.
 
         Args:
             most: bytes that such a file may have.
@@ -562,7 +562,7 @@ class UrlStorage(Storage):
             return self._fs.open(self._at(name), "rb")
 
     def open_to_write(self, name: str) -> BinaryIO:
-        """A file to write; it appears when it is closed."""
+        """Return a file to write; it appears when it is closed."""
         self._make_parent(self._at(name))
         return self._fs.open(self._at(name), "wb", block_size=PIECE)
 
@@ -661,7 +661,7 @@ class UrlStorage(Storage):
 
 
 def existing_part(path: Path) -> Path:
-    """The path itself if it exists, else the nearest of its parents that does."""
+    """Return the path itself if it exists, else the nearest of its parents that does."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())
 

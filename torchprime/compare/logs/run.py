@@ -105,8 +105,8 @@ class Log:
 
 
 def usual_distance(steps: Iterable[int]) -> int:
-    """The most frequent distance between a record and the one before, the smallest of equal ones;
-    1 for a single record."""
+    """Return the most frequent distance between a record and the one before, the smallest of equal
+    ones; 1 for a single record."""
     counts = Counter(b - a for a, b in pairwise(sorted(set(steps))))
     return min(counts, key=lambda gap: (-counts[gap], gap), default=1)
 

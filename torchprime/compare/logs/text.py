@@ -98,7 +98,7 @@ def lines_of(text: str) -> Iterator[Line]:
 
 
 def refuse_line(path: object, line: Line, problem: str, advice: str) -> DataError:
-    """The error that names a line."""
+    """Return the error that names a line."""
     return DataError(f"run {path}, line {line.number}: {line.text[:160]!r}: {problem}. {advice}")
 
 
@@ -145,7 +145,7 @@ def read_step_lines(path: object, lines: Iterable[Line], how: HowLogged) -> Log:
 
 
 def _step_line(line: Line) -> StepLine | None:
-    """The line's numbers; None if it is no training step and no evaluation of one.
+    """Return the line's numbers; None if it is no training step and no evaluation of one.
 
     Raises:
         Doubt: it is one, with a number that cannot be read surely.
@@ -179,7 +179,8 @@ def _step_line(line: Line) -> StepLine | None:
 
 
 def _value(text: str, name: re.Pattern[str], *, trained: bool = True) -> str | None:
-    """The first number behind the name; of a training loss, not behind a word for evaluation."""
+    """Return the first number behind the name; of a training loss, not behind a word for
+    evaluation."""
     for match in name.finditer(text):
         before = text[: match.start()]
         if trained and (EVALUATING.search(before) or OTHER_LOSS.search(before)):
@@ -191,7 +192,7 @@ def _value(text: str, name: re.Pattern[str], *, trained: bool = True) -> str | N
 
 
 def _step(text: str) -> str | None:
-    """The step of the line: where `iter` and `step` both stand there, that of `step`."""
+    """Return the step of the line: where `iter` and `step` both stand there, that of `step`."""
     bar = TORCHTUNE_BAR.search(text)
     if bar is not None:
         return text[bar.end() :].partition("|")[0]
@@ -215,7 +216,7 @@ def _step(text: str) -> str | None:
 
 
 def one_process(path: object, found: Sequence[StepLine]) -> list[StepLine]:
-    """The lines of one process, if all that logged a step logged the same of it.
+    """Return the lines of one process, if all that logged a step logged the same of it.
 
     Raises:
         DataError: they did not, or most steps have several lines of nobody knows which process.
@@ -299,7 +300,7 @@ def rows(
     least_digits: dict[str, int | None],
     rates: Sequence[float | None] | None = None,
 ) -> list[LoggedStep]:
-    """The columns' texts as records; a column without `least_digits` is exact."""
+    """Return the columns' texts as records; a column without `least_digits` is exact."""
     halves = {
         name: half_digits(texts, least) if (least := least_digits[name]) else [None] * len(texts)
         for name, texts in columns.items()

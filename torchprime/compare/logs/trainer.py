@@ -95,7 +95,7 @@ def _resumed_at(
 
 
 def _summed_since(steps: Sequence[LoggedStep], start: int) -> float | None:
-    """The sum of the steps' losses behind a step, had a mean begun there."""
+    """Return the sum of the steps' losses behind a step, had a mean begun there."""
     total, latest = 0.0, {each.step: each for each in steps}
     for each in latest.values():
         if each.step <= start:
@@ -155,8 +155,8 @@ class _Bars:
         self.behind.append(None)
 
     def steps(self) -> list[int] | None:
-        """The step of each dict; None if bars do not tell it surely: one is missing, or they are
-        not drawn again but go on."""
+        """Return the step of each dict; None if bars do not tell it surely: one is missing, or they
+        are not drawn again but go on."""
         told = [bar for bar in self.behind if bar is not None]
         rising = all(a < b for a, b in pairwise(told))
         again = sum(a == b for a, b in zip(self.before, told, strict=False))
@@ -209,7 +209,8 @@ def read_printed_dicts(path: object, lines: Iterable[Line], how: HowLogged) -> L
 
 
 def _items(path: object, line: Line, text: str, marks: set[str]) -> dict[str, str]:
-    """The dict's numbers as texts, by its own names; `marks` gets the quotation mark of losses."""
+    """Return the dict's numbers as texts, by its own names; `marks` gets the quotation mark of
+    losses."""
     texts = {}
     for name, pattern in ITEMS.items():
         if (match := pattern.search(text)) is None:
@@ -245,7 +246,7 @@ def _steps_of(
     how: HowLogged,
     log: Log,
 ) -> list[int]:
-    """The steps of the dicts: named, or told by the bars, or counted."""
+    """Return the steps of the dicts: named, or told by the bars, or counted."""
     if all("step" in each.texts for each in found):
         return [int(float(each.texts["step"])) for each in found]
     if (told := bars.steps()) is not None:

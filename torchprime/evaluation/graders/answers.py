@@ -19,7 +19,7 @@ PLAIN_NUMBER = regex.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)
 
 
 def final_answer(text: str) -> Quantity | None:
-    """The quantity behind the last `####`, to the end of its line."""
+    """Return the quantity behind the last `####`, to the end of its line."""
     lines = MARKER.findall(text)
     return quantity(lines[-1]) if lines else None
 
@@ -97,7 +97,7 @@ def think_answer_value(key: str) -> Grader:
 
 
 def _answer_value(text: str) -> Quantity | str | None:
-    """The value in the only <answer> block: a quantity if it is one, else its text."""
+    """Return the value in the only <answer> block: a quantity if it is one, else its text."""
     values = ANSWER.findall(text)
     if len(values) != 1 or not values[0].strip():
         return None

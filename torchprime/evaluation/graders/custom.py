@@ -49,7 +49,7 @@ def python_grader(key: str, path: str) -> Grader:
 
 
 def _finite(value: Any) -> float | None:
-    """A truth value or a number of Python or numpy as a float; None for anything else."""
+    """Return a truth value or a number of Python or numpy as a float; None for anything else."""
     if not isinstance(value, bool | np.bool_ | numbers.Real):
         return None
     try:
@@ -67,7 +67,7 @@ def _message(key: str, path: str, sample: Sample, what: str) -> str:
 
 
 def _told(error: BaseException) -> str:
-    """The exception with the place where it was raised."""
+    """Return the exception with the place where it was raised."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
 

@@ -82,8 +82,8 @@ def math_grader(key: str) -> Grader:
 
 
 def answer_of(text: str) -> str | None:
-    """The answer that a text marks: its last \\boxed{}, its only <answer> block, or what is behind
-    its last ####; a text of one line without a mark is an answer itself."""
+    """Return the answer that a text marks: its last \\boxed{}, its only <answer> block, or what is
+    behind its last ####; a text of one line without a mark is an answer itself."""
     if boxed := BOXED.findall(text):
         answer = boxed[-1][1:-1]
     elif "<answer>" in text:
@@ -113,14 +113,14 @@ def same_answer(reference: str, answer: str, comparer: FormulaComparer) -> bool:
 
 
 def _without_marks(text: str) -> str:
-    """A text without the marks around formulas and LaTeX's spaces."""
+    """Return a text without the marks around formulas and LaTeX's spaces."""
     inside = DOLLARS.fullmatch(text.strip())
     bare = DELIMITERS.sub(" ", inside[2] if inside else text)
     return DEGREES.sub("\u00b0", TIGHT.sub("", SPACES.sub(" ", bare))).strip()
 
 
 def _formula(text: str, value: Quantity | None) -> str | None:
-    """The formula for math-verify; None for a text that may be none."""
+    """Return the formula for math-verify; None for a text that may be none."""
     if value is not None:
         number = value.number
         return f"\\frac{{{number.numerator}}}{{{number.denominator}}}"

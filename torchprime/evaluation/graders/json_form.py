@@ -77,7 +77,7 @@ def _unfinished(key: str, sample: Sample, what: str) -> str:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Whether the document has more levels than so many."""
+    """Return True if the document has more levels than so many."""
     layer = [value]
     for _ in range(levels):
         inner = [each for each in layer if isinstance(each, dict | list)]
@@ -91,7 +91,7 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def _document(text: str, fenced: bool) -> Any:
-    """The JSON value that the text is, or _NOT_JSON; null is None, so None says nothing.
+    """Return the JSON value that the text is, or _NOT_JSON; null is None, so None says nothing.
 
     Numbers with a point or an exponent are decimals: what the text says, exactly.
     """

@@ -66,7 +66,7 @@ LOWER_IS_BETTER = frozenset({"refusal", "repetition"})  # unless a run's rules s
 
 
 def options_of(kind: str) -> dict[str, inspect.Parameter]:
-    """The options of a kind by name, with their defaults."""
+    """Return the options of a kind by name, with their defaults."""
     parameters = inspect.signature(KINDS[kind]).parameters
     return {name: parameter for name, parameter in parameters.items() if name != "key"}
 

@@ -118,13 +118,13 @@ class Quantity:
 
 
 def number(text: str) -> Fraction | None:
-    """The number of `quantity`."""
+    """Return the number of `quantity`."""
     found = quantity(text)
     return None if found is None else found.number
 
 
 def quantity(text: str) -> Quantity | None:
-    """The one quantity that a text is; None if it is none, or not all of it is understood.
+    """Return the one quantity that a text is; None if it is none, or not all of it is understood.
 
     Around the number may stand: a sign, a currency sign, commas or spaces between groups of three
     digits, Markdown's marks, a full stop, and a unit behind it in words without digits. "hundred"
@@ -190,7 +190,7 @@ def _unit(rest: str, currency: str) -> tuple[int, str] | None:
 
 
 def _parts(rest: str) -> list[regex.Match[str]] | None:
-    """The words and signs of a text; None if anything else is in it."""
+    """Return the words and signs of a text; None if anything else is in it."""
     parts, at = [], 0
     while at < len(rest):
         part = PART.match(rest, at)
@@ -241,7 +241,7 @@ def _understood(part: regex.Match[str]) -> str | None:
 
 
 def _singular(word: str) -> str:
-    """One spelling of a word for one and many of it."""
+    """Return one spelling of a word for one and many of it."""
     if word in CURRENCIES or word in IRREGULAR:
         return CURRENCIES.get(word) or IRREGULAR[word]
     if regex.search("(?:ch|sh|x|ss|z)es$", word):

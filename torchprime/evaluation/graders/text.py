@@ -83,7 +83,8 @@ def regex_grader(
 
 
 def compile_pattern(pattern: str, key: str) -> regex.Pattern[str]:
-    """A pattern of the `regex` library, whose matching can have a time limit; or a ConfigError."""
+    """Return a pattern of the `regex` library, whose matching can have a time limit; or a
+    ConfigError."""
     try:
         return regex.compile(pattern)
     except regex.error as error:
@@ -115,7 +116,8 @@ def length(key: str, unit: Literal["tokens", "words", "chars"] = "tokens") -> Gr
 
 
 def repetition(key: str, n: int = 4) -> Grader:
-    """The share of runs of n words that occurred before in the same output, from 0 to under 1."""
+    """Return the share of runs of n words that occurred before in the same output, from 0 to under
+    1."""
     if n < 1:
         refuse(f"{key}.n", n, "at least 1", f"Set {key}.n=4.")
 

@@ -158,7 +158,7 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
-    """The sizes that the report's arithmetic wants, checked against the sharding table.
+    """Return the sizes that the report's arithmetic wants, checked against the sharding table.
 
     Raises:
         ConfigError: what a run of the config would be refused for.

@@ -67,7 +67,7 @@ def _optimizers(config: TrainConfig) -> Iterator[Change]:
 
 
 def _twice(config: TrainConfig) -> str | None:
-    """The slice of the same chips with twice as many."""
+    """Return the slice of the same chips with twice as many."""
     assert config.compile_only is not None
     own = topology(config.compile_only)
     for name, other in TOPOLOGIES.items():
@@ -77,7 +77,7 @@ def _twice(config: TrainConfig) -> str | None:
 
 
 def changed(config: TrainConfig, change: Change) -> TrainConfig:
-    """The config with these values, checked anew."""
+    """Return the config with these values, checked anew."""
     whole = config.to_dict()
     for key, value in change.items():
         *sections, leaf = key.split(".")

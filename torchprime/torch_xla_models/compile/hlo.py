@@ -205,7 +205,7 @@ class Program:
     # -- sums ----------------------------------------------------------------------------------
 
     def collectives(self) -> list[Collective]:
-        """Every collective, an asynchronous one once, with its runs in one step."""
+        """Return every collective, an asynchronous one once, with its runs in one step."""
         callers = self._callers()
         found: dict[tuple[str, str, str], Collective] = {}
         for computation, each in self.instructions():
@@ -257,7 +257,8 @@ class Program:
         return 2 * each.arrays[0].elements * inner
 
     def _convolution(self, computation: str, each: Instruction) -> int:
-        """Two operations for every pair of an output place and a kernel tap that meet inside."""
+        """Return two operations for every pair of an output place and a kernel tap that meet
+        inside."""
         left, right = (self._operand(computation, name).shape for name in each.operands[:2])
         out = each.arrays[0].shape
         labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.rest)

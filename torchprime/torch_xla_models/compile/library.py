@@ -81,6 +81,6 @@ def _candidates() -> list[Path]:
 
 
 def _version(package: str, folders: Sequence[str | Path]) -> str | None:
-    """The version of a package as its metadata in one of these folders says."""
+    """Return the version of a package as its metadata in one of these folders says."""
     found = metadata.distributions(name=package, path=[str(folder) for folder in folders])
     return next((each.version for each in found), None)

@@ -97,7 +97,7 @@ def read_shortage(message: str, sizes: Sizes) -> dict[str, Any] | None:
 
 
 def _memory_of(message: str, block: str) -> str:
-    """The heading that an allocation of the message stands under."""
+    """Return the heading that an allocation of the message stands under."""
     before = message[: message.index(block)]
     headings = re.findall(r"[Ll]argest program allocations in (\w+)", before)
     return headings[-1] if headings else "hbm"
@@ -186,7 +186,7 @@ def traffic_in_theory(s: Sizes) -> dict[str, int]:
 
 
 def judge_traffic(found: Mapping[str, Mapping[str, int]], theory: Mapping[str, int]) -> list[str]:
-    """A sentence for each kind that moves more than `TOLERATED` times its theory.
+    """Return a sentence for each kind that moves more than `TOLERATED` times its theory.
 
     An all-reduce does what a reduce-scatter and an all-gather do, so where gradients are
     all-reduced it counts against both.
@@ -283,7 +283,7 @@ def judge(program: Program, memory: Mapping[str, int], sizes: Sizes, chip: Chip)
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The report for a person, as lines."""
+    """Return the report for a person, as lines."""
     r = report
     verdict = "fits" if r["fits"] else "does not fit" if r["compiles"] else "does not compile"
     lines = [f"{r['topology']}: {verdict}", *_settings_lines(r)]

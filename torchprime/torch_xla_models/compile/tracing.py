@@ -101,7 +101,8 @@ def _identity(tensor: Tensor) -> int:
 
 
 def hlo_sharding(mesh: xs.Mesh, spec: Spec) -> str:
-    """A table's spec as HLO writes a sharding: pieces along each dim, then the devices in order."""
+    """Return a table's spec as HLO writes a sharding: pieces along each dim, then the devices in
+    order."""
     names = list(mesh.axis_names or ())
     sizes = list(mesh.mesh_shape)
     cut = [[names.index(axis) for axis in axes] for axes in spec]
@@ -128,7 +129,7 @@ def trace_step(
     batch_size: int,
     block_size: int,
 ) -> Lowered:
-    """The training step of a backend made with `Placeholders`, lowered.
+    """Return the training step of a backend made with `Placeholders`, lowered.
 
     Args:
         model: without storage.

@@ -62,7 +62,7 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def tpu_devices(slice_: Topology, slices: int) -> list[Any]:
-    """The devices of a TPU that is not here, in the order of their ids."""
+    """Return the devices of a TPU that is not here, in the order of their ids."""
     many = {"num_slices": slices} if slices > 1 else {}
     description = topologies.get_topology_desc(
         platform="tpu",
@@ -102,7 +102,7 @@ def _attributes(ordinal: int, device: Any) -> dict[str, Any]:
 
 
 def trace(config: TrainConfig, architecture: dict[str, Any]) -> Lowered:
-    """The config's training step."""
+    """Return the config's training step."""
     backend = make_backend(config, make_tensors=Placeholders)
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(architecture, where="model"))
@@ -147,7 +147,7 @@ def _with(attributes: Any, argument: Argument | None) -> Any:
 
 
 def compile_for(devices: Sequence[Any], module: bytes) -> Any:
-    """The executable, with the options that torch_xla gives under SPMD."""
+    """Return the executable, with the options that torch_xla gives under SPMD."""
     assignment = xla_client.DeviceAssignment.create(np.array([[d.id for d in devices]]))
     options = xla_client.CompileOptions()
     options.num_replicas, options.num_partitions = 1, len(devices)

@@ -112,7 +112,7 @@ class CheckpointHook(BaseHook):
         self.saver.close()
 
     def _asked(self, step: int, last: bool) -> int:
-        """The most that any process was asked for."""
+        """Return the most that any process was asked for."""
         alone = self.backend.process_count == 1
         if not alone and not last and step % self.logging_steps:
             return GO_ON
@@ -127,7 +127,7 @@ class CheckpointHook(BaseHook):
         return wish if alone else self.backend.largest(wish)
 
     def _is_asked_by_file(self) -> bool:
-        """Whether `checkpoint.now` was there; it is taken away, be it a link or a pipe."""
+        """Return True if `checkpoint.now` was there; it is taken away, be it a link or a pipe."""
         if not os.path.lexists(self.now_file):
             return False
         try:

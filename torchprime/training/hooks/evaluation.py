@@ -137,7 +137,7 @@ class EvaluationHook(BaseHook):
         self.emit(record)
 
     def _answers(self, step: int) -> dict[str, Any]:
-        """The fields of a record that are about answers."""
+        """Return the fields of a record that are about answers."""
         started = time.perf_counter()
         e = self.evaluation
         shapes = (e.options.batch_size, e.options.max_new_tokens)

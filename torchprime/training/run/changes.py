@@ -54,7 +54,7 @@ class Change:
     what: str = ""
 
     def describe(self) -> str:
-        """A line for a person."""
+        """Return a line for a person."""
         note = f" ({self.what})" if self.what else ""
         return f"{self.kind:<12} {self.key}: {_shown(self.old)} -> {_shown(self.new)}{note}"
 
@@ -62,7 +62,7 @@ class Change:
 def find_changes(
     manifest: Manifest, config: Mapping[str, Any], identity: Mapping[str, str | None]
 ) -> list[Change]:
-    """All differences, the gravest first.
+    """Return all differences, the gravest first.
 
     Args:
         config: as TrainConfig.to_dict() gives it.
@@ -85,7 +85,7 @@ def find_changes(
 
 
 def identity_of(manifest: Manifest) -> dict[str, str | None]:
-    """The fingerprints that a checkpoint has for IDENTITIES."""
+    """Return the fingerprints that a checkpoint has for IDENTITIES."""
     held_out = manifest.eval_manifest or {}
     return {
         "model": manifest.model["hash"],
@@ -118,7 +118,7 @@ def refuse_changes(changes: Sequence[Change], allowed: Sequence[str], point: str
 
 
 def not_allowed(changes: Sequence[Change], allowed: Sequence[str]) -> list[Change]:
-    """The questionable changes that no key or beginning of a key allows."""
+    """Return the questionable changes that no key or beginning of a key allows."""
     return [
         change
         for change in changes
@@ -148,7 +148,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _given(config: Mapping[str, Any], key: str) -> Any:
-    """A value; an empty list is none, as where an older version did not have the key."""
+    """Return a value; an empty list is none, as where an older version did not have the key."""
     value = config.get(key)
     return None if value == [] else value
 

@@ -204,7 +204,7 @@ class Exporter:
         )
 
     def _small_files(self, facts: ExportFacts) -> dict[str, Any]:
-        """The arguments of `write_hf_files`."""
+        """Return the arguments of `write_hf_files`."""
         return dict(
             spec=self.files.shapes,
             config=self.files.hf_config,
@@ -217,7 +217,8 @@ class Exporter:
         )
 
     def _generation_config(self) -> dict[str, Any] | None:
-        """The source's, with the stop tokens that were trained: a server looks here for them."""
+        """Return the source's, with the stop tokens that were trained: a server looks here for
+        them."""
         found = self.files.generation_config()
         trained = [i for i in self.stop_ids if i != self.files.tokenizer.eos_id]
         if not trained:
@@ -227,7 +228,8 @@ class Exporter:
         return {**(found or {}), "eos_token_id": list(dict.fromkeys([*stops, *trained]))}
 
     def _trained_logits(self, backend: Backend) -> PromptLogits | str:
-        """The trainer's logits for the prompts, or why transformers cannot be compared with them.
+        """Return the trainer's logits for the prompts, or why transformers cannot be compared with
+        them.
 
         Room is one host's matter, so several processes compute them all the same.
         """

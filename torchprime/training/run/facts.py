@@ -61,7 +61,7 @@ def make_manifest(
     metrics: dict[str, Any],
     hooks: dict[str, Any],
 ) -> Manifest:
-    """All that a run needs to go on after a step, but for the tensors.
+    """Return all that a run needs to go on after a step, but for the tensors.
 
     Args:
         identity: fingerprints of what the run's steps are made of.

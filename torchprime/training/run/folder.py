@@ -140,5 +140,5 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """The command line, quoted so that a shell reads it as it was given."""
+    """Return the command line, quoted so that a shell reads it as it was given."""
     return shlex.join([Path(sys.executable).name, *sys.argv])

@@ -69,7 +69,7 @@ class ResumePoint:
         return ResumedState(self.reader.get, self.step)
 
     def weight(self, name: str) -> Tensor:
-        """A weight by its Hugging Face name."""
+        """Return a weight by its Hugging Face name."""
         return self.reader.get(f"model.{name}")
 
     @property
@@ -102,7 +102,7 @@ def agree_on_point(
 
 
 def find_point(source: str, catalog: Catalog, say: Callable[[str], None]) -> ResumePoint | None:
-    """The checkpoint to begin at, checked file by file; None to begin at the first step.
+    """Return the checkpoint to begin at, checked file by file; None to begin at the first step.
 
     Raises:
         CheckpointError: what is named is not there, or is damaged.
@@ -234,7 +234,7 @@ def require_private_storage(storage: Storage, folder: Path) -> None:
 
 
 def died_early(folder: Path) -> bool:
-    """Whether the folder's run was to write checkpoints."""
+    """Return True if the folder's run was to write checkpoints."""
     try:
         config = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
         wanted = config["checkpoint"]
@@ -353,8 +353,8 @@ class Past:
 
 
 def last_numbers(path: Path, step: int) -> StepNumbers | None:
-    """The last that a run's records say of its steps up to this one; only the first process may
-    have them."""
+    """Return the last that a run's records say of its steps up to this one; only the first process
+    may have them."""
     records = read_metrics(path) if path.is_file() else []
     steps = [r for r in records if r["kind"] == StepRecord.kind and r["step"] <= step]
     if not steps:

@@ -123,7 +123,8 @@ class Saver:
         self._thread.start()
 
     def is_best(self, scores: Mapping[str, float]) -> bool:
-        """Whether these are better than those of every checkpoint, the one being written too."""
+        """Return True if these are better than those of every checkpoint, the one being written
+        too."""
         rank = self.catalog.rank(scores)
         known = [self.catalog.rank(each["scores"]) for each in (self.best, self._candidate) if each]
         return rank is not None and all(other is None or rank < other for other in known)
@@ -156,7 +157,7 @@ class Saver:
         )
 
     def _write_folder(self, manifest: Manifest, tensors: Sequence[TensorShards]) -> int:
-        """Every process writes its shards; the first one what the folder is whole by.
+        """Return every process writes its shards; the first one what the folder is whole by.
 
         What fails on one process fails on all of them, at the same place.
         """
@@ -212,7 +213,7 @@ class Saver:
         self.catalog.retain(keep.keep_last, keep.keep_best, keep.keep_every)
 
     def finished(self) -> list[CheckpointRecord]:
-        """The checkpoints that became whole since the last call."""
+        """Return the checkpoints that became whole since the last call."""
         found, self._finished = self._finished, []
         return found
 
@@ -235,7 +236,7 @@ class Saver:
             raise bug
 
     def _on_host(self, shards: TensorShards) -> TensorShards:
-        """The same with its chunks in host memory that no update touches.
+        """Return the same with its chunks in host memory that no update touches.
 
         The memory of what had to be copied is kept for the next checkpoint (see `reserve`). Handing
         over the others lets go of them.

@@ -108,7 +108,7 @@ class RunRows:
         ]
 
     def hub_names(self) -> list[str]:
-        """The hub's names of the training rows' datasets."""
+        """Return the hub's names of the training rows' datasets."""
         names = (hub_name(part.source.hf_dataset_name) for part in self.train_parts)
         return list(dict.fromkeys(name for name in names if name is not None))
 
@@ -174,7 +174,7 @@ class Question(NamedTuple):
 
 
 def question_of(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None) -> Question:
-    """The prompt of a row, or its messages up to the last answer, as training saw them."""
+    """Return the prompt of a row, or its messages up to the last answer, as training saw them."""
     if not row.messages:
         return Question(row.prompt, tokenizer.prompt_ids(row.prompt), row.completion)
     assert template is not None
@@ -300,7 +300,8 @@ def _rows_of(part: Part, section: str) -> Iterator[Row]:
 
 
 def _kept_in(given: str | None, say: Callable[[str], None]) -> Path | None:
-    """The folder of prepared data, made if need be; None, with a word on it, if it can't be."""
+    """Return the folder of prepared data, made if need be; None, with a word on it, if it can't
+    be."""
     folder = Path(given) if given is not None else cache.default_folder()
     try:
         make_folder(folder)

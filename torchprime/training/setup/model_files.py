@@ -54,7 +54,7 @@ class ModelFiles:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def build(self) -> CausalLM:
-        """The model without storage."""
+        """Return the model without storage."""
         with torch.device("meta"):
             return CausalLM(self.architecture)
 
@@ -67,7 +67,7 @@ class ModelFiles:
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def generation_config(self) -> dict[str, Any] | None:
-        """The checkpoint's generation_config.json, if it has one."""
+        """Return the checkpoint's generation_config.json, if it has one."""
         if self.folder is None:
             return None
         return read_json_if_there(self.folder / "generation_config.json") or None
@@ -126,8 +126,8 @@ def find_architecture(
     tokenizer_name: str | None = None,
     vocabulary: VocabularyRequest | None = None,
 ) -> tuple[Mapping[str, Any], str]:
-    """A model's config.json without its weights, and where it is from: a local folder, a shipped
-    option of the group `model`, or else the hub.
+    """Return a model's config.json without its weights, and where it is from: a local folder, a
+    shipped option of the group `model`, or else the hub.
 
     Args:
         tokenizer_name: of the tokenizer, if it is another than the model's own; only read if the
@@ -151,7 +151,7 @@ def find_architecture(
 def _described(
     pretrained_model: str | None, architecture: Mapping[str, Any] | None, cache_dir: str | None
 ) -> tuple[Path | None, Mapping[str, Any], str]:
-    """A checkpoint's folder if it is here, config.json, and where that is from."""
+    """Return a checkpoint's folder if it is here, config.json, and where that is from."""
     if pretrained_model is None:
         assert architecture is not None  # the schema has seen to it
         return None, architecture, "model.architecture"
@@ -164,7 +164,7 @@ def _described(
 
 
 def _shipped_option(hub_name: str) -> Path | None:
-    """The file with the architecture of this hub repository, if one ships."""
+    """Return the file with the architecture of this hub repository, if one ships."""
     for path in sorted((configs_dir() / "model").glob("*.yaml")):
         option = yaml.safe_load(path.read_text())
         if "architecture" in option and option.get("tokenizer_name") == hub_name:
@@ -173,7 +173,7 @@ def _shipped_option(hub_name: str) -> Path | None:
 
 
 def pretrained_tensors(files: ModelFiles, dtype: torch.dtype) -> Callable[[str], Tensor]:
-    """A function from a weight's name to its tensor, read when asked for.
+    """Return a function from a weight's name to its tensor, read when asked for.
 
     Args:
         dtype: of the model. Only a weight that gets new rows comes in it, in memory of its own; the
@@ -200,7 +200,7 @@ def pretrained_tensors(files: ModelFiles, dtype: torch.dtype) -> Callable[[str],
 
 
 def random_tensors(files: ModelFiles, seed: int) -> Callable[[str], Tensor]:
-    """A function from a weight's name to its initial value, made when asked for.
+    """Return a function from a weight's name to its initial value, made when asked for.
 
     Rows of new tokens are random like the others: there is no trained row to be near to.
     """

@@ -76,7 +76,8 @@ def probe_isolation(
 
 
 def _predict_everything(batch: Batch) -> Batch:
-    """Every token predicts the next one of its segment, whatever is supervised in training."""
+    """Return every token predicts the next one of its segment, whatever is supervised in
+    training."""
     targets = np.full_like(batch.targets, IGNORED)
     same = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] > 0)
     targets[:, :-1] = np.where(same, batch.input_ids[:, 1:], IGNORED)
@@ -85,7 +86,7 @@ def _predict_everything(batch: Batch) -> Batch:
 
 
 def _loss(backend: EvalBackend, batch: Batch, where: Mask) -> float:
-    """The summed loss of some tokens."""
+    """Return the summed loss of some tokens."""
     weights = np.where(where, batch.loss_weights, 0.0).astype(np.float32)
     chosen = replace(batch, loss_weights=weights)
     return backend.read_eval([backend.eval_step(backend.put(chosen, 1))])[0]

@@ -27,7 +27,7 @@ from torchprime.training.setup.vocabulary import VocabularyRequest
 
 
 def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
-    """The config's model files; with `weights`, those of a checkpoint must be there, too."""
+    """Return the config's model files; with `weights`, those of a checkpoint must be there, too."""
     m = config.model
     return find_model(
         pretrained_model=m.pretrained_model,
@@ -59,7 +59,7 @@ def sharding_table(config: TrainConfig) -> ShardingTable:
 
 
 def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, dict[str, Spec]]:
-    """The table, and what it says of each parameter on the config's mesh.
+    """Return the table, and what it says of each parameter on the config's mesh.
 
     Args:
         model: may be without storage.
@@ -80,7 +80,7 @@ def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, 
 
 
 def optimizer_of(config: TrainConfig) -> Optimizer:
-    """The method with its settings; the learning rate enters each step as data."""
+    """Return the method with its settings; the learning rate enters each step as data."""
     o = config.task.optimizer
     return make_optimizer(o.name, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
 

@@ -182,8 +182,8 @@ def _count_rows(before: int, tokens: int, multiple: int | None) -> int:
 def _known_tokens(
     tokenizer: Tokenizer, special: SpecialTokens, source: Path, checkpoint: Path | None
 ) -> Mapping[str, int]:
-    """The tokens that the checkpoint was trained with: those of its own tokenizer if it has one,
-    else those of the given one.
+    """Return the tokens that the checkpoint was trained with: those of its own tokenizer if it has
+    one, else those of the given one.
 
     Raises:
         CheckpointError: the run's tokenizer gives another id to one of them.

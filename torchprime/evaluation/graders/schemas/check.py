@@ -56,14 +56,14 @@ class Clock:
         self.end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """The seconds left. TimeoutError if there are none."""
+        """Return the seconds left. TimeoutError if there are none."""
         left = self.end - time.monotonic()
         if left <= 0:
             raise TimeoutError
         return left
 
     def matches(self, pattern: str, text: str) -> bool:
-        """Whether the pattern is found in the text. TimeoutError if that takes too long."""
+        """Return True if the pattern is found in the text. TimeoutError if that takes too long."""
         left = self.left()
         limit = left if left < float("inf") else None
         return compile_ecma(pattern).search(text, timeout=limit) is not None
@@ -102,7 +102,7 @@ class SchemaCheck:
         self._validator = own(exact, registry=REGISTRY)
 
     def allows(self, document: Any, seconds: float) -> bool:
-        """Whether the schema allows the document.
+        """Return True if the schema allows the document.
 
         Raises:
             TimeoutError: that is not known after so many seconds.
@@ -129,7 +129,7 @@ def _is_strict_integer(checker: Any, value: Any) -> bool:
 
 
 def _validator_class(draft: Any, clock: Clock) -> Any:
-    """The draft's validator with our keywords, all of which look at the clock."""
+    """Return the draft's validator with our keywords, all of which look at the clock."""
     integer = _is_strict_integer if draft is Draft4Validator else _is_integer
     types = draft.TYPE_CHECKER.redefine_many({"number": _is_number, "integer": integer})
     keywords = {name: each for name, each in _keywords(clock).items() if name in draft.VALIDATORS}
@@ -204,14 +204,14 @@ def _keywords(clock: Clock) -> dict[str, Callable[..., Errors]]:
 
 
 def _named(clock: Clock, schema: Mapping[str, Any], key: str) -> bool:
-    """Whether `properties` or `patternProperties` beside each other have the key."""
+    """Return True if `properties` or `patternProperties` beside each other have the key."""
     return key in schema.get("properties", {}) or any(
         clock.matches(name, key) for name in schema.get("patternProperties", {})
     )
 
 
 def _evaluated(clock: Clock, validator: Any, instance: Any, schema: Any) -> set[str]:
-    """The keys of an object that the schema's other keywords have looked at."""
+    """Return the keys of an object that the schema's other keywords have looked at."""
     if not isinstance(schema, Mapping):
         return set()
     keys = {key for key in instance if _named(clock, schema, key)}
@@ -228,7 +228,7 @@ def _evaluated(clock: Clock, validator: Any, instance: Any, schema: Any) -> set[
 
 
 def _evaluated_items(validator: Any, instance: Any, schema: Any) -> set[int]:
-    """The places of an array that the schema's other keywords have looked at."""
+    """Return the places of an array that the schema's other keywords have looked at."""
     if not isinstance(schema, Mapping):
         return set()
     everything, items = set(range(len(instance))), schema.get("items")
@@ -290,7 +290,7 @@ def _hashable(value: Any) -> Any:
 
 
 def _draft(schema: dict[str, Any], key: str) -> Any:
-    """The validator of the draft that the schema names."""
+    """Return the validator of the draft that the schema names."""
     given = schema.get("$schema", _uri(Draft202012Validator))
     for draft in DRAFTS:
         if isinstance(given, str) and given.rstrip("#") == _uri(draft):

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def read_decimal(text: str) -> Decimal:
-    """A number of JSON, exactly; one whose exponent no computer holds as infinity or 0."""
+    """Return a number of JSON, exactly; one whose exponent no computer holds as infinity or 0."""
     try:
         return Decimal(text)
     except ArithmeticError:
@@ -23,7 +23,7 @@ def read_decimal(text: str) -> Decimal:
 
 
 def exact_numbers(value: Any) -> Any:
-    """The same with decimals for floats, each the number that its shortest text says.
+    """Return the same with decimals for floats, each the number that its shortest text says.
 
     Raises:
         ValueError: NaN or an infinity.
@@ -38,7 +38,8 @@ def exact_numbers(value: Any) -> Any:
 
 
 def is_multiple(number: int | Decimal, of: int | Decimal) -> bool:
-    """Whether `number` is a whole multiple of `of`, exactly, whatever their exponents are."""
+    """Return True if `number` is a whole multiple of `of`, exactly, whatever their exponents
+    are."""
     if not Decimal(number).is_finite() or not Decimal(of).is_finite():
         return False
     (digits, exponent, length), (unit, unit_exponent, _) = _scaled(number), _scaled(of)
@@ -52,7 +53,7 @@ def is_multiple(number: int | Decimal, of: int | Decimal) -> bool:
 
 
 def _scaled(number: int | Decimal) -> tuple[int, int, int]:
-    """The number as a whole number times a power of ten, and how many digits it has."""
+    """Return the number as a whole number times a power of ten, and how many digits it has."""
     sign, digits, exponent = Decimal(number).as_tuple()
     assert isinstance(exponent, int)
     return int(Decimal((sign, digits, 0))), exponent, len(digits)

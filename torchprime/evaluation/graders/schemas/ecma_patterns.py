@@ -68,7 +68,7 @@ class _Translation:
     references: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
 
     def whole(self) -> str:
-        """The translation."""
+        """Return the translation."""
         text = self._alternatives()
         if self.at < len(self.pattern):
             self._refuse("a ) that closes nothing")
@@ -131,7 +131,7 @@ class _Translation:
         return atom + quantifier.group() + ("?" if self._next("?") else "")
 
     def _group(self, start: int) -> tuple[str, bool]:
-        """The group that begins at `start`, and whether it may be repeated."""
+        """Return the group that begins at `start`, and whether it may be repeated."""
         opening, group = "(", None
         look = next((look for look in reversed(LOOKS) if self._next(look)), None)
         if look is not None:
@@ -190,7 +190,7 @@ class _Translation:
         return (found if found is not None else _literal(self._character(start))), True
 
     def _set(self, start: int) -> str | None:
-        r"""The set of a \d, \W or \p{..}; None if it is a single character."""
+        r"""Return the set of a \d, \W or \p{..}; None if it is a single character."""
         letter = self.pattern[self.at : self.at + 1]
         if letter.lower() in SETS:
             self.at += 1
@@ -209,7 +209,7 @@ class _Translation:
         return text
 
     def _character(self, start: int) -> str:
-        """The single character that an escape stands for."""
+        """Return the single character that an escape stands for."""
         if self.at >= len(self.pattern):
             self._refuse("a backslash at the end", start)
         char = self.pattern[self.at]
@@ -248,7 +248,7 @@ class _Translation:
         return found.group()
 
     def _class(self, start: int) -> str:
-        r"""A class such as [^a-z\d], behind its [."""
+        r"""Return a class such as [^a-z\d], behind its [."""
         negated = self._next("^")
         items: list[str] = []
         while not self._next("]"):
@@ -272,7 +272,7 @@ class _Translation:
         return f"[{'^' if negated else ''}{''.join(items)}]"
 
     def _class_item(self) -> str:
-        """One character, or a set of several as the text of one."""
+        """Return one character, or a set of several as the text of one."""
         start = self.at
         self.at += 1
         if self.pattern[start] != "\\":
