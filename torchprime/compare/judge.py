@@ -1,4 +1,4 @@
-"""Are these runs the same training? A verdict over the steps that all of them logged.
+"""The verdict on runs: do they train identically, over the steps that all of them logged?
 
 The first run is the reference; each other run is judged against it, step by step. First the data:
 where both logged a batch's hash or its supervised tokens, these must be equal, or nothing else is
@@ -62,7 +62,7 @@ from torchprime.errors import ConfigError, DataError
 LOSSES = ("loss", "eval_loss")
 FLOAT32 = {"loss": 1e-4, "eval_loss": 1e-4, "grad_norm": 1e-3, "lr": LR_TOLERANCE}
 PROMISED_STEPS = 100
-# Where rounding in the logs hides more of a number than this, the number says too little.
+# If rounding in the logs hides a larger part of a number, it is not compared.
 MOST_HIDDEN = {"loss": 0.05, "eval_loss": 0.05, "grad_norm": 0.05, "lr": 0.01}
 
 
@@ -124,7 +124,7 @@ def _check_arguments(runs: Sequence[Run], loss_tolerance: float | None, steps: i
 
 
 def imprecise(runs: Sequence[Run]) -> list[str]:
-    """Return the dtypes of the runs that float32's bands are too narrow for."""
+    """Return the dtypes of the runs that are less precise than float32."""
     return sorted({run.dtype for run in runs if run.dtype} - {"float32", "float64"})
 
 
@@ -245,11 +245,12 @@ def _points(
 
 
 def _hidden(each: Aligned) -> float:
-    """What rounding in the logs may be of the difference, in units of the reference."""
+    """Return the part of the difference that rounding in the logs may cause, relative to the
+    reference."""
     if not each.hidden or not math.isfinite(each.reference):
         return 0.0
     if each.reference == 0:
-        # No multiple of zero says how near a number is to a zero that was printed.
+        # A relative error is undefined for a zero that was printed.
         return math.inf if abs(each.value) <= each.hidden else 0.0
     return each.hidden / abs(each.reference)
 

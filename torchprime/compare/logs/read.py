@@ -1,4 +1,4 @@
-"""The logs of a run, whoever wrote them: `read_run` makes a `Run` of any of these.
+"""Reader of a run's log: `read_run` makes a `Run` of any of these formats.
 
 - A run's folder, or its `metrics.jsonl` (with `run.json` and `config.yaml` where they lie beside
   it). Any JSON lines with `step`, `loss` and perhaps `grad_norm` and `lr` will do; LLaMA-Factory's
@@ -45,7 +45,7 @@ from torchprime.compare.logs.trainer import (
 from torchprime.errors import ConfigError, DataError
 from torchprime.metrics.writers import read_metrics
 
-MOST_BYTES = 2**30  # of a log, which is held whole
+MOST_BYTES = 2**30  # size limit of a log, which is held whole in memory
 
 EXPECTED = (
     "expected a run's folder, a metrics.jsonl, a trainer_state.json of transformers, or a text log "
@@ -55,7 +55,7 @@ UNTOLD = HowLogged()
 
 
 def read_run(label: str, path: str | Path, how: HowLogged = UNTOLD) -> Run:
-    """Read whatever `path` is.
+    """Read the log at `path`, whatever its format.
 
     Raises:
         DataError: if nothing is there, it is of no known kind, it holds no training loss, or a
@@ -91,7 +91,7 @@ def read_run(label: str, path: str | Path, how: HowLogged = UNTOLD) -> Run:
 
 
 def _decide(label: str, log: Log, how: HowLogged) -> int:
-    """Give losses that the log or the user calls means their windows; `Run.undecided`."""
+    """Set the windows of losses that the log or the user says are means; set `Run.undecided`."""
     for option, given in (("--mean-over", how.mean_over), ("--resumed-at", how.resumed_at)):
         if log.means is False and given and given != 1:
             raise ConfigError(
@@ -162,14 +162,14 @@ def _jsonl(path: Path, how: HowLogged) -> Log:
         kind = record.get("kind", "train" if "loss" in record else None)
         if kind == "train":
             log.steps.append(_logged(record, where))
-            log.means = log.means if "kind" in record else None  # not a record of ours
+            log.means = log.means if "kind" in record else None  # not a training record
         elif kind == "eval" and (loss := _number(record, "eval_loss", where)) is not None:
             log.heldout[_step(record, where)] = loss
     return log
 
 
 def _trainer_log(path: Path, records: list[dict[str, Any]], how: HowLogged) -> Log:
-    """LLaMA-Factory's."""
+    """Read LLaMA-Factory's trainer_log.jsonl."""
     log = Log("trainer_log.jsonl of LLaMA-Factory", [], means=True)
     for number, record in enumerate(records, start=1):
         where = f"{path}, line {number}"

@@ -22,11 +22,11 @@ from torchprime.compare.logs.numbers_in_text import EXPECTED, Doubt, half_digits
 from torchprime.compare.logs.run import HowLogged, Log, LoggedStep, tell_means, with_windows
 from torchprime.errors import DataError
 
-LEAST_DIGITS = 3  # a printed number is taken to have so many: zeros at its end may be cut off
+LEAST_DIGITS = 3  # digits that a printed number is assumed to have: trailing zeros may be cut off
 CONTROL = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # a title or a link
     r"|\x1b\[[0-9;?]*[A-Za-z]"
-    r"|(?:\^\[)?\[[0-9]{1,2}(?:;[0-9]{1,3})*m"  # a colour that lost its escape character
+    r"|(?:\^\[)?\[[0-9]{1,2}(?:;[0-9]{1,3})*m"  # a colour code that lost its escape character
 )
 # `[rank0]:`, `[default3]:`, `(worker 1)`, and `0: ` of srun --label.
 PROCESS = re.compile(
@@ -47,18 +47,18 @@ NAMES = {
     "lr": r"(?:train[_/.-])?(?:lr|learning[ _-]rate)",
     "eval_loss": r"eval[ _/.-]loss",
 }
-LM_LOSS = "lm[ _]loss"  # where no other loss is on the line
+LM_LOSS = "lm[ _]loss"  # accepted only if no other loss is on the line
 VALUE = r"(?<![\w/.-])(?:{})(?![\w/.])\s*[:=]?\s*[\[(]?\s*"
 VALUES = {name: re.compile(VALUE.format(words), re.IGNORECASE) for name, words in NAMES.items()}
 LM_VALUE = re.compile(VALUE.format(LM_LOSS), re.IGNORECASE)
 RATE = re.compile(r"([0-9,]+(?:\.[0-9]+)?) supervised tok/s")
 EVALUATING = re.compile(r"\b(?:eval|evaluation|val|valid|validation|test)\b", re.IGNORECASE)
-# Words before "loss" that make it another quantity than the loss of the step.
+# Words before "loss" that name another quantity than the step's training loss.
 OTHER_LOSS = re.compile(
     r"\b(?:avg|average|running|smooth(?:ed)?|ema|best|lowest|min|max|aux(?:iliary)?)[ _-]$",
     re.IGNORECASE,
 )
-# Known formats: what a loss of theirs is, where the lines are more than a step apart.
+# Known formats: the meaning of their loss if records are several steps apart.
 OF_ITS_STEP = re.compile(
     r"supervised tok/s|completed step:|^Step [0-9]+ \| \w+:|\|Loss: |\(step\)|consumed_tokens:"
 )
@@ -85,7 +85,7 @@ class StepLine:
 
 
 def lines_of(text: str) -> Iterator[Line]:
-    """Every line, and every part of one that a carriage return overwrites."""
+    """Yield every line, and every part of one that a carriage return overwrites."""
     for number, line in enumerate(text.split("\n"), start=1):
         for part in line.split("\r"):
             clean = CONTROL.sub("", part)
@@ -103,7 +103,7 @@ def refuse_line(path: object, line: Line, problem: str, advice: str) -> DataErro
 
 
 def read_step_lines(path: object, lines: Iterable[Line], how: HowLogged) -> Log:
-    """Read a text log; it has no steps if no line is one.
+    """Read a text log; without step lines the result has no steps.
 
     Raises:
         DataError: a number that cannot be read surely, several steps on a line, steps that begin
@@ -145,7 +145,7 @@ def read_step_lines(path: object, lines: Iterable[Line], how: HowLogged) -> Log:
 
 
 def _step_line(line: Line) -> StepLine | None:
-    """Return the line's numbers; None if it is no training step and no evaluation of one.
+    """Return the line's numbers; None if it is neither a training step nor its evaluation.
 
     Raises:
         Doubt: it is one, with a number that cannot be read surely.
@@ -179,7 +179,7 @@ def _step_line(line: Line) -> StepLine | None:
 
 
 def _value(text: str, name: re.Pattern[str], *, trained: bool = True) -> str | None:
-    """Return the first number behind the name; of a training loss, not behind a word for
+    """Return the first number after the name; for a training loss, not after a word for
     evaluation."""
     for match in name.finditer(text):
         before = text[: match.start()]
@@ -192,7 +192,7 @@ def _value(text: str, name: re.Pattern[str], *, trained: bool = True) -> str | N
 
 
 def _step(text: str) -> str | None:
-    """Return the step of the line: where `iter` and `step` both stand there, that of `step`."""
+    """Return the step of the line; if it has both `iter` and `step`, that of `step`."""
     bar = TORCHTUNE_BAR.search(text)
     if bar is not None:
         return text[bar.end() :].partition("|")[0]
@@ -203,7 +203,7 @@ def _step(text: str) -> str | None:
     ]
     steps = [number for name, number in named if name == "step"]
     if steps and len(named) > len(steps) and "loss train" in text and "(step)" not in text:
-        return None  # LitGPT's micro-batches, before their step is done
+        return None  # LitGPT's micro-batches of an unfinished step
     if named:
         return (steps or [number for _, number in named])[0]
     brackets = list(BRACKETED_STEP.finditer(text))
@@ -212,11 +212,11 @@ def _step(text: str) -> str | None:
     return printed_at(text, brackets[0].end(), whole=True) if brackets else None
 
 
-# What lines tell together ------------------------------------------------------------------------
+# Facts from several lines -------------------------------------------------------------------------
 
 
 def one_process(path: object, found: Sequence[StepLine]) -> list[StepLine]:
-    """Return the lines of one process, if all that logged a step logged the same of it.
+    """Return the lines of one process, if all processes logged the same values for a step.
 
     Raises:
         DataError: they did not, or most steps have several lines of nobody knows which process.
@@ -270,7 +270,8 @@ def _check_epochs(path: object, found: Sequence[StepLine]) -> None:
 def _number_steps(
     log: Log, found: Sequence[StepLine], heldout: dict[int, str], from_zero: bool
 ) -> None:
-    """Fill the log; a text that begins at step 0 counts started updates, ours finished ones."""
+    """Fill the log with steps that count finished updates; a text that begins at step 0 counts
+    started ones."""
     moved = 1 if from_zero or min(each.step for each in found) == 0 else 0
     columns = {
         name: [each.texts.get(name) for each in found] for name in ("loss", "grad_norm", "lr")
