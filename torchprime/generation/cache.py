@@ -55,7 +55,7 @@ class CachedAttention(nn.Module):
         self.core, self.finish, self.match = core, finish, match
         self.scale = head_dim**-0.5
         self.cache: tuple[Tensor, Tensor] | None = None  # of this layer; None during prefill
-        self.new: tuple[Tensor, Tensor] | None = None  # its new keys and values
+        self.new: tuple[Tensor, Tensor] | None = None  # keys and values of the last call
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Any) -> Tensor:
         """Run as a core does; with a cache `prepared` is `_mask` and there is one token per row."""

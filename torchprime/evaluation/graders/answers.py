@@ -32,10 +32,10 @@ def agree(one: Quantity | str | None, other: Quantity | str | None) -> bool:
 
 
 def gsm8k_answer(key: str) -> Grader:
-    """Build a grader: 1 if output and reference end in the same number after `####`; None without one in the
-    reference.
+    """Build a grader: 1 if output and reference end in the same number after `####`.
 
-    If both name a unit after it, the units must be the same, too.
+    It gives None if the reference has none. If both name a unit after it, the units must be the
+    same.
     """
 
     def grade(sample: Sample) -> float | None:
@@ -46,7 +46,7 @@ def gsm8k_answer(key: str) -> Grader:
 
 
 def gsm8k_format(key: str) -> Grader:
-    """Build a grader: 1 if the answer ended with a stop token and its last line, and no other, is `#### n`.
+    """Build a grader: 1 if the answer ended by itself and its last line, and no other, is `#### n`.
 
     n is a plain number as in GSM8K: digits, optionally a minus, commas or decimals. An answer that
     was cut off by the token limit may lack digits or further text.
@@ -70,7 +70,7 @@ ANSWER = regex.compile(r"<answer>(.*?)</answer>", regex.DOTALL)
 
 
 def think_answer(key: str) -> Grader:
-    """Build a grader: 1 if the output is one <think> block, then one <answer> block, and ended there.
+    """Build a grader: 1 if the output is one <think> block, then one <answer> block, and no more.
 
     Only white space may stand around the blocks. The answer is not blank; the thoughts may be.
     """
@@ -83,7 +83,7 @@ def think_answer(key: str) -> Grader:
 
 
 def think_answer_value(key: str) -> Grader:
-    """Build a grader: 1 if the one <answer> block of the output has the same value as the reference's.
+    """Build a grader: 1 if the output's one <answer> block has the same value as the reference's.
 
     Two quantities are compared by value, other values as texts with single spaces. A reference
     without the block gives its quantity after `####`; None if it has neither.

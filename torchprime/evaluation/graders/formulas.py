@@ -59,7 +59,7 @@ BRACKETS = {"\\{": "\\}", "(": ")]", "[": ")]"}
 
 
 def math_grader(key: str) -> Grader:
-    """Build a grader: 1 if output and reference give the same answer, as math-verify compares formulas.
+    """Build a grader: 1 if output and reference are the same answer, compared by math-verify.
 
     Raises:
         RuntimeSetupError: math-verify is not installed, or does not start.

@@ -76,7 +76,7 @@ APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\u00b4\u0060\u2032\
 
 
 def refusal(key: str, phrases: list[str] | None = None) -> Grader:
-    """Build a grader: 1 if a phrase of the list occurs in the output as whole words, ignoring case."""
+    """Build a grader: 1 if the output contains a phrase of the list as whole words, in any case."""
     if phrases is not None and not phrases:
         refuse(f"{key}.phrases", phrases, "phrases, or null for the shipped list", "Name some.")
     for place, phrase in enumerate(phrases or ()):

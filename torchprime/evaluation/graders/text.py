@@ -34,8 +34,7 @@ def exact_match(key: str, strip: bool = True, ignore_case: bool = False) -> Grad
 
 
 def contains(key: str, text: str | None = None, ignore_case: bool = False) -> Grader:
-    """Build a grader: 1 if the output contains the text, or else the reference without space around
-    it.
+    """Build a grader: 1 if the output contains the text, or else the stripped reference.
 
     It gives None if the reference is searched for and is blank: everything contains that.
     """
@@ -61,8 +60,7 @@ def contains(key: str, text: str | None = None, ignore_case: bool = False) -> Gr
 def regex_grader(
     key: str, pattern: str, on: Literal["output", "reference", "prompt"] = "output"
 ) -> Grader:
-    """Build a grader: 1 if the pattern is found anywhere in the output; `^`, `$` and `(?i)` work as
-    usual.
+    """Build a grader: 1 if the pattern is found in the output; `^`, `$` and `(?i)` work as usual.
 
     Raises:
         DataError: (when grading) the pattern backtracks for seconds.
