@@ -64,7 +64,7 @@ def check_export(
     with tokenizer.json's.
 
     Returns:
-        What the export repairs in the source's files, as lines for the user.
+        The repairs that the export makes in the source's files, as lines for the user.
     """
     place = ExportPlace.of(out)
     place.require_new()
@@ -144,12 +144,12 @@ def write_export(
     """Write a Hugging Face folder at `out`, whole or not at all.
 
     Args:
-        out: a folder or URL; must not exist, or be empty.
+        out: a folder or URL; must be new or empty.
         small_files: writes all but the weights into the folder it is given.
         weights: (HF name, tensor) in any order, each once; taken one at a time and not kept.
         spec: name -> shape of every weight, in the order wanted in the files. Tied: no lm_head.
         dtype: of the exported weights.
-        max_shard_bytes: files are split above it.
+        max_shard_bytes: the limit above which files are split.
         certify: called last, before the folder is in its place. A certificate with a failed check
             is written, too: it is for the caller to refuse it, with the weights still there.
 

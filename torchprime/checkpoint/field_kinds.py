@@ -74,7 +74,7 @@ def check_fields(content: Any, table: Table, where: str = "") -> None:
         where: the field that holds the object.
 
     Raises:
-        ValueError: naming the first field that is missing or something else.
+        ValueError: naming the first field that is missing or has another type.
     """
     if not isinstance(content, dict):
         raise ValueError(told(where, content, "an object"))

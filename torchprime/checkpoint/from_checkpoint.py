@@ -113,7 +113,7 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: used target, a checkpoint without what an export needs, a failed check; in
-            the latter case the folder is there, with the certificate that says so.
+            the latter case the folder is there, with the failed certificate.
     """
     place = ExportPlace.of(out)
     place.require_new()
@@ -171,7 +171,7 @@ def send_export(folder: Path, out: str, say: Callable[[str], None]) -> None:
 def add_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> Certificate:
     """Make of a checkpoint's hf/ a folder that loads: give it weights and a certificate.
 
-    What would hold up training (the base, logits in transformers) is left to `verify`.
+    Checks that would delay training (the base, logits in transformers) are left to `verify`.
 
     Args:
         folder: holds what `Exporter.write_small_files` wrote.
@@ -194,7 +194,7 @@ def _run(facts: ExportFacts) -> str:
     return f"a run from {made}" + ("" if facts.step is None else f" after {facts.step} updates")
 
 
-# What the checkpoint holds ------------------------------------------------------------------------
+# Content of the checkpoint ------------------------------------------------------------------------
 
 
 def _fetch_small_files(reader: CheckpointReader, folder: Path) -> None:
@@ -244,7 +244,7 @@ def _tensor(reader: CheckpointReader, prefixes: Mapping[str, str], name: str) ->
     return reader.get(f"{prefixes[name]}.{name}")
 
 
-# What it is proved by -----------------------------------------------------------------------------
+# Inputs of the checks -----------------------------------------------------------------------------
 
 
 def _decoder_logits(

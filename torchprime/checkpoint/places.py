@@ -177,7 +177,7 @@ class LocalPlace(ExportPlace):
 
 
 class UrlPlace(ExportPlace):
-    """A target behind fsspec.
+    """A target that fsspec writes to.
 
     Attributes:
         local: the copy on this machine: there until `discard`, and after a failure.

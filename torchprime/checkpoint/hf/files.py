@@ -70,14 +70,14 @@ class ExportFacts:
     Attributes:
         spec: name -> shape of every weight, in the order wanted in the files. Tied: no lm_head.
         dtype: of the exported weights.
-        max_shard_bytes: files are split above it.
+        max_shard_bytes: the limit above which files are split.
         stop_ids: the ids that were trained to end an answer.
         template: sha256 of the chat template that was trained with; None without conversations.
         tools_template: sha256 of the one that rendered conversations with tools; None: the same.
         template_options: what else the template was given.
         base_model: as the config names it; None when training began from random weights.
         base_folder: where its weights lay.
-        unused_rows: rows of the base's embeddings that were made anew for new tokens.
+        unused_rows: rows of the base's embeddings that were initialized for new tokens.
         step: updates made; None if unknown.
         card: facts for the model card; see `model_card`.
         metrics: the last values.
@@ -179,7 +179,7 @@ def write_hf_files(
         chat_templates: those that were trained with, by name; None keeps the tokenizer's own.
 
     Returns:
-        What was repaired in the source's files, as lines for the user.
+        The repairs made in the source's files, as lines for the user.
 
     Raises:
         CheckpointError: contradicting or incomplete input.

@@ -202,7 +202,7 @@ def config_if_refused(content: Mapping[str, Any]) -> Any:
     """Return transformers' config of a model that it refuses only for its number of heads; else
     None.
 
-    What it computes with that config is what it would compute without the check.
+    Its computation with that config is the same as without the check.
     """
     if _reason(lambda: AutoConfig.for_model(**copy.deepcopy(dict(content)))) is None:
         return None

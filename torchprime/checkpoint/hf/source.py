@@ -63,7 +63,7 @@ def resolve_pretrained(name_or_path: str, *, cache_dir: str | None, weights: boo
         weights: whether the weights are needed, too. They must then be safetensors.
 
     Returns:
-        Its real path: should a link on the way be changed later, everything still reads what was
+        Its real path: if a link on the way is changed later, reads still get the files that were
         checked.
 
     Raises:

@@ -146,7 +146,7 @@ class ShardWriter:
     def write_next(self, weights: Iterator[tuple[str, torch.Tensor]]) -> bool:
         """Take one tensor from the iterator and write it; return False if there is none.
 
-        The tensor lives in this call alone, so the source makes the next one after it is let go.
+        The tensor is freed at the end of this call, before the source makes the next one.
         """
         item = next(weights, None)
         if item is None:

@@ -217,8 +217,8 @@ def certify(
     Args:
         hashes: of the weights as they were handed over; see `tensor_hash`.
         origin: where the weights come from, for people.
-        trained: logits of the trainer's model, or why there are none.
-        base: the folder of the base's weights, or why they cannot be compared; None if training
+        trained: logits of the trainer's model, or the reason why there are none.
+        base: the base's folder, or the reason why it can't be compared; None if training
             began from random weights.
     """
     proofs: list[tuple[str, Callable[[], Found]]] = [

@@ -128,9 +128,9 @@ class Catalog:
         """Remove the checkpoints that no rule retains, and return their names.
 
         Args:
-            keep_last: so many of the newest stay; None keeps all.
-            keep_best: so many of the best by rank stay.
-            keep_every: those whose step is a multiple stay.
+            keep_last: number of newest checkpoints to retain; None retains all.
+            keep_best: number of best checkpoints to retain, by rank.
+            keep_every: checkpoints whose step is a multiple of it are retained.
         """
         if keep_last is None:
             return []

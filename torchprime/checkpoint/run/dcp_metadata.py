@@ -114,7 +114,7 @@ def parse_metadata(data: bytes, where: str, files: Collection[str] | None = None
 
     Args:
         where: names the file in messages.
-        files: of the checkpoint, as its manifest lists them; None while it is being written.
+        files: of the checkpoint, as listed in its manifest; None while it is being written.
 
     Raises:
         CheckpointError: it is damaged, or was never written by a checkpoint's writer.

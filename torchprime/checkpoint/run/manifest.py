@@ -81,7 +81,7 @@ class Manifest:
 
     Attributes:
         global_step: updates made; also called `step`.
-        backend, mesh, processes: how it ran; a resume may differ.
+        backend, mesh, processes: of the run that wrote it; a resume may differ.
         config: as `TrainConfig.to_dict` gives it.
         created: ISO time, for people: nothing is ordered by it.
         model: `names` of weights (count), their `dtype`, number of `parameters`, and `hash` of all
@@ -94,9 +94,9 @@ class Manifest:
         tokenizer_fingerprint, template_fingerprint: the latter null without a chat template.
         data_manifest, eval_manifest: fingerprints of the prepared data, by source.
         best_metric: `scores` and `step` of the best so far, or null.
-        hooks: what hooks remember, by hook.
+        hooks: the states of hooks, by hook.
         metrics: the last values.
-        scores: what was measured on held-out rows after this very step, by metric.
+        scores: measured on held-out rows after exactly this step, by metric.
         files: size and sha256 of every other file of the folder.
     """
 

@@ -38,7 +38,7 @@ class TensorReader:
     """The tensors in the folder of a checkpoint, finished or being written, one at a time.
 
     Args:
-        files: of the checkpoint, as its manifest lists them; None while it is being written.
+        files: of the checkpoint, as listed in its manifest; None while it is being written.
 
     Raises:
         CheckpointError: `.metadata` is missing or damaged.

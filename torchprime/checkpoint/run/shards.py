@@ -90,7 +90,7 @@ def write_shards(
 
     Args:
         gather: gives every process the objects of all, in order; needed for several processes.
-            Called twice: before writing, with the plans, and after, with what was written.
+            Called twice: before writing, with the plans, and after, with the results.
 
     Raises:
         CheckpointError: this process could not write, or another one; all processes raise.

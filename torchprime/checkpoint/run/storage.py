@@ -65,8 +65,8 @@ class HashingFile:
     """A file being written, with its size and hash; `torch.save` can write to it.
 
     Args:
-        telling: names the file in what goes wrong.
-        push: has what is written so far on its way to the disk, called every PIECE bytes.
+        telling: converts errors into messages that name the file.
+        push: starts writing the data so far to the disk, called every PIECE bytes.
     """
 
     def __init__(
@@ -518,7 +518,7 @@ class LocalStorage(Storage):
 
 
 class UrlStorage(Storage):
-    """A place behind fsspec. The errors of its libraries have no common base class."""
+    """A place that fsspec accesses. The errors of its libraries have no common base class."""
 
     failures = (Exception,)
 
