@@ -202,7 +202,7 @@ def resumed_before(reference: Run, run: Run, step: int, width: float) -> tuple[R
     """Return the run of means and the step at which it must have been resumed for these losses to
     agree; None if no resume explains them.
 
-    A resumed Trainer's first record is the mean since the resume, and nothing in it says so.
+    A resumed Trainer's first record is the mean since the resume, which the record does not say.
 
     Args:
         width: the band, relative, with what rounding hides.

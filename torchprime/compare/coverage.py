@@ -23,8 +23,8 @@ class Coverage:
     """The part of two runs whose losses were compared.
 
     Attributes:
-        steps: that the compared losses stand for.
-        of: steps that the log of the longer run stands for.
+        steps: that the compared losses cover.
+        of: steps that the log of the longer run covers.
         stretches: of the runs, that have a compared loss.
         of_stretches: in which the runs were cut.
     """

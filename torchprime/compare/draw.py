@@ -1,15 +1,15 @@
 """The figure of a comparison: losses, their differences, and the other logged quantities.
 
 Left, large: the losses, and below them each run's relative difference from the reference with its
-band. Right: gradient norm, learning rate and throughput. Runs keep their colour everywhere (a
-palette that colour-blind readers can tell apart) and are named at the ends of their lines. The
-reference is drawn first, wide and grey, so that a run that lies on it is seen lying on it.
+band. Right: gradient norm, learning rate and throughput. Runs have the same colour in all panels (a
+palette that colour-blind readers can distinguish) and are named at the ends of their lines. The
+reference is drawn first, wide and grey, so that it stays visible under an equal run.
 
-A loss that is a mean over steps is a horizontal bar over these steps. A panel without numbers says
-so, and names the runs that logged none.
+A loss that is a mean over steps is a horizontal bar over these steps. A panel names the runs that
+logged no numbers for it.
 
-The files depend on nothing but the comparison: no dates, and ids in the SVG from a fixed salt. Only
-names in scripts that DejaVu Sans does not have depend on the fonts that are installed, too.
+The files depend only on the comparison: they have no dates, and ids in the SVG come from a fixed
+salt. Only run names in scripts that DejaVu Sans lacks depend on the installed fonts.
 """
 
 from __future__ import annotations

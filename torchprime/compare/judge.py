@@ -1,27 +1,27 @@
 """The verdict on runs: do they train identically, over the steps that all of them logged?
 
-The first run is the reference; each other run is judged against it, step by step. First the data:
-where both logged a batch's hash or its supervised tokens, these must be equal, or nothing else is
-looked at. Then losses, gradient norm and learning rate: each must lie within a band around the
+The first run is the reference; each other run is judged against it, step by step. The data comes
+first: if both logged a batch's hash or its supervised tokens, these must be equal, or no number is
+compared. Then losses, gradient norm and learning rate must each lie within a band around the
 reference, relative to the reference's value.
 
-Where the bands come from:
+The bands:
 
-- The learning rate is computed on the host from the config: equal to 1e-6, whatever the dtype.
+- The learning rate is computed on the host from the config: equal to 1e-6 in every dtype.
 - float32: 1e-4 for training and held-out loss, 1e-3 for the gradient norm, which is made of the
-  differences that the loss averages away. The bands do not grow with the steps, though rounding
-  does: it changes the weights, and these the next gradients. The promise is for 100 steps; later
-  ones are held to the same bands, and a verdict that only they break says so (`steps` judges the
-  first ones alone).
+  differences that the loss averages out. The bands do not grow with the steps, although the effect
+  of rounding does: it changes the weights, and these the next gradients. The bands are meant for
+  100 steps. Later steps have the same bands, and the verdict tells if only later steps leave them
+  (`steps` judges the first ones alone).
 - Less precise dtypes: a measured noise floor (noise_floor.py), never below float32's bands. Without
   one there is no verdict.
-- `loss_tolerance`, if given, instead of either for the losses.
-- Numbers that were printed with few digits widen their band by what rounding may hide. Where that
+- `loss_tolerance`, if given, replaces either for the losses.
+- Numbers that were printed with few digits widen their band by the possible rounding error. If that
   is more than MOST_HIDDEN of the number itself, it can show a difference but no agreement, and is
   not compared: a learning rate printed as 0.0001 may be any from 0.00005 to 0.00015.
 
-A NaN or an infinity agrees with nothing, not even with itself. A number that one of both did not
-log is not compared, and the notes count these. Agreement at few steps of long runs is none
+A NaN or an infinity never agrees, not even with itself. A number that only one of both runs logged
+is not compared, and the notes count these. Agreement at few steps of long runs does not count
 (coverage.py).
 """
 

@@ -31,14 +31,14 @@ def printed_at(line: str, start: int, *, whole: bool = False) -> str | None:
     """Return the text of the number at a position in a line, without commas in thousands.
 
     Args:
-        start: behind the number's name and what separates them.
-        whole: a whole number is expected, in which commas can be nothing but thousands.
+        start: after the number's name and its separator.
+        whole: an integer is expected, in which commas can only separate thousands.
 
     Returns:
-        None where no number stands there.
+        None if there is no number at this position.
 
     Raises:
-        Doubt: something with digits stands there that cannot be read surely.
+        Doubt: the text at this position has digits and is ambiguous.
     """
     end = END.search(line, start)
     stop = len(line) if end is None else end.start()

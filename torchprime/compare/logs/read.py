@@ -1,20 +1,23 @@
 """Reader of a run's log: `read_run` makes a `Run` of any of these formats.
 
-- A run's folder, or its `metrics.jsonl` (with `run.json` and `config.yaml` where they lie beside
-  it). Any JSON lines with `step`, `loss` and perhaps `grad_norm` and `lr` will do; LLaMA-Factory's
-  trainer_log.jsonl too.
+- A run's folder, or its `metrics.jsonl` (with `run.json` and `config.yaml` if they are in the same
+  folder). Any JSON lines with `step`, `loss` and perhaps `grad_norm` and `lr` are accepted;
+  LLaMA-Factory's trainer_log.jsonl too.
 - Hugging Face's `trainer_state.json`, or a folder that has one, itself or in a checkpoint; or a
-  text with the dicts that transformers' Trainer prints (trainer_logs.py).
-- A text with a step and a loss on a line (text_logs.py).
+  text with the dicts that transformers' Trainer prints (trainer.py).
+- A text with a step and a loss on a line (text.py).
 
-Four things would make honest runs look different, so they are kept with the numbers. Printed
-numbers are rounded: each has in `rounding` what its last digit may hide. Some losses are means over
-steps: `mean_over` says over how many. Where records are several steps apart and nothing tells
-whether their losses are means, `undecided` says so, and the user is asked. And a text that begins
-at step 0 counts started updates; ours and Trainer's count finished ones, so its steps are moved by
-one. A step that was logged twice (a resumed run) has the values that were logged last.
+Four properties of logs would make equal runs look different, so they are stored with the numbers:
 
-A number that cannot be read surely ends the reading with its line; nothing is cut or guessed.
+- Printed numbers are rounded: `rounding` has the possible error of each.
+- Some losses are means over steps: `mean_over` is the number of steps. If records are several steps
+  apart and the log does not tell if their losses are means, `undecided` is set, and the user is
+  asked.
+- A text that begins at step 0 counts started updates; ours and Trainer's count finished ones, so
+  its steps are increased by one.
+- A step that was logged twice (a resumed run) has the values that were logged last.
+
+An ambiguous number is an error that names its line; no number is cut or guessed.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
     Iter 12: Train loss 1.234, Learning Rate 1.000e-05, ...       mlx-lm, means
     [rank0]: step: 12  loss: 1.2345  grad_norm: 0.98              torchtitan
 
-A line is a training step if it has a step and a training loss, in any order and with whatever
-between them. All its numbers must then be sure; one that is not ends the reading with its line.
+A line is a training step if it has a step and a training loss, in any order and with any text
+between them. An ambiguous number on such a line is an error that names the line.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def read_step_lines(path: object, lines: Iterable[Line], how: HowLogged) -> Log:
     """Read a text log; without step lines the result has no steps.
 
     Raises:
-        DataError: a number that cannot be read surely, several steps on a line, steps that begin
+        DataError: an ambiguous number, several steps on a line, steps that begin
             anew in each epoch, or several processes that log different losses.
     """
     log = Log("text log", [], means=None)
@@ -148,7 +148,7 @@ def _step_line(line: Line) -> StepLine | None:
     """Return the line's numbers; None if it is neither a training step nor its evaluation.
 
     Raises:
-        Doubt: it is one, with a number that cannot be read surely.
+        Doubt: it is one, with an ambiguous number.
     """
     if "loss" not in line.text.lower():
         return None
@@ -219,7 +219,7 @@ def one_process(path: object, found: Sequence[StepLine]) -> list[StepLine]:
     """Return the lines of one process, if all processes logged the same values for a step.
 
     Raises:
-        DataError: they did not, or most steps have several lines of nobody knows which process.
+        DataError: they did not, or most steps have several lines without a process.
     """
     named = [each.line.process for each in found if each.line.process is not None]
     if len(set(named)) > 1:

@@ -4,9 +4,9 @@
     {'loss': 2.1, 'grad_norm': 3.2}  the dicts it prints, in text, among progress bars
     trainer_log.jsonl                LLaMA-Factory's, with `current_steps` and `lr`
 
-A loss of theirs is the mean over the steps since the last record. A resumed Trainer forgets what
-it had summed: its first record is the mean since the resume. trainer_state.json does not say that a
-run was resumed; the last record tells it of the last resume (`_resumed_at`), and a user may.
+A logged loss is the mean over the steps since the last record. A resumed Trainer loses the sum so
+far: its first record is the mean since the resume. trainer_state.json does not say that a
+run was resumed. The last record reveals the last resume (`_resumed_at`), and the user may name it.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class _Bars:
 def read_printed_dicts(path: object, lines: Iterable[Line], how: HowLogged) -> Log:
     """Read the dicts that Trainer prints; without any the log has no steps.
 
-    They name no steps, as a rule. The progress bar that is drawn again behind each of them tells
+    They usually contain no step. The progress bar that is drawn again after each of them gives
     its step; without bars the lines are counted, which needs a record of every step, or
     `how.mean_over`.
 
