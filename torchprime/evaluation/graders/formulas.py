@@ -1,10 +1,10 @@
 r"""A grader of mathematics by math-verify: \frac{1}{2} is 0.5, and 2\pi is \pi \cdot 2.
 
-    the answer in \boxed{}, <answer> or behind ####  ->  quantities, as our other graders compare
+    the answer in \boxed{}, <answer> or after ####  ->  quantities, as our other graders compare
     them; else formulas, which math-verify compares; else texts
 
-math-verify alone takes a text's first number and gives points for it: "5 hundredths" is 5 for it,
-and "1e3" is 1. So it is given formulas only: what has words, an unknown spelling of a number, or
+math-verify alone grades by a text's first number: it reads "5 hundredths" as 5, and "1e3" as 1.
+So it gets formulas only. A text with words, an unknown spelling of a number, or
 letters that may be words, is compared as a text.
 """
 

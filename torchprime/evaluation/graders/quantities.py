@@ -1,12 +1,12 @@
-r"""Final answers as quantities: one number, exactly, and what stands behind it.
+r"""Final answers as quantities: one exact number and its unit.
 
     "**$1,234.50** per day."  ->  quantity  ->  Quantity(Fraction(2469, 2), "$/day")
 
-Numbers are read into exact fractions by way of decimals, never into floats: 0.1 + 0.2 must not
-differ from 0.3, nor 10**17 equal 10**17 + 1. A text is a quantity only if all of it is understood.
-What could mean two numbers ("1,5", "5k", "18!"), or holds a letter, a power or a scale that is not
-understood ("2x", "4\pi", "5i", "5²", "5 hundredths"), is none, and is compared as a text: a grade
-errs towards 0, which a person finds among the samples, and not towards 1, which nobody looks for.
+Numbers are parsed into exact fractions by way of decimals, never into floats: 0.1 + 0.2 must equal
+0.3, and 10**17 must differ from 10**17 + 1. A text is a quantity only if every part of it is
+understood. A text that could mean two numbers ("1,5", "5k", "18!"), or has a letter, a power or a
+scale that is not understood ("2x", "4\pi", "5i", "5²", "5 hundredths"), is no quantity and is
+compared as a text. So a wrong grade is 0, which a person finds among the samples, rather than 1.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def quantity(text: str) -> Quantity | None:
     """Return the one quantity that a text is; None if it is none, or is not fully understood.
 
     Around the number may stand: a sign, a currency sign, commas or spaces between groups of three
-    digits, Markdown's marks, a full stop, and a unit behind it in words without digits. "hundred"
-    to "trillion", "lakh" and "crore" behind it multiply; "%" is a unit. "1/2" and "2 1/2" are
+    digits, Markdown's marks, a full stop, and a unit after it in words without digits. "hundred"
+    to "trillion", "lakh" and "crore" after it multiply; "%" is a unit. "1/2" and "2 1/2" are
     fractions.
     """
     if len(text.strip()) > LONGEST:
@@ -205,7 +205,7 @@ def _in_order(parts: list[regex.Match[str]], *, attached: bool) -> bool:
     """Return True if words, links, brackets and signs are in an order that a unit can have.
 
     Args:
-        attached: the first word may stand right behind the digits.
+        attached: the first word may follow the digits without a space.
     """
     kinds = ["s" if part["sign"] or part["degree"] else part["link"] or "w" for part in parts]
     words = r"w(?:[/-]?w)*"

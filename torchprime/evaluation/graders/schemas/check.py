@@ -78,7 +78,7 @@ class SchemaCheck:
         key: of the config, for messages.
 
     Raises:
-        ConfigError: it is no schema, a pattern is none, or a reference leads out of it.
+        ConfigError: the schema or a pattern is invalid, or a reference leads out of the schema.
     """
 
     def __init__(self, schema: Any, key: str) -> None:
@@ -106,7 +106,7 @@ class SchemaCheck:
         """Return True if the schema allows the document.
 
         Raises:
-            TimeoutError: that is not known after so many seconds.
+            TimeoutError: the check exceeds the time left for the grade.
             RecursionError: the document, or a chain of references, goes too deep.
         """
         self.clock.start(seconds)
