@@ -39,7 +39,7 @@ class CachedAttention(nn.Module):
 
     Args:
         core: reads the prompts.
-        finish: what is done to the output [B, H, 1, h] for a single token, as hooks of the core do
+        finish: applied to the output [B, H, 1, h] for a single token, as hooks of the core are
             to its own.
         match: queries [B, K, H / K, h] and keys [B, K, C, h] to their products [B, K, H / K, C].
     """

@@ -47,13 +47,13 @@ class GenerateOptions:
     """Options of generation.
 
     Attributes:
-        max_new_tokens: at most so many tokens, the stop token counted.
+        max_new_tokens: the limit of tokens, including the stop token.
         stop_ids: tokens that end an answer; may be empty.
         max_length: the model's context: a prompt and its answer are never longer.
-        temperature: 0 takes the likeliest token.
-        top_k: sample among the k likeliest; None for all.
-        top_p: sample among the fewest tokens that have this probability together.
-        batch_size: prompts at once, over all devices.
+        temperature: 0 takes the most likely token.
+        top_k: sample among the k most likely; None for all.
+        top_p: sample among the smallest set of tokens with this total probability.
+        batch_size: prompts per batch, over all devices.
     """
 
     max_new_tokens: int

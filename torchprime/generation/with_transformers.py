@@ -27,7 +27,7 @@ def generation_samples(
         folder: a Hugging Face folder with weights.
         prompts: token ids, of any lengths.
         eos_ids: where to stop.
-        max_new_tokens: at most so many new tokens.
+        max_new_tokens: the limit of new tokens.
 
     Returns:
         The new tokens of each prompt. The last one is the stop token where one was given, so that a
