@@ -1,6 +1,6 @@
-"""New rows for the embedding and the output projection, made from the rows that are there.
+"""New rows for the embedding and the output projection, computed from the existing rows.
 
-    mean    the mean of the other rows plus a little noise, as Hewitt has it ("Initializing New Word
+    mean    the mean of the other rows plus a little noise, as in Hewitt ("Initializing New Word
             Embeddings for Pretrained Language Models", 2021) and transformers'
             `resize_token_embeddings`: normal with the other rows' mean and 1e-9 times their
             covariance. A new token is then about as likely as the others are on average.
@@ -11,7 +11,7 @@ decomposition. A sum of the centred rows with independent normal factors, divide
 their number, has the same distribution and costs one product of [new rows, rows] and [rows, D].
 
 The factors come from a counter-based generator: they are a function of seed, tensor and row. Sums
-are in float64, so that rounding to the weights' dtype hides in which order a machine adds.
+are in float64, so that after rounding to the weights' dtype the order of summation has no effect.
 """
 
 from __future__ import annotations
