@@ -140,8 +140,8 @@ class Backend(Protocol):
         """Return on every process the objects of all processes, in the order of processes.
 
         Args:
-            aside: for a thread that runs beside the loop: what it exchanges is never taken for
-                what the loop exchanges meanwhile. One thread at a time.
+            aside: for a thread that runs beside the loop: its objects are never confused with
+                those of the loop. One thread at a time.
         """
         ...
 

@@ -38,7 +38,7 @@ class Evaluation:
         prompts: of the held-out rows that are answered; none where only the loss is measured.
         decode: from an answer's token ids to its text.
         measures: those of the graders that measure, rather than pass or fail.
-        answers_every: answered every so many steps; None: whenever the loss is measured.
+        answers_every: steps between answers; None: at each evaluation of the loss.
         folder: of the run.
     """
 
@@ -60,7 +60,7 @@ def make_choosing(eval: EvalConfig, selection: SelectionConfig) -> Choosing:
     """Check gates, ranking and patience against the metrics of the run.
 
     Raises:
-        ConfigError: a text that is no rule, or a metric that is not measured.
+        ConfigError: a malformed rule, or a metric that is not measured.
     """
     stopping = selection.early_stopping
     rule = parse_rule(selection.gates, selection.ranking, eval.metrics)

@@ -118,7 +118,7 @@ def train_step(
         batch: FIELDS, each [A, b, S] for A micro-batches; with several sources SOURCE_FIELD too.
         lr: fp32 scalar on the device.
         chunks, spread: see `chunked_cross_entropy`.
-        accumulate: runs a function over the micro-batches and sums what it returns. The function
+        accumulate: runs a function over the micro-batches and sums its results. The function
             reads the weights it is given: in a loop on the device they have to be the loop's.
 
     Returns:

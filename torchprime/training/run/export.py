@@ -161,7 +161,7 @@ class Exporter:
 
         Raises:
             CheckpointError: it could not be written, or a check of the certificate failed; in the
-                latter case the folder is there, with the certificate that says so.
+                latter case the folder is there, with the failed certificate.
         """
         trained = self._trained_logits(backend) if prove_logits else "the run diverged"
         place = ExportPlace.of(out)

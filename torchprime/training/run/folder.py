@@ -37,10 +37,10 @@ PACKAGES = (
 def check(folder: Path) -> None:
     """Refuse a folder that holds another run or could not be created; create nothing.
 
-    Hidden files are no run: a lock, and what a kill left before the first file had its name.
+    Hidden files do not count: a lock, and files that a kill left before they had their names.
 
     Raises:
-        RuntimeSetupError: naming the folder and what is in its way, or who else may change it.
+        RuntimeSetupError: naming the folder and the obstacle, or who else may change it.
     """
     require_private(folder, KEY)
     if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):

@@ -106,7 +106,7 @@ def find_point(source: str, catalog: Catalog, say: Callable[[str], None]) -> Res
     """Return the checkpoint to start from, checked file by file; None to start at the first step.
 
     Raises:
-        CheckpointError: what is named is not there, or is damaged.
+        CheckpointError: the named checkpoint is missing or damaged.
     """
     if source == "never":
         return None
@@ -214,7 +214,7 @@ def may_go_on(source: str, folder: Path, catalog: Catalog) -> None:
     """Refuse early, without reading checkpoints, a folder whose run can't be resumed by this one.
 
     Raises:
-        RuntimeSetupError: the folder holds another run, or others could change what is in it.
+        RuntimeSetupError: the folder holds another run, or others could change its files.
         CheckpointError: a link lies in the place of the checkpoints.
     """
     require_private(folder, run_folder.KEY)
@@ -331,7 +331,7 @@ class Past:
         """Make it from the state that the evaluation hook saved.
 
         Raises:
-            CheckpointError: it is something else.
+            CheckpointError: the state is malformed.
         """
         kept = manifest.hooks.get(EVALUATION)
         if kept is None:

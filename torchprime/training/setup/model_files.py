@@ -86,7 +86,7 @@ def find_model(
 
     Args:
         weights: whether the weights are needed, too.
-        vocabulary: what is asked of it; None takes tokenizer and checkpoint as they are.
+        vocabulary: the request for it; None uses tokenizer and checkpoint unchanged.
 
     Raises:
         CheckpointError: missing files, unsupported architecture, vocabularies that differ.
@@ -132,10 +132,10 @@ def find_architecture(
     Args:
         tokenizer_name: of the tokenizer, if it is another than the model's own; only read if the
             vocabulary depends on it.
-        vocabulary: what is asked of it; None takes vocab_size as it is.
+        vocabulary: the request for it; None uses vocab_size unchanged.
 
     Raises:
-        CheckpointError: there is none; or the vocabulary needs a tokenizer that is not here.
+        CheckpointError: there is none; or the vocabulary needs a tokenizer that is not local.
     """
     folder, config, where = _described(pretrained_model, architecture, cache_dir)
     if vocabulary is None or vocabulary.method is None:
