@@ -25,7 +25,7 @@ FLASH_CAPABILITY = (8, 0)
 
 
 class FlexAttention(nn.Module):
-    """FlexAttention behind the core's two methods; compiled on CUDA."""
+    """FlexAttention with the core's two methods; compiled on CUDA."""
 
     def __init__(self, head_dim: int, window: int | None, compiled: bool) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class FlexAttention(nn.Module):
 
 
 class FlashAttention(nn.Module):
-    """flash-attn's kernel for sequences of different lengths, behind the core's two methods.
+    """flash-attn's kernel for sequences of different lengths, with the core's two methods.
 
     Args:
         attend: `flash_attn.flash_attn_varlen_func`.
