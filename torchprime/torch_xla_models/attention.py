@@ -42,7 +42,7 @@ def _largest_divisor(length: int, limit: int) -> int:
 
 
 class SplashAttention(nn.Module):
-    """The splash kernel behind the core's two methods."""
+    """The splash kernel with the core's two methods."""
 
     def __init__(
         self, head_dim: int, window: int | None, mesh: xs.Mesh, batch_axes: tuple[str, ...]

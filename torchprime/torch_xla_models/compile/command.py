@@ -162,7 +162,7 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
     """Return the sizes that the report's arithmetic needs, checked against the sharding table.
 
     Raises:
-        ConfigError: what a run of the config would be refused for.
+        ConfigError: a run of the config would be refused.
     """
     mesh = config.mesh_shape()
     with torch.device("meta"):
