@@ -1,1 +1,1 @@
-"""Weights in and out: Hugging Face folders are read, checked, written, and read back as proof."""
+"""Reading, checking and writing of model weights: Hugging Face folders and run checkpoints."""

@@ -1,4 +1,4 @@
-"""From trained weights to a Hugging Face folder that transformers and vLLM load unchanged.
+"""The export of trained weights to a Hugging Face folder that transformers and vLLM load unchanged.
 
 Weights come one at a time; each is cast, checked to be finite, hashed and written to its planned
 place (safetensors_write). Config, tokenizer, generation settings and model card go beside them
@@ -27,7 +27,8 @@ from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import Certificate
 from torchprime.checkpoint.room import Need, require_room
 
-# Given the folder, complete but for the certificate, and the weights' hashes: prove and write it.
+# Receives the folder, complete but for the certificate, and the weights' hashes; writes the
+# certificate.
 Certify = Callable[[Path, Mapping[str, str]], Certificate]
 # Besides the weights' files: config, tokenizer, templates, card, certificate.
 SMALL_FILES, SMALL_BYTES = 24, 1_000_000
@@ -35,8 +36,8 @@ SMALL_FILES, SMALL_BYTES = 24, 1_000_000
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written. `hashes` are of the weights as they were handed over, after the cast;
-    `folder` is on this machine, also where the place is a URL."""
+    """The result of an export. `hashes` are those of the cast weights as they were passed in;
+    `folder` is a local path even if the target is a URL."""
 
     folder: Path
     files: dict[str, int]  # name -> bytes
@@ -63,7 +64,7 @@ def check_export(
     with tokenizer.json's.
 
     Returns:
-        What the export repairs in the source's files, as lines for the user.
+        The repairs that the export makes in the source's files, as lines for the user.
     """
     place = ExportPlace.of(out)
     place.require_new()
@@ -143,12 +144,12 @@ def write_export(
     """Write a Hugging Face folder at `out`, whole or not at all.
 
     Args:
-        out: a folder or URL; must not exist, or be empty.
+        out: a folder or URL; must be new or empty.
         small_files: writes all but the weights into the folder it is given.
         weights: (HF name, tensor) in any order, each once; taken one at a time and not kept.
         spec: name -> shape of every weight, in the order wanted in the files. Tied: no lm_head.
         dtype: of the exported weights.
-        max_shard_bytes: files are split above it.
+        max_shard_bytes: the limit above which files are split.
         certify: called last, before the folder is in its place. A certificate with a failed check
             is written, too: it is for the caller to refuse it, with the weights still there.
 
@@ -177,7 +178,7 @@ def write_weights(
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> dict[str, str]:
-    """Write the safetensors files into a folder; the tensors' hashes, by name."""
+    """Write the safetensors files into a folder and return the tensors' hashes by name."""
     with ShardWriter(folder, spec, dtype, max_shard_bytes) as writer:
         source = iter(weights)
         while writer.write_next(source):
@@ -191,7 +192,7 @@ def _count(spec: Spec) -> int:
 
 
 def export_need(place: ExportPlace, spec: Spec, dtype: torch.dtype, max_shard_bytes: int) -> Need:
-    """What an export takes of a disk. Better to know it before training than to fill one after."""
+    """Return the disk space that an export needs, so that a lack of it is found before training."""
     weights = _count(spec) * dtype.itemsize
     shards = weights // max_shard_bytes + 1
     return Need(

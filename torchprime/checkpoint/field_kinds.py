@@ -1,7 +1,7 @@
-"""What the fields of a JSON file must be: a table per file, and a message that names the field.
+"""Tables of the types that the fields of a JSON file must have, and the check against them.
 
-A file of a checkpoint may come from a stranger. What reads it goes by these tables first, so that
-no number is text further on, and no list has a million entries.
+A checkpoint's file may come from an untrusted source. Its reader checks it against these tables
+first, so that no number turns out to be text later, and no list has a million entries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHOWN = 60
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value must be, in words and as a test."""
+    """The type that a value must have, in words and as a test."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -68,13 +68,13 @@ SHA256 = Kind(
 
 
 def check_fields(content: Any, table: Table, where: str = "") -> None:
-    """Compare an object with a table; fields that the table does not have are not looked at.
+    """Compare an object with a table; fields that are not in the table are ignored.
 
     Args:
         where: the field that holds the object.
 
     Raises:
-        ValueError: naming the first field that is missing or something else.
+        ValueError: naming the first field that is missing or has another type.
     """
     if not isinstance(content, dict):
         raise ValueError(told(where, content, "an object"))
@@ -90,7 +90,7 @@ def check_fields(content: Any, table: Table, where: str = "") -> None:
 
 
 def told(field: str, value: object, expected: str) -> str:
-    """What is wrong with a field, its value cut to a few characters."""
+    """Describe an invalid field, with its value cut to a few characters."""
     text = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
     text = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
     return clean(f"{field}: given {text}, expected {expected}").replace("\n", "\\n")

@@ -1,10 +1,10 @@
-"""From a run's checkpoint to a Hugging Face folder: without the run, its rows or a device.
+"""The export of a run's checkpoint to a Hugging Face folder, without the run, its rows or a device.
 
-A checkpoint keeps the small files of an export and its facts (hf/, see hf_files). They are copied,
-and the weights read from the shards one at a time, so that the result is, to the byte, the export
-that the run itself would have made of these weights, and writing it takes the memory of one tensor
-and not the model's. Only the certificate differs: there is no trainer to ask for logits, so our
-decoder computes them on the CPU where the model fits into memory.
+A checkpoint holds the small files of an export and its facts (hf/, see hf_files). They are copied,
+and the weights are read from the shards one at a time. The result is byte for byte the export
+that the run itself would have made of these weights, and needs host memory for one tensor only.
+Only the certificate differs: there is no trainer to compute logits, so our decoder computes them
+on the CPU if the model fits into host memory.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from torchprime.foreign_names import inside
 from torchprime.json_files import read_json
 from torchprime.models.architecture import architecture_from_hf
 
-HF = "hf"  # the folder in a checkpoint
-CHECKPOINTS = "checkpoints"  # the folder in a run's
+HF = "hf"  # the export's folder in a checkpoint
+CHECKPOINTS = "checkpoints"  # the checkpoints' folder in a run's folder
 
 
 def find_checkpoint(place: str, say: Callable[[str], None]) -> tuple[Storage, str]:
-    """Which checkpoint a path or URL means, all its files seen to be as they were written.
+    """Return the checkpoint that a path or URL names, after verifying all its files.
 
     Args:
         place: a checkpoint's folder; `latest` or `best` beside it; or a folder of checkpoints or a
@@ -113,7 +113,7 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: used target, a checkpoint without what an export needs, a failed check; in
-            the latter case the folder is there, with the certificate that says so.
+            the latter case the folder is there, with the failed certificate.
     """
     place = ExportPlace.of(out)
     place.require_new()
@@ -171,7 +171,7 @@ def send_export(folder: Path, out: str, say: Callable[[str], None]) -> None:
 def add_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> Certificate:
     """Make of a checkpoint's hf/ a folder that loads: give it weights and a certificate.
 
-    What would hold up training (the base, logits in transformers) is left to `verify`.
+    Checks that would delay training (the base, logits in transformers) are left to `verify`.
 
     Args:
         folder: holds what `Exporter.write_small_files` wrote.
@@ -194,7 +194,7 @@ def _run(facts: ExportFacts) -> str:
     return f"a run from {made}" + ("" if facts.step is None else f" after {facts.step} updates")
 
 
-# What the checkpoint holds ------------------------------------------------------------------------
+# Content of the checkpoint ------------------------------------------------------------------------
 
 
 def _fetch_small_files(reader: CheckpointReader, folder: Path) -> None:
@@ -214,7 +214,7 @@ def _fetch_small_files(reader: CheckpointReader, folder: Path) -> None:
 
 
 def _copy_small_files(kept: Path, written: ExportFacts, facts: ExportFacts, folder: Path) -> None:
-    """As they were written; what tells of the dtype is changed with it."""
+    """Copy the small files unchanged, except the fields that name the dtype."""
     for path in sorted(kept.rglob("*")):
         name = path.relative_to(kept).as_posix()
         if path.is_file() and name != FACTS:
@@ -228,8 +228,8 @@ def _copy_small_files(kept: Path, written: ExportFacts, facts: ExportFacts, fold
 
 
 def _prefixes(reader: CheckpointReader, facts: ExportFacts) -> Mapping[str, str]:
-    """Per weight, which of its tensors is exported: `model`, or `master` where that has more
-    digits and they are asked for."""
+    """Return, for each weight, which of its tensors is exported: `model`, or `master` if that is
+    more precise and was requested."""
     there = set(reader.tensor_names())
 
     def prefix(name: str) -> str:
@@ -244,13 +244,14 @@ def _tensor(reader: CheckpointReader, prefixes: Mapping[str, str], name: str) ->
     return reader.get(f"{prefixes[name]}.{name}")
 
 
-# What it is proved by -----------------------------------------------------------------------------
+# Inputs of the checks -----------------------------------------------------------------------------
 
 
 def _decoder_logits(
     folder: Path, facts: ExportFacts, tensor_of: Callable[[str], Tensor]
 ) -> PromptLogits | str:
-    """What our decoder computes from the checkpoint's tensors, or why it does not."""
+    """Return the logits that our decoder computes from the checkpoint's tensors, or the reason why
+    it can't."""
     config = read_json(folder / "config.json")
     architecture = architecture_from_hf(config)
     parameters = sum(torch.Size(shape).numel() for shape in facts.spec.values())
@@ -263,7 +264,8 @@ def _decoder_logits(
 
 
 def _base(facts: ExportFacts, given: Path | None) -> Path | str | None:
-    """The base's folder; why there is none; or None if training began from random weights."""
+    """Return the base's folder, the reason why there is none, or None if training began from random
+    weights."""
     if given is not None:
         return given
     if facts.base_model is None:
@@ -273,6 +275,6 @@ def _base(facts: ExportFacts, given: Path | None) -> Path | str | None:
         return missing
     try:
         SafetensorsReader(facts.base_folder).names()
-    except CheckpointError:  # something else lies there by now
+    except CheckpointError:  # the folder now holds another model
         return missing
     return Path(facts.base_folder)

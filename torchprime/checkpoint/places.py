@@ -1,10 +1,10 @@
-"""Where an export goes: a folder of this machine, or a URL. It appears there whole or not at all.
+"""The target of an export: a local folder or a URL. The export appears there whole or not at all.
 
-A folder is written under another name and renamed. Object stores cannot rename, so an export to a
-URL is made and proved on this machine first and then sent, file by file; each is read back and must
-have the certificate's hash. `certificate.json` is sent last: a URL without one holds no export.
-A file `.incomplete` says while sending that what lies there is ours, and which files it is, so that
-the next attempt may remove what a kill left.
+A local folder is written under a temporary name and renamed. Object stores can't rename, so an
+export to a URL is first made and checked locally and then uploaded, file by file. Each file is read
+back and must have the certificate's hash. `certificate.json` is uploaded last: a URL without one
+holds no export. During the upload a file `.incomplete` lists the files that belong to it, so that
+the next attempt may remove what a killed process left.
 """
 
 from __future__ import annotations
@@ -40,22 +40,23 @@ from torchprime.errors import CheckpointError
 from torchprime.hashing import FileFacts, hash_file, sha256_of
 
 INCOMPLETE = ".incomplete"
-CONFIG = "config.json"  # without it no reader takes a folder for a model
-SENDERS = 4  # files on their way at a time
+CONFIG = "config.json"  # without this file no reader recognizes the folder as a model
+SENDERS = 4  # files that are uploaded at the same time
 
 
 class UnsentError(CheckpointError):
-    """An export that is whole on this machine and could not be sent; the message says how."""
+    """Error for an export that is whole locally but could not be uploaded; the message gives the
+    command."""
 
 
 class ExportPlace(ABC):
-    """One target of an export."""
+    """A target of an export."""
 
-    local: Path  # where the files can be read on this machine once they are written
+    local: Path  # local folder from which the files can be read after they are written
 
     @staticmethod
     def of(place: str | Path | ExportPlace, scratch: Path | None = None) -> ExportPlace:
-        """The place at a path or URL.
+        """Return the place at a path or URL.
 
         Args:
             scratch: the folder in which an export to a URL is made, kept if sending it fails; None
@@ -71,23 +72,23 @@ class ExportPlace(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """The path or URL, for messages."""
+        """Return the path or URL, for messages."""
 
     @abstractmethod
     def is_there(self) -> bool:
-        """True if a whole export is there."""
+        """Return True if a whole export exists."""
 
     @abstractmethod
     def certificate(self) -> Certificate | None:
-        """The certificate that is there, None if there is none."""
+        """Return the existing certificate, or None."""
 
     @abstractmethod
     def require_new(self) -> None:
-        """Raise a CheckpointError if something else is there already."""
+        """Raise a CheckpointError if the target already exists."""
 
     @abstractmethod
     def probe(self) -> None:
-        """Raise a CheckpointError if nothing can be written there."""
+        """Raise a CheckpointError if the target is not writable."""
 
     @property
     @abstractmethod
@@ -96,7 +97,7 @@ class ExportPlace(ABC):
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """Give a folder of this machine to write into; at the end it is the export.
+        """Yield a local folder to write into; on exit it becomes the export.
 
         Raises:
             CheckpointError: something is there already, or it could not be written or sent.
@@ -118,7 +119,7 @@ class ExportPlace(ABC):
 
     @abstractmethod
     def discard(self) -> None:
-        """Remove the copy that was made on this machine only to be sent."""
+        """Remove the local copy that was made only for the upload."""
 
     @abstractmethod
     @contextmanager
@@ -128,7 +129,7 @@ class ExportPlace(ABC):
 
 
 class LocalPlace(ExportPlace):
-    """A folder of this machine."""
+    """A local folder as target."""
 
     def __init__(self, out: Path) -> None:
         self.local, self._storage = out, LocalStorage(out)
@@ -163,7 +164,7 @@ class LocalPlace(ExportPlace):
             ) from error
 
     def discard(self) -> None:
-        """Nothing: the folder is the export."""
+        """Do nothing: the folder is the export."""
 
     @property
     def disk(self) -> Path:
@@ -176,7 +177,7 @@ class LocalPlace(ExportPlace):
 
 
 class UrlPlace(ExportPlace):
-    """A folder behind fsspec.
+    """A target that fsspec writes to.
 
     Attributes:
         local: the copy on this machine: there until `discard`, and after a failure.
@@ -239,7 +240,7 @@ class UrlPlace(ExportPlace):
         shutil.rmtree(self.local, ignore_errors=True)
 
     def send(self, folder: Path) -> None:
-        """Send a whole export; the certificate comes last, after all else was read back.
+        """Upload a whole export; the certificate comes last, after all other files were read back.
 
         Raises:
             CheckpointError: a file could not be sent, or came back as something else.
@@ -255,13 +256,13 @@ class UrlPlace(ExportPlace):
             for part in (files, config, certificate):
                 self._send_files(folder, part)
         except BaseException:
-            with suppress(CheckpointError):  # what went wrong first is what is told
+            with suppress(CheckpointError):  # report the first error, not one that followed from it
                 self._remove_leftover()
             raise
         self._storage.remove_file(INCOMPLETE)
 
     def _send_files(self, folder: Path, files: Mapping[str, FileFacts]) -> None:
-        """Several at a time; each is read back."""
+        """Upload several files at a time and read each back."""
 
         def send(name: str) -> None:
             self._storage.send(folder / name, name)
@@ -282,7 +283,7 @@ class UrlPlace(ExportPlace):
             )
 
     def _remove_leftover(self) -> None:
-        """Remove the files that `.incomplete` names, and it last."""
+        """Remove the files that `.incomplete` lists, and that file last."""
         if not self._storage.exists(INCOMPLETE) or self.is_there():
             return
         try:

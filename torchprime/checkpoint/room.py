@@ -1,4 +1,4 @@
-"""Room on disks, looked at before a run rather than met at its end: bytes, and names for files."""
+"""Checks for disk space before a run: bytes, and inodes for file names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchprime.errors import CheckpointError
 
 
 class Need(NamedTuple):
-    """What will be written to a folder that may not exist yet.
+    """Data that will be written to a folder that may not exist yet.
 
     Attributes:
         what: for the message: "the export".
@@ -28,7 +28,7 @@ class Need(NamedTuple):
 
 
 def require_room(needs: Sequence[Need]) -> None:
-    """Raise a CheckpointError if a disk lacks room for all that goes to it together."""
+    """Raise a CheckpointError if a disk lacks room for all data that goes to it together."""
     by_disk: dict[int, list[Need]] = {}
     for need in needs:
         by_disk.setdefault(os.stat(existing_part(need.place)).st_dev, []).append(need)
@@ -47,7 +47,7 @@ def _require(needs: Sequence[Need]) -> None:
         )
     names = os.statvfs(place)
     files = sum(need.files for need in needs)
-    # File systems without a fixed number of them say 0 of 0.
+    # File systems without a fixed number of inodes report 0 of 0.
     if names.f_files and names.f_favail < files:
         raise CheckpointError(
             f"{needs[0].place} has no room: about {files} files are to be made there, and the file "

@@ -1,1 +1,1 @@
-"""Runs beside each other: logs are read, aligned, judged and drawn."""
+"""Comparison of runs: logs are read, aligned, judged and drawn."""

@@ -1,4 +1,4 @@
-"""Runs side by side: their common steps, their data, their numbers, and what else differs."""
+"""Alignment of runs: their common steps, data and numbers, and their other differences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from torchprime.compare.logs.run import Run
 from torchprime.errors import DataError
 
-# What of run.json may matter; the rest is derived, or different by nature.
+# Fields of run.json that may matter; the rest is derived, or differs in every run.
 _FACTS = (
     "versions", "backend", "device", "processes", "mesh", "attention", "loss", "model",
     "fingerprints",
@@ -19,7 +19,8 @@ _OWN_KEYS = ("config.run_name", "config.output_dir")
 
 
 def relative(reference: float, value: float) -> float:
-    """How far the value is from the reference, in units of the reference; inf if either is none."""
+    """Return the distance of the value from the reference, relative to the reference; inf if either
+    is none."""
     if not (math.isfinite(reference) and math.isfinite(value)):
         return math.inf
     if value == reference:
@@ -28,7 +29,7 @@ def relative(reference: float, value: float) -> float:
 
 
 def common_steps(runs: Sequence[Run]) -> list[int]:
-    """The steps that all runs logged, in order. DataError if there is none."""
+    """Return the steps that all runs logged, in order. Raise a DataError if there is none."""
     common = sorted(set.intersection(*(set(run.steps) for run in runs)))
     if not common:
         told = ", ".join(
@@ -43,7 +44,7 @@ def common_steps(runs: Sequence[Run]) -> list[int]:
 
 
 def check_means(runs: Sequence[Run]) -> list[str]:
-    """Refuse logs of which nothing tells whether their losses are means, unless all are alike.
+    """Refuse logs whose losses may or may not be means, unless all logs are alike.
 
     Returns:
         A note on logs that are alike, for their reader.
@@ -69,7 +70,7 @@ def check_means(runs: Sequence[Run]) -> list[str]:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """Whether a run saw the reference's batches."""
+    """The result of comparing a run's batches with the reference's."""
 
     hashes: int = 0  # steps at which both logged one
     tokens: int = 0  # steps at which both logged the supervised tokens
@@ -77,7 +78,8 @@ class DataCheck:
 
     @property
     def same(self) -> bool | None:
-        """None where nothing tells: equal numbers of tokens are no proof of equal ones."""
+        """True if the data is the same; None if unknown, as equal numbers of tokens do not prove
+        equal tokens."""
         if self.first_difference is not None:
             return False
         return True if self.hashes else None
@@ -131,7 +133,8 @@ class Aligned:
 
 
 def align(reference: Run, run: Run, name: str, steps: Sequence[int]) -> list[Aligned]:
-    """The quantity wherever both runs have it; `eval_loss` has steps of its own up to the last.
+    """Return the quantity at each step where both runs have it; `eval_loss` uses its own steps up
+    to the last.
 
     A run whose losses are means over several steps is set beside the other's mean over the same
     ones. A loss that is the mean of an unknown number of steps is left out.
@@ -160,7 +163,7 @@ def align(reference: Run, run: Run, name: str, steps: Sequence[int]) -> list[Ali
 
 
 def common_window(reference: Run, run: Run, step: int) -> range | None:
-    """The steps that both runs' losses at this step stand for: the longer of the two windows.
+    """Return the steps that both runs' losses at this step cover: the longer of the two windows.
 
     None if one is of unknown length.
     """
@@ -171,7 +174,7 @@ def common_window(reference: Run, run: Run, step: int) -> range | None:
 
 
 def _number(run: Run, step: int, name: str, window: range) -> tuple[float, float] | None:
-    """The run's number and what its rounding hides, as a mean over the window."""
+    """Return the run's number and its rounding error, as a mean over the window."""
     logged = run.steps[step]
     value = getattr(logged, name)
     if value is None:
@@ -182,8 +185,8 @@ def _number(run: Run, step: int, name: str, window: range) -> tuple[float, float
 
 
 def mean_loss(run: Run, window: range) -> tuple[float, float] | None:
-    """The mean of the run's losses over these steps, made of records that fill them exactly, and
-    what their rounding hides; None if there are no such records."""
+    """Return the run's mean loss over these steps and its rounding error, from records that cover
+    them exactly; None if there are no such records."""
     step, total, hidden = window[-1], 0.0, 0.0
     while step >= window[0]:
         part = run.steps.get(step)
@@ -196,10 +199,10 @@ def mean_loss(run: Run, window: range) -> tuple[float, float] | None:
 
 
 def resumed_before(reference: Run, run: Run, step: int, width: float) -> tuple[Run, int] | None:
-    """Return the run of means, and the step at which it must have been resumed, for these losses to
-    agree; None if nothing like that explains them.
+    """Return the run of means and the step at which it must have been resumed for these losses to
+    agree; None if no resume explains them.
 
-    A resumed Trainer's first record is the mean since the resume, and nothing in it says so.
+    A resumed Trainer's first record is the mean since the resume, which the record does not say.
 
     Args:
         width: the band, relative, with what rounding hides.
@@ -216,7 +219,8 @@ def resumed_before(reference: Run, run: Run, step: int, width: float) -> tuple[R
 
 
 def differences(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:
-    """What run.json and config.yaml tell differently, by dotted name; None: it is not there.
+    """Return the differing entries of run.json and config.yaml by dotted name; None for a missing
+    one.
 
     A file that one of the runs lacks is not compared.
     """

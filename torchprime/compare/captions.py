@@ -1,4 +1,4 @@
-"""The words above the figure of a comparison."""
+"""Title and subtitle of a comparison's figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = {
 
 
 def title(comparison: Comparison) -> str:
-    """The verdict, in words that a reader of the figure alone understands."""
+    """Return the verdict in words that need only the figure to be understood."""
     reference = comparison.reference.label
     if comparison.verdict in (AGREE, TOO_FEW):
         others = [pair.run.label for pair in comparison.pairs]
@@ -35,7 +35,7 @@ def title(comparison: Comparison) -> str:
 
 
 def subtitle(comparison: Comparison) -> str:
-    """The largest difference of each quantity, with its band."""
+    """Return the largest difference of each quantity, with its band."""
     told = []
     for name, words in WORDS.items():
         found = [pair.quantities[name] for pair in comparison.pairs if name in pair.quantities]

@@ -1,8 +1,8 @@
-"""How much of two runs a comparison has seen: "agree over 1 of 60 steps" is no agreement.
+"""The part of two runs that a comparison covers: "agree over 1 of 60 steps" is no agreement.
 
-The steps of both runs, from the first of either to the last, are cut into STRETCHES equal parts (a
-step each where there are fewer). Losses must have been compared in LEAST of them at least. A log
-of every 50th step covers a long run; a few steps at its beginning, or one in its middle, do not.
+The steps of both runs, from the first of either to the last, are split into STRETCHES equal parts
+(one step each if there are fewer). Losses must have been compared in at least LEAST of them. A log
+of every 50th step covers a long run; a few steps at its beginning or middle do not.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Coverage:
     """The part of two runs whose losses were compared.
 
     Attributes:
-        steps: that the compared losses stand for.
-        of: steps that the log of the longer run stands for.
+        steps: that the compared losses cover.
+        of: steps that the log of the longer run covers.
         stretches: of the runs, that have a compared loss.
         of_stretches: in which the runs were cut.
     """
@@ -54,7 +54,7 @@ class Coverage:
 
 
 def cover(runs: Sequence[Run], windows: Iterable[range], within: range | None = None) -> Coverage:
-    """Measure how much of the runs these windows of compared losses cover.
+    """Measure the part of the runs that these windows of compared losses cover.
 
     Args:
         within: look at these steps alone.

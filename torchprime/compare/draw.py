@@ -1,15 +1,15 @@
-"""A comparison as a figure: what was compared, how far apart, and what else was logged.
+"""The figure of a comparison: losses, their differences, and the other logged quantities.
 
 Left, large: the losses, and below them each run's relative difference from the reference with its
-band. Right: gradient norm, learning rate and throughput. Runs keep their colour everywhere (a
-palette that colour-blind readers can tell apart) and are named at the ends of their lines. The
-reference is drawn first, wide and grey, so that a run that lies on it is seen lying on it.
+band. Right: gradient norm, learning rate and throughput. Runs have the same colour in all panels (a
+palette that colour-blind readers can distinguish) and are named at the ends of their lines. The
+reference is drawn first, wide and grey, so that it stays visible under an equal run.
 
-A loss that is a mean over steps is a horizontal bar over these steps. A panel without numbers says
-so, and names the runs that logged none.
+A loss that is a mean over steps is a horizontal bar over these steps. A panel names the runs that
+logged no numbers for it.
 
-The files depend on nothing but the comparison: no dates, and ids in the SVG from a fixed salt. Only
-names in scripts that DejaVu Sans does not have depend on the fonts that are installed, too.
+The files depend only on the comparison: they have no dates, and ids in the SVG come from a fixed
+salt. Only run names in scripts that DejaVu Sans lacks depend on the installed fonts.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from torchprime.compare.logs.run import LoggedStep, Run
 from torchprime.compare.verdict import Comparison, Pair, Point
 from torchprime.errors import ConfigError, RuntimeSetupError
 
-# Okabe and Ito's, darkened where they are faint on white, and two more in between.
+# Okabe and Ito's palette, the pale colours darkened, and two more colours in between.
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#B8860B", "#7A4FA3", "#8C510A",
     "#1A1A1A",
 )  # fmt: skip
-STYLES = ("--", "-.", ":")  # after the first run: what lies below shows in the gaps
+STYLES = ("--", "-.", ":")  # lines after the first are dashed, so that one below shows in the gaps
 MOST_RUNS = len(COLOURS) + 1
 REFERENCE = "#B5B9BF"
 INK, QUIET, BAND = "#22262B", "#6B727B", "#E9EDF2"
@@ -65,7 +65,7 @@ SETTINGS: Any = {
 
 
 def draw(comparison: Comparison, stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg; their paths.
+    """Write `stem`.png and `stem`.svg and return their paths.
 
     Raises:
         ConfigError: for more runs than can be told apart.
@@ -101,7 +101,7 @@ def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
 
 
 def _relabelled(comparison: Comparison, missing: set[str]) -> Comparison:
-    """The comparison with names that can be drawn."""
+    """Return the comparison with run names that can be drawn."""
     if not missing:
         return comparison
 
@@ -158,7 +158,7 @@ def _figure(comparison: Comparison) -> Figure:
 
 
 def _short_number(value: float) -> str:
-    """5e-5 for 0.00005."""
+    """Return a short form of the number: 5e-5 for 0.00005."""
     mantissa, _, exponent = f"{value:.1e}".partition("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if value else "0"
 
@@ -171,7 +171,7 @@ def _titles(figure: Figure, comparison: Comparison) -> None:
 
 
 def _look(place: int) -> dict[str, Any]:
-    """How the run at this place is drawn; the reference is the first."""
+    """Return the line style of the run at this position; the first is the reference."""
     if place == 0:
         return {"color": REFERENCE, "linewidth": 4.5, "zorder": 2}
     style = "-" if place == 1 else STYLES[place % len(STYLES)]
@@ -183,13 +183,13 @@ def _name_colour(place: int) -> str:
 
 
 def _first_step(comparison: Comparison) -> int:
-    """The first step that a judged loss stands for."""
+    """Return the first step that a judged loss covers."""
     first = comparison.steps[0]
     return min(run.steps[first].window.start for run in comparison.runs)
 
 
 def _within(comparison: Comparison, run: Run, name: str) -> list[tuple[LoggedStep, float]]:
-    """The run's own numbers up to the last judged step, as far as it logged them."""
+    """Return the run's own numbers up to the last judged step that it logged."""
     steps = [s for s in run.steps if _first_step(comparison) <= s <= comparison.steps[-1]]
     found = [(run.steps[step], getattr(run.steps[step], name)) for step in steps]
     return [(logged, float(value)) for logged, value in found if value is not None]
@@ -219,8 +219,8 @@ def _draw_numbers(
     over: Sequence[int | None],
     place: int,
 ) -> None:
-    """A line through single steps, or a bar over the steps of each mean; a dot where the number of
-    its steps is not known."""
+    """Draw a line through single steps, or a bar over the steps of each mean; a dot if the number
+    of its steps is unknown."""
     look = _look(place)
     if all(each == 1 for each in over):
         alone = {"marker": "o", "markersize": 3} if len(steps) == 1 else {}
@@ -237,7 +237,7 @@ def _draw_numbers(
 
 
 def _tell_absent(axes: Axes, runs: int, without: Sequence[str], infinite: Sequence[str]) -> None:
-    """Say which runs have no line here, and why."""
+    """Write which runs have no line in this panel, and why."""
     told: list[str] = []
     for labels, why in ((without, "not logged"), (infinite, "no finite number")):
         if len(labels) == runs:
@@ -272,7 +272,8 @@ def _heldout(axes: Axes, comparison: Comparison) -> None:
 
 
 def _apart(axes: Axes, comparison: Comparison) -> None:
-    """Each run's relative loss difference, on a log scale; equal losses lie on the bottom edge."""
+    """Draw each run's relative loss difference on a log scale; equal losses lie on the bottom
+    edge."""
     pairs = [pair for pair in comparison.pairs if "loss" in pair.quantities]
     points = [point for pair in pairs for point in pair.quantities["loss"].points]
     real = [p.relative for p in points if 0 < p.relative < math.inf]
@@ -324,7 +325,7 @@ def _band(axes: Axes, pairs: Sequence[Pair], bottom: float) -> None:
 
 
 def _mark_first(axes: Axes, point: Point, height: float, place: int) -> None:
-    """A ring where a quantity first leaves its band."""
+    """Draw a ring at the step where a quantity first leaves its band."""
     if not math.isfinite(height):
         return
     axes.plot(
@@ -341,7 +342,7 @@ def _mark_first(axes: Axes, point: Point, height: float, place: int) -> None:
 
 
 def _name_ends(axes: Axes, runs: Sequence[Run], name: str, last: int) -> None:
-    """Every run's name beside the end of its line."""
+    """Write every run's name beside the end of its line."""
     ends = []
     for place, run in enumerate(runs):
         values = [getattr(logged, name) for step, logged in run.steps.items() if step <= last]
@@ -352,7 +353,7 @@ def _name_ends(axes: Axes, runs: Sequence[Run], name: str, last: int) -> None:
 
 
 def _spread_names(axes: Axes, ends: Sequence[tuple[str, float, int]], last: int) -> None:
-    """Names right of the axes, as near to their heights as they fit without overlapping."""
+    """Write the names right of the axes, as near to their heights as possible without overlap."""
     low, high = axes.get_ylim()
     if axes.get_yscale() == "log":
         low, high = math.log10(low), math.log10(high)
@@ -380,11 +381,12 @@ def _fit(label: str, most: int = 26) -> str:
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Places in [0, 1] at least `gap` apart, in the order of `wanted` (ascending), near to it."""
+    """Return positions in [0, 1] at least `gap` apart, in the order of `wanted` (ascending), and
+    near to it."""
     places: list[float] = []
     for height in wanted:
         places.append(max(height, places[-1] + gap) if places else height)
-    # A pile that grew upwards is moved down to lie around what it names.
+    # A group that was moved upwards is centred again on the positions it labels.
     ceiling = 1.0
     for i in range(len(places) - 1, -1, -1):
         places[i] = min(places[i], ceiling)

@@ -1,27 +1,27 @@
-"""Are these runs the same training? A verdict over the steps that all of them logged.
+"""The verdict on runs: do they train identically, over the steps that all of them logged?
 
-The first run is the reference; each other run is judged against it, step by step. First the data:
-where both logged a batch's hash or its supervised tokens, these must be equal, or nothing else is
-looked at. Then losses, gradient norm and learning rate: each must lie within a band around the
+The first run is the reference; each other run is judged against it, step by step. The data comes
+first: if both logged a batch's hash or its supervised tokens, these must be equal, or no number is
+compared. Then losses, gradient norm and learning rate must each lie within a band around the
 reference, relative to the reference's value.
 
-Where the bands come from:
+The bands:
 
-- The learning rate is computed on the host from the config: equal to 1e-6, whatever the dtype.
+- The learning rate is computed on the host from the config: equal to 1e-6 in every dtype.
 - float32: 1e-4 for training and held-out loss, 1e-3 for the gradient norm, which is made of the
-  differences that the loss averages away. The bands do not grow with the steps, though rounding
-  does: it changes the weights, and these the next gradients. The promise is for 100 steps; later
-  ones are held to the same bands, and a verdict that only they break says so (`steps` judges the
-  first ones alone).
+  differences that the loss averages out. The bands do not grow with the steps, although the effect
+  of rounding does: it changes the weights, and these the next gradients. The bands are meant for
+  100 steps. Later steps have the same bands, and the verdict tells if only later steps leave them
+  (`steps` judges the first ones alone).
 - Less precise dtypes: a measured noise floor (noise_floor.py), never below float32's bands. Without
   one there is no verdict.
-- `loss_tolerance`, if given, instead of either for the losses.
-- Numbers that were printed with few digits widen their band by what rounding may hide. Where that
+- `loss_tolerance`, if given, replaces either for the losses.
+- Numbers that were printed with few digits widen their band by the possible rounding error. If that
   is more than MOST_HIDDEN of the number itself, it can show a difference but no agreement, and is
   not compared: a learning rate printed as 0.0001 may be any from 0.00005 to 0.00015.
 
-A NaN or an infinity agrees with nothing, not even with itself. A number that one of both did not
-log is not compared, and the notes count these. Agreement at few steps of long runs is none
+A NaN or an infinity never agrees, not even with itself. A number that only one of both runs logged
+is not compared, and the notes count these. Agreement at few steps of long runs does not count
 (coverage.py).
 """
 
@@ -62,7 +62,7 @@ from torchprime.errors import ConfigError, DataError
 LOSSES = ("loss", "eval_loss")
 FLOAT32 = {"loss": 1e-4, "eval_loss": 1e-4, "grad_norm": 1e-3, "lr": LR_TOLERANCE}
 PROMISED_STEPS = 100
-# Where rounding in the logs hides more of a number than this, the number says too little.
+# If rounding in the logs hides a larger part of a number, it is not compared.
 MOST_HIDDEN = {"loss": 0.05, "eval_loss": 0.05, "grad_norm": 0.05, "lr": 0.01}
 
 
@@ -124,7 +124,7 @@ def _check_arguments(runs: Sequence[Run], loss_tolerance: float | None, steps: i
 
 
 def imprecise(runs: Sequence[Run]) -> list[str]:
-    """The dtypes of the runs that float32's bands are too narrow for."""
+    """Return the dtypes of the runs that are less precise than float32."""
     return sorted({run.dtype for run in runs if run.dtype} - {"float32", "float64"})
 
 
@@ -183,7 +183,7 @@ def _judge(
     *,
     first: bool,
 ) -> Pair:
-    """The verdict on one run.
+    """Return the verdict on one run.
 
     Args:
         first: the steps are the first ones that were asked for, not all.
@@ -228,7 +228,7 @@ def _no_loss(reference: Run, run: Run, steps: int, coarse: int) -> DataError:
 def _points(
     reference: Run, run: Run, name: str, steps: Sequence[int], band: Band | None
 ) -> tuple[tuple[Point, ...], int]:
-    """The points of a quantity, and the number of steps at which rounding hides too much.
+    """Return the points of a quantity, and the number of steps at which rounding hides too much.
 
     Such a number can show a difference that is larger than what it hides, but never an agreement.
     """
@@ -245,11 +245,12 @@ def _points(
 
 
 def _hidden(each: Aligned) -> float:
-    """What rounding in the logs may be of the difference, in units of the reference."""
+    """Return the part of the difference that rounding in the logs may cause, relative to the
+    reference."""
     if not each.hidden or not math.isfinite(each.reference):
         return 0.0
     if each.reference == 0:
-        # No multiple of zero says how near a number is to a zero that was printed.
+        # A relative error is undefined for a zero that was printed.
         return math.inf if abs(each.value) <= each.hidden else 0.0
     return each.hidden / abs(each.reference)
 

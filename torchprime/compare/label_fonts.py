@@ -1,8 +1,8 @@
-"""Fonts for the names of runs, which may be in any script: no glyph is missing in a figure.
+"""Fonts for the names of runs, which may be in any script, so that no glyph is missing in a figure.
 
-matplotlib takes each character from the first font of a list that has it, and warns and draws a box
-where none does. So the list is made for the text: DejaVu Sans, which comes with matplotlib, then
-whatever is installed and has the rest. A character that no font has is written as its escape.
+matplotlib takes each character from the first font of a list that has it. It warns and draws a box
+if none does. So the list is made for the text: DejaVu Sans, which comes with matplotlib, then
+installed fonts that have the rest. A character that no font has is written as its escape.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 
 FIRST = "DejaVu Sans"
 WEIGHTS = ("normal", "bold")
-# Fonts with boxes for every character, and fonts of mathematics that have others in their places.
+# Fonts with boxes for every character, and mathematical fonts with symbols at the places of others.
 UNFIT = ("Last Resort", "STIX", "cm", "DejaVu Math")
 
 
@@ -36,7 +36,7 @@ def families_for(texts: Iterable[str]) -> tuple[list[str], set[str]]:
 
 @contextmanager
 def quiet_fonts() -> Iterator[None]:
-    """Keep matplotlib from telling that a family has no bold face: another of its faces will do."""
+    """Suppress matplotlib's warning that a family has no bold face: it uses another face."""
     logger = logging.getLogger("matplotlib.font_manager")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -47,12 +47,12 @@ def quiet_fonts() -> Iterator[None]:
 
 
 def legible(text: str, missing: set[str]) -> str:
-    """Write the characters that no font has as their escapes."""
+    """Replace the characters that no font has by their escapes."""
     return "".join(_escape(char) if char in missing else char for char in text)
 
 
 def _has(family: str, chars: set[str]) -> set[str]:
-    """The characters that the family has in every weight that is used."""
+    """Return the characters that the family has in every weight that is used."""
     found = set(chars)
     for weight in WEIGHTS:
         path = findfont(FontProperties(family=family, weight=weight), fallback_to_default=False)

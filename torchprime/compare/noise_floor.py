@@ -1,14 +1,14 @@
-"""How far runs lie apart that ought to be equal: bands that are measured, not guessed.
+"""Measured bands: the difference between runs that ought to be equal.
 
-In bfloat16 two right implementations differ by more than any tolerance one would dare to write
-down, and the difference grows with the steps. So it is measured: runs of one config and dtype that
-differ only in what must not matter, such as mesh or accumulation, have a spread at each step (the
-largest less the smallest value, relative to the first run's). The band at a step is the largest
-spread among the WINDOW records around it, so that one lucky step makes no narrow band, times
-FACTOR: the spread of two or three runs underestimates how far the next one may lie.
+In bfloat16 two correct implementations differ by more than any fixed tolerance that would be
+useful, and the difference grows with the steps. So it is measured. Runs of one config and dtype
+that differ only in settings that must not matter, such as mesh or accumulation, have a spread at
+each step: the largest less the smallest value, relative to the first run's. The band at a step is
+the largest spread among the WINDOW records around it (one small spread by chance makes no narrow
+band) times FACTOR (the spread of two or three runs underestimates the difference of the next one).
 
 `torchprime compare --measure-noise RUN RUN [RUN...] --out FILE` writes a floor, and
-`--noise-floor FILE` judges by it. Beyond its last step nothing is known.
+`--noise-floor FILE` judges by it. It says nothing about steps after its last one.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ EXPECTED = "expected a file that `torchprime compare --measure-noise RUN RUN --o
 
 @dataclass(frozen=True)
 class Band:
-    """How far a quantity may be from the reference, relative, and who says so."""
+    """The largest accepted distance of a quantity from the reference, relative, and its origin."""
 
     origin: str
     least: float
-    steps: tuple[int, ...] = ()  # of a noise floor; none: `least` holds at every step
+    steps: tuple[int, ...] = ()  # from a noise floor; if empty, `least` holds at every step
     widths: tuple[float, ...] = ()
 
     def at(self, step: int) -> float:
-        """At a step that the floor has, its width; between two of them, the larger one."""
+        """Return the width at a step of the floor; between two of them, the larger one."""
         if not self.steps:
             return self.least
         right = min(bisect.bisect_left(self.steps, step), len(self.steps) - 1)
@@ -58,7 +58,7 @@ class Band:
         return max(self.least, *self.widths[left : right + 1])
 
     def to_dict(self) -> dict[str, Any]:
-        """For parity.json."""
+        """Return the band's entry in parity.json."""
         name = "relative_at_least" if self.steps else "relative"
         return {name: self.least, "from": self.origin}
 
@@ -79,7 +79,7 @@ class NoiseFloor:
         return max(self.spreads["loss"])
 
     def band(self, name: str, least: float, origin: str) -> Band | None:
-        """The quantity's band, nowhere below `least`; None if it was not measured.
+        """Return the quantity's band, nowhere below `least`; None if it was not measured.
 
         The held-out loss is logged seldom, and few spreads may all be lucky: its band is nowhere
         below the training loss's, which is a mean over fewer tokens.
@@ -94,7 +94,7 @@ class NoiseFloor:
         return Band(origin, least, steps, tuple(widths))
 
     def to_dict(self) -> dict[str, Any]:
-        """The file's content."""
+        """Return the file's content."""
         return {
             "kind": KIND,
             "dtype": self.dtype,
@@ -110,13 +110,13 @@ class NoiseFloor:
 
 
 def running_max(values: Sequence[float], window: int) -> list[float]:
-    """At each place the largest of the `window` values around it, of fewer at the ends."""
+    """Return at each place the largest of the `window` values around it; fewer at the ends."""
     half = window // 2
     return [max(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def measure_noise(runs: Sequence[Run]) -> NoiseFloor:
-    """The floor of runs that ought to be equal.
+    """Return the noise floor of runs that ought to be equal.
 
     Raises:
         DataError: if they are fewer than two, have different data, learning rates or dtypes or
@@ -190,7 +190,7 @@ def _spread(runs: Sequence[Run], name: str, steps: Sequence[int]) -> dict[int, f
 
 
 def read_floor(path: str | Path) -> NoiseFloor:
-    """Read what `NoiseFloor.to_dict` wrote as JSON. DataError if it is something else."""
+    """Read the JSON of `NoiseFloor.to_dict`. Raise a DataError if it is malformed."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         if values["kind"] != KIND:

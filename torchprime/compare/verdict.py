@@ -22,7 +22,7 @@ QUANTITIES = ("loss", "eval_loss", "grad_norm", "lr")
 AGREE, DIFFER = "agree", "differ"
 DIFFERENT_DATA, NOT_JUDGED = "different data", "not judged"
 TOO_FEW = "too few steps"
-# The verdict on all runs is the first of these that any of them has.
+# The verdict on all runs is the first of these that any run has.
 VERDICTS = (DIFFERENT_DATA, DIFFER, NOT_JUDGED, TOO_FEW, AGREE)
 
 
@@ -60,7 +60,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Judged:
-    """One quantity at all steps where both runs have it; there is at least one."""
+    """One quantity at all steps where both runs have it; at least one step."""
 
     points: tuple[Point, ...]
 
@@ -90,19 +90,20 @@ class Judged:
 
 @dataclass(frozen=True)
 class Pair:
-    """A run against the reference."""
+    """A run and its comparison with the reference."""
 
     run: Run
     verdict: str
     data: DataCheck
     quantities: Mapping[str, Judged]  # empty if any run's data differ
-    differences: Mapping[str, tuple[Any, Any]]  # what else is not the same, by name
+    differences: Mapping[str, tuple[Any, Any]]  # other differences between the runs, by name
     notes: tuple[str, ...] = ()
     coverage: Coverage | None = None  # of the runs by the losses compared; None if none were
 
     @property
     def first_beyond(self) -> tuple[str, Point] | None:
-        """The quantity that first leaves its band, and where; of several at a step, the loss."""
+        """The quantity that first leaves its band, and the step; the loss if several do so at one
+        step."""
         found = [(n, p) for n, q in self.quantities.items() if (p := q.first_beyond) is not None]
         return min(found, key=lambda each: each[1].step, default=None)
 
@@ -122,7 +123,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The verdict and all it stands on."""
+    """The verdict and the numbers that it depends on."""
 
     verdict: str
     reference: Run
@@ -143,7 +144,7 @@ class Comparison:
         return min(found, key=lambda each: each.steps / each.of).told
 
     def to_dict(self) -> dict[str, Any]:
-        """parity.json."""
+        """Return the content of parity.json."""
         return _plain(
             {
                 "verdict": self.verdict,
@@ -178,14 +179,14 @@ def _run_facts(run: Run) -> dict[str, Any]:
 
 
 def usual_speed(run: Run) -> float | None:
-    """The median of the logged supervised tokens per second."""
+    """Return the median of the logged supervised tokens per second."""
     logged = (step.supervised_tokens_per_s for step in run.steps.values())
     rates = [rate for rate in logged if rate is not None and math.isfinite(rate)]
     return median(rates) if rates else None
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold."""
+    """Return the value in JSON types."""
     if isinstance(value, Mapping):
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,1 +1,1 @@
-"""What a model does on rows it was not trained on."""
+"""Evaluation on held-out rows: loss, generated answers and their grades, checkpoint selection."""

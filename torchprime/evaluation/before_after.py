@@ -1,4 +1,4 @@
-"""What training changed, in a table for people: base, last and best step, with intervals."""
+"""A table of the scores of base, last and best step, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchprime.metrics.writers import shown
 
 
 def columns(history: Sequence[Evaluated], best_step: int | None) -> dict[str, Evaluated]:
-    """The evaluations that are compared, by heading: those with the most metrics.
+    """Return the evaluations to compare, by heading: those with the most metrics.
 
     Args:
         history: in the order of steps.
@@ -29,7 +29,7 @@ def columns(history: Sequence[Evaluated], best_step: int | None) -> dict[str, Ev
 
 
 def table(history: Sequence[Evaluated], best_step: int | None) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: a metric's name, with its count, and its value in each column."""
+    """Return headings and rows: a metric's name, with its count, and its value in each column."""
     chosen = columns(history, best_step)
     names = list(dict.fromkeys(name for one in chosen.values() for name in one.scores))
     rows = []
@@ -49,7 +49,7 @@ def _cell(one: Evaluated, name: str) -> str:
 
 
 def table_lines(history: Sequence[Evaluated], best_step: int | None) -> list[str]:
-    """The table for a terminal; 95% intervals in brackets."""
+    """Return the table for a terminal; 95% intervals in brackets."""
     headings, rows = table(history, best_step)
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     return [

@@ -1,8 +1,8 @@
-"""What a model does when it is asked: held-out prompts -> answers -> grades -> scores.
+"""Evaluation by generation: held-out prompts -> answers -> grades -> scores.
 
     prompts  --backend.generate-->  samples  --graders-->  grades  --intervals-->  scores by name
 
-A run's trainer and a person's command line ask in the same way.
+The trainer and the command line use the same functions.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torchprime.evaluation.graders.samples import Grader, Sample
 from torchprime.evaluation.intervals import Score, score
 from torchprime.generation.decode import Answer, GenerateOptions
 
-EVALUATIONS = "evaluations"  # the folder in a run's
-Grades = dict[str, float | None]  # by grader; None where it does not apply
+EVALUATIONS = "evaluations"  # the folder of the samples in a run's folder
+Grades = dict[str, float | None]  # by grader; None if it does not apply
 
 
 class Prompt(NamedTuple):
-    """A held-out row as something to be asked."""
+    """A held-out row as a prompt."""
 
     row_id: str
-    text: str  # what a person reads
-    ids: list[int]  # what a server gives the model
+    text: str  # the text for a reader
+    ids: list[int]  # the messages for a model server
     reference: str
 
 
 class Generator(Protocol):
-    """The part of a backend that answers."""
+    """The part of a backend that generates answers."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], options: GenerateOptions
@@ -41,7 +41,7 @@ class Generator(Protocol):
 
 
 def check_prompts(prompts: Sequence[Prompt], max_length: int) -> None:
-    """Every prompt leaves room for an answer.
+    """Check that every prompt leaves room for an answer.
 
     Raises:
         DataError: naming the first that does not, its length and the limit.
@@ -66,7 +66,7 @@ def ask(
     options: GenerateOptions,
     decode: Callable[[list[int]], str],
 ) -> list[Sample]:
-    """The model's answers, in the order of the prompts."""
+    """Return the model's answers, in the order of the prompts."""
     answers = backend.generate([prompt.ids for prompt in prompts], options)
     return [
         Sample(p.row_id, p.text, decode(a.ids), p.reference, a.stopped, len(a.ids))
@@ -75,14 +75,14 @@ def ask(
 
 
 def grade(samples: Sequence[Sample], graders: Mapping[str, Grader]) -> list[Grades]:
-    """What each grader says of each sample."""
+    """Return each grader's grade of each sample."""
     return [{name: grader(sample) for name, grader in graders.items()} for sample in samples]
 
 
 def scores_of(
     grades: Sequence[Grades], names: Sequence[str], measures: Collection[str] = ()
 ) -> dict[str, Score]:
-    """Each grader's mean with its count and interval.
+    """Return each grader's mean with its count and interval.
 
     Args:
         measures: those of the names whose numbers are no passes and fails.
@@ -104,18 +104,18 @@ def scores_of(
 
 
 def sample_lines(samples: Sequence[Sample], grades: Sequence[Grades]) -> Iterator[str]:
-    """One JSON line per sample, as evaluations/step_*.jsonl holds them."""
+    """Yield one JSON line per sample, in the form of evaluations/step_*.jsonl."""
     for sample, grade in zip(samples, grades, strict=True):
         yield json.dumps({**asdict(sample), "grades": grade}, ensure_ascii=False) + "\n"
 
 
 def samples_file(run: Path, step: int) -> Path:
-    """Where a run's folder has the samples of a step."""
+    """Return the path of the samples of a step in a run's folder."""
     return run / EVALUATIONS / f"{Catalog.name_of(step)}.jsonl"
 
 
 def read_samples(path: Path) -> list[tuple[Sample, Grades]]:
-    """What `sample_lines` wrote.
+    """Read the lines that `sample_lines` wrote.
 
     Raises:
         DataError: naming the file, and the line that is no sample.
@@ -126,7 +126,7 @@ def read_samples(path: Path) -> list[tuple[Sample, Grades]]:
         raise DataError(f"{path}: cannot be read ({error}), expected a run's samples") from error
     names = [spec.name for spec in fields(Sample)]
     found = []
-    # Not splitlines: an answer may hold other characters that it takes for the end of a line.
+    # Not splitlines: an answer may contain other characters that it treats as line ends.
     for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         try:
             values = json.loads(line)

@@ -1,4 +1,4 @@
-"""The graders for which lower is better, as a run's own rules say."""
+"""The graders for which lower is better, according to a run's own rules."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torchprime.evaluation.selection import EarlyStopping, Rule
 def lower_is_better(
     kinds: Mapping[str, str], rule: Rule, stopping: EarlyStopping | None
 ) -> list[str]:
-    """Return the names of those graders.
+    """Return the names of the graders for which lower is better.
 
-    The first that speaks of a grader decides: the ranking, early stopping, the gates (unless they
-    bound it on both sides), the grader's kind.
+    The first of these that names a grader decides: the ranking, early stopping, the gates (unless
+    they bound it on both sides), the grader's kind.
 
     Args:
         kinds: of the graders, by name.
@@ -28,7 +28,7 @@ def lower_is_better(
 
 
 def _told(rule: Rule, stopping: EarlyStopping | None) -> Iterator[tuple[str, bool]]:
-    """Metrics and the directions that the run's rules give them, in their order."""
+    """Yield metrics and the directions that the run's rules give them, in the rules' order."""
     yield from ((order.metric, order.descending) for order in rule.ranking)
     if stopping is not None:
         yield stopping.metric, stopping.highest

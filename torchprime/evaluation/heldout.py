@@ -1,4 +1,4 @@
-"""Held-out loss: the weighted mean over all supervised tokens, whatever the batching."""
+"""Held-out loss: the weighted mean over all supervised tokens, independent of the batching."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchprime.data.blocks.order import EMPTY_BLOCK
 
 
 class EvalBackend(Protocol):
-    """The part of a backend that a forward needs."""
+    """The part of a backend that a forward pass needs."""
 
     def put(self, batch: Batch, accumulation: int) -> Any: ...
 
@@ -22,14 +22,15 @@ class EvalBackend(Protocol):
 
 
 class HeldoutLoss(NamedTuple):
-    """In nats per supervised token; by source where there are several, None for one without any."""
+    """Loss in nats per supervised token; by source if there are several, None for a source without
+    any."""
 
     mean: float
     by_source: dict[str, float | None] | None
 
 
 def heldout_loss(backend: EvalBackend, data: PackedDataset, batch_size: int) -> HeldoutLoss:
-    """Mean loss over all blocks: the sum over their tokens, divided once.
+    """Return the mean loss over all blocks: the sum over their tokens, divided once.
 
     Args:
         batch_size: blocks per forward; the last one is filled with empty blocks, so that every

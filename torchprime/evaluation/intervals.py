@@ -1,8 +1,8 @@
-"""The grades of many answers become one number with a count and a 95% interval.
+"""The mean of many grades, with its count and a 95% confidence interval.
 
 A metric without them misleads: 70% of 20 answers is anything from 48% to 85%. Passes and fails get
-Wilson's score interval (1927), which keeps its coverage for small counts and near 0 and 1; other
-measures the percentile bootstrap (Efron 1979), whose random numbers are fixed, so that the same
+Wilson's score interval (1927), which keeps its coverage for small counts and near 0 and 1. Other
+measures get the percentile bootstrap (Efron 1979), whose random numbers are fixed, so that the same
 grades always give the same interval.
 """
 
@@ -34,7 +34,7 @@ class Score:
 
 
 def score(values: Sequence[float | None], *, measure: bool = False) -> Score | None:
-    """Sum up one grader's values over all answers, in any order.
+    """Return the score of one grader's values over all answers, in any order.
 
     Args:
         values: a finite number per answer; None where the grader did not apply.
@@ -61,18 +61,18 @@ def score(values: Sequence[float | None], *, measure: bool = False) -> Score | N
 
 
 def _wilson(passed: int, count: int) -> tuple[float, float]:
-    """The shares p for which `passed` of `count` is within z standard errors of p."""
+    """Return the shares p for which `passed` of `count` is within z standard errors of p."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     share, spread = passed / count, z * z / count
     middle = share + spread / 2
     reach = z * math.sqrt((share * (1 - share) + spread / 4) / count)
     low, high = (middle - reach) / (1 + spread), (middle + reach) / (1 + spread)
-    # Rounding would put 0 of n a hair above 0, outside of its own interval.
+    # Rounding would put 0 of n slightly above 0, outside of its own interval.
     return (0.0 if passed == 0 else low), (1.0 if passed == count else high)
 
 
 def _bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """Percentiles of the means of as many values drawn with replacement, many times over."""
+    """Return percentiles of the means of many resamples, drawn with replacement."""
     random = np.random.default_rng(SEED)
     at_once = max(1, DRAWS_AT_ONCE // len(values))
     means = [

@@ -1,9 +1,9 @@
-"""Which evaluated step is the best, when a run should end early, and whether it overfits.
+"""Checkpoint selection, early stopping and the detection of overfitting.
 
     scores of a step  ->  gates (must all hold)  ->  ranking (metrics in turn)  ->  a rank
 
-All three look at the same thing: what was measured after which step, in order. They keep no state
-of their own, so a run that goes on from a checkpoint decides as the uninterrupted one would.
+All three use the same input: the scores measured after each step, in order. They keep no state
+of their own, so a resumed run decides as the uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What was measured after a step, and the mean training loss since the evaluation before.
+    """The scores measured after a step, and the mean training loss since the previous evaluation.
 
     Attributes:
         graded: of the scores that graders gave, count and interval too (intervals.Score).
@@ -47,7 +47,7 @@ class Evaluated:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Evaluated:
-        """From an evaluation's record in metrics.jsonl."""
+        """Make it from an evaluation's record in metrics.jsonl."""
         graded = record.get("scores") or {}
         scores = {name: record[name] for name in LOSSES}
         scores |= {name: score["value"] for name, score in graded.items()}
@@ -62,7 +62,7 @@ class Gate(NamedTuple):
     bound: float
 
     def holds(self, scores: Scores) -> bool:
-        """Whether it was measured and is so; NaN never is."""
+        """Return True if the metric was measured and meets the condition; NaN never does."""
         value = scores.get(self.metric, math.nan)
         return RELATIONS[self.relation](value, self.bound)
 
@@ -71,7 +71,7 @@ class Gate(NamedTuple):
 
 
 class Order(NamedTuple):
-    """A metric, and which way it is better."""
+    """A metric, and the direction in which it is better."""
 
     metric: str
     descending: bool
@@ -82,14 +82,14 @@ class Order(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """Gates first, then a ranking."""
+    """The gates, and the ranking of the steps that pass them."""
 
     gates: tuple[Gate, ...] = ()
     ranking: tuple[Order, ...] = (Order("eval_loss", False),)
 
     def rank(self, scores: Scores) -> Rank | None:
-        """A step's place among others, by comparison; None if it is no candidate: a gate fails, or
-        a metric of the ranking was not measured or is not finite."""
+        """Return a step's rank for comparison; None if it is no candidate: a gate fails, or a
+        metric of the ranking was not measured or is not finite."""
         if self.failed(scores):
             return None
         values = [scores.get(order.metric, math.nan) for order in self.ranking]
@@ -99,12 +99,12 @@ class Rule:
         return tuple(-value if order.descending else value for value, order in pairs)
 
     def failed(self, scores: Scores) -> list[Gate]:
-        """The gates that these scores do not pass."""
+        """Return the gates that these scores do not pass."""
         return [gate for gate in self.gates if not gate.holds(scores)]
 
     def best(self, history: Sequence[Evaluated]) -> int | None:
-        """The step that ranks first, the earliest of equal ones; None if none is a candidate. The
-        base, step 0, is none."""
+        """Return the step that ranks first, the earliest of equal ones; None if none is a
+        candidate. The base model, step 0, is no candidate."""
         ranks = ((self.rank(one.scores), one.step) for one in history if one.step)
         return min(((rank, step) for rank, step in ranks if rank is not None), default=(0, None))[1]
 
@@ -114,7 +114,7 @@ class Rule:
 
 
 def parse_rule(gates: Sequence[str], ranking: Sequence[str], known: Collection[str]) -> Rule:
-    """From the config's texts.
+    """Make a rule from the config's texts.
 
     Args:
         known: the metrics that the run measures.
@@ -151,7 +151,7 @@ def parse_rule(gates: Sequence[str], ranking: Sequence[str], known: Collection[s
 
 
 def known_metric(name: str, known: Collection[str], key: str) -> str:
-    """The name itself, if the run measures it.
+    """Return the name itself, if the run measures it.
 
     Raises:
         ConfigError: it does not.
@@ -177,18 +177,18 @@ def _number(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """Patience with one metric."""
+    """Early stopping on one metric, with patience."""
 
     metric: str
-    highest: bool  # whether more is better
+    highest: bool  # True if higher is better
     patience: int
     min_delta: float
 
     def reason(self, history: Sequence[Evaluated]) -> str | None:
-        """Why to stop after the last of these evaluations; None to go on.
+        """Return the reason to stop after the last of these evaluations; None to continue.
 
-        The evaluation before the first step does not count: what a base model does by chance should
-        not end its training.
+        The evaluation before the first step does not count: a chance result of the base model
+        should not end its training.
         """
         sign = -1.0 if self.highest else 1.0
         best, since = math.inf, 0
@@ -213,10 +213,10 @@ class EarlyStopping:
 
 
 def overfitting(history: Sequence[Evaluated]) -> str | None:
-    """What says, at the last of these evaluations, that the run learns its rows by heart.
+    """Return the signs of overfitting at the last of these evaluations; None without any.
 
-    That is: the held-out loss has risen at the last two evaluations in a row, while the training
-    loss has fallen at both.
+    The signs are: the held-out loss has risen at the last two evaluations in a row, while the
+    training loss has fallen at both.
     """
     if len(history) < 3:
         return None

@@ -1,14 +1,14 @@
-"""Going on from what was read: the decoder with keys and values kept from earlier tokens.
+"""Decoding with a KV cache: the decoder with stored keys and values of earlier tokens.
 
-A batch of prompts is padded on the left to one length, so that every row writes the same slot of
-its cache next and one number says where; a row's positions begin behind its padding. The prompts
-are read by an ordinary forward whose attention cores also hand out what they were given
-(`read_prompts`). From then on one token per row goes through the layers, and its attention looks at
-the cache and at itself (`next_hidden`). Layers only read the cache: what a token adds to it comes
-back beside the hidden states, and the caller writes it into the next slot, in place.
+A batch of prompts is padded on the left to one length, so that every row writes the same cache slot
+next and one number gives its index; a row's positions begin after its padding. Prefill
+(`read_prompts`) is an ordinary forward pass whose attention cores also return their keys and
+values. In decode (`next_hidden`) one token per row goes through the layers, and its attention uses
+the cache and the token itself. Layers only read the cache: a token's keys and values are returned
+beside the hidden states, and the caller writes them into the next slot, in place.
 
-Meanwhile `cached_attention` puts a `CachedAttention` around every layer's core. The layers do not
-know, and a container of layers needs one method more (`LayerStack.with_cache`).
+Meanwhile `cached_attention` wraps every layer's core in a `CachedAttention`. The layers are
+unchanged, and a container of layers needs one more method (`LayerStack.with_cache`).
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from torchprime.models.rope import rotary_tables
 
 
 class Cache(NamedTuple):
-    """Keys and values by layer, each [B, K, C, h]; one entry [layers, ...] for all where the
-    container of layers is a loop over stacks."""
+    """Keys and values by layer, each [B, K, C, h]; one entry [layers, ...] for all layers if the
+    container loops over stacked layers."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
 
 class CachedAttention(nn.Module):
-    """Stands around an attention core while text is generated.
+    """Wrapper of an attention core during generation.
 
     Args:
         core: reads the prompts.
-        finish: what is done to the output [B, H, 1, h] for a single token, as hooks of the core do
+        finish: applied to the output [B, H, 1, h] for a single token, as hooks of the core are
             to its own.
         match: queries [B, K, H / K, h] and keys [B, K, C, h] to their products [B, K, H / K, C].
     """
@@ -54,17 +54,17 @@ class CachedAttention(nn.Module):
         super().__init__()
         self.core, self.finish, self.match = core, finish, match
         self.scale = head_dim**-0.5
-        self.cache: tuple[Tensor, Tensor] | None = None  # of this layer; None reads prompts
-        self.new: tuple[Tensor, Tensor] | None = None  # what the last call adds to it
+        self.cache: tuple[Tensor, Tensor] | None = None  # of this layer; None during prefill
+        self.new: tuple[Tensor, Tensor] | None = None  # keys and values of the last call
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Any) -> Tensor:
-        """As a core's; with a cache `prepared` is `_mask` and there is one token per row."""
+        """Run as a core does; with a cache `prepared` is `_mask` and there is one token per row."""
         if self.cache is None:
             self.new = k, v
             return self.core(q, k, v, prepared)
         out = self._one_token(q, k, v, *self.cache, prepared)
-        # A compiler writes in place only where it can tell that all looks at the old cache come
-        # first: so what is written depends on what came of them.
+        # A compiler writes in place only if all reads of the old cache come first. So the values to
+        # write depend on the output.
         after = out.view(*k.shape[:2], -1, k.shape[-1])[:, :, :1] * 0
         self.new = k + after, v + after
         return out if self.finish is None else self.finish(out)
@@ -72,7 +72,7 @@ class CachedAttention(nn.Module):
     def _one_token(
         self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, mask: Tensor
     ) -> Tensor:
-        """One softmax, in fp32, over the slots that the mask leaves and the token itself."""
+        """Return one softmax, in fp32, over the slots that the mask leaves and the token itself."""
         B, H, _, h = q.shape
         q = (q * self.scale).view(B, k.shape[1], -1, h)
         scores = self.match(q, keys).float() + mask
@@ -85,16 +85,16 @@ class CachedAttention(nn.Module):
 
 
 def by_product(q: Tensor, keys: Tensor) -> Tensor:
-    """`match` of a CachedAttention as one product. The keys are on the left: so a device reads them
-    as they lie, one slot after the other."""
+    """Return `match` of a CachedAttention as one matrix product. The keys are on the left, so that
+    a device reads them in their memory order, one slot after the other."""
     return torch.matmul(keys, q.transpose(-1, -2)).transpose(-1, -2)
 
 
 def by_sums(q: Tensor, keys: Tensor) -> Tensor:
-    """The same as multiplications and sums, for a compiler that makes one loop of them: where few
-    queries share a head's keys, a product on a CPU has most of its vector lanes empty. In fp32, as
-    a product of bf16 sums up, too. Of a head of more than 32 in two stages: XLA on a CPU cuts
-    longer sums up itself, and then keeps what was multiplied in memory."""
+    """Return `match` as multiplications and sums, which a compiler fuses into one loop. If few
+    queries share a head's keys, a matrix product on a CPU leaves most of its vector lanes empty.
+    The sums are in fp32, as in a product of bf16. A head of more than 32 is summed in two stages:
+    XLA on a CPU splits longer sums itself, and then stores the products in memory."""
     width = 32 if q.shape[-1] % 32 == 0 else q.shape[-1]
     q, keys = (t.float().unflatten(-1, (-1, width)) for t in (q, keys))
     return torch.stack([(keys * each[:, :, None]).sum(-1).sum(-1) for each in q.unbind(2)], 2)
@@ -107,8 +107,8 @@ def cached_attention(
     make_core: Callable[[int, int | None], nn.Module] | None = None,
     match: Callable[[Tensor, Tensor], Tensor] = by_product,
 ) -> Iterator[None]:
-    """While inside, every layer has a CachedAttention around its core, or around what `make_core`
-    makes of head size and window, where the layer's own is not for this."""
+    """Wrap every layer's core in a CachedAttention; `make_core` (head size, window) replaces a core
+    that can't be used for generation."""
     decoder: Any = model.model
     head_dim = model.architecture.head_dim
     attentions = [layer.self_attn for layer in decoder.layers.templates()]
@@ -128,7 +128,7 @@ def cached_attention(
 
 
 def read_prompts(model: CausalLM, ids: Tensor, padding: Tensor) -> tuple[Tensor, Cache]:
-    """Run prompts through the model.
+    """Run prompts through the model (prefill).
 
     Args:
         ids: integers [B, S], padded on the left.
@@ -150,7 +150,7 @@ def read_prompts(model: CausalLM, ids: Tensor, padding: Tensor) -> tuple[Tensor,
 def next_hidden(
     model: CausalLM, ids: Tensor, padding: Tensor, slot: Tensor, cache: Cache
 ) -> tuple[Tensor, Cache]:
-    """Run one more token per row through the model.
+    """Run one more token per row through the model (decode).
 
     Args:
         ids: integers [B].
@@ -170,8 +170,8 @@ def next_hidden(
 
 
 def _mask(places: Tensor, padding: Tensor, slot: Tensor, window: int | None) -> Tensor:
-    """Additive fp32 [B, 1, 1, C]: 0 where a slot holds an earlier token of the row's, within the
-    window. The token itself, which is in no slot yet, counts as one of the window's."""
+    """Return an additive fp32 mask [B, 1, 1, C]: 0 if a slot holds an earlier token of the row,
+    within the window. The token itself, which is in no slot yet, counts towards the window."""
     seen = (places >= padding[:, None]) & (places < slot)
     if window is not None:
         seen = seen & (places > slot - window)

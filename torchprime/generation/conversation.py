@@ -1,12 +1,12 @@
-"""Talking with the model of a Hugging Face folder, by transformers, on the CPU or a GPU.
+"""Chat with the model of a Hugging Face folder, by transformers, on the CPU or a GPU.
 
     message -> conversation -> chat template -> text -> ids -> generate -> ids -> text
 
-The ids are those that training saw and a server feeds: the folder's chat template and tokenizer
+The ids are the same as in training and in a server: the folder's chat template and tokenizer
 make them with the code that makes training rows. A folder without a template continues plain text,
-and then each prompt stands by itself: training never showed it two in a row.
+and then each prompt is independent: training never showed two in a row.
 
-A conversation that outgrows the model's context loses its oldest turns, and says how many.
+If a conversation exceeds the model's context, its oldest turns are left out and counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torchprime.data.tokenizer.load import REPLACEMENT, load_tokenizer
 from torchprime.errors import DataError, RuntimeSetupError
 from torchprime.generation.with_transformers import generation_settings
 
-# How an answer ended.
+# Reasons for the end of an answer.
 STOPPED, LIMIT, CONTEXT_FULL, INTERRUPTED = "stop", "limit", "context", "interrupted"
 
 Show = Callable[[str], None]
@@ -36,7 +36,7 @@ Show = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are made; greedily with temperature 0."""
+    """Sampling options of answers; greedy with temperature 0."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -88,7 +88,7 @@ class Speaker:
         self.context: int = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
     def ids_of(self, messages: list[dict[str, str]]) -> list[int]:
-        """What the model is given to answer the last of these messages.
+        """Return the token ids of the prompt for the last of these messages.
 
         Raises:
             DataError: the template refuses them.
@@ -104,14 +104,14 @@ class Speaker:
     def answer(
         self, prompt_ids: list[int], sampling: Sampling, show: Show, interruptible: bool
     ) -> tuple[list[int], str]:
-        """Generate one answer; the ids, without the stop token, and how it ended.
+        """Generate one answer; return its ids, without the stop token, and the reason for its end.
 
         Args:
             show: is given the text bit by bit while it is made.
             interruptible: Ctrl-C ends the answer, not the program.
         """
         room = self.context - len(prompt_ids)
-        # As an argument, what it leaves open would be filled from the folder's own settings.
+        # As an argument, its open settings would be filled from the folder's own settings.
         self.model.generation_config = generation_settings(
             self.stops, min(sampling.max_new_tokens, room), sampling.temperature
         )
@@ -135,7 +135,7 @@ class Speaker:
 
 
 class _Stream(BaseStreamer):
-    """Takes tokens one by one and passes on the text as far as it can no longer change."""
+    """Receiver of single tokens that passes on the text as soon as it can no longer change."""
 
     def __init__(self, decode: Callable[[list[int]], str], stops: tuple[int, ...], show: Show):
         self.ids: list[int] = []
@@ -144,7 +144,7 @@ class _Stream(BaseStreamer):
         self._prompt_seen, self._shown = False, ""
 
     def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:  # the first call brings the prompt
+        if not self._prompt_seen:  # the first call contains the prompt
             self._prompt_seen = True
             return
         token = int(value.reshape(-1)[-1])
@@ -153,17 +153,18 @@ class _Stream(BaseStreamer):
             return
         self.ids.append(token)
         text = self._decode(self.ids)
-        if not text.endswith(REPLACEMENT):  # else a character whose bytes are not all there
+        if not text.endswith(REPLACEMENT):  # else a character whose bytes are incomplete
             self._advance(text)
 
     def end(self) -> None:
-        """generate calls this; `finish` does its work, also after an interruption."""
+        """Do nothing: generate calls this, and `finish` does its work, also after an
+        interruption."""
 
     def finish(self) -> None:
         self._advance(self._decode(self.ids))
 
     def _advance(self, text: str) -> None:
-        # A decoder may yet change the end of a text; what was shown stays shown.
+        # A decoder may still change the end of a text; text that was shown is not changed.
         if len(text) > len(self._shown):
             self._show(text[len(self._shown) :])
             self._shown = text
@@ -171,14 +172,14 @@ class _Stream(BaseStreamer):
 
 @dataclass
 class Conversation:
-    """One speaker's side of a conversation: its own answers stand in its history."""
+    """A conversation with one speaker, whose own answers are in its history."""
 
     speaker: Speaker
     system: str | None = None
     turns: list[tuple[str, str]] = field(default_factory=list)  # question, answer
 
     def prepare(self, prompt: str, max_new_tokens: int) -> tuple[list[int], int]:
-        """What the speaker will be given, and how many of the oldest turns are left out for it.
+        """Return the prompt for the speaker, and the number of oldest turns that are left out.
 
         As many turns are kept as leave room for a whole answer.
 
@@ -210,7 +211,7 @@ class Conversation:
     def ask(
         self, prompt: str, sampling: Sampling, show: Show, interruptible: bool = False
     ) -> Reply:
-        """Answer, and remember both for the next time."""
+        """Generate an answer, and add question and answer to the history."""
         prompt_ids, left_out = self.prepare(prompt, sampling.max_new_tokens)
         ids, ended = self.speaker.answer(prompt_ids, sampling, show, interruptible)
         text = self.speaker.tokenizer.decode(ids)

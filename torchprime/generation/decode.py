@@ -1,13 +1,14 @@
-"""Generation's host side, and the arithmetic that every backend shares.
+"""Generation on the host, and the arithmetic that all backends share.
 
-Prompts are sorted by length and cut into batches of equal size; a batch is padded on the left to
+Prompts are sorted by length and cut into batches of equal size. A batch is padded on the left to
 the smallest bucket that holds its longest prompt, so that few shapes exist and each is compiled
-once. A backend reads a batch's prompts, then makes tokens in chunks; between chunks the host looks
-at what was made (`Decoding`) and ends the batch when every row has met a stop token or its limit.
+once. A backend runs prefill for a batch, then decodes tokens in chunks. Between chunks the host
+reads the new tokens (`Decoding`) and ends the batch when every row has met a stop token or its
+limit.
 
-A sampled token is the argmax of logits / temperature + Gumbel noise, where the noise is a hash of
-(seed, the prompt's place in the call, the token's number, the vocabulary id): what a prompt is
-answered does not depend on the batch it is in, on the mesh or on the backend, to rounding.
+A sampled token is the argmax of logits / temperature + Gumbel noise. The noise is a hash of (seed,
+the prompt's index in the call, the token's number, the vocabulary id). So a prompt's answer does
+not depend on its batch, the mesh or the backend, up to rounding.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from torch import Tensor
 from torchprime.errors import ConfigError, DataError
 
 SMALLEST_BUCKET = 64
-# Tokens per traced program. More would be thrown away behind the last stop token of a batch.
+# Tokens per traced program. With more, more would be discarded after a batch's last stop token.
 CHUNK = 32
-# Of the interval that a threshold lies in: from a spread of logits to less than one's last bit.
+# Halvings of the interval that a threshold lies in: from the spread of logits to less than one's
+# last bit.
 HALVINGS = 40
 SALT = 0x51ED270B
 
@@ -34,7 +36,7 @@ SALT = 0x51ED270B
 
 
 class Answer(NamedTuple):
-    """What followed a prompt."""
+    """The answer to a prompt."""
 
     ids: list[int]  # without the stop token
     stopped: bool  # by a stop token; else by a limit
@@ -42,16 +44,16 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """How prompts are answered.
+    """Options of generation.
 
     Attributes:
-        max_new_tokens: at most so many tokens, the stop token counted.
+        max_new_tokens: the limit of tokens, including the stop token.
         stop_ids: tokens that end an answer; may be empty.
         max_length: the model's context: a prompt and its answer are never longer.
-        temperature: 0 takes the likeliest token.
-        top_k: sample among the k likeliest; None for all.
-        top_p: sample among the fewest tokens that have this probability together.
-        batch_size: prompts at once, over all devices.
+        temperature: 0 takes the most likely token.
+        top_k: sample among the k most likely; None for all.
+        top_p: sample among the smallest set of tokens with this total probability.
+        batch_size: prompts per batch, over all devices.
     """
 
     max_new_tokens: int
@@ -79,16 +81,16 @@ class GenerateOptions:
 
     @property
     def sampled(self) -> bool:
-        """Whether tokens are drawn, not just the likeliest taken."""
+        """True if tokens are sampled, False if the most likely one is taken."""
         return self.temperature > 0
 
     @property
     def choice(self) -> tuple[bool, bool, bool]:
-        """All that `choose` reads of these options: where it is equal, so is the program."""
+        """The options that `choose` reads: if they are equal, so is the compiled program."""
         return self.sampled, self.top_k is not None, self.top_p < 1
 
     def room(self, prompt: Sequence[int]) -> int:
-        """How many tokens may follow a prompt."""
+        """Return the number of tokens that may follow a prompt."""
         return min(self.max_new_tokens, self.max_length - len(prompt))
 
 
@@ -97,7 +99,7 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts that are answered together; rows behind the last prompt are fillers.
+    """Prompts that are answered together; rows after the last prompt are fillers.
 
     Attributes:
         ids: int32 [B, S], each prompt at the right end of its row.
@@ -114,11 +116,11 @@ class PromptBatch:
 
     @property
     def slots(self) -> int:
-        """Of the cache: a prompt's, and one for every token that another one follows."""
+        """The number of cache slots: the prompt's, and one for every new token but the last."""
         return self.ids.shape[1] + self.chunk * self.chunks
 
     def part(self, index: int, count: int) -> PromptBatch:
-        """The rows of one of `count` parts."""
+        """Return the rows of one of `count` parts."""
         size = len(self.rows) // count
         rows = slice(index * size, (index + 1) * size)
         return replace(self, ids=self.ids[rows], padding=self.padding[rows], rows=self.rows[rows])
@@ -146,7 +148,7 @@ def plan_batches(
             )
     if not prompts:
         return []
-    # A handful of prompts does not fill a large batch; powers of two keep the shapes few.
+    # A handful of prompts does not fill a large batch; powers of two limit the number of shapes.
     wanted = min(options.batch_size, _power_of_two(len(prompts)))
     size = -(-wanted // multiple) * multiple
     follow = min(options.max_new_tokens, options.max_length - 1) - 1
@@ -168,7 +170,8 @@ def plan_batches(
 
 
 def bucket(length: int, limit: int) -> int:
-    """The slots that a prompt of this length is padded to: a power of two from 64 on, or the limit.
+    """Return the slots that a prompt of this length is padded to: a power of two from 64 on, or the
+    limit.
 
     >>> [bucket(length, 300) for length in (1, 64, 65, 200, 257)]
     [64, 64, 128, 256, 300]
@@ -181,7 +184,7 @@ def _power_of_two(value: int) -> int:
 
 
 class Decoding:
-    """A batch's answers as they grow, on the host."""
+    """A batch's answers while they grow, on the host."""
 
     def __init__(
         self, batch: PromptBatch, prompts: Sequence[Sequence[int]], options: GenerateOptions
@@ -193,7 +196,7 @@ class Decoding:
         self.stops = frozenset(options.stop_ids)
 
     def add(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Take the tokens that were made, of all rows of the batch, in the order of time."""
+        """Add the new tokens of all rows of the batch, in the order of time."""
         for made in tokens:
             for row, token in zip(self.rows, made, strict=True):
                 if row not in self.open:
@@ -207,7 +210,7 @@ class Decoding:
                     del self.open[row]
 
     def found(self) -> dict[int, Answer]:
-        """Answers by the prompts' places in the call."""
+        """Return the answers by the prompts' indexes in the call."""
         return {row: Answer(ids, row in self.stopped) for row, ids in self.answers.items()}
 
 
@@ -215,7 +218,8 @@ class Decoding:
 
 
 class Sampling(NamedTuple):
-    """What sampling depends on, as scalar tensors on the device: none of it is in the program."""
+    """The inputs of sampling as scalar tensors on the device, so that none is a constant in the
+    program."""
 
     seed: Tensor  # int32 [2], the low and the high half
     temperature: Tensor  # fp32
@@ -224,7 +228,7 @@ class Sampling(NamedTuple):
 
 
 def sampling_tensors(options: GenerateOptions) -> Sampling:
-    """On the CPU."""
+    """Return the sampling tensors, on the CPU."""
     halves = np.array([options.seed], np.int64).view(np.int32)
     return Sampling(
         torch.from_numpy(halves),
@@ -237,7 +241,7 @@ def sampling_tensors(options: GenerateOptions) -> Sampling:
 def choose(
     logits: Tensor, options: GenerateOptions, sampling: Sampling, rows: Tensor, number: Tensor
 ) -> Tensor:
-    """The next token of each row.
+    """Return the next token of each row.
 
     Args:
         logits: fp32 [B, V].
@@ -255,8 +259,8 @@ def choose(
 
 
 def allowed(logits: Tensor, options: GenerateOptions, sampling: Sampling) -> Tensor:
-    """-inf in place of what top_k and then top_p leave out, as transformers does one after the
-    other. Tokens as likely as the last one that is kept are kept too."""
+    """Replace the logits that top_k and then top_p leave out by -inf, in transformers' order.
+    Tokens as likely as the last one that is kept are kept too."""
     if options.top_k is not None:
         counts = torch.ones_like(logits)
         logits = _cut(logits, _threshold(logits, counts, sampling.top_k))
@@ -271,10 +275,10 @@ def _cut(logits: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _threshold(logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
-    """The largest value [B, 1] such that logits from it on weigh `target` or more together.
+    """Return the largest value [B, 1] such that logits from it on weigh `target` or more together.
 
-    By halving the interval until it is as narrow as two neighbouring numbers: a sort of a large
-    vocabulary takes longer on every device.
+    It is found by halving the interval until it is as narrow as two neighbouring numbers: a sort of
+    a large vocabulary takes longer on every device.
     """
     high = logits.amax(-1, keepdim=True)
     low = torch.where(torch.isinf(logits), high, logits).amin(-1, keepdim=True)
@@ -287,12 +291,12 @@ def _threshold(logits: Tensor, weights: Tensor, target: Tensor) -> Tensor:
 
 
 def gumbel_noise(seed: Tensor, rows: Tensor, number: Tensor, vocabulary: int) -> Tensor:
-    """fp32 [B, V]: independent Gumbel noise, a pure function of its place."""
+    """Return independent Gumbel noise, fp32 [B, V], a pure function of its arguments."""
     key = _mixed(_mixed(seed[0]) ^ seed[1])
     key = _mixed(_mixed(key ^ rows) ^ number)
     ids = torch.arange(vocabulary, dtype=torch.int32, device=rows.device)
     bits = _mixed(_mixed(ids ^ SALT) ^ key[:, None])
-    # The small end decides: it is where noise is largest, and a float is finest.
+    # The small values matter most: there the noise is largest, and a float most precise.
     unsigned = bits.to(torch.float32)
     unsigned = torch.where(bits < 0, unsigned + 2.0**32, unsigned)
     uniform = ((unsigned + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
@@ -300,7 +304,8 @@ def gumbel_noise(seed: Tensor, rows: Tensor, number: Tensor, vocabulary: int) ->
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 32 bits in which every bit of the input flips about half of the output's."""
+    """Return a bijection of 32 bits in which every input bit flips about half of the output's
+    bits."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, None)):
         x = x ^ ((x >> shift) & (2 ** (32 - shift) - 1))  # int32 shifts keep the sign: mask it off
         x = x if factor is None else x * factor

@@ -1,8 +1,8 @@
-"""Prompts that a person gives to a model: in a file, or typed.
+"""User prompts for a model: from a file, or typed.
 
-A file has a prompt on each line, or, if it is called .jsonl, an object on each line: `prompt` is
-taken as it is, `question` is put into the words that training puts it into. Light on imports, for
-environments that have little more than a model server.
+A file has a prompt on each line. A .jsonl file has an object on each line: `prompt` is used
+unchanged, `question` is put into the wording used in training. This module has few imports, for
+environments with little more than a model server.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ OBJECT_ENDINGS = (".jsonl", ".ndjson")
 
 
 def as_question(text: str) -> str:
-    """A question as a model that was trained on rows of question and answer knows them."""
+    """Return a question in the wording of training rows of question and answer."""
     return QUESTION_PROMPT.format(question=text)
 
 
 def require_unicode(text: str, where: str) -> str:
-    """Return a text that a tokenizer can take.
+    """Return the text if a tokenizer can encode it.
 
     Raises:
         DataError: it holds a byte that is no UTF-8, or half of a character.
@@ -35,7 +35,7 @@ def require_unicode(text: str, where: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         found = ord(text[error.start])
-        # Python keeps such bytes as surrogates of their own.
+        # Python represents such bytes as surrogates.
         byte = 0xDC80 <= found <= 0xDCFF
         what = f"the byte 0x{found - 0xDC00:02x}" if byte else f"U+{found:04X}, half of a character"
         raise DataError(
@@ -46,7 +46,7 @@ def require_unicode(text: str, where: str) -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, in order; blank lines are none.
+    """Return the prompts of a file, in order, without blank lines.
 
     Raises:
         DataError: no such file, nothing in it, or a line that has no prompt.

@@ -1,7 +1,7 @@
 """Greedy answers of a Hugging Face folder, by transformers on the CPU.
 
-Used to show a base and its fine-tuned model side by side, and to count exact matches: nothing of
-the trainer takes part, so the answers are those that a user of the export gets.
+They show a base and its fine-tuned model side by side, and are used to count exact matches. No
+trainer code takes part, so the answers are those that a user of the export gets.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ROWS_AT_ONCE = 32
 def generation_samples(
     folder: Path, prompts: list[list[int]], eos_ids: Sequence[int], max_new_tokens: int
 ) -> list[list[int]]:
-    """Continue each prompt with the likeliest token until a stop token or the limit.
+    """Continue each prompt with the most likely token until a stop token or the limit.
 
     Args:
         folder: a Hugging Face folder with weights.
         prompts: token ids, of any lengths.
         eos_ids: where to stop.
-        max_new_tokens: at most so many new tokens.
+        max_new_tokens: the limit of new tokens.
 
     Returns:
         The new tokens of each prompt. The last one is the stop token where one was given, so that a
@@ -54,10 +54,11 @@ def generation_samples(
 def generation_settings(
     stops: Sequence[int], max_new_tokens: int, temperature: float = 0.0
 ) -> GenerationConfig:
-    """Greedy, or sampled from the whole distribution, and nothing of the folder's own settings.
+    """Return settings for greedy decoding, or sampling from the full distribution, and nothing
+    else.
 
-    Those (sampling, repetition penalty) would fill in what is left open here: give a model these
-    as its generation_config.
+    The folder's own settings (sampling, repetition penalty) would replace unset ones: assign the
+    result to the model's generation_config.
     """
     sampled = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     return GenerationConfig(
@@ -71,7 +72,7 @@ def generation_settings(
 
 
 def _left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and mask [B, S], real tokens at the right end, where generation goes on."""
+    """Return ids and mask [B, S], real tokens at the right end, where generation continues."""
     length = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), length, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -82,6 +83,6 @@ def _left_padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _until_stop(tokens: list[int], stops: list[int]) -> list[int]:
-    """Cut what pads a finished row behind its stop token."""
+    """Cut the padding of a finished row after its stop token."""
     ends = [place for place, token in enumerate(tokens) if token in stops]
     return tokens[: ends[0] + 1] if ends else tokens

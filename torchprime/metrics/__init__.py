@@ -1,1 +1,1 @@
-"""Metrics: what a run says about itself, as records, written to files and the terminal."""
+"""Metrics of a run as records, and the writers that put them into files and on the terminal."""

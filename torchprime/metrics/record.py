@@ -1,14 +1,14 @@
 """The records of a run: one `StepRecord` per logged step, one `EvalRecord` per held-out evaluation.
 
-The loop fills a record on the host after the numbers have left the device; the writers turn it into
+The loop fills a record on the host after the numbers have left the device. The writers turn it into
 a line of `metrics.jsonl`, TensorBoard scalars and a line on the terminal. `compare` reads the lines
 back.
 
-JSON has no NaN and no infinity, and Python's `json` writes them bare, which other readers refuse.
-In a line such a number is therefore `null`, and the key `nonfinite` says what it was:
+JSON has no NaN and no infinity; Python's `json` writes them unquoted, which other readers refuse.
+In a line such a number is therefore `null`, and the key `nonfinite` holds its value:
 `{"loss": null, ..., "nonfinite": {"loss": "nan"}}` with `nan`, `inf` or `-inf`. A `null` that
 `nonfinite` does not name was never known (`mfu` on a CPU). Lines without such numbers have no
-`nonfinite`. `from_json` puts the floats back.
+`nonfinite`. `from_json` restores the floats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One logged step. Times and rates are means over the steps since the last record."""
+    """A logged step. Times and rates are means over the steps since the last record."""
 
     kind: ClassVar[str] = "train"
 
@@ -42,7 +42,7 @@ class StepRecord:
     device_memory_bytes: int | None
     host_memory_bytes: int
     compiles: int | None  # graphs compiled since the start
-    # Mean loss by source, None for one that is not in the batch; only when several are mixed.
+    # Mean loss by source, None for a source without tokens in the batch; only with several sources.
     source_losses: dict[str, float | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """What was measured on held-out rows after `step` finished updates; step 0 is before the first.
+    """Held-out metrics after `step` finished updates; step 0 is before the first.
 
     Attributes:
         train_loss: mean of the training losses logged since the evaluation before; None for none.
@@ -91,7 +91,7 @@ class EvalRecord:
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """A checkpoint that is whole. Training stood still for `stall_seconds` of `write_seconds`."""
+    """A completed checkpoint. Training paused for `stall_seconds` of `write_seconds`."""
 
     kind: ClassVar[str] = "checkpoint"
 
@@ -105,12 +105,12 @@ class CheckpointRecord:
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
-BY_SOURCE = "source_losses"  # the one field whose numbers are one level down
+BY_SOURCE = "source_losses"  # the one field whose numbers are nested one level down
 Record = StepRecord | EvalRecord | CheckpointRecord
 
 
 def to_json(record: Record) -> str:
-    """One line of valid JSON without the line end."""
+    """Return one line of valid JSON without the line end."""
     values = record.to_dict()
     nonfinite: dict[str, Any] = {
         name: str(value)
@@ -129,7 +129,11 @@ def to_json(record: Record) -> str:
 
 
 def from_json(line: str) -> dict[str, Any]:
-    """The dict a line was made from, NaN and infinity included. ValueError if it is no record."""
+    """Return the dict that a line was made from, NaN and infinity included.
+
+    Raises:
+        ValueError: the line is no record.
+    """
     try:
         values = json.loads(line)
     except RecursionError as error:

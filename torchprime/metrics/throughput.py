@@ -1,16 +1,16 @@
-"""How fast a run is: seconds per step, tokens per second, and the share of the chips' peak (MFU).
+"""Speed of a run: seconds per step, tokens per second, and model FLOPs utilization (MFU).
 
 The loop starts a `Stopwatch`, counts every step in it and takes a lap when it logs; evaluation and
 checkpoints happen inside `paused()`. A lap's slot tokens/s times the model's floating-point
-operations per token, over the chips' bf16 peak, is the model FLOPs utilization.
+operations per token, over the chips' bf16 peak, is the MFU.
 
 Operations per token follow PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): `6 N` for
 the parameters, two in the forward pass and four in the backward, plus `12 L H Q T` for attention's
-two products, with L layers, H heads of size Q and blocks of T tokens. N leaves out a table that is
-only looked up. Rematerialized work does not count, and attention counts as if every token saw its
-whole block: neither the causal half nor the isolation of packed segments is taken off. Published
-figures count alike, so they compare. MFU is over slot tokens, since the device computes padding
-like any other token.
+two products, with L layers, H heads of size Q and blocks of T tokens. N excludes a table that is
+only looked up. Rematerialized work does not count. Attention counts as if every token saw its
+whole block: neither the causal half nor the isolation of packed segments is subtracted. Published
+figures count the same way, so they are comparable. MFU is over slot tokens, since the device
+computes padding like any other token.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# Dense bf16 operations per second of one chip, from the vendors' data sheets. The pattern is sought
-# in the device kind in lower case without blanks, dashes and underscores, which covers jax's and
-# libtpu's names ("TPU v5 lite", "v5litepod-16", "TPU v6e") and CUDA's ("NVIDIA H100 80GB HBM3").
-# PCIe and NVL boards run slower than SXM ones and are left unknown.
+# Dense bf16 operations per second of one chip, from the vendors' data sheets. The pattern is
+# searched for in the device kind in lower case without blanks, dashes and underscores. It covers
+# jax's and libtpu's names ("TPU v5 lite", "v5litepod-16", "TPU v6e") and CUDA's ("NVIDIA H100 80GB
+# HBM3"). PCIe and NVL boards are slower than SXM ones and are left unknown.
 _PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
     (r"^(tpu)?v4(?!i|lite)", 275e12),
     (r"^(tpu)?v5(e|lite)", 197e12),
@@ -39,7 +39,7 @@ _PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def peak_bf16_flops(device_kind: str) -> float | None:
-    """Peak of one chip, None if the kind is not known (a CPU, a board without a figure here)."""
+    """Return the peak of one chip; None if it is unknown (a CPU, a board without a figure here)."""
     kind = re.sub(r"[\s_-]", "", device_kind.lower())
     return next((peak for pattern, peak in _PEAK_BF16_FLOPS if re.search(pattern, kind)), None)
 
@@ -55,10 +55,10 @@ def model_flops_per_token(
     head_size: int,
     block_size: int,
 ) -> int:
-    """Forward and backward operations for one token; `num_parameters` counts all, tied ones once.
+    """Return the forward and backward operations per token; `num_parameters` counts tied ones once.
 
-    A tied embedding is multiplied with as the output head and so stays in N; an untied one is only
-    looked up and is taken off.
+    A tied embedding is also the output head's matrix and so is part of N; an untied one is only
+    looked up and is subtracted.
     """
     looked_up_only = 0 if tied_embeddings else vocab_size * hidden_size
     attention = 12 * num_layers * num_heads * head_size * block_size
@@ -68,7 +68,7 @@ def model_flops_per_token(
 def mfu(
     *, slot_tokens_per_s: float, flops_per_token: float, device_kind: str, num_chips: int
 ) -> float | None:
-    """Model FLOPs utilization in 0..1 of `num_chips` chips together; None for an unknown chip."""
+    """Return the MFU in 0..1 of `num_chips` chips together; None for an unknown chip."""
     peak = peak_bf16_flops(device_kind)
     if peak is None:
         return None
@@ -76,7 +76,7 @@ def mfu(
 
 
 def host_memory_bytes() -> int:
-    """Peak resident memory of this process so far."""
+    """Return the peak resident memory of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
@@ -92,7 +92,7 @@ class Lap:
 
 
 class Stopwatch:
-    """Time and tokens of the steps since the last lap; it runs from its making.
+    """Time and tokens of the steps since the last lap; it starts when it is created.
 
     Take a lap only after the device has finished the counted steps (reading the loss waits for
     that): steps are dispatched ahead, and a clock read earlier measures only the dispatching.
@@ -103,13 +103,13 @@ class Stopwatch:
         self.restart()
 
     def count(self, *, supervised_tokens: int, slot_tokens: int) -> None:
-        """One more step, with its batch's tokens."""
+        """Count one more step, with its batch's tokens."""
         self._steps += 1
         self._supervised_tokens += supervised_tokens
         self._slot_tokens += slot_tokens
 
     def lap(self) -> Lap:
-        """The means since the last lap, or since the start; the next lap begins now."""
+        """Return the means since the last lap, or since the start, and begin the next lap."""
         if self._steps == 0:
             raise ValueError("no step was counted since the last lap")
         seconds = self._clock() - self._started
@@ -124,7 +124,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside takes no time: evaluation, checkpoints, samples."""
+        """Exclude the time spent inside: evaluation, checkpoints, samples."""
         began = self._clock()
         try:
             yield
@@ -132,7 +132,7 @@ class Stopwatch:
             self._started += self._clock() - began
 
     def restart(self) -> None:
-        """Forget what was counted; the next lap begins now."""
+        """Reset the counts and begin the next lap."""
         self._steps = 0
         self._supervised_tokens = 0
         self._slot_tokens = 0

@@ -1,8 +1,8 @@
-"""Where records go: `metrics.jsonl` first, then TensorBoard and the terminal.
+"""Writers of records: `metrics.jsonl` first, then TensorBoard and the terminal.
 
-The loop hands every record to every `Writer` in turn and closes them at the end. `metrics.jsonl`
-is the truth: each line is flushed as it is written, so a killed run keeps all it has logged, and a
-line torn by a crash is cut off when the next run appends. The others are views of the same records.
+The loop passes every record to every `Writer` in turn and closes them at the end. `metrics.jsonl`
+is the primary record: each line is flushed when it is written, so a killed run loses no line. A
+line torn by a crash is removed when the next run appends. The others show the same records.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Writer(Protocol):
 
 
 class JsonlWriter:
-    """Appends one line per record to `path`, flushed at once and fsynced on close."""
+    """Writer of one line per record to `path`, flushed at once and fsynced on close."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._telling():
             descriptor = open_plain(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-            # Unbuffered: nothing is left for closing that could fail.
+            # Unbuffered: closing has nothing left to write that could fail.
             self._file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
             _cut_torn_line(self._file)
 
@@ -62,7 +62,7 @@ class JsonlWriter:
                 line = line[self._file.write(line) :]
 
     def sync(self) -> None:
-        """Have what was written on the disk."""
+        """Wait until the lines are on the disk."""
         with self._telling():
             os.fsync(self._file.fileno())
 
@@ -84,7 +84,8 @@ class JsonlWriter:
 
 
 def _cut_torn_line(file: FileIO) -> None:
-    """Without this, the next record would be glued to what a crash left of the last one."""
+    """Remove an incomplete last line of a crashed run, to which the next record would be
+    appended."""
     content = file.readall()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
@@ -92,7 +93,8 @@ def _cut_torn_line(file: FileIO) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a `metrics.jsonl` in file order; of a last line being written, nothing."""
+    """Return all records of a `metrics.jsonl` in file order, without a last line that is being
+    written."""
     try:
         text = read_regular_text(Path(path), MOST_BYTES)
     except UnicodeDecodeError as error:
@@ -119,15 +121,15 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class TensorBoardWriter:
-    """Scalars `train/<name>` and `eval/<name>` in `<run folder>/tensorboard`.
+    """Writer of scalars `train/<name>` and `eval/<name>` in `<run folder>/tensorboard`.
 
-    `start_step` is the number of updates a resumed run has already done: what an earlier start
-    wrote behind it is not shown.
+    `start_step` is the number of updates that a resumed run has already done: later points of an
+    earlier start are not shown.
     """
 
     def __init__(self, run_folder: str | Path, start_step: int = 0) -> None:
         try:
-            # late: takes a second, and only this writer needs it
+            # late import: takes a second, and only this writer needs it
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise RuntimeSetupError(
@@ -141,7 +143,7 @@ class TensorBoardWriter:
     def write(self, record: Record) -> None:
         try:
             self._add(record)
-        except OSError as error:  # a view: the run does not end by it
+        except OSError as error:  # metrics.jsonl has the records
             say(f"TensorBoard's files can't be written any more: {error}")
             self._summary = None
 
@@ -159,7 +161,7 @@ class TensorBoardWriter:
                 self._summary.add_scalar(tag, value, record.step)
 
     def sync(self) -> None:
-        """It is a view; the truth is elsewhere."""
+        """Do nothing: metrics.jsonl is the primary record."""
 
     def close(self) -> None:
         if self._summary is not None:
@@ -168,9 +170,9 @@ class TensorBoardWriter:
 
 
 class ConsoleWriter:
-    """A progress bar when `stream` (stderr if not given) is a terminal, plain lines otherwise.
+    """Writer of a progress bar if `stream` (default stderr) is a terminal, else of plain lines.
 
-    `start_step` is the number of updates a resumed run has already done.
+    `start_step` is the number of updates that a resumed run has already done.
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None) -> None:
@@ -187,10 +189,10 @@ class ConsoleWriter:
             )
 
     def sync(self) -> None:
-        """Nothing is kept back."""
+        """Do nothing: lines are printed at once."""
 
     def write(self, record: Record) -> None:
-        if isinstance(record, CheckpointRecord):  # whoever wrote it has said so
+        if isinstance(record, CheckpointRecord):  # the writer that failed has reported it
             return
         if self._bar is None:
             say(self._line(record), self._stream)
@@ -233,7 +235,8 @@ class ConsoleWriter:
 
 
 def shown(score: Mapping[str, Any]) -> str:
-    """A score with its interval: `71.0% (64.4 to 76.9)` of passes, `12.3 (11.8 to 12.9)` else."""
+    """Return a score with its interval: `71.0% (64.4 to 76.9)` for passes, else `12.3 (11.8 to
+    12.9)`."""
     value, low, high = (score[key] for key in ("value", "low", "high"))
     if score["interval"] == "wilson":
         return f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"
@@ -241,7 +244,7 @@ def shown(score: Mapping[str, Any]) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """`42s`, `3m10s`, `2h05m`; `?` when it cannot be known."""
+    """Return `42s`, `3m10s` or `2h05m`; `?` if the duration is unknown."""
     if not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(round(seconds), 60)

@@ -1,1 +1,1 @@
-"""One decoder family in plain PyTorch; no device, mesh or collective is named here."""
+"""One decoder family in plain PyTorch, without any device, mesh or collective."""

@@ -1,9 +1,9 @@
-"""From a Hugging Face config.json to the numbers the decoder is built from.
+"""The numbers that define a decoder, read from a Hugging Face config.json.
 
 One dataclass describes Llama 2/3/3.1/3.2, Qwen2/2.5, Qwen3 and Mistral: the families differ in four
-switches (qkv bias, q/k norm, sliding window, rope scaling) and in numbers. Anything in a
+switches (qkv bias, q/k norm, sliding window, rope scaling) and in numbers. A key of
 config.json that would change the mathematics and that the decoder does not implement is refused by
-name, so that a checkpoint is never run as something it is not. The reference is transformers 5.
+name, so that a checkpoint is never run as another model. The reference is transformers 5.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torchprime.models.unsupported import quantized, unsupported_family
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-# What transformers takes for an absent key, where the families differ.
+# transformers' default for an absent key, if the families differ.
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # llama: as many as query heads
 CONTEXT = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
 QWEN3_HEAD = 128
 WINDOW, FIRST_WINDOWED = 4096, 28
-MOST_LAYERS = 1024  # a layer is a module: a number beyond all sense would fill the memory
+MOST_LAYERS = 1024  # a layer is a module: an absurd number would fill the memory
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that shapes the decoder. Names follow config.json where it has them."""
+    """The settings that define the decoder. Names follow config.json where it has them."""
 
     family: str
     vocab_size: int
@@ -53,12 +53,12 @@ class Architecture:
     initializer_range: float = 0.02
 
     def window_of_layer(self, index: int) -> int | None:
-        """Attention window of a layer in positions, None for full causal attention."""
+        """Return the attention window of a layer in positions; None for full causal attention."""
         return self.sliding_window if index >= self.windowed_from_layer else None
 
 
 def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json") -> Architecture:
-    """Read a Hugging Face config (already parsed) of a supported family.
+    """Read a parsed Hugging Face config of a supported family.
 
     Args:
         config: the keys of config.json, in the spelling of transformers 4 or 5.
@@ -107,7 +107,7 @@ def _layers(values: ConfigValues) -> int:
 
 
 def _kv_heads(values: ConfigValues, family: str, heads: int) -> int:
-    # Absent it is the family's default; null means as many as query heads, in all families.
+    # If absent, the family's default holds; null means as many as query heads, in all families.
     default = heads if "num_key_value_heads" in values.content else KV_HEADS.get(family, heads)
     kv_heads = values.integer("num_key_value_heads", default, most=2**14)
     if heads % kv_heads:
@@ -119,7 +119,8 @@ def _kv_heads(values: ConfigValues, family: str, heads: int) -> int:
 
 
 def _head_dim(values: ConfigValues, family: str, hidden: int, heads: int) -> int:
-    """Given or, in the families without a default, the hidden size shared out to the heads."""
+    """Return head_dim or, in the families without a default, the hidden size divided by the
+    heads."""
     default = QWEN3_HEAD if family == "qwen3" else hidden // heads
     if "head_dim" not in values and family != "qwen3" and hidden % heads:
         raise CheckpointError(
@@ -145,15 +146,16 @@ def _refuse_unknown_mathematics(values: ConfigValues) -> None:
         raise CheckpointError(f"{values.where}: {quantized(quantization)}")
     if values.get("per_layer_config"):
         raise values.fault("per_layer_config", "null: layers of different shapes are not supported")
-    # null is read as false here: transformers asks whether the value counts as true.
+    # null counts as false here: transformers tests the value's truth.
     if "is_causal" in values.content and values.get("is_causal") is not True:
         raise values.fault("is_causal", "true: only causal models are supported")
 
 
 def _sliding_window(values: ConfigValues, family: str, layers: int) -> tuple[int | None, int]:
-    """Window in positions and the first layer that has it, as transformers reads the keys."""
+    """Return the window in positions and the first layer that has it, as transformers reads the
+    keys."""
     largest = 2**40
-    # Absent, transformers takes 4096 in these families; null means no window.
+    # If absent, transformers uses 4096 in these families; null means no window.
     null = "sliding_window" in values.content and "sliding_window" not in values
     window = None if null else values.integer("sliding_window", WINDOW, most=largest)
     if family in ("qwen2", "qwen3"):
@@ -172,10 +174,10 @@ def _sliding_window(values: ConfigValues, family: str, layers: int) -> tuple[int
 def _by_layer_types(
     values: ConfigValues, family: str, layers: int, window: int | None, first: int
 ) -> int:
-    """The first layer with a window, as layer_types say.
+    """Return the first layer with a window according to layer_types.
 
-    transformers reads the list in the Qwen families only, vLLM in all: in the others it must not
-    say anything else than the rest of the config.
+    transformers reads the list in the Qwen families only, vLLM in all: in the others it must
+    agree with the rest of the config.
     """
     types = values.get("layer_types")
     if types is None:

@@ -1,8 +1,8 @@
-"""The attention core: what turns queries, keys and values into values mixed per segment.
+"""The attention core: it maps queries, keys and values to mixed values, per segment.
 
-A backend replaces the core by one of the same two methods (a kernel); the rest of the model does
-not know. `prepare` runs once per forward, outside the layers, and makes of the segment ids whatever
-the core wants to see in every layer; `forward` runs in every layer.
+A backend replaces the core by one with the same two methods (a kernel); the rest of the model is
+unchanged. `prepare` runs once per forward, outside the layers, and computes from the segment ids
+whatever the core needs in every layer; `forward` runs in every layer.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# Rows of queries are computed in at most this many groups of at least this many rows: more would
-# save more of the scores above the diagonal, in products too small to be fast.
+# Query rows are computed in at most this many groups of at least this many rows. More groups would
+# save more of the scores above the diagonal, but their products are too small to be fast.
 GROUPS = 4
 SMALLEST_GROUP = 128
 
@@ -21,9 +21,9 @@ SMALLEST_GROUP = 128
 class ReferenceAttention(nn.Module):
     """Causal attention within segments, in a few matmuls, on every device.
 
-    A query sees keys of its own segment id, at or before its own place in the block, and within the
-    window if there is one. Padding (segment 0) sees padding, so no row of the softmax is ever empty
-    and no NaN can arise.
+    A query attends to keys of its own segment id, at or before its own position in the block, and
+    within the window if there is one. Padding (segment 0) attends to padding, so no row of the
+    softmax is ever empty and no NaN can arise.
     """
 
     def __init__(self, head_dim: int, window: int | None = None) -> None:
@@ -32,7 +32,8 @@ class ReferenceAttention(nn.Module):
         self.window = window
 
     def prepare(self, segment_ids: Tensor) -> Tensor:
-        """segment_ids [B, S] -> additive fp32 mask [B, 1, 1, S, S], 0 where a key is seen."""
+        """Return an additive fp32 mask [B, 1, 1, S, S] for segment_ids [B, S]: 0 where a key is
+        attended to."""
         place = torch.arange(segment_ids.shape[1], device=segment_ids.device, dtype=torch.int32)
         distance = place[:, None] - place[None, :]
         visible = distance >= 0
@@ -44,10 +45,11 @@ class ReferenceAttention(nn.Module):
         return mask[:, None, None]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor) -> Tensor:
-        """q [B, H, S, h]; k, v [B, K, S, h] -> [B, H, S, h], in q's dtype; softmax in fp32.
+        """Return [B, H, S, h] in q's dtype for q [B, H, S, h] and k, v [B, K, S, h]; softmax in
+        fp32.
 
-        Queries go in a few groups of rows, each against the keys that causality and window leave
-        it: of the [S, S] scores up to three eighths are never computed.
+        Queries are split into a few groups of rows, each computed with only the keys that causality
+        and window allow: up to three eighths of the [S, S] scores are never computed.
         """
         B, H, S, h = q.shape
         K = k.shape[1]

@@ -1,6 +1,6 @@
-"""The values of a config.json, each of the type and size that it must have.
+"""Values of a config.json, checked for type and size.
 
-A config.json is a stranger's file: text for a number, null, a list or an absurd size is refused by
+A config.json is untrusted input: text for a number, null, a list or an absurd size is refused by
 the name of its key. null means that the key is absent, as in transformers 4.
 """
 
@@ -28,18 +28,18 @@ class ConfigValues:
         return self.content.get(key) is not None
 
     def get(self, key: str) -> Any:
-        """The value as it is; None if it is absent."""
+        """Return the value unchanged; None if it is absent."""
         return self.content.get(key)
 
     def fault(self, key: str, expected: str) -> CheckpointError:
-        """The error for a key with a wrong value."""
+        """Return the error for a key with a wrong value."""
         given = "missing" if self.content.get(key) is None else f"{self.content[key]!r:.100}"
         return CheckpointError(f"{self.where}: {self.path}{key} is {given}, expected {expected}.")
 
     def integer(
         self, key: str, default: int | None = None, *, least: int = 1, most: int = 2**20
     ) -> int:
-        """A whole number in a range; an error if it is absent and has no default."""
+        """Return an integer in a range; raise an error if it is absent and has no default."""
         value = self.content.get(key)
         value = default if value is None else value
         if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
@@ -49,18 +49,18 @@ class ConfigValues:
     def number(
         self, key: str, default: float | None = None, *, above: float = 0.0, equal: bool = False
     ) -> float:
-        """A finite number above a bound, or equal to it where that is allowed."""
+        """Return a finite number above a bound, or equal to it if that is allowed."""
         value = self.content.get(key)
         value = default if value is None else value
         if isinstance(value, int | float) and not isinstance(value, bool):
-            # A whole number may be too large for a float.
+            # An integer may be too large for a float.
             found = float(value) if abs(value) < 1e300 else math.inf
             if math.isfinite(found) and (found > above or (equal and found == above)):
                 return found
         raise self.fault(key, f"a number {'of at least' if equal else 'above'} {above:g}")
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """true or false."""
+        """Return true or false."""
         value = self.content.get(key)
         value = default if value is None else value
         if isinstance(value, bool):
@@ -68,7 +68,7 @@ class ConfigValues:
         raise self.fault(key, "true or false")
 
     def inner(self, key: str) -> ConfigValues | None:
-        """The object under a key; None if it is absent or empty."""
+        """Return the object under a key; None if it is absent or empty."""
         value = self.content.get(key)
         if value is None or isinstance(value, Mapping):
             return ConfigValues(value, self.where, f"{self.path}{key}.") if value else None

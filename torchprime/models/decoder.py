@@ -1,12 +1,12 @@
-"""The decoder: embedding, a pure stack of equal layers, final norm. Hugging Face parameter names.
+"""The decoder: embedding, a stack of equal layers, final norm. Hugging Face parameter names.
 
 ids -> embed_tokens -> layers (each: attention within segments, gated MLP) -> norm -> hidden states.
-The output projection is kept apart (`output_weight`), because the loss multiplies by it chunk by
-chunk and full logits are never made in training.
+The output projection is separate (`output_weight`), because the loss multiplies by it chunk by
+chunk and full logits are never computed in training.
 
 Parallelism, remat, scan and kernels are applied from outside (design law 6). For that the layers
-are pure functions of (hidden, context) held in a container that only chains them: a pass may
-replace the container, a layer's attention core, or hang hooks on any module by its name.
+are pure functions of (hidden, context), held in a container that only chains them: a pass may
+replace the container or a layer's attention core, or hang hooks on any module by its name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torchprime.models.rope import inverse_frequencies, rotary_tables, rotate
 
 
 class LayerContext(NamedTuple):
-    """What every layer reads and none changes."""
+    """The inputs that all layers read and none changes."""
 
     cos: Tensor  # [B, 1, S, h/2]
     sin: Tensor  # [B, 1, S, h/2]
@@ -96,7 +96,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Pure: reads only its arguments and weights."""
+    """A layer: x + attention(norm(x)), then x + mlp(norm(x)). Pure: reads only its arguments and
+    weights."""
 
     def __init__(self, a: Architecture, window: int | None, kind: int) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class DecoderLayer(nn.Module):
 
 
 class LayerStack(nn.ModuleList):
-    """Chains the layers and does nothing else, so that a pass may chain them in another way."""
+    """A container that only chains the layers, so that a pass may chain them in another way."""
 
     def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
         for layer in self:
@@ -119,14 +120,14 @@ class LayerStack(nn.ModuleList):
         return x_BSD
 
     def templates(self) -> list[nn.Module]:
-        """The layers whose code runs."""
+        """Return the layers whose code is executed."""
         return list(self)
 
     def with_cache(
         self, x_BSD: Tensor, context: LayerContext, cache: Any
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Do `forward` while generation/cache.py has its cores in: the layers look at their part of
-        the cache (if it is not None), and each one's new keys and values are returned too."""
+        """Run `forward` while the cores of generation/cache.py are installed. Each layer reads its
+        part of the cache (if it is not None), and its new keys and values are returned too."""
         keys, values = [], []
         for index, layer in enumerate(self):
             core: Any = layer.self_attn.core  # pyright: ignore[reportAttributeAccessIssue]
@@ -138,7 +139,7 @@ class LayerStack(nn.ModuleList):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, norm: what Hugging Face calls `model` inside the causal LM."""
+    """Embedding, layers, norm: the part that Hugging Face calls `model` inside the causal LM."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.preparers = [ReferenceAttention(a.head_dim, window) for window in self.windows]
-        # On the CPU even when the parameters are made without storage: a constant, not a weight.
+        # On the CPU even if the parameters are made without storage: a constant, not a weight.
         speeds = torch.tensor(
             inverse_frequencies(a.rope, a.head_dim), dtype=torch.float32, device="cpu"
         )
@@ -180,15 +181,15 @@ class CausalLM(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """[V, D]: the matrix that makes logits of hidden states."""
+        """The matrix [V, D] that maps hidden states to logits."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        """Integers [B, S] each -> hidden states [B, S, D] after the final norm."""
+        """Return hidden states [B, S, D] after the final norm, for integers [B, S] each."""
         return self.model(input_ids, position_ids, segment_ids)
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        """[B, S, V] in fp32; for checks and generation, never in training."""
+        """Return logits [B, S, V] in fp32; for checks and generation, never in training."""
         hidden = self(input_ids, position_ids, segment_ids)
         return F.linear(hidden, self.output_weight).float()
 
@@ -205,7 +206,7 @@ def replace_attention_cores(
 
 
 def initialize(model: CausalLM, seed: int) -> dict[str, Tensor]:
-    """Random weights for training from scratch, by Hugging Face's rule for these families.
+    """Return random weights for training from scratch, by Hugging Face's rule for these families.
 
     Matrices and embeddings are normal(0, initializer_range), biases 0, norms 1. Each tensor has its
     own generator, keyed by seed and name, so that the weights do not depend on the order in which
@@ -221,7 +222,7 @@ def initialize(model: CausalLM, seed: int) -> dict[str, Tensor]:
 
 
 def initial_tensor(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
-    """One tensor of `initialize`."""
+    """Return one tensor of `initialize`."""
     if "norm" in name:
         return torch.ones(shape)
     if name.endswith("bias"):
@@ -231,7 +232,7 @@ def initial_tensor(name: str, shape: torch.Size, std: float, seed: int) -> Tenso
 
 
 def hash_name(name: str) -> int:
-    """A stable 32-bit hash of a parameter's name (FNV-1a), equal in every process."""
+    """Return a stable 32-bit hash of a parameter's name (FNV-1a), equal in every process."""
     value = 0x811C9DC5
     for byte in name.encode():
         value = ((value ^ byte) * 0x01000193) % 2**32

@@ -1,6 +1,6 @@
-"""New rows for the embedding and the output projection, made from the rows that are there.
+"""New rows for the embedding and the output projection, computed from the existing rows.
 
-    mean    the mean of the other rows plus a little noise, as Hewitt has it ("Initializing New Word
+    mean    the mean of the other rows plus a little noise, as in Hewitt ("Initializing New Word
             Embeddings for Pretrained Language Models", 2021) and transformers'
             `resize_token_embeddings`: normal with the other rows' mean and 1e-9 times their
             covariance. A new token is then about as likely as the others are on average.
@@ -11,7 +11,7 @@ decomposition. A sum of the centred rows with independent normal factors, divide
 their number, has the same distribution and costs one product of [new rows, rows] and [rows, D].
 
 The factors come from a counter-based generator: they are a function of seed, tensor and row. Sums
-are in float64, so that rounding to the weights' dtype hides in which order a machine adds.
+are in float64, so that after rounding to the weights' dtype the order of summation has no effect.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from torchprime.models.decoder import hash_name
 
 COVARIANCE_SCALE = 1e-9
 PIECE = 1024  # old rows that are widened to float64 at once
-MADE_AT_ONCE = 512  # new rows; more of them read the old rows again
+MADE_AT_ONCE = 512  # new rows per pass over the old rows
 
 
 @dataclass(frozen=True)
 class NewRows:
-    """Which rows of a vocabulary's matrices are made, and how.
+    """The rows of a vocabulary's matrices that are initialized, and the method.
 
     Attributes:
         before: rows of the checkpoint's matrices.
@@ -48,12 +48,12 @@ class NewRows:
 
     @property
     def made(self) -> list[int]:
-        """Every row that is made, in order."""
+        """Every initialized row, in order."""
         return [*self.unused, *range(self.before, self.rows)]
 
     def resized(self, name: str, old: Tensor, dtype: torch.dtype) -> Tensor:
-        """The matrix [rows, D] in host memory, of the checkpoint's [before, D]; its other rows are
-        as they were.
+        """Return the matrix [rows, D] in host memory, from the checkpoint's [before, D]; its other
+        rows are unchanged.
 
         Args:
             name: the weight's Hugging Face name.
@@ -70,9 +70,9 @@ class NewRows:
         return result
 
     def _near_the_mean(self, name: str, old: Tensor, made: list[int]) -> Tensor:
-        """float64 [made, D]."""
+        """Return float64 [made, D], normal with the mean and small covariance of the other rows."""
         key = [self.seed % 2**64, hash_name(name)]
-        # A stream of its own for each row: the counter's last word is no draw's to reach.
+        # A stream of its own for each row: no draw changes the counter's last word.
         draws = [
             np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, row])) for row in made
         ]

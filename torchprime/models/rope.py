@@ -1,7 +1,6 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), with the scalings of long
-contexts.
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), with long-context scaling.
 
-The tables are made once per forward from position_ids, outside the layers, and handed to every
+The tables are made once per forward from position_ids, outside the layers, and passed to every
 layer: segments restart their positions, so the tables are per batch element.
 """
 
@@ -16,11 +15,11 @@ from torchprime.models.rope_config import Rope
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> list[float]:
-    """The head_dim/2 rotation speeds in radians per position, in double precision.
+    """Return the head_dim/2 rotation speeds in radians per position, in double precision.
 
     `linear` divides all of them by the factor (position interpolation, arXiv:2306.15595). `llama3`
-    divides only the slow ones and blends in between by wavelength, as Llama 3.1's reference code
-    does.
+    divides only the slow ones and interpolates in between by wavelength, as Llama 3.1's reference
+    code does.
     """
     plain = [rope.theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
     if rope.kind == "default":
@@ -44,7 +43,7 @@ def _llama3_scaled(frequency: float, rope: Rope) -> float:
 def rotary_tables(
     speeds: Tensor, position_ids: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for each position, computed in fp32.
+    """Return cosines and sines for each position, computed in fp32.
 
     Args:
         speeds: `inverse_frequencies` as fp32 [head_dim/2], on the device of the positions.

@@ -1,11 +1,11 @@
-"""How a config.json describes rotary positions, in the spellings of transformers 4 and 5.
+"""Rotary position settings of a config.json, in the spellings of transformers 4 and 5.
 
     transformers 5    rope_parameters: {rope_type, rope_theta, factor, ...}
     transformers 4    rope_theta, rope_scaling: {rope_type or type, factor, ...}
 
 A file may have both, for both readers. transformers 5 then takes all of `rope_scaling` and nothing
-of `rope_parameters`, transformers 4 the other way round, so two spellings that differ in any value
-are two models: they are refused by name. What a file leaves out is read as transformers 5 does.
+of `rope_parameters`, transformers 4 the other way round. So two spellings that differ in any value
+are two models: they are refused by name. Absent keys get transformers 5's defaults.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PARTIAL = "partial_rotary_factor"
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: base and, for long contexts, how frequencies are scaled."""
+    """Rotary position embedding: base and, for long contexts, the scaling of frequencies."""
 
     theta: float = THETA
     kind: str = "default"  # default, linear, llama3
@@ -46,7 +46,7 @@ KEYS = {
 
 
 def read_rope(config: ConfigValues, max_position_embeddings: int) -> Rope:
-    """Read the rope of a config.
+    """Read the rope settings of a config.
 
     Args:
         max_position_embeddings: the context, by which `llama3` scales if nothing else is said.
@@ -70,7 +70,7 @@ def read_rope(config: ConfigValues, max_position_embeddings: int) -> Rope:
 
 
 def _read(keys: ConfigValues, config: ConfigValues) -> Rope:
-    """One spelling, but for the original context."""
+    """Return one spelling, except the original context."""
     for key in keys.content:
         if isinstance(keys.get(key), dict):
             raise keys.fault(key, "one rope for all layers, not one for each kind of layer")
@@ -108,9 +108,9 @@ def _kind(keys: ConfigValues) -> str:
 def _with_original(
     rope: Rope, keys: ConfigValues | None, config: ConfigValues, max_position_embeddings: int
 ) -> Rope:
-    """The rope with the context that it was trained for, which only `llama3` uses.
+    """Return the rope with the context that it was trained for, which only `llama3` uses.
 
-    transformers 5 prefers the key outside of the object; transformers 4 knows only the one inside.
+    transformers 5 prefers the key outside of the object; transformers 4 reads only the one inside.
     """
     if rope.kind != "llama3" or keys is None:
         return rope
@@ -137,7 +137,7 @@ def _refuse_difference(new: Rope, old: Rope, where: str, older: str) -> None:
 
 
 def both_spellings(rope: Rope) -> dict[str, Any]:
-    """The keys of config.json for a rope, in the spellings of transformers 4 and 5."""
+    """Return the keys of config.json for a rope, in the spellings of transformers 4 and 5."""
     scaling: dict[str, Any] = {"rope_type": rope.kind}
     if rope.kind != "default":
         scaling["factor"] = rope.factor

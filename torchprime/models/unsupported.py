@@ -1,4 +1,4 @@
-"""What checkpoints are that cannot be trained, in words, each with the way out."""
+"""Messages for checkpoints that can't be trained, each with a way to fix it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TAKE_TEXT_PART = (
 
 
 def unsupported_family(config: Mapping[str, Any], families: Sequence[str]) -> str:
-    """Why a model_type cannot be trained."""
+    """Return the reason why a model_type can't be trained."""
     told = f"model_type is {config.get('model_type')!r:.100}; supported are {', '.join(families)}."
     inner = config.get("text_config")
     if not isinstance(inner, Mapping):
@@ -31,7 +31,7 @@ def unsupported_family(config: Mapping[str, Any], families: Sequence[str]) -> st
 
 
 def quantized(quantization_config: object) -> str:
-    """Why a checkpoint with this entry in its config.json cannot be trained."""
+    """Return the reason why a checkpoint with this entry in its config.json can't be trained."""
     told = quantization_config if isinstance(quantization_config, Mapping) else {}
     keys = ("quant_method", "bits", "load_in_4bit", "load_in_8bit", "fmt", "format")
     parts = [f"{key}={told[key]!r:.40}" for key in keys if told.get(key)]

@@ -1,1 +1,1 @@
-"""A run's folder becomes report.md and report.html."""
+"""The report of a run's folder: report.md and report.html."""

@@ -1,7 +1,8 @@
-"""Answers of several steps to the same held-out rows, side by side, the telling ones first.
+"""Answers of several steps to the same held-out rows, side by side, the most informative ones
+first.
 
-Rows are put in order by what training did to one grade, the one that the run ranked its steps by:
-wrong answers that became right, right ones that became wrong, and what stayed as it was.
+Rows are sorted by the change of one grade, the one that the run ranked its steps by: wrong answers
+that became right, right ones that became wrong, and unchanged ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torchprime.evaluation.graders.samples import Sample
 
 BETTER, WORSE, STILL_WRONG, STILL_RIGHT = "now right", "now wrong", "still wrong", "still right"
 HIGHER, LOWER, SAME, UNGRADED = "better", "worse", "as before", "not graded"
-# How many of each are shown at most, in this order; more of the first ones if that makes few.
+# The most that are shown of each, in this order; more of the first ones if there are few.
 SHOWN = {BETTER: 4, HIGHER: 4, WORSE: 4, LOWER: 4, STILL_WRONG: 2, STILL_RIGHT: 2, SAME: 2}
 SHOWN_AT_LEAST = 6
 LONGEST = 4000  # characters of a prompt or an answer
@@ -25,7 +26,7 @@ LONGEST = 4000  # characters of a prompt or an answer
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A held-out row and what each of the compared steps answered, by the table's headings."""
+    """A held-out row and the answer of each compared step, by the table's headings."""
 
     row_id: str
     prompt: str
@@ -51,7 +52,7 @@ class Answers:
 def read_answers(
     files: Mapping[str, Path], ranked: Sequence[str], lower: Collection[str]
 ) -> Answers:
-    """Pick from the samples of the compared steps.
+    """Choose rows from the samples of the compared steps.
 
     Args:
         files: by heading, the earliest first; the last one is compared with the first.
@@ -88,7 +89,7 @@ def read_answers(
 
 
 def _deciding(grades: Sequence[Grades], ranked: Sequence[str]) -> str | None:
-    """The first grader of the ranking, else the first that passes or fails, else any."""
+    """Return the first grader of the ranking, else the first that passes or fails, else any."""
     names = list(grades[0]) if grades else []
     passes = [name for name in names if _is_binary([each.get(name) for each in grades])]
     return next(chain((name for name in ranked if name in names), passes, names), None)
@@ -102,7 +103,7 @@ def _change(before: float | None, after: float | None, binary: bool, highest: bo
     if before is None or after is None:
         return UNGRADED
     if binary:
-        right = int(highest)  # 0 where lower is better, as of refusals
+        right = int(highest)  # 0 if lower is better, as for refusals
         return {
             (False, True): BETTER,
             (True, False): WORSE,
@@ -123,12 +124,12 @@ def _telling(rows: Sequence[AskedRow]) -> list[AskedRow]:
 
 
 def shorten(text: str) -> str:
-    """A long text's beginning, and how much is left out."""
+    """Return a long text's beginning, and the number of characters left out."""
     if len(text) <= LONGEST:
         return text
     return f"{text[:LONGEST]} ... ({len(text) - LONGEST:,} more characters)"
 
 
 def grade(value: float | None) -> str:
-    """A grade in a few characters."""
+    """Return a grade in a few characters."""
     return "-" if value is None else f"{value:.4g}"

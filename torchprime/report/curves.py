@@ -1,8 +1,9 @@
-"""Curves of a run as SVG inside a page: drawn by hand, so that a page needs no file and no script,
-and takes its colours from the page's style, light or dark.
+"""Curves of a run as SVG inside a page, drawn without a library: the page needs no file and no
+script.
 
-A chart has a line, or points, per series, and a band where an interval is known. Of very many
-points each stretch keeps its lowest and highest, so that no spike is lost.
+They take their colours from the page's style, light or dark. A chart has a line, or points, per
+series, and a band where an interval is known. If there are very many points, each stretch keeps its
+lowest and highest, so that no spike is lost.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Point = tuple[int, float]
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart; `band` has low and high at each step, where they are known."""
+    """A line of a chart; `band` has low and high at each step where they are known."""
 
     name: str
     points: list[Point]
@@ -35,7 +36,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn together, on one scale."""
+    """The series that are drawn together, on one scale."""
 
     title: str
     series: list[Series]
@@ -48,7 +49,7 @@ def charts(
     history: Sequence[Evaluated],
     lower: Collection[str],
 ) -> list[Chart]:
-    """A run's charts from its records: losses, scores, learning rate, gradient norm.
+    """Return a run's charts from its records: losses, scores, learning rate, gradient norm.
 
     Args:
         lower: the graders for which lower is better.
@@ -73,7 +74,7 @@ def _series(
 
 
 def _score_charts(history: Sequence[Evaluated], lower: Collection[str]) -> list[Chart]:
-    """Shares in one chart; every other measure has a scale of its own."""
+    """Return one chart for all shares, and one with its own scale for every other measure."""
     names = list(dict.fromkeys(name for one in history for name in one.graded))
     passes, measures = [], []
     for name in names:
@@ -91,7 +92,7 @@ def _score_charts(history: Sequence[Evaluated], lower: Collection[str]) -> list[
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most so many points: of each stretch the lowest and the highest, in their order."""
+    """Return at most so many points: of each stretch the lowest and the highest, in their order."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / (most // 2))
@@ -104,7 +105,7 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers from low to high, about so many."""
+    """Return about so many round numbers from low to high."""
     rough = (high - low) / about
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * size for size in (1, 2, 2.5, 5, 10) if unit * size >= rough * 0.999)
@@ -113,7 +114,7 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
 
 
 def svg(chart: Chart, last: int, best: int | None) -> Markup:
-    """The chart, from step 0 to the last; `best` is marked with a line."""
+    """Return the chart, from step 0 to the last; `best` is marked with a line."""
     values = [value for each in chart.series for _, value in each.points]
     values += [end for each in chart.series for pair in each.band.values() for end in pair]
     low, high = (0.0, 1.0) if chart.percent else _range(values)
@@ -145,7 +146,7 @@ class _Scale:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """From 0 where that is near, with some room; never empty."""
+    """Return the range of an axis, from 0 if that is near, with some margin; never empty."""
     low, high = min(values), max(values)
     if 0 <= low <= 0.6 * high:
         low = 0.0

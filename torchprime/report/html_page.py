@@ -1,4 +1,5 @@
-"""report.html: a run's report as one page that loads nothing (torchprime/data/page.py)."""
+"""The writer of report.html: a run's report as one page that loads nothing
+(torchprime/data/page.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torchprime.report.read import RunReport
 
 
 def html(report: RunReport) -> str:
-    """The page."""
+    """Return the page's HTML."""
     drawn = charts(report.steps, report.evaluations, report.history, report.lower)
 
     def curve(chart: Chart) -> Markup:

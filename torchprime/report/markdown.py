@@ -1,6 +1,6 @@
-"""report.md: a run's report as Markdown that reads well as plain text, too.
+"""The writer of report.md: a run's report as Markdown that is readable as plain text, too.
 
-What comes from rows, answers and names is escaped (markdown_text.py).
+Text from rows, answers and names is escaped (markdown_text.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torchprime.report.read import RunReport
 
 
 def markdown(report: RunReport) -> str:
-    """The file."""
+    """Return the file's text."""
     return "\n".join([f"# {inline(report.name)}", "", *_sections(report)]) + "\n"
 
 

@@ -1,10 +1,10 @@
-"""What a run's folder says of the run, gathered for its report.
+"""Reader of a run's folder for its report.
 
     config.yaml, run.json, metrics.jsonl, data_report.json, evaluations/, the export's certificate
-      ->  RunReport  ->  report.md (report_markdown.py), report.html (report_html.py)
+    ->  RunReport  ->  report.md (markdown.py), report.html (html_page.py)
 
-Nothing but these files is read, so a report can be made again, on any machine. What was chosen and
-why is decided anew from the records, by the run's own rules.
+Nothing but these files is read, so a report can be made again on any machine. The best step and the
+reason for the choice are computed again from the records, by the run's own rules.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Export:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A run, for its report.
+    """The data of a run's report.
 
     Attributes:
         facts: run.json.
@@ -90,24 +90,24 @@ class RunReport:
 
     @property
     def lower_note(self) -> str:
-        """A sentence that names the graders for which lower is better; "" if there are none."""
+        """The sentence that names the graders for which lower is better; "" if there are none."""
         return f"Lower is better: {', '.join(self.lower)}." if self.lower else ""
 
     @property
     def last_step(self) -> int:
-        """The last that has a record."""
+        """The last step that has a record."""
         return _last_step(self.steps, self.history)
 
     @property
     def mesh(self) -> str:
-        """The axes that are more than 1, with the devices."""
+        """The axes with more than one device, and the number of devices."""
         device = self.facts["device"]
         axes = [f"{axis} {size}" for axis, size in self.facts["mesh"].items() if size > 1]
         return f"{device['count']} x {device['kind']}" + (f": {' x '.join(axes)}" if axes else "")
 
     @property
     def run_facts(self) -> dict[str, str]:
-        """What ran, on what."""
+        """The model, data and devices of the run."""
         model = self.facts["model"]
         weights = f"{model['parameters']:,} parameters in {model['dtype']}"
         versions = ", ".join(f"{name} {value}" for name, value in self.facts["versions"].items())
@@ -121,13 +121,13 @@ class RunReport:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of data, held-out data, tokenizer and template."""
+        """The fingerprints of data, held-out data, tokenizer and template."""
         found = self.facts["fingerprints"]
         return {name: found[name] for name in FINGERPRINTS if found.get(name)}
 
 
 def read_report(folder: Path) -> RunReport:
-    """Gather a run's report from its folder.
+    """Read a run's report from its folder.
 
     Raises:
         DataError: no folder of a run, or a file of it is missing or damaged; naming the file.
@@ -149,7 +149,7 @@ def read_report(folder: Path) -> RunReport:
 
 
 def _read(path: Path, parse: Any) -> dict[str, Any]:
-    """A mapping from a file of the run."""
+    """Return a mapping from a file of the run."""
     try:
         content = parse(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -201,7 +201,7 @@ def _gather(
 
 
 def _of_kind(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """One record of each step, the last that was written."""
+    """Return one record of each step, the last that was written."""
     return sorted(
         {record["step"]: record for record in records if record["kind"] == kind}.values(),
         key=lambda record: record["step"],
@@ -217,7 +217,7 @@ def _graders(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return config["eval"]["graders"]
 
 
-# What happened ------------------------------------------------------------------------------------
+# Events of the run --------------------------------------------------------------------------------
 
 
 def _messages(
@@ -285,7 +285,7 @@ def _times(
     evaluations: Sequence[Mapping[str, Any]],
     records: Sequence[Mapping[str, Any]],
 ) -> dict[str, str]:
-    """Where the time went; a logged step's is the mean since the one before."""
+    """Return the seconds by use; a logged step's is the mean since the one before."""
     found = {}
     numbers = [0, *(record["step"] for record in steps)]
     spent = [

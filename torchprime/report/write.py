@@ -1,4 +1,4 @@
-"""The report of a run: report.md and report.html, from what lies in the run's folder."""
+"""The report of a run, written as report.md and report.html from the files in the run's folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MARKDOWN, PAGE = "report.md", "report.html"
 
 
 def write_report(run: Path, out: Path | None = None) -> list[Path]:
-    """Write both into the run's folder, or into `out`; their paths.
+    """Write both files into the run's folder, or into `out`, and return their paths.
 
     Raises:
         UserError: what `read_report` raises, or a file cannot be written.

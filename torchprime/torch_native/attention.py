@@ -1,9 +1,9 @@
 """Attention on CUDA: flash-attn or FlexAttention, or the reference core.
 
-None of the first two makes the [S, S] scores in memory, and both skip what the causal mask, the
-window or the segments rule out. flash-attn is told where segments begin in the blocks laid end to
-end; FlexAttention gets a block mask made of them. Either is made once per forward, in `prepare`,
-and shared by all layers.
+Neither of the first two stores the [S, S] scores in memory, and both skip the blocks that the
+causal mask, the window or the segments exclude. flash-attn takes the begins of segments in the
+concatenated blocks; FlexAttention takes a block mask. Either is made once per forward, in
+`prepare`, and shared by all layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLASH_CAPABILITY = (8, 0)
 
 
 class FlexAttention(nn.Module):
-    """FlexAttention behind the core's two methods; compiled where it pays, on CUDA."""
+    """FlexAttention with the core's two methods; compiled on CUDA."""
 
     def __init__(self, head_dim: int, window: int | None, compiled: bool) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class FlexAttention(nn.Module):
         self.make_mask: Any = torch.compile(create_block_mask) if compiled else create_block_mask
 
     def prepare(self, segment_ids: Tensor) -> BlockMask:
-        """segment_ids [B, S] -> which blocks of scores are computed, for all heads."""
+        """Return the blocks of scores that are computed, for all heads, from segment_ids [B, S]."""
         window = self.window
 
         def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -45,13 +45,13 @@ class FlexAttention(nn.Module):
         return self.make_mask(visible, B, None, S, S, device=segment_ids.device)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: BlockMask) -> Tensor:
-        """q [B, H, S, h]; k, v [B, K, S, h] -> [B, H, S, h]."""
+        """Return [B, H, S, h] for q [B, H, S, h] and k, v [B, K, S, h]."""
         grouped = q.shape[1] != k.shape[1]
         return self.attend(q, k, v, block_mask=prepared, scale=self.scale, enable_gqa=grouped)
 
 
 class FlashAttention(nn.Module):
-    """flash-attn's kernel for sequences of different lengths, behind the core's two methods.
+    """flash-attn's kernel for sequences of different lengths, with the core's two methods.
 
     Args:
         attend: `flash_attn.flash_attn_varlen_func`.
@@ -64,20 +64,20 @@ class FlashAttention(nn.Module):
         self.window = (-1, -1) if window is None else (window - 1, 0)
 
     def prepare(self, segment_ids: Tensor) -> Tensor:
-        """segment_ids [B, S] -> int32 [segments + 1]: where each begins in the B * S tokens laid
-        end to end, and the end of the last. A block's padding is a segment like any other. How many
-        there are is known on the device: the host waits for it, once per forward."""
+        """Return int32 [segments + 1] for segment_ids [B, S]: the begin of each segment in the B *
+        S concatenated tokens, and the end of the last. A block's padding is a segment like any
+        other. Their number is known on the device only: the host waits for it, once per forward."""
         begins = torch.ones_like(segment_ids, dtype=torch.bool)
         begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
         starts = begins.flatten().nonzero().flatten()
         end = starts.new_tensor([segment_ids.numel()])
         offsets = torch.cat([starts, end]).to(torch.int32)
-        # Each batch has another number of them, which must not compile the layers anew.
+        # Each batch has another number of them, which must not recompile the layers.
         torch._dynamo.maybe_mark_dynamic(offsets, 0)
         return offsets
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor) -> Tensor:
-        """q [B, H, S, h]; k, v [B, K, S, h] -> [B, H, S, h]."""
+        """Return [B, H, S, h] for q [B, H, S, h] and k, v [B, K, S, h]."""
         B, _, S, _ = q.shape
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * S, heads, h]
         out = self.attend(
@@ -86,7 +86,7 @@ class FlashAttention(nn.Module):
             v,
             cu_seqlens_q=prepared,
             cu_seqlens_k=prepared,
-            max_seqlen_q=S,  # an upper bound, known without asking the device
+            max_seqlen_q=S,  # an upper bound, known without a read from the device
             max_seqlen_k=S,
             softmax_scale=self.scale,
             causal=True,
@@ -99,14 +99,14 @@ class FlashAttention(nn.Module):
 
 
 class Flash(NamedTuple):
-    """What was found of flash-attn."""
+    """The result of the search for flash-attn."""
 
     attend: Callable[..., Tensor] | None  # flash_attn_varlen_func, if it can be used
-    told: str  # its version, or what is in its way
+    told: str  # its version, or the reason why it can't be used
 
 
 def find_flash() -> Flash:
-    """Look for flash-attn. Built against one version of torch, it may not load in another."""
+    """Look for flash-attn. A build for one version of torch may not load in another."""
     try:
         version = metadata.version("flash-attn")
     except metadata.PackageNotFoundError:
@@ -125,7 +125,7 @@ def choose_kernel(
     capability: tuple[int, int] | None,
     flash: Flash,
 ) -> tuple[str, str]:
-    """Resolve `auto` and refuse a kernel that is not there.
+    """Resolve `auto` and refuse a kernel that is not available.
 
     Args:
         capability: of the GPU, (major, minor).
@@ -159,7 +159,7 @@ def choose_kernel(
 
 
 def flex_trains_on_cpu() -> bool:
-    """Whether this torch differentiates FlexAttention on the CPU: 2.9 does, 2.13 refuses."""
+    """Return True if this torch differentiates FlexAttention on the CPU: 2.9 does, 2.13 refuses."""
     q = torch.zeros(1, 1, 1, 16, requires_grad=True)
     try:
         attended: Any = flex_attention(q, q, q)
@@ -188,7 +188,7 @@ def inject_attention(model: CausalLM, kernel: str, device_type: str) -> None:
     """Put the chosen kernel into every layer."""
     if kernel == "flash":
         attend = find_flash().attend
-        assert attend is not None  # it was chosen
+        assert attend is not None  # choose_kernel found it
         replace_attention_cores(model, lambda size, window: FlashAttention(size, window, attend))
     elif kernel == "flex":
         compiled = device_type == "cuda"

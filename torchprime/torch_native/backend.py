@@ -57,27 +57,28 @@ from torchprime.training.step import (
     supervised_weight,
 )
 
-# Norms of the heads: every process of the tensor axis sees only its own heads.
+# Norms of the heads: every process of the tensor axis computes only its own heads.
 PER_HEAD = ("q_norm", "k_norm")
 
 
 class _Loss(nn.Module):
-    """What a step calls: the model and its loss as one module, so that FSDP2 has the output
-    projection whole while the loss multiplies by it."""
+    """The module that a step calls: model and loss together, so that FSDP2 has the output
+    projection gathered while the loss multiplies by it."""
 
     def __init__(self, model: CausalLM, cross_entropy: CrossEntropy) -> None:
         super().__init__()
         self.model, self.cross_entropy = model, cross_entropy
 
     def forward(self, *fields: Tensor, instead: Callable[[], Any] | None = None) -> Any:
-        """The loss, or what is run `instead` with the root's weights whole (generation)."""
+        """Return the loss, or the result of `instead` with the root's weights gathered
+        (generation)."""
         if instead is not None:
             return instead()
         return loss_of(self.model, fields, partial(on_supervised_tokens, self.cross_entropy))
 
 
 class NativeBackend:
-    """Implements `torchprime.training.backend.Backend` on torch.distributed."""
+    """The implementation of `torchprime.training.backend.Backend` on torch.distributed."""
 
     name = "torch_native"
 
@@ -92,7 +93,8 @@ class NativeBackend:
         full_precision: bool = False,
         compiler: str | None = None,
     ) -> None:
-        """
+        """Make the backend.
+
         Args:
             compiler: torch.compile's backend for the layers; None is inductor on CUDA, none on CPU.
         """
@@ -124,7 +126,7 @@ class NativeBackend:
             "fsdp"
         ] + self.mesh.get_local_rank("fsdp")
         self.tensor_group = self.mesh["tensor"].get_group()
-        # Groups of their own: for objects, and for a thread that talks while the loop does.
+        # Separate groups: for objects, and for a thread that communicates while the loop does.
         limit = timedelta(seconds=timeout_seconds())
         self.host_group, self.aside_group = (
             dist.new_group(backend="gloo", timeout=limit) for _ in range(2)
@@ -134,7 +136,7 @@ class NativeBackend:
     # -- weights in and out --------------------------------------------------------------------
 
     def check(self, model: CausalLM, table: ShardingTable) -> None:
-        """See Backend."""
+        """Raise a ConfigError if the tensor axis can't divide the model's layers."""
         size = self.mesh["tensor"].size()
         if size > 1:
             layer = model.model.layers.get_submodule("0")
@@ -147,7 +149,7 @@ class NativeBackend:
         tensor_of: Callable[[str], Tensor],
         dtype: torch.dtype,
     ) -> None:
-        """Cut and stream in the weights, layer by layer."""
+        """Shard the model and load the weights, layer by layer."""
         self.model = model
         inject_attention(model, self.attention, self.device.type)
         apply_remat(model.model.layers, self.remat_policy)
@@ -158,18 +160,19 @@ class NativeBackend:
         placement.load(self.root, model, table, self.mesh, tensor_of, dtype, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See Backend."""
+        """Return an iterator over the whole weights on the host, by Hugging Face name."""
         self._reshard()
         return placement.gather(self.model)
 
     def _reshard(self) -> None:
-        """A forward leaves the root's own weights gathered. What is handed out may share their
-        storage, which FSDP2 could then no longer free, and is not the shard it seems to be."""
+        """Reshard the root's own weights, which a forward leaves gathered. A tensor passed out
+        could share their storage, which FSDP2 could then no longer free, and would not be a
+        shard."""
         assert isinstance(self.root, FSDPModule)
         self.root.reshard()
 
     def save_sharded(self, folder: str) -> None:
-        """See Backend."""
+        """Write the weights in their shards with torch.distributed.checkpoint."""
         state = {name: p.detach() for name, p in self.model.named_parameters()}
         save(state, storage_writer=FileSystemWriter(folder))
 
@@ -178,7 +181,7 @@ class NativeBackend:
     def prepare_training(
         self, optimizer: Optimizer, options: StepOptions, resumed: ResumedState | None = None
     ) -> None:
-        """See Backend."""
+        """Make the optimizer's state for this process's shards: zeros, or a checkpoint's."""
         self.optimizer, self.options = optimizer, options
         if self.loss == "chunked":
             self.root.cross_entropy = partial(chunked_cross_entropy, chunks=options.loss_chunks)
@@ -215,9 +218,9 @@ class NativeBackend:
         offsets, sizes = placement.region(parameter)
 
         def own(full_name: str, dims: Sequence[int]) -> Tensor:
-            """This process' shard of a state that keeps these dims of its parameter."""
+            """Return this process's shard of a state that keeps these dims of its parameter."""
             region = [offsets[d] for d in dims], [sizes[d] for d in dims]
-            if 0 in region[1]:  # more processes than rows: nothing of it is here
+            if 0 in region[1]:  # more processes than rows: this process holds none of it
                 return torch.zeros(region[1], device=self.device)
             part = resumed.tensor_of(full_name, region)
             return part.to(device=self.device, dtype=torch.float32, copy=True)
@@ -231,7 +234,8 @@ class NativeBackend:
         return ParameterState(info, shard, slots, master)
 
     def checkpoint_tensors(self) -> list[TensorShards]:
-        """See Backend."""
+        """Return weights and optimizer state by their names in a checkpoint, with this process's
+        shards."""
         self._reshard()
         found = []
         for name, parameter in self.model.named_parameters():
@@ -254,12 +258,12 @@ class NativeBackend:
 
     @watched
     def progress(self) -> tuple[int, int]:
-        """See Backend."""
+        """Return the number of finished updates, and the first non-finite one (0 if none)."""
         return int(self.state.step), int(self.state.bad_step)
 
     def gather_objects(self, value: Any, *, aside: bool = False) -> list[Any]:
-        """See Backend. Not watched: gloo raises by itself, and who only listens for signs of life
-        (training/agreeing.py) must not end this process."""
+        """Return on every process the objects of all. The call is not watched: gloo raises by
+        itself, and listening for signs of life (training/agreeing.py) must not end this process."""
         gathered: list[Any] = [None] * self.process_count
         group = self.aside_group if aside else self.host_group
         dist.all_gather_object(gathered, value, group=group)
@@ -267,34 +271,35 @@ class NativeBackend:
 
     @watched
     def largest(self, value: int) -> int:
-        """See Backend."""
+        """Return the largest of all processes' values."""
         found = torch.tensor(value, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
     def preempted(self, step: int) -> bool:
-        """See Backend. torch.distributed has no notice of its own."""
+        """Return False: torch.distributed has no notice of a preemption."""
         return False
 
     def seed(self, seed: int) -> None:
-        """See Backend."""
+        """Seed the device's random generator."""
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
     def rng_state(self) -> str:
-        """See Backend."""
+        """Return the device's random state as text."""
         if self.device.type != "cuda":
             return ""
         return base64.b64encode(torch.cuda.get_rng_state(self.device).numpy().tobytes()).decode()
 
     def set_rng_state(self, state: str) -> None:
-        """See Backend."""
+        """Restore a state that `rng_state` returned."""
         if self.device.type == "cuda" and state:
             values = torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8)
             torch.cuda.set_rng_state(values, self.device)
 
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
-        """See Backend. Fields travel as [A, b, S], b this process' share of a micro-batch."""
+        """Start moving a batch to the device. Fields travel as [A, b, S], b this process's share of
+        a micro-batch."""
         sent = []
         for field in host_fields(batch):
             whole = field.view(accumulation, self.batch_parts, -1, field.shape[-1])
@@ -303,7 +308,7 @@ class NativeBackend:
 
     @watched
     def train_step(self, batch: list[Tensor], lr: float) -> Tensor:
-        """See Backend."""
+        """Start one update; return a handle for `read` without waiting."""
         root = self.root
         assert isinstance(root, FSDPModule)
         o = self.options
@@ -323,7 +328,7 @@ class NativeBackend:
                 totals[:-1],
                 totals[-1],
                 self._gradients(),
-                # Filled there: a copy of a number from the host would wait for the device.
+                # Filled on the device: a copy of a number from the host would wait for it.
                 torch.full((), lr, dtype=torch.float32, device=self.device),
                 max_grad_norm=o.max_grad_norm,
                 max_grad_value=o.max_grad_value,
@@ -334,7 +339,8 @@ class NativeBackend:
         return numbers
 
     def _gradients(self) -> list[Tensor]:
-        """This process' shards of the gradients: the mean over processes, as FSDP2 leaves it."""
+        """Return this process's shards of the gradients: the mean over processes, as FSDP2 leaves
+        it."""
         gradients = []
         for name, parameter in self.model.named_parameters():
             assert parameter.grad is not None
@@ -346,40 +352,41 @@ class NativeBackend:
         return gradients
 
     def _squared_norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        """Over all processes, a shard that several hold counted once."""
+        """Return the squared norm over all processes; a shard that several hold is counted once."""
         pairs = zip(gradients, self.copies, strict=True)
         total = torch.stack([g.pow(2).sum() / copies for g, copies in pairs]).sum()
         dist.all_reduce(total)
         return total
 
     def _over_batch(self, values: Tensor) -> Tensor:
-        """Summed over the processes that see other rows. Those along tensor see the same."""
+        """Return the sum over the processes with different rows. Those along tensor have the same
+        rows."""
         values = values / self.mesh["tensor"].size()
         dist.all_reduce(values)
         return values
 
     @watched
     def read(self, handle: Tensor) -> StepNumbers:
-        """See Backend."""
+        """Wait for a step and copy its numbers to the host."""
         return step_numbers(handle.tolist())
 
     # -- looking -------------------------------------------------------------------------------
 
     @watched
     def eval_step(self, batch: list[Tensor], num_sources: int = 1) -> Tensor:
-        """See Backend."""
+        """Start a forward pass without update; return a handle for `read_eval`."""
         with torch.no_grad():
             fields = [field[0] for field in batch]
             return self._over_batch(forward_sums(self.root(*fields), fields, num_sources))
 
     @watched
     def read_eval(self, handles: list[Tensor]) -> tuple[float, ...]:
-        """See Backend. Summed on the host in double precision."""
+        """Return the sums over several eval steps, added on the host in double precision."""
         return eval_sums(handle.tolist() for handle in handles)
 
     @watched
     def logits(self, input_ids: list[int]) -> Tensor:
-        """See Backend. Every process computes the same sequence."""
+        """Return the logits of one sequence. Every process computes the same one."""
         ids = torch.tensor([input_ids], dtype=torch.int32, device=self.device)
         positions = torch.arange(len(input_ids), dtype=torch.int32, device=self.device)[None]
         root = self.root
@@ -392,7 +399,7 @@ class NativeBackend:
             root.reshard()
 
     def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
-        """See Backend. Each process answers its part of every batch."""
+        """Generate answers. Each process answers its part of every batch."""
         generator = Generator(
             self.model,
             self.root,
@@ -409,12 +416,12 @@ class NativeBackend:
 
     @watched
     def synchronize(self) -> None:
-        """See Backend."""
+        """Wait until the device has finished all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def start_profile(self, folder: str) -> None:
-        """See Backend."""
+        """Start a trace, written to the folder."""
         activities = [ProfilerActivity.CPU]
         activities += [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
         handler = torch.profiler.tensorboard_trace_handler(folder)
@@ -422,20 +429,20 @@ class NativeBackend:
         self._profile.start()
 
     def stop_profile(self) -> None:
-        """See Backend."""
+        """Stop the trace."""
         assert self._profile is not None
         self._profile.stop()
         self._profile = None
 
     def compiles(self) -> int:
-        """See Backend. Graphs of torch.compile; none in eager mode."""
+        """Return the number of graphs that torch.compile made; none in eager mode."""
         if self.compiler is None:
             return 0
         counters: Any = torch._dynamo.utils.counters
         return int(counters["stats"]["unique_graphs"])
 
     def device_memory_bytes(self) -> int | None:
-        """See Backend."""
+        """Return the peak bytes in use on this process's device, if it reports them."""
         if self.device.type != "cuda":
             return None
         return int(torch.cuda.max_memory_allocated(self.device))

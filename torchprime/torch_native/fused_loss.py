@@ -1,9 +1,9 @@
-"""Cross-entropy of supervised tokens alone, by Liger's fused kernel where it is installed.
+"""Cross-entropy of supervised tokens only, by Liger's fused kernel if it is installed.
 
-Liger's library makes logits for some tokens at a time, as losses.py does, but loss and gradient of
-a row of them in one kernel. What a loss has to be stays ours: a sum over supervised tokens, each
-with its weight, and every token's share. Liger takes a factor per token for the gradient; that it
-does so only lately is why a version without it is not used.
+Liger computes logits for some tokens at a time, like losses.py, but loss and gradient of
+a row of them in one kernel. The definition of the loss is unchanged: a sum over supervised tokens,
+each with its weight, and every token's share. Liger needs a factor per token for the gradient;
+older versions do not have it and are not used.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from torchprime.errors import ConfigError
 from torchprime.losses import IGNORED, LossSums, token_weights
 from torchprime.training.step import CrossEntropy
 
-# What we ask of Liger's function by name. A version without one of these is not used.
+# The parameters of Liger's function that we use. A version without one of these is not used.
 NEEDED = ("token_grad_output", "compute_gradients", "weight_requires_grad", "accum_dtype")
 
 
 class Liger(NamedTuple):
-    """What was found of Liger."""
+    """The result of the search for Liger."""
 
     forward: Callable[..., Any] | None  # fused_linear_cross_entropy_forward, if it can be used
-    told: str  # its version, or what is in its way
+    told: str  # its version, or the reason why it can't be used
 
 
 def find_liger() -> Liger:
-    """Look for Liger's function, and whether it takes a weight for each token."""
+    """Look for Liger's function, and check that it takes a weight for each token."""
     try:
         version = metadata.version("liger-kernel")
     except metadata.PackageNotFoundError:
@@ -52,10 +52,10 @@ def find_liger() -> Liger:
 
 
 def choose_loss(wanted: str, device_type: str, liger: Liger) -> tuple[str, str]:
-    """Resolve `auto` and refuse a kernel that is not there.
+    """Resolve `auto` and refuse a kernel that is not available.
 
     Returns:
-        `liger` or `chunked`, and why.
+        `liger` or `chunked`, and the reason.
     """
     if device_type != "cuda":
         obstacle = f"liger runs on CUDA only, and this run is on {device_type}"
@@ -86,7 +86,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         need_grad: bool,
         liger_forward: Callable[..., Any],
     ) -> tuple[Tensor, Tensor]:
-        # A token without weight is one without a target: its logits are never looked at.
+        # A token without weight is one without a target: its logits are not computed.
         targets = torch.where(weight_BS != 0, t_BS, IGNORED).long()
         found = liger_forward(
             x_BSD.flatten(0, 1),
@@ -121,12 +121,13 @@ def on_supervised_tokens(
     targets: Tensor,
     loss_weights: Tensor,
 ) -> LossSums:
-    """The same loss with logits of supervised tokens alone, in a batch of one: in fine-tuning half
-    of the slots carry none. How many there are is known on the device: the host waits for it."""
+    """Return the same loss with logits of supervised tokens only, in a batch of one: in fine-tuning
+    half of the slots carry no loss. Their number is known on the device only: the host waits for
+    it."""
     weights = token_weights(targets, loss_weights).flatten()
     chosen = weights.nonzero().flatten()
     if not len(chosen):
-        chosen = chosen.new_zeros(1)  # of weight 0, so that there is something to go backward from
+        chosen = chosen.new_zeros(1)  # of weight 0, so that backward has an input
     given = (hidden.flatten(0, 1), targets.flatten(), weights)
     some_hidden, some_targets, some_weights = (x.index_select(0, chosen)[None] for x in given)
     sums = cross_entropy(some_hidden, output_weight, some_targets, some_weights)
@@ -142,9 +143,10 @@ def fused_cross_entropy(
     *,
     liger_forward: Callable[..., Any],
 ) -> LossSums:
-    """`torchprime.losses.chunked_cross_entropy` by Liger's function, which cuts its own chunks."""
+    """Return `torchprime.losses.chunked_cross_entropy`, computed by Liger's function, which makes
+    its own chunks."""
     weights = token_weights(targets, loss_weights)
-    # Inside a Function's forward grad mode is always off: look at it here.
+    # Inside a Function's forward grad mode is always off: read it here.
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)
     loss_sum, each = _FusedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
         hidden, output_weight, targets, weights, need_grad, liger_forward

@@ -1,10 +1,10 @@
-"""Generation on torch.distributed: every process answers its part of each batch, all in step.
+"""Generation on torch.distributed: every process answers its part of each batch, in lockstep.
 
-The layers are called as in training, so that FSDP2 gathers their weights. For the whole of a call
-they are kept gathered where memory allows, else gathered for every token. A collective waits for
-all processes, so all of them run as many forwards as the one with the longest answer: whether to go
-on is asked once per chunk. Along the tensor axis processes see the same rows, compute their own
-heads, and choose the same tokens.
+The layers are called as in training, so that FSDP2 gathers their weights. During a call
+they stay gathered if memory allows, else they are gathered for every token. A collective waits for
+all processes, so all of them run as many forwards as the one with the longest answer: once per
+chunk they agree if another one follows. Along the tensor axis processes have the same rows, compute
+their own heads, and choose the same tokens.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ from torchprime.torch_native.runtime import waiting
 
 
 class PromptAttention(nn.Module):
-    """torch's own attention under a mask, for prompts: training's kernels may be compiled for other
-    shapes, and the reference core makes all scores at once."""
+    """torch's own attention with a mask, for prompts: training's kernels may be compiled for other
+    shapes, and the reference core computes all scores at once."""
 
     def __init__(self, head_dim: int, window: int | None) -> None:
         super().__init__()
         self.scale, self.window = head_dim**-0.5, window
 
     def prepare(self, segment_ids: Tensor) -> Tensor:
-        """segment_ids [B, S] -> bool [B, 1, S, S], true where a key is seen."""
+        """Return a mask, bool [B, 1, S, S], for segment_ids [B, S]: true where a key is attended
+        to."""
         place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
         distance = place[:, None] - place[None, :]
         seen = distance >= 0
@@ -56,21 +57,21 @@ class PromptAttention(nn.Module):
         return (seen & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor) -> Tensor:
-        """q [B, H, S, h]; k, v [B, K, S, h] -> [B, H, S, h]."""
+        """Return [B, H, S, h] for q [B, H, S, h] and k, v [B, K, S, h]."""
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=prepared, scale=self.scale)
 
 
 class Generator:
-    """Answers prompts with a placed model.
+    """Generator of answers with a placed model.
 
     Args:
-        root: what FSDP2 was applied to last; calls what it is given as `instead`.
-        part: which of `parts` of a batch this process answers.
-        largest: the largest of what each process gives.
+        root: the module that FSDP2 was applied to last; calls its argument `instead`.
+        part: the part, of `parts` of a batch, that this process answers.
+        largest: returns the largest of all processes' values.
         own_core: prompts are read with the layers' own attention core.
-        compiled: the layers are compiled for training, and are not to be for this.
+        compiled: the layers are compiled for training; generation runs them eagerly.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Generator:
     def generate(
         self, prompts: Sequence[Sequence[int]], options: GenerateOptions
     ) -> dict[int, Answer]:
-        """The answers that this process made, by the prompts' places."""
+        """Return this process's answers, by the prompts' indexes."""
         batches = plan_batches(prompts, options, self.parts)
         answers: dict[int, Answer] = {}
         with ExitStack() as stack:
@@ -109,7 +110,7 @@ class Generator:
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
-        """Layers keep what they gathered until the end, if there is room for all of it."""
+        """Keep the layers' weights gathered until the end, if there is room for all of them."""
         layers: list[Any] = list(self.model.model.layers.children())
         keep = not self.largest(int(not self._fits()))
         for layer in layers:
@@ -124,7 +125,7 @@ class Generator:
             self.root.reshard()
 
     def _fits(self) -> bool:
-        """Whether all weights, whole, would take less than half of what memory is left."""
+        """Return True if all weights, gathered, take less than half of the free memory."""
         needed = sum(p.numel() * p.element_size() for p in self.model.parameters())
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
@@ -171,7 +172,7 @@ class Generator:
 
 
 def _allocated(read: Cache, slots: int) -> Cache:
-    """A cache of so many slots that begins with what was read."""
+    """Return a cache of so many slots that begins with the prompts' keys and values."""
     missing = slots - read.keys[0].shape[-2]
     keys, values = (tuple(F.pad(t, (0, 0, 0, missing)) for t in part) for part in read)
     return Cache(keys, values)

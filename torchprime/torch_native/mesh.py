@@ -1,7 +1,8 @@
 """The mesh of processes, one device each, with the same axes as on a TPU.
 
 torch.distributed knows one mesh: an axis' size is that within a slice times that across slices.
-`data` is outermost and `tensor` innermost, so that the processes that talk the most are neighbours.
+`data` is outermost and `tensor` innermost, so that the processes that communicate most are
+neighbours.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ NAMES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int], device_type: str) -> DeviceMesh:
-    """The mesh over all processes.
+    """Return the mesh over all processes.
 
     Raises:
         ConfigError: the axes' product is not the number of processes.

@@ -1,15 +1,15 @@
-"""From Hugging Face names to sharded parameters (FSDP2, DTensor) and back.
+"""Mapping between Hugging Face names and sharded parameters (FSDP2, DTensor).
 
-The model is cut without storage: layer by layer along the tensor axis where the sharding table
-says so, then along fsdp. After that each parameter's shard is read, alone: of mapped files a
-process touches what it keeps, and no parameter is ever whole on a device.
+The model is sharded without storage: layer by layer along the tensor axis if the sharding table
+says so, then along fsdp. After that only each parameter's shard is read: of mapped files a
+process reads only its own pages, and no parameter is ever whole on a device.
 
-The table's `tensor` entries of linear layers decide which way they are cut: along `out` (column
-wise) or along `in` (row wise). Where the tensor axis does not divide the kv heads, the projections
-to them stay whole along it, and every process takes the heads that its queries look at.
+The table's `tensor` entries of linear layers decide how they are sharded: along `out` (column
+wise) or along `in` (row wise). If the tensor axis does not divide the kv heads, the projections
+to them stay whole along it, and every process selects the heads that its queries use.
 
 The embedding and the output projection stay whole along tensor, since the loss multiplies by the
-whole vocabulary; along fsdp FSDP2 cuts dim 0 of every parameter.
+whole vocabulary; along fsdp FSDP2 shards dim 0 of every parameter.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ KV_PROJECTIONS = ("self_attn.k_proj", "self_attn.v_proj")
 def tensor_styles(
     layer: nn.Module, architecture: Architecture, table: ShardingTable, size: int
 ) -> dict[str, ParallelStyle]:
-    """How the linear layers of one decoder layer are cut along the tensor axis.
+    """Return the parallel styles of a decoder layer's linear layers along the tensor axis.
 
     Raises:
         ConfigError: heads or a table that this axis cannot divide.
@@ -84,7 +84,7 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Give every parameter its storage and shard it; `root` is what the step calls."""
+    """Give every parameter its storage and shard it; `root` is the module that the step calls."""
     # Shards are gathered and used in the parameters' dtype; gradients are summed in fp32.
     options = {
         "mesh": mesh["data", "fsdp"],
@@ -103,11 +103,11 @@ def load(
         fully_shard(layer, **options)
     fully_shard(root, **options)
     _fill(model, tensor_of, dtype, device)
-    root.to(device)  # changes nothing, but has FSDP2 take over the new shards
+    root.to(device)  # no conversion, but FSDP2 then uses the new shards
 
 
 def _share_kv_heads(layer: nn.Module, a: Architecture, mesh: DeviceMesh) -> None:
-    """Make whole projections to kv heads return only the heads that this process' queries use."""
+    """Make whole projections to kv heads return only the heads that this process's queries use."""
     mine = own_kv_heads(a, mesh.size(), mesh.get_local_rank())
 
     def take(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -136,9 +136,9 @@ def own_kv_heads(a: Architecture, size: int, rank: int) -> list[int]:
 def _fill(
     model: CausalLM, tensor_of: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Give each parameter its shard, and move constants.
+    """Load each parameter's shard, and move constants.
 
-    Where nothing is to be changed (one process on a CPU, the files' own type) the shard is the
+    If nothing has to be converted (one process on a CPU, the files' own type) the shard is the
     mapped file: private to this process, copied page by page as updates write to it.
     """
     for name, parameter in list(model.named_parameters()):
@@ -160,7 +160,7 @@ def _fill(
 
 
 def gather(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Whole weights on the host, one at a time; every process takes part in each."""
+    """Yield whole weights on the host, one at a time; every process takes part in each."""
     for name, parameter in model.named_parameters():
         value = parameter.detach()
         with waiting(f"gathering {name}"):
@@ -169,16 +169,16 @@ def gather(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """This process' shard, sharing storage."""
+    """Return this process's shard, sharing storage."""
     value = parameter.detach()
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def mean_of(parameter: Tensor) -> Mean:
-    """The mean over dims of the whole parameter, by processes that hold shards of it.
+    """Return the mean over dims of the whole parameter, by processes that hold shards of it.
 
-    A dim that is cut is summed here and then along each axis that cuts it. Shards may be uneven or
-    empty: the sum is divided by the size of the whole.
+    A sharded dim is summed locally and then along each mesh axis that shards it. Shards may be
+    uneven or empty: the sum is divided by the size of the whole.
     """
     if not isinstance(parameter, DTensor):
         return mean_over
@@ -200,7 +200,7 @@ def mean_of(parameter: Tensor) -> Mean:
 
 
 def copies(parameter: Tensor, mesh: DeviceMesh) -> int:
-    """How many processes hold the same shard of a parameter."""
+    """Return the number of processes that hold the same shard of a parameter."""
     pieces = mesh["fsdp"].size()
     if isinstance(parameter, DTensor) and TENSOR in (parameter.device_mesh.mesh_dim_names or ()):
         pieces *= mesh[TENSOR].size()
@@ -208,7 +208,7 @@ def copies(parameter: Tensor, mesh: DeviceMesh) -> int:
 
 
 def region(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(offsets, sizes) of this process' shard in the whole parameter."""
+    """Return (offsets, sizes) of this process's shard in the whole parameter."""
     if not isinstance(parameter, DTensor):
         return (0,) * parameter.dim(), tuple(parameter.shape)
     sizes, offsets = compute_local_shape_and_global_offset(
@@ -218,7 +218,7 @@ def region(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def writes(parameter: Tensor, mesh: DeviceMesh) -> bool:
-    """Whether this process is the one that writes its shard, of all that hold the same."""
+    """Return True if this process writes its shard, among all that hold the same one."""
     cut: set[str] = set()
     if isinstance(parameter, DTensor):
         names = parameter.device_mesh.mesh_dim_names or ()

@@ -1,7 +1,7 @@
-"""Activation checkpointing by the same `remat` config: each layer keeps its input only.
+"""Activation checkpointing by the same `remat` config: each layer stores its input only.
 
 The stack stays a list of layers here; `remat.scan_layers` shortens compile time under XLA and has
-nothing to do in eager mode. Parameter names stay as they are.
+no effect in eager mode. Parameter names are unchanged.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torchprime.models.decoder import DecoderLayer, LayerContext
 
 
 class CheckpointedLayer(DecoderLayer):
-    """A layer that keeps nothing for its backward but its input.
+    """A layer that stores only its input for the backward pass.
 
-    A class, so that torch.compile makes one graph for all layers: it would pass over a layer whose
-    `forward` is a `functools.partial`, and compile each anew whose `forward` is a closure.
+    It is a class, so that torch.compile makes one graph for all layers: it would skip a layer whose
+    `forward` is a `functools.partial`, and recompile each one whose `forward` is a closure.
     """
 
     def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
@@ -27,8 +27,8 @@ class CheckpointedLayer(DecoderLayer):
 
 
 def apply_remat(layers: nn.Module, policy: str) -> None:
-    """`full` or `offload`: a layer's activations are computed again in its backward, the input
-    stays on the device; `none`: kept."""
+    """Apply a policy. `full` or `offload`: a layer's activations are recomputed in its backward
+    pass, the input stays on the device; `none`: they are stored."""
     if policy == "none":
         return
     for layer in layers.children():

@@ -1,12 +1,12 @@
-"""Processes, their device, how they find each other, and what is said when one is lost.
+"""The process group: processes, their device, and the message if one is lost.
 
-torchrun starts one process per GPU and says in the environment who they are. Started alone, the
+torchrun starts one process per GPU and sets their ranks in the environment. Started alone, the
 program is a group of one.
 
-A process whose partner died or hangs must not wait for ever, and must say more than a stack of
+A process whose partner died or hangs must not wait for ever, and must report more than a stack of
 transport errors. gloo raises when a connection breaks or a collective takes too long, and `group`
-makes one message of that. NCCL raises little: its kernels wait on the device, the host waits for
-them, and after its time NCCL's own watchdog aborts the process. So the calls in which a process
+turns that into one message. NCCL raises little: its kernels wait on the device, the host waits for
+them, and after its timeout NCCL's own watchdog aborts the process. So the calls in which a process
 waits for its partners are `watched`: one that takes too long ends the process, with the message,
 before NCCL would.
 """
@@ -27,18 +27,19 @@ import torch.distributed as dist
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.terminal import say
 
-# A collective that takes longer than this has lost a partner; the environment may say otherwise.
+# A collective that takes longer than this has lost a partner; the environment may set another
+# value.
 TIMEOUT_VARIABLE, TIMEOUT_SECONDS = "TORCHPRIME_TIMEOUT_SECONDS", 600.0
-# By so much NCCL's own watchdog, which aborts without a word of ours, comes after us.
+# NCCL's own watchdog, which aborts without our message, comes this much later.
 GRACE = timedelta(minutes=2)
-# How gloo's errors, plain RuntimeErrors, are told from ours.
+# Texts that distinguish gloo's errors, plain RuntimeErrors, from ours.
 GLOO_WORDS = ("gloo", "Connection closed by peer", "pair closure", "Timed out waiting")
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def timeout_seconds() -> float:
-    """How long a collective may take.
+    """Return the timeout of a collective in seconds.
 
     Raises:
         ConfigError: the environment variable is no number above 0.
@@ -59,7 +60,7 @@ def timeout_seconds() -> float:
 
 
 def start_processes() -> torch.device:
-    """Join the group and return this process' device.
+    """Join the group and return this process's device.
 
     Raises:
         RuntimeSetupError: the group cannot be formed.
@@ -89,17 +90,18 @@ def start_processes() -> torch.device:
 
 
 def transport_timeout() -> timedelta:
-    """After how long gloo raises, or NCCL's own watchdog aborts: after ours has spoken."""
+    """Return the timeout after which gloo raises, or NCCL's own watchdog aborts: later than
+    ours."""
     seconds = timedelta(seconds=timeout_seconds())
     return seconds + GRACE if torch.cuda.is_available() else seconds
 
 
 def lost_partner(why: object) -> RuntimeSetupError:
-    """What to say when processes do not find or no longer hear each other."""
+    """Return the message for processes that do not find or no longer hear each other."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     told = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else str(why)
     between = ""
-    if os.environ.get("LOCAL_WORLD_SIZE", size) != size:  # a host's name may mean itself alone
+    if os.environ.get("LOCAL_WORLD_SIZE", size) != size:  # it may be the loopback address
         between = (
             "on several hosts, name the interface that connects them (ip addr): "
             "GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0; "
@@ -114,8 +116,9 @@ def lost_partner(why: object) -> RuntimeSetupError:
 
 @contextmanager
 def group() -> Iterator[None]:
-    """Around all that a process does with others: a lost partner becomes a message with this rank
-    in it, and the group is left at the end.
+    """Wrap all communication with other processes: a lost partner becomes a message with this rank.
+
+    The group is left at the end.
 
     Raises:
         RuntimeSetupError: instead of torch's and gloo's errors.
@@ -134,7 +137,7 @@ def group() -> Iterator[None]:
 
 
 def stop_processes() -> None:
-    """Leave the group; without it torch complains at exit."""
+    """Leave the group; otherwise torch warns at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -144,15 +147,15 @@ def stop_processes() -> None:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Inside, this process waits for its device or its partners; too long, and the process ends.
+    """End the process if it waits too long inside for its device or its partners.
 
-    torch waits without the interpreter's lock, so that a timer of its own can speak and leave.
+    torch waits without the interpreter's lock, so that a timer can print the message and exit.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # nobody to lose
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # no partner to lose
         yield
         return
     seconds = timeout_seconds()
-    # gloo's own timeout raises in the waiting thread, which says more: let it come first.
+    # gloo's own timeout raises in the waiting thread, with more detail: let it come first.
     late = seconds if torch.cuda.is_available() else seconds + GRACE.total_seconds()
     timer = threading.Timer(late, _leave, [f"{what} took more than {late:g} s"])
     timer.daemon = True
@@ -166,12 +169,12 @@ def waiting(what: str) -> Iterator[None]:
 def _leave(why: str) -> None:
     error = lost_partner(why)
     say(f"error: {error}")
-    # Not sys.exit: the main thread hangs in a call that nothing ends.
+    # Not sys.exit: the main thread hangs in a call that never ends.
     os._exit(error.exit_code)
 
 
 def watched(method: Function) -> Function:
-    """A method in which a process may wait for others."""
+    """Return a method in which a process may wait for others."""
 
     @wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,9 @@
-"""The main job on GPUs.
+"""The training command on GPUs.
 
     torchrun --standalone --nproc_per_node=N -m torchprime.torch_native.train --config-name NAME
 
-Takes the same configs and overrides as the XLA entry and writes the same run folder. One process
-per GPU; without GPUs the processes use the CPU and gloo.
+It takes the same configs and overrides as the XLA command and writes the same run folder. One
+process per GPU; without GPUs the processes use the CPU and gloo.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torchprime.errors import ConfigError
 
 
 def make_backend(config: TrainConfig):
-    """The native backend for a config's mesh and kernels."""
-    # late: it imports torch, and a wrong config is refused without
+    """Return the native backend for a config's mesh and kernels."""
+    # late import: it needs torch, and a wrong config is refused without it
     from torchprime.torch_native.backend import NativeBackend
 
     return NativeBackend(
@@ -32,14 +32,14 @@ def make_backend(config: TrainConfig):
 
 
 def main(config: TrainConfig) -> int:
-    """Train as configured; the exit code."""
+    """Train as configured and return the exit code."""
     if config.compile_only is not None:
         raise ConfigError(
             f"compile_only: given {config.compile_only!r}, expected null: this is the GPU backend. "
             "The TPU's compiler is under torchprime/torch_xla_models/train.py."
         )
-    os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
-    # late: transformers looks for torch_xla when imported
+    os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA if it is installed
+    # late import: transformers looks for torch_xla when imported
     from torchprime.torch_native.runtime import group
     from torchprime.training.sft import SFTTrainer
     from torchprime.training.trainer import Trainer

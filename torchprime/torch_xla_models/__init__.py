@@ -1,1 +1,1 @@
-"""The PyTorch/XLA backend: the only place that imports torch_xla or jax."""
+"""The PyTorch/XLA backend: the only package that imports torch_xla or jax."""

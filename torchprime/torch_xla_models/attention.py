@@ -1,8 +1,8 @@
 """Attention on a TPU: torch_xla's splash kernel with segment ids, or the reference core.
 
-Splash attention (Pallas) never makes the [S, S] scores in memory and skips blocks that the causal
-mask or the segments rule out. It works per device on its shard of batch and heads, so the mesh is
-named in its config. It wants as many kv heads as heads.
+Splash attention (Pallas) never stores the [S, S] scores in memory and skips blocks that the causal
+mask or the segments exclude. It works per device on its shard of batch and heads, so the mesh is
+named in its config. It requires as many kv heads as heads.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ KERNEL_MULTIPLE = 128
 
 
 def kernel_blocks(length: int) -> tuple[int, int]:
-    """Block and compute block for a sequence: the largest tiles' multiples that divide evenly.
+    """Return block and compute block for a sequence: the largest multiples of a tile that divide
+    evenly.
 
     >>> kernel_blocks(8192), kernel_blocks(1536), kernel_blocks(384)
     ((1024, 512), (768, 384), (384, 384))
@@ -41,7 +42,7 @@ def _largest_divisor(length: int, limit: int) -> int:
 
 
 class SplashAttention(nn.Module):
-    """The splash kernel behind the core's two methods."""
+    """The splash kernel with the core's two methods."""
 
     def __init__(
         self, head_dim: int, window: int | None, mesh: xs.Mesh, batch_axes: tuple[str, ...]
@@ -52,7 +53,7 @@ class SplashAttention(nn.Module):
         self.mesh, self.batch_axes = mesh, batch_axes
 
     def config(self, length: int) -> str:
-        """The kernel's settings for a sequence of this length, as torch_xla takes them."""
+        """Return torch_xla's settings of the kernel for a sequence of this length."""
         block, compute = kernel_blocks(length)
         # torch_xla annotates the specs as one-element tuples; any PartitionSpec works.
         heads: Any = (self.batch_axes, "tensor", None, None)
@@ -75,11 +76,11 @@ class SplashAttention(nn.Module):
         ).to_json()
 
     def prepare(self, segment_ids: Tensor) -> Tensor:
-        """The kernel reads segment ids [B, S] as they are."""
+        """Return the segment ids [B, S] unchanged, as the kernel reads them."""
         return segment_ids
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor) -> Tensor:
-        """q [B, H, S, h]; k, v [B, K, S, h] -> [B, H, S, h]."""
+        """Return [B, H, S, h] for q [B, H, S, h] and k, v [B, K, S, h]."""
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             k = k.repeat_interleave(groups, dim=1)

@@ -1,7 +1,7 @@
 """The XLA backend: one lazily traced, once compiled SPMD program per kind of step.
 
 A step is traced by running it on lazy tensors, lowered, and executed from cache; the device runs
-while the host traces the next. Whatever changes from step to step (batch, learning rate) enters as
+while the host traces the next. Values that change from step to step (batch, learning rate) enter as
 data.
 """
 
@@ -64,7 +64,7 @@ from torchprime.training.step import (
 
 
 class XlaBackend:
-    """Implements `torchprime.training.backend.Backend` on torch_xla SPMD."""
+    """The implementation of `torchprime.training.backend.Backend` on torch_xla SPMD."""
 
     name = "torch_xla"
 
@@ -108,7 +108,7 @@ class XlaBackend:
     # -- weights in and out --------------------------------------------------------------------
 
     def check(self, model: CausalLM, table: ShardingTable) -> None:
-        """See Backend. The compiler cuts any dim, also in the middle of a head."""
+        """Accept every model: the compiler can split any dim, also in the middle of a head."""
 
     def place(
         self,
@@ -117,7 +117,7 @@ class XlaBackend:
         tensor_of: Callable[[str], Tensor],
         dtype: torch.dtype,
     ) -> None:
-        """Rewrite the storage-less model for this mesh and stream its weights to their shards."""
+        """Rewrite the storage-less model for this mesh and load its weights into their shards."""
         self.model, self.table = model, table
         self.batch_spec = ((), table.batch_axes(), ())
         inject_attention(model, self.attention, self.mesh, table.batch_axes())
@@ -130,7 +130,7 @@ class XlaBackend:
         )
         self.placed = placement.placements(model, table, self.mesh)
         placement.load(model, self.placed, tensor_of, dtype, self.tensors)
-        self._generator: Generator | None = None  # made when first asked for
+        self._generator: Generator | None = None  # made on first use
 
     def _constrain_activations(self) -> None:
         for name, module in self.model.named_modules():
@@ -153,15 +153,15 @@ class XlaBackend:
         return gradient if spec is None else constrain(gradient, self.mesh, spec)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See Backend."""
-        self.synchronize()  # the shards of a tensor still being computed can't be looked at
+        """Return an iterator over the whole weights on the host, by Hugging Face name."""
+        self.synchronize()  # the shards of a tensor that is still being computed can't be read
         return placement.gather(self.model, self.placed, self.process_count)
 
     def save_sharded(self, folder: str) -> None:
-        """See Backend."""
+        """Write the weights in their shards with torch.distributed.checkpoint."""
         self.synchronize()
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
-        # Copying ahead wants a stream, which XLA devices do not have.
+        # Copying ahead needs a stream, which XLA devices do not have.
         writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
         save(weights, storage_writer=writer, planner=SPMDSavePlanner(), no_dist=True)
 
@@ -170,7 +170,7 @@ class XlaBackend:
     def prepare_training(
         self, optimizer: Optimizer, options: StepOptions, resumed: ResumedState | None = None
     ) -> None:
-        """See Backend. State exists before the first step, so that step 2 is step 1's graph."""
+        """Make the optimizer's state before the first step, so that step 2 uses step 1's graph."""
         self.optimizer, self.options = optimizer, options
         parameters = {}
         for name, weight in self.model.named_parameters():
@@ -213,8 +213,9 @@ class XlaBackend:
         return ParameterState(info, weight, slots, master)
 
     def checkpoint_tensors(self) -> list[TensorShards]:
-        """See Backend."""
-        self.synchronize()  # the shards of a tensor still being computed can't be looked at
+        """Return weights and optimizer state by their names in a checkpoint, with this process's
+        shards."""
+        self.synchronize()  # the shards of a tensor that is still being computed can't be read
         found = []
         for name, state in self.state.parameters.items():
             entry = self.placed[name]
@@ -227,11 +228,11 @@ class XlaBackend:
         return found
 
     def progress(self) -> tuple[int, int]:
-        """See Backend."""
+        """Return the number of finished updates, and the first non-finite one (0 if none)."""
         return int(self.state.step.item()), int(self.state.bad_step.item())
 
     def gather_objects(self, value: Any, *, aside: bool = False) -> list[Any]:
-        """See Backend."""
+        """Return on every process the objects of all."""
         if self.process_count == 1:
             return [value]
         packed = pickle.dumps(value)
@@ -239,13 +240,13 @@ class XlaBackend:
         return [pickle.loads(each) for each in xm.rendezvous(tag, packed)]
 
     def largest(self, value: int) -> int:
-        """See Backend."""
+        """Return the largest of all processes' values."""
         if self.process_count == 1:
             return value
         return max(map(int, xm.rendezvous("torchprime-largest", str(value).encode())))
 
     def preempted(self, step: int) -> bool:
-        """See Backend. A slice of TPUs has a notice of its own, on which all hosts agree."""
+        """Return True when the TPU runtime has announced a preemption, on which all hosts agree."""
         if self.process_count == 1 or xr.device_type() != "TPU":
             return False
         if not self._watches_preemption:
@@ -254,19 +255,19 @@ class XlaBackend:
         return XLAC._sync_point_reached(step)
 
     def seed(self, seed: int) -> None:
-        """See Backend."""
+        """Seed the device's random generator."""
         xm.set_rng_state(seed)
 
     def rng_state(self) -> str:
-        """See Backend."""
+        """Return the device's random state as text."""
         return str(xm.get_rng_state())
 
     def set_rng_state(self, state: str) -> None:
-        """See Backend."""
+        """Restore a state that `rng_state` returned."""
         xm.set_rng_state(int(state))
 
     def _batch_shards(self) -> int:
-        """Into how many parts the rows of a batch are cut."""
+        """Return the number of shards of a batch's rows."""
         sizes = axis_sizes(self.mesh)
         return math.prod(sizes[axis] for axis in self.table.batch_axes())
 
@@ -276,12 +277,12 @@ class XlaBackend:
         return constrain(gradient, self.mesh, self.placed[name].spec)
 
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
-        """See Backend. Fields travel as [A, b, S]."""
+        """Start moving a batch to the device. Fields travel as [A, B/A, S]."""
         host = [f.view(accumulation, -1, f.shape[-1]) for f in host_fields(batch)]
         return self.tensors.send_batch(host, self.batch_spec)
 
     def train_step(self, batch: list[Tensor], lr: float) -> Tensor:
-        """See Backend."""
+        """Start one update; return a handle for `read` without waiting."""
         rate = self.tensors.send(torch.tensor(lr, dtype=torch.float32), ())
         o = self.options
         numbers = train_step(
@@ -316,8 +317,8 @@ class XlaBackend:
 
         count = len(weights)
 
-        # The weights go through the loop. A body that read them from outside would give torch_xla
-        # another tensor of the same data, and the update could no longer write over it.
+        # The weights are passed through the loop. If the body read them from outside, torch_xla
+        # would use another tensor of the same data, and the update could no longer write over it.
         def body(carry: Sequence[Tensor], fields: Sequence[Tensor]):
             sums, totals, given = carry[0], carry[1 : 1 + count], carry[1 + count :]
             more, gradients = micro(tuple(fields), pinned(given))
@@ -331,13 +332,13 @@ class XlaBackend:
         return carry[0], carry[1 : 1 + count]
 
     def read(self, handle: Tensor) -> StepNumbers:
-        """See Backend."""
+        """Wait for a step and copy its numbers to the host."""
         return step_numbers(handle.cpu().tolist())
 
     # -- looking -------------------------------------------------------------------------------
 
     def eval_step(self, batch: list[Tensor], num_sources: int = 1) -> Tensor:
-        """See Backend."""
+        """Start a forward pass without update; return a handle for `read_eval`."""
         with torch.no_grad():
             fields = [f[0] for f in batch]
             cross_entropy = partial(chunked_cross_entropy, chunks=self.options.loss_chunks)
@@ -346,12 +347,12 @@ class XlaBackend:
         return sums
 
     def read_eval(self, handles: list[Tensor]) -> tuple[float, ...]:
-        """See Backend. Summed on the host in double precision."""
+        """Return the sums over several eval steps, added on the host in double precision."""
         return eval_sums(handle.cpu().tolist() for handle in handles)
 
     def logits(self, input_ids: list[int]) -> Tensor:
-        """See Backend. The sequence is repeated to fill the batch axes of the mesh, and padded to a
-        length that every attention kernel takes."""
+        """Return the logits of one sequence. It is repeated to fill the batch axes of the mesh, and
+        padded to a length that every attention kernel accepts."""
         rows = self._batch_shards()
         padding = -len(input_ids) % KERNEL_MULTIPLE
         ids = torch.tensor([*input_ids, *[0] * padding], dtype=torch.int32)
@@ -364,36 +365,37 @@ class XlaBackend:
         return out.cpu()[0, : len(input_ids)]
 
     def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
-        """See Backend."""
+        """Generate answers to prompts, in the prompts' order."""
         if self._generator is None:
             self._generator = Generator(self.model, self.tensors, self.table, self.placed)
         return self._generator.generate(prompts, options)
 
     def synchronize(self) -> None:
-        """See Backend."""
+        """Wait until the device has finished all its work."""
         xm.wait_device_ops()
 
     def start_profile(self, folder: str) -> None:
-        """See Backend."""
+        """Start a trace, written to the folder."""
         xp.start_trace(folder)
 
     def stop_profile(self) -> None:
-        """See Backend."""
+        """Stop the trace."""
         xp.stop_trace()
 
     def compiles(self) -> int:
-        """See Backend."""
+        """Return the number of graphs compiled so far in this process."""
         data = met.metric_data("CompileTime")
         return 0 if data is None else int(data[0])
 
     def device_memory_bytes(self) -> int | None:
-        """See Backend. torch_xla 2.9 has no memory statistics for the virtual device of SPMD, nor a
+        """Return None: torch_xla 2.9 has no memory statistics for the virtual device of SPMD, nor a
         way to name a real one under it (both raise)."""
         return None
 
 
 def _device_kind() -> str:
-    """`CPU`, or on a TPU VM what the environment or the runtime calls the chip, as `v6e-8`."""
+    """Return `CPU`, or on a TPU VM the chip's name in the environment or the runtime, such as
+    `v6e-8`."""
     kind = xr.device_type() or "unknown"
     if kind != "TPU":
         return kind
@@ -402,8 +404,8 @@ def _device_kind() -> str:
 
 
 def _keep_compiled(wanted: str | None) -> None:
-    """Keep compiled programs on disk, before the first is made. XLA's CPU compiler writes programs
-    that it can't read back (torch_xla 2.9), so this is for TPUs."""
+    """Turn on the cache of compiled programs on disk, before the first compile. XLA's CPU compiler
+    writes programs that it can't read back (torch_xla 2.9), so this is for TPUs only."""
     folder = cache_folder(wanted)
     if folder is None or xr.device_type() != "TPU" or _is_keeping_compiled():
         return
@@ -414,7 +416,7 @@ def _keep_compiled(wanted: str | None) -> None:
             f"compile_cache: {folder} cannot be made ({error.strerror}). Set compile_cache to a "
             "folder that can be written, or to null."
         ) from error
-    require_private(folder, "compile_cache")  # programs from there are run
+    require_private(folder, "compile_cache")  # programs from this folder are executed
     xr.initialize_cache(str(folder))
 
 
@@ -423,7 +425,7 @@ def _is_keeping_compiled() -> bool:
 
 
 def _choose_loss(wanted: str) -> tuple[str, str]:
-    """The compiler fuses ours; there is no other here."""
+    """Return the chunked loss, which the compiler fuses; there is no other one here."""
     if wanted == "liger":
         raise ConfigError(
             "task.loss_kernel=liger is a kernel of the GPU backend, and this run is on XLA; use "
@@ -433,9 +435,9 @@ def _choose_loss(wanted: str) -> tuple[str, str]:
 
 
 def _multiply_in_full_precision() -> None:
-    """A TPU multiplies fp32 in one bf16 pass unless told otherwise."""
+    """Make a TPU multiply fp32 in full precision; by default it uses one bf16 pass."""
     logger = logging.getLogger("torch_xla.backends")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns at every call that calling it twice may not help
+    logger.setLevel(logging.ERROR)  # it warns at every call that a second call may have no effect
     torch_xla.backends.set_mat_mul_precision("highest")
     logger.setLevel(level)

@@ -1,8 +1,8 @@
-"""How the backend's tensors come to be on the mesh: the one seam between training and compiling.
+"""Creation of the backend's tensors on the mesh, replaceable for compiling without a TPU.
 
-Weights, optimizer state, scalars and batches are all made here, and what a step traced is handed
-over here. `ahead_of_time.Placeholders` has the same methods and makes tensors without storage, so
-that the step which is compiled for a TPU elsewhere is the step that trains.
+Weights, optimizer state, scalars and batches are all made here, and a traced step is executed here.
+`compile/tracing.Placeholders` has the same methods and makes tensors without storage, so that the
+step that is compiled without a TPU is the step that trains.
 """
 
 from __future__ import annotations
@@ -19,36 +19,37 @@ from torchprime.torch_xla_models.mesh import constrain, execute, send_batch, to_
 
 
 class DeviceTensors:
-    """Tensors that hold data, each cut by its spec over the mesh."""
+    """Tensors that hold data, each sharded by its spec over the mesh."""
 
     def __init__(self, mesh: xs.Mesh) -> None:
         self.mesh = mesh
 
     def send(self, host: Tensor, spec: Spec) -> Tensor:
-        """A host tensor's shards."""
+        """Return a host tensor's shards."""
         return to_device(host, self.mesh, spec)
 
     def send_batch(self, host: Sequence[Tensor], spec: Spec) -> list[Tensor]:
-        """The same of a batch's fields, without waiting."""
+        """Return a batch's fields as shards, without waiting."""
         return send_batch(host, self.mesh, spec)
 
     def zeros(self, shape: Sequence[int], spec: Spec) -> Tensor:
-        """fp32 zeros, made on the devices."""
+        """Return fp32 zeros, made on the devices."""
         zeros = torch.zeros(tuple(shape), dtype=torch.float32, device=torch_xla.device())
         return constrain(zeros, self.mesh, spec)
 
     def widened(self, weight: Tensor, spec: Spec) -> Tensor:
-        """An fp32 copy of a weight, made on the devices."""
+        """Return an fp32 copy of a weight, made on the devices."""
         return constrain(weight.detach().float(), self.mesh, spec)
 
     def materialize(self, state: Sequence[Tensor]) -> None:
-        """What was made so far holds data from here on, and is no part of the next program.
+        """Execute the pending operations of these tensors, so that they are not part of the next
+        program.
 
         Args:
-            state: what every step writes.
+            state: the tensors that every step writes.
         """
         execute(state)
 
     def run(self, outputs: Sequence[Tensor]) -> None:
-        """Hand over what was traced for these tensors."""
+        """Execute the traced program of these tensors."""
         execute(outputs)

@@ -1,9 +1,8 @@
-"""Generation under XLA: a program that reads a batch's prompts, and one that makes a chunk of
-tokens in a loop on the device.
+"""Generation under XLA: a prefill program for a batch's prompts, and a decode program for a chunk.
 
-Which slot comes next, which token number it is and what sampling depends on are data, so that the
-two programs of a batch size and bucket serve every prompt. The cache is cut like activations: the
-batch as the sharding table says, kv heads along the tensor axis where it divides them. A chunk
+The next slot, the token number and the inputs of sampling are data, so that the
+two programs of a batch size and bucket serve every prompt. The cache is sharded like activations:
+the batch as the sharding table says, kv heads along the tensor axis if it divides them. A chunk
 updates it in place.
 """
 
@@ -58,14 +57,15 @@ def _update_slot(cache: xb.Op, new: xb.Op, slot: xb.Op) -> xb.Op:
     return cache.dynamic_update_slice(new, indices)
 
 
-# torch's own ways to write to a place that is data become a scatter, or a copy of the whole cache.
+# torch's own writes to a position that is data become a scatter, or a copy of the whole cache.
 _WRITE = xor.register("torchprime_write_slot", _update_slot)
 
 
 class _Step(nn.Module):
-    """From tokens to logits, as a module: the loop gets its weights as arguments. What a loop's
-    body reads without being given it, torch_xla takes for another tensor with the same data, and
-    the next training step could not write to that data in place: it would be another program."""
+    """The computation from tokens to logits, as a module, so that the loop gets its weights as
+    arguments. If a loop's body reads a tensor that is not an argument, torch_xla uses another
+    tensor with the same data. The next training step could then not write to it in place: it would
+    be another program."""
 
     def __init__(self, model: CausalLM) -> None:
         super().__init__()
@@ -80,22 +80,22 @@ class _Step(nn.Module):
         return self.logits(hidden), new
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, and copies of them, by name."""
+        """Return the weights, and their transposed copies, by name."""
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 [B, V]."""
+        """Return logits, fp32 [B, V]."""
         turned = self.model.output_weight.t() if self.turned is None else self.turned
         return torch.matmul(hidden, turned).float()
 
 
 class Generator:
-    """Answers prompts with a placed model.
+    """Generator of answers with a placed model.
 
     Args:
-        tensors: makes tensors on the mesh and runs what was traced.
-        table: says how activations are cut.
-        placed: how parameters are.
+        tensors: makes tensors on the mesh and executes traced programs.
+        table: the sharding of activations.
+        placed: the sharding of parameters.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Generator:
         self.model, self.tensors, self.placed = model, tensors, placed
         self.mesh = mesh = tensors.mesh
         self.step = _Step(model)
-        self.loops: dict[tuple[Any, ...], RecordedLoop] = {}  # of a chunk, by shapes and choice
+        self.loops: dict[tuple[Any, ...], RecordedLoop] = {}  # by shapes and choice
         sizes = axis_sizes(mesh)
         self.batch_axes = table.batch_axes()
         self.multiple = 1
@@ -118,7 +118,7 @@ class Generator:
         self.head_axes = (TENSOR,) if TENSOR in sizes and divides else ()
 
     def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
-        """See Backend."""
+        """Generate answers to prompts, in the prompts' order."""
         answers: dict[int, Answer] = {}
         batches = plan_batches(prompts, options, self.multiple)
         on_cpu = xr.device_type() == "CPU"
@@ -167,8 +167,9 @@ class Generator:
         cache: Cache,
         fixed: Sequence[Tensor],
     ) -> Callable[[], Tensor]:
-        """What makes the next chunk of tokens [chunk, B] each time it is called. It updates the
-        cache and `token` in place, and where it is.
+        """Return a function that generates the next chunk of tokens [chunk, B] on each call.
+
+        It updates the cache, `token` and its position in place.
 
         Args:
             fixed: padding, rows and sampling.
@@ -201,15 +202,15 @@ class Generator:
         carry: Sequence[Tensor],
         _: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The body of a chunk's loop. It reads nothing that it is not given: weights so keep their
-        place (`_Step`), and the loop serves every batch of its shapes."""
+        """Return the body of a chunk's loop. It reads only its arguments, so that weights keep
+        their storage (`_Step`), and the loop serves every batch of its shapes."""
         token, slot, number, *rest = carry
         old = Cache(tuple(rest[:layers]), tuple(rest[layers : 2 * layers]))
         fixed, weights = rest[2 * layers : -len(names)], rest[-len(names) :]
         padding, rows, *sampling = fixed
         given = dict(zip(names, weights, strict=True))
         logits, new = functional_call(self.step, given, (token, padding, slot, old))
-        # Each device goes on with its own rows: they need not meet before the chunk is made.
+        # Each device continues with its own rows: no communication before the chunk is finished.
         made = self._cut_rows(choose(logits, options, Sampling(*sampling), rows, number))
         grown = self._cut(_written(old, new, slot))
         after = [made, slot + 1, number + 1, *grown.keys, *grown.values]
@@ -217,7 +218,7 @@ class Generator:
 
     @contextmanager
     def _turned(self) -> Iterator[None]:
-        """Meanwhile there is a copy of every matrix as [in, out]."""
+        """Keep a copy of every matrix as [in, out] inside."""
         linears = {n: m for n, m in self.model.named_modules() if isinstance(m, XlaLinear)}
 
         def turned(name: str, weight: Tensor) -> Tensor:
@@ -247,7 +248,7 @@ class Generator:
         return constrain(token, self.mesh, (self.batch_axes,))
 
     def _cut(self, cache: Cache) -> Cache:
-        """Annotated: [(layers,) B, K, ., .]."""
+        """Annotate the cache [(layers,) B, K, ., .] with its sharding."""
         spec: Spec = (self.batch_axes, self.head_axes, (), ())
 
         def cut(tensor: Tensor) -> Tensor:
@@ -260,7 +261,7 @@ class Generator:
 
 
 def _widened(cache: Cache, slots: int) -> Cache:
-    """With so many empty slots behind."""
+    """Return the cache with so many empty slots appended."""
     keys, values = (tuple(F.pad(t, (0, 0, 0, slots)) for t in part) for part in cache)
     return Cache(keys, values)
 

@@ -1,12 +1,12 @@
-"""Linear layers as XLA wants them.
+"""Linear layers that XLA compiles well.
 
-torch_xla lowers nn.Linear on [B, S, D] through a view to [B*S, D], which loses how a sharded
-sequence is cut; an einsum keeps the dims apart. Its weight gradient is the exception: contracted
+torch_xla lowers nn.Linear on [B, S, D] through a view to [B*S, D], which loses the sharding of the
+sequence; an einsum keeps the dims apart. Its weight gradient is the exception: contracted
 over two dims at once, XLA on the CPU first transposes both operands in memory. Flattened, it
-transposes only the left one, so the narrower goes there; the product has no sequence dim left to
-lose.
+transposes only the left one, so the narrower operand is put there; the product has no sequence dim
+left to lose.
 
-On few rows XLA on the CPU is several times faster with the weight as [in, out]; generation gives
+On few rows XLA on the CPU is several times faster with the weight as [in, out]; generation passes
 such a copy.
 """
 
@@ -39,7 +39,7 @@ class _Linear(torch.autograd.Function):
 class XlaLinear(nn.Linear):
     """nn.Linear for [B, S, D] inputs with the products above."""
 
-    transposed: Tensor | None  # while text is generated: the weight as [in, out]
+    transposed: Tensor | None  # during generation: the weight as [in, out]
 
     def forward(self, input: Tensor) -> Tensor:
         if self.transposed is not None:
@@ -49,7 +49,7 @@ class XlaLinear(nn.Linear):
 
 
 def replace_linears(module: nn.Module) -> None:
-    """Turn every nn.Linear below into an XlaLinear; parameters, names and hooks stay."""
+    """Replace every nn.Linear below by an XlaLinear; parameters, names and hooks stay."""
     for child in module.modules():
         if type(child) is nn.Linear:
             child.__class__ = XlaLinear

@@ -1,4 +1,4 @@
-"""The device mesh, and what a spec of the sharding table means on it."""
+"""The device mesh, and the sharding that a spec of the sharding table means on it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from torchprime.sharding import Spec
 def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int]) -> xs.Mesh:
     """Build the mesh of ici x dcn sizes per axis and make it the global one.
 
-    The axes keep the order of the mappings, the chattiest last, so that tensor neighbours are
-    neighbours on the interconnect.
+    The axes keep the order of the mappings, the ones with most communication last, so that tensor
+    neighbours are neighbours on the interconnect.
 
     Raises:
-        ConfigError: the product is not the number of devices there are.
+        ConfigError: the product is not the number of existing devices.
     """
     names = tuple(ici)
     ici_sizes = tuple(ici[name] for name in names)
@@ -49,7 +49,7 @@ def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int]) -> xs.Mesh:
 def device_order(
     ici_sizes: Sequence[int], dcn_sizes: Sequence[int], slice_of: Sequence[int]
 ) -> npt.NDArray[np.int64]:
-    """Device numbers in the order of the mesh, flat.
+    """Return the device numbers in the order of the mesh, flat.
 
     Numbers count chips along a row of the slice, then rows, so that neighbours along the last axes
     are neighbours on the interconnect. torch_xla's HybridMesh would go through a slice column by
@@ -62,12 +62,12 @@ def device_order(
     """
     count = len(ici_sizes)
     ids = np.argsort(slice_of, kind="stable").reshape(*dcn_sizes, *ici_sizes)
-    # Of each axis, first the slice, then the place in it.
+    # Of each axis, first the slice, then the position in it.
     return ids.transpose([dim for axis in range(count) for dim in (axis, count + axis)]).flatten()
 
 
 def _slice_numbers(devices: int, dcn: Mapping[str, int]) -> list[int]:
-    """The slice of each device; the slices are as many as the mesh says."""
+    """Return the slice of each device; there are as many slices as in the mesh."""
     if xr.device_type() != "TPU":
         return [0] * devices  # virtual devices have no interconnect, and no slices
     found = [int(each.get("slice_index", 0)) for each in _device_attributes()]
@@ -82,17 +82,17 @@ def _slice_numbers(devices: int, dcn: Mapping[str, int]) -> list[int]:
 
 
 def _device_attributes() -> list[dict[str, Any]]:
-    """What the runtime tells of each device, by number."""
+    """Return the runtime's attributes of each device, by number."""
     return xr.global_runtime_device_attributes()  # pyright: ignore[reportReturnType]
 
 
 def axis_sizes(mesh: xs.Mesh) -> dict[str, int]:
-    """Devices along each axis, by name."""
+    """Return the number of devices along each axis, by name."""
     return dict(zip(mesh.axis_names or (), mesh.mesh_shape, strict=True))
 
 
 def partition(spec: Spec) -> tuple[tuple[str, ...] | str | None, ...]:
-    """A table's spec in torch_xla's form."""
+    """Return a table's spec in torch_xla's form."""
     return tuple(None if not dim else dim[0] if len(dim) == 1 else dim for dim in spec)
 
 
@@ -104,10 +104,10 @@ def to_device(tensor: Tensor, mesh: xs.Mesh, spec: Spec) -> Tensor:
 
 
 def annotate(tensor: Tensor, mesh: xs.Mesh, spec: tuple) -> None:
-    """Say in place how a tensor is cut; one that holds data is moved so.
+    """Annotate a tensor with its sharding in place; one that holds data is resharded.
 
-    torch_xla's `mark_sharding` tries to import torchax each time it is called: where that fails,
-    half of a millisecond for each of a step's hundreds of annotations.
+    torch_xla's `mark_sharding` tries to import torchax each time it is called: if that fails, it
+    costs half of a millisecond for each of a step's hundreds of annotations.
 
     Args:
         spec: in torch_xla's form.
@@ -120,7 +120,8 @@ def send_batch(tensors: Sequence[Tensor], mesh: xs.Mesh, spec: Spec) -> list[Ten
     """Start sending equal-rank CPU tensors to their shards without waiting.
 
     Every process passes the whole global batch; the runtime takes the shards of its own devices. A
-    batch is a few hundred kilobytes, so this is simpler than cutting it by host and never wrong.
+    batch is a few hundred kilobytes, so this is simpler than splitting it by host, and always
+    correct.
     """
     spec_of = xs.ShardingSpec(mesh, partition(spec))
     device = str(torch_xla.device())
@@ -130,10 +131,11 @@ def send_batch(tensors: Sequence[Tensor], mesh: xs.Mesh, spec: Spec) -> list[Ten
 
 
 def execute(outputs: Sequence[Tensor]) -> None:
-    """Run what was traced for these tensors, without waiting for it.
+    """Execute the traced program of these tensors, without waiting for it.
 
-    `torch_xla.sync()` runs what was traced for every live tensor of the process, so that one that
-    happens to be alive in another thread, or in a traceback, changes the program and compiles anew.
+    `torch_xla.sync()` executes the pending operations of every live tensor of the process, so that
+    one that is alive in another thread, or in a traceback, changes the program and causes a
+    recompile.
     """
     XLAC._xla_sync_multi(list(outputs), devices=[], wait=False, sync_xla_data=True)
 
@@ -144,15 +146,15 @@ def constrain(tensor: Tensor, mesh: xs.Mesh, spec: Spec) -> Tensor:
 
 
 def in_order(later: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as they are, but what uses the later one is computed after the earlier one."""
+    """Return both unchanged, but computations with the later one run after the earlier one."""
     behind = [later.clone(), earlier.clone()]
     xm.optimization_barrier_(behind)
     return behind[0], behind[1]
 
 
 class _Constrain(torch.autograd.Function):
-    """Annotating works in place, and would reshard a tensor that holds data: annotate a copy,
-    which the compiler removes."""
+    """Autograd function for a sharding. Annotating works in place, and would reshard a tensor that
+    holds data: it annotates a copy, which the compiler removes."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, mesh: xs.Mesh, spec: tuple) -> Tensor:  # type: ignore[override]

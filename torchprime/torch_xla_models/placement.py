@@ -1,8 +1,8 @@
-"""From Hugging Face names to tensors on the mesh and back.
+"""Mapping between Hugging Face names and tensors on the mesh.
 
-The model is built without storage. Its parameters are then made one at a time: read, cast, cut to
-shards, host copy dropped. A scanned stack keeps one tensor [layers, ...] per layer parameter, read
-layer by layer into one host buffer; its peak is that one tensor, not the model.
+The model is built without storage. Its parameters are then made one at a time: read, cast, split
+into shards, host copy freed. A scanned stack has one tensor [layers, ...] per layer parameter, read
+layer by layer into one host buffer; peak host memory is that one tensor, not the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torchprime.torch_xla_models.remat import STACKED
 
 
 class Placed(NamedTuple):
-    """A parameter of the placed model: which checkpoint tensors it holds, and how it is cut."""
+    """A parameter of the placed model: the checkpoint tensors that it holds, and its sharding."""
 
     hf_names: tuple[str, ...]  # one, or one per layer when stacked
     stacked: bool
@@ -73,7 +73,7 @@ def load(
 
 
 def host_tensor(entry: Placed, tensor_of: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
-    """What an entry holds, whole on the host; without storage if its parts have none."""
+    """Return the tensor of an entry, whole on the host; without storage if its parts have none."""
     first = tensor_of(entry.hf_names[0])
     if not entry.stacked:
         return first.to(dtype)
@@ -92,7 +92,7 @@ def _replace(model: CausalLM, name: str, parameter: nn.Parameter) -> None:
 def gather(
     model: CausalLM, placed: dict[str, Placed], process_count: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Bring the weights to the host one parameter at a time, by checkpoint name."""
+    """Yield the weights on the host one parameter at a time, by checkpoint name."""
     for name, parameter in model.named_parameters():
         entry = placed[name]
         if process_count == 1:
@@ -110,9 +110,10 @@ def gather(
 
 
 def from_local_shards(tensor: Tensor) -> Tensor:
-    """The whole tensor on the host, from the shards of this process; no device ever holds it whole.
+    """Return the whole tensor on the host, from the shards of this process.
 
-    Moving a sharded tensor with `.cpu()` makes every device gather all of it first.
+    No device ever holds it whole: moving a sharded tensor with `.cpu()` makes every device gather
+    all of it first.
     """
     shards = XLAC._get_local_shards([tensor])[0]
     places = XLAC._get_local_shard_replica_and_indices([tensor])[0]
@@ -125,8 +126,8 @@ def from_local_shards(tensor: Tensor) -> Tensor:
 
 
 def checkpoint_shards(tensor: Tensor, names: Sequence[str], stacked: bool) -> list[TensorShards]:
-    """A tensor on the mesh as a checkpoint holds it: an entry for each of its names, which are its
-    layers where it is a stack. Copies of a shard are written once."""
+    """Return a tensor on the mesh in a checkpoint's form: an entry for each of its names, which are
+    its layers if it is a stack. Copies of a shard are written once."""
     places = XLAC._get_local_shard_replica_and_indices([tensor])[0]
     first = int(stacked)
     shape = tuple(tensor.shape)
@@ -136,7 +137,7 @@ def checkpoint_shards(tensor: Tensor, names: Sequence[str], stacked: bool) -> li
         slices = indices if isinstance(indices, list) else [slice(0, size) for size in shape]
         offsets = tuple(cut.start for cut in slices)
         sizes = tuple(cut.stop - cut.start for cut in slices)
-        if replica == 0 and 0 not in sizes:  # padding makes shards of nothing
+        if replica == 0 and 0 not in sizes:  # padding makes empty shards
             kept.append(number)
             chunks.append((offsets[first:], sizes[first:]))
     host = _HostShards(tensor, kept, [sizes for _, sizes in chunks], uses=len(names), skip=first)
@@ -149,7 +150,7 @@ def checkpoint_shards(tensor: Tensor, names: Sequence[str], stacked: bool) -> li
 
 
 class _HostShards:
-    """The shards of a tensor on the host, fetched at the first use and let go after the last."""
+    """The shards of a tensor on the host, fetched at the first use and freed after the last."""
 
     def __init__(
         self, tensor: Tensor, kept: list[int], sizes: list[tuple[int, ...]], uses: int, skip: int
@@ -159,7 +160,7 @@ class _HostShards:
         self._shards: list[Tensor] = []
 
     def whole(self) -> list[Tensor]:
-        """Each shard, without padding."""
+        """Return each shard, without padding."""
         if not self._shards:
             found = XLAC._get_local_shards([self._tensor])[0]
             for number, sizes in zip(self._kept, self._sizes, strict=True):
@@ -171,13 +172,13 @@ class _HostShards:
         return shards
 
     def layer(self, index: int) -> list[Tensor]:
-        """The same of one layer of a stack."""
+        """Return the shards of one layer of a stack."""
         return [shard[index] for shard in self.whole()]
 
 
 def _layers_over_processes(tensor: Tensor, entry: Placed) -> Iterator[tuple[str, Tensor]]:
-    """Layers of a stack that no process holds whole, gathered one at a time by one small program:
-    the layer's number enters as data."""
+    """Yield the layers of a stack that no process holds whole, gathered one at a time by one small
+    program: the layer's number enters as data."""
     for index, hf_name in enumerate(entry.hf_names):
         chosen = torch.tensor([index]).to(tensor.device)
         yield hf_name, torch.index_select(tensor, 0, chosen)[0].cpu()

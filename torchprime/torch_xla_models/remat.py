@@ -1,10 +1,10 @@
 """Passes over the stack of layers: scan, rematerialization, backward barriers.
 
-All three replace the container or wrap its members; the layers do not know. The one mechanism under
-scan and remat is a function that runs a layer, keeps some of what its backward will want, and in
-the backward traces the layer again, fetching what was kept and recomputing the rest. Since XLA
-tensors are lazy, whatever is fetched makes the code that would recompute it dead: keeping the
-outputs of the matrix products saves all but the attention scores, keeping nothing is full remat.
+All three replace the container or wrap its members; the layers are unchanged. Scan and remat share
+one mechanism: a function that runs a layer, stores some of the values its backward needs, and in
+the backward traces the layer again, fetching stored values and recomputing the rest. Since XLA
+tensors are lazy, a fetched value makes the code that would recompute it dead: storing the
+outputs of the matrix products saves all but the attention scores, storing nothing is full remat.
 
 Scan holds each parameter of all layers in one stacked tensor [layers, ...] and loops over it on the
 device, so that compile time does not grow with depth and no per-step stacking is paid.
@@ -40,17 +40,16 @@ def device_loop(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Loop on the device over dim 0 of `xs`: (carry, x_i) -> (carry, y_i); y is stacked.
 
-    Device tensors that the body reads without being given them (weights, say) become loop inputs.
+    Device tensors that the body reads and that are no arguments (weights, say) become loop inputs.
     """
     return _scan_impl_flat(body, list(carry), list(xs), reverse=reverse)
 
 
 class RecordedLoop:
-    """A `device_loop` that is traced once and run again with other tensors of the same shapes:
-    tracing a deep model takes as long as running it for some tokens.
+    """A `device_loop` that is traced once and run again with other tensors of the same shapes.
 
-    What may differ between runs has to be in carry and xs; what the body reads besides is taken
-    for constant.
+    Tracing a deep model takes as long as running it for some tokens. Values that differ between
+    runs must be in carry and xs; all others that the body reads are treated as constant.
     """
 
     def __init__(self, body: Callable[..., Any]) -> None:
@@ -61,12 +60,12 @@ class RecordedLoop:
     def run(
         self, carry: Sequence[Tensor], xs: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """As `device_loop`."""
+        """Run the loop as `device_loop` does."""
         if self.call is None:
             return self._record(carry, xs)
         name, constants, computation = self.call
-        # Made anew, as the first time: kept ones would become data when something syncs all there
-        # is, and the next program another one.
+        # Made again, as the first time: stored ones would become data when something syncs all
+        # tensors, and the next program would be another one.
         device = carry[0].device
         first = torch.tensor(0, device=device)
         ys = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in self.ys]
@@ -90,15 +89,15 @@ class RecordedLoop:
         finally:
             XLAC._xla_user_computation = run
         name, tensors, computation = calls[-1]  # loops inside the body are recorded before it
-        # The loop's own counter, carry, xs, where ys go, then what is constant.
+        # The loop's own counter, carry, xs, the places of ys, then the constants.
         given = 1 + len(carry) + len(xs) + len(ys)
         self.call = name, list(tensors[given:]), computation
         self.ys = [(y.shape, y.dtype) for y in ys]
         return carried, ys
 
 
-# What a layer's backward would rather not compute again: the outputs of its matrix products. The
-# norms, activations and attention probabilities between them are recomputed from these.
+# Outputs of a layer that its backward does not recompute: those of its matrix products. The norms,
+# activations and attention probabilities between them are recomputed from these.
 KEPT: tuple[str, ...] = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -111,8 +110,9 @@ KEPT: tuple[str, ...] = (
 
 
 class _Fetched(torch.autograd.Function):
-    """Stands for a computed tensor with the value kept from the forward; gradients go to the
-    computed one, whose own computation is then dead unless its backward reads it."""
+    """Autograd function that returns the value stored by the forward instead of a computed tensor.
+    Gradients go to the computed one, whose own computation is then dead unless its backward reads
+    it."""
 
     @staticmethod
     def forward(ctx, computed: Tensor, kept: Tensor) -> Tensor:  # type: ignore[override]
@@ -124,7 +124,7 @@ class _Fetched(torch.autograd.Function):
 
 
 class LayerRunner:
-    """Runs one layer as a function of (hidden, weights, context), forward and backward.
+    """Runner of one layer as a function of (hidden, weights, context), forward and backward.
 
     Args:
         template: the layer whose code is run, with weights given in the call.
@@ -146,18 +146,18 @@ class LayerRunner:
         self.shard_gradient, self.shard_output = shard_gradient, shard_output
         self.names = [name for name, _ in template.named_parameters()]
         self.kept_names = KEPT if policy == "none" else ()
-        # A CPU's virtual devices are in the host's memory already, and do not know the annotation.
+        # A CPU's virtual devices are in host memory already, and do not know the annotation.
         self.offload = policy == "offload" and xr.device_type() == "TPU"
 
     def call(self, x: Tensor, weights: Sequence[Tensor], context: LayerContext) -> Tensor:
-        """The layer, as it is."""
+        """Return the layer's output, called normally."""
         named = dict(zip(self.names, weights, strict=True))
         return torch.func.functional_call(self.template, named, (x, context))
 
     def forward(
         self, x: Tensor, weights: Sequence[Tensor], context: LayerContext
     ) -> tuple[Tensor, list[Tensor]]:
-        """The layer's output, and its input and the outputs kept for `backward`."""
+        """Return the layer's output, and its input and the outputs kept for `backward`."""
         outputs: dict[str, Tensor] = {}
 
         def keep(name: str, out: Tensor) -> Tensor:
@@ -175,7 +175,8 @@ class LayerRunner:
         context: LayerContext,
         grad: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of the layer's input and weights, from what `forward` kept."""
+        """Return the gradients of the layer's input and weights, from the values that `forward`
+        stored."""
         x = self.shard_output("", kept[0]).detach().requires_grad_()
         weights = [w.detach().requires_grad_() for w in weights]
         values = dict(zip(self.kept_names, kept[1:], strict=True))
@@ -191,7 +192,8 @@ class LayerRunner:
 
     @contextmanager
     def _on_outputs(self, replace: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-        """While inside, the output of each kept module is what `replace` makes of it."""
+        """Replace the output of each stored module by the result of `replace`, inside the
+        context."""
 
         def hook(name: str) -> Callable[..., Tensor]:
             return lambda _, __, out: replace(name, out)
@@ -221,8 +223,8 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, *weights = ctx.saved_tensors
-        # Behind the barrier the compiler can't see that this forward was computed before, and so
-        # does not keep the first one's activations alive to reuse them.
+        # Behind the barrier the compiler can't recognize that this forward was computed before, and
+        # so does not keep the first one's activations alive to reuse them.
         behind = [t.clone() for t in (x, grad)]
         xm.optimization_barrier_(behind)
         grad_x, grad_weights = ctx.runner.backward([behind[0]], weights, ctx.context, behind[1])
@@ -317,13 +319,14 @@ class ScannedLayers(nn.Module):
         return device_loop(body, [x, *_flatten(context)], weights)[0][0]
 
     def templates(self) -> list[nn.Module]:
-        """See LayerStack."""
+        """Return the layers whose code is executed."""
         return [self.runner.template]
 
     def with_cache(
         self, x: Tensor, context: LayerContext, cache: Any
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """See LayerStack; a cache, keys and values are stacks like the weights."""
+        """Run `forward` with a KV cache; the cache, keys and values are stacked like the
+        weights."""
         template = self.runner.template
         core: Any = template.get_submodule("self_attn.core")
         kept = [] if cache is None else [*cache.keys, *cache.values]

@@ -1,7 +1,7 @@
-"""What must be decided before torch_xla is imported: which devices, and how many.
+"""Settings that must be made before torch_xla is imported: the devices, and their number.
 
 A TPU VM announces its chips itself and nothing changes here. Elsewhere XLA runs on the CPU, with as
-many virtual devices as the mesh wants; the partitioner is the same, so sharding is real.
+many virtual devices as the mesh needs; the partitioner is the same, so sharding is real.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from torchprime.terminal import say
 CPU_CODE_OPTIONS = "--xla_backend_extra_options=-unroll-threshold=100"
 
 
-# What libtpu is told unless LIBTPU_INIT_ARGS says otherwise. docs/tpu.md has the numbers.
+# Flags for libtpu unless LIBTPU_INIT_ARGS sets them. docs/tpu.md has the numbers.
 TPU_FLAGS: dict[str, str] = {
     # Left at its default, products under FSDP become loops that pass weights from chip to chip by
     # collective permutes: for the 8B run three times the traffic of gathering, and no less memory.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    # One operation of an all-reduced weight gradient and the slice after it, half the traffic, also
-    # where a chip's shard is not a multiple of 512 wide: 26 of Qwen3 14B's 27.5 GiB, none without.
+    # One operation for an all-reduced weight gradient and the slice after it, half the traffic,
+    # even if a chip's shard is not a multiple of 512 wide: 26 of Qwen3 14B's 27.5 GiB, none
+    # without.
     "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
     "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
     "xla_tpu_assign_all_reduce_scatter_layout": "true",
 }
-# What torch_xla 2.9 sets by itself where it sees a chip, so that a compile without one has it too.
+# Flags that torch_xla 2.9 sets by itself if it finds a chip, so that a compile without one has them
+# too.
 TORCH_XLA_FLAGS: dict[str, str] = {
     "xla_tpu_use_enhanced_launch_barrier": "false",
     "xla_latency_hiding_scheduler_rerun": "1",
@@ -48,25 +50,25 @@ TORCH_XLA_V5_FLAGS: dict[str, str] = {
 
 
 def with_flags(given: str, flags: Mapping[str, str]) -> str:
-    """LIBTPU_INIT_ARGS with flags added that are not in it."""
+    """Return LIBTPU_INIT_ARGS with the given flags added if they are not in it."""
     named = {part.removeprefix("--").split("=")[0] for part in given.split()}
     added = [f"--{name}={value}" for name, value in flags.items() if name not in named]
     return " ".join([*given.split(), *added])
 
 
 def tpu_chips() -> list[str]:
-    """This host's chips, which show as accel or VFIO devices."""
+    """Return this host's chips, which show as accel or VFIO devices."""
     return glob("/dev/accel*") + glob("/dev/vfio/[0-9]*")
 
 
 def host_has_tpu() -> bool:
-    """True on a TPU VM: chips are there, and libtpu is importable."""
+    """Return True on a TPU VM: there are chips, and libtpu is importable."""
     return bool(tpu_chips()) and importlib.util.find_spec("libtpu") is not None
 
 
 def prepare_environment(device_count: int) -> None:
     """Set PJRT_DEVICE, CPU_NUM_DEVICES, XLA_FLAGS and LIBTPU_INIT_ARGS where the user did not,
-    raise PJRT_NPROC to what is safe, and say which device.
+    raise PJRT_NPROC to a safe value, and print the device.
 
     Args:
         device_count: product of the mesh's axes.
@@ -103,21 +105,22 @@ def prepare_environment(device_count: int) -> None:
 
 
 def _threads(devices: int) -> int:
-    """How many threads XLA's CPU client needs: one for each core, and more than it has devices.
+    """Return the number of threads that XLA's CPU client needs: one per core, and more than its
+    devices.
 
-    Each virtual device keeps one busy while its program runs. With none to spare, the pool's queue
-    fills up in a long program, and a task then runs inside the one that hands it in. Wide products
-    come out wrong, without a word: their blocks are packed in memory that belongs to a thread, and
-    are written over (torch_xla 2.9, `test_long_loops.py`).
+    Each virtual device keeps one busy while its program runs. With no thread to spare, the pool's
+    queue fills up in a long program, and a task then runs inside the one that submits it. Wide
+    products are then silently wrong: their blocks are packed in memory that belongs to a thread,
+    and are written over (torch_xla 2.9, `test_long_loops.py`).
     """
     return max(len(os.sched_getaffinity(0)), devices + 1)
 
 
 def _share_cores() -> None:
-    """XLA's threads, which inherit this, do not push one another off a core when they wake up.
+    """Keep XLA's threads, which inherit this, from preempting one another when they wake up.
 
-    There is a thread more than cores (`_threads`), and each small task wakes one: it would take a
-    core from a thread in the middle of its work, which then goes on elsewhere with cold caches.
+    There is one thread more than cores (`_threads`), and each small task wakes one: it would take a
+    core from a thread in the middle of its work, which then continues elsewhere with cold caches.
     """
     if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
         with suppress(OSError):  # a sandbox may forbid it; then it is only slower
@@ -125,8 +128,8 @@ def _share_cores() -> None:
 
 
 def cache_folder(wanted: str | None) -> Path | None:
-    """Where this process keeps compiled programs: each host its own place, since hosts compile the
-    same at the same time and torch_xla's files are not made for that."""
+    """Return this process's folder of compiled programs. Each host has its own, since hosts compile
+    the same at the same time and torch_xla's files are not safe for that."""
     if wanted is None:
         return None
     if wanted == "auto":
@@ -136,7 +139,7 @@ def cache_folder(wanted: str | None) -> Path | None:
 
 
 def check_loop_requirements() -> None:
-    """torch_xla's loops crash without jax instead of raising; look first."""
+    """Raise an error if jax is missing: torch_xla's loops would crash without it."""
     if importlib.util.find_spec("jax") is None:
         raise RuntimeSetupError(
             "torch_xla's loops on the device (scan, accumulation) need jax, which is not "

@@ -1,4 +1,5 @@
-"""The main job on PyTorch/XLA: `python3 torchprime/torch_xla_models/train.py --config-name NAME`.
+"""The training command on PyTorch/XLA: `python3 torchprime/torch_xla_models/train.py --config-name
+NAME`.
 
 The same command runs on a TPU VM, on every host of a slice, and on a machine without a TPU, where
 XLA runs on the CPU with as many virtual devices as the mesh has.
@@ -15,12 +16,12 @@ from torchprime.torch_xla_models.runtime import prepare_environment
 
 
 def make_backend(config: TrainConfig, **more: Any):
-    """The XLA backend for a config's mesh and kernels.
+    """Return the XLA backend for a config's mesh and kernels.
 
     Args:
         more: further arguments of the backend.
     """
-    # late: importing torch_xla fixes the device and the number of virtual devices
+    # late import: importing torch_xla fixes the device and the number of virtual devices
     from torchprime.torch_xla_models.backend import XlaBackend
 
     return XlaBackend(
@@ -39,14 +40,14 @@ def make_backend(config: TrainConfig, **more: Any):
 
 
 def main(config: TrainConfig) -> int:
-    """Train as configured, or with compile_only see whether one could; the exit code."""
+    """Train as configured, or with compile_only compile the step; return the exit code."""
     if config.compile_only is not None:
-        # late: what it imports takes seconds, and training does not want it
+        # late import: it takes seconds, and training does not need it
         from torchprime.torch_xla_models.compile.command import compile_only
 
         return compile_only(config)
     prepare_environment(config.device_count)
-    # late: transformers looks for torch_xla when imported, and imports it
+    # late import: transformers looks for torch_xla when imported, and imports it
     from torchprime.training.sft import SFTTrainer
     from torchprime.training.trainer import Trainer
 

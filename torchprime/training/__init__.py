@@ -1,1 +1,1 @@
-"""The one loop, the step, the optimizers, and the Protocol that a backend implements."""
+"""The training loop, the step, the optimizers, and the Protocol that a backend implements."""

@@ -1,4 +1,4 @@
-"""What only the first process does, for all: its result reaches them, and so does its failure."""
+"""Work of the first process for all: every process gets its result, or its failure."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ PULSE = 1.0  # seconds between two signs of life of a first process that works w
 
 
 class LongWork:
-    """Work of the first process that may take longer than a collective: an export, say, or the
-    hashes of a checkpoint.
+    """Work of the first process that may take longer than a collective, such as an export.
 
-    The others wait for its end and hear meanwhile that it lives. If it dies or hangs, their next
-    exchange ends as any other does. All processes call `end`; only the first calls `others_wait`,
-    when the others have no further part in the work.
+    The other processes wait for its end and receive signs of life meanwhile. If it dies or hangs,
+    their next exchange fails like any other. All processes call `end`; only the first calls
+    `others_wait`, when the others have no further part in the work.
 
     Attributes:
         lost: on the first process, the error by which it noticed that others are gone.
@@ -33,8 +32,9 @@ class LongWork:
         self._thread: threading.Thread | None = None
 
     def others_wait(self) -> None:
-        """Begin to give signs of life, from a thread."""
-        # Elsewhere the thread and `end` would exchange objects at the same time, in any order.
+        """Start to send signs of life, from a thread."""
+        # With other backends the thread and `end` would exchange objects at the same time, in any
+        # order.
         assert self.backend.process_index == 0, "only the first process gives signs of life"
         if self._thread is None and self.backend.process_count > 1:
             self._thread = threading.Thread(target=self._beat, name="long-work", daemon=True)
@@ -47,11 +47,11 @@ class LongWork:
                 self.backend.gather_objects((done, self._answer if done else None))
                 if done:
                     return
-        except Exception as error:  # the work goes on all the same
+        except Exception as error:  # the work continues nevertheless
             self.lost = error
 
     def end(self, answer: Made) -> Made:
-        """Return on every process the answer that the first one gives.
+        """Return on every process the value that the first one passes.
 
         Raises:
             Exception: on the others, that the first is lost.
@@ -72,7 +72,7 @@ class LongWork:
 
 
 def from_first(backend: Backend, part: Callable[[], Made]) -> Made:
-    """Run `part` on the first process and return what it makes on every one; all must call it.
+    """Run `part` on the first process and return its result on every process; all must call it.
 
     Raises:
         Exception: what `part` raised, there; elsewhere the same if it is a UserError, else a
@@ -87,7 +87,7 @@ def from_first(backend: Backend, part: Callable[[], Made]) -> Made:
         work.others_wait()
         try:
             made = part()
-        except Exception as error:  # told to the others first: none of them waits for ever
+        except Exception as error:  # sent to the others first: none waits for ever
             problem = error
     told = problem
     if problem is not None and not isinstance(problem, UserError):

@@ -1,6 +1,6 @@
-"""The seam between the one loop and the machines it runs on.
+"""The Protocol between the training loop and the machines it runs on.
 
-Everything a run does on a device goes through these methods: weights and batches enter by `place`
+A run uses a device only through these methods: weights and batches enter by `place`
 and `put`, numbers and weights leave by `read` and `weights`. A backend is made from flat arguments
 and never sees a config object.
 """
@@ -24,7 +24,7 @@ from torchprime.training.optim import Optimizer
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """What a train step computed, on the host."""
+    """The results of a train step, on the host."""
 
     loss: float
     grad_norm: float
@@ -35,7 +35,7 @@ class StepNumbers:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What shapes the compiled step besides model and optimizer."""
+    """The options of the compiled step besides model and optimizer."""
 
     gradient_accumulation_steps: int = 1
     loss_chunks: int = 8
@@ -58,7 +58,7 @@ class ResumedState:
 
 
 class Backend(Protocol):
-    """One kind of machine. `device` values are opaque to the loop."""
+    """A kind of machine. `device` values are opaque to the loop."""
 
     name: str
     device_count: int
@@ -66,12 +66,12 @@ class Backend(Protocol):
     process_index: int
     process_count: int
     attention: str  # the attention kernel in use
-    attention_why: str  # and why it is that one
+    attention_why: str  # and the reason for the choice
     loss: str  # the same for the cross-entropy
     loss_why: str
 
     def check(self, model: CausalLM, table: ShardingTable) -> None:
-        """Find what `place` would refuse, before any weight is read.
+        """Check for errors that `place` would raise, before any weight is read.
 
         Raises:
             ConfigError: a model whose layers this kind of machine cannot cut as its mesh is.
@@ -85,8 +85,9 @@ class Backend(Protocol):
         tensor_of: Callable[[str], Tensor],
         dtype: torch.dtype,
     ) -> None:
-        """Give the storage-less model its weights, one tensor at a time, each to its shards. What
-        `tensor_of` returns may become the model's own memory, which updates write to."""
+        """Load the weights into the storage-less model, one tensor at a time, each directly into
+        its shards. A tensor from `tensor_of` may become the model's own memory, which updates write
+        to."""
         ...
 
     def prepare_training(
@@ -100,15 +101,15 @@ class Backend(Protocol):
         ...
 
     def train_step(self, batch: Any, lr: float) -> Any:
-        """Start one update; returns a handle for `read` without waiting."""
+        """Start one update; return a handle for `read` without waiting."""
         ...
 
     def read(self, handle: Any) -> StepNumbers:
-        """Wait for a step and bring its numbers to the host."""
+        """Wait for a step and copy its numbers to the host."""
         ...
 
     def eval_step(self, batch: Any, num_sources: int = 1) -> Any:
-        """Start a forward without update; returns a handle for `read_eval`.
+        """Start a forward pass without update; return a handle for `read_eval`.
 
         Args:
             num_sources: of the rows the batch is from; with several, it sums the loss by source.
@@ -116,65 +117,68 @@ class Backend(Protocol):
         ...
 
     def read_eval(self, handles: list[Any]) -> tuple[float, ...]:
-        """(loss sum, weight sum, then the loss sum by source) over several eval steps."""
+        """Return (loss sum, weight sum, then the loss sum by source) over several eval steps."""
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights on the host, one at a time, by Hugging Face name; every process has to go
-        through all of them."""
+        """Return the weights on the host, one at a time, by Hugging Face name; every process has to
+        iterate over all of them."""
         ...
 
     def checkpoint_tensors(self) -> list[TensorShards]:
-        """Weights and optimizer state as a checkpoint names them (checkpoint/run/shards.py), each
-        with the shards that this process writes. Nothing moves to the host before they are read,
-        one after the other in this order."""
+        """Return weights and optimizer state by their names in a checkpoint
+        (checkpoint/run/shards.py), each with the shards that this process writes. Nothing is copied
+        to the host before it is read, one tensor after the other in this order."""
         ...
 
     def progress(self) -> tuple[int, int]:
-        """Updates done, and the first whose loss or gradient was not finite, 0 if none. Waits."""
+        """Return the number of finished updates, and the first whose loss or gradient was not
+        finite (0 if none). This waits for the device."""
         ...
 
     def gather_objects(self, value: Any, *, aside: bool = False) -> list[Any]:
-        """What each process gave, in the order of processes, on every process.
+        """Return on every process the objects of all processes, in the order of processes.
 
         Args:
-            aside: for a thread that runs beside the loop: what it exchanges is never taken for
-                what the loop exchanges meanwhile. One thread at a time.
+            aside: for a thread that runs beside the loop: its objects are never confused with
+                those of the loop. One thread at a time.
         """
         ...
 
     def largest(self, value: int) -> int:
-        """The largest of what each process gives; all of them must call it."""
+        """Return the largest of all processes' values; all of them must call it."""
         ...
 
     def preempted(self, step: int) -> bool:
-        """Whether the machine is about to be taken away, as its runtime says and all processes
-        have agreed for this step; False where the runtime says nothing."""
+        """Return True when the runtime has announced a preemption, agreed by all processes for this
+        step; False if the runtime never does."""
         ...
 
     def seed(self, seed: int) -> None:
-        """Begin the device's random numbers."""
+        """Seed the device's random generator."""
         ...
 
     def rng_state(self) -> str:
-        """The device's random state as text, "" where it has none of its own."""
+        """Return the device's random state as text; "" if it has none of its own."""
         ...
 
     def set_rng_state(self, state: str) -> None:
-        """Give back what `rng_state` gave."""
+        """Restore a state that `rng_state` returned."""
         ...
 
     def save_sharded(self, folder: str) -> None:
-        """Write the weights as they lie on the devices (torch.distributed.checkpoint), under the
-        backend's own names, without gathering or renaming anything."""
+        """Write the weights in their shards (torch.distributed.checkpoint), under the backend's own
+        names, without gathering or renaming."""
         ...
 
     def logits(self, input_ids: list[int]) -> Tensor:
-        """fp32 [S, V] logits of one unpadded sequence, for checks; every process has to call it."""
+        """Return fp32 [S, V] logits of one unpadded sequence, for checks; every process has to call
+        it."""
         ...
 
     def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
-        """Answer prompts (token ids), greedily or sampled; the answers in the prompts' order.
+        """Generate answers to prompts (token ids), greedily or sampled, and return them in the
+        prompts' order.
 
         Every process calls it with the same prompts and gets all answers. Programs depend on the
         batch size and on the bucket of a prompt's length, not on the length itself. Weights, the
@@ -186,21 +190,21 @@ class Backend(Protocol):
         ...
 
     def synchronize(self) -> None:
-        """Wait until the device has done all it was given."""
+        """Wait until the device has finished all its work."""
         ...
 
     def start_profile(self, folder: str) -> None:
-        """Begin a trace that TensorBoard or xprof can read, written to the folder."""
+        """Start a trace that TensorBoard or xprof can read, written to the folder."""
         ...
 
     def stop_profile(self) -> None:
-        """End it."""
+        """Stop the trace."""
         ...
 
     def compiles(self) -> int:
-        """How many graphs have been compiled so far in this process."""
+        """Return the number of graphs compiled so far in this process."""
         ...
 
     def device_memory_bytes(self) -> int | None:
-        """Peak bytes in use on one device, where the runtime tells."""
+        """Return the peak bytes in use on one device, if the runtime reports them."""
         ...

@@ -1,7 +1,7 @@
-"""The eval and selection sections become what a run asks, how it grades, and how it chooses.
+"""The evaluation of a run, made from the config's eval and selection sections.
 
-Everything that a config can get wrong about it is found here, before a weight is read: a grader or
-a metric that does not exist, a prompt that leaves no room. The config stops here.
+Every error that a config can have there is found here, before a weight is read: a grader or
+a metric that does not exist, a prompt that leaves no room. Later code gets no config objects.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torchprime.training.setup.datasets import RunRows, question_of
 
 @dataclass(frozen=True)
 class Choosing:
-    """What follows from what is measured."""
+    """The decisions that depend on the metrics: selection, early stopping."""
 
     rule: Rule
     stopping: EarlyStopping | None
@@ -32,13 +32,13 @@ class Choosing:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked at an evaluation, and what follows from it.
+    """The prompts and graders of an evaluation, and the decisions that depend on it.
 
     Attributes:
         prompts: of the held-out rows that are answered; none where only the loss is measured.
         decode: from an answer's token ids to its text.
         measures: those of the graders that measure, rather than pass or fail.
-        answers_every: answered every so many steps; None: whenever the loss is measured.
+        answers_every: steps between answers; None: at each evaluation of the loss.
         folder: of the run.
     """
 
@@ -52,15 +52,15 @@ class Evaluation:
     stopping: EarlyStopping | None
 
     def complete(self, scores: Mapping[str, float]) -> bool:
-        """Whether these have a value from every grader."""
+        """Return True if these scores have a value from every grader."""
         return all(name in scores for name in self.graders)
 
 
 def make_choosing(eval: EvalConfig, selection: SelectionConfig) -> Choosing:
-    """Check gates, ranking and patience against what the run measures.
+    """Check gates, ranking and patience against the metrics of the run.
 
     Raises:
-        ConfigError: a text that is no rule, or a metric that is not measured.
+        ConfigError: a malformed rule, or a metric that is not measured.
     """
     stopping = selection.early_stopping
     rule = parse_rule(selection.gates, selection.ranking, eval.metrics)
@@ -72,7 +72,7 @@ def make_choosing(eval: EvalConfig, selection: SelectionConfig) -> Choosing:
 
 
 def make_graders(eval: EvalConfig) -> dict[str, Grader]:
-    """The graders by name.
+    """Return the graders by name.
 
     Raises:
         ConfigError: a kind, option or value that does not exist.

@@ -1,9 +1,9 @@
-"""The one loop: batches in, updates, records out. It runs on every backend.
+"""The training loop of every backend: batches in, updates, records out.
 
-A thread builds the next batches and starts moving them while the device works. The loop starts an
-update, asks nothing of the device until a step is to be logged, and only then waits. So nothing
-here may look at a device value between logged steps; what must not be missed in between (a loss
-that is not finite) is watched on the device by the step itself.
+A thread builds the next batches and starts their transfer while the device works. The loop starts
+an update and waits for the device only at logged steps. So no code here may read a device value
+between logged steps. An event that must not be missed in between (a loss that is not finite) is
+detected on the device by the step itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PREFETCHED = 2
 
 
 class Hook(Protocol):
-    """Something that happens around the steps. `step` counts finished updates."""
+    """Protocol of a hook around the steps. `step` counts finished updates."""
 
     def on_start(self) -> None: ...
 
@@ -41,7 +41,7 @@ class Hook(Protocol):
 
 
 class BaseHook:
-    """Does nothing; hooks override what they need."""
+    """Base class whose methods do nothing; hooks override the ones they need."""
 
     def on_start(self) -> None: ...
 
@@ -56,7 +56,7 @@ class BaseHook:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A batch on its way to the device, and what the host wants to remember of it."""
+    """A batch on its way to the device, and the facts that the host needs about it later."""
 
     device: Any
     shapes: tuple
@@ -69,14 +69,15 @@ class Loaded:
 
 @dataclass(frozen=True)
 class DataOrder:
-    """Which batch each step sees: a pure function of these and the step."""
+    """The order of the data: the batch of a step is a pure function of these fields and the
+    step."""
 
     data: PackedDataset
     seed: int
     global_batch_size: int
 
     def batch(self, step: int) -> Batch:
-        """The batch of the 0-based step."""
+        """Return the batch of the 0-based step."""
         return self.data.batch(
             batch_indices(self.data.num_blocks, self.seed, step, self.global_batch_size)
         )
@@ -89,7 +90,8 @@ class DataOrder:
 def load_ahead(
     backend: Backend, order: DataOrder, accumulation: int, steps: range
 ) -> Generator[Loaded, None, None]:
-    """Batches of the given steps, built and sent by a thread that stays PREFETCHED ahead."""
+    """Yield the batches of the given steps, built and sent by a thread that stays PREFETCHED
+    ahead."""
     ready: queue.Queue[Loaded | BaseException] = queue.Queue(maxsize=PREFETCHED)
     stop = threading.Event()
 
@@ -117,7 +119,7 @@ def load_ahead(
                         batch.source_weights(len(order.data.source_names)),
                     )
                 )
-        except BaseException as error:  # carried over to the loop, which raises it
+        except BaseException as error:  # passed on to the loop, which raises it
             hand_over(error)
 
     thread = threading.Thread(target=work, name="torchprime-loader", daemon=True)
@@ -134,7 +136,8 @@ def load_ahead(
 
 
 class CompileGuard:
-    """Lets each kind of step compile in its first two runs; later it is an error that says why."""
+    """Guard that lets each kind of step compile in its first two runs; a later compile is an
+    error."""
 
     def __init__(self, backend: Backend, *, allow: bool) -> None:
         self.backend, self.allow = backend, allow
@@ -143,7 +146,7 @@ class CompileGuard:
 
     @contextmanager
     def watch(self, kind: str, inputs: Any) -> Iterator[None]:
-        """Around one run of a kind of step; `inputs` describes the shapes that went in."""
+        """Watch one run of a kind of step; `inputs` describes the shapes of its inputs."""
         before = self.backend.compiles()
         yield
         run = self.runs[kind] = self.runs.get(kind, 0) + 1
@@ -165,7 +168,7 @@ class CompileGuard:
 
 @dataclass
 class RunControl:
-    """By which a hook ends the run: the step under way is its last."""
+    """Control by which a hook ends the run after the current step."""
 
     stop_reason: str | None = None
 
@@ -184,8 +187,8 @@ def train_loop(
     watch: Stopwatch,
     control: RunControl,
 ) -> StepNumbers:
-    """Run these updates, of which the last is the run's last unless a hook ends it earlier, and
-    return the last one's numbers; NaN if there are none left.
+    """Run these updates and return the last one's numbers; NaN if there are no updates. The last
+    one is the run's last unless a hook ends it earlier.
 
     Raises:
         DivergedError: a loss or gradient norm was not finite; the weights are those before it.
@@ -195,7 +198,7 @@ def train_loop(
         for hook in hooks:
             hook.on_start()
         batches = load_ahead(backend, order, accumulation, steps)
-        with closing(batches):  # ends the thread now, whatever a traceback still holds on to
+        with closing(batches):  # ends the thread now, even if a traceback refers to it
             return _run_steps(
                 backend,
                 order,
@@ -210,7 +213,7 @@ def train_loop(
                 control=control,
             )
     finally:
-        for hook in reversed(hooks):  # a later one may still need what an earlier one lets go of
+        for hook in reversed(hooks):  # a later hook may need what an earlier one closes
             hook.on_end()
 
 
@@ -230,7 +233,7 @@ def _run_steps(
 ) -> StepNumbers:
     numbers = StepNumbers(float("nan"), float("nan"), 0.0, 0)
     watch.restart()
-    for step, loaded in zip(steps, batches, strict=False):  # a hook may end it earlier
+    for step, loaded in zip(steps, batches, strict=False):  # a hook may end the run earlier
         for hook in hooks:
             hook.before_step(step)
         rate = learning_rate(step)
@@ -258,7 +261,8 @@ def _run_steps(
 
 
 def _refuse_divergence(numbers: StepNumbers, order: DataOrder) -> None:
-    """Name the first bad step, which the device remembers, and recompute its batch."""
+    """Raise an error with the first bad step, which the device remembers, after recomputing its
+    batch."""
     if not numbers.bad_step:
         return
     batch = order.batch(numbers.bad_step - 1)
@@ -309,7 +313,8 @@ def _record(
 def _by_source(
     names: Sequence[str], loaded: Loaded, numbers: StepNumbers
 ) -> dict[str, float | None] | None:
-    """Mean loss of each source's tokens in this step; None for a source the step did not see."""
+    """Return the mean loss of each source's tokens in this step; None for a source without
+    tokens."""
     if not numbers.source_loss_sums:
         return None
     trios = zip(names, numbers.source_loss_sums, loaded.source_weights, strict=True)

@@ -1,9 +1,9 @@
-"""Optimizers as pure tensor mathematics, and learning-rate schedules as pure functions of the step.
+"""Optimizers as pure tensor operations, and learning-rate schedules as pure functions of the step.
 
-An optimizer here is a list of state slots per parameter and an update in place. No host read, no
-Python number that changes from step to step: the learning rate and the step count are tensors, so
-one compiled graph serves all steps. State is fp32, and bf16 parameters get an fp32 master copy
-unless `master_weights=false`: a bf16 weight of 1.0 cannot take a step smaller than 0.004.
+An optimizer here is a list of state slots per parameter and an in-place update. It reads nothing on
+the host and uses no Python number that changes from step to step: learning rate and step count are
+tensors, so one compiled graph serves all steps. State is fp32, and bf16 parameters get an fp32
+master copy unless `master_weights=false`: a bf16 weight of 1.0 can't take a step below 0.004.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Slot(NamedTuple):
-    """One tensor of state, zeros at the start: which dims of its parameter it keeps."""
+    """A state tensor, initially zero, and the dims of its parameter that it keeps."""
 
     dims: tuple[int, ...]
 
@@ -26,24 +26,24 @@ Mean = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
 def mean_over(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The mean over some dims, which stay with size 1."""
+    """Return the mean over some dims, which stay with size 1."""
     return values.mean(dim=dims, keepdim=True)
 
 
 class Parameter(NamedTuple):
-    """What an optimizer may know of a parameter."""
+    """Facts about one parameter that an optimizer may use."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     decays: bool  # weight decay applies: matrices and embeddings, not norms and biases
     stacked: bool  # dim 0 counts layers: statistics are per layer
-    # The mean over dims of the whole parameter, of values that lie like it; where this process
-    # holds a shard, it asks the others.
+    # Returns the mean over dims of the whole parameter, for values sharded like it; if this process
+    # holds only a shard, it communicates with the others.
     mean: Mean = mean_over
 
 
 class Optimizer(Protocol):
-    """State slots by name, and an in-place update of one parameter."""
+    """An optimizer: state slots by name, and an in-place update of one parameter."""
 
     def slots(self, parameter: Parameter) -> dict[str, Slot]: ...
 
@@ -56,7 +56,7 @@ class Optimizer(Protocol):
         lr: Tensor,
         step: Tensor,
     ) -> dict[str, Tensor]:
-        """New values: the fp32 weight under "weight", and each slot under its name."""
+        """Return the new values: the fp32 weight under "weight", and each slot under its name."""
         ...
 
 
@@ -91,7 +91,7 @@ class AdamW:
         beta1, beta2 = self.betas
         mean = beta1 * state["exp_avg"] + (1 - beta1) * gradient
         square = beta2 * state["exp_avg_sq"] + (1 - beta2) * gradient * gradient
-        # 1 - beta^step, where the plain form would lose three digits at step 1 in fp32.
+        # 1 - beta^step, computed so that fp32 does not lose three digits at step 1.
         correction1, correction2 = (
             -torch.expm1(step * math.log(beta)) if beta else torch.ones_like(step)
             for beta in self.betas
@@ -136,7 +136,7 @@ class Adafactor:
         square = gradient * gradient + self.eps
         new: dict[str, Tensor] = {}
         if "exp_avg_sq_row" in state:
-            # Of the parameter's dims, the one that was averaged away with size 1.
+            # The parameter's dims, with the averaged one as size 1.
             row = beta * state["exp_avg_sq_row"][..., None] + (1 - beta) * mean(square, (-1,))
             column = beta * state["exp_avg_sq_col"][..., None, :] + (1 - beta) * mean(square, (-2,))
             new.update(exp_avg_sq_row=row.squeeze(-1), exp_avg_sq_col=column.squeeze(-2))
@@ -156,19 +156,21 @@ class Adafactor:
 def make_optimizer(
     name: str, *, betas: tuple[float, float], eps: float | None, weight_decay: float
 ) -> Optimizer:
-    """`adamw` or `adafactor` from the config's values; eps None takes the method's own default."""
+    """Make `adamw` or `adafactor` from the config's values; eps None takes the method's own
+    default."""
     if name == "adamw":
         return AdamW(betas, 1e-8 if eps is None else eps, weight_decay)
     return Adafactor(1e-30 if eps is None else eps, weight_decay)
 
 
 def decays(name: str) -> bool:
-    """Weight decay is for matrices and embeddings, not norms and biases, as in HF's Trainer."""
+    """Return True for matrices and embeddings, which get weight decay, not norms and biases, as in
+    HF's Trainer."""
     return not (name.endswith("bias") or "norm" in name)
 
 
 def schedule_note(rate: Callable[[int], float], *, peak: float, total_steps: int) -> str | None:
-    """What is strange about a run's learning rates, for a person; None if they reach the peak.
+    """Return a note on unusual learning rates of a run; None if they reach the peak.
 
     Args:
         rate: of the 0-based step.
@@ -197,12 +199,11 @@ def learning_rate(
     warmup_steps: int,
     min_lr_ratio: float,
 ) -> float:
-    """The learning rate used in update number `step` (0-based).
+    """Return the learning rate used in update number `step` (0-based).
 
-    Warm-up rises linearly from 0 to the peak over `warmup_steps` updates, as transformers'
-    schedules
-    do: update 0 of a warm-up has learning rate 0. Then constant, a line, or half a cosine down to
-    peak x min_lr_ratio at `total_steps`.
+    Warm-up rises linearly from 0 to the peak over `warmup_steps` updates, like transformers'
+    schedules: update 0 of a warm-up has learning rate 0. Then it is constant, linear, or half a
+    cosine down to peak x min_lr_ratio at `total_steps`.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps

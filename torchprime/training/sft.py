@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: pretrained weights before, a before-and-after to read afterwards."""
+"""Supervised fine-tuning: starts from pretrained weights and shows answers before and after."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SAMPLE_TOKENS = 160
 
 
 class SFTTrainer(Trainer):
-    """`Trainer` that starts from pretrained weights and shows what the tuning changed."""
+    """A `Trainer` that starts from pretrained weights and shows the effect of the tuning."""
 
     def weights(self) -> Callable[[str], Tensor]:
-        """The checkpoint's weights, names and shapes checked; never random ones."""
+        """Return the checkpoint's weights, names and shapes checked; never random ones."""
         if self.files.folder is None:
             raise ConfigError(
                 "task=sft fine-tunes a checkpoint, but model.pretrained_model is null. Set it to a "
@@ -35,11 +35,11 @@ class SFTTrainer(Trainer):
         if count and whole and self.backend.process_index == 0:
             try:
                 self.say(self.side_by_side(count, out))
-            except UserError as error:  # the run is done and exported; this was only to look at
+            except UserError as error:  # the run is finished and exported; this was only a display
                 self.say(f"no answers to show: {error}")
 
     def side_by_side(self, count: int, out: Path) -> str:
-        """Greedy answers of both models, in transformers, to the first held-out prompts."""
+        """Return greedy answers of both models, in transformers, to the first held-out prompts."""
         assert self.files.folder is not None
         tokenizer = self.files.tokenizer
         questions = [
@@ -63,7 +63,7 @@ class SFTTrainer(Trainer):
     def _answers(
         self, folder: Path, prompts: list[list[int]], limit: int, rows: int | None = None
     ) -> list[list[int] | None]:
-        """Greedy answers; None where a prompt has an id that is beyond the model's rows."""
+        """Return greedy answers; None for a prompt that has an id beyond the model's rows."""
         asked = [rows is None or max(prompt) < rows for prompt in prompts]
         known = [prompt for prompt, is_asked in zip(prompts, asked, strict=True) if is_asked]
         found = iter(generation_samples(folder, known, self.stop_ids, limit))

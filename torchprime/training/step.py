@@ -2,12 +2,12 @@
 
 micro-batches -> loss sums and gradient sums -> divided once by the step's global weight -> clipped
 -> optimizer. The backend gives `accumulate`, its way to run the micro-batches one after another (a
-loop on the device under XLA), and calls the whole from inside its compiled step. Nothing here reads
+loop on the device under XLA), and calls all of it inside its compiled step. No code here reads
 a device value on the host.
 
-A step whose loss or gradient norm is not finite changes nothing: the number of the first such step
-is kept in the state and every later update is a no-op, so the weights from before it survive until
-the host looks (the next logged step), however often it looks.
+A step whose loss or gradient norm is not finite changes nothing. The number of the first such step
+is stored in the state and every later update is a no-op, so the weights from before it survive
+until the host reads the number (at the next logged step).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from torchprime.models.decoder import CausalLM
 from torchprime.training.backend import StepNumbers
 from torchprime.training.optim import Optimizer, Parameter
 
-# The order of the batch's fields wherever they travel as a tuple, each [A, B/A, S] on the device.
+# The order of the batch's fields in tuples, each [A, B/A, S] on the device.
 FIELDS = ("input_ids", "targets", "position_ids", "segment_ids", "loss_weights")
-# One more where several sources are mixed: each token's source, for the losses by source.
+# One more field if several sources are mixed: each token's source, for the losses by source.
 SOURCE_FIELD = "source_ids"
 
 # hidden [b, S, D], output weight [V, D], targets [b, S], weights [b, S] -> the loss.
@@ -39,12 +39,12 @@ CrossEntropy = Callable[[Tensor, Tensor, Tensor, Tensor], LossSums]
 Micro = Callable[[tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
 Accumulate = Callable[[Micro, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
 
-# Places in the metrics vector a step returns.
-LOSS, GRAD_NORM, WEIGHT_SUM, BAD_STEP = range(4)  # and then a loss sum for each source
+# Indexes in the metrics vector that a step returns.
+LOSS, GRAD_NORM, WEIGHT_SUM, BAD_STEP = range(4)  # followed by a loss sum for each source
 
 
 class ParameterState(NamedTuple):
-    """A parameter, what the optimizer may know of it, and the optimizer's state of it."""
+    """A parameter, the facts for its optimizer, and the optimizer's state of it."""
 
     info: Parameter
     weight: Tensor
@@ -54,14 +54,14 @@ class ParameterState(NamedTuple):
 
 @dataclass
 class TrainState:
-    """All that an update reads and writes."""
+    """The state that an update reads and writes."""
 
     parameters: dict[str, ParameterState]
     step: Tensor  # fp32 scalar, finished updates
     bad_step: Tensor  # fp32 scalar, 1-based number of the first update with a non-finite loss, or 0
 
     def tensors(self) -> list[Tensor]:
-        """Everything an update writes, in a fixed order."""
+        """Return everything that an update writes, in a fixed order."""
         found = [self.step, self.bad_step]
         for parameter in self.parameters.values():
             found += [parameter.weight, *parameter.slots.values()]
@@ -70,20 +70,20 @@ class TrainState:
 
 
 def host_fields(batch: Batch) -> list[Tensor]:
-    """The batch's arrays in the order of FIELDS, each [B, S], on the host and not copied."""
+    """Return the batch's arrays in the order of FIELDS, each [B, S], on the host and not copied."""
     fields = FIELDS if batch.source_ids is None else (*FIELDS, SOURCE_FIELD)
     return [torch.from_numpy(getattr(batch, field)) for field in fields]
 
 
 def loss_of(model: CausalLM, fields: Sequence[Tensor], cross_entropy: CrossEntropy) -> LossSums:
-    """The loss of one micro-batch whose fields are [b, S]."""
+    """Return the loss of one micro-batch whose fields are [b, S]."""
     input_ids, targets, position_ids, segment_ids, loss_weights = fields[: len(FIELDS)]
     hidden = model(input_ids, position_ids, segment_ids)
     return cross_entropy(hidden, model.output_weight, targets, loss_weights)
 
 
 class _Loss(nn.Module):
-    """`loss_of` as a module, so that it can be called with other weights."""
+    """A module around `loss_of`, so that it can be called with other weights."""
 
     def __init__(self, model: CausalLM, cross_entropy: CrossEntropy) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class _Loss(nn.Module):
 
 
 def source_sums(each: Tensor, sources: Tensor, count: int) -> list[Tensor]:
-    """The losses [b, S] summed by source."""
+    """Return the losses [b, S] summed by source."""
     return [torch.where(sources == source, each, 0.0).sum() for source in range(count)]
 
 
@@ -118,7 +118,7 @@ def train_step(
         batch: FIELDS, each [A, b, S] for A micro-batches; with several sources SOURCE_FIELD too.
         lr: fp32 scalar on the device.
         chunks, spread: see `chunked_cross_entropy`.
-        accumulate: runs a function over the micro-batches and sums what it returns. The function
+        accumulate: runs a function over the micro-batches and sums its results. The function
             reads the weights it is given: in a loop on the device they have to be the loop's.
 
     Returns:
@@ -152,7 +152,8 @@ def train_step(
 
 
 def micro_sums(loss: LossSums, fields: Sequence[Tensor], num_sources: int) -> Tensor:
-    """What is summed over micro-batches besides gradients: [loss sum, then one per source]."""
+    """Return the values that are summed over micro-batches besides gradients: [loss sum, then one
+    per source]."""
     sums = [loss.loss_sum.detach()]
     if num_sources > 1:
         sums += source_sums(loss.each, fields[len(FIELDS)], num_sources)
@@ -160,18 +161,19 @@ def micro_sums(loss: LossSums, fields: Sequence[Tensor], num_sources: int) -> Te
 
 
 def sums_length(num_sources: int) -> int:
-    """How many numbers `micro_sums` gives."""
+    """Return the length of the result of `micro_sums`."""
     return 1 + (num_sources if num_sources > 1 else 0)
 
 
 def supervised_weight(batch: Sequence[Tensor]) -> Tensor:
-    """The weight of the tokens that carry loss, of fields of any shape in the order of FIELDS."""
+    """Return the weight of the tokens that carry loss, of fields of any shape in the order of
+    FIELDS."""
     targets, weights = batch[FIELDS.index("targets")], batch[FIELDS.index("loss_weights")]
     return torch.where(targets < 0, 0.0, weights).sum()
 
 
 def sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
-    """The squared norm of gradients that are all here, whole."""
+    """Return the squared norm of gradients that this process holds whole."""
     return torch.stack([g.pow(2).sum() for g in gradients]).sum()
 
 
@@ -188,21 +190,21 @@ def finish_step(
     gradient_scale: float = 1.0,
     squared_norm: Callable[[Iterable[Tensor]], Tensor] = sum_of_squares,
 ) -> Tensor:
-    """From the sums of an update's micro-batches to new weights, in place.
+    """Update the weights in place from the sums of an update's micro-batches.
 
-    Gradients are widened, divided and clipped one after another, and again for each use: run
-    eagerly, one parameter's are in memory at a time.
+    Gradients are widened, divided and clipped one after another, and again for each use: in eager
+    mode only one parameter's are in memory at a time.
 
     Args:
         sums: of `micro_sums` over the whole batch.
         supervised: the batch's global weight.
         gradients: of the loss sum, one per parameter of the state.
-        gradient_scale: what they have to be multiplied by to be that.
-        squared_norm: of all gradients, where this process holds only its shards of them.
+        gradient_scale: the factor that makes them gradients of the loss sum.
+        squared_norm: of all gradients, if this process holds only its shards of them.
 
     Returns:
         fp32 [4]: mean loss per supervised weight, gradient norm before clipping, weight sum, and
-        the number of the first update with a non-finite loss (0 while all is well). With several
+        the number of the first update with a non-finite loss (0 if there is none). With several
         sources, then the loss sum of each.
     """
     # A batch of empty blocks only has weight 0; its sums are 0 as well.
@@ -222,7 +224,7 @@ def finish_step(
 def clipped(
     gradients: Iterable[Tensor], norm: Tensor, max_norm: float | None, max_value: float | None
 ) -> Iterator[Tensor]:
-    """Scale to the global norm, then clamp each element, as torch's two functions in a row."""
+    """Scale to the global norm, then clamp each element, like torch's two functions in sequence."""
     out = iter(gradients)
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -253,7 +255,7 @@ def apply_update(
 
 
 def step_numbers(vector: Sequence[float]) -> StepNumbers:
-    """What `finish_step` returned, once it is on the host."""
+    """Return the numbers from the result of `finish_step`, once it is on the host."""
     return StepNumbers(
         vector[LOSS],
         vector[GRAD_NORM],
@@ -264,11 +266,12 @@ def step_numbers(vector: Sequence[float]) -> StepNumbers:
 
 
 def forward_sums(loss: LossSums, fields: Sequence[Tensor], num_sources: int) -> Tensor:
-    """What a forward without update gives: [loss sum, weight sum, then the loss sum by source]."""
+    """Return the results of a forward pass without update: [loss sum, weight sum, then the loss sum
+    by source]."""
     sums = micro_sums(loss, fields, num_sources)
     return torch.cat([sums[:1], loss.weight_sum.detach()[None], sums[1:]])
 
 
 def eval_sums(vectors: Iterable[Sequence[float]]) -> tuple[float, ...]:
-    """The sums over eval steps of what `forward_sums` gave."""
+    """Return the sums over eval steps of the results of `forward_sums`."""
     return tuple(math.fsum(column) for column in zip(*vectors, strict=True))

@@ -1,8 +1,8 @@
-"""From a config to a trained model: the order in which a run comes to be.
+"""The trainer: the order of steps from a config to a trained model.
 
-Everything that can be wrong is looked at before anything slow or lasting happens: files and
-vocabulary, rows, mesh and sharding table, batch budget, export target. Only then is the run's
-folder made and are weights loaded. The config stops here: what is called below gets flat arguments.
+All checks come before anything slow or permanent: files and vocabulary, rows, mesh and sharding
+table, batch budget, export target. Only then is the run's folder created and are weights loaded.
+Called functions get flat arguments, no config objects.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ from torchprime.training.setup.recipe import files_of, optimizer_of, plan_run, s
 
 
 class Trainer:
-    """Trains what the config says (task=train). `SFTTrainer` adds loading before and export after.
+    """Trainer of the config's run (task=train). `SFTTrainer` adds loading before and export after.
 
     Args:
         config: checked by the schema.
         make_backend: called once the config and the data are known to be right.
-        say: where lines for a person go; None is the terminal's stderr, on the first process.
+        say: prints lines for the user; None is the terminal's stderr, on the first process.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Trainer:
         self.config = config
         self.make_backend = make_backend
         self._print = say or terminal.say
-        # torchrun says who this is before the backend does.
+        # torchrun gives the rank before the backend does.
         self.speaks = os.environ.get("RANK", "0") == "0"
         self.folder = Path(config.output_dir) / (config.run_name or config.task.name)
         self.dtype = getattr(torch, config.torch_dtype)
@@ -97,7 +97,7 @@ class Trainer:
     # -- the whole ---------------------------------------------------------------------------------
 
     def run(self) -> StepNumbers | None:
-        """Prepare, train and finish; None after a dry run."""
+        """Prepare, train and finish; return None after a dry run."""
         with ExitStack() as self.held:
             return self._run()
 
@@ -123,7 +123,7 @@ class Trainer:
         return numbers
 
     def _is_complete(self) -> bool:
-        """True if every step is done and what the config wants exported is there."""
+        """Return True if every step is done and the export that the config asks for exists."""
         if self.point is None or not self.point.own:
             return False
         if self.point.step < self.plan.total_steps and not self.stopped_early():
@@ -131,21 +131,21 @@ class Trainer:
         return self.export_place is None or self.export_place.is_there()
 
     def stopped_early(self) -> bool:
-        """Whether the run that this one goes on with had ended itself after its last step."""
+        """Return True if the run that is resumed had stopped early after its last step."""
         history, stopping = self.past.history, self.choosing.stopping
         if stopping is None or not history or history[-1].step != self.first_step:
             return False
         return stopping.reason(history) is not None
 
     def say(self, line: str) -> None:
-        """A line for a person; of several processes only the first speaks."""
+        """Print a line for the user, on the first process only."""
         if self.speaks:
             self._print(line)
 
     # -- before ------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Read and check everything, up to but without the weights."""
+        """Read and check everything except the weights."""
         c = self.config
         place = resuming.checkpoints_place(self.folder, c.checkpoint.folder)
         self.choosing = make_choosing(c.eval, c.selection)
@@ -197,7 +197,7 @@ class Trainer:
         self.say(f"  loss         {self.backend.loss} ({self.backend.loss_why})")
 
     def _choose_template(self) -> TrainConfig:
-        """Find the chat template; a date that it writes becomes part of the config, so that a
+        """Find the chat template. A date that it writes becomes part of the config, so that a
         resumed run has the same one."""
         c = self.config
         date = resuming.recorded_date(c.resume.source, self.catalog)
@@ -208,13 +208,13 @@ class Trainer:
         return self.config
 
     def weights(self) -> Callable[[str], Tensor]:
-        """Where initial values come from: the checkpoint if one is named, else random."""
+        """Return the source of initial values: the checkpoint if one is named, else random."""
         if self.files.folder is None:
             return random_tensors(self.files, self.config.seed)
         return pretrained_tensors(self.files, self.dtype)
 
     def check_output(self) -> None:
-        """Find now what would keep the end of the run from being written."""
+        """Check now that the outputs at the end of the run can be written."""
         c = self.config
         self.exporter = Exporter(
             self.files,
@@ -230,7 +230,7 @@ class Trainer:
                 "parameters": self.files.num_parameters,
                 "versions": run_folder.versions(),
             },
-            # Only what was trained on replaces the tokenizer's own template.
+            # Only a template used in training replaces the tokenizer's own one.
             template=self.template if self.rows.report.has_chats else None,
             stop_ids=self.stop_ids,
             fingerprints={
@@ -245,7 +245,8 @@ class Trainer:
                 f"{self.backend.process_count}. Set it to true."
             )
         if (wanted := c.task.export_checkpoint_path) is not None:
-            # A relative path is inside the run's folder, an absolute one or a `..` where it says.
+            # A relative path is inside the run's folder; an absolute one or one with `..` is used
+            # as it is.
             place = wanted if is_url(wanted) else self.folder / wanted
             self.export_place = ExportPlace.of(place, self.folder / run_folder.TO_SEND)
         self.complete = from_first(self.backend, self._is_complete)
@@ -254,8 +255,8 @@ class Trainer:
             resuming.check_shared(self.backend, self.catalog.storage)
 
     def _try_places(self) -> None:
-        """Find now what would keep checkpoints and the export from being written. On the first
-        process only: it alone writes an export, and hosts may have disks of their own."""
+        """Check now that checkpoints and the export can be written. Only the first process does: it
+        alone writes an export, and hosts may have disks of their own."""
         c, exporter, place = self.config, self.exporter, self.export_place
         assert exporter is not None
         needs = [Need("records", self.folder, 1_000_000, len(run_folder.OWN_NAMES), "output_dir")]
@@ -274,7 +275,7 @@ class Trainer:
         require_room(needs)
 
     def _checkpoint_need(self, root: Path) -> Need:
-        """What one checkpoint takes of a disk, beside those that are there."""
+        """Return the disk space that one checkpoint needs, beside the existing ones."""
         c, shapes = self.config, self.files.shapes
         size = checkpoint_bytes(
             shapes,
@@ -287,7 +288,7 @@ class Trainer:
         return Need("a checkpoint", root, size, 40, "checkpoint.folder")
 
     def _find_point(self) -> None:
-        """Where to begin; all that differs from there is said, or refused."""
+        """Find the checkpoint to start from; all differences from it are reported, or refused."""
         c = self.config
         if self.backend.process_index == 0 and self.folder.is_dir():
             self._lock()
@@ -309,19 +310,19 @@ class Trainer:
             self._locked = True
 
     def identity(self) -> dict[str, str | None]:
-        """Fingerprints of what a run's steps are made of."""
+        """Return the fingerprints of the inputs of a run's steps."""
         return {"model": self.files.fingerprint(), **self.rows.fingerprints()}
 
     # -- the run -----------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Place the weights, then make the run's folder: what fails in between leaves none."""
+        """Place the weights, then create the run's folder: an error in between leaves no folder."""
         c, point = self.config, self.point
         assert self.tensor_of is not None
         self.model = self.files.build()
         tensor_of = self.tensor_of if point is None else point.weight
         self.backend.place(self.model, self.table, tensor_of, self.dtype)
-        self.tensor_of = None  # lets go of the checkpoint's mapped files
+        self.tensor_of = None  # closes the checkpoint's mapped files
         self.backend.prepare_training(
             self.optimizer,
             step_options(c, len(self.data.source_names)),
@@ -344,7 +345,7 @@ class Trainer:
                 self._open_folder()
 
     def _open_folder(self) -> None:
-        """Make the run's folder, or take it up where its run ended."""
+        """Create the run's folder, or continue it."""
         goes_on = self.point is not None and self.point.own
         if goes_on:
             resuming.cut_metrics(self.folder / resuming.METRICS, self.first_step)
@@ -364,7 +365,7 @@ class Trainer:
 
     @property
     def first_step(self) -> int:
-        """Updates that were done before this start."""
+        """The number of updates that were done before this start."""
         return 0 if self.point is None else self.point.step
 
     def train(self) -> StepNumbers:
@@ -415,7 +416,7 @@ class Trainer:
         return self._numbers_before() or numbers if self.first_step >= last else numbers
 
     def _schedule(self) -> Callable[[int], float]:
-        """The learning rate of each 0-based step."""
+        """Return the learning rate of each 0-based step."""
         o, s = self.config.task.optimizer, self.config.task.lr_scheduler
         return partial(
             learning_rate,
@@ -430,7 +431,7 @@ class Trainer:
         return resuming.last_numbers(self.folder / resuming.METRICS, self.first_step)
 
     def _checkpoints(self) -> CheckpointHook:
-        """Writes them, after all that happens at the same step."""
+        """Return the hook that writes checkpoints, after all other hooks of the same step."""
         c, metrics, evaluations = self.config.checkpoint, self.metrics, self.evaluations
         assert metrics is not None
         self.saver = self._make_saver(before_commit=metrics.sync)
@@ -461,20 +462,20 @@ class Trainer:
         )
 
     def _best_checkpoint(self) -> dict[str, Any] | None:
-        """The best of those there are of this run, by the rule of today; found by the first
-        process, which sees to the pointer too."""
+        """Return the best existing checkpoint of this run, by the present rule; the first process
+        finds it and updates the pointer too."""
         if self.point is None or not self.point.own:
             return None
         return from_first(self.backend, self.catalog.point_to_best)
 
     def _keep_for_export(self, writer: FolderWriter, manifest: Manifest) -> None:
-        """What an export of the checkpoint needs besides tensors (hf/)."""
+        """Write the files that an export of the checkpoint needs besides tensors (hf/)."""
         assert self.exporter is not None
         weights = self.config.checkpoint.hf
         self.exporter.keep(writer, step=manifest.step, metrics=manifest.metrics, weights=weights)
 
     def manifest(self, step: int) -> Manifest:
-        """All that a run needs to go on after this step, but for the tensors."""
+        """Return the manifest: all that a resume after this step needs except the tensors."""
         return make_manifest(
             self.config,
             step,
@@ -500,10 +501,11 @@ class Trainer:
     # -- after -------------------------------------------------------------------------------------
 
     def finish(self, numbers: StepNumbers) -> None:
-        """After the last step: export, if the config names a place, say what changed, report."""
+        """Finish after the last step: export, if the config names a place, print changes, write the
+        report."""
         try:
             self._finish(numbers)
-        finally:  # of an export that failed its checks, too
+        finally:  # also of an export that failed its checks
             self.report()
 
     def _finish(self, numbers: StepNumbers) -> None:
@@ -528,23 +530,23 @@ class Trainer:
                 self.say(f"  {line}")
 
     def report(self) -> None:
-        """Write report.md and report.html; what keeps them from being written is only said."""
+        """Write report.md and report.html; an error is only printed."""
         if self.backend.process_index != 0:
             return
         try:
             paths = write_report(self.folder)
-        except Exception as error:  # the run is done, and worth more than its report
+        except Exception as error:  # the run is finished, and worth more than its report
             self.say(f"no report: {type(error).__name__}: {error}")
         else:
             self.say(f"report: {' and '.join(map(str, paths))}")
 
     def show_export(self, out: Path) -> None:
-        """What there is to see of an export, for a person."""
+        """Show the result of an export to the user."""
 
     def _export(
         self, place: ExportPlace, step: int, loss: float, others_wait: Callable[[], None]
     ) -> None:
-        """The best step's weights from its checkpoint, or the last one's from the device."""
+        """Export the best step's weights from its checkpoint, or the last one's from the device."""
         assert self.exporter is not None
         metrics: dict[str, Any] = self._metrics_at(step, loss, step)
         if self.config.export.which == "best":
@@ -566,15 +568,15 @@ class Trainer:
             self.exporter.write_sharded(place, self.backend)
 
     def _saved(self, step: int) -> str | None:
-        """The checkpoint of the weights to be exported, if there is one."""
+        """Return the checkpoint of the weights to be exported, if there is one."""
         if self.config.export.which == "best" and self.saver is not None and self.saver.best:
             step = self.saver.best["step"]
         there = step in self.catalog.steps()
         return self.catalog.storage.describe(self.catalog.name_of(step)) if there else None
 
     def _save(self, step: int) -> str:
-        """Write a checkpoint now, also where the run was to write none."""
-        saver = self._make_saver(before_commit=lambda: None)  # the records are closed by now
+        """Write a checkpoint now, even if the run was configured to write none."""
+        saver = self._make_saver(before_commit=lambda: None)  # writers are closed by now
         saver.save(step, scores={}, wait=True)
         saver.require()
         return self.catalog.storage.describe(self.catalog.name_of(step))
@@ -586,10 +588,10 @@ class Trainer:
         export_checkpoint(self.catalog.storage, name, place, base=self.files.folder, say=self.say)
 
     def _metrics_so_far(self, step: int) -> dict[str, float]:
-        """The last that was measured, for a checkpoint."""
+        """Return the last metrics, for a checkpoint."""
         assert self.metrics is not None
         record = self.metrics.last
-        # None when just gone on from a checkpoint.
+        # None right after a resume.
         return {} if record is None else self._metrics_at(step, record.loss, record.step)
 
     def _metrics_at(self, step: int, loss: float, loss_step: int) -> dict[str, Any]:
@@ -597,11 +599,10 @@ class Trainer:
         return metrics_at(step, loss, loss_step, history)
 
     def _keep_weights(self) -> str:
-        """After a divergence the device still has the weights from before it: save those.
+        """Save the weights from before a divergence, which the device still holds.
 
-        Their bytes are proved, not their logits: what led to a divergence may compute no finite
-        ones. And if they can't be saved (NaN in the checkpoint itself, a full disk), that must not
-        hide the divergence.
+        Their bytes are checked, not their logits: they may compute no finite ones. If they can't be
+        saved (NaN in the checkpoint itself, a full disk), that error must not hide the divergence.
         """
         assert self.exporter is not None
         folder = self.folder / "checkpoints" / "before_divergence"

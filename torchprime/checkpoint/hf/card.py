@@ -1,6 +1,6 @@
-"""The model card (README.md) of an export: what it is, how it was made, how it is used.
+"""The model card (README.md) of an export: its origin, training and use.
 
-Names and options may come from a stranger's checkpoint: they are escaped as Markdown
+Names and options may come from an untrusted checkpoint: they are escaped as Markdown
 (markdown_text.py), and quoted where a reader would copy them into a shell or a program.
 """
 
@@ -17,7 +17,7 @@ from torchprime.markdown_text import block, code, inline, table
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """Write the card from plain facts; what is not given is left out.
+    """Return the card's text; facts that are not given are left out.
 
     Args:
         facts: `name`, `base_model`, `dataset`, `command`, `steps`, `parameters`, `dtype` as text or
@@ -39,8 +39,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
 
 def _front_matter(facts: Mapping[str, Any]) -> str:
-    """The part that hubs read. It names only what came from the hub: a hub makes a link of each
-    name, and a local path is none, or the name of somebody else's model."""
+    """Return the YAML front matter, which hubs read. It names only models and datasets from the
+    hub: a hub links each name, and a local path would be a broken link or somebody else's model."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     lines += [f"base_model: {name}" for name in _hub_names([facts.get("hub_model")])]
     if names := _hub_names(facts.get("hub_datasets")):
@@ -49,7 +49,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
 
 
 def _hub_names(given: Any) -> list[str]:
-    """The names of hub form, quoted for YAML."""
+    """Return the names that have the form of a hub name, quoted for YAML."""
     given = given if isinstance(given, list) else []
     return [json.dumps(n) for n in given if isinstance(n, str) and HUB_NAME.fullmatch(n)]
 
@@ -85,7 +85,8 @@ def _command(facts: Mapping[str, Any]) -> str:
 
 
 def _argument(name: str, value: Any) -> str:
-    """An argument of a Python call, whatever its name."""
+    """Return the source text of one argument of a Python call, also for names that are no
+    identifiers."""
     if name.isidentifier() and not iskeyword(name):
         return f"{name}={value!r}"
     return f"**{ {name: value}!r}"

@@ -1,8 +1,8 @@
-"""The small files of an export, and the facts that an export needs besides them and the weights.
+"""The small files of an export, and the other facts that an export needs besides the weights.
 
-An export at the end of a run writes the small files beside the weights. A checkpoint keeps the same
-files and the facts (`hf/`), so that it can be exported later, without the run, its rows or a
-device, and the result is the same to the byte.
+An export at the end of a run writes the small files beside the weights. A checkpoint stores the
+same files and the facts (`hf/`), so that it can be exported later without the run, its rows or a
+device. The result is the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ FIELDS: Table = {
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """What an export needs to know, as JSON can say it.
+    """The facts that an export needs, in JSON types.
 
     Attributes:
         spec: name -> shape of every weight, in the order wanted in the files. Tied: no lm_head.
         dtype: of the exported weights.
-        max_shard_bytes: files are split above it.
+        max_shard_bytes: the limit above which files are split.
         stop_ids: the ids that were trained to end an answer.
         template: sha256 of the chat template that was trained with; None without conversations.
         tools_template: sha256 of the one that rendered conversations with tools; None: the same.
         template_options: what else the template was given.
         base_model: as the config names it; None when training began from random weights.
         base_folder: where its weights lay.
-        unused_rows: rows of the base's embeddings that were made anew for new tokens.
+        unused_rows: rows of the base's embeddings that were initialized for new tokens.
         step: updates made; None if unknown.
         card: facts for the model card; see `model_card`.
         metrics: the last values.
@@ -104,14 +104,14 @@ class ExportFacts:
         return str(self.dtype).removeprefix("torch.")
 
     def trained_template(self) -> TrainedTemplate | None:
-        """The chat template that was trained with, for its proof."""
+        """Return the chat template that was used in training, for the check of the export."""
         if self.template is None:
             return None
         with_tools = self.tools_template or self.template
         return TrainedTemplate(self.template, with_tools, self.template_options)
 
     def card_text(self) -> str:
-        """README.md."""
+        """Return the text of README.md."""
         more = {"steps": self.step, "dtype": self.dtype_name, "metrics": self.metrics}
         more["template_options"] = self.template_options
         return model_card({**self.card, **more})
@@ -123,7 +123,7 @@ class ExportFacts:
 
 
 def read_facts(path: Path) -> ExportFacts:
-    """The facts that a checkpoint keeps.
+    """Read the facts that a checkpoint stores.
 
     Raises:
         CheckpointError: missing, malformed or of another format.
@@ -148,7 +148,7 @@ def read_facts(path: Path) -> ExportFacts:
 
 
 def _defaults() -> dict[str, Any]:
-    """The fields that may be left out, as JSON has them."""
+    """Return the default values of the optional fields, in JSON types."""
     needed = dict.fromkeys(("spec", "dtype", "max_shard_bytes", "stop_ids"), ())
     found = dataclasses.asdict(ExportFacts(**needed))  # type: ignore[arg-type]
     return {n: list(v) if isinstance(v, tuple) else v for n, v in found.items() if n not in needed}
@@ -166,7 +166,7 @@ def write_hf_files(
     card: str,
     chat_templates: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Write everything of a Hugging Face folder but the weights.
+    """Write all files of a Hugging Face folder except the weights.
 
     Args:
         spec: name -> shape of every weight. Tied: no lm_head.
@@ -179,7 +179,7 @@ def write_hf_files(
         chat_templates: those that were trained with, by name; None keeps the tokenizer's own.
 
     Returns:
-        What was repaired in the source's files, as lines for the user.
+        The repairs made in the source's files, as lines for the user.
 
     Raises:
         CheckpointError: contradicting or incomplete input.

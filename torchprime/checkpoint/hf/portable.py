@@ -1,7 +1,7 @@
-"""The tokenizer of an export, written so that transformers 4.57, 5.x and vLLM read the same.
+"""The tokenizer of an export, written so that transformers 4.57, 5.x and vLLM read it identically.
 
-tokenizer.json is copied byte for byte and is the only truth about tokenization: what would make a
-reader rebuild it differently is left out of tokenizer_config.json.
+tokenizer.json is copied byte for byte and alone defines the tokenization. Every key that would
+make a reader rebuild it differently is left out of tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torchprime.raw_tokenizer import library_faults, load_tokenizer_json
 from torchprime.template_files import own_templates, write_templates
 
 SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-# Bound to a place, a class or remote code of the source; or a second opinion beside tokenizer.json
-# on beginning-of-sequence tokens, which 4.57 would follow and 5.x would not.
+# Keys bound to a place, a class or remote code of the source; or that contradict tokenizer.json on
+# beginning-of-sequence tokens, which 4.57 would follow and 5.x would not.
 DROPPED_TOKENIZER_KEYS = (
     "add_bos_token",
     "add_eos_token",
@@ -37,7 +37,7 @@ DROPPED_TOKENIZER_KEYS = (
     "tokenizer_file",
     "vocab_file",
 )
-# Where tokenizers that were rebuilt wrongly have been seen to differ: digits, runs of spaces, line
+# Texts on which wrongly rebuilt tokenizers have been seen to differ: digits, runs of spaces, line
 # breaks, contractions, accents, other scripts, emoji, code.
 PROBES = (
     "Question:\nTom has 1234567 apples.\n\n\nAnswer:\n 12 + 30 = <<12+30=42>>42\n#### 42",
@@ -55,7 +55,7 @@ def write_tokenizer(
     eos: int,
     chat_templates: Mapping[str, str] | None = None,
 ) -> None:
-    """Copy the tokenizer so that every reader builds exactly tokenizer.json.
+    """Copy the tokenizer so that every reader builds exactly the one in tokenizer.json.
 
     Args:
         chat_templates: those that were trained with, by name, instead of the tokenizer's own;
@@ -112,7 +112,7 @@ def _special_tokens_map(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def auto_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer that transformers' AutoTokenizer makes of a folder.
+    """Load the tokenizer of a folder with transformers' AutoTokenizer.
 
     Raises:
         CheckpointError: it cannot load the folder.
@@ -129,7 +129,7 @@ def auto_tokenizer(folder: Path) -> Any:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Compare the ids that AutoTokenizer gives (and so vLLM) with tokenizer.json's own.
+    """Compare the ids that AutoTokenizer (and so vLLM) gives with those of tokenizer.json itself.
 
     transformers replaces the pre-tokenizer for some model types whatever tokenizer.json says; a
     model trained with the one would then be served with the other.

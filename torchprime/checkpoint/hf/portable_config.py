@@ -1,8 +1,8 @@
-"""config.json and generation_config.json of an export, such that all readers take them alike.
+"""config.json and generation_config.json of an export, written so that all readers agree on them.
 
-What the trained model is, is written out in full, in the spellings of transformers 4 and 5. The
-source's other keys stay, except those that transformers would refuse when it loads the folder or
-saves it again: a stranger's null or list where it wants a number, sampling settings beside
+The settings of the trained model are written out in full, in the spellings of transformers 4 and 5.
+The source's other keys are copied, except those that transformers would refuse when it loads the
+folder or saves it again: a null or list instead of a number, sampling settings beside
 do_sample=false. Every such repair is returned as a line for the user.
 """
 
@@ -32,18 +32,19 @@ CLASSES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
-# Remote code, the source's place, weights that are not quantized, parts that are not there; and
-# what the keys that are written out say already.
+# Keys of remote code, of the source's place, of quantization, of parts that are not exported; and
+# keys that the ones written out make redundant.
 DROPPED = {
     *("auto_map", "_name_or_path", "quantization_config", "per_layer_config"),
     *("text_config", "text_encoder", "decoder", "generator"),
     *("attention_bias", "mlp_bias", "layer_types", "use_sliding_window"),
     *("sliding_window", ORIGINAL, PARTIAL),
 }
-# Of a call and not of the model: with other values, loading or calling the export fails.
+# Settings of a call, not of the model: with other values, loading or calling the export fails.
 OF_A_CALL = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Of generation_config.json: transformers takes any type for these, and fails when it generates.
+# Keys of generation_config.json that transformers accepts with any type, and then fails on when it
+# generates.
 NUMBERS = re.compile(
     r"temperature|top_[kph]|min_p|typical_p|\w+_cutoff|\w+_penalty|(max|min|num)_\w+"
 )
@@ -51,7 +52,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p")
 
 
 class Portable(NamedTuple):
-    """A small file's content, and what was repaired in it, as lines for the user."""
+    """A small file's content, and the repairs made in it, as lines for the user."""
 
     content: dict[str, Any]
     repairs: list[str]
@@ -60,7 +61,8 @@ class Portable(NamedTuple):
 def portable_config(
     config: Mapping[str, Any], spec: Mapping[str, tuple[int, ...]], dtype: torch.dtype, eos: int
 ) -> Portable:
-    """The exported config.json: the model in all spellings, and the source's other keys.
+    """Return the exported config.json: the model's settings in all spellings, and the source's
+    other keys.
 
     Raises:
         CheckpointError: the config and the weights' names and shapes contradict each other.
@@ -79,7 +81,7 @@ def portable_config(
     for key in ("bos_token_id", "pad_token_id"):
         _repair_id(others, key, architecture.vocab_size, repairs)
     others = _accepted(others, _config_reader(written, repairs), "config.json", repairs)
-    # In the order of the source, so that both can be read side by side.
+    # The source's key order, so that both files can be compared side by side.
     whole = {**others, **written}
     return Portable({k: whole[k] for k in (*config, *written) if k in whole}, repairs)
 
@@ -100,7 +102,7 @@ def _check_shapes(architecture: Architecture, spec: Mapping[str, tuple[int, ...]
 
 
 def _written(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that decide what the model computes, each written out."""
+    """Return the keys that define the model's computation, each with its value."""
     return {
         "architectures": [CLASSES[a.family]],
         "vocab_size": a.vocab_size,
@@ -126,7 +128,8 @@ def _biases(a: Architecture) -> tuple[str, ...]:
 
 
 def _window(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Absent, sliding_window would be a family's default; beside it layer_types must fit."""
+    """Return the sliding-window keys. If sliding_window were absent, a family's default would
+    apply; with it, layer_types must fit."""
     if a.family == "llama":
         return {}
     if a.family == "mistral":
@@ -144,14 +147,14 @@ def _window(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def both_dtype_spellings(dtype: torch.dtype) -> dict[str, str]:
-    """What config.json says of its weights' dtype."""
+    """Return the dtype entries of config.json, in the spellings of transformers 4 and 5."""
     name = str(dtype).removeprefix("torch.")
     return {"dtype": name, "torch_dtype": name}
 
 
 def _repair_id(content: dict[str, Any], key: str, rows: int, repairs: list[str]) -> None:
-    """Some sources list several ids where readers take one; some name ids beyond the vocabulary,
-    for which transformers cannot build the embedding."""
+    """Repair a token id. Some sources list several ids where readers accept one; some have ids
+    beyond the vocabulary, for which transformers can't build the embedding."""
     given = content.get(key)
     if isinstance(given, list) and given:
         content[key] = given[0]
@@ -163,13 +166,13 @@ def _repair_id(content: dict[str, Any], key: str, rows: int, repairs: list[str])
         repairs.append(f"config.json: {key} is {found!r:.100}, no token's id; left out.")
 
 
-# What transformers takes --------------------------------------------------------------------------
+# Values that transformers accepts -----------------------------------------------------------------
 
 
 def _config_reader(
     written: Mapping[str, Any], repairs: list[str]
 ) -> Callable[[Mapping[str, Any]], None]:
-    """A function that raises what transformers raises for the written keys and some others."""
+    """Return a function that raises transformers' error for the written keys plus some others."""
 
     def read(base: Mapping[str, Any], others: Mapping[str, Any]) -> None:
         AutoConfig.for_model(**copy.deepcopy({**others, **base}))
@@ -187,7 +190,8 @@ def _config_reader(
 
 
 def config_without_check(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that transformers 5 takes for a model whose heads do not divide the hidden size.
+    """Return a config that transformers 5 accepts for a model whose heads do not divide the hidden
+    size.
 
     It checks that, though it computes with `head_dim`. Set the number of heads afterwards.
     """
@@ -195,9 +199,10 @@ def config_without_check(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_if_refused(content: Mapping[str, Any]) -> Any:
-    """transformers' config of a model that it refuses for its number of heads alone; else None.
+    """Return transformers' config of a model that it refuses only for its number of heads; else
+    None.
 
-    What it computes with that config is what it would compute without the check.
+    Its computation with that config is the same as without the check.
     """
     if _reason(lambda: AutoConfig.for_model(**copy.deepcopy(dict(content)))) is None:
         return None
@@ -215,7 +220,7 @@ def _accepted(
     file: str,
     repairs: list[str],
 ) -> dict[str, Any]:
-    """The keys that `read` takes, each tried together with those before it."""
+    """Return the keys that `read` accepts, each tried together with the keys before it."""
     kept: dict[str, Any] = {}
     for key, value in content.items():
         tried = {**kept, key: value}
@@ -228,12 +233,12 @@ def _accepted(
 
 
 def _reason(attempt: Callable[[], Any]) -> str | None:
-    """Why an attempt fails, in one line; None if it does not."""
+    """Return the reason why an attempt fails, in one line; None if it succeeds."""
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
         attempt()
-    except Exception as error:  # a library that reads a stranger's values raises nearly anything
+    except Exception as error:  # libraries raise nearly any exception for untrusted values
         text = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         return text[:200] + ("" if text.endswith(".") else ".")
     finally:
@@ -247,7 +252,7 @@ def _reason(attempt: Callable[[], Any]) -> str | None:
 def portable_generation_config(
     source: Mapping[str, Any] | None, config: Mapping[str, Any], eos: int
 ) -> Portable:
-    """The source's generation settings, with the trained stop token among the stop tokens.
+    """Return the source's generation settings, with the trained stop token among the stop tokens.
 
     Args:
         config: config.json of the export.
@@ -268,7 +273,7 @@ def portable_generation_config(
         given["do_sample"] = True
         named = ", ".join(key for key in SAMPLING if _samples(given, key))
         repairs.append(f"{file}: the export adds do_sample=true, without which {named} do nothing.")
-    # What the others depend on comes first.
+    # Keys on which others depend come first.
     first = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
     ordered = {key: given[key] for key in (*first, *given) if key in given}
     ordered["eos_token_id"] = stops[0] if len(stops) == 1 else stops
@@ -282,7 +287,7 @@ def _samples(content: Mapping[str, Any], key: str) -> bool:
 
 
 def _read_generation(content: Mapping[str, Any]) -> None:
-    """Raise what transformers raises when it saves these settings, or generates with them."""
+    """Raise transformers' error if it can't save these settings or generate with them."""
     for key, value in content.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if NUMBERS.fullmatch(key) and value is not None and not number:

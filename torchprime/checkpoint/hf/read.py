@@ -1,8 +1,8 @@
-"""Reading a Hugging Face checkpoint: headers first, then one tensor at a time from mapped files.
+"""Reader of a Hugging Face checkpoint: first the headers, then one tensor at a time by mmap.
 
-The names and shapes in the files' headers are compared with the model's before a byte of weights is
-read. Then each tensor is fetched by name, as a view of the mapped file, cut and sent to its device
-by the caller, and let go: host memory holds one tensor, not the checkpoint.
+The names and shapes in the files' headers are compared with the model's before any weight is read.
+Then each tensor is fetched by name, as a view of the mapped file. The caller slices it, sends it to
+its device and frees it: host memory holds one tensor, not the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchprime.json_files import LARGE, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Older checkpoints carry this buffer; every reader computes it from the config.
+# Older checkpoints have this buffer; every reader computes it from the config.
 HARMLESS = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 DTYPES = {
@@ -43,7 +43,7 @@ Shape = tuple[int, ...]
 
 
 class SafetensorsReader:
-    """The tensors of a checkpoint folder by their names in a causal language model."""
+    """The tensors of a checkpoint folder, by their names in a causal language model."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -67,24 +67,24 @@ class SafetensorsReader:
             self._listing[public] = (tuple(view.get_shape()), DTYPES[kind])
 
     def names(self) -> dict[str, tuple[Shape, torch.dtype]]:
-        """Every tensor's shape and dtype, from the headers alone."""
+        """Return every tensor's shape and dtype, read from the headers only."""
         return dict(self._listing)
 
     def share_head(self) -> None:
-        """Take an output head that is stored alone for the embedding, as a tied model has it."""
+        """Use a stored output head as the embedding too, as a tied model does."""
         if HEAD in self._places and EMBEDDING not in self._places:
             self._places[EMBEDDING] = self._places.pop(HEAD)
             self._listing[EMBEDDING] = self._listing.pop(HEAD)
 
     def get(self, name: str) -> torch.Tensor:
-        """One tensor, a view of the mapped file: copy before writing to it."""
+        """Return one tensor, a view of the mapped file: copy it before writing to it."""
         if name not in self._places:
             raise CheckpointError(f"{self.folder} has no tensor {name}.")
         file, stored = self._places[name]
         return self._open(file).get_tensor(stored)
 
     def weights(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The named tensors, one after the other."""
+        """Yield the named tensors one after the other."""
         for name in names:
             yield name, self.get(name)
 
@@ -106,7 +106,7 @@ def _open_checked(path: Path) -> safe_open:
 
 
 def _locate(folder: Path) -> list[tuple[str, str]]:
-    """(file, name in it) of every tensor.
+    """Return (file, name in it) of every tensor.
 
     The index decides where there is one: a first shard named model.safetensors beside it is a
     shard, not the checkpoint.

@@ -1,8 +1,8 @@
-"""The proof that a server renders conversations by the chat template that was trained with.
+"""The check that a server renders conversations with the chat template used in training.
 
-The files of an export are read by transformers' AutoTokenizer, as vLLM does, and asked for one
-conversation without tools and one with: it is for the reader to choose the template, and for the
-hashes to say whether it is the right one.
+The files of an export are read with transformers' AutoTokenizer, as vLLM does, and one conversation
+without tools and one with tools are rendered. The reader chooses the template; the hashes tell
+if it is the right one.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ class TrainedTemplate:
 
     @classmethod
     def of_texts(cls, default: str, with_tools: str, options: Mapping[str, Any]) -> TrainedTemplate:
-        """From the sources themselves."""
+        """Make it from the templates' source texts."""
         return cls(_sha256(default), _sha256(with_tools), dict(options))
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainedTemplate:
-        """As a certificate's check recorded it; older ones know one template only."""
+        """Make it from the values in a certificate's check; older certificates have one template
+        only."""
         sha256 = values["sha256"]
         return cls(sha256, values.get("tools_sha256", sha256), dict(values.get("options", {})))
 
@@ -67,7 +68,7 @@ def _sha256(text: str) -> str:
 
 
 def check_served_template(folder: Path, trained: TrainedTemplate) -> tuple[str, dict[str, Any]]:
-    """Return words and numbers of the proof.
+    """Check the served template and return the check's words and numbers.
 
     Raises:
         CheckpointError: a template is missing or another one, or a reader renders by another.
@@ -105,7 +106,7 @@ def check_served_template(folder: Path, trained: TrainedTemplate) -> tuple[str, 
 
 
 def _check_sources(folder: Path, trained: TrainedTemplate) -> None:
-    """Both places where a reader may look hold what was trained with."""
+    """Check that both places where a reader may look hold the template used in training."""
     settings = read_json(folder / "tokenizer_config.json")
     inline = settings.pop("chat_template", None)
     if isinstance(inline, list):
@@ -135,8 +136,8 @@ def _differs(which: str, wanted: str, found: str | None) -> str:
 
 
 def _rendered(render: Any) -> str:
-    """A rendering, or how a template refuses: that is what a server does, too."""
+    """Return a rendering, or the template's error, which a server would return too."""
     try:
         return str(render())
-    except Exception as error:  # a template is a program: it can fail in any way
+    except Exception as error:  # a template is a program: it can raise any exception
         return f"refused: {type(error).__name__}: {error}"

@@ -1,8 +1,8 @@
-"""Where pretrained files come from: a local folder as it is, or a snapshot of a hub repository.
+"""The source of pretrained files: a local folder, or a snapshot of a hub repository.
 
-A name goes in, a folder on this machine comes out; everything after works on folders and needs no
-network. Only configuration, tokenizer and safetensors files are fetched: no pickles, no code. What
-cannot succeed (unknown name, gated repository, no network) is said at once, with what to do.
+A name is resolved to a local folder; all later code works on folders and needs no network. Only
+configuration, tokenizer and safetensors files are downloaded: no pickles, no code. Errors (unknown
+name, gated repository, no network) are raised at once, with the way to fix them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def resolve_pretrained(name_or_path: str, *, cache_dir: str | None, weights: bool) -> Path:
-    """Find or fetch the folder with a pretrained model's or tokenizer's files.
+    """Find or download the folder with a pretrained model's or tokenizer's files.
 
     Args:
         name_or_path: a local folder, or the name of a hub repository (`owner/name`).
@@ -63,7 +63,7 @@ def resolve_pretrained(name_or_path: str, *, cache_dir: str | None, weights: boo
         weights: whether the weights are needed, too. They must then be safetensors.
 
     Returns:
-        Its real path: should a link on the way be changed later, everything still reads what was
+        Its real path: if a link on the way is changed later, reads still get the files that were
         checked.
 
     Raises:
@@ -89,8 +89,7 @@ def resolve_pretrained(name_or_path: str, *, cache_dir: str | None, weights: boo
 
 
 def _require_regular(folder: Path) -> None:
-    """Refuse pipes, devices and files too large to be what their names say: a library would read
-    them without an end."""
+    """Refuse pipes, devices and oversized files, which a library would read without end."""
     patterns = {*SMALL_PATTERNS, *WEIGHT_PATTERNS, "*.json", "*.safetensors"}
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         try:
@@ -112,7 +111,7 @@ def _require_regular(folder: Path) -> None:
 
 
 def hub_name(name_or_path: str | None) -> str | None:
-    """The name of the hub repository that this means; None for a local folder or file."""
+    """Return the name of the hub repository that this names; None for a local folder or file."""
     if name_or_path is None or Path(name_or_path).expanduser().exists():
         return None
     return name_or_path if HUB_NAME.fullmatch(name_or_path) else None
@@ -147,7 +146,7 @@ def _fetch(name: str, cache_dir: str | None, weights: bool) -> Path:
 
 
 def _no_such_folder(name: str, folder: Path) -> str:
-    """Say that a local folder is missing, with the nearest name that is there."""
+    """Return the error for a missing local folder, with the most similar existing name."""
     message = f"There is no local folder {name}"
     if not folder.parent.is_dir():
         return message + (f": {folder.parent} does not exist." if "/" in name else ".")
@@ -157,7 +156,7 @@ def _no_such_folder(name: str, folder: Path) -> str:
 
 
 def _refuse_foreign(folder: Path, source: str) -> None:
-    """Name what lies there if it is a PEFT adapter or of an old quantizer."""
+    """Raise an error if the folder holds a PEFT adapter or weights of an old quantizer."""
     if os.path.lexists(folder / ADAPTER_FILE):
         base = read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
         beside = any(folder.glob("model*.safetensors"))
@@ -178,7 +177,7 @@ def _refuse_foreign(folder: Path, source: str) -> None:
 def _require_checkpoint(folder: Path, source: str) -> None:
     if not os.path.lexists(folder / "config.json"):
         _refuse_foreign(folder, source)
-        inside = folder / "export"  # of a run
+        inside = folder / "export"  # the folder of a run
         hint = "Give the folder that holds them."
         raise CheckpointError(
             f"There is no config.json in {source}; a checkpoint folder holds config.json and "

@@ -1,9 +1,9 @@
-"""The names that tensors have in files, and the names of a causal language model.
+"""Mapping of tensor names in files to those of a causal language model.
 
-Programs leave their wrappers in the names when they save: `module.` (data parallel), `_orig_mod.`
-(torch.compile), `base_model.model.` (PEFT); a bare decoder has no `model.` in front. Such files are
-read. Others hold something else than the weights of one plain model: an adapter, quantized values,
-a text model inside of a larger one. They are refused as what they are, with the way out.
+Programs save the names of their wrappers: `module.` (data parallel), `_orig_mod.` (torch.compile),
+`base_model.model.` (PEFT). A decoder saved alone has no `model.` prefix. Such files are read. Files
+with anything but the weights of one plain model are refused, with the way to fix it: an adapter,
+quantized values, a text model inside a larger one.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _shared_wrapper(names: Iterable[str]) -> str | None:
 
 
 def foreign(names: Mapping[str, torch.dtype], expected: Iterable[str]) -> str | None:
-    """Say what files are that are no plain weights, and the way out; None if they seem to be.
+    """Return the kind of files that are not plain weights, and how to convert them; else None.
 
     Args:
         names: of all tensors, with their dtypes.

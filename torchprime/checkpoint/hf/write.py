@@ -1,8 +1,8 @@
-"""Writing safetensors shards with one tensor in memory.
+"""Writer of safetensors shards that holds one tensor in host memory.
 
-Names, shapes and dtype are known before the weights come, so every shard's layout is planned and
-its header written first (8 bytes of length, a JSON header, then the bytes). Each tensor is then
-put at its place in its file, in whatever order the weights arrive, and hashed on the way.
+Names, shapes and dtype are known before the weights arrive, so every shard's layout is planned and
+its header is written first (8 bytes of length, a JSON header, then the bytes). Each tensor is then
+written to its place in its file, in whatever order the weights arrive, and hashed at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its name and, per tensor, where its bytes begin and end in the data section."""
+    """A safetensors file: its name and each tensor's begin and end in the data section."""
 
     file: str
     places: dict[str, tuple[int, int]]
@@ -40,7 +40,8 @@ class Shard:
 def plan_shards(
     spec: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
 ) -> list[Shard]:
-    """Fill files in the order of `spec` up to the limit; a tensor above it gets its own file."""
+    """Assign tensors to files in the order of `spec` up to the size limit; a larger tensor gets its
+    own file."""
     if max_shard_bytes <= 0:
         raise CheckpointError(
             f"A shard's size limit must be above 0 bytes, not {max_shard_bytes}; set "
@@ -65,7 +66,7 @@ def plan_shards(
 
 
 def index_json(shards: list[Shard]) -> dict[str, object]:
-    """The index beside several shards; transformers wants its metadata."""
+    """Return the index of several shards; transformers requires its metadata."""
     return {
         "metadata": {"total_size": sum(shard.data_bytes for shard in shards)},
         "weight_map": {name: shard.file for shard in shards for name in shard.places},
@@ -73,15 +74,15 @@ def index_json(shards: list[Shard]) -> dict[str, object]:
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's dtype, shape and bytes: equal exactly for equal tensors."""
+    """Return the sha256 of a tensor's dtype, shape and bytes: equal exactly for equal tensors."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(_raw_bytes(tensor))
     return digest.hexdigest()
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite: the extremes say so, without copies of the tensor and
-    several times faster than torch.isfinite (NaN is carried over to both)."""
+    """Return True if no value is NaN or infinite. Minimum and maximum suffice (they propagate NaN),
+    need no copy of the tensor and are several times faster than torch.isfinite."""
     if not tensor.numel():
         return True
     low, high = tensor.detach().aminmax()
@@ -94,7 +95,7 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class ShardWriter:
-    """Takes tensors one at a time and puts each at its planned place."""
+    """Writer that takes tensors one at a time and puts each at its planned place."""
 
     def __init__(
         self,
@@ -143,9 +144,9 @@ class ShardWriter:
         return len(text).to_bytes(8, "little") + text
 
     def write_next(self, weights: Iterator[tuple[str, torch.Tensor]]) -> bool:
-        """Take one tensor from the iterator and write it; False when there is none.
+        """Take one tensor from the iterator and write it; return False if there is none.
 
-        The tensor lives in this call alone, so the source makes the next one after it is let go.
+        The tensor is freed at the end of this call, before the source makes the next one.
         """
         item = next(weights, None)
         if item is None:
@@ -165,7 +166,7 @@ class ShardWriter:
         return True
 
     def finish(self) -> None:
-        """Refuse to end with a hole: every planned tensor must have come."""
+        """Raise an error if a planned tensor was not written."""
         missing = [name for name in self._places if name not in self.hashes]
         if missing:
             raise CheckpointError(

@@ -1,1 +1,1 @@
-"""The proof of an export: its certificate, made and checked again."""
+"""The certificate of an export: the checks that make it and that repeat it later."""

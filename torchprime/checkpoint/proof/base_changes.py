@@ -1,4 +1,4 @@
-"""How an export's tensors differ from those of the base it was trained from."""
+"""The difference between an export's tensors and those of its base model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
 from torchprime.errors import CheckpointError
 
-PIECE = 1 << 24  # values that are compared at once
+PIECE = 1 << 24  # values that are compared at a time
 
 
 def told_changes(values: Mapping[str, Any]) -> str:
-    """The numbers of `changes_from` in words."""
+    """Return the numbers of `changes_from` in words."""
     new = values.get("new_rows")
     return (
         f"{values['changed']} of {values['tensors']} tensors differ from the base, the largest "
@@ -27,14 +27,14 @@ def told_changes(values: Mapping[str, Any]) -> str:
 def changes_from(
     base: SafetensorsReader, export: SafetensorsReader, unused_rows: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """How the exported tensors differ from the base's, cast to the export's dtype.
+    """Compare the exported tensors with the base's, cast to the export's dtype.
 
-    Embedding and output head may have rows that training did not begin with: more than the base's,
-    or rows that the base did not use. They are counted (`new_rows`, only there if there are any),
-    and the others are compared.
+    Embedding and output head may have rows that the base did not train: more rows than the base's,
+    or rows that it did not use. They are counted (`new_rows`, present only if there are any), and
+    the other rows are compared.
 
     Args:
-        unused_rows: rows of the base's embedding and head that were made anew.
+        unused_rows: rows of the base's embedding and head that were initialized for new tokens.
 
     Raises:
         CheckpointError: the base lacks a tensor, or has it in another shape.
@@ -66,7 +66,8 @@ def changes_from(
 def _largest_difference(
     new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype, left_out: Sequence[int]
 ) -> float:
-    """Of two tensors of one shape, without some of their rows; infinite if there is a NaN."""
+    """Return the largest difference of two tensors of one shape, without some rows; infinite if
+    there is a NaN."""
     width = old.numel() // old.shape[0]
     difference, start = 0.0, 0
     pieces = zip(new.reshape(-1).split(PIECE), old.reshape(-1).split(PIECE), strict=True)
@@ -83,7 +84,7 @@ def _largest_difference(
 def _more_rows(
     name: str, shape: tuple[int, ...], theirs: Mapping[str, tuple[tuple[int, ...], Any]]
 ) -> int:
-    """Rows that an exported tensor has beyond the base's.
+    """Return the number of rows that an exported tensor has beyond the base's.
 
     Raises:
         CheckpointError: the base lacks the tensor, or has it in a shape that no new rows explain.

@@ -1,12 +1,12 @@
 """The certificate of an export: certificate.json beside the weights.
 
-It names every file with its size and sha256, says where the weights come from, and lists what was
-proved of them before anyone could see the folder: their bytes, what changed against the base, their
+It names every file with its size and sha256, the origin of the weights, and the checks that were
+made before the export became visible: the weights' bytes, their changes against the base, their
 logits in transformers, chat template and stop tokens. Each check passed, failed, or was not made
-for a reason that is told. `recheck` makes them again later, without the run.
+for a stated reason. `recheck` repeats them later, without the run.
 
-What fails or raises in a check is a failed check, never a lost export: the weights of a long run
-are worth keeping until someone knows why. The caller refuses the certificate instead (`require`).
+A check that fails or raises is a failed check and never deletes the export: the weights of a long
+run are kept until someone has found the cause. The caller refuses the certificate (`require`).
 """
 
 from __future__ import annotations
@@ -67,16 +67,16 @@ CHECK: Table = {
 }
 FIRST_CHANGE = 2  # with warm-up the first update has a learning rate of 0
 
-Found = tuple[str, dict[str, Any]]  # what a check says, and its numbers
+Found = tuple[str, dict[str, Any]]  # a check's words and its numbers
 
 
 class UncertifiedError(CheckpointError):
-    """An export that is whole, with a certificate of which a check failed."""
+    """Error for an export that is whole, with a certificate that has a failed check."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: `passed` is None where it was not made; `values` are its numbers."""
+    """A check: `passed` is None if it was not made; `values` are its numbers."""
 
     name: str
     passed: bool | None
@@ -86,7 +86,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What certificate.json says.
+    """The content of certificate.json.
 
     Attributes:
         origin: where the weights came from, for people.
@@ -111,14 +111,15 @@ class Certificate:
         return [check for check in self.checks if check.passed is False]
 
     def check(self, name: str) -> Check:
-        """The check of this name; a CheckpointError if the certificate does not have it."""
+        """Return the check of this name; raise a CheckpointError if the certificate does not have
+        it."""
         for check in self.checks:
             if check.name == name:
                 return check
         raise CheckpointError(f"{CERTIFICATE} has no check {name!r}; it was edited. Export again.")
 
     def tally(self) -> str:
-        """How many checks passed, and which did not."""
+        """Return the number of passed checks, and the names of those that did not pass."""
         return tally(self.checks)
 
     def require(self, where: object) -> None:
@@ -139,7 +140,7 @@ class Certificate:
 
 
 def tally(checks: tuple[Check, ...] | list[Check]) -> str:
-    """How many passed, which failed, which were not made."""
+    """Return the number of passed checks, the failed ones and those that were not made."""
     failed = [check.name for check in checks if check.passed is False]
     left_out = [check.name for check in checks if check.passed is None]
     parts = [f"{sum(check.passed is True for check in checks)} checks passed"]
@@ -149,12 +150,12 @@ def tally(checks: tuple[Check, ...] | list[Check]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON knows no NaN."""
+    """Replace NaN, which JSON does not have."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_certificate(folder: Path) -> Certificate:
-    """The certificate in an export's folder.
+    """Read the certificate in an export's folder.
 
     Raises:
         CheckpointError: there is none, or it is malformed or of another format.
@@ -192,14 +193,14 @@ def read_certificate(folder: Path) -> Certificate:
 
 
 def trained_options(folder: Path) -> dict[str, Any]:
-    """Return what the chat template was given while training, as the certificate says."""
+    """Return the options that the chat template was given in training, from the certificate."""
     if not (folder / CERTIFICATE).is_file():
         return {}
     check = read_certificate(folder).check("chat template")
     return check.values.get("options", {})
 
 
-# Making one ---------------------------------------------------------------------------------------
+# Making a certificate -----------------------------------------------------------------------------
 
 
 def certify(
@@ -211,13 +212,13 @@ def certify(
     trained: PromptLogits | str,
     base: Path | str | None,
 ) -> Certificate:
-    """Prove a folder that is complete but for its certificate, and write that, last.
+    """Check a folder that is complete but for its certificate, and write the certificate.
 
     Args:
         hashes: of the weights as they were handed over; see `tensor_hash`.
         origin: where the weights come from, for people.
-        trained: logits of the trainer's model, or why there are none.
-        base: the folder of the base's weights, or why they cannot be compared; None if training
+        trained: logits of the trainer's model, or the reason why there are none.
+        base: the base's folder, or the reason why it can't be compared; None if training
             began from random weights.
     """
     proofs: list[tuple[str, Callable[[], Found]]] = [
@@ -245,7 +246,8 @@ def certify(
 
 
 def judge(name: str, check: Callable[[], Found], folder: Path) -> Check:
-    """Make a check. Whatever it raises is its failure: libraries raise nearly anything."""
+    """Run a check. Any exception is a failure of the check, since libraries raise nearly
+    anything."""
     try:
         detail, values = check()
         return Check(name, True, detail, values)
@@ -255,12 +257,12 @@ def judge(name: str, check: Callable[[], Found], folder: Path) -> Check:
         told = str(error)
     except Exception as error:
         told = f"{type(error).__name__}: {error}"
-    # The folder may have another name by the time that someone reads this.
+    # The folder may be renamed later, so its name is cut out of messages.
     return Check(name, False, told.replace(str(folder), "the export"))
 
 
 def hash_folder(folder: Path) -> dict[str, FileFacts]:
-    """Size and sha256 of every file in the folder but the certificate, by relative name."""
+    """Return size and sha256 of every file in the folder but the certificate, by relative name."""
     paths = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
@@ -280,7 +282,8 @@ def _same_bytes(folder: Path, hashes: Mapping[str, str]) -> Found:
 
 
 def weights_values(reader: SafetensorsReader, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """How many tensors, values and dtypes, and one hash of all, however they lie in files."""
+    """Return the number of tensors and values, the dtypes, and one hash of all weights that does
+    not depend on how they are split into files."""
     listing = reader.names()
     dtypes: dict[str, int] = {}
     for _, dtype in listing.values():
@@ -296,7 +299,8 @@ def weights_values(reader: SafetensorsReader, hashes: Mapping[str, str]) -> dict
 
 
 def check_tied(folder: Path) -> Found:
-    """The files hold exactly the tensors of config.json's model, a head of its own or none."""
+    """Check that the files hold exactly the tensors of config.json's model, with or without an
+    output head."""
     config = read_json(folder / "config.json")
     architecture = architecture_from_hf(config)
     with torch.device("meta"):
@@ -311,7 +315,7 @@ def check_tied(folder: Path) -> Found:
 
 
 def check_base(folder: Path, base: Path | str | None, facts: ExportFacts) -> Found:
-    """Training changed something, and what."""
+    """Check that training changed the weights, and report by how much."""
     if base is None:
         raise NotChecked("training began from random weights; there is no base")
     if isinstance(base, str):
@@ -350,14 +354,14 @@ def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) 
 
 
 def check_template(folder: Path, trained: TrainedTemplate | None) -> Found:
-    """A server renders with what was trained with, a conversation with tools, too."""
+    """Check that a server renders conversations, with and without tools, as in training."""
     if trained is None:
         raise NotChecked("no conversations were trained on")
     return check_served_template(folder, trained)
 
 
 def check_stops(folder: Path, stop_ids: tuple[int, ...]) -> Found:
-    """A server stops where the model was trained to stop."""
+    """Check that a server stops at the tokens that the model was trained to stop at."""
     file = "generation_config.json"
     stops = token_ids(read_json(folder / file), "eos_token_id", file)
     missing = [i for i in stop_ids if i not in stops]
@@ -370,6 +374,6 @@ def check_stops(folder: Path, stop_ids: tuple[int, ...]) -> Found:
 
 
 def check_ids(folder: Path) -> Found:
-    """transformers (and so vLLM) reads the tokenizer as tokenizer.json says."""
+    """Check that transformers (and so vLLM) reads the tokenizer as tokenizer.json defines it."""
     check_tokenizer(folder)
     return "AutoTokenizer gives the ids of tokenizer.json", {}

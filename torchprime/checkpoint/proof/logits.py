@@ -1,9 +1,9 @@
-"""The logits of fixed prompts: what two programs must agree on if they compute the same model.
+"""Logits of fixed prompts, which two programs must agree on if they compute the same model.
 
-The prompts are fixed texts and no training rows, because they stand in the certificate, which is
-published with the weights. They are cut to one length, long enough for a wrong rope to show. What
-the trainer computes for them is compared with transformers in full; the certificate keeps the
-likeliest tokens behind each, so that the comparison can be made again without the trainer.
+The prompts are fixed texts and no training rows, because the certificate contains them and is
+published with the weights. They are cut to one length, long enough to detect a wrong rope. The
+trainer's logits are compared with transformers in full; the certificate stores the most likely
+tokens after each prompt, so that the comparison can be repeated without the trainer.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.raw_tokenizer import load_tokenizer_json
 
-# Difference of logits between the trainer and transformers, relative to the largest logit, that is
-# never looked into. Both round in different orders; a deep model in bf16 differs by more, and then
-# `verify` measures by how much rounding moves that very model's logits.
+# Relative difference of logits between the trainer and transformers that is accepted without
+# further measurement. Both round in different orders; a deep model in bf16 differs by more, and
+# then `verify` measures how much rounding changes that model's logits.
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 PROMPT_TOKENS = 64
-KEPT_TOKENS = 8  # behind each prompt, in the certificate
+KEPT_TOKENS = 8  # tokens stored for each prompt in the certificate
 PROMPTS = (
     "Question: A baker has 37 trays with 12 rolls each. On Monday she sells 158 rolls, and on "
     "Tuesday three times as many as there are trays. Each roll costs 0.45 euros. How many rolls "
@@ -50,7 +50,7 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class PromptLogits:
-    """What one program computes for the prompts."""
+    """The logits that one program computes for the prompts."""
 
     ids: npt.NDArray[np.int64]  # [B, S]
     logits: Logits  # [B, S, V]
@@ -60,7 +60,8 @@ class PromptLogits:
 def encode_prompts(
     tokenizer_json: Path, prompts: Sequence[str] = PROMPTS, *, longest: int = PROMPT_TOKENS
 ) -> npt.NDArray[np.int64]:
-    """The first ids of each prompt, without special tokens: [B, S], S the most that all have."""
+    """Return the first ids of each prompt, without special tokens: [B, S], S the shortest prompt's
+    length."""
     raw, _ = load_tokenizer_json(tokenizer_json)
     encoded = [e.ids for e in raw.encode_batch(list(prompts), add_special_tokens=False)]
     length = min(longest, *(len(ids) for ids in encoded))
@@ -73,7 +74,7 @@ def decoder_logits(
     dtype: torch.dtype,
     ids: npt.NDArray[np.int64],
 ) -> Logits:
-    """The logits [B, S, V] of our own decoder on the CPU, for rows without padding."""
+    """Return the logits [B, S, V] of our own decoder on the CPU, for rows without padding."""
     architecture = architecture_from_hf(config)
     with torch.device("meta"):
         model = CausalLM(architecture)
@@ -86,7 +87,7 @@ def decoder_logits(
 
 
 def no_room(num_parameters: int, dtype: torch.dtype) -> str:
-    """Why a model cannot be held in host memory twice, in words; empty if it can."""
+    """Return the reason why host memory can't hold the model twice; empty if it can."""
     needed = 2 * num_parameters * dtype.itemsize
     free = available_memory()
     if needed <= free:
@@ -98,6 +99,6 @@ def no_room(num_parameters: int, dtype: torch.dtype) -> str:
 
 
 def likeliest(logits: Logits) -> dict[str, float]:
-    """The largest logits of one position, by token id, as the certificate keeps them."""
+    """Return the largest logits of one position by token id, in the certificate's form."""
     best = np.argsort(-logits, kind="stable")[:KEPT_TOKENS]
     return {str(i): float(f"{logits[i]:.7g}") for i in best.tolist()}

@@ -1,8 +1,8 @@
-"""The checks of a certificate, made again on a folder that may have travelled since.
+"""Repetition of a certificate's checks on a folder that may have been copied since.
 
-Only what can be known from the folder (and the base's, if it is given) is judged; the rest is
-listed with the reason. A certificate is no signature: it finds what was damaged, mixed up or
-edited, and not what someone changed together with the certificate.
+Only checks that need no more than the folder (and the base's, if given) are repeated; the rest is
+listed with the reason. A certificate is no signature: it detects damaged, confused or edited
+files, but not files that were changed together with the certificate.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torchprime.checkpoint.proof.verify import (
 )
 from torchprime.errors import CheckpointError
 
-# Files that some reader of a model would open though the certificate does not know them.
+# Files that some reader of a model would open though the certificate does not list them.
 READ = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"),
     *(".py", ".json", ".jinja", ".model", ".txt"),
@@ -49,7 +49,7 @@ READ = (
 
 
 def recheck(folder: Path, base: Path | None = None) -> tuple[Certificate, list[Check]]:
-    """Make again what can be made again.
+    """Repeat the checks that can be repeated.
 
     Args:
         base: the folder of the base's weights.
@@ -83,7 +83,8 @@ def recheck(folder: Path, base: Path | None = None) -> tuple[Certificate, list[C
 
 
 def _values(certificate: Certificate, name: str) -> dict[str, Any]:
-    """A recorded check's numbers; NotChecked if it was not made or failed, when it has none."""
+    """Return a recorded check's numbers; raise NotChecked if it was not made, or failed without
+    numbers."""
     recorded = certificate.check(name)
     if recorded.passed is None:
         raise NotChecked(f"nor when the certificate was written: {recorded.detail}")
@@ -118,7 +119,7 @@ def _files(folder: Path, certificate: Certificate) -> Found:
 
 
 def _hidden(name: str) -> bool:
-    """Such as .git/ and .cache/, which downloads leave behind."""
+    """Return True for files such as those in .git/ and .cache/, which downloads leave."""
     return any(part.startswith(".") for part in Path(name).parts)
 
 

@@ -1,4 +1,5 @@
-"""Proof that an export is what was trained: its bytes read back, and its logits in transformers."""
+"""Verification of an export: its bytes are read back, and its logits in transformers are
+compared."""
 
 from __future__ import annotations
 
@@ -20,19 +21,19 @@ from torchprime.checkpoint.hf.write import tensor_hash
 from torchprime.errors import CheckpointError
 from torchprime.json_files import read_json
 
-# Two programs that compute the same differ by the sum of their roundings, each about as large as
-# the floor of `rounding_floor`. Measured over 120 models (2 to 32 layers, two families, bf16 and
+# Two programs that compute the same model differ by the sum of their roundings, each about as large
+# as the floor of `rounding_floor`. Measured over 120 models (2 to 32 layers, two families, bf16 and
 # fp32, small and large weights): 0.4 to 1.75 times the floor; the floors were 6e-3 to 7e-2 in bf16.
 MARGIN = 3
 MOST = 0.3  # of the largest logit; another model's logits differ by about 1
 
 
 class NotChecked(Exception):
-    """A check that cannot be made here; the text says why."""
+    """Error for a check that can't be made; the text gives the reason."""
 
 
 class LogitsMatch(NamedTuple):
-    """How far two programs' logits are apart, relative to the largest logit.
+    """The difference between two programs' logits, relative to the largest logit.
 
     Attributes:
         floor: the difference that rounding makes, where it was measured.
@@ -44,10 +45,10 @@ class LogitsMatch(NamedTuple):
 
     @property
     def within(self) -> bool:
-        return self.difference <= self.tolerance  # false for NaN
+        return self.difference <= self.tolerance  # False for NaN
 
     def allowed(self) -> str:
-        """The tolerance, in words."""
+        """Return the tolerance, in words."""
         told = f"allowed is {self.tolerance:.0e}"
         if self.floor is None:
             return told
@@ -55,7 +56,7 @@ class LogitsMatch(NamedTuple):
 
 
 def read_back(out: Path, expected_hashes: Mapping[str, str]) -> None:
-    """Read every tensor from the files and compare it with what was handed over for export.
+    """Read every tensor from the files and compare it with the one passed in for export.
 
     Raises:
         CheckpointError: naming the tensors that are missing, unexpected or different.
@@ -83,7 +84,7 @@ def _some(names: list[str]) -> str:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Loading takes a moment; its bar would break up the run's own lines."""
+    """Hide the progress bar of loading, which would break up the run's own lines."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -94,7 +95,8 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def load_transformers(folder: Path) -> Any:
-    """The folder's model in transformers, on the CPU, in its own dtype, every weight accounted for.
+    """Load the folder's model in transformers, on the CPU, in its own dtype, and check for missing
+    weights.
 
     Raises:
         CheckpointError: transformers reports missing, unexpected or mismatched weights (left to
@@ -116,7 +118,7 @@ def load_transformers(folder: Path) -> Any:
                 output_loading_info=True,
                 **given,
             )
-    except Exception as error:  # it raises nearly anything for a damaged folder
+    except Exception as error:  # transformers raises nearly any exception for a damaged folder
         first = (str(error).splitlines() or ["no text"])[0]
         raise CheckpointError(
             f"transformers {transformers.__version__} cannot load the model in {folder}: "
@@ -130,12 +132,14 @@ def load_transformers(folder: Path) -> Any:
 
 
 def transformers_logits(folder: Path, input_ids: np.ndarray) -> np.ndarray:
-    """Logits [B, S, V] in fp32 of the folder's model in transformers, for rows without padding."""
+    """Return the logits [B, S, V] in fp32 of the folder's model in transformers, for rows without
+    padding."""
     return logits_of(load_transformers(folder), input_ids)
 
 
 def logits_of(model: Any, input_ids: np.ndarray) -> np.ndarray:
-    """Logits [B, S, V], in fp32 at least, of a model in transformers, for rows without padding."""
+    """Return the logits [B, S, V], in fp32 at least, of a model in transformers, for rows without
+    padding."""
     ids = torch.as_tensor(np.asarray(input_ids), dtype=torch.long)
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
@@ -173,7 +177,8 @@ def compare_logits(
 def judge_logits(
     model: Any, input_ids: np.ndarray, logits: np.ndarray, difference: float, least: float
 ) -> LogitsMatch:
-    """Say how large a difference to another program's logits may be, and if this one is not larger.
+    """Return the largest accepted difference to another program's logits, and raise if this one is
+    larger.
 
     Two programs round in different orders. How far that moves the logits depends on dtype, depth
     and weights, so it is measured on the model at hand, unless the difference is below `least`.
@@ -197,7 +202,7 @@ def judge_logits(
 
 
 def rounding_floor(model: Any, input_ids: np.ndarray, logits: np.ndarray) -> float:
-    """Measure how far rounding moves a model's logits, relative to the largest.
+    """Measure how much rounding changes a model's logits, relative to the largest.
 
     The reference is the same model computed in the next wider dtype. Its weights are widened one
     module at a time, so it takes no second copy of them.

@@ -1,1 +1,1 @@
-"""Run checkpoints: storage, shards, manifest, retention, the lock of a folder."""
+"""Run checkpoints: storage, shards, manifest, retention and the lock of a run's folder."""

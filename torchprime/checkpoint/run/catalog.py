@@ -1,6 +1,6 @@
-"""The checkpoints of a run: which there are, which is whole, which are kept.
+"""The list of a run's checkpoints: existing, whole, best, and to be retained.
 
-They are ordered by the step in their name. A clock has no part in it: it may go backwards.
+They are ordered by the step in their name, never by a clock, which may be set back.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torchprime.checkpoint.run.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
 from torchprime.hashing import FileFacts, sha256_of
 
-CHECKERS = 4  # files hashed at a time
+CHECKERS = 4  # files that are hashed at a time
 LATEST, BEST = "latest", "best"
 
-Rank = tuple[float, ...]  # of a checkpoint among others, lower is better
-MOST_POINTER = 200  # bytes of a pointer
-OURS = re.compile(r"^\.*(set_aside_\d+_)?step_\d{8,}")  # whatever else lies there is not touched
+Rank = tuple[float, ...]  # score of a checkpoint among others, lower is better
+MOST_POINTER = 200  # size limit of a pointer in bytes
+OURS = re.compile(r"^\.*(set_aside_\d+_)?step_\d{8,}")  # other names in the folder are ignored
 
 
 def by_loss(scores: Mapping[str, float]) -> Rank | None:
-    """The lower the held-out loss the better; None where it is not known."""
+    """Return the held-out loss as rank, lower is better; None if it is not known."""
     loss = scores.get("eval_loss", math.nan)
     return (loss,) if math.isfinite(loss) else None
 
 
 class Catalog:
     """The folders step_NNNNNNNN of a storage, and the pointers `latest` and `best`: small files
-    with the name of one.
+    with a checkpoint's name.
 
     Args:
         rank: which of two checkpoints is better, by their scores; None for one that is no candidate
@@ -49,7 +49,7 @@ class Catalog:
         return f"step_{step:08d}"
 
     def steps(self) -> list[int]:
-        """Of all checkpoints with a manifest, ascending."""
+        """Return the steps of all checkpoints that have a manifest, ascending."""
         return [
             step
             for step in self._numbered()
@@ -57,18 +57,18 @@ class Catalog:
         ]
 
     def visible(self) -> list[int]:
-        """Of all that were whole once: locally a folder has its name by then, whatever it lacks
-        now; at a store one without manifest was never whole."""
+        """Return the steps of all checkpoints that were whole once. A local folder has its final
+        name only then; at an object store one without a manifest was never whole."""
         unfinished = set(self.storage.leftovers())
         return [step for step in self._numbered() if self.name_of(step) not in unfinished]
 
     def _numbered(self) -> list[int]:
-        """Of all folders with a checkpoint's name, ascending."""
+        """Return the steps of all folders with a checkpoint's name, ascending."""
         found = (STEP.fullmatch(name) for name in self.storage.names())
         return sorted(int(match[1]) for match in found if match)
 
     def check(self, name: str, deep: bool = True) -> None:
-        """See that every file of a checkpoint is there, has its size and, if `deep`, its hash.
+        """Check that every file of a checkpoint exists and has its size and, if `deep`, its hash.
 
         Raises:
             CheckpointError: naming the first file that is not as it was written.
@@ -98,8 +98,7 @@ class Catalog:
             raise CheckpointError(f"{where} is damaged: its sha256 is not the manifest's.")
 
     def newest_whole(self, say: Callable[[str], None]) -> str | None:
-        """The newest checkpoint of which every file is as it was written; others are skipped,
-        with a message."""
+        """Return the newest whole checkpoint; damaged ones are skipped with a message."""
         for step in reversed(self._numbered()):
             name = self.name_of(step)
             try:
@@ -111,27 +110,27 @@ class Catalog:
         return None
 
     def point(self, pointer: str, name: str) -> None:
-        """Let `latest` or `best` name this checkpoint."""
+        """Write this checkpoint's name into `latest` or `best`."""
         self.storage.write_bytes(pointer, f"{name}\n".encode())
 
     def pointed(self, pointer: str) -> str | None:
-        """The checkpoint that a pointer names; None if there is no such pointer, or it holds
-        something else than a checkpoint's name."""
+        """Return the checkpoint that a pointer names; None if the pointer is missing or
+        malformed."""
         if not self.storage.exists(pointer):
             return None
         try:
             name = self.storage.read_bytes(pointer, MOST_POINTER).decode("utf-8", "replace").strip()
-        except CheckpointError:  # it is larger
+        except CheckpointError:  # the file is larger than a pointer
             return None
         return name if STEP.fullmatch(name) else None
 
     def retain(self, keep_last: int | None, keep_best: int, keep_every: int | None) -> list[str]:
-        """Remove the checkpoints that nothing keeps; their names.
+        """Remove the checkpoints that no rule retains, and return their names.
 
         Args:
-            keep_last: so many of the newest stay; None keeps all.
-            keep_best: so many of the best by rank stay.
-            keep_every: those whose step is a multiple stay.
+            keep_last: number of newest checkpoints to retain; None retains all.
+            keep_best: number of best checkpoints to retain, by rank.
+            keep_every: checkpoints whose step is a multiple of it are retained.
         """
         if keep_last is None:
             return []
@@ -149,8 +148,7 @@ class Catalog:
         return removed
 
     def set_aside_after(self, step: int, say: Callable[[str], None]) -> None:
-        """Give the checkpoints behind a step other names: a run that goes on from that step will
-        write its own."""
+        """Rename the checkpoints after a step: a run that resumes from that step writes its own."""
         for later in self.visible():
             if later <= step:
                 continue
@@ -167,7 +165,7 @@ class Catalog:
             self.point_to_best()
 
     def point_to_best(self) -> dict[str, Any] | None:
-        """Let `best` name the best of the checkpoints there are, or take it away if none ranks.
+        """Point `best` at the best existing checkpoint, or remove it if none has a rank.
 
         Returns:
             Its `step` and `scores`; the earliest of equal ones.
@@ -182,14 +180,15 @@ class Catalog:
         return {"step": min(ranked)[1], "scores": read_manifest(self.storage, name).scores}
 
     def clean(self) -> None:
-        """Remove what killed writers left; only the process that holds the run's lock may."""
+        """Remove the files that killed writers left; only the holder of the run's lock may call
+        it."""
         for name in self.storage.leftovers():
             if OURS.search(name):
                 self.storage.remove(name)
         self.storage.clear_temporary()
 
     def _rank(self, name: str) -> Rank | None:
-        """A checkpoint's rank; None if it has none, or nobody can tell."""
+        """Return a checkpoint's rank; None if it has none or its manifest can't be read."""
         try:
             return self.rank(read_manifest(self.storage, name).scores)
         except CheckpointError:

@@ -1,8 +1,8 @@
-"""`.metadata` of torch.distributed.checkpoint: a pickle, read as if a stranger had written it.
+"""Parser of torch.distributed.checkpoint's `.metadata`: a pickle, treated as untrusted input.
 
-Only the operations, classes and forms that the metadata of plain tensors consists of are taken;
-with them a pickle can call nothing, and what it makes is at most some tens of times as large as
-the file. Then every field is checked: types, sizes, names of files, and that the regions of a
+Only the operations, classes and forms that the metadata of plain tensors consists of are accepted.
+With them a pickle can call nothing, and the result is at most some tens of times as large as
+the file. Then every field is checked: types, sizes, file names, and that the regions of a
 tensor lie in it, fill it, and are no larger than their place in a file.
 """
 
@@ -34,7 +34,7 @@ MOST_BYTES = 256 << 20
 MOST_NAME = 1000  # characters
 MOST_DIMS = 16
 MOST_TUPLE, MOST_STATE = 32, 16  # entries: what a pickle can copy by a reference of two bytes
-# All that DCP's metadata of plain tensors is made of.
+# The only operations in DCP's metadata of plain tensors.
 ALLOWED = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -60,12 +60,12 @@ OPERATIONS = re.findall(
     "LONG_BINGET",
 )
 
-# Python's reader in Python, of which each operation is a method that can be left out.
+# The Unpickler that is written in Python: each operation is a method that can be left out.
 _Loader: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 
 class _Unpickler(_Loader):
-    """Python's own, with the operations of OPERATIONS; any other ends it with a KeyError."""
+    """Python's Unpickler with only the operations in OPERATIONS; any other raises a KeyError."""
 
     dispatch = {
         ord(getattr(pickle, name)): _Loader.dispatch[ord(getattr(pickle, name))]
@@ -81,8 +81,8 @@ class _Unpickler(_Loader):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
 
     def _check_tuple(self) -> None:
-        """Tuples are short, and hold tuples of plain values at the most: a hash goes through all of
-        them, in C, as deep as they are."""
+        """Check that tuples are short and hold at most tuples of plain values: hashing one recurses
+        in C, as deep as it is nested."""
         made = self.stack[-1]
         inner = [each for each in made if isinstance(each, tuple)]
         if len(made) > MOST_TUPLE or any(not isinstance(x, int | str) for t in inner for x in t):
@@ -110,11 +110,11 @@ _Unpickler.dispatch[ord(pickle.BUILD)] = _Unpickler._load_build
 
 
 def parse_metadata(data: bytes, where: str, files: Collection[str] | None = None) -> Metadata:
-    """Return what `.metadata` says.
+    """Parse `.metadata`.
 
     Args:
         where: names the file in messages.
-        files: of the checkpoint, as its manifest lists them; None while it is being written.
+        files: of the checkpoint, as listed in its manifest; None while it is being written.
 
     Raises:
         CheckpointError: it is damaged, or was never written by a checkpoint's writer.
@@ -124,7 +124,7 @@ def parse_metadata(data: bytes, where: str, files: Collection[str] | None = None
         _check(metadata, where, files)
     except CheckpointError:
         raise
-    except Exception as error:  # damaged pickles raise nearly anything
+    except Exception as error:  # damaged pickles raise nearly any exception
         reason = f"operation {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(
             f"{where} is damaged: {reason}. Resume from another checkpoint."
@@ -132,7 +132,7 @@ def parse_metadata(data: bytes, where: str, files: Collection[str] | None = None
     return metadata
 
 
-# What it must be ----------------------------------------------------------------------------------
+# Checks of the fields -----------------------------------------------------------------------------
 
 
 def _check(metadata: Any, where: str, files: Collection[str] | None) -> None:
@@ -192,7 +192,7 @@ def _check_entry(name: str, entry: Any, places: dict[MetadataIndex, Any]) -> Non
 def _check_room(
     chunk: ChunkStorageMetadata, dtype: torch.dtype, place: _StorageInfo | None, field: str
 ) -> None:
-    """A region never takes more memory than its file has bytes."""
+    """Check that no region takes more memory than its file has bytes."""
     if place is None:
         raise ValueError(f"storage_data does not say where {field} lies")
     needed = math.prod(chunk.sizes) * dtype.itemsize
@@ -209,7 +209,7 @@ def _dict_of(metadata: Metadata, name: str, key: type) -> dict[Any, Any]:
 
 
 def _sizes(value: Any, field: str) -> tuple[int, ...]:
-    """torch.Size holds whole numbers only."""
+    """Return the sizes; torch.Size accepts whole numbers only."""
     _require(value, torch.Size, field)
     if len(value) > MOST_DIMS or any(size < 0 for size in value):
         raise ValueError(told(field, str(list(value)), f"at most {MOST_DIMS} sizes from 0"))

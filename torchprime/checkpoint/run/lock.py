@@ -1,7 +1,7 @@
-"""One process at a time writes into a run's folder.
+"""The lock that lets one process at a time write into a run's folder.
 
-The lock is the system's (flock), so it ends with the process, however that ends. What the file says
-is for people; nothing is decided by it, nor by any clock.
+The lock is the operating system's (flock), so it ends with the process in every case. The file's
+content is for people; no decision depends on it, nor on any clock.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torchprime.errors import RuntimeSetupError
 from torchprime.visible import clean
 
 LOCK = ".lock"
-MOST_BYTES = 4096  # of what the file says
+MOST_BYTES = 4096  # size limit of the file's content
 _held: set[int] = set()
 
 
 def _let_go() -> None:
-    """A forked helper would keep the lock when its parent is killed: it closes its copy."""
+    """Close a forked child's copy of the lock, which would outlive its killed parent."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -37,7 +37,7 @@ os.register_at_fork(after_in_child=_let_go)
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. The system lets go of it when the process ends, however it ends.
+    """Hold the folder's lock. The operating system releases it when the process ends.
 
     Raises:
         RuntimeSetupError: another process holds it, or the folder can't be written.

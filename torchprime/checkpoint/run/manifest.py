@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: what a resume needs to know, and what the folder must hold.
+"""The manifest of a checkpoint: the facts that a resume needs, and the list of the folder's files.
 
-It is written last, so a folder that has one is whole as far as writing goes; the sizes and hashes
-in it say whether it still is. It also hashes itself, which finds damage and not a forger: every
-field is checked before anything goes by it, and the files it names lie in its folder.
+It is written last, so a folder that has one was written completely; the sizes and hashes in it tell
+if the files are still unchanged. It also hashes itself, which detects damage but not forgery: every
+field is checked before use, and the files that it names must lie in its folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torchprime.hashing import FileFacts
 FORMAT_VERSION = 1
 MOST_BYTES = 64 << 20
 STEP = re.compile(r"step_(\d{8,15})")
-# Also of one that a resume from an earlier step put aside.
+# The second form is the name of a checkpoint that a resume from an earlier step put aside.
 NAMED_BY_STEP = re.compile(r"(?:set_aside_\d+_)?step_(\d{8,15})")
 FIELDS: Table = {
     "backend": TEXT,
@@ -77,11 +77,11 @@ FILE: Table = {"bytes": count(), "sha256": SHA256}
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint's facts, as JSON can say them.
+    """A checkpoint's facts, in JSON types.
 
     Attributes:
         global_step: updates made; also called `step`.
-        backend, mesh, processes: how it ran; a resume may differ.
+        backend, mesh, processes: of the run that wrote it; a resume may differ.
         config: as `TrainConfig.to_dict` gives it.
         created: ISO time, for people: nothing is ordered by it.
         model: `names` of weights (count), their `dtype`, number of `parameters`, and `hash` of all
@@ -94,9 +94,9 @@ class Manifest:
         tokenizer_fingerprint, template_fingerprint: the latter null without a chat template.
         data_manifest, eval_manifest: fingerprints of the prepared data, by source.
         best_metric: `scores` and `step` of the best so far, or null.
-        hooks: what hooks remember, by hook.
+        hooks: the states of hooks, by hook.
         metrics: the last values.
-        scores: what was measured on held-out rows after this very step, by metric.
+        scores: measured on held-out rows after exactly this step, by metric.
         files: size and sha256 of every other file of the folder.
     """
 
@@ -106,7 +106,7 @@ class Manifest:
     config: dict[str, Any]
     versions: dict[str, str]
     created: str
-    # The eleven that a resume needs; model and optimizer describe the tensors beside the manifest.
+    # The eleven fields that a resume needs; model and optimizer describe the tensors in the folder.
     model: dict[str, Any]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
@@ -138,14 +138,14 @@ class Manifest:
         return self.global_step
 
     def to_bytes(self) -> bytes:
-        """As written to the file."""
+        """Return the file's content."""
         content = dataclasses.asdict(self)
         envelope = {"format_version": FORMAT_VERSION, "sha256": _own_hash(content), **content}
         return (json.dumps(envelope, indent=1, ensure_ascii=False) + "\n").encode()
 
     @staticmethod
     def from_bytes(data: bytes, where: str) -> Manifest:
-        """Parse and check; `where` names the file in messages.
+        """Parse and check the file's content; `where` names the file in messages.
 
         Raises:
             CheckpointError: not JSON, changed since it was written, of a newer format, incomplete,
@@ -180,7 +180,7 @@ class Manifest:
 
 
 def read_manifest(storage: Storage, name: str) -> Manifest:
-    """The manifest of the checkpoint folder `name`.
+    """Read the manifest of the checkpoint folder `name`.
 
     Raises:
         CheckpointError: there is none (then there is no checkpoint), it is damaged, or it is of
@@ -203,7 +203,7 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
 
 
 def _check_files(files: Mapping[str, Any], where: str) -> None:
-    """Every checkpoint has files, and their names stay inside of its folder."""
+    """Check that there are files, and that their names stay inside the folder."""
     if not files:
         raise ValueError("files: given none, so nothing in the folder could be checked")
     for name, facts in files.items():

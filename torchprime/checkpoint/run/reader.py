@@ -1,8 +1,8 @@
-"""Tensors of a checkpoint by name, put together from the regions in which they were written.
+"""Reader of a checkpoint's tensors by name, assembled from the regions in which they were written.
 
 `.metadata` says where each region lies (see dcp_metadata), and each region is read with
-`weights_only=True`: a checkpoint cannot run code. One tensor is in memory at a time; asked for a
-region of it, only what overlaps is read.
+`weights_only=True`, so a checkpoint can't run code. One tensor is in memory at a time. If only a
+region of it is requested, only the overlapping regions are read.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Region = tuple[Sequence[int], Sequence[int]]  # offsets, sizes
 
 
 class TensorReader:
-    """The tensors in a folder, one at a time; a checkpoint's, or one's that is being written.
+    """The tensors in the folder of a checkpoint, finished or being written, one at a time.
 
     Args:
-        files: of the checkpoint, as its manifest lists them; None while it is being written.
+        files: of the checkpoint, as listed in its manifest; None while it is being written.
 
     Raises:
         CheckpointError: `.metadata` is missing or damaged.
@@ -59,7 +59,7 @@ class TensorReader:
         return self._entry(name).properties.dtype
 
     def get(self, name: str, region: Region | None = None) -> Tensor:
-        """A tensor in host memory, or the region of it with these offsets and sizes.
+        """Return a tensor in host memory, or the region of it with these offsets and sizes.
 
         Raises:
             CheckpointError: no such tensor, or the file it is in cannot be read.
@@ -88,7 +88,7 @@ class TensorReader:
         return result
 
     def close(self) -> None:
-        """Let go of the open files."""
+        """Close the open files."""
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -129,7 +129,7 @@ class TensorReader:
             value = torch.load(window, map_location="cpu", weights_only=True)
             if type(value) is not Tensor or not value.is_contiguous():
                 raise ValueError(f"it holds a {type(value).__name__} that is no whole tensor")
-        except Exception as error:  # damaged archives raise nearly anything
+        except Exception as error:  # damaged archives raise nearly any exception
             raise CheckpointError(
                 f"{name} cannot be read from {where}: {error}. Resume from another checkpoint."
             ) from error
@@ -157,7 +157,7 @@ class CheckpointReader(TensorReader):
 def _overlap(
     offsets: Sequence[int], sizes: Sequence[int], others: Sequence[int], other_sizes: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Where two regions share values, and how many by dim: none where not positive."""
+    """Return the overlap of two regions, its size by dim: none if a size is not positive."""
     start = [max(a, b) for a, b in zip(offsets, others, strict=True)]
     ends = (
         min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, others, other_sizes, strict=True)
@@ -166,13 +166,13 @@ def _overlap(
 
 
 def _cut(start: Sequence[int], origin: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
-    """Slices for the region at `start` within a tensor that begins at `origin`."""
+    """Return the slices for the region at `start` within a tensor that begins at `origin`."""
     begins = (a - b for a, b in zip(start, origin, strict=True))
     return tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
 
 
 def _check_archive(file: Any, length: int) -> None:
-    """See that nothing in it gets larger by being read, before any of it is."""
+    """Check, before reading, that no entry of the archive expands when it is read."""
     with zipfile.ZipFile(file) as archive:
         listed = archive.infolist()
     pickled = [entry.file_size for entry in listed if entry.filename.endswith("/data.pkl")]
@@ -184,7 +184,7 @@ def _check_archive(file: Any, length: int) -> None:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as if it were a file."""
+    """A part of a file, as a file object."""
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         self._file, self._start, self._length = file, start, length

@@ -1,12 +1,13 @@
-"""Tensors as they are cut over the devices, into one torch.distributed.checkpoint (DCP).
+"""Writer of sharded tensors into one torch.distributed.checkpoint (DCP).
 
 A backend lists its tensors by Hugging Face name with the regions that this process holds. The
-regions become DCP's write items; all processes see all items, what several hold is written by one,
-and each writes a few files beside each other, tensor after tensor, so that the host holds a few
-tensors' shards and not the model. The main process adds `.metadata`, which says where each region
-lies. The result knows no mesh: any other mesh, either backend and torch's own tools read it.
+regions become DCP's write items. All processes know all items, and a region that several hold is
+written by one of them. Each process writes a few files in parallel, tensor after tensor, so that
+host memory holds a few tensors' shards and not the model. The main process adds `.metadata`, which
+says where each region lies. The result depends on no mesh: any other mesh, either backend and
+torch's own tools can read it.
 
-DCP's own file writer is not used: in torch 2.9 it keeps every tensor it wrote until its file ends.
+DCP's own file writer is not used: in torch 2.9 it holds every tensor of a file until the file ends.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ METADATA = ".metadata"
 DCP_VERSION = "1.0.0"
 # One file is written no faster than a core hashes it (1.5 to 2 GB/s), and disks are faster.
 MOST_FILES = HASHERS
-SMALLEST_FILE = 32 << 20  # bytes; below, another file costs more than it saves
+SMALLEST_FILE = 32 << 20  # bytes; below this, another file costs more than it saves
 
 Place = tuple[int, ...]
 Gather = Callable[[Any], list[Any]]
@@ -57,7 +58,7 @@ Written = dict[MetadataIndex, _StorageInfo]
 
 @dataclass(frozen=True)
 class TensorShards:
-    """What one process holds of a tensor.
+    """The regions of one tensor that this process holds.
 
     Attributes:
         shape: of the whole tensor.
@@ -89,7 +90,7 @@ def write_shards(
 
     Args:
         gather: gives every process the objects of all, in order; needed for several processes.
-            Called twice: before writing, with the plans, and after, with what was written.
+            Called twice: before writing, with the plans, and after, with the results.
 
     Raises:
         CheckpointError: this process could not write, or another one; all processes raise.
@@ -107,7 +108,7 @@ def write_shards(
         written = _write_files(
             writer, process_index, plans[process_index].items, tensors, min(cores, MOST_FILES)
         )
-    except Exception as error:  # told to the others first, so that none of them waits for ever
+    except Exception as error:  # the other processes learn it first: none of them hangs
         failure = error
     mine = (written, writer.files, None if failure is None else str(failure))
     parts: list[tuple[Written, dict[str, FileFacts], str | None]] = exchange(mine)
@@ -125,7 +126,7 @@ def write_shards(
 
 
 def _write_items(tensors: Sequence[TensorShards]) -> list[WriteItem]:
-    """The plan of this process: one item a region, without those that hold nothing."""
+    """Return this process's plan: one item for each region that is not empty."""
     assert len({tensor.name for tensor in tensors}) == len(tensors), "a tensor is listed twice"
     items: dict[MetadataIndex, WriteItem] = {}
     for tensor in tensors:
@@ -142,7 +143,7 @@ def _write_items(tensors: Sequence[TensorShards]) -> list[WriteItem]:
 
 
 def _check_complete(metadata: Metadata) -> None:
-    """A tensor that its regions do not fill would come back with a hole: our own mistake."""
+    """Check that the regions fill each tensor; a gap would be our own bug."""
     for name, tensor in metadata.state_dict_metadata.items():
         held = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)  # type: ignore[union-attr]
         whole = math.prod(tensor.size)  # type: ignore[union-attr]
@@ -157,7 +158,7 @@ def _write_files(
     tensors: Sequence[TensorShards],
     most: int,
 ) -> Written:
-    """Write the regions that fell to this process; each tensor is read, written and let go.
+    """Write the regions assigned to this process; each tensor is read, written and freed.
 
     A tensor goes to the file that has got the least so far, and is read when that file has written
     the one before: as many tensors are in memory as there are files.
@@ -197,7 +198,7 @@ def _write_tensor(
     read: list[Tensor],
     items: list[WriteItem],
 ) -> Written:
-    """Write some of a tensor's regions into a file. What was read is let go, also by the caller."""
+    """Write some of a tensor's regions into a file and free their values, also for the caller."""
     written: Written = {}
     values = {offsets: value for (offsets, _), value in zip(tensor.chunks, read, strict=True)}
     read.clear()
@@ -218,7 +219,8 @@ def _bytes(item: WriteItem) -> int:
 
 @contextmanager
 def _no_crc32() -> Iterator[None]:
-    """torch.save's own checksum takes a third of the time, and the file has a sha256."""
+    """Turn off torch.save's own checksum: it takes a third of the time, and the file has a
+    sha256."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -228,7 +230,7 @@ def _no_crc32() -> Iterator[None]:
 
 
 def _alone(value: Tensor, planned: TensorWriteData, name: str) -> Tensor:
-    """The tensor with a storage of just its size: torch.save writes the whole storage."""
+    """Return the tensor with a storage of its own size: torch.save writes the whole storage."""
     assert value.shape == planned.chunk.sizes and value.dtype == planned.properties.dtype, (
         f"{name}: {value.dtype} {tuple(value.shape)} read, {planned} planned"
     )

@@ -1,9 +1,9 @@
-"""Where checkpoints lie: a local folder, or any place that fsspec knows (gs://, s3://, memory://).
+"""Storage of checkpoints: a local folder, or any place that fsspec knows (gs://, s3://, memory://).
 
-A checkpoint is a folder that exists whole or not at all. Locally it is written under another name,
-synced and renamed. Object stores cannot rename, so there the manifest decides: it is written last
-and deleted first, and a folder without one does not exist. Every file is hashed in a thread beside
-its writing, so that the bytes are touched once and the manifest can name their sha256.
+A checkpoint is a folder that exists whole or not at all. Locally it is written under a temporary
+name, synced and renamed. Object stores can't rename, so there the manifest decides: it is written
+last and deleted first, and a folder without one does not exist. Every file is hashed in a thread
+while it is written, so that the bytes are read once and the manifest can name their sha256.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from torchprime.errors import CheckpointError, RuntimeSetupError, UserError
 from torchprime.hashing import FileFacts, hash_file
 
 MANIFEST = "manifest.json"
-PIECE = 32 << 20  # bytes that are written while they are hashed; on URLs, also what is buffered
-INLINE = 1 << 20  # below this, handing bytes to another thread takes longer than hashing them
-SMALL_FILE = 256 << 20  # more than any tokenizer, and than any manifest
+PIECE = 32 << 20  # bytes written while they are hashed; for URLs, also the buffer size
+INLINE = 1 << 20  # below this, passing bytes to another thread takes longer than hashing them
+SMALL_FILE = 256 << 20  # larger than any tokenizer, and than any manifest
 HASHERS = 4  # threads, and files that are written at a time
 OBJECT_STORES = {"abfs", "abfss", "adl", "az", "gcs", "gs", "hf", "oss", "s3", "s3a"}
-LEFTOVER = re.compile(r"\..*\.(partial|removed)")  # as atomic.py names them
+LEFTOVER = re.compile(r"\..*\.(partial|removed)")  # temporary names, as atomic.py makes them
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PROBE = ".torchprime-probe-"
 _GOOGLE = (
@@ -65,8 +65,8 @@ class HashingFile:
     """A file being written, with its size and hash; `torch.save` can write to it.
 
     Args:
-        telling: names the file in what goes wrong.
-        push: has what is written so far on its way to the disk, called every PIECE bytes.
+        telling: converts errors into messages that name the file.
+        push: starts writing the data so far to the disk, called every PIECE bytes.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class HashingFile:
         self.failure: CheckpointError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write all of it; what is large is hashed by another thread meanwhile."""
+        """Write all data; large pieces are hashed by another thread meanwhile."""
         view = memoryview(data).cast("B")
         self._bytes += len(view)
         if len(view) < INLINE:
@@ -101,7 +101,7 @@ class HashingFile:
         try:
             self._put(piece)
         finally:
-            hashed.result()  # the caller's memory may be gone after this call
+            hashed.result()  # the caller may free its memory after this call
 
     def _put(self, piece: memoryview) -> None:
         try:
@@ -119,21 +119,21 @@ class HashingFile:
         return self._bytes
 
     def hand_on(self) -> None:
-        """Write what was gathered of small writes."""
+        """Write the gathered small pieces."""
         if self._small:
             small, self._small = memoryview(self._small), bytearray()
             self._digest.update(small)
             self._put(small)
 
     def flush(self) -> None:
-        """Nothing to do before the end; torch.save asks for it."""
+        """Do nothing: the data is written at the end; torch.save calls this."""
 
     def facts(self) -> FileFacts:
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
 
 class FolderWriter(ABC):
-    """A folder that is being written. `files` says what is in it so far, as the manifest wants it.
+    """A folder that is being written. `files` lists its files so far, in the manifest's form.
 
     Several processes may write into one folder, each its own files; the main one takes over what
     the others wrote with `adopt`.
@@ -145,7 +145,7 @@ class FolderWriter(ABC):
 
     @contextmanager
     def stream(self, name: str) -> Iterator[HashingFile]:
-        """Write a file piece by piece; at the end it is on the disk, or at the store."""
+        """Write a file piece by piece; on exit it is on the disk or in the object store."""
         assert MANIFEST not in self.files, f"{name} comes after the manifest"
         doing = f"Writing {self._storage.describe(f'{self._name}/{name}')}"
         telling = partial(self._storage.telling, doing)
@@ -155,9 +155,9 @@ class FolderWriter(ABC):
         try:
             yield hashing
         except BaseException:
-            with suppress(Exception):  # what went wrong first is what is told
+            with suppress(Exception):  # report the first error, not one that followed from it
                 file.close()
-            if hashing.failure is not None:  # torch.save hides it behind one of its own
+            if hashing.failure is not None:  # torch.save raises its own error instead
                 raise hashing.failure from None
             raise
         with telling(), file:
@@ -171,32 +171,33 @@ class FolderWriter(ABC):
             file.write(data)
 
     def adopt(self, files: Mapping[str, FileFacts]) -> None:
-        """Count files as written that other processes have written."""
+        """Add files that other processes have written."""
         self.files.update(files)
 
     @property
     def where(self) -> tuple[Storage, str]:
-        """Where the files written so far can be read: a storage, and a folder's name in it."""
+        """The place where the files written so far can be read: a storage, and a folder's name in
+        it."""
         return self._storage, self._name
 
     @abstractmethod
     @contextmanager
     def local_folder(self, name: str) -> Iterator[Path]:
-        """A folder of this machine for code that writes files itself; its files become NAME/..."""
+        """Yield a local folder for code that writes files itself; its files become NAME/..."""
         raise NotImplementedError
         yield
 
     @abstractmethod
     def _open(self, name: str) -> BinaryIO:
-        """The file, opened for writing."""
+        """Return the file, opened for writing."""
 
     @abstractmethod
     def _push(self, file: BinaryIO) -> None:
-        """Have the bytes on their way, without waiting."""
+        """Start writing the bytes to the disk, without waiting."""
 
     @abstractmethod
     def _sync(self, file: BinaryIO) -> None:
-        """Have the bytes where they are safe."""
+        """Wait until the bytes are stored durably."""
 
 
 class _LocalFolderWriter(FolderWriter):
@@ -230,8 +231,8 @@ class _LocalFolderWriter(FolderWriter):
         return open_new(path)
 
     def _push(self, file: BinaryIO) -> None:
-        """Linux writes out what it is told not to keep. Otherwise the disk would idle while bytes
-        are hashed, fsync would wait at the end, and the cache would hold the model."""
+        """Start writeback, and drop the pages from the cache. Otherwise the disk would idle while
+        bytes are hashed, fsync would wait at the end, and the cache would hold the whole model."""
         file.flush()
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -268,20 +269,20 @@ class _UrlFolderWriter(FolderWriter):
         return self._urls.open_to_write(f"{self._name}/{name}")
 
     def _push(self, file: BinaryIO) -> None:
-        """Parts are sent as they fill up."""
+        """Do nothing: parts are uploaded as they fill up."""
 
     def _sync(self, file: BinaryIO) -> None:
-        """Closing is enough: the store then has it or raises."""
+        """Do nothing: closing the file uploads it or raises."""
 
 
 class Storage(ABC):
     """Folders and small files by name, in one place."""
 
-    failures: tuple[type[Exception], ...] = (OSError,)  # what the place itself may raise
+    failures: tuple[type[Exception], ...] = (OSError,)  # errors that the place itself may raise
 
     @staticmethod
     def of(place: str | Path) -> Storage:
-        """The storage at a local path or fsspec URL; nothing is made there yet.
+        """Return the storage at a local path or fsspec URL; nothing is created yet.
 
         Raises:
             RuntimeSetupError: no package here reads that kind of URL.
@@ -294,19 +295,20 @@ class Storage(ABC):
 
     @abstractmethod
     def describe(self, name: str = "") -> str:
-        """The full path or URL, for messages."""
+        """Return the full path or URL, for messages."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """What lies here, hidden names too, sorted; empty if the place does not exist yet."""
+        """Return the names in a folder, hidden ones too, sorted; empty if the folder does not exist
+        yet."""
 
     @abstractmethod
     def size(self, name: str) -> int | None:
-        """A file's size in bytes; None if there is no such file."""
+        """Return a file's size in bytes; None if there is no such file."""
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
-        """A file to read, seekable."""
+        """Open a file for reading, seekable."""
 
     @abstractmethod
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -315,37 +317,37 @@ class Storage(ABC):
     @abstractmethod
     @contextmanager
     def _folder(self, name: str, hasher: Executor, main: bool) -> Iterator[FolderWriter]:
-        """Begin and end what `create` promises."""
+        """Create and finish the folder as `create` specifies."""
         raise NotImplementedError
         yield
 
     @abstractmethod
     def remove(self, folder_name: str) -> None:
-        """Remove a folder, if it is there: at once not a checkpoint any more, then its files."""
+        """Remove a folder, if it exists: its manifest first, then its other files."""
 
     @abstractmethod
     def remove_file(self, name: str) -> None:
-        """Remove a small file, if it is there."""
+        """Remove a small file, if it exists."""
 
     @abstractmethod
     def rename(self, folder_name: str, new_name: str) -> None:
-        """Give a folder another name, which must be free; after a kill it has at least one of
-        both."""
+        """Rename a folder to an unused name; after a kill at least one of both names exists."""
 
     @abstractmethod
     def leftovers(self) -> list[str]:
-        """Folders whose writing or removing was cut short by a kill, or goes on just now."""
+        """Return the folders that are being written or removed now, or that a killed process
+        left."""
 
     def clear_temporary(self) -> None:
-        """Remove small files whose writing was cut short by a kill."""
+        """Remove small files that a killed process left incomplete."""
         return None
 
     @abstractmethod
     def free_bytes(self) -> int | None:
-        """What can still be written here; None if nobody knows."""
+        """Return the free space in bytes; None if it is unknown."""
 
     def probe(self) -> None:
-        """Write, read back and remove a small file, so that what forbids it is known early.
+        """Write, read back and remove a small file, so that a missing permission is found early.
 
         Raises:
             CheckpointError: no permission, no credentials, no such bucket, a disk that is full.
@@ -355,7 +357,7 @@ class Storage(ABC):
 
     @abstractmethod
     def mark(self) -> AbstractContextManager[str]:
-        """Keep a small file here for a while; its name, by which others `see` it.
+        """Write a small temporary file and return its name, with which other processes call `sees`.
 
         Raises:
             CheckpointError: as for `probe`.
@@ -363,14 +365,14 @@ class Storage(ABC):
 
     @abstractmethod
     def sees(self, mark: str) -> bool:
-        """Return True if another process' mark is here: then both mean the same place."""
+        """Return True if another process's mark exists here: then both use the same place."""
 
     def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Return True if the file exists."""
         return self.size(name) is not None
 
     def read_bytes(self, name: str, most: int = SMALL_FILE) -> bytes:
-        """The content of a small file.
+        """Return the content of a small file.
 
         Args:
             most: bytes that such a file may have.
@@ -389,7 +391,7 @@ class Storage(ABC):
 
     @contextmanager
     def create(self, folder_name: str, *, main: bool = True) -> Iterator[FolderWriter]:
-        """Write a folder that appears at the end, whole, in the place of an older one if any.
+        """Write a folder that appears whole on exit, replacing an older one if there is any.
 
         The last file written must be the manifest. After an exception or a kill there is no such
         folder, or still the older one.
@@ -413,7 +415,7 @@ class Storage(ABC):
     def telling(
         self, doing: str, failures: tuple[type[Exception], ...] | None = None
     ) -> Iterator[None]:
-        """Turn what the place raises into a message that says what to do."""
+        """Convert the errors of the place into messages that say what to do."""
         failures = failures or self.failures
         try:
             yield
@@ -438,7 +440,7 @@ class Storage(ABC):
 
 
 class LocalStorage(Storage):
-    """A folder of this machine, or one that all machines see."""
+    """A local folder, or a network folder that all machines share."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser()
@@ -497,7 +499,7 @@ class LocalStorage(Storage):
 
     @contextmanager
     def mark(self) -> Iterator[str]:
-        """See Storage. In the nearest folder that exists: nothing is made here yet."""
+        """Write the mark into the nearest folder that exists: nothing is created yet."""
         there = existing_part(self.root)
         if not there.is_dir():
             raise CheckpointError(f"{self.root} can't be written: {there} is a file.")
@@ -511,12 +513,12 @@ class LocalStorage(Storage):
             yield Path(file.name).name
 
     def sees(self, mark: str) -> bool:
-        """See Storage."""
+        """Return True if another process's mark exists in the nearest existing folder."""
         return (existing_part(self.root) / mark).exists()
 
 
 class UrlStorage(Storage):
-    """A place behind fsspec. What its libraries raise has no common base."""
+    """A place that fsspec accesses. The errors of its libraries have no common base class."""
 
     failures = (Exception,)
 
@@ -562,12 +564,13 @@ class UrlStorage(Storage):
             return self._fs.open(self._at(name), "rb")
 
     def open_to_write(self, name: str) -> BinaryIO:
-        """A file to write; it appears when it is closed."""
+        """Open a file for writing; it appears when it is closed."""
         self._make_parent(self._at(name))
         return self._fs.open(self._at(name), "wb", block_size=PIECE)
 
     def _make_parent(self, path: str) -> None:
-        """Not in object stores: they have no folders, and would make a bucket of a typing error."""
+        """Make the parent folder, except in object stores: they have no folders, and a mistyped
+        name would create a bucket."""
         protocol = self._fs.protocol
         if not OBJECT_STORES & set([protocol] if isinstance(protocol, str) else protocol):
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
@@ -599,7 +602,7 @@ class UrlStorage(Storage):
         old, new = self._at(folder_name), self._at(new_name)
         with self.telling(f"Renaming {self.describe(folder_name)}"):
             self._fs.invalidate_cache()
-            # The manifest is copied last and removed first: never two that are half there.
+            # The manifest is copied last and removed first: never two incomplete folders.
             for path in sorted(self._fs.find(old), key=lambda path: path.endswith(f"/{MANIFEST}")):
                 target = new + path.removeprefix(old)
                 self._make_parent(target)
@@ -614,7 +617,8 @@ class UrlStorage(Storage):
         return None
 
     def files(self) -> list[str]:
-        """Names of the files that lie here or one folder deeper; what else there is holds none."""
+        """Return the names of the files in this folder and one folder deeper, where all files
+        are."""
         with self.telling(f"Reading {self.url}"):
             self._fs.invalidate_cache()
             try:
@@ -624,14 +628,14 @@ class UrlStorage(Storage):
             return sorted(str(path).removeprefix(self._path).strip("/") for path in found)
 
     def send(self, path: Path, name: str) -> None:
-        """Copy a file of this machine to `name`."""
+        """Upload a local file to `name`."""
         with self.telling(f"Sending {path} to {self.describe(name)}"):
             self._make_parent(self._at(name))
             self._fs.put_file(str(path), self._at(name))
 
     @contextmanager
     def mark(self) -> Iterator[str]:
-        """See Storage."""
+        """Write a small temporary file and return its name."""
         name = f"{PROBE}{secrets.token_hex(8)}"
         with self._probing():
             self.write_bytes(name, b"torchprime")
@@ -644,7 +648,7 @@ class UrlStorage(Storage):
                 self.remove_file(name)
 
     def sees(self, mark: str) -> bool:
-        """See Storage."""
+        """Return True if another process's mark exists here."""
         with self._probing():
             return self.exists(mark)
 
@@ -661,7 +665,7 @@ class UrlStorage(Storage):
 
 
 def existing_part(path: Path) -> Path:
-    """The path itself if it exists, else the nearest of its parents that does."""
+    """Return the path itself if it exists, else its nearest existing parent."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())
 

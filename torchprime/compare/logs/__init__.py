@@ -1,1 +1,1 @@
-"""The logs of a run, whoever wrote them, become one form."""
+"""Readers of the logs that trainers write, which return one form."""

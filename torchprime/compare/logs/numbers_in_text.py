@@ -1,8 +1,8 @@
-"""Numbers as logs print them: read surely or not at all, with what their last digit hides.
+"""Parser of printed numbers: a number is read exactly, with its rounding error, or refused.
 
-`2.5000`, `1e-05`, `nan`, and `1,010` as a step are sure. `2,5000` (a comma for the point?), `1,234`
-as a loss (1234 or 1.234?), `1k`, `2.5%`, `1 010` and `1'010` are not: they are a `Doubt`, which a
-reader turns into an error with the line.
+`2.5000`, `1e-05`, `nan`, and `1,010` as a step are unambiguous. `2,5000` (a comma for the point?),
+`1,234` as a loss (1234 or 1.234?), `1k`, `2.5%`, `1 010` and `1'010` are not: they raise `Doubt`,
+which a reader turns into an error with the line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from decimal import Decimal, InvalidOperation
 PLAIN = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?P<decimals>\.[0-9]+)?")
 NOT_FINITE = re.compile(r"[-+]?(?:nan|inf(?:inity)?)", re.IGNORECASE)
-# What a number ends at; a comma does only where no digit follows it.
+# The end of a number; a comma ends it only if no digit follows.
 END = re.compile(r"[\s|;\[\](){}\"]|,(?![0-9])")
 SPACED_GROUP = re.compile(r"[ \u00a0\u2009\u202f][0-9]{3}(?![0-9.,%/])")
 EXPECTED = (
@@ -25,21 +25,21 @@ EXPECTED = (
 
 
 class Doubt(ValueError):
-    """A text with digits that could be several numbers, or none."""
+    """Error for a text with digits that could mean several numbers, or none."""
 
 
 def printed_at(line: str, start: int, *, whole: bool = False) -> str | None:
-    """Return the text of the number at a place in a line, without commas in thousands.
+    """Return the text of the number at a position in a line, without commas in thousands.
 
     Args:
-        start: behind the number's name and what separates them.
-        whole: a whole number is expected, in which commas can be nothing but thousands.
+        start: after the number's name and its separator.
+        whole: an integer is expected, in which commas can only separate thousands.
 
     Returns:
-        None where no number stands there.
+        None if there is no number at this position.
 
     Raises:
-        Doubt: something with digits stands there that cannot be read surely.
+        Doubt: the text at this position has digits and is ambiguous.
     """
     end = END.search(line, start)
     stop = len(line) if end is None else end.start()
@@ -63,7 +63,7 @@ def printed_at(line: str, start: int, *, whole: bool = False) -> str | None:
 
 
 def half_digits(texts: Sequence[str | None], least_digits: int) -> list[float | None]:
-    """Return what rounding may hide in each number of a printed column: half of its last unit.
+    """Return the rounding error of each number in a printed column: half a unit of its last digit.
 
     A column is printed with a fixed number of decimals or of digits, and zeros at the end may be
     cut off. Which of the two it is need not be known: the larger of both halves is right for both,
@@ -87,7 +87,7 @@ def half_digits(texts: Sequence[str | None], least_digits: int) -> list[float | 
 
 
 def is_exact(text: str) -> bool:
-    """Return True for a number as Python prints a float in full: nothing is rounded away."""
+    """Return True for a number printed like a Python float, in full and without rounding."""
     return text == repr(float(text)) or text.isdecimal()
 
 

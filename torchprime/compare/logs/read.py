@@ -1,20 +1,23 @@
-"""The logs of a run, whoever wrote them: `read_run` makes a `Run` of any of these.
+"""Reader of a run's log: `read_run` makes a `Run` of any of these formats.
 
-- A run's folder, or its `metrics.jsonl` (with `run.json` and `config.yaml` where they lie beside
-  it). Any JSON lines with `step`, `loss` and perhaps `grad_norm` and `lr` will do; LLaMA-Factory's
-  trainer_log.jsonl too.
+- A run's folder, or its `metrics.jsonl` (with `run.json` and `config.yaml` if they are in the same
+  folder). Any JSON lines with `step`, `loss` and perhaps `grad_norm` and `lr` are accepted;
+  LLaMA-Factory's trainer_log.jsonl too.
 - Hugging Face's `trainer_state.json`, or a folder that has one, itself or in a checkpoint; or a
   text with the dicts that transformers' Trainer prints (trainer.py).
 - A text with a step and a loss on a line (text.py).
 
-Four things would make honest runs look different, so they are kept with the numbers. Printed
-numbers are rounded: each has in `rounding` what its last digit may hide. Some losses are means over
-steps: `mean_over` says over how many. Where records are several steps apart and nothing tells
-whether their losses are means, `undecided` says so, and the user is asked. And a text that begins
-at step 0 counts started updates; ours and Trainer's count finished ones, so its steps are moved by
-one. A step that was logged twice (a resumed run) has the values that were logged last.
+Four properties of logs would make equal runs look different, so they are stored with the numbers:
 
-A number that cannot be read surely ends the reading with its line; nothing is cut or guessed.
+- Printed numbers are rounded: `rounding` has the possible error of each.
+- Some losses are means over steps: `mean_over` is the number of steps. If records are several steps
+  apart and the log does not tell if their losses are means, `undecided` is set, and the user is
+  asked.
+- A text that begins at step 0 counts started updates; ours and Trainer's count finished ones, so
+  its steps are increased by one.
+- A step that was logged twice (a resumed run) has the values that were logged last.
+
+An ambiguous number is an error that names its line; no number is cut or guessed.
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ UNTOLD = HowLogged()
 
 
 def read_run(label: str, path: str | Path, how: HowLogged = UNTOLD) -> Run:
-    """Read whatever `path` is.
+    """Read the log at `path`, whatever its format.
 
     Raises:
         DataError: if nothing is there, it is of no known kind, it holds no training loss, or a
@@ -94,7 +97,7 @@ def read_run(label: str, path: str | Path, how: HowLogged = UNTOLD) -> Run:
 
 
 def _decide(label: str, log: Log, how: HowLogged) -> int:
-    """Give losses that the log or the user calls means their windows; `Run.undecided`."""
+    """Set the windows of losses that the log or the user says are means; set `Run.undecided`."""
     for option, given in (("--mean-over", how.mean_over), ("--resumed-at", how.resumed_at)):
         if log.means is False and given and given != 1:
             raise ConfigError(
@@ -162,14 +165,14 @@ def _jsonl(path: Path, how: HowLogged) -> Log:
         kind = record.get("kind", "train" if "loss" in record else None)
         if kind == "train":
             log.steps.append(_logged(record, where))
-            log.means = log.means if "kind" in record else None  # not a record of ours
+            log.means = log.means if "kind" in record else None  # not a training record
         elif kind == "eval" and (loss := _number(record, "eval_loss", where)) is not None:
             log.heldout[_step(record, where)] = loss
     return log
 
 
 def _trainer_log(path: Path, records: list[dict[str, Any]], how: HowLogged) -> Log:
-    """LLaMA-Factory's."""
+    """Read LLaMA-Factory's trainer_log.jsonl."""
     log = Log("trainer_log.jsonl of LLaMA-Factory", [], means=True)
     for number, record in enumerate(records, start=1):
         where = f"{path}, line {number}"

@@ -1,4 +1,4 @@
-"""What the log of a run holds, whoever wrote it: its steps, their numbers, and what these hide."""
+"""The content of a run's log in one form: its steps, their numbers and rounding errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """One training step as logged; None is what was not logged.
+    """A logged training step; values that were not logged are None.
 
     Attributes:
         step: finished updates, so the first is 1.
@@ -32,13 +32,13 @@ class LoggedStep:
 
     @property
     def window(self) -> range:
-        """The steps that the loss stands for."""
+        """The steps that the loss covers."""
         return range(self.step - (self.mean_over or 1) + 1, self.step + 1)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as far as its logs tell.
+    """A run, as far as its logs describe it.
 
     Attributes:
         path: as given.
@@ -63,20 +63,20 @@ class Run:
 
     @property
     def dtype(self) -> str | None:
-        """The dtype that the model computes in, or None if nothing tells."""
+        """The dtype that the model computes in, or None if it is unknown."""
         model = self.facts.get("model")
         told = model.get("dtype") if isinstance(model, dict) else None
         return told or self.config.get("torch_dtype")
 
     @property
     def covered(self) -> set[int]:
-        """All steps that the logged losses stand for."""
+        """All steps that the logged losses cover."""
         return {step for logged in self.steps.values() for step in logged.window}
 
 
 @dataclass(frozen=True)
 class HowLogged:
-    """What a user says of a log that does not tell it itself.
+    """The user's facts on a log that does not contain them.
 
     Attributes:
         mean_over: each loss is the mean of so many steps; 1: it is its step's own.
@@ -105,8 +105,8 @@ class Log:
 
 
 def usual_distance(steps: Iterable[int]) -> int:
-    """The most frequent distance between a record and the one before, the smallest of equal ones;
-    1 for a single record."""
+    """Return the most frequent distance between successive records (the smallest if several are
+    equally frequent); 1 for a single record."""
     counts = Counter(b - a for a, b in pairwise(sorted(set(steps))))
     return min(counts, key=lambda gap: (-counts[gap], gap), default=1)
 
@@ -114,11 +114,11 @@ def usual_distance(steps: Iterable[int]) -> int:
 def with_windows(
     steps: Sequence[LoggedStep], how: HowLogged, *, whole: bool = False, ends: Iterable[int] = ()
 ) -> list[LoggedStep]:
-    """Return the records of a log of means, each with the steps that its loss is the mean of.
+    """Return the records of a log of means, each with the steps that its loss covers.
 
     A mean begins after the record before, or after the last resume or end of training between the
-    two, which forget what was summed. Of a record that goes back to an earlier step, and of the
-    first one of a log that begins in the middle of a run, nothing tells where it begins.
+    two, which reset the sum. The begin is unknown for a record that goes back to an earlier step,
+    and for the first one of a log that begins in the middle of a run.
 
     Args:
         steps: in the order of the file.
@@ -142,7 +142,7 @@ def with_windows(
 
 
 def tell_means(log: Log) -> None:
-    """Note that losses are means, and how many cannot be compared."""
+    """Add a note that losses are means, and how many can't be compared."""
     most = max((logged.mean_over or 1 for logged in log.steps), default=1)
     if most > 1:
         log.notes.append(f"its losses are means over the steps since its last log (up to {most})")

@@ -8,8 +8,8 @@
     Iter 12: Train loss 1.234, Learning Rate 1.000e-05, ...       mlx-lm, means
     [rank0]: step: 12  loss: 1.2345  grad_norm: 0.98              torchtitan
 
-A line is a training step if it has a step and a training loss, in any order and with whatever
-between them. All its numbers must then be sure; one that is not ends the reading with its line.
+A line is a training step if it has a step and a training loss, in any order and with any text
+between them. An ambiguous number on such a line is an error that names the line.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torchprime.compare.logs.numbers_in_text import EXPECTED, Doubt, half_digits
 from torchprime.compare.logs.run import HowLogged, Log, LoggedStep, tell_means, with_windows
 from torchprime.errors import DataError
 
-LEAST_DIGITS = 3  # a printed number is taken to have so many: zeros at its end may be cut off
+LEAST_DIGITS = 3  # digits that a printed number is assumed to have: trailing zeros may be cut off
 CONTROL = re.compile(
     r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # a title or a link
     r"|\x1b\[[0-9;?]*[A-Za-z]"
-    r"|(?:\^\[)?\[[0-9]{1,2}(?:;[0-9]{1,3})*m"  # a colour that lost its escape character
+    r"|(?:\^\[)?\[[0-9]{1,2}(?:;[0-9]{1,3})*m"  # a colour code that lost its escape character
 )
 # `[rank0]:`, `[default3]:`, `(worker 1)`, and `0: ` of srun --label.
 PROCESS = re.compile(
@@ -47,18 +47,18 @@ NAMES = {
     "lr": r"(?:train[_/.-])?(?:lr|learning[ _-]rate)",
     "eval_loss": r"eval[ _/.-]loss",
 }
-LM_LOSS = "lm[ _]loss"  # where no other loss is on the line
+LM_LOSS = "lm[ _]loss"  # accepted only if no other loss is on the line
 VALUE = r"(?<![\w/.-])(?:{})(?![\w/.])\s*[:=]?\s*[\[(]?\s*"
 VALUES = {name: re.compile(VALUE.format(words), re.IGNORECASE) for name, words in NAMES.items()}
 LM_VALUE = re.compile(VALUE.format(LM_LOSS), re.IGNORECASE)
 RATE = re.compile(r"([0-9,]+(?:\.[0-9]+)?) supervised tok/s")
 EVALUATING = re.compile(r"\b(?:eval|evaluation|val|valid|validation|test)\b", re.IGNORECASE)
-# Words before "loss" that make it another quantity than the loss of the step.
+# Words before "loss" that name another quantity than the step's training loss.
 OTHER_LOSS = re.compile(
     r"\b(?:avg|average|running|smooth(?:ed)?|ema|best|lowest|min|max|aux(?:iliary)?)[ _-]$",
     re.IGNORECASE,
 )
-# Known formats: what a loss of theirs is, where the lines are more than a step apart.
+# Known formats: the meaning of their loss if records are several steps apart.
 OF_ITS_STEP = re.compile(
     r"supervised tok/s|completed step:|^Step [0-9]+ \| \w+:|\|Loss: |\(step\)|consumed_tokens:"
 )
@@ -85,7 +85,7 @@ class StepLine:
 
 
 def lines_of(text: str) -> Iterator[Line]:
-    """Every line, and every part of one that a carriage return overwrites."""
+    """Yield every line, and every part of one that a carriage return overwrites."""
     for number, line in enumerate(text.split("\n"), start=1):
         for part in line.split("\r"):
             clean = CONTROL.sub("", part)
@@ -98,15 +98,15 @@ def lines_of(text: str) -> Iterator[Line]:
 
 
 def refuse_line(path: object, line: Line, problem: str, advice: str) -> DataError:
-    """The error that names a line."""
+    """Return the error that names a line."""
     return DataError(f"run {path}, line {line.number}: {line.text[:160]!r}: {problem}. {advice}")
 
 
 def read_step_lines(path: object, lines: Iterable[Line], how: HowLogged) -> Log:
-    """Read a text log; it has no steps if no line is one.
+    """Read a text log; without step lines the result has no steps.
 
     Raises:
-        DataError: a number that cannot be read surely, several steps on a line, steps that begin
+        DataError: an ambiguous number, several steps on a line, steps that begin
             anew in each epoch, or several processes that log different losses.
     """
     log = Log("text log", [], means=None)
@@ -145,10 +145,10 @@ def read_step_lines(path: object, lines: Iterable[Line], how: HowLogged) -> Log:
 
 
 def _step_line(line: Line) -> StepLine | None:
-    """The line's numbers; None if it is no training step and no evaluation of one.
+    """Return the line's numbers; None if it is neither a training step nor its evaluation.
 
     Raises:
-        Doubt: it is one, with a number that cannot be read surely.
+        Doubt: it is one, with an ambiguous number.
     """
     if "loss" not in line.text.lower():
         return None
@@ -179,7 +179,8 @@ def _step_line(line: Line) -> StepLine | None:
 
 
 def _value(text: str, name: re.Pattern[str], *, trained: bool = True) -> str | None:
-    """The first number behind the name; of a training loss, not behind a word for evaluation."""
+    """Return the first number after the name; for a training loss, not after a word for
+    evaluation."""
     for match in name.finditer(text):
         before = text[: match.start()]
         if trained and (EVALUATING.search(before) or OTHER_LOSS.search(before)):
@@ -191,7 +192,7 @@ def _value(text: str, name: re.Pattern[str], *, trained: bool = True) -> str | N
 
 
 def _step(text: str) -> str | None:
-    """The step of the line: where `iter` and `step` both stand there, that of `step`."""
+    """Return the step of the line; if it has both `iter` and `step`, that of `step`."""
     bar = TORCHTUNE_BAR.search(text)
     if bar is not None:
         return text[bar.end() :].partition("|")[0]
@@ -202,7 +203,7 @@ def _step(text: str) -> str | None:
     ]
     steps = [number for name, number in named if name == "step"]
     if steps and len(named) > len(steps) and "loss train" in text and "(step)" not in text:
-        return None  # LitGPT's micro-batches, before their step is done
+        return None  # LitGPT's micro-batches of an unfinished step
     if named:
         return (steps or [number for _, number in named])[0]
     brackets = list(BRACKETED_STEP.finditer(text))
@@ -211,14 +212,14 @@ def _step(text: str) -> str | None:
     return printed_at(text, brackets[0].end(), whole=True) if brackets else None
 
 
-# What lines tell together ------------------------------------------------------------------------
+# Facts from several lines -------------------------------------------------------------------------
 
 
 def one_process(path: object, found: Sequence[StepLine]) -> list[StepLine]:
-    """The lines of one process, if all that logged a step logged the same of it.
+    """Return the lines of one process, if all processes logged the same values for a step.
 
     Raises:
-        DataError: they did not, or most steps have several lines of nobody knows which process.
+        DataError: they did not, or most steps have several lines without a process.
     """
     named = [each.line.process for each in found if each.line.process is not None]
     if len(set(named)) > 1:
@@ -269,7 +270,8 @@ def _check_epochs(path: object, found: Sequence[StepLine]) -> None:
 def _number_steps(
     log: Log, found: Sequence[StepLine], heldout: dict[int, str], from_zero: bool
 ) -> None:
-    """Fill the log; a text that begins at step 0 counts started updates, ours finished ones."""
+    """Fill the log with steps that count finished updates; a text that begins at step 0 counts
+    started ones."""
     moved = 1 if from_zero or min(each.step for each in found) == 0 else 0
     columns = {
         name: [each.texts.get(name) for each in found] for name in ("loss", "grad_norm", "lr")
@@ -299,7 +301,7 @@ def rows(
     least_digits: dict[str, int | None],
     rates: Sequence[float | None] | None = None,
 ) -> list[LoggedStep]:
-    """The columns' texts as records; a column without `least_digits` is exact."""
+    """Return the columns' texts as records; a column without `least_digits` is exact."""
     halves = {
         name: half_digits(texts, least) if (least := least_digits[name]) else [None] * len(texts)
         for name, texts in columns.items()

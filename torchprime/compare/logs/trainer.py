@@ -1,12 +1,12 @@
-"""What transformers' Trainer logs, and what is built on it does: TRL, Axolotl, LLaMA-Factory.
+"""The logs of transformers' Trainer and of programs built on it: TRL, Axolotl, LLaMA-Factory.
 
     trainer_state.json               its log_history
     {'loss': 2.1, 'grad_norm': 3.2}  the dicts it prints, in text, among progress bars
     trainer_log.jsonl                LLaMA-Factory's, with `current_steps` and `lr`
 
-A loss of theirs is the mean over the steps since the last record. A resumed Trainer forgets what
-it had summed: its first record is the mean since the resume. trainer_state.json does not say that a
-run was resumed; the last record tells it of the last resume (`_resumed_at`), and a user may.
+A logged loss is the mean over the steps since the last record. A resumed Trainer loses the sum so
+far: its first record is the mean since the resume. trainer_state.json does not say that a
+run was resumed. The last record reveals the last resume (`_resumed_at`), and the user may name it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torchprime.compare.logs.run import HowLogged, Log, LoggedStep, tell_means, 
 from torchprime.compare.logs.text import Line, StepLine, add_heldout, one_process, refuse_line, rows
 from torchprime.errors import DataError
 
-DECIMALS = 4  # transformers before 5 rounds the losses it logs to so many
+DECIMALS = 4  # decimals to which transformers before 5 rounds the losses it logs
 DIGITS = 4  # transformers 5 prints '%.4g' in quotation marks
 DICT = re.compile(r"\{[^{}]*['\"](?:loss|eval_loss|train_runtime)['\"]\s*:[^{}]*\}")
 ITEM = r"['\"]{}['\"]\s*:\s*(?P<mark>['\"]?)"
@@ -46,7 +46,7 @@ OURS = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr"}
 def finish_history(
     log: Log, history: Sequence[Mapping[str, Any]], state: Mapping[str, Any], how: HowLogged
 ) -> None:
-    """Give the records of a trainer_state.json their windows and what was rounded.
+    """Set the windows and rounding errors of a trainer_state.json's records.
 
     Args:
         log: with `steps` as the file has them.
@@ -69,7 +69,8 @@ def finish_history(
 def _resumed_at(
     steps: Sequence[LoggedStep], last: Mapping[str, Any], max_steps: object, exact: bool
 ) -> int | None:
-    """Return the step at which the last start of a finished training began, if its end tells.
+    """Return the step at which the last start of a finished training began, if the last record
+    tells.
 
     Trainer ends with `train_loss`: the losses summed since that start, over the number of its
     steps (5.x) or of all steps (4.x); and with `train_runtime` and `train_steps_per_second`, whose
@@ -121,7 +122,8 @@ def _sums_since(steps: Sequence[LoggedStep], end: int) -> tuple[np.ndarray, np.n
 
 
 def round_old_losses(log: Log) -> bool:
-    """Losses none of which has more than four decimals were rounded to four by Trainer.
+    """Set the rounding error of losses if none has more than four decimals: Trainer rounded them to
+    four.
 
     Returns:
         True if they were not: they are exact.
@@ -156,7 +158,7 @@ class _Bars:
         self.behind: list[int | None] = []
 
     def see(self, text: str) -> None:
-        """Note the bar in a piece of the log, if it is the training's."""
+        """Record the progress bar in a piece of the log, if it is the training's."""
         if (bar := BAR.match(text)) is None or self.length not in (None, bar[2]):
             return
         self.length, self.latest = bar[2], int(bar[1])
@@ -164,13 +166,13 @@ class _Bars:
             self.behind[-1] = self.latest
 
     def pass_dict(self) -> None:
-        """Note that a dict with a loss is printed here."""
+        """Record that a dict with a loss is printed at this place."""
         self.before.append(self.latest)
         self.behind.append(None)
 
     def steps(self) -> list[int] | None:
-        """The step of each dict; None if bars do not tell it surely: one is missing, or they are
-        not drawn again but go on."""
+        """Return the step of each dict; None if the bars are ambiguous: one is missing, or they
+        continue without being redrawn."""
         told = [bar for bar in self.behind if bar is not None]
         rising = all(a < b for a, b in pairwise(told))
         again = sum(a == b for a, b in zip(self.before, told, strict=False))
@@ -179,9 +181,9 @@ class _Bars:
 
 
 def read_printed_dicts(path: object, lines: Iterable[Line], how: HowLogged) -> Log:
-    """Read the dicts that Trainer prints; the log has no steps if none is there.
+    """Read the dicts that Trainer prints; without any the log has no steps.
 
-    They name no steps, as a rule. The progress bar that is drawn again behind each of them tells
+    They usually contain no step. The progress bar that is drawn again after each of them gives
     its step; without bars the lines are counted, which needs a record of every step, or
     `how.mean_over`.
 
@@ -193,7 +195,7 @@ def read_printed_dicts(path: object, lines: Iterable[Line], how: HowLogged) -> L
     found: list[StepLine] = []
     bars = _Bars()
     total: float | None = None
-    heldout: dict[int, str] = {}  # by the place in `found` of the record before
+    heldout: dict[int, str] = {}  # key: the index in `found` of the record before
     ends: list[int] = []
     marks: set[str] = set()
     for line in lines:
@@ -223,7 +225,8 @@ def read_printed_dicts(path: object, lines: Iterable[Line], how: HowLogged) -> L
 
 
 def _items(path: object, line: Line, text: str, marks: set[str]) -> dict[str, str]:
-    """The dict's numbers as texts, by its own names; `marks` gets the quotation mark of losses."""
+    """Return the dict's numbers as texts, by its own names; `marks` gets the quotation mark of
+    losses."""
     texts = {}
     for name, pattern in ITEMS.items():
         if (match := pattern.search(text)) is None:
@@ -259,7 +262,7 @@ def _steps_of(
     how: HowLogged,
     log: Log,
 ) -> list[int]:
-    """The steps of the dicts: named, or told by the bars, or counted."""
+    """Return the steps of the dicts: named, read from the bars, or counted."""
     if all("step" in each.texts for each in found):
         return [_named_step(path, each) for each in found]
     if (told := bars.steps()) is not None:
@@ -296,7 +299,8 @@ def _uncounted(path: object, told: str) -> DataError:
 
 
 def _check_same_line(path: object, found: Sequence[StepLine]) -> None:
-    """Lines that are there twice come from several processes, and would be counted twice."""
+    """Raise an error if lines are repeated: they come from several processes, and would be counted
+    twice."""
     same = [b for a, b in pairwise(found) if a.texts == b.texts and "grad_norm" in a.texts]
     if len(same) > 1 and 4 * len(same) >= len(found):
         raise refuse_line(
@@ -311,7 +315,7 @@ def _fill(log: Log, found: Sequence[StepLine], heldout: Mapping[int, str], quote
     columns: dict[str, list[str | None]] = {
         ours: [each.texts.get(theirs) for each in found] for theirs, ours in OURS.items()
     }
-    # Python prints floats in full; what is not as Python prints it was formatted, and rounded.
+    # Python prints floats in full; a number in another form was formatted and rounded.
     printed = {
         name: quoted or not all(is_exact(t) for t in texts if t and math.isfinite(float(t)))
         for name, texts in columns.items()

@@ -1,1 +1,1 @@
-"""Graders: a generated answer and its reference become a number."""
+"""Graders, which turn a generated answer and its reference into a number."""

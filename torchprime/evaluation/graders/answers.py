@@ -1,8 +1,8 @@
-"""Final answers: what comes behind `####` or inside `<answer>`, compared as quantities.
+"""Graders of final answers: the text after `####` or inside `<answer>`, compared as a quantity.
 
     "...\n#### **$1,234.50** in all."  ->  final_answer  ->  Quantity(Fraction(2469, 2), "$ in all")
 
-quantities.py says what is a quantity. What is none is compared as a text, or is no answer.
+quantities.py defines a quantity. A text that is none is compared as a text, or is no answer.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ PLAIN_NUMBER = regex.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)
 
 
 def final_answer(text: str) -> Quantity | None:
-    """The quantity behind the last `####`, to the end of its line."""
+    """Return the quantity after the last `####`, to the end of its line."""
     lines = MARKER.findall(text)
     return quantity(lines[-1]) if lines else None
 
 
 def agree(one: Quantity | str | None, other: Quantity | str | None) -> bool:
-    """Return True if two values are the same: quantities as such, and a text only as itself."""
+    """Return True if two values are the same: quantities by value, texts by equality."""
     if isinstance(one, Quantity) and isinstance(other, Quantity):
         return one.agrees(other)
     return one is not None and one == other
 
 
 def gsm8k_answer(key: str) -> Grader:
-    """1 if output and reference end in the same number behind `####`; None without one there.
+    """Build a grader: 1 if output and reference end in the same number after `####`.
 
-    Where both name a unit behind it, that has to be the same, too.
+    It gives None if the reference has none. If both name a unit after it, the units must be the
+    same.
     """
 
     def grade(sample: Sample) -> float | None:
@@ -45,10 +46,10 @@ def gsm8k_answer(key: str) -> Grader:
 
 
 def gsm8k_format(key: str) -> Grader:
-    """1 if the answer stopped by itself and its last line, and no other, is `#### n`.
+    """Build a grader: 1 if the answer ended by itself and its last line, and no other, is `#### n`.
 
-    n is a plain number as in GSM8K: digits, maybe a minus, commas or decimals. An answer that the
-    limit cut off may have lost digits, or what would have come behind.
+    n is a plain number as in GSM8K: digits, optionally a minus, commas or decimals. An answer that
+    was cut off by the token limit may lack digits or further text.
     """
 
     def grade(sample: Sample) -> float:
@@ -69,7 +70,7 @@ ANSWER = regex.compile(r"<answer>(.*?)</answer>", regex.DOTALL)
 
 
 def think_answer(key: str) -> Grader:
-    """1 if the output is one <think> block, then one <answer> block, and stopped there.
+    """Build a grader: 1 if the output is one <think> block, then one <answer> block, and no more.
 
     Only white space may stand around the blocks. The answer is not blank; the thoughts may be.
     """
@@ -82,10 +83,10 @@ def think_answer(key: str) -> Grader:
 
 
 def think_answer_value(key: str) -> Grader:
-    """1 if the one <answer> block of the output has the value of the reference's.
+    """Build a grader: 1 if the output's one <answer> block has the same value as the reference's.
 
-    Two quantities are compared as such, other values as texts with single spaces. A reference
-    without the block gives its quantity behind `####`; None if it has neither.
+    Two quantities are compared by value, other values as texts with single spaces. A reference
+    without the block gives its quantity after `####`; None if it has neither.
     """
 
     def grade(sample: Sample) -> float | None:
@@ -97,7 +98,7 @@ def think_answer_value(key: str) -> Grader:
 
 
 def _answer_value(text: str) -> Quantity | str | None:
-    """The value in the only <answer> block: a quantity if it is one, else its text."""
+    """Return the value in the only <answer> block: a quantity if it is one, else its text."""
     values = ANSWER.findall(text)
     if len(values) != 1 or not values[0].strip():
         return None

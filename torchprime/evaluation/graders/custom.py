@@ -1,7 +1,8 @@
-"""A grader of the user's own: a Python function named by its dotted path.
+"""A user's own grader: a Python function given by its dotted path.
 
-It gets a Sample and returns True or False, a number, or None where it does not apply. Anything else
-it does stops the run with the row's name: a grade made up from a mistake would be believed.
+It receives a Sample and returns True or False, a number, or None if it does not apply. Any other
+result or an exception stops the run with the row's name, because a grade made up from an error
+would be misleading.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torchprime.evaluation.graders.samples import Grader, Sample
 
 
 def python_grader(key: str, path: str) -> Grader:
-    """What the function says: True is 1, False is 0, a number itself, None not counted.
+    """Return a grader that calls the function: True is 1, False is 0, a number itself, None not
+    counted.
 
     Args:
         path: `package.module:function` or `package.module.function`.
@@ -49,12 +51,12 @@ def python_grader(key: str, path: str) -> Grader:
 
 
 def _finite(value: Any) -> float | None:
-    """A truth value or a number of Python or numpy as a float; None for anything else."""
+    """Return a truth value or a number of Python or numpy as a float; None for anything else."""
     if not isinstance(value, bool | np.bool_ | numbers.Real):
         return None
     try:
         grade = float(value)
-    except OverflowError:  # a whole number of hundreds of digits
+    except OverflowError:  # an integer of hundreds of digits
         return None
     return grade if math.isfinite(grade) else None
 
@@ -67,7 +69,7 @@ def _message(key: str, path: str, sample: Sample, what: str) -> str:
 
 
 def _told(error: BaseException) -> str:
-    """The exception with the place where it was raised."""
+    """Return the exception with the place where it was raised."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
 
@@ -125,6 +127,6 @@ def _takes_one(function: Callable[..., Any]) -> bool:
         inspect.signature(function).bind(None)
     except TypeError:
         return False
-    except ValueError:  # some builtins do not tell
+    except ValueError:  # some builtins have no signature
         return True
     return True

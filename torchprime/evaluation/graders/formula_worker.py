@@ -1,10 +1,10 @@
-"""A process beside the run's that compares formulas with math-verify, a line for a line.
+"""A separate process that compares formulas with math-verify, one line in, one line out.
 
     {"gold": "4\\pi", "answer": "\\pi \\cdot 4"}  ->  {"equal": true}
 
-sympy, which computes it, can take any time and memory for a formula of a few characters. So it does
-not run in the run's own process: whoever started this one ends it when it takes too long, and the
-system when it takes too much.
+sympy, which does the work, can need any amount of time and memory for a formula of a few
+characters. So it does not run in the run's own process: the parent process ends this one when it
+takes too long, and the operating system when it takes too much memory.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import sys
 from typing import Any
 
 MEMORY = 4 << 30  # bytes of address space
-DIGITS = 12  # two numbers that differ in one of these, counted from the first that is not 0, differ
+DIGITS = 12  # numbers whose significant digits up to this one differ are different
 
 
 def main() -> None:
     """Answer each line of stdin on stdout."""
     _limit_memory()
-    logging.disable(logging.ERROR)  # it warns of having no time limit of its own
+    logging.disable(logging.ERROR)  # it warns that it has no time limit of its own
     answers, sys.stdout = sys.stdout, sys.stderr  # so that no library writes between the answers
-    # late: after the limit, which holds for them too
+    # late import: after the memory limit, which must hold for it too
     import latex2sympy2_extended  # pyright: ignore[reportMissingImports]
     import math_verify  # pyright: ignore[reportMissingImports]
     import sympy
 
-    # By default it takes units away, among them "o", "ab" and the power of m^2.
+    # By default it removes units, among them "o", "ab" and the power of m^2.
     spelling = latex2sympy2_extended.NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="all"
     )
-    # LaTeX alone: the other reader evaluates its text as Python.
+    # Only LaTeX: the other parser evaluates its text as Python.
     config = [math_verify.LatexExtractionConfig(normalization_config=spelling)]
 
     def parsed(formula: str) -> Any:
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _finite(sympy: Any, value: Any) -> bool:
-    """Return True for a formula of sympy's without 1/0 in it."""
+    """Return True for a sympy formula without 1/0 in it."""
     if not isinstance(value, sympy.Basic | sympy.MatrixBase):
         return False
     return not value.has(sympy.zoo, sympy.nan)
@@ -72,8 +72,8 @@ def _finite(sympy: Any, value: Any) -> bool:
 def _near(sympy: Any, gold: Any, answer: Any) -> bool:
     """Return False if two equal formulas differ in a digit that math-verify rounds away.
 
-    It rounds to a place behind the point: all numbers below 1e-15 are one for it. Here the place is
-    counted from the first digit, at some value of the variables.
+    It rounds to a decimal place: it treats all numbers below 1e-15 as equal. Here significant
+    digits are counted, at some value of the variables.
     """
     if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
         names = sorted((gold.free_symbols | answer.free_symbols), key=str)
@@ -93,7 +93,7 @@ def _near(sympy: Any, gold: Any, answer: Any) -> bool:
 
 def _limit_memory() -> None:
     try:
-        import resource  # late: Windows has none
+        import resource  # late import: Windows has no such module
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except (ImportError, ValueError, OSError):  # a system without such limits

@@ -1,10 +1,10 @@
 r"""A grader of mathematics by math-verify: \frac{1}{2} is 0.5, and 2\pi is \pi \cdot 2.
 
-    the answer in \boxed{}, <answer> or behind ####  ->  quantities, as our other graders compare
+    the answer in \boxed{}, <answer> or after ####  ->  quantities, as our other graders compare
     them; else formulas, which math-verify compares; else texts
 
-math-verify alone takes a text's first number and gives points for it: "5 hundredths" is 5 for it,
-and "1e3" is 1. So it is given formulas only: what has words, an unknown spelling of a number, or
+math-verify alone grades by a text's first number: it reads "5 hundredths" as 5, and "1e3" as 1.
+So it gets formulas only. A text with words, an unknown spelling of a number, or
 letters that may be words, is compared as a text.
 """
 
@@ -33,13 +33,13 @@ DOLLARS = regex.compile(r"\$(\$?)([^$]*)\$\1")
 SPACES = regex.compile(r"\\[,;: ]|~|\\q?quad(?!\p{L})")
 TIGHT = regex.compile(r"\\!|(?<=[0-9])\{(?=,\})|(?<=[0-9]\{?,)\}(?=[0-9])")  # 1{,}000
 DEGREES = regex.compile(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})")
-# Functions whose names may stand without a backslash, and variables that may stand side by side.
+# Functions that may be written without a backslash, and variables that may be written side by side.
 FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "exp", "sqrt", "arcsin",
              "arccos", "arctan", "sinh", "cosh", "tanh", "max", "min", "gcd", "lcm"}  # fmt: skip
 LETTERS = regex.compile(r"(?<![\\\p{L}])\p{L}{2,}")
 VARIABLES = regex.compile("[abcxyz]+")
 VARIABLE = regex.compile(r"(?<![\\\p{L}])[abcxyz]+(?!\p{L})|(?<!\p{L})\p{L}(?!\p{L})")
-# math-verify reads these as something else, or drops a part. Each line names its examples.
+# math-verify misreads these or drops a part of them. Each line names its examples.
 NO_FORMULA = regex.compile(
     r"""
     [0-9]\s*[eE]\s*[-+]?[0-9] | [0-9]\s*[xX]\s*[0-9] | \*\*    # 1e3, 2x3, 2**3
@@ -59,7 +59,7 @@ BRACKETS = {"\\{": "\\}", "(": ")]", "[": ")]"}
 
 
 def math_grader(key: str) -> Grader:
-    """1 if output and reference give the same answer, as math-verify compares formulas.
+    """Build a grader: 1 if output and reference are the same answer, compared by math-verify.
 
     Raises:
         RuntimeSetupError: math-verify is not installed, or does not start.
@@ -82,8 +82,8 @@ def math_grader(key: str) -> Grader:
 
 
 def answer_of(text: str) -> str | None:
-    """The answer that a text marks: its last \\boxed{}, its only <answer> block, or what is behind
-    its last ####; a text of one line without a mark is an answer itself."""
+    """Return the answer that a text marks: its last \\boxed{}, its only <answer> block, or the text
+    after its last ####. A text of one line without a mark is an answer itself."""
     if boxed := BOXED.findall(text):
         answer = boxed[-1][1:-1]
     elif "<answer>" in text:
@@ -98,7 +98,7 @@ def answer_of(text: str) -> str | None:
 
 
 def same_answer(reference: str, answer: str, comparer: FormulaComparer) -> bool:
-    """Return True if two answers are the same; `comparer` is asked where both are formulas."""
+    """Return True if two answers are the same; `comparer` is called if both are formulas."""
     bare = [_without_marks(text) for text in (reference, answer)]
     texts = [" ".join(WORDS.sub(r" \1 ", text).split()) for text in bare]
     values = [quantity(text) for text in texts]
@@ -113,14 +113,14 @@ def same_answer(reference: str, answer: str, comparer: FormulaComparer) -> bool:
 
 
 def _without_marks(text: str) -> str:
-    """A text without the marks around formulas and LaTeX's spaces."""
+    """Return a text without the marks around formulas and LaTeX's spaces."""
     inside = DOLLARS.fullmatch(text.strip())
     bare = DELIMITERS.sub(" ", inside[2] if inside else text)
     return DEGREES.sub("\u00b0", TIGHT.sub("", SPACES.sub(" ", bare))).strip()
 
 
 def _formula(text: str, value: Quantity | None) -> str | None:
-    """The formula for math-verify; None for a text that may be none."""
+    """Return the formula for math-verify; None for a text that may not be a formula."""
     if value is not None:
         number = value.number
         return f"\\frac{{{number.numerator}}}{{{number.denominator}}}"
@@ -135,10 +135,10 @@ def _formula(text: str, value: Quantity | None) -> str | None:
 
 
 def _comparable(one: str, other: str) -> bool:
-    """Return False for two formulas that math-verify takes for equal though they are not."""
+    """Return False for two formulas that math-verify wrongly treats as equal."""
     names = [{c for name in VARIABLE.findall(text) for c in name} for text in (one, other)]
     if any(name.swapcase() in names[1] and name not in names[1] for name in names[0]):
-        return False  # it ignores case: X and x
+        return False  # math-verify ignores case: X and x
     kinds = [_brackets(text) for text in (one, other)]
     if None not in kinds and kinds[0] != kinds[1]:
         return False  # a pair is no set
@@ -158,13 +158,14 @@ def _brackets(text: str) -> str | None:
 
 
 class FormulaComparer:
-    """A process that runs math-verify (math_worker.py), started when it is first needed."""
+    """A process that runs math-verify (formula_worker.py), started on first use."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
     def equal(self, gold: str, answer: str) -> bool:
-        """Return True if the formulas are equal; False also if that is not known after SECONDS."""
+        """Return True if the formulas are equal; False also if the process needs more than
+        SECONDS."""
         process = self._process or self._started()
         assert process.stdin is not None
         try:
@@ -194,7 +195,7 @@ class FormulaComparer:
 
     @staticmethod
     def _line(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
-        """Return the process's next line; None if none comes in time."""
+        """Return the process's next line; None if none arrives in time."""
         assert process.stdout is not None
         if not select.select([process.stdout], [], [], seconds)[0]:
             return None

@@ -1,6 +1,6 @@
-"""Graders of structured output: is it JSON, and JSON of the wanted shape?
+"""Graders of structured output: valid JSON, and JSON that fits a schema.
 
-The whole output has to be the document; text around it is what breaks the program that reads it.
+The whole output must be the document, since text around it breaks the program that reads it.
 JSON means RFC 8259: Python's own NaN and Infinity are refused.
 """
 
@@ -21,12 +21,12 @@ from torchprime.evaluation.graders.schemas.decimals import read_decimal
 
 FENCE = re.compile(r"```(?:json|JSON)?[ \t\r]*\n(.*)\n[ \t]*```", re.DOTALL)
 GRADE_SECONDS = 5.0  # for checking one output
-DEEPEST = 100  # levels of a document that a recursive schema can follow
+DEEPEST = 100  # nesting levels of a document that a recursive schema can check
 _NOT_JSON = object()
 
 
 def json_grader(key: str, fenced: bool = False) -> Grader:
-    """1 if the whole output is one JSON document, space around it aside.
+    """Build a grader: 1 if the whole output is one JSON document, apart from white space around it.
 
     Args:
         fenced: the document may also stand in one Markdown fence, with nothing around that.
@@ -35,7 +35,7 @@ def json_grader(key: str, fenced: bool = False) -> Grader:
 
 
 def json_schema_grader(key: str, schema: Any, fenced: bool = False) -> Grader:
-    """1 if the whole output is one JSON document that the schema allows.
+    """Build a grader: 1 if the whole output is one JSON document that the schema allows.
 
     Args:
         schema: a JSON Schema as a mapping, or the path of a file with one. It is read by the
@@ -77,7 +77,7 @@ def _unfinished(key: str, sample: Sample, what: str) -> str:
 
 
 def _deeper(value: Any, levels: int) -> bool:
-    """Whether the document has more levels than so many."""
+    """Return True if the document has more nesting levels than this."""
     layer = [value]
     for _ in range(levels):
         inner = [each for each in layer if isinstance(each, dict | list)]
@@ -91,7 +91,7 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def _document(text: str, fenced: bool) -> Any:
-    """The JSON value that the text is, or _NOT_JSON; null is None, so None says nothing.
+    """Return the JSON value of the text, or _NOT_JSON, because null already is None.
 
     Numbers with a point or an exponent are decimals: what the text says, exactly.
     """
@@ -104,14 +104,14 @@ def _document(text: str, fenced: bool) -> Any:
             parse_float=read_decimal,
             parse_constant=_no_constant,
         )
-    except (ValueError, RecursionError):  # nested deeper than any reader follows
+    except (ValueError, RecursionError):  # nested deeper than Python's parser can read
         return _NOT_JSON
 
 
 def _whole(digits: str) -> int | Decimal:
     try:
         return int(digits)
-    except ValueError:  # Python reads no number of thousands of digits; JSON has no such limit
+    except ValueError:  # Python parses no number of thousands of digits; JSON has no such limit
         return Decimal(digits)
 
 

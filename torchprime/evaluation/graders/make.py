@@ -1,11 +1,11 @@
-"""What an eval config says of its graders becomes functions from a sample to a grade.
+"""Factory of graders: a section of the eval config becomes a function from a sample to a grade.
 
     {name: format_pass, kind: regex, pattern: "^Arr"}  ->  make_grader  ->  Sample -> 1.0
 
 Each kind is a builder, a plain function whose keyword arguments are the kind's options. Its
-signature is the only place where an option is named: names, types and defaults are checked against
-it here, and what a type cannot say is checked in the builder. So a mistake is one message before a
-weight is read, and a grader that exists can grade.
+signature is the only place where an option is named. Names, types and defaults are checked against
+it here; constraints that a type can't express are checked in the builder. So an error is one
+message before any weight is read, and a grader that exists can grade.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ KINDS: dict[str, Callable[..., Grader]] = {
 }
 
 
-MEASURES = frozenset({"length", "repetition"})  # kinds whose numbers are no passes and fails
+MEASURES = frozenset({"length", "repetition"})  # kinds whose values are no passes and fails
 LOWER_IS_BETTER = frozenset({"refusal", "repetition"})  # unless a run's rules say otherwise
 
 
 def options_of(kind: str) -> dict[str, inspect.Parameter]:
-    """The options of a kind by name, with their defaults."""
+    """Return the options of a kind by name, with their defaults."""
     parameters = inspect.signature(KINDS[kind]).parameters
     return {name: parameter for name, parameter in parameters.items() if name != "key"}
 

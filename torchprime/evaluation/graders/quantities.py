@@ -1,12 +1,12 @@
-r"""Final answers as quantities: one number, exactly, and what stands behind it.
+r"""Final answers as quantities: one exact number and its unit.
 
     "**$1,234.50** per day."  ->  quantity  ->  Quantity(Fraction(2469, 2), "$/day")
 
-Numbers are read into exact fractions by way of decimals, never into floats: 0.1 + 0.2 must not
-differ from 0.3, nor 10**17 equal 10**17 + 1. A text is a quantity only if all of it is understood.
-What could mean two numbers ("1,5", "5k", "18!"), or holds a letter, a power or a scale that is not
-understood ("2x", "4\pi", "5i", "5²", "5 hundredths"), is none, and is compared as a text: a grade
-errs towards 0, which a person finds among the samples, and not towards 1, which nobody looks for.
+Numbers are parsed into exact fractions by way of decimals, never into floats: 0.1 + 0.2 must equal
+0.3, and 10**17 must differ from 10**17 + 1. A text is a quantity only if every part of it is
+understood. A text that could mean two numbers ("1,5", "5k", "18!"), or has a letter, a power or a
+scale that is not understood ("2x", "4\pi", "5i", "5²", "5 hundredths"), is no quantity and is
+compared as a text. So a wrong grade is 0, which a person finds among the samples, rather than 1.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fractions import Fraction
 
 import regex
 
-LONGEST = 200  # characters; what is longer is a model that got stuck on a digit
+LONGEST = 200  # characters; a longer text comes from a model that repeats a digit
 
-# Behind a number these multiply it.
+# After a number these multiply it.
 SCALES = {
     "hundred": 10**2,
     "thousand": 10**3,
@@ -29,8 +29,8 @@ SCALES = {
     "billion": 10**9,
     "trillion": 10**12,
 }  # fmt: skip
-# Words that make another number of the one before them, or may: they are no units. Not among them:
-# "second", "times".
+# Words that change the number before them, or may: they are no units. Not among them: "second",
+# "times".
 NO_UNITS = {
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
     "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
@@ -55,14 +55,14 @@ NO_UNITS = {
     "lambda", "omicron", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega", "sin",
     "cos", "tan", "cot", "csc", "log", "exp", "lim", "int", "sum", "prod",
 }  # fmt: skip
-# In any word: 5 hundredths, 5 quadrillion, 5 twentieths.
+# As a part of any word: 5 hundredths, 5 quadrillion, 5 twentieths.
 SCALED = regex.compile("hundred|thousand|illi|teenth|ieth|elfth|dozen|lakh|crore")
-# Units of two letters, and all that may stand right behind the digits.
+# Units of two letters, and all units that may follow the digits without a space.
 SHORT_UNITS = {
     "km", "cm", "mm", "kg", "mg", "lb", "oz", "ft", "yd", "hr", "ml", "kph", "mph", "lbs", "hrs",
     "min", "mins", "sec", "secs",
 }  # fmt: skip
-# Between other words.
+# Words that may join others in a unit.
 LINKS = {"a", "an", "the", "of", "in", "on", "at", "by", "for", "per", "each"}
 CURRENCIES = {
     "dollar": "$", "dollars": "$", "usd": "$", "buck": "$", "bucks": "$",
@@ -90,7 +90,7 @@ NUMBER = regex.compile(
     """,
     regex.VERBOSE,
 )
-# Markdown, where it does not stand between two letters or digits.
+# Markdown marks, except between two letters or digits.
 MARKS = regex.compile(r"(?<![\p{L}\p{N}*_`])[*_`]++|(?<![*_`])[*_`]++(?![\p{L}\p{N}])")
 PART = regex.compile(
     r"""(?P<gap>\s*) (?:
@@ -105,30 +105,30 @@ PART = regex.compile(
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number and what it counts; `unit` is "" where nothing is said of that."""
+    """A number and its unit; `unit` is "" if none is given."""
 
     number: Fraction
     unit: str = ""
 
     def agrees(self, other: Quantity) -> bool:
-        """Return True for one number, of one unit or with none on one side: 18 is 18 eggs, but 5 m²
-        is not 5 m³."""
+        """Return True if the numbers are equal and the units too, or one is missing: 18 is 18 eggs,
+        but 5 m² is not 5 m³."""
         same_unit = self.unit == other.unit or not (self.unit and other.unit)
         return self.number == other.number and same_unit
 
 
 def number(text: str) -> Fraction | None:
-    """The number of `quantity`."""
+    """Return the number of `quantity`."""
     found = quantity(text)
     return None if found is None else found.number
 
 
 def quantity(text: str) -> Quantity | None:
-    """The one quantity that a text is; None if it is none, or not all of it is understood.
+    """Return the one quantity that a text is; None if it is none, or is not fully understood.
 
     Around the number may stand: a sign, a currency sign, commas or spaces between groups of three
-    digits, Markdown's marks, a full stop, and a unit behind it in words without digits. "hundred"
-    to "trillion", "lakh" and "crore" behind it multiply; "%" is a unit. "1/2" and "2 1/2" are
+    digits, Markdown's marks, a full stop, and a unit after it in words without digits. "hundred"
+    to "trillion", "lakh" and "crore" after it multiply; "%" is a unit. "1/2" and "2 1/2" are
     fractions.
     """
     if len(text.strip()) > LONGEST:
@@ -155,7 +155,7 @@ def _size(found: regex.Match[str]) -> Fraction | None:
         return None
     if found["whole"] is None:
         return Fraction(over, under)
-    # "2 5/3" is no mixed number, so who knows what it is.
+    # "2 5/3" is no mixed number, so its value is ambiguous.
     return int(found["whole"]) + Fraction(over, under) if over < under else None
 
 
@@ -163,7 +163,7 @@ def _size(found: regex.Match[str]) -> Fraction | None:
 
 
 def _unit(rest: str, currency: str) -> tuple[int, str] | None:
-    """Read the factor and the unit behind a number; None if not all of it is known."""
+    """Parse the factor and the unit after a number; return None if a part of it is unknown."""
     parts = _parts(rest)
     if parts is None:
         return None
@@ -182,7 +182,7 @@ def _unit(rest: str, currency: str) -> tuple[int, str] | None:
         words += [word] if word else []
     unit = " ".join(words).replace("per cent", "%")
     unit = regex.sub(r" ?([/-]) ?", r"\1", regex.sub(" per (?:an? )?", "/", unit))
-    # "$18 dollars" says it twice; "$18 euros" says two things.
+    # "$18 dollars" repeats the unit; "$18 euros" contradicts it.
     money = [word for word in words if regex.fullmatch(r"\p{Sc}|pound|cent", word)]
     if currency and len(money) > 1:
         return (factor, unit.replace(f"{money[0]} ", "", 1)) if len(set(money)) == 1 else None
@@ -190,7 +190,7 @@ def _unit(rest: str, currency: str) -> tuple[int, str] | None:
 
 
 def _parts(rest: str) -> list[regex.Match[str]] | None:
-    """The words and signs of a text; None if anything else is in it."""
+    """Return the words and signs of a text; None if anything else is in it."""
     parts, at = [], 0
     while at < len(rest):
         part = PART.match(rest, at)
@@ -202,10 +202,10 @@ def _parts(rest: str) -> list[regex.Match[str]] | None:
 
 
 def _in_order(parts: list[regex.Match[str]], *, attached: bool) -> bool:
-    """Return True if words, links, brackets and signs stand where a unit has them.
+    """Return True if words, links, brackets and signs are in an order that a unit can have.
 
     Args:
-        attached: the first word may stand right behind the digits.
+        attached: the first word may follow the digits without a space.
     """
     kinds = ["s" if part["sign"] or part["degree"] else part["link"] or "w" for part in parts]
     words = r"w(?:[/-]?w)*"
@@ -241,7 +241,7 @@ def _understood(part: regex.Match[str]) -> str | None:
 
 
 def _singular(word: str) -> str:
-    """One spelling of a word for one and many of it."""
+    """Return one spelling for a word's singular and plural."""
     if word in CURRENCIES or word in IRREGULAR:
         return CURRENCIES.get(word) or IRREGULAR[word]
     if regex.search("(?:ch|sh|x|ss|z)es$", word):

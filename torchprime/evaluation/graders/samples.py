@@ -1,7 +1,7 @@
-"""One generated answer, as graders see it.
+"""The input of graders: one generated answer with its held-out row.
 
-Generation makes it from a held-out row; graders read it; a line of `evaluations/step_*.jsonl` is it
-together with its grades.
+Generation makes it from a held-out row; graders read it; a line of `evaluations/step_*.jsonl` is
+a sample together with its grades.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sample:
-    """A held-out row, what the model wrote for it and what the row says."""
+    """A held-out row, the model's answer to it and the row's reference."""
 
-    row_id: str  # by which a person finds the row again
-    prompt: str  # what a person reads: the question
+    row_id: str  # identifies the row for a reader
+    prompt: str  # the question as text for a reader
     output: str  # decoded, without the stop token
     reference: str  # the row's own completion
     stopped: bool  # ended by a stop token, not by the limit
-    tokens: int  # generated, without the stop token
+    tokens: int  # number of generated tokens, without the stop token
 
 
-# 1 or 0 for pass or fail, any finite number for a measure; None where it does not apply to the row,
+# 1 or 0 for pass or fail, any finite number for a measure; None if it does not apply to the row,
 # which is then not counted.
 Grader = Callable[[Sample], float | None]

@@ -1,6 +1,6 @@
-"""Graders that look at an answer as text: what it says, how long it is, how it ends.
+"""Graders of an answer as text: its content, its length, its end.
 
-Builders: each takes the key of its section for messages, and its options (see graders.py).
+Each builder takes the key of its section, for messages, and its options (see make.py).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torchprime.config.checks import refuse
 from torchprime.errors import DataError
 from torchprime.evaluation.graders.samples import Grader, Sample
 
-# A pattern takes microseconds; one that backtracks without an end would hold up the run for good.
+# A pattern takes microseconds; one with endless backtracking would block the run for ever.
 PATTERN_SECONDS = 5.0
 
 
 def exact_match(key: str, strip: bool = True, ignore_case: bool = False) -> Grader:
-    """1 if the output is the reference; None where the reference is blank."""
+    """Build a grader: 1 if the output is the reference; None if the reference is blank."""
 
     def grade(sample: Sample) -> float | None:
         if not sample.reference.strip():
@@ -34,9 +34,9 @@ def exact_match(key: str, strip: bool = True, ignore_case: bool = False) -> Grad
 
 
 def contains(key: str, text: str | None = None, ignore_case: bool = False) -> Grader:
-    """1 if the text, or else the reference without the space around it, is part of the output.
+    """Build a grader: 1 if the output contains the text, or else the stripped reference.
 
-    None where it is the reference that is looked for and it is blank: everything contains that.
+    It gives None if the reference is searched for and is blank: everything contains that.
     """
     if text is not None and not text.strip():
         refuse(
@@ -60,7 +60,7 @@ def contains(key: str, text: str | None = None, ignore_case: bool = False) -> Gr
 def regex_grader(
     key: str, pattern: str, on: Literal["output", "reference", "prompt"] = "output"
 ) -> Grader:
-    """1 if the pattern is found anywhere in the output; `^`, `$` and `(?i)` mean what they do.
+    """Build a grader: 1 if the pattern is found in the output; `^`, `$` and `(?i)` work as usual.
 
     Raises:
         DataError: (when grading) the pattern backtracks for seconds.
@@ -83,7 +83,8 @@ def regex_grader(
 
 
 def compile_pattern(pattern: str, key: str) -> regex.Pattern[str]:
-    """A pattern of the `regex` library, whose matching can have a time limit; or a ConfigError."""
+    """Return a pattern of the `regex` library, whose matching can have a time limit. Raise a
+    ConfigError if it is malformed."""
     try:
         return regex.compile(pattern)
     except regex.error as error:
@@ -96,17 +97,17 @@ def compile_pattern(pattern: str, key: str) -> regex.Pattern[str]:
 
 
 def non_empty(key: str) -> Grader:
-    """1 if the output has anything but white space."""
+    """Build a grader: 1 if the output has anything but white space."""
     return lambda sample: float(bool(sample.output.strip()))
 
 
 def stopped(key: str) -> Grader:
-    """1 if the answer ended by a stop token, 0 if it was cut off by the limit."""
+    """Build a grader: 1 if the answer ended with a stop token, 0 if the limit cut it off."""
     return lambda sample: float(sample.stopped)
 
 
 def length(key: str, unit: Literal["tokens", "words", "chars"] = "tokens") -> Grader:
-    """How long the output is."""
+    """Build a grader: the length of the output."""
     if unit == "tokens":
         return lambda sample: float(sample.tokens)
     if unit == "words":
@@ -115,7 +116,8 @@ def length(key: str, unit: Literal["tokens", "words", "chars"] = "tokens") -> Gr
 
 
 def repetition(key: str, n: int = 4) -> Grader:
-    """The share of runs of n words that occurred before in the same output, from 0 to under 1."""
+    """Build a grader: the share of n-grams of words that occurred before in the same output, from 0
+    to under 1."""
     if n < 1:
         refuse(f"{key}.n", n, "at least 1", f"Set {key}.n=4.")
 

@@ -1,1 +1,1 @@
-"""The training step through the TPU's own compiler, without a TPU."""
+"""Compilation of the training step by the TPU compiler, without a TPU."""

@@ -1,8 +1,8 @@
-"""`compile_only=v6e-8`: the run's training step through the TPU's compiler, without TPU or weights.
+"""`compile_only=v6e-8`: compiles the run's training step for a TPU, without a TPU or weights.
 
-The config says what to compile; the architecture comes from the model's config.json alone. Tracing
-and compiling happen in a process of its own (tpu_compile.py), since a compiler that fails can end
-its process and the number of devices is fixed in one. What it leaves is judged here
+The config defines the step; the architecture comes from the model's config.json only. Tracing
+and compiling happen in a separate process (worker.py), since a compiler that fails can end
+its process and the number of devices is fixed in one. Its result is judged here
 (torch_xla_models/compile/report.py), printed, and written to compile_report.json.
 """
 
@@ -51,7 +51,7 @@ Say = Callable[[str], None]
 
 
 def compile_only(config: TrainConfig, say: Say | None = None) -> int:
-    """Compile the config's step for the slice it names, and say what comes of it.
+    """Compile the config's step for the slice it names, and print the result.
 
     Returns:
         The exit code: 0 if it compiles and fits, else 1.
@@ -77,7 +77,7 @@ def compile_only(config: TrainConfig, say: Say | None = None) -> int:
         return compile_report(candidate, hf_config, architecture, library, folder, say)
 
     report = compile_one(config)
-    write_json(folder / REPORT, report)  # what comes now may take long
+    write_json(folder / REPORT, report)  # the next step may take long
     if report["compiles"] and not report["fits"] and config.compile_search:
         limit = topology(report["topology"]).chip.hbm_bytes
         report["nearest"] = find_nearest(
@@ -97,7 +97,8 @@ def compile_report(
     folder: Path,
     say: Say,
 ) -> dict[str, Any]:
-    """Compile once; what compile_report.json holds. The program goes to program.txt."""
+    """Compile once and return the content of compile_report.json. The program is written to
+    program.txt."""
     assert config.compile_only is not None
     slice_ = topology(config.compile_only)
     slices = math.prod(getattr(config.dcn_mesh, axis) for axis in AXES)
@@ -141,7 +142,7 @@ def compile_report(
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
-    """What of the config shapes the step's memory and time."""
+    """Return the config values that affect the step's memory and time."""
     c = config
     return {
         "torch_dtype": c.torch_dtype,
@@ -158,10 +159,10 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
-    """The sizes that the report's arithmetic wants, checked against the sharding table.
+    """Return the sizes that the report's arithmetic needs, checked against the sharding table.
 
     Raises:
-        ConfigError: what a run of the config would be refused for.
+        ConfigError: a run of the config would be refused.
     """
     mesh = config.mesh_shape()
     with torch.device("meta"):
@@ -199,11 +200,11 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
 def environment(
     slice_: Topology, devices: int, library: Library, given: Mapping[str, str]
 ) -> dict[str, str]:
-    """What the compiling process starts with: virtual devices to trace on, libtpu to compile with,
-    and the flags that training would give it."""
+    """Return the environment of the compiling process: virtual devices for tracing, libtpu for
+    compiling, and training's flags."""
     flags = TORCH_XLA_FLAGS | (TORCH_XLA_V5_FLAGS if slice_.chip.name.startswith("v5") else {})
     path = [*library.python_path, str(Path(__file__).resolve().parents[3])]
-    # What describes a TPU host (TPU_ACCELERATOR_TYPE and the like) would be believed.
+    # Descriptions of a TPU host (TPU_ACCELERATOR_TYPE and the like) would be believed.
     kept = {name: value for name, value in given.items() if not name.startswith("TPU_")}
     return {
         **kept,
@@ -229,7 +230,7 @@ def compile_apart(
     limit_s: float,
     say: Say,
 ) -> dict[str, Any]:
-    """Run tpu_compile.py in its own process; its result.
+    """Run worker.py in a separate process and return its result.
 
     Raises:
         RuntimeSetupError: over the time limit, or the process ended without a result.
@@ -268,7 +269,7 @@ def compile_apart(
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
-    """The process and all that it started."""
+    """End the process and all its children."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -1,9 +1,9 @@
-"""The nearest change to a config that fits a chip, found by compiling.
+"""The search, by compiling, for the smallest change to a config that fits a chip.
 
-Changes that leave the mathematics alone come first (recomputing, weights over more chips, layer
-inputs in the host's memory, smaller micro-batches), then those that do not (another optimizer, no
-fp32 master weights), and at last twice as many chips. What cannot fit by its weights and optimizer
-state alone is not tried.
+Changes that keep the mathematics come first (recomputing, weights over more chips, layer
+inputs in host memory, smaller micro-batches), then those that do not (another optimizer, no
+fp32 master weights), and at last twice as many chips. A config whose weights and optimizer
+state alone do not fit is not tried.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Change = dict[str, Any]  # values by dotted key
 
 
 def changes(config: TrainConfig, rows: int, *, scannable: bool = True) -> Iterator[Change]:
-    """Changes to try, each by itself whole, the least intrusive first.
+    """Yield changes to try, each complete by itself, the least intrusive first.
 
     Args:
         rows: blocks of a micro-batch on one chip.
@@ -57,7 +57,8 @@ def changes(config: TrainConfig, rows: int, *, scannable: bool = True) -> Iterat
 
 
 def _optimizers(config: TrainConfig) -> Iterator[Change]:
-    """Smaller states: another method, then no fp32 copy of the weights either."""
+    """Yield smaller optimizer states: another method, then also without an fp32 copy of the
+    weights."""
     change: Change = {}
     if config.task.optimizer.name != "adafactor":
         change = {"task.optimizer.name": "adafactor"}
@@ -67,7 +68,7 @@ def _optimizers(config: TrainConfig) -> Iterator[Change]:
 
 
 def _twice(config: TrainConfig) -> str | None:
-    """The slice of the same chips with twice as many."""
+    """Return the slice of the same chips with twice as many."""
     assert config.compile_only is not None
     own = topology(config.compile_only)
     for name, other in TOPOLOGIES.items():
@@ -77,7 +78,7 @@ def _twice(config: TrainConfig) -> str | None:
 
 
 def changed(config: TrainConfig, change: Change) -> TrainConfig:
-    """The config with these values, checked anew."""
+    """Return the config with these values, validated again."""
     whole = config.to_dict()
     for key, value in change.items():
         *sections, leaf = key.split(".")
@@ -89,7 +90,7 @@ def changed(config: TrainConfig, change: Change) -> TrainConfig:
 
 
 def state_bytes(config: TrainConfig, sizes: Sizes) -> int:
-    """Weights and optimizer state of one chip, from below."""
+    """Return the bytes of weights and optimizer state on one chip, a lower bound."""
     each = sizes.weight_bytes
     each += 8 if config.task.optimizer.name == "adamw" else 0
     each += 4 if config.task.optimizer.master_weights and sizes.weight_bytes < 4 else 0

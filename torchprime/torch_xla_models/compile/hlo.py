@@ -1,11 +1,11 @@
-"""Read a compiled XLA program (HLO text): its computations, how often each runs, what each moves.
+"""Parser of a compiled XLA program (HLO text), which counts runs, operations and bytes.
 
 Text -> instructions by computation -> runs of each computation (a loop's body runs as often as its
-condition says) -> sums over instructions, each weighted by the runs of where it stands.
+condition says) -> sums over instructions, each weighted by the runs of its computation.
 
-A cost analysis by the compiler itself counts a loop's body once, and with layers in a loop that is
-nearly all of a step. TPU programs differ from the textbook in a few ways that are undone here: a
-collective that overlaps with computation stands in several fusions and is one by its channel; a
+The compiler's own cost analysis counts a loop's body once, and with layers in a loop that is
+nearly all of a step. TPU programs differ from textbook HLO in a few ways that are undone here: a
+collective that overlaps with computation appears in several fusions and is one by its channel; a
 reduce-scatter can be a fusion around an all-reduce; a matrix product is a convolution whose batch
 dims are window dims; a loop counter of 64 bits is two of 32.
 """
@@ -64,7 +64,7 @@ class Instruction:
     root: bool
 
     def attribute(self, name: str) -> str | None:
-        """`name=value` or `name={value}`, as text."""
+        """Return the value of `name=value` or `name={value}`, as text."""
         found = re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|%?([\w.\-]+))", self.rest)
         return None if found is None else found.group(1) if found.group(1) else found.group(2)
 
@@ -74,7 +74,7 @@ class Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Return the index at which the parenthesis that opens at `start` closes."""
     depth = 0
     for place in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -122,14 +122,14 @@ class Collective:
     runs: int  # in one step
     payload: int  # bytes: of the whole that is gathered, reduced or exchanged, on one chip
     dtype: str
-    where: str  # what it serves, in the words of the tracing program
+    where: str  # its purpose, as named by the traced program
 
 
 class Program:
     """A parsed program.
 
     Args:
-        text: HLO as XLA prints it, partitioned: everything is of one chip.
+        text: HLO as XLA prints it, partitioned: all numbers are of one chip.
     """
 
     def __init__(self, text: str) -> None:
@@ -149,14 +149,14 @@ class Program:
                     current[instruction.name] = instruction
 
     def instructions(self) -> Iterator[tuple[str, Instruction]]:
-        """(computation, instruction) of all that runs."""
+        """Yield (computation, instruction) of every executed instruction."""
         for name in self.runs:
             for instruction in self.computations[name].values():
                 yield name, instruction
 
     @cached_property
     def runs(self) -> Counter[str]:
-        """How often each computation runs in one step."""
+        """The number of runs of each computation in one step."""
         found: Counter[str] = Counter()
 
         def visit(name: str, times: int) -> None:
@@ -174,7 +174,7 @@ class Program:
                 body = instruction.attribute("body") or ""
                 yield body, self.trips(instruction)
                 continue
-            # A comparison or sum that a reduction applies is no computation of its own.
+            # A comparison or sum that a reduction applies is no computation by itself.
             if instruction.kind in ("fusion", "call", "async-start", "custom-call"):
                 for called in _CALLED.findall(instruction.rest):
                     yield called, 1
@@ -183,11 +183,11 @@ class Program:
 
     @cached_property
     def loops(self) -> list[int]:
-        """Trips of each loop, outermost first as they stand."""
+        """The trips of each loop, outermost first in program order."""
         return [self.trips(i) for _, i in self.instructions() if i.kind == "while"]
 
     def trips(self, loop: Instruction) -> int:
-        """How often a counted loop runs: the limit its counter is compared with, over its step."""
+        """Return the trips of a counted loop: the limit of its counter over its step."""
         condition = self.computations[loop.attribute("condition") or ""]
         body = self.computations[loop.attribute("body") or ""]
         best = 1
@@ -205,7 +205,7 @@ class Program:
     # -- sums ----------------------------------------------------------------------------------
 
     def collectives(self) -> list[Collective]:
-        """Every collective, an asynchronous one once, with its runs in one step."""
+        """Return every collective, an asynchronous one once, with its runs in one step."""
         callers = self._callers()
         found: dict[tuple[str, str, str], Collective] = {}
         for computation, each in self.instructions():
@@ -220,7 +220,7 @@ class Program:
             sizes = [array.nbytes for array in each.arrays]
             # The result of a start is (operands, results, ...): the larger is the whole.
             payload = max(sizes) if each.kind.endswith("-start") else sum(sizes)
-            if each.kind == "reduce-scatter":  # its result is a part; what goes in is the whole
+            if each.kind == "reduce-scatter":  # its result is a part; its operand is the whole
                 payload *= _group_size(each)
             channel = each.attribute("channel_id") or each.name
             where = (re.findall(r'op_name="([^"]*)"', each.rest) or [""])[0]
@@ -229,7 +229,7 @@ class Program:
         return list(found.values())
 
     def _callers(self) -> dict[str, str]:
-        """Of each fused computation, the computation that its fusion stands in."""
+        """Return, for each fused computation, the computation that contains its fusion."""
         return {
             called: computation
             for computation, each in self.instructions()
@@ -238,7 +238,8 @@ class Program:
         }
 
     def product_flops(self) -> int:
-        """Operations of all matrix products in one step; kernels' own are not visible here."""
+        """Return the operations of all matrix products in one step; those inside kernels are not
+        visible here."""
         total = 0
         for computation, each in self.instructions():
             if each.kind == "convolution":
@@ -257,7 +258,8 @@ class Program:
         return 2 * each.arrays[0].elements * inner
 
     def _convolution(self, computation: str, each: Instruction) -> int:
-        """Two operations for every pair of an output place and a kernel tap that meet inside."""
+        """Return two operations for every pair of an output position and a kernel tap that overlap
+        inside."""
         left, right = (self._operand(computation, name).shape for name in each.operands[:2])
         out = each.arrays[0].shape
         labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.rest)
@@ -275,7 +277,7 @@ class Program:
         )
 
     def kernels(self) -> Counter[str]:
-        """Calls of hand-written kernels in one step, by name."""
+        """Return the calls of custom kernels in one step, by name."""
         found: Counter[str] = Counter()
         for computation, each in self.instructions():
             if each.kind == "custom-call" and '"tpu_custom_call"' in each.rest:
@@ -284,14 +286,14 @@ class Program:
         return found
 
     def count(self, kind: str) -> int:
-        """How many instructions of a kind the program has."""
+        """Return the number of instructions of a kind in the program."""
         return sum(each.kind == kind for _, each in self.instructions())
 
     def hbm_bytes(self) -> int:
-        """Bytes read and written outside fusions in one step, an estimate from above.
+        """Return the bytes read and written outside fusions in one step, an upper estimate.
 
         A fusion reads each operand once and writes its result; of an operand that it only slices it
-        reads the slice, and what it updates in place it writes in part.
+        reads the slice, and an operand that it updates in place it writes in part.
         """
         fused = set(self._callers())
         total = 0
@@ -337,7 +339,8 @@ def _users(inside: dict[str, Instruction], place: int) -> list[Instruction]:
 
 
 def _sliced(inside: dict[str, Instruction], place: int) -> int | None:
-    """Bytes that a fusion reads of a parameter it only slices or updates; None if it reads all."""
+    """Return the bytes that a fusion reads of a parameter it only slices or updates; None if it
+    reads all."""
     total = 0
     for user in _users(inside, place):
         if user.kind == "dynamic-slice":
@@ -369,7 +372,7 @@ def _place(computation: dict[str, Instruction], name: str) -> int | None:
 
 
 def _step(body: dict[str, Instruction], place: int) -> int:
-    """By how much a loop's counter grows in one pass."""
+    """Return the increment of a loop's counter in one pass."""
     for each in body.values():
         if each.kind == "add" and any(_place(body, name) == place for name in each.operands):
             steps = [_constant(body, name) for name in each.operands]
@@ -380,7 +383,7 @@ def _step(body: dict[str, Instruction], place: int) -> int:
 
 
 def _group_size(each: Instruction) -> int:
-    """How many chips take part, from either way to write groups."""
+    """Return the number of chips that take part, from either notation of groups."""
     lists = re.search(r"replica_groups=\{\{([\d,]*)\}", each.rest)
     if lists:
         return lists.group(1).count(",") + 1
@@ -389,7 +392,8 @@ def _group_size(each: Instruction) -> int:
 
 
 def _window(window: dict[str, str], number: int) -> tuple[int, int, int, int, int]:
-    """Size, stride, padding before, dilation of the left side and of the kernel, of one dim."""
+    """Return size, stride, padding before, dilation of the left side and of the kernel, of one
+    dim."""
 
     def of(key: str, default: str) -> str:
         return window[key].split("x")[number] if key in window else default
@@ -404,7 +408,8 @@ def _window(window: dict[str, str], number: int) -> tuple[int, int, int, int, in
 
 
 def _meeting(length: int, outputs: int, window: tuple[int, int, int, int, int]) -> int:
-    """Pairs of output place and kernel tap that fall on an element, not on padding or a gap."""
+    """Return the pairs of output position and kernel tap that fall on an element, not on padding or
+    a gap."""
     size, stride, before, left_gap, kernel_gap = window
     last = (length - 1) * left_gap
     return sum(

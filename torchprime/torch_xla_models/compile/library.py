@@ -1,7 +1,7 @@
-"""Where the TPU's compiler is on this host: libtpu, a library that needs no TPU to compile.
+"""The TPU compiler on this host: libtpu, a library that needs no TPU to compile.
 
 It may be installed like any package (the `tpu` extra), named by TPU_LIBRARY_PATH, or lie in the
-folder `libtpu` of the virtual environment, where `make libtpu` puts it so that nothing else of the
+folder `libtpu` of the virtual environment, where `make libtpu` puts it so that nothing else in the
 environment changes.
 """
 
@@ -17,16 +17,16 @@ from typing import NamedTuple
 
 from torchprime.errors import RuntimeSetupError
 
-# What torch_xla 2.9.0 goes with. Memory figures and limits of kernels depend on it.
+# The version for torch_xla 2.9.0. Memory figures and limits of kernels depend on it.
 VERSION = "0.0.21"
-# Through which torch_xla calls Pallas kernels. Its wheel brings an older copy, without metadata,
-# that wants flax; one that is installed replaces it.
+# The package through which torch_xla calls Pallas kernels. torch_xla's wheel has an older copy,
+# without metadata, that needs flax; an installed one replaces it.
 TORCHAX = "0.0.7"
 INSTALL = f"pip install --no-deps libtpu=={VERSION} torchax=={TORCHAX}"
 
 
 class Library(NamedTuple):
-    """The compiler's file, and what else a process needs to use it."""
+    """The compiler's file, and the other settings that a process needs to use it."""
 
     path: Path
     version: str
@@ -34,12 +34,12 @@ class Library(NamedTuple):
 
 
 def own_folder() -> Path:
-    """Where `make libtpu` puts it."""
+    """Return the folder where `make libtpu` puts it."""
     return Path(sys.prefix) / "libtpu"
 
 
 def find_library() -> Library:
-    """libtpu of the version that fits.
+    """Return libtpu of the matching version.
 
     Raises:
         RuntimeSetupError: there is none, it is of another version, or torchax is missing; with the
@@ -81,6 +81,6 @@ def _candidates() -> list[Path]:
 
 
 def _version(package: str, folders: Sequence[str | Path]) -> str | None:
-    """The version of a package as its metadata in one of these folders says."""
+    """Return the version of a package from its metadata in one of these folders."""
     found = metadata.distributions(name=package, path=[str(folder) for folder in folders])
     return next((each.version for each in found), None)

@@ -1,8 +1,8 @@
-"""What a compiled step will need and do, in numbers that a person can judge.
+"""The report on a compiled step: memory, traffic, operations and a lower bound of its time.
 
-The compiler's memory figures against the chip; what travels between chips against what the sharding
-needs in theory; operations against the analytic formula; and from the published speeds of the chip
-an estimate of the time a step cannot be faster than. Nothing here knows a compiler: a `Program`, a
+The compiler's memory figures are compared with the chip, traffic between chips with what the
+sharding needs in theory, operations with the analytic formula. The time is estimated from the
+published speeds of the chip. The code depends on no compiler: a `Program`, a
 model's sizes and the compiler's figures go in, plain containers come out.
 """
 
@@ -17,17 +17,17 @@ from typing import Any
 from torchprime.config.topologies import GIB, Chip
 from torchprime.torch_xla_models.compile.hlo import COLLECTIVES, Program
 
-# More than this many times what theory needs is said aloud.
+# A warning is given above this multiple of the theoretical traffic.
 TOLERATED = 1.25
 MEMORY_PARTS = ("argument", "temp", "generated_code")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a step is made of, for one chip where it says so."""
+    """The sizes of a step's parts, per chip where noted."""
 
     shapes: Mapping[str, tuple[int, ...]]  # of every weight, by name
-    pieces: Mapping[str, int]  # into how many parts each is cut along fsdp
+    pieces: Mapping[str, int]  # number of shards of each along fsdp
     tensor: int  # devices along the axes
     data: int
     weight_bytes: int
@@ -47,7 +47,7 @@ class Sizes:
 
     @property
     def tokens(self) -> int:
-        """Slot tokens of one update on one chip (chips along tensor share them)."""
+        """The slot tokens of one update on one chip (chips along tensor share them)."""
         return self.rows * self.accumulation * self.block_size
 
 
@@ -55,10 +55,10 @@ class Sizes:
 
 
 def memory_use(stats: Mapping[str, int], chip: Chip) -> dict[str, Any]:
-    """Bytes of one chip by use, and whether the chip has them.
+    """Return the bytes of one chip by use, and True if the chip has them.
 
     Arguments are weights, optimizer state and batch; the step writes its results over them.
-    Temporaries are what lives at the fullest moment of the step.
+    Temporaries are the live arrays at the step's peak.
     """
     parts = {part: stats[part] for part in MEMORY_PARTS}
     parts["output"] = stats["output"] - stats["alias"]
@@ -71,7 +71,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def read_shortage(message: str, sizes: Sizes) -> dict[str, Any] | None:
-    """What the compiler says when a program does not fit, None if that is not what it says."""
+    """Parse the compiler's message that a program does not fit; None for another message."""
     used = re.search(rf"Used {_SIZE} of {_SIZE} hbm", message)
     if used is None:
         return None
@@ -97,7 +97,7 @@ def read_shortage(message: str, sizes: Sizes) -> dict[str, Any] | None:
 
 
 def _memory_of(message: str, block: str) -> str:
-    """The heading that an allocation of the message stands under."""
+    """Return the heading above the allocation in the message."""
     before = message[: message.index(block)]
     headings = re.findall(r"[Ll]argest program allocations in (\w+)", before)
     return headings[-1] if headings else "hbm"
@@ -108,9 +108,10 @@ def _bytes(number: str, unit: str) -> int:
 
 
 def allocation_in_words(dims: Sequence[int], s: Sizes) -> str:
-    """What an array in a chip's memory is, by its dims; its own name says nothing to a user."""
+    """Return a description of an array in a chip's memory by its dims; its own name does not help a
+    user."""
     known = list(_known_arrays(s))
-    # The compiler adds and drops dims of size 1 and orders them as it likes; or it merges some.
+    # The compiler adds, drops, reorders or merges dims, those of size 1 freely.
     wanted = sorted(dim for dim in dims if dim > 1)
     for shape, words in known:
         if sorted(dim for dim in shape if dim > 1) == wanted:
@@ -122,7 +123,7 @@ def allocation_in_words(dims: Sequence[int], s: Sizes) -> str:
 
 
 def _known_arrays(s: Sizes) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Shapes on one chip of what a step is made of."""
+    """Return the shapes, on one chip, of a step's known arrays."""
     chunk = -(-s.block_size // s.loss_chunks)
     vocab, ffn, heads = (each // s.tensor for each in (s.vocab, s.ffn, s.heads))
     fewer = "task.loss_chunks: more of them are smaller"
@@ -151,11 +152,12 @@ def _known_arrays(s: Sizes) -> Iterator[tuple[tuple[int, ...], str]]:
         yield shape, f"{'one layer' + chr(39) + 's ' if inside else ''}{leaf}, whole"
 
 
-# -- what travels ----------------------------------------------------------------------------------
+# Traffic ------------------------------------------------------------------------------------------
 
 
 def traffic(program: Program) -> dict[str, dict[str, int]]:
-    """By kind of collective: places in the program, runs in a step, bytes of payload in a step."""
+    """Return, by kind of collective: places in the program, runs in a step, bytes of payload in a
+    step."""
     found = {kind: {"places": 0, "runs": 0, "bytes": 0} for kind in COLLECTIVES}
     for each in program.collectives():
         of_kind = found[each.kind]
@@ -166,7 +168,7 @@ def traffic(program: Program) -> dict[str, dict[str, int]]:
 
 
 def traffic_in_theory(s: Sizes) -> dict[str, int]:
-    """Bytes of payload that the sharding needs in one step on one chip.
+    """Return the bytes of payload that the sharding needs in one step on one chip.
 
     FSDP gathers each weight for the forward and again for the backward, and reduces and scatters
     its gradient, for every micro-batch. Tensor parallelism sums hidden states after attention and
@@ -186,9 +188,9 @@ def traffic_in_theory(s: Sizes) -> dict[str, int]:
 
 
 def judge_traffic(found: Mapping[str, Mapping[str, int]], theory: Mapping[str, int]) -> list[str]:
-    """A sentence for each kind that moves more than `TOLERATED` times its theory.
+    """Return a sentence for each kind that moves more than `TOLERATED` times its theory.
 
-    An all-reduce does what a reduce-scatter and an all-gather do, so where gradients are
+    An all-reduce does the work of a reduce-scatter and an all-gather, so if gradients are
     all-reduced it counts against both.
     """
     said = []
@@ -196,7 +198,7 @@ def judge_traffic(found: Mapping[str, Mapping[str, int]], theory: Mapping[str, i
     for kind in COLLECTIVES:
         bytes_ = found.get(kind, {}).get("bytes", 0)
         wanted = theory.get(kind, 0)
-        # Norms, counters and losses are reduced whole: a little is always there.
+        # Norms, counters and losses are reduced whole: there is always some traffic.
         if bytes_ <= max(TOLERATED * wanted, 0.02 * base):
             continue
         times = f"{bytes_ / wanted:.2f} times the {wanted / GIB:.2f} GiB" if wanted else "none"
@@ -208,9 +210,9 @@ def judge_traffic(found: Mapping[str, Mapping[str, int]], theory: Mapping[str, i
 
 
 def products_in_theory(s: Sizes) -> int:
-    """Operations of one chip in products with weights in one step, by hand: two for each weight and
-    token forward and four backward, two more for what full remat computes again (all of a layer but
-    its last product, which nothing wants)."""
+    """Return the operations of one chip in products with weights in one step, by formula: two for
+    each weight and token forward and four backward, two more for recomputation under full remat
+    (all of a layer but its last product, which is not needed)."""
     matrices = {name: math.prod(shape) for name, shape in s.shapes.items() if len(shape) == 2}
     looked_up = 0 if s.tied else s.vocab * s.hidden
     layers = sum(size for name, size in matrices.items() if ".layers." in name)
@@ -221,8 +223,9 @@ def products_in_theory(s: Sizes) -> int:
 
 
 def kernel_flops(kernels: Mapping[str, int], s: Sizes) -> int:
-    """Operations of the attention kernels of one chip: the causal half of a block, segments not
-    taken off. A forward kernel makes two products of scores' size, the backward one five."""
+    """Return the operations of the attention kernels of one chip: the causal half of a block,
+    segments not subtracted. A forward kernel has two products of the scores' size, the backward one
+    five."""
     half = s.rows * (s.heads // s.tensor) * s.head_size * s.block_size**2
     total = 0
     for name, calls in kernels.items():
@@ -233,15 +236,16 @@ def kernel_flops(kernels: Mapping[str, int], s: Sizes) -> int:
 
 # -- time ------------------------------------------------------------------------------------------
 
-# How often the payload crosses a link of a chip, with many chips in the ring.
+# Times that the payload crosses a link of a chip, with many chips in the ring.
 _CROSSINGS = {"all-reduce": 2}
 
 
 def roofline(
     flops: int, hbm_bytes: int, moved: Mapping[str, Mapping[str, int]], chip: Chip
 ) -> dict[str, float]:
-    """Seconds that each part would take alone at the published speeds, the longest of them, and
-    their sum. Memory traffic is counted from above, so a step can be faster than the longest."""
+    """Return the seconds that each part would take alone at the published speeds, the longest of
+    them, and their sum. Memory traffic is an upper estimate, so a step can be faster than the
+    longest."""
     ici = sum(_CROSSINGS.get(kind, 1) * numbers["bytes"] for kind, numbers in moved.items())
     parts = {
         "compute": flops / chip.flops,
@@ -252,7 +256,7 @@ def roofline(
 
 
 def judge(program: Program, memory: Mapping[str, int], sizes: Sizes, chip: Chip) -> dict[str, Any]:
-    """Everything a compiled program says, as it stands in compile_report.json."""
+    """Return the content of compile_report.json about a compiled program."""
     found, theory = traffic(program), traffic_in_theory(sizes)
     kernels = dict(program.kernels())
     products, expected = program.product_flops(), products_in_theory(sizes)
@@ -283,7 +287,7 @@ def judge(program: Program, memory: Mapping[str, int], sizes: Sizes, chip: Chip)
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The report for a person, as lines."""
+    """Return the report for the user, as lines."""
     r = report
     verdict = "fits" if r["fits"] else "does not fit" if r["compiles"] else "does not compile"
     lines = [f"{r['topology']}: {verdict}", *_settings_lines(r)]

@@ -1,9 +1,9 @@
-"""Trace the training step without weights, and lower it to what a compiler takes.
+"""Tracing of the training step without weights, and lowering to a compiler's input.
 
 The backend is made with `Placeholders` instead of `DeviceTensors`. Every tensor then has a shape, a
-type and a spec, but no storage, and the step is traced by the code that trains. What the backend
-would have executed is lowered to an HLO module instead, with how each argument is cut and whether
-the program may write over it.
+type and a spec, but no storage, and the step is traced by the code that trains. The program that
+the backend would have executed is lowered to an HLO module instead, with the sharding of each
+argument and a flag if the program may write over it.
 """
 
 from __future__ import annotations
@@ -38,46 +38,47 @@ class Argument(NamedTuple):
 
 
 class Lowered(NamedTuple):
-    """A step as a compiler takes it."""
+    """A lowered step, the input of a compiler."""
 
     hlo: bytes  # a serialized HloModuleProto
     arguments: dict[int, Argument]  # by position; constants made on the host are not among them
 
 
 class Placeholders(DeviceTensors):
-    """Tensors without storage. To read one would end the process, so nothing here does."""
+    """Tensors without storage. Reading one would end the process, so no code here does."""
 
     def __init__(self, mesh: xs.Mesh) -> None:
         super().__init__(mesh)
         self.lowered: Lowered | None = None
         self._state: list[tuple[Tensor, Spec]] = []
-        self._made: dict[int, Argument] = {}  # by what identifies the storage a tensor would have
+        self._made: dict[int, Argument] = {}  # key: the identity of the storage a tensor would have
 
     def send(self, host: Tensor, spec: Spec) -> Tensor:
-        """See DeviceTensors; the host tensor may be without storage too."""
+        """Return a tensor for a host tensor's shards; the host tensor may be without storage
+        too."""
         return self._make(host.shape, host.dtype, spec, donated=True)
 
     def send_batch(self, host: Sequence[Tensor], spec: Spec) -> list[Tensor]:
-        """See DeviceTensors."""
+        """Return tensors for a batch's fields."""
         return [self._make(t.shape, t.dtype, spec, donated=False) for t in host]
 
     def zeros(self, shape: Sequence[int], spec: Spec) -> Tensor:
-        """See DeviceTensors."""
+        """Return a tensor for fp32 zeros."""
         return self._make(shape, torch.float32, spec, donated=True)
 
     def widened(self, weight: Tensor, spec: Spec) -> Tensor:
-        """See DeviceTensors."""
+        """Return a tensor for an fp32 copy of a weight."""
         return self._make(weight.shape, torch.float32, spec, donated=True)
 
     def materialize(self, state: Sequence[Tensor]) -> None:
-        """There is nothing to materialize; but a tensor that is written keeps its spec."""
+        """Do nothing to materialize tensors, but keep the spec of each tensor that is written."""
         self._state = [(tensor, self._made[_identity(tensor)].spec) for tensor in state]
 
     def run(self, outputs: Sequence[Tensor]) -> None:
-        """Lower what was traced for these tensors, in place of executing it."""
+        """Lower the traced program of these tensors instead of executing it."""
         for tensor, spec in self._state:
-            # Where a tensor that lies on the mesh is written over, torch_xla annotates the new
-            # value with the old one's sharding by itself. A placeholder lies nowhere.
+            # If a tensor with storage on the mesh is written over, torch_xla annotates the new
+            # value with the old one's sharding. A placeholder has no storage.
             annotate(tensor, self.mesh, partition(spec))
         context = XLAC.lowering.LoweringContext("train_step")
         context.build([t.detach() for t in outputs])
@@ -101,7 +102,8 @@ def _identity(tensor: Tensor) -> int:
 
 
 def hlo_sharding(mesh: xs.Mesh, spec: Spec) -> str:
-    """A table's spec as HLO writes a sharding: pieces along each dim, then the devices in order."""
+    """Return a table's spec in HLO's notation of a sharding: pieces along each dim, then the
+    devices in order."""
     names = list(mesh.axis_names or ())
     sizes = list(mesh.mesh_shape)
     cut = [[names.index(axis) for axis in axes] for axes in spec]
@@ -128,7 +130,7 @@ def trace_step(
     batch_size: int,
     block_size: int,
 ) -> Lowered:
-    """The training step of a backend made with `Placeholders`, lowered.
+    """Return the lowered training step of a backend made with `Placeholders`.
 
     Args:
         model: without storage.

@@ -1,16 +1,16 @@
-"""Compile one step with the TPU's own compiler, in a process of its own: libtpu can end it.
+"""The process that compiles one step with the TPU compiler; it is separate because libtpu can end
+it.
 
     python -m torchprime.torch_xla_models.compile.worker REQUEST.json FOLDER PID
 
-The request holds a config and an architecture; the environment was set by process PID, which waits
-(`compile_only.py`), since torch_xla and jax read it when imported. Into FOLDER go result.json (what
-was compiled, with which memory, or the compiler's message) and program.txt, the partitioned and
+The request holds a config and an architecture. The environment was set by process PID, which waits
+(command.py), since torch_xla and jax read it when imported. The results go into FOLDER: result.json
+(config, memory, or the compiler's message) and program.txt, the partitioned and
 scheduled program of one chip.
 
-Tracing happens on virtual CPU devices, fewer than chips where autograd could not count them. Where
-code asks for the device, it is told of the TPU whose description libtpu gives: its mesh follows the
-links between chips, splash attention is lowered for it, and torch_xla takes the lowerings that it
-takes on a TPU.
+Tracing happens on virtual CPU devices, fewer than chips if autograd could not count them. Code
+that asks for the device gets the TPU whose description libtpu gives: its mesh follows the
+links between chips, splash attention is lowered for it, and torch_xla uses its TPU lowerings.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ from torchprime.torch_xla_models.compile.tracing import Argument, Lowered, Place
 from torchprime.torch_xla_models.train import make_backend
 from torchprime.training.setup.recipe import optimizer_of, sharding_table, step_options
 
-# Of the kernels' intermediate language, libtpu 0.0.21 reads up to this version; jax 0.7.1 writes a
-# newer one where it sees no TPU to ask.
+# The newest version of the kernels' intermediate language that libtpu 0.0.21 reads; jax 0.7.1
+# writes a newer one if it has no TPU to ask.
 KERNEL_IR_VERSION = 7
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def tpu_devices(slice_: Topology, slices: int) -> list[Any]:
-    """The devices of a TPU that is not here, in the order of their ids."""
+    """Return the devices of a TPU that this host does not have, in the order of their ids."""
     many = {"num_slices": slices} if slices > 1 else {}
     description = topologies.get_topology_desc(
         platform="tpu",
@@ -74,7 +74,7 @@ def tpu_devices(slice_: Topology, slices: int) -> list[Any]:
 
 
 def pretend(devices: Sequence[Any], name: str) -> None:
-    """From here on, tracing takes the CPU's virtual devices for these, of the slice named so."""
+    """Make later tracing treat the CPU's virtual devices as these devices of the named slice."""
     attributes = [_attributes(ordinal, device) for ordinal, device in enumerate(devices)]
 
     def jax_mesh(mesh: xs.Mesh) -> JaxMesh:
@@ -95,14 +95,14 @@ def pretend(devices: Sequence[Any], name: str) -> None:
 
 
 def _attributes(ordinal: int, device: Any) -> dict[str, Any]:
-    """What torch_xla tells of a device on a TPU, for its mesh."""
+    """Return the attributes that torch_xla gives for a TPU device, for its mesh."""
     found = {"name": f"TPU:{ordinal}", "coords": list(device.coords), "core_on_chip": 0}
     number = getattr(device, "slice_index", None)
     return found if number is None else {**found, "slice_index": number}
 
 
 def trace(config: TrainConfig, architecture: dict[str, Any]) -> Lowered:
-    """The config's training step."""
+    """Return the config's training step."""
     backend = make_backend(config, make_tensors=Placeholders)
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(architecture, where="model"))
@@ -119,8 +119,8 @@ def trace(config: TrainConfig, architecture: dict[str, Any]) -> Lowered:
 
 
 def annotated(lowered: Lowered) -> bytes:
-    """StableHLO whose arguments say how they are cut and which may be written over: torch_xla tells
-    the compiler so when tensors hold data."""
+    """Return StableHLO whose arguments have their sharding and a flag if they may be written over:
+    torch_xla passes both to the compiler if tensors hold data."""
     text = _jax.mlir.xla_computation_to_mlir_module(_jax.XlaComputation(lowered.hlo))
     with jax_mlir.make_ir_context():
         module = ir.Module.parse(text)
@@ -147,7 +147,7 @@ def _with(attributes: Any, argument: Argument | None) -> Any:
 
 
 def compile_for(devices: Sequence[Any], module: bytes) -> Any:
-    """The executable, with the options that torch_xla gives under SPMD."""
+    """Return the executable, with the options that torch_xla gives under SPMD."""
     assignment = xla_client.DeviceAssignment.create(np.array([[d.id for d in devices]]))
     options = xla_client.CompileOptions()
     options.num_replicas, options.num_partitions = 1, len(devices)
@@ -166,7 +166,8 @@ def compile_for(devices: Sequence[Any], module: bytes) -> Any:
 
 
 def measures(executable: Any) -> dict[str, Any]:
-    """Bytes of one chip by use, and the compiler's own counts (which see a loop's body once)."""
+    """Return the bytes of one chip by use, and the compiler's own counts (which count a loop's body
+    once)."""
     stats = executable.get_compiled_memory_stats()
     names = [name for name in dir(stats) if name.endswith("_size_in_bytes")]
     cost = executable.cost_analysis()
@@ -178,7 +179,7 @@ def measures(executable: Any) -> dict[str, Any]:
 
 
 def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Trace, lower and compile what is asked for; what is known afterwards."""
+    """Trace, lower and compile the request; return the result."""
     config = load_config(request["config"])
     slice_ = topology(request["topology"])
     xr.use_spmd()
@@ -228,15 +229,15 @@ def _version(name: str) -> str | None:
 
 
 def _end_with(parent: int) -> None:
-    """Nobody waits for the result of a compiler whose caller is gone: the kernel ends this process
-    with it. A caller that ends in order does so itself (`compile_only._end`)."""
+    """Have the kernel end this process with its parent, since nobody waits for the result then. A
+    parent that ends in order does so itself (`command._end`)."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # gone before
+    if os.getppid() != parent:  # it ended before
         sys.exit("The command that asked for this compile has ended.")
 
 
 def main(argv: list[str]) -> int:
-    """Compile; 0 where result.json is written, whatever it says."""
+    """Compile and return 0 if result.json is written, whatever its content."""
     _end_with(int(argv[2]))
     request, folder = json.loads(Path(argv[0]).read_text()), Path(argv[1])
     try:

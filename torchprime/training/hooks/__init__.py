@@ -1,1 +1,1 @@
-"""What happens around the steps besides the steps."""
+"""Hooks that run around the training steps."""

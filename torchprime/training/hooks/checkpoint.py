@@ -1,10 +1,11 @@
-"""When a checkpoint is written: every so many steps or minutes, at the best step so far where that
-is wanted, when asked for, and at the end.
+"""The hook that writes checkpoints: every N steps or minutes, at a new best step, on request, at
+the end.
 
-A run is asked by a signal (SIGTERM, as preempted machines get it, or SIGINT): the step under way is
+A request is a signal (SIGTERM, which preempted machines get, or SIGINT): the current step is
 finished, a checkpoint is written and the run ends with its own exit code. A second signal ends it
-at once. Or by a file, `checkpoint.now` in the run's folder, after which it goes on. With several
-processes any of them may be asked; they agree at logged steps, where the host waits anyway.
+at once. The other request is a file, `checkpoint.now` in the run's folder, after which the run
+continues. With several processes any of them may be asked; they agree at logged steps, where the
+host waits anyway.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ GO_ON, SAVE, STOP = range(3)
 
 
 class StopSignals:
-    """Remembers the first signal; the second ends the process at once."""
+    """Handler that records the first signal; the second ends the process at once."""
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._before: dict[int, Any] = {}
 
     def watch(self) -> None:
-        """From now on; only Python's main thread may."""
+        """Install the handler; only Python's main thread may."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def release(self) -> None:
-        """As it was before."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -54,16 +55,16 @@ class StopSignals:
             os._exit(128 + number)
         self.received = name
         text = f"\n{name}: finishing the step, then a checkpoint; once more stops at once\n"
-        os.write(2, text.encode())  # print is not for signal handlers
+        os.write(2, text.encode())  # print is not safe in signal handlers
 
 
 class CheckpointHook(BaseHook):
-    """Decides after each step; `Saver` does it.
+    """Hook that decides after each step; `Saver` writes.
 
     Args:
-        logging_steps: processes agree on what they were asked at these steps.
-        scores: what was measured on held-out rows after this very step.
-        save_best: whether a step that is the best so far is saved too.
+        logging_steps: processes agree on requests at these steps.
+        scores: measured on held-out rows after the given step.
+        save_best: if true, a step that is the best so far is saved too.
         emit: writes a record.
     """
 
@@ -85,7 +86,7 @@ class CheckpointHook(BaseHook):
         self.logging_steps, self.now_file = logging_steps, folder / NOW_FILE
         self.scores, self.save_best, self.emit = scores, save_best, emit
         self.signals = StopSignals()
-        self._saved_at = time.monotonic()  # not the clock, which may be set
+        self._saved_at = time.monotonic()  # a monotonic clock, which nobody can set
 
     def on_start(self) -> None:
         self.signals.watch()
@@ -112,7 +113,7 @@ class CheckpointHook(BaseHook):
         self.saver.close()
 
     def _asked(self, step: int, last: bool) -> int:
-        """The most that any process was asked for."""
+        """Return the strongest request that any process got."""
         alone = self.backend.process_count == 1
         if not alone and not last and step % self.logging_steps:
             return GO_ON
@@ -127,12 +128,13 @@ class CheckpointHook(BaseHook):
         return wish if alone else self.backend.largest(wish)
 
     def _is_asked_by_file(self) -> bool:
-        """Whether `checkpoint.now` was there; it is taken away, be it a link or a pipe."""
+        """Return True if `checkpoint.now` existed; it is removed, also if it is a link or a
+        pipe."""
         if not os.path.lexists(self.now_file):
             return False
         try:
             self.now_file.unlink()
-        except OSError:  # a folder, or not ours to remove: it would ask at every step
+        except OSError:  # a folder or not removable: it would ask at every step
             return False
         return True
 

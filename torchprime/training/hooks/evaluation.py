@@ -1,8 +1,9 @@
-"""Held-out loss and graded answers before the first step, every so many steps, and at the end.
+"""The hook that measures held-out loss and answers before the first step, every N steps, and at the
+end.
 
-What is measured decides: whether the step is the best so far (the checkpoint hook asks), whether to
-end the run early, and whether to warn of overfitting. All processes measure and decide the same;
-the first one grades, since a grader may be anybody's code, and tells the others.
+The metrics decide if the step is the best so far (the checkpoint hook asks), if the run ends
+early, and if a warning of overfitting is due. All processes measure and decide the same; the first
+one grades, since a grader may be a user's own code, and sends the grades to the others.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from torchprime.training.run.resume import Past
 
 
 class EvaluationHook(BaseHook):
-    """Its time is taken out of the steps' by pausing their stopwatch.
+    """Hook that evaluates; its time is excluded from the steps' by pausing their stopwatch.
 
     Args:
         data: the packed held-out rows.
-        evaluation: what is asked, how it is graded, and what follows from it.
+        evaluation: prompts, graders, and the decisions that depend on them.
         batch_size: blocks per forward of the held-out loss.
         every_steps: None measures only before the first step and after the last.
         emit: writes a record.
-        control: by which the run is ended early.
-        past: what a run that goes on has measured already.
+        control: ends the run early.
+        past: evaluations before a resume.
         first_step: updates that were done before this start.
     """
 
@@ -75,14 +76,14 @@ class EvaluationHook(BaseHook):
             self._evaluate(self.first_step, answers=True)
 
     def remembered(self) -> dict[str, Any]:
-        """What a run that goes on from here has to know."""
+        """Return the state that a resumed run needs."""
         return Past(tuple(self.history), tuple(self._losses)).to_dict()
 
     def on_record(self, record: StepRecord) -> None:
         self._losses.append(record.loss)
 
     def scores_after(self, step: int) -> dict[str, float]:
-        """What was measured after this very step, {} if nothing was."""
+        """Return the scores measured after exactly this step; {} if there are none."""
         last = self.history[-1] if self.history else None
         return last.scores if last is not None and last.step == step else {}
 
@@ -100,7 +101,7 @@ class EvaluationHook(BaseHook):
         reason = None if stopping is None else stopping.reason(self.history)
         if reason is not None:
             if not self.evaluation.complete(self.scores_after(step)):
-                self._evaluate(step, answers=True)  # the run's last, so with its answers
+                self._evaluate(step, answers=True)  # the last evaluation has answers
             self.control.stop_reason = reason
             self.say(f"early stopping after step {step}: {reason}")
 
@@ -110,7 +111,7 @@ class EvaluationHook(BaseHook):
             self.say(f"evaluation took {self.seconds:.1f} s, {share:.1%} of the run")
 
     def _evaluate(self, step: int, answers: bool) -> None:
-        self.backend.synchronize()  # steps still under way are the steps' time
+        self.backend.synchronize()  # unfinished steps count as the steps' time
         with self.watch.paused():
             started = time.perf_counter()
             with self.guard.watch("held-out step", (self.batch_size, self.data.block_size)):
@@ -137,7 +138,7 @@ class EvaluationHook(BaseHook):
         self.emit(record)
 
     def _answers(self, step: int) -> dict[str, Any]:
-        """The fields of a record that are about answers."""
+        """Return the fields of a record that describe answers."""
         started = time.perf_counter()
         e = self.evaluation
         shapes = (e.options.batch_size, e.options.max_new_tokens)

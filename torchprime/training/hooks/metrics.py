@@ -1,4 +1,4 @@
-"""Hands every record to the writers; only the first process writes."""
+"""The hook that passes every record to the writers; only the first process writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torchprime.training.loop import BaseHook
 
 
 class MetricsHook(BaseHook):
-    """Writers see step records as they come, and whatever other hooks `emit`."""
+    """Hook that passes to the writers step records as they come, and whatever other hooks
+    `emit`."""
 
     def __init__(self, writers: Sequence[Writer]) -> None:
         self.writers = writers
@@ -26,11 +27,11 @@ class MetricsHook(BaseHook):
             writer.write(record)
 
     def sync(self) -> None:
-        """See that what was written so far is on the disk."""
+        """Wait until all records so far are on the disk."""
         for writer in self.writers:
             writer.sync()
 
     def on_end(self) -> None:
-        """Flush and close."""
+        """Flush and close the writers."""
         for writer in self.writers:
             writer.close()

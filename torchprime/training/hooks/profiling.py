@@ -1,4 +1,4 @@
-"""A trace of the steps from profile_start_step up to, not including, profile_end_step."""
+"""The hook that traces the steps from profile_start_step up to, not including, profile_end_step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from torchprime.training.loop import BaseHook
 
 
 class ProfileHook(BaseHook):
-    """Steps count from 0. Ends the trace at the run's end if that comes first."""
+    """Hook for a trace. Steps count from 0. It stops the trace at the run's end if that comes
+    first."""
 
     def __init__(self, backend: Backend, *, start: int, end: int, folder: str) -> None:
         self.backend, self.start, self.end, self.folder = backend, start, end, folder

@@ -1,1 +1,1 @@
-"""A run's folder: what is written there, resumed from it and exported."""
+"""The files of a run's folder: writing, resuming and exporting."""

@@ -1,11 +1,11 @@
-"""What differs between a checkpoint and the run that would go on from it, and whether that is fine.
+"""Differences between a checkpoint and the run that resumes from it, by severity.
 
-    harmless       how the steps are computed or where things lie: mesh, accumulation, paths
-    questionable   what the coming steps do: learning rate, length, weight decay
-    refused        what the steps so far were made of: data, tokenizer, template, model
+    harmless       how the steps are computed or where files lie: mesh, accumulation, paths
+    questionable   the settings of future steps: learning rate, length, weight decay
+    refused        the inputs of past steps: data, tokenizer, template, model
 
-Harmless changes are said and taken. A questionable one needs to be named in resume.allow_changes.
-A refused one would make the run something that no one run ever was.
+Harmless changes are reported and accepted. A questionable one must be named in
+resume.allow_changes. A refused one would give a run that no single config describes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torchprime.checkpoint.run.manifest import Manifest
 from torchprime.errors import ConfigError
 
 HARMLESS, QUESTIONABLE, REFUSED = "harmless", "questionable", "refused"
-# By the beginning of a key. Where rows and weights come from is harmless as long as they are the
-# same, which their fingerprints tell.
+# By prefix of the key. The sources of rows and weights are harmless as long as the content is the
+# same, which the fingerprints tell.
 HARMLESS_KEYS = (
     "ici_mesh", "dcn_mesh", "sharding", "remat", "checkpoint", "resume", "logging_steps",
     "output_dir", "run_name", "dry_run", "compile_", "allow_recompile", "isolation_probe",
@@ -33,7 +33,7 @@ REFUSED_KEYS = (
     "task.optimizer.master_weights", "model.add_special_tokens", "model.resize_embeddings",
     "model.pad_vocab_to_multiple",
 )  # fmt: skip
-# Fingerprints: what a difference means, and what it is a fingerprint of.
+# Fingerprints: the severity of a difference, and the thing that is fingerprinted.
 IDENTITIES = {
     "model": (REFUSED, "names, shapes and new rows of the weights"),
     "tokenizer": (REFUSED, "tokenizer.json and its special tokens"),
@@ -45,7 +45,7 @@ IDENTITIES = {
 
 @dataclass(frozen=True)
 class Change:
-    """One difference: a config's key, or the name of a fingerprint."""
+    """A difference in a config key or a fingerprint."""
 
     key: str
     old: Any
@@ -54,7 +54,7 @@ class Change:
     what: str = ""
 
     def describe(self) -> str:
-        """A line for a person."""
+        """Return a line for the user."""
         note = f" ({self.what})" if self.what else ""
         return f"{self.kind:<12} {self.key}: {_shown(self.old)} -> {_shown(self.new)}{note}"
 
@@ -62,7 +62,7 @@ class Change:
 def find_changes(
     manifest: Manifest, config: Mapping[str, Any], identity: Mapping[str, str | None]
 ) -> list[Change]:
-    """All differences, the gravest first.
+    """Return all differences, the most severe first.
 
     Args:
         config: as TrainConfig.to_dict() gives it.
@@ -85,7 +85,7 @@ def find_changes(
 
 
 def identity_of(manifest: Manifest) -> dict[str, str | None]:
-    """The fingerprints that a checkpoint has for IDENTITIES."""
+    """Return the fingerprints that a checkpoint has for IDENTITIES."""
     held_out = manifest.eval_manifest or {}
     return {
         "model": manifest.model["hash"],
@@ -97,7 +97,7 @@ def identity_of(manifest: Manifest) -> dict[str, str | None]:
 
 
 def refuse_changes(changes: Sequence[Change], allowed: Sequence[str], point: str) -> None:
-    """Raise a ConfigError for what is refused, or questionable and not allowed."""
+    """Raise a ConfigError for changes that are refused, or questionable and not allowed."""
     refused = [change for change in changes if change.kind == REFUSED]
     asked = not_allowed(changes, allowed)
     if not refused and not asked:
@@ -118,7 +118,7 @@ def refuse_changes(changes: Sequence[Change], allowed: Sequence[str], point: str
 
 
 def not_allowed(changes: Sequence[Change], allowed: Sequence[str]) -> list[Change]:
-    """The questionable changes that no key or beginning of a key allows."""
+    """Return the questionable changes that no key or key prefix allows."""
     return [
         change
         for change in changes
@@ -148,7 +148,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _given(config: Mapping[str, Any], key: str) -> Any:
-    """A value; an empty list is none, as where an older version did not have the key."""
+    """Return a value; an empty list counts as absent, because older versions did not have the
+    key."""
     value = config.get(key)
     return None if value == [] else value
 

@@ -1,11 +1,11 @@
-"""The end of a run: weights leave the device, become a Hugging Face folder, and are proved.
+"""The export at the end of a run: weights become a Hugging Face folder, which is verified.
 
-Before the folder is in its place, the files are read back and every tensor's bytes must be those
-that left the device; transformers, loading the folder, must compute the logits that the trainer
-computes; and what else the certificate lists. The logits need the model in host memory, so they
-are compared when there is room, and it is said when not.
+Before the folder gets its final name, the files are read back and every tensor's bytes must be
+those that left the device; transformers, loading the folder, must compute the logits that the
+trainer computes; and the certificate lists further checks. The logits need the model in host
+memory, so they are compared only if there is room; otherwise this is reported.
 
-A checkpoint keeps the small files and the facts of an export, so that one can be made of it later.
+A checkpoint stores the small files and the facts of an export, so that it can be exported later.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torchprime.training.setup.model_files import ModelFiles
 
 
 class Exporter:
-    """Writes and proves exports of one run's model."""
+    """Writer of verified exports of one run's model."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class Exporter:
         self.template, self.stop_ids = template, stop_ids
 
     def need(self, place: ExportPlace) -> Need:
-        """Return what an export there takes of a disk."""
+        """Return the disk space that an export there needs."""
         return export_need(place, self.files.shapes, self.dtype, self.max_shard_bytes)
 
     def check(self, out: Path | ExportPlace) -> None:
-        """Raise what `write` would raise about the target, before the run.
+        """Raise the errors that `write` would raise about the target, before the run.
 
         What the export repairs in the source's files is said, once.
         """
@@ -79,12 +79,12 @@ class Exporter:
 
     @staticmethod
     def require_certified(place: ExportPlace) -> None:
-        """Raise the CheckpointError of an export that is there already and failed."""
+        """Raise the CheckpointError of an existing export that failed its checks."""
         if (certificate := place.certificate()) is not None:
             certificate.require(place)
 
     def facts(self, step: int | None, metrics: Mapping[str, Any]) -> ExportFacts:
-        """What an export of the weights after `step` updates has to know."""
+        """Return the facts that an export of the weights after `step` updates needs."""
         template = self.template
         folder, new_rows = self.files.folder, self.files.new_rows
         return ExportFacts(
@@ -105,7 +105,8 @@ class Exporter:
         )
 
     def write_small_files(self, folder: Path, *, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write what a checkpoint keeps for an export: all of it but the weights, and the facts."""
+        """Write the part of an export that a checkpoint stores: the facts and all files but the
+        weights."""
         facts = self.facts(step, metrics)
         write_hf_files(folder, **self._small_files(facts))
         write_json(folder / FACTS, facts.to_dict())
@@ -113,7 +114,8 @@ class Exporter:
     def keep(
         self, writer: FolderWriter, *, step: int, metrics: Mapping[str, Any], weights: bool
     ) -> None:
-        """Write a checkpoint's hf/, with the weights too if asked for; its tensors are there."""
+        """Write a checkpoint's hf/, with the weights too if requested; its tensors are already
+        written."""
         with writer.local_folder(HF) as folder:
             self.write_small_files(folder, step=step, metrics=metrics)
             if not weights:
@@ -127,8 +129,8 @@ class Exporter:
             self.say(f"the weights in {HF}/ of step {step} failed their certificate: {told}")
 
     def write_sharded(self, place: ExportPlace, backend: Backend) -> None:
-        """Leave the weights in shards instead (convert_to_safetensors=false): no conversion, no
-        proof."""
+        """Write the weights in shards instead (convert_to_safetensors=false), unconverted and
+        unverified."""
         with place.folder() as folder:
             backend.save_sharded(str(folder))
         self.say(
@@ -145,7 +147,8 @@ class Exporter:
         prove_logits: bool = True,
         others_wait: Callable[[], None] = lambda: None,
     ) -> ExportResult | None:
-        """Export the backend's weights to `out` and prove it; other processes only hand over.
+        """Export the backend's weights to `out` and verify it; other processes only pass their
+        shards.
 
         Every process takes part in computing logits and in bringing a sharded tensor to a host, so
         all do the same of these in the same order, also where the first one fails to write.
@@ -158,7 +161,7 @@ class Exporter:
 
         Raises:
             CheckpointError: it could not be written, or a check of the certificate failed; in the
-                latter case the folder is there, with the certificate that says so.
+                latter case the folder is there, with the failed certificate.
         """
         trained = self._trained_logits(backend) if prove_logits else "the run diverged"
         place = ExportPlace.of(out)
@@ -171,7 +174,7 @@ class Exporter:
             result = self._export(place, weights, self.facts(step, metrics), trained)
         finally:
             if backend.process_count > 1:
-                for _ in weights:  # the rest of this process' share in bringing them to a host
+                for _ in weights:  # the rest of this process's part in gathering the weights
                     pass
         certificate = result.certificate
         assert certificate is not None
@@ -204,7 +207,7 @@ class Exporter:
         )
 
     def _small_files(self, facts: ExportFacts) -> dict[str, Any]:
-        """The arguments of `write_hf_files`."""
+        """Return the arguments of `write_hf_files`."""
         return dict(
             spec=self.files.shapes,
             config=self.files.hf_config,
@@ -217,7 +220,8 @@ class Exporter:
         )
 
     def _generation_config(self) -> dict[str, Any] | None:
-        """The source's, with the stop tokens that were trained: a server looks here for them."""
+        """Return the source's generation config with the trained stop tokens: a server reads them
+        there."""
         found = self.files.generation_config()
         trained = [i for i in self.stop_ids if i != self.files.tokenizer.eos_id]
         if not trained:
@@ -227,7 +231,8 @@ class Exporter:
         return {**(found or {}), "eos_token_id": list(dict.fromkeys([*stops, *trained]))}
 
     def _trained_logits(self, backend: Backend) -> PromptLogits | str:
-        """The trainer's logits for the prompts, or why transformers cannot be compared with them.
+        """Return the trainer's logits for the prompts, or the reason why transformers can't be
+        compared.
 
         Room is one host's matter, so several processes compute them all the same.
         """
@@ -247,6 +252,6 @@ class Exporter:
 def _then(
     weights: Iterator[tuple[str, Tensor]], after: Callable[[], None]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights, and a call when the last of them was taken."""
+    """Yield the weights, and call `after` when the last one was taken."""
     yield from weights
     after()

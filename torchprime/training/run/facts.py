@@ -1,4 +1,4 @@
-"""What is written down of a run: run.json, its checkpoints' manifests, the metrics of an export."""
+"""The written facts of a run: run.json, its checkpoints' manifests, the metrics of an export."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAST_LOSS = "train loss of the last step"
 def run_facts(
     config: TrainConfig, backend: Backend, files: ModelFiles, rows: RunData, plan: Plan
 ) -> dict[str, Any]:
-    """run.json: what ran, on what, with which data; enough to compare two runs."""
+    """Return run.json: model, devices, data and versions; enough to compare two runs."""
     return {
         "command": run_folder.command(),
         "versions": run_folder.versions(),
@@ -61,7 +61,7 @@ def make_manifest(
     metrics: dict[str, Any],
     hooks: dict[str, Any],
 ) -> Manifest:
-    """All that a run needs to go on after a step, but for the tensors.
+    """Return the manifest: all that a resume after a step needs except the tensors.
 
     Args:
         identity: fingerprints of what the run's steps are made of.
@@ -111,7 +111,7 @@ def make_manifest(
 def metrics_at(
     step: int, loss: float, loss_step: int, history: Sequence[Evaluated]
 ) -> dict[str, Any]:
-    """What is known of the weights after a step; what is older says of which step it is."""
+    """Return the metrics of the weights after a step; older ones are labelled with their step."""
     metrics = {LAST_LOSS if loss_step == step else f"train loss of step {loss_step}": loss}
     if history:
         last, now = history[-1], history[-1].step == step

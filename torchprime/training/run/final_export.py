@@ -1,8 +1,8 @@
-"""The export at a run's end, and what becomes of the weights if it fails.
+"""The export at a run's end, and the rescue of the weights if it fails.
 
-The target was tried before the first step, but a disk may fill up and a network may go away while
-a run trains. The weights must not be lost with it: if no checkpoint holds them, one is written,
-by all processes, and the message has the command that exports it.
+The target was tested before the first step, but a disk may fill up and a network may fail while
+a run trains. The weights must not be lost then: if no checkpoint holds them, all processes write
+one, and the message has the command that exports it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from torchprime.training.backend import Backend
 
 
 class FinalExport:
-    """Runs the export of one run, once.
+    """The export of one run, executed once.
 
     Args:
-        export: exports. It is given what the first process calls when the others' part is done.
-        saved: full path of the checkpoint that holds the weights to be exported; None if there is
-            none.
+        export: exports. Its argument is called on the first process when the others' part is done.
+        saved: full path of the checkpoint with the weights to be exported; None if there is none.
         save: writes one, with all processes, and returns its full path.
     """
 
@@ -41,7 +40,7 @@ class FinalExport:
         self._export, self._saved, self._save = export, saved, save
 
     def run(self) -> None:
-        """Export, or keep the weights and say how to export them.
+        """Export, or save the weights and tell how to export them.
 
         Raises:
             Exception: what the export raised; of a UserError, the message says that, too.
@@ -50,7 +49,7 @@ class FinalExport:
         try:
             self._export(work.others_wait)
         except Exception as error:
-            # What else one of several processes meets is a lost partner, and ends them all.
+            # Any other error with several processes means a lost partner, and ends them all.
             if self.backend.process_count > 1 and not isinstance(error, (UserError, OSError)):
                 raise
             problem = error
@@ -65,7 +64,7 @@ class FinalExport:
         raise problem
 
     def _keep(self, work: LongWork) -> str:
-        """See that a checkpoint holds the weights; what to say of it."""
+        """Make sure that a checkpoint holds the weights; return the message about it."""
         if work.lost is not None:
             return "The other processes are gone, so no checkpoint could be written."
         try:
@@ -77,5 +76,6 @@ class FinalExport:
 
 
 def _lacks_weights(problem: Exception) -> bool:
-    """False where a whole export is there or on this machine, whatever is wrong with it."""
+    """Return False if a whole export exists at the target or locally, even if a check of it
+    failed."""
     return not isinstance(problem, (UnsentError, UncertifiedError))

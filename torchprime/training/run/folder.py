@@ -1,4 +1,4 @@
-"""A run's folder: made once, never shared with another run, readable without us."""
+"""A run's folder: created once, never shared with another run, readable without torchprime."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from torchprime.private_folders import require_private
 
 CONFIG, FACTS = "config.yaml", "run.json"
 KEY = "output_dir/run_name"
-TO_SEND = "export_to_send"  # an export to a URL, as long as it is not there
-# What else a run makes in its folder.
+TO_SEND = "export_to_send"  # an export to a URL, until it is uploaded
+# Other names that a run creates in its folder.
 OWN_NAMES = (
     CONFIG, FACTS, TO_SEND, "data_report.json", "metrics.jsonl", "tensorboard", "evaluations",
     "checkpoints", "checkpoint.now", "profile", "report.md", "report.html",
@@ -35,12 +35,12 @@ PACKAGES = (
 
 
 def check(folder: Path) -> None:
-    """Refuse a folder that holds another run or could not be made; make nothing.
+    """Refuse a folder that holds another run or could not be created; create nothing.
 
-    Hidden files are no run: a lock, and what a kill left before the first file had its name.
+    Hidden files do not count: a lock, and files that a kill left before they had their names.
 
     Raises:
-        RuntimeSetupError: naming the folder and what is in its way, or who else may change it.
+        RuntimeSetupError: naming the folder and the obstacle, or who else may change it.
     """
     require_private(folder, KEY)
     if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
@@ -57,7 +57,7 @@ def check(folder: Path) -> None:
 
 
 def claim(folder: Path) -> None:
-    """`check`, and make the folder with its parents."""
+    """Run `check`, and create the folder with its parents."""
     check(folder)
     try:
         make_folder(folder)
@@ -67,7 +67,7 @@ def claim(folder: Path) -> None:
 
 
 def check_export_folder(folder: Path, out: Path) -> None:
-    """Refuse an export folder that the run itself will write into.
+    """Refuse an export folder that the run itself writes into.
 
     Raises:
         ConfigError: it is the run's folder, holds it, or is one of the names a run makes in it.
@@ -89,12 +89,12 @@ def _cannot(folder: Path, why: str) -> str:
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """config.yaml: every value the run used, resolved."""
+    """Write config.yaml: every value that the run used, resolved."""
     write_text(folder / CONFIG, _config_text(config))
 
 
 def config_fingerprint(config: Mapping[str, Any]) -> str:
-    """sha256 of config.yaml, as `sha256sum` gives it."""
+    """Return the sha256 of config.yaml, as `sha256sum` gives it."""
     return hashlib.sha256(_config_text(config).encode()).hexdigest()
 
 
@@ -104,7 +104,7 @@ def _config_text(config: Mapping[str, Any]) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn a fault of the file system into one message; files written before it stay.
+    """Convert an error of the file system into one message; files written before it stay.
 
     Raises:
         RuntimeSetupError: naming the folder and the system's reason.
@@ -120,7 +120,7 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any], step: int) -> None:
-    """run.json: what runs now, and in `starts` each start of this run and at which step it was."""
+    """Write run.json: the present run, and in `starts` each start of this run with its step."""
     path = folder / FACTS
     before = parse_json(read_plain(path).encode(), path) if path.is_file() else {}
     starts = before.get("starts", [])
@@ -129,7 +129,7 @@ def write_facts(folder: Path, facts: Mapping[str, Any], step: int) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What ran: our version, Python's and those of the libraries that shape a result."""
+    """Return our version, Python's and those of the libraries that affect a result."""
     found = {"torchprime": torchprime.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -140,5 +140,5 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """The command line, quoted so that a shell reads it as it was given."""
+    """Return the command line, quoted for a shell."""
     return shlex.join([Path(sys.executable).name, *sys.argv])

@@ -1,8 +1,8 @@
-"""Where a run begins: at its first step, or at a checkpoint.
+"""The start of a run: at its first step, or at a checkpoint.
 
-`auto` goes on from the newest whole checkpoint of the run's own folder, if there is one; `never`
-does not look; a number is a step of this run; anything else is a checkpoint's folder or URL, from
-which a new run goes on. A run that was killed before its first checkpoint begins again.
+`auto` resumes from the newest whole checkpoint of the run's own folder, if there is one; `never`
+starts at the first step; a number is a step of this run; anything else is a checkpoint's folder or
+URL, from which a new run starts. A run that was killed before its first checkpoint begins again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from torchprime.training.backend import Backend, ResumedState, StepNumbers
 from torchprime.training.run import folder as run_folder
 
 METRICS = "metrics.jsonl"
-EVALUATION = "evaluation"  # what the hook keeps in a manifest
+EVALUATION = "evaluation"  # the hook's key in a manifest
 KEPT = {"history": list_of(OBJECT, "a list of objects"), "losses": list_of(NUMBER, "numbers")}
 EVALUATED = {
     "step": count(),
@@ -65,11 +65,11 @@ class ResumePoint:
     own: bool
 
     def state(self) -> ResumedState:
-        """What the backend makes its state of."""
+        """Return the input for the backend's state."""
         return ResumedState(self.reader.get, self.step)
 
     def weight(self, name: str) -> Tensor:
-        """A weight by its Hugging Face name."""
+        """Return a weight by its Hugging Face name."""
         return self.reader.get(f"model.{name}")
 
     @property
@@ -78,14 +78,15 @@ class ResumePoint:
 
 
 def checkpoints_place(folder: Path, given: str | None) -> str:
-    """Where a run's checkpoints are: in its folder, or where the config says, under its name."""
+    """Return the place of a run's checkpoints: in its folder, or where the config says, under its
+    name."""
     return str(folder / "checkpoints") if given is None else f"{given.rstrip('/')}/{folder.name}"
 
 
 def agree_on_point(
     backend: Backend, source: str, catalog: Catalog, say: Callable[[str], None]
 ) -> ResumePoint | None:
-    """`find_point` of the first process, for all: only it reads every file."""
+    """Run `find_point` on the first process, for all: only it reads every file."""
     if backend.process_count == 1:
         return find_point(source, catalog, say)
 
@@ -102,10 +103,10 @@ def agree_on_point(
 
 
 def find_point(source: str, catalog: Catalog, say: Callable[[str], None]) -> ResumePoint | None:
-    """The checkpoint to begin at, checked file by file; None to begin at the first step.
+    """Return the checkpoint to start from, checked file by file; None to start at the first step.
 
     Raises:
-        CheckpointError: what is named is not there, or is damaged.
+        CheckpointError: the named checkpoint is missing or damaged.
     """
     if source == "never":
         return None
@@ -152,9 +153,9 @@ def _split(place: str) -> tuple[Storage, str]:
 
 
 def recorded_date(source: str, catalog: Catalog) -> str | None:
-    """Return the date that the run to go on with renders its chat template with, if it has one.
+    """Return the date in the chat template of the run to be resumed, if it has one.
 
-    Only that is looked for: whether the checkpoint is whole is found out later.
+    Only the date is read here: the checkpoint is checked later.
     """
     storage, name = catalog.storage, None
     if source == "auto" and (steps := catalog.steps()):
@@ -171,7 +172,7 @@ def recorded_date(source: str, catalog: Catalog) -> str | None:
 
 
 def check_writable(storage: Storage) -> None:
-    """See early that checkpoints can be written, by writing a small file and removing it.
+    """Check early that checkpoints can be written, by writing a small file and removing it.
 
     Raises:
         CheckpointError: a place in which this user may not write.
@@ -186,7 +187,7 @@ def check_writable(storage: Storage) -> None:
 
 
 def check_shared(backend: Backend, storage: Storage) -> None:
-    """See early that all processes mean the same place by the checkpoint folder; all call it.
+    """Check early that all processes use the same place for checkpoints; all of them call it.
 
     Raises:
         CheckpointError: some process does not see what the first one wrote, on every process.
@@ -210,10 +211,10 @@ def check_shared(backend: Backend, storage: Storage) -> None:
 
 
 def may_go_on(source: str, folder: Path, catalog: Catalog) -> None:
-    """Refuse early, without looking into checkpoints, a folder whose run this cannot go on with.
+    """Refuse early, without reading checkpoints, a folder whose run can't be resumed by this one.
 
     Raises:
-        RuntimeSetupError: the folder holds another run, or others could change what is in it.
+        RuntimeSetupError: the folder holds another run, or others could change its files.
         CheckpointError: a link lies in the place of the checkpoints.
     """
     require_private(folder, run_folder.KEY)
@@ -224,7 +225,7 @@ def may_go_on(source: str, folder: Path, catalog: Catalog) -> None:
 
 
 def require_private_storage(storage: Storage, folder: Path) -> None:
-    """Refuse a place for checkpoints that others could exchange, or that is a link in the run's
+    """Refuse a place for checkpoints that others could replace, or that is a link in the run's
     folder."""
     if not isinstance(storage, LocalStorage):
         return
@@ -234,7 +235,7 @@ def require_private_storage(storage: Storage, folder: Path) -> None:
 
 
 def died_early(folder: Path) -> bool:
-    """Whether the folder's run was to write checkpoints."""
+    """Return True if the folder's run was configured to write checkpoints."""
     try:
         config = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
         wanted = config["checkpoint"]
@@ -248,7 +249,7 @@ def died_early(folder: Path) -> bool:
 
 
 def rng_states(device: str) -> dict[str, str]:
-    """Of every generator a run may draw from, as text."""
+    """Return the state of every random generator that a run may use, as text."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": json.dumps(random.getstate()),
@@ -259,14 +260,14 @@ def rng_states(device: str) -> dict[str, str]:
 
 
 def seed_rng(seed: int) -> None:
-    """Begin them all, but for the device's, from the run's seed."""
+    """Seed all of them, except the device's, from the run's seed."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def restore_rng(states: Mapping[str, str]) -> None:
-    """Give back what `rng_states` gave, but for the device's.
+    """Restore the states that `rng_states` returned, except the device's.
 
     Raises:
         CheckpointError: one of them is no state of that generator.
@@ -279,7 +280,7 @@ def restore_rng(states: Mapping[str, str]) -> None:
     for name, give_back in restore.items():
         try:
             give_back(states[name])
-        except Exception as error:  # the libraries raise nearly anything
+        except Exception as error:  # the libraries raise nearly any exception
             raise CheckpointError(
                 f"the checkpoint's manifest: rng.{name} is no state of that generator "
                 f"({type(error).__name__}). Resume from another checkpoint."
@@ -287,7 +288,7 @@ def restore_rng(states: Mapping[str, str]) -> None:
 
 
 def restore_device(backend: Backend, states: Mapping[str, str]) -> None:
-    """Give back the state of the device's generator; see `restore_rng`."""
+    """Restore the state of the device's generator; see `restore_rng`."""
     try:
         backend.set_rng_state(states["device"])
     except Exception as error:
@@ -310,27 +311,27 @@ def _tensor_of(text: str) -> Tensor:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Keep the records up to a step; those behind it are made again."""
+    """Keep the records up to a step; later ones are written again."""
     if not path.is_file():
         return
-    lines = read_plain(path).split("\n")[:-1]  # what a kill left torn is not kept
+    lines = read_plain(path).split("\n")[:-1]  # a line torn by a kill is dropped
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 @dataclass(frozen=True)
 class Past:
-    """What was measured before a run's resumption; it is in the checkpoint, for all processes."""
+    """The metrics before a resume; they are in the checkpoint, for all processes."""
 
     history: tuple[Evaluated, ...] = ()  # one for each evaluated step
     losses: tuple[float, ...] = ()  # of training, logged since the last of them
 
     @classmethod
     def of(cls, manifest: Manifest) -> Past:
-        """As the evaluation hook left it.
+        """Make it from the state that the evaluation hook saved.
 
         Raises:
-            CheckpointError: it is something else.
+            CheckpointError: the state is malformed.
         """
         kept = manifest.hooks.get(EVALUATION)
         if kept is None:
@@ -347,14 +348,14 @@ class Past:
             ) from error
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return the content for the manifest."""
         history = [asdict(each) for each in self.history]
         return {EVALUATION: {"history": history, "losses": list(self.losses)}}
 
 
 def last_numbers(path: Path, step: int) -> StepNumbers | None:
-    """The last that a run's records say of its steps up to this one; only the first process may
-    have them."""
+    """Return the last numbers in a run's records up to this step; only the first process may have
+    them."""
     records = read_metrics(path) if path.is_file() else []
     steps = [r for r in records if r["kind"] == StepRecord.kind and r["step"] <= step]
     if not steps:
@@ -363,7 +364,7 @@ def last_numbers(path: Path, step: int) -> StepNumbers | None:
 
 
 def cut_evaluations(folder: Path, step: int) -> None:
-    """Remove the samples of later steps, which are made again, or never."""
+    """Remove the samples of later steps, which are generated again, or never."""
     inside(folder.parent, folder.name, str(folder.parent))
     for path in folder.glob("step_*.jsonl") if folder.is_dir() else ():
         named = STEP.fullmatch(path.stem)
@@ -372,7 +373,7 @@ def cut_evaluations(folder: Path, step: int) -> None:
 
 
 def set_aside(folder: Path, say: Callable[[str], None]) -> None:
-    """Keep the records of a run that begins again under another name."""
+    """Rename the records of a run that starts again."""
     metrics = folder / METRICS
     if not metrics.is_file() or not metrics.stat().st_size:
         return

@@ -1,7 +1,7 @@
-"""A checkpoint of a run: from tensors on devices to a whole folder, while training goes on.
+"""The writer of a run's checkpoints: from tensors on devices to a whole folder, during training.
 
-The steps under way are finished and the shards of this process are copied to host memory: for so
-long training stands still. A thread then writes them, hashing as it goes, and the folder gets its
+The current steps are finished and the shards of this process are copied to host memory; training
+pauses only for that. A thread then writes and hashes them, and the folder gets its
 manifest and its name last. With `asynchronous=false`, and where the run waits anyway, nothing is
 copied ahead: tensors are fetched and written one after the other, so host memory holds one at a
 time.
@@ -31,7 +31,7 @@ from torchprime.training.backend import Backend
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest, the best, and every so many steps."""
+    """The checkpoints to retain: the newest, the best, and every N steps."""
 
     keep_last: int | None
     keep_best: int
@@ -39,15 +39,15 @@ class Retention:
 
 
 class Saver:
-    """Writes the checkpoints of one run, one at a time.
+    """Writer of the checkpoints of one run, one at a time.
 
     Args:
-        manifest: makes a step's manifest; called when nothing is under way.
-        more: writes further files into the checkpoint's folder, on the first process; the tensors
-            of all are there by then.
-        best: `step` and `scores` of the best checkpoint there is, None for none.
-        before_commit: called on the first process before the checkpoint gets its name: what it
-            counts on must be on the disk by then.
+        manifest: makes a step's manifest; called when no step is unfinished.
+        more: writes further files into the checkpoint's folder, on the first process, after the
+            tensors of all processes.
+        best: `step` and `scores` of the best existing checkpoint, None for none.
+        before_commit: called on the first process before the checkpoint gets its name: files it
+            refers to must be on the disk by then.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Saver:
         self.best = dict(best) if best else None  # of the checkpoints that are whole
         self._candidate: dict[str, Any] | None = None  # the one being written, if it is better
         self.say = say
-        self.problem: Exception | None = None  # of the last checkpoint, if it could not be written
+        self.problem: Exception | None = None  # error of the last checkpoint
         self._bug: Exception | None = None
         self._thread: threading.Thread | None = None
         self._copies: dict[str, list[Tensor]] = {}
@@ -78,9 +78,9 @@ class Saver:
         self._finished: list[CheckpointRecord] = []
 
     def reserve(self) -> None:
-        """Begin to take the host memory that asynchronous checkpoints copy to: pages that the
-        system gives anew cost several times what the copy into them does, so the first checkpoint
-        would hold up training for as long as writing it takes."""
+        """Start to allocate the host memory for asynchronous checkpoints: the first use of a page
+        costs several times the copy into it, so the first checkpoint would pause training for as
+        long as writing it takes."""
         if not self.asynchronous:
             return
         live = [shards for shards in self.backend.checkpoint_tensors() if shards.live]
@@ -94,15 +94,15 @@ class Saver:
         self._reserving.start()
 
     def save(self, step: int, *, scores: Mapping[str, float], wait: bool) -> None:
-        """Begin a checkpoint; end it too where `wait` says so.
+        """Start a checkpoint; finish it too if `wait` is true.
 
         Args:
-            scores: what was measured after this very step; empty if nothing was.
+            scores: measured after exactly this step; empty if there are none.
         """
         started = time.perf_counter()
         self._join()
         updates, bad = self.backend.progress()
-        if bad:  # the loop will say so at the next logged step; these weights go elsewhere
+        if bad:  # the loop reports it at the next logged step; these weights are saved elsewhere
             return
         assert updates == step, f"the device has done {updates} updates, the loop {step}"
         better = self.is_best(scores)
@@ -123,7 +123,8 @@ class Saver:
         self._thread.start()
 
     def is_best(self, scores: Mapping[str, float]) -> bool:
-        """Whether these are better than those of every checkpoint, the one being written too."""
+        """Return True if these scores are better than those of every checkpoint, including the
+        unfinished one."""
         rank = self.catalog.rank(scores)
         known = [self.catalog.rank(each["scores"]) for each in (self.best, self._candidate) if each]
         return rank is not None and all(other is None or rank < other for other in known)
@@ -135,12 +136,13 @@ class Saver:
         started: float,
         stall: float | None,
     ) -> None:
-        """All of it; what goes wrong is said and kept, for a run is worth more than a copy."""
+        """Write a checkpoint. An error is reported and kept, because a run is worth more than a
+        copy."""
         try:
             size = self._write_folder(manifest, tensors)
         except Exception as error:
             self.problem, self._candidate = error, None
-            if not isinstance(error, (UserError, OSError)):  # our own mistake: raised by `_join`
+            if not isinstance(error, (UserError, OSError)):  # our own bug: raised by `_join`
                 self._bug = error
             self.say(f"checkpoint of step {manifest.step} NOT written: {error}")
             return
@@ -156,9 +158,10 @@ class Saver:
         )
 
     def _write_folder(self, manifest: Manifest, tensors: Sequence[TensorShards]) -> int:
-        """Every process writes its shards; the first one what the folder is whole by.
+        """Write the shards of this process; the first process also completes the folder. Return its
+        size.
 
-        What fails on one process fails on all of them, at the same place.
+        An error on one process is raised on all of them, at the same place.
         """
         storage, name = self.catalog.storage, self.catalog.name_of(manifest.step)
         backend, first = self.backend, self.backend.process_index == 0
@@ -188,8 +191,8 @@ class Saver:
             return self._together(complete)[1][0]
 
     def _together(self, part: Callable[[], Any], tell: bool = True) -> tuple[Any, list[Any]]:
-        """What this process made of its part, and what all did, if they `tell` it; another's
-        failure is raised here."""
+        """Run this process's part; return its result, and all results if `tell`. Raise another
+        process's error here."""
         made, problem = None, None
         try:
             made = part()
@@ -206,22 +209,22 @@ class Saver:
     def _point_and_retain(self, name: str) -> None:
         self.catalog.point(LATEST, name)
         best = self._candidate or self.best
-        if best is not None:  # each time: a kill may have come before the pointer
+        if best is not None:  # each time: a kill may have come before the pointer was written
             self.catalog.point(BEST, self.catalog.name_of(best["step"]))
         keep = self.retention
         self.catalog.retain(keep.keep_last, keep.keep_best, keep.keep_every)
 
     def finished(self) -> list[CheckpointRecord]:
-        """The checkpoints that became whole since the last call."""
+        """Return the checkpoints that became whole since the last call."""
         found, self._finished = self._finished, []
         return found
 
     def close(self) -> None:
-        """Wait for the one under way."""
+        """Wait for the unfinished checkpoint."""
         self._join()
 
     def require(self) -> None:
-        """Raise what kept the last checkpoint from being written."""
+        """Raise the error of the last checkpoint, if it could not be written."""
         self._join()
         if self.problem is not None:
             raise CheckpointError(f"the last checkpoint could not be written: {self.problem}")
@@ -235,10 +238,10 @@ class Saver:
             raise bug
 
     def _on_host(self, shards: TensorShards) -> TensorShards:
-        """The same with its chunks in host memory that no update touches.
+        """Return the same tensors with their chunks copied to host memory that no update changes.
 
-        The memory of what had to be copied is kept for the next checkpoint (see `reserve`). Handing
-        over the others lets go of them.
+        The memory of the copies is reused for the next checkpoint (see `reserve`). References to
+        the originals are dropped.
         """
         chunks = shards.read()
         if shards.live:

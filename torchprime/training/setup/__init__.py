@@ -1,1 +1,1 @@
-"""What a run is made from: data, model files, optimizer, plan, the test of isolation."""
+"""The parts of a run: data, model files, optimizer, plan, the test of isolation."""

@@ -1,8 +1,7 @@
-"""The config's data sections become data sets: what to train on, what to hold out, and whether
-the one leaks into the other.
+"""Data sets from the config's data sections: training rows, held-out rows, and the leak check.
 
 Sources and reading come from the config, the rest from torchprime.data: rows are split, prepared
-(or found prepared), and compared. The config stops here.
+(or found prepared), and compared. Later code gets no config objects.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ LEAKS_FILE = "leaks.json"
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything a run knows of its rows."""
+    """All data of a run."""
 
     sources: RunRows
     train: PackedDataset
@@ -54,14 +53,14 @@ class RunData:
     leaks: LeakReport | None
 
     def rejected_heldout(self) -> set[str]:
-        """Ids of the held-out rows that the preparation left out, wholly or an answer of them."""
+        """Return the ids of held-out rows of which the preparation rejected all or one answer."""
         report = self.heldout_report
         found = [] if report is None else report.rejected.values()
         apart = self.sources.dataset.turns != WHOLE
         return {row_of(i) if apart else i for ids in found for i in ids}
 
     def reports(self) -> dict[str, Any]:
-        """data_report.json."""
+        """Return the content of data_report.json."""
         found: dict[str, Any] = {"dataset": self.report.to_dict()}
         if self.heldout_report is not None:
             found["eval"] = self.heldout_report.to_dict()
@@ -70,7 +69,8 @@ class RunData:
         return found
 
     def fingerprints(self) -> dict[str, str | None]:
-        """What the run's data was, for run.json: equal fingerprints, equal batches."""
+        """Return the fingerprints of the run's data, for run.json: equal fingerprints, equal
+        batches."""
         return {
             "data": self.report.fingerprint,
             "eval": self.heldout_report and self.heldout_report.fingerprint,
@@ -82,7 +82,7 @@ class RunData:
 
 @dataclass(frozen=True)
 class RunRows:
-    """Where a config's rows come from, before they are tokenized."""
+    """The sources of a config's rows, before they are tokenized."""
 
     dataset: DatasetConfig
     eval: EvalConfig
@@ -108,13 +108,13 @@ class RunRows:
         ]
 
     def hub_names(self) -> list[str]:
-        """The hub's names of the training rows' datasets."""
+        """Return the hub's names of the training rows' datasets."""
         names = (hub_name(part.source.hf_dataset_name) for part in self.train_parts)
         return list(dict.fromkeys(name for name in names if name is not None))
 
     @cached_property
     def heldout_parts(self) -> list[Part]:
-        """The eval section's source, read like the training rows; with a split, the same rows."""
+        """The eval section's sources, read like the training rows; with a split, the same rows."""
         d = self.dataset
         if not self.eval.enabled:
             return self.train_parts if d.eval_fraction is not None else []
@@ -135,14 +135,14 @@ class RunRows:
 
     @cached_property
     def _rule(self) -> SplitRule:
-        """Reads all rows once; only when something is to be split anew."""
+        """The rule of the split. It reads all rows once, only if a split is new."""
         assert self.dataset.eval_fraction is not None
         rows = (row for part in self.train_parts for row in _rows_of(part, "dataset"))
         by_time = self.dataset.time_key is not None
         return plan_split(rows, self.dataset.eval_fraction, self.seed, by_time)
 
     def side(self, name: str) -> Side | None:
-        """`train` or `eval` of a split; None when nothing is split."""
+        """Return `train` or `eval` of a split; None without a split."""
         d = self.dataset
         if d.eval_fraction is None:
             return None
@@ -152,7 +152,7 @@ class RunRows:
         return Side(name, described, lambda row: self._rule.side_of(row, content_text(row)) == name)
 
     def rows(self, name: str) -> Iterator[Row]:
-        """The usable rows of one side, `train` or `eval`, as they stand in the sources."""
+        """Yield the usable rows of one side, `train` or `eval`, in the sources' order."""
         side = self.side(name)
         section = "dataset" if name == "train" or not self.eval.enabled else "eval"
         for part in self.train_parts if name == "train" else self.heldout_parts:
@@ -161,20 +161,20 @@ class RunRows:
                     yield row
 
     def first_heldout(self, count: int) -> list[Row]:
-        """To show answers to a person."""
+        """Return the first held-out rows, to show answers to the user."""
         return list(islice(self.rows("eval"), count))
 
 
 class Question(NamedTuple):
-    """A held-out row as something to be asked."""
+    """A held-out row as a prompt."""
 
     text: str
-    ids: list[int]  # what a server gives the model
+    ids: list[int]  # the messages for a model server
     answer: str
 
 
 def question_of(row: Row, tokenizer: Tokenizer, template: ChatTemplate | None) -> Question:
-    """The prompt of a row, or its messages up to the last answer, as training saw them."""
+    """Return the prompt of a row, or its messages up to the last answer, in training's form."""
     if not row.messages:
         return Question(row.prompt, tokenizer.prompt_ids(row.prompt), row.completion)
     assert template is not None
@@ -191,7 +191,7 @@ def template_of(
     """Return the chat template that a dataset section asks for, or the tokenizer's own.
 
     Args:
-        date: for templates that write one; dataset.template_date goes before it, today behind it.
+        date: for templates that write one; dataset.template_date goes before it, today after it.
 
     Raises:
         DataError: there is no such template, or it does not read an option.
@@ -260,7 +260,7 @@ def prepare_run_data(
             say(f"note: {warning}")
     if not config.holds_out:
         return RunData(rows, train, report, None, None, None)
-    # Held-out rows are all used, in whatever mixture they come.
+    # All held-out rows are used, whatever their mixture.
     parts = [replace(part, weight=None, replay=False) for part in rows.heldout_parts]
     settings = replace(settings, replay_share=None)
     heldout, heldout_report = prepared(parts, config.eval.max_examples, "eval", "eval")
@@ -300,7 +300,8 @@ def _rows_of(part: Part, section: str) -> Iterator[Row]:
 
 
 def _kept_in(given: str | None, say: Callable[[str], None]) -> Path | None:
-    """The folder of prepared data, made if need be; None, with a word on it, if it can't be."""
+    """Return the folder of prepared data, created if needed; None, with a message, if it can't
+    be."""
     folder = Path(given) if given is not None else cache.default_folder()
     try:
         make_folder(folder)
@@ -325,7 +326,7 @@ def _kept_in(given: str | None, say: Callable[[str], None]) -> Path | None:
 
 @dataclass(frozen=True)
 class _Texts:
-    """One side's rows as texts, as often as they are asked for."""
+    """The rows of one side as texts, iterable several times."""
 
     rows: RunRows
     side: str
@@ -343,7 +344,7 @@ def _check_leaks(
     kept_in: Path | None,
     say: Callable[[str], None],
 ) -> LeakReport:
-    """Compare both sides, or recall what was found for the same rows."""
+    """Compare both sides, or return the stored result for the same rows."""
 
     def find() -> LeakReport:
         sides = (_Texts(rows, "train"), _Texts(rows, "eval"))

@@ -1,6 +1,6 @@
-"""What a run starts from: a checkpoint's config.json, tokenizer and weights, or an architecture.
+"""The model of a run: a checkpoint's config.json, tokenizer and weights, or an architecture.
 
-Everything is checked here before a device is touched: the architecture is one we compute rightly,
+Everything is checked here before a device is used: the architecture is supported,
 the tokenizer fits the vocabulary (vocabulary.py), and the weights' names and shapes are exactly the
 model's.
 """
@@ -35,14 +35,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The model's description and where its tokenizer lies."""
+    """A model's description and the place of its tokenizer."""
 
     folder: Path | None  # of the checkpoint; None when training from scratch
     hf_config: Mapping[str, Any]
     architecture: Architecture
     tokenizer: Tokenizer
     shapes: Mapping[str, Shape]  # of every weight, by Hugging Face name
-    vocabulary: Vocabulary | None = None  # if the config asks anything of it
+    vocabulary: Vocabulary | None = None  # if the config changes the vocabulary
 
     @property
     def new_rows(self) -> NewRows | None:
@@ -54,20 +54,20 @@ class ModelFiles:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def build(self) -> CausalLM:
-        """The model without storage."""
+        """Return the model without storage."""
         with torch.device("meta"):
             return CausalLM(self.architecture)
 
     def fingerprint(self) -> str:
-        """sha256 of the architecture, of names and shapes of the weights and of what their new rows
-        are: equal ones, equal programs."""
+        """Return the sha256 of the architecture, the weights' names and shapes and their new rows:
+        equal hashes, equal programs."""
         described = {"architecture": asdict(self.architecture), "shapes": dict(self.shapes)}
         if self.new_rows is not None:
             described["new_rows"] = asdict(self.new_rows)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
     def generation_config(self) -> dict[str, Any] | None:
-        """The checkpoint's generation_config.json, if it has one."""
+        """Return the checkpoint's generation_config.json, if it has one."""
         if self.folder is None:
             return None
         return read_json_if_there(self.folder / "generation_config.json") or None
@@ -82,11 +82,11 @@ def find_model(
     weights: bool,
     vocabulary: VocabularyRequest | None = None,
 ) -> ModelFiles:
-    """Find the files, read config and tokenizer, and see that they fit each other.
+    """Find the files, read config and tokenizer, and check that they fit each other.
 
     Args:
         weights: whether the weights are needed, too.
-        vocabulary: what is asked of it; None takes tokenizer and checkpoint as they are.
+        vocabulary: the request for it; None uses tokenizer and checkpoint unchanged.
 
     Raises:
         CheckpointError: missing files, unsupported architecture, vocabularies that differ.
@@ -97,13 +97,13 @@ def find_model(
         hf_config = read_json(folder / "config.json")
         parsed = architecture_from_hf(hf_config, where=str(folder / "config.json"))
     else:
-        assert architecture is not None  # the schema has seen to it
+        assert architecture is not None  # the schema guarantees it
         hf_config = architecture
         parsed = architecture_from_hf(hf_config, where="model.architecture")
     tokenizer_folder = folder
     if tokenizer_name is not None:
         tokenizer_folder = resolve_pretrained(tokenizer_name, cache_dir=cache_dir, weights=False)
-    assert tokenizer_folder is not None  # the schema has seen to it
+    assert tokenizer_folder is not None  # the schema guarantees it
     fitted = fit_vocabulary(tokenizer_folder, folder, parsed, hf_config, vocabulary)
     if fitted.rows != parsed.vocab_size:
         hf_config = {**hf_config, "vocab_size": fitted.rows}
@@ -126,22 +126,22 @@ def find_architecture(
     tokenizer_name: str | None = None,
     vocabulary: VocabularyRequest | None = None,
 ) -> tuple[Mapping[str, Any], str]:
-    """A model's config.json without its weights, and where it is from: a local folder, a shipped
+    """Return a model's config.json without its weights, and its origin: a local folder, a shipped
     option of the group `model`, or else the hub.
 
     Args:
         tokenizer_name: of the tokenizer, if it is another than the model's own; only read if the
             vocabulary depends on it.
-        vocabulary: what is asked of it; None takes vocab_size as it is.
+        vocabulary: the request for it; None uses vocab_size unchanged.
 
     Raises:
-        CheckpointError: there is none; or the vocabulary needs a tokenizer that is not here.
+        CheckpointError: there is none; or the vocabulary needs a tokenizer that is not local.
     """
     folder, config, where = _described(pretrained_model, architecture, cache_dir)
     if vocabulary is None or vocabulary.method is None:
         return config, where
     name = tokenizer_name or pretrained_model
-    assert name is not None  # the schema has seen to it
+    assert name is not None  # the schema guarantees it
     tokenizer_folder = resolve_pretrained(name, cache_dir=cache_dir, weights=False)
     parsed = architecture_from_hf(config, where=where)
     fitted = fit_vocabulary(tokenizer_folder, folder, parsed, config, vocabulary)
@@ -151,9 +151,9 @@ def find_architecture(
 def _described(
     pretrained_model: str | None, architecture: Mapping[str, Any] | None, cache_dir: str | None
 ) -> tuple[Path | None, Mapping[str, Any], str]:
-    """A checkpoint's folder if it is here, config.json, and where that is from."""
+    """Return a local checkpoint's folder, its config.json, and the origin of that."""
     if pretrained_model is None:
-        assert architecture is not None  # the schema has seen to it
+        assert architecture is not None  # the schema guarantees it
         return None, architecture, "model.architecture"
     shipped = None if Path(pretrained_model).is_dir() else _shipped_option(pretrained_model)
     if shipped is not None:
@@ -164,7 +164,7 @@ def _described(
 
 
 def _shipped_option(hub_name: str) -> Path | None:
-    """The file with the architecture of this hub repository, if one ships."""
+    """Return the file with the architecture of this hub repository, if it is shipped."""
     for path in sorted((configs_dir() / "model").glob("*.yaml")):
         option = yaml.safe_load(path.read_text())
         if "architecture" in option and option.get("tokenizer_name") == hub_name:
@@ -173,7 +173,7 @@ def _shipped_option(hub_name: str) -> Path | None:
 
 
 def pretrained_tensors(files: ModelFiles, dtype: torch.dtype) -> Callable[[str], Tensor]:
-    """A function from a weight's name to its tensor, read when asked for.
+    """Return a function from a weight's name to its tensor, which is read on each call.
 
     Args:
         dtype: of the model. Only a weight that gets new rows comes in it, in memory of its own; the
@@ -200,9 +200,10 @@ def pretrained_tensors(files: ModelFiles, dtype: torch.dtype) -> Callable[[str],
 
 
 def random_tensors(files: ModelFiles, seed: int) -> Callable[[str], Tensor]:
-    """A function from a weight's name to its initial value, made when asked for.
+    """Return a function from a weight's name to its initial value, which is computed on each call.
 
-    Rows of new tokens are random like the others: there is no trained row to be near to.
+    Rows of new tokens are random like the others, because there are no trained rows to take means
+    of.
     """
     rows = files.new_rows
 

@@ -1,4 +1,4 @@
-"""What a run will do, in numbers, before it does it: steps, tokens per update, bytes per device."""
+"""The plan of a run in numbers, before it starts: steps, tokens per update, bytes per device."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes on one device, the largest first when it matters.
+    """Estimated bytes on one device.
 
     Weights, master copies, optimizer state and gradients follow from shapes and sharding.
-    Activations are a count of what the backward keeps: each layer's input under full remat, nothing
-    where the host keeps that, about 16 + 3 F/D hidden-sized tensors per layer otherwise; plus one
+    Activations are what the backward pass needs: each layer's input under full remat, nothing
+    if host memory holds it, otherwise about 16 + 3 F/D hidden-sized tensors per layer; plus one
     chunk of logits with its gradient.
     """
 
@@ -86,7 +86,8 @@ def checkpoint_bytes(
     weight_bytes: int,
     master_weights: bool,
 ) -> int:
-    """Size of a checkpoint's tensors: weights, master copies and the optimizer's state."""
+    """Return the size of a checkpoint's tensors: weights, master copies and the optimizer's
+    state."""
     total = 0
     for name, shape in shapes.items():
         info = Parameter(shape, None, decays(name), stacked=False)  # type: ignore[arg-type]
@@ -115,7 +116,7 @@ class Plan:
         return {**asdict(self), "estimated_bytes_per_device": self.memory.total}
 
     def describe(self) -> str:
-        """Lines for a person."""
+        """Return lines for the user."""
         b = self.budget
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1)
         m = self.memory
@@ -150,7 +151,7 @@ def _spread(numbers: Mapping[str, float]) -> str:
 
 
 class StepPlan(NamedTuple):
-    """How many updates a run takes, and what they consist of. Any trainer can follow it."""
+    """The number of updates of a run, and the size of each. Independent of the trainer."""
 
     total_steps: int
     warmup_steps: int
@@ -168,7 +169,7 @@ def plan_steps(
     warmup_steps: int | None,
     warmup_ratio: float | None,
 ) -> StepPlan:
-    """From the data and the config's ways to say how long, the number of updates."""
+    """Return the number of updates, from the data and the config's options for the run's length."""
     budget = batch_budget(data, seed, global_batch_size)
     per_epoch = budget["steps_per_epoch"]
     total = count_steps(max_steps=max_steps, num_epochs=num_epochs, steps_per_epoch=per_epoch)
@@ -177,7 +178,8 @@ def plan_steps(
 
 
 def count_steps(*, max_steps: int | None, num_epochs: float | None, steps_per_epoch: int) -> int:
-    """Total updates; a fraction of an epoch is rounded up, so that no row asked for is left out."""
+    """Return the total updates; a fraction of an epoch is rounded up, so that no requested row is
+    left out."""
     if max_steps is not None:
         return max_steps
     assert num_epochs is not None
@@ -185,14 +187,14 @@ def count_steps(*, max_steps: int | None, num_epochs: float | None, steps_per_ep
 
 
 def count_warmup(*, warmup_steps: int | None, warmup_ratio: float | None, total_steps: int) -> int:
-    """Warm-up in updates, from either way to say it."""
+    """Return the warm-up in updates, from either option for it."""
     if warmup_steps is not None:
         return warmup_steps
     return math.ceil(round((warmup_ratio or 0.0) * total_steps, 6))
 
 
 def flops_per_token(a: Architecture, num_parameters: int, block_size: int) -> int:
-    """Of a training step, for a slot of a block (metrics/throughput.py)."""
+    """Return the FLOPs of a training step per slot token of a block (metrics/throughput.py)."""
     return model_flops_per_token(
         num_parameters=num_parameters,
         vocab_size=a.vocab_size,

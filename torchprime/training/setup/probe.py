@@ -1,9 +1,9 @@
-"""Do segments of a block see each other? Asked of the run's own model, kernel, mesh and blocks.
+"""A test that segments of a block do not attend to each other, with the run's own model and kernel.
 
 In every block one segment's tokens are changed, and the losses of all other segments' tokens are
 computed before and after by the run's own held-out step. Attention within segments leaves them
-equal to the last bit: what a mask rules out enters the softmax as an exact zero. A control
-guards against a probe that cannot fail: the changed segment's own loss has to move.
+bitwise equal: a masked key enters the softmax as an exact zero. A control guards
+against a probe that can't fail: the changed segment's own loss has to change.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def probe_isolation(
         batch_size: blocks per forward, that of the held-out step, whose program is used.
 
     Returns:
-        A line on what was proved.
+        A line that reports the result.
 
     Raises:
-        IsolationError: another segment's loss moved, or the changed one's did not.
+        IsolationError: another segment's loss changed, or the changed one's did not.
     """
     several = np.flatnonzero(np.diff(data.plan.starts) > 1)[:batch_size]
     if not len(several):
@@ -52,7 +52,7 @@ def probe_isolation(
         other = replace(batch, input_ids=new_ids.astype(np.int32))
         others, own = (segments > 0) & ~changed, changed
         before, after = (_loss(backend, b, others) for b in (batch, other))
-        if not math.isfinite(before):  # the training step says so, and which batch it was
+        if not math.isfinite(before):  # the training step reports it, with the batch
             return f"isolation    not proved: the loss of the probe's blocks is {before}"
         if before != after:
             raise IsolationError(
@@ -76,7 +76,8 @@ def probe_isolation(
 
 
 def _predict_everything(batch: Batch) -> Batch:
-    """Every token predicts the next one of its segment, whatever is supervised in training."""
+    """Return the batch with every token predicting the next one of its segment, whatever is
+    supervised."""
     targets = np.full_like(batch.targets, IGNORED)
     same = (batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]) & (batch.segment_ids[:, 1:] > 0)
     targets[:, :-1] = np.where(same, batch.input_ids[:, 1:], IGNORED)
@@ -85,7 +86,7 @@ def _predict_everything(batch: Batch) -> Batch:
 
 
 def _loss(backend: EvalBackend, batch: Batch, where: Mask) -> float:
-    """The summed loss of some tokens."""
+    """Return the summed loss of some tokens."""
     weights = np.where(where, batch.loss_weights, 0.0).astype(np.float32)
     chosen = replace(batch, loss_weights=weights)
     return backend.read_eval([backend.eval_step(backend.put(chosen, 1))])[0]

@@ -1,7 +1,7 @@
-"""What of a config makes the training step: its model, sharding table, optimizer, options, length.
+"""The parts of the training step that a config defines: model, sharding table, optimizer, length.
 
-A run, its plan and a compile ahead of time (`compile_only`) all take them from here, so that what
-is planned or compiled is what is trained; the witness takes the length.
+A run, its plan and an ahead-of-time compile (`compile_only`) all take them from here, so that
+the plan and the compiled program are those of the training; the witness takes the length.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torchprime.training.setup.vocabulary import VocabularyRequest
 
 
 def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
-    """The config's model files; with `weights`, those of a checkpoint must be there, too."""
+    """Return the config's model files; with `weights`, those of a checkpoint must be there, too."""
     m = config.model
     return find_model(
         pretrained_model=m.pretrained_model,
@@ -40,7 +40,7 @@ def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
 
 
 def vocabulary_of(config: TrainConfig) -> VocabularyRequest:
-    """What the config asks of the vocabulary."""
+    """Return the config's request for the vocabulary."""
     m, kept_in = config.model, config.dataset.prepared_dir
     prepared = cache.default_folder() if kept_in is None else Path(kept_in)
     return VocabularyRequest(
@@ -53,13 +53,13 @@ def vocabulary_of(config: TrainConfig) -> VocabularyRequest:
 
 
 def sharding_table(config: TrainConfig) -> ShardingTable:
-    """As the config has it, not yet held to a model."""
+    """Return the config's table, not yet checked against a model."""
     s = config.sharding
     return ShardingTable(s.parameters, s.activations, s.max_unsharded_params)
 
 
 def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, dict[str, Spec]]:
-    """The table, and what it says of each parameter on the config's mesh.
+    """Return the table, and its spec of each parameter on the config's mesh.
 
     Args:
         model: may be without storage.
@@ -80,13 +80,13 @@ def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, 
 
 
 def optimizer_of(config: TrainConfig) -> Optimizer:
-    """The method with its settings; the learning rate enters each step as data."""
+    """Return the optimizer with its settings; the learning rate enters each step as data."""
     o = config.task.optimizer
     return make_optimizer(o.name, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
 
 
 def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
-    """What shapes the step besides model and optimizer."""
+    """Return the options of the step besides model and optimizer."""
     task = config.task
     return StepOptions(
         gradient_accumulation_steps=task.gradient_accumulation_steps,
@@ -99,7 +99,7 @@ def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
 
 
 def steps_of(config: TrainConfig, data: PackedDataset) -> StepPlan:
-    """How many updates the config's ways to say so come to."""
+    """Return the number of updates from the config's options for the run's length."""
     task = config.task
     return plan_steps(
         data,
@@ -119,7 +119,7 @@ def plan_run(
     optimizer: Optimizer,
     dtype: torch.dtype,
 ) -> tuple[ShardingTable, Plan]:
-    """What a config comes to, with the table by which it is sharded.
+    """Return the plan of a config's run, with the table by which it is sharded.
 
     Raises:
         ConfigError: names or shapes that the sharding table does not fit, a scan over layers that
@@ -145,10 +145,10 @@ def memory_of(
     optimizer: Optimizer,
     dtype: torch.dtype,
 ) -> Memory:
-    """What one device of the config's mesh will hold, estimated.
+    """Return the estimated memory of one device of the config's mesh.
 
     Args:
-        shapes: of parameters, and `specs` how they are cut, by name.
+        shapes: of parameters, and `specs` their sharding, by name.
         dtype: of the weights.
     """
     c, a = config, architecture

@@ -1,9 +1,9 @@
-"""A run's vocabulary: its tokenizer, and the rows that the model's embeddings have for it.
+"""A run's vocabulary: its tokenizer, and the rows of the model's embeddings for it.
 
-A checkpoint and its tokenizer normally fit each other, and nothing happens here. A run may ask for
-new special tokens, bring a tokenizer with more tokens than the model has rows, or want a round
+A checkpoint and its tokenizer normally fit each other, and nothing is changed here. A run may ask
+for new special tokens, use a tokenizer with more tokens than the model has rows, or want a round
 number of rows. Then the tokenizer's folder, vocab_size and the shapes of two weights change, before
-anything else looks at them; the values of new rows are made when the weights are read.
+other code reads them; the values of new rows are computed when the weights are read.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ TOKENS_SHOWN = 8
 
 @dataclass(frozen=True)
 class VocabularyRequest:
-    """What a config asks of the vocabulary.
+    """A config's request for the vocabulary.
 
     Attributes:
         tokens: to be special tokens.
-        method: how rows are made; None refuses a tokenizer that is larger than the model.
-        multiple: the number of rows is rounded up to one; None rounds only where rows are added.
+        method: initialization of rows; None refuses a tokenizer that is larger than the model.
+        multiple: the number of rows is rounded up to one; None rounds only if rows are added.
         seed: of the noise in new rows.
-        kept_in: where a tokenizer's folder with new tokens is kept.
+        kept_in: the folder for a tokenizer's files with new tokens.
     """
 
     tokens: tuple[str, ...]
@@ -49,14 +49,14 @@ class VocabularyRequest:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What became of a request.
+    """The result of a request.
 
     Attributes:
         tokens_before: of the tokenizer that the checkpoint was trained with.
         tokens: of the run's tokenizer.
-        special: what became of each token that was asked for.
-        rows: which rows are made; None if the checkpoint's are taken as they are.
-        random: the model begins from random weights.
+        special: the result for each requested token.
+        rows: the initialized rows; None if the checkpoint's are used unchanged.
+        random: the model starts from random weights.
     """
 
     tokens_before: int
@@ -67,7 +67,7 @@ class Vocabulary:
     random: bool
 
     def describe(self) -> list[str]:
-        """Lines for a person."""
+        """Return lines for the user."""
         return [f"{name:<13}{text}" for name, text in self._lines()]
 
     def _lines(self) -> Iterator[tuple[str, str]]:
@@ -100,7 +100,7 @@ class Vocabulary:
         return f"{' '.join(parts)}; {len(made):,} new rows{unused}: {how}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For run.json."""
+        """Return the content for run.json."""
         rows = self.rows
         return {
             "tokens_before": self.tokens_before,
@@ -121,7 +121,7 @@ def _listed(ids: Mapping[str, int]) -> str:
 
 
 class Fitted(NamedTuple):
-    """A tokenizer, and how many rows the model has for it; `vocabulary` if that was asked for."""
+    """A tokenizer and the model's number of rows for it; `vocabulary` if that was requested."""
 
     tokenizer: Tokenizer
     rows: int
@@ -135,7 +135,7 @@ def fit_vocabulary(
     hf_config: Mapping[str, Any],
     request: VocabularyRequest | None,
 ) -> Fitted:
-    """Load the tokenizer, with new tokens if asked for, and see that the model has rows for it.
+    """Load the tokenizer, with new tokens if requested, and check that the model has rows for it.
 
     Args:
         checkpoint: the folder of the model's weights; None if they are random.
@@ -173,7 +173,7 @@ def fit_vocabulary(
 
 
 def _count_rows(before: int, tokens: int, multiple: int | None) -> int:
-    """Never fewer than before."""
+    """Return the number of rows, never fewer than before."""
     needed = max(before, tokens)
     multiple = multiple or (MULTIPLE if needed > before else 1)
     return math.ceil(needed / multiple) * multiple
@@ -182,8 +182,8 @@ def _count_rows(before: int, tokens: int, multiple: int | None) -> int:
 def _known_tokens(
     tokenizer: Tokenizer, special: SpecialTokens, source: Path, checkpoint: Path | None
 ) -> Mapping[str, int]:
-    """The tokens that the checkpoint was trained with: those of its own tokenizer if it has one,
-    else those of the given one.
+    """Return the tokens that the checkpoint was trained with: those of its own tokenizer if it has
+    one, else those of the given one.
 
     Raises:
         CheckpointError: the run's tokenizer gives another id to one of them.
@@ -217,7 +217,8 @@ def check_vocabulary(
     *,
     may_grow: bool = False,
 ) -> None:
-    """An id past the embedding would be clamped by XLA without a word; and stop tokens must agree.
+    """Check that no id is past the embedding, which XLA would clamp silently, and that stop tokens
+    agree.
 
     A model may have more rows than the tokenizer has tokens (padding to a round number), never
     fewer, unless rows are to be added.

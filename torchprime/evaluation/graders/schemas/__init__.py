@@ -1,1 +1,1 @@
-"""JSON Schema checked exactly and in bounded time."""
+"""Exact JSON Schema validation in bounded time."""

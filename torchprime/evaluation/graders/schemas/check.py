@@ -1,11 +1,11 @@
-"""JSON Schema by jsonschema, with exact numbers, ECMA-262's patterns and an end to all work.
+"""JSON Schema validation by jsonschema, with exact numbers, ECMA-262 patterns and a time limit.
 
-    schema (a mapping)  ->  checked  ->  SchemaCheck, which says whether a document is allowed
+    schema (a mapping)  ->  checked  ->  SchemaCheck, which tells if a document is allowed
 
-jsonschema computes with floats, by which 0.07 is no multiple of 0.01, and searches with Python's
+jsonschema computes with floats, in which 0.07 is no multiple of 0.01, and searches with Python's
 patterns, which are not JSON Schema's and have no time limit. So documents and schemas hold their
-numbers as decimals, and the keywords that compute or search are written anew here. Every keyword
-looks at the clock of the grade: a schema that tries all combinations is stopped.
+numbers as decimals, and the keywords that compute or search are implemented here. Every keyword
+checks the time left for the grade: a schema that tries all combinations is stopped.
 """
 
 from __future__ import annotations
@@ -52,32 +52,33 @@ class Clock:
         self.end = float("inf")
 
     def start(self, seconds: float) -> None:
-        """Give the grade that begins so many seconds."""
+        """Give the next grade this many seconds."""
         self.end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """The seconds left. TimeoutError if there are none."""
+        """Return the seconds left. Raise a TimeoutError if there are none."""
         left = self.end - time.monotonic()
         if left <= 0:
             raise TimeoutError
         return left
 
     def matches(self, pattern: str, text: str) -> bool:
-        """Whether the pattern is found in the text. TimeoutError if that takes too long."""
+        """Return True if the pattern is found in the text. Raise a TimeoutError if that takes too
+        long."""
         left = self.left()
         limit = left if left < float("inf") else None
         return compile_ecma(pattern).search(text, timeout=limit) is not None
 
 
 class SchemaCheck:
-    """A schema that documents are checked against.
+    """A schema for the validation of documents.
 
     Args:
         schema: with its numbers as JSON or YAML give them.
         key: of the config, for messages.
 
     Raises:
-        ConfigError: it is no schema, a pattern is none, or a reference leads out of it.
+        ConfigError: the schema or a pattern is invalid, or a reference leads out of the schema.
     """
 
     def __init__(self, schema: Any, key: str) -> None:
@@ -98,14 +99,14 @@ class SchemaCheck:
         except (ValueError, RecursionError) as error:
             given = reprlib.repr(schema)
             refuse(key, given, f"a JSON Schema, but {error}", "Correct it there.")
-        # Without a registry of its own jsonschema would fetch what a reference names.
+        # Without a registry of its own jsonschema would download what a reference names.
         self._validator = own(exact, registry=REGISTRY)
 
     def allows(self, document: Any, seconds: float) -> bool:
-        """Whether the schema allows the document.
+        """Return True if the schema allows the document.
 
         Raises:
-            TimeoutError: that is not known after so many seconds.
+            TimeoutError: the check exceeds the time left for the grade.
             RecursionError: the document, or a chain of references, goes too deep.
         """
         self.clock.start(seconds)
@@ -124,12 +125,12 @@ def _is_integer(checker: Any, value: Any) -> bool:
 
 
 def _is_strict_integer(checker: Any, value: Any) -> bool:
-    """Draft 4: 1.0 is none."""
+    """Return True for an integer of draft 4, in which 1.0 is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _validator_class(draft: Any, clock: Clock) -> Any:
-    """The draft's validator with our keywords, all of which look at the clock."""
+    """Return the draft's validator with our keywords, all of which check the time left."""
     integer = _is_strict_integer if draft is Draft4Validator else _is_integer
     types = draft.TYPE_CHECKER.redefine_many({"number": _is_number, "integer": integer})
     keywords = {name: each for name, each in _keywords(clock).items() if name in draft.VALIDATORS}
@@ -146,7 +147,7 @@ def _timed(keyword: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
 
 
 def _keywords(clock: Clock) -> dict[str, Callable[..., Errors]]:
-    """The keywords that compute or search, as the specification has them."""
+    """Yield the keywords that compute or search, as the specification defines them."""
 
     def pattern(validator: Any, value: str, instance: Any, schema: Any) -> Errors:
         if validator.is_type(instance, "string") and not clock.matches(value, instance):
@@ -204,14 +205,14 @@ def _keywords(clock: Clock) -> dict[str, Callable[..., Errors]]:
 
 
 def _named(clock: Clock, schema: Mapping[str, Any], key: str) -> bool:
-    """Whether `properties` or `patternProperties` beside each other have the key."""
+    """Return True if the sibling `properties` or `patternProperties` have the key."""
     return key in schema.get("properties", {}) or any(
         clock.matches(name, key) for name in schema.get("patternProperties", {})
     )
 
 
 def _evaluated(clock: Clock, validator: Any, instance: Any, schema: Any) -> set[str]:
-    """The keys of an object that the schema's other keywords have looked at."""
+    """Return the keys of an object that the schema's other keywords have evaluated."""
     if not isinstance(schema, Mapping):
         return set()
     keys = {key for key in instance if _named(clock, schema, key)}
@@ -228,7 +229,7 @@ def _evaluated(clock: Clock, validator: Any, instance: Any, schema: Any) -> set[
 
 
 def _evaluated_items(validator: Any, instance: Any, schema: Any) -> set[int]:
-    """The places of an array that the schema's other keywords have looked at."""
+    """Return the indexes of an array that the schema's other keywords have evaluated."""
     if not isinstance(schema, Mapping):
         return set()
     everything, items = set(range(len(instance))), schema.get("items")
@@ -250,7 +251,7 @@ def _evaluated_items(validator: Any, instance: Any, schema: Any) -> set[int]:
 
 
 def _beside(validator: Any, instance: Any, schema: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """The subschemas that look at the same value and allow it, each with its validator."""
+    """Yield the subschemas that apply to the same value and allow it, each with its validator."""
     for name in ("allOf", "anyOf", "oneOf"):
         for each in schema.get(name, []):
             if _valid(validator, instance, each):
@@ -269,7 +270,7 @@ def _valid(validator: Any, instance: Any, schema: Any) -> bool:
 
 
 def _resolved(validator: Any, schema: Mapping[str, Any]) -> Iterator[Any]:
-    """What the schema's references lead to."""
+    """Yield the targets of the schema's references."""
     for name in ("$ref", "$dynamicRef"):
         if name in schema:
             yield validator._resolver.lookup(schema[name])
@@ -278,7 +279,7 @@ def _resolved(validator: Any, schema: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _hashable(value: Any) -> Any:
-    """Something that is equal for equal JSON values and can be in a set; 1 is 1.0, and not true."""
+    """Return a hashable that is equal for equal JSON values; 1 equals 1.0, but not true."""
     if isinstance(value, Mapping):
         return frozenset((key, _hashable(each)) for key, each in value.items())
     if isinstance(value, list):
@@ -290,7 +291,7 @@ def _hashable(value: Any) -> Any:
 
 
 def _draft(schema: dict[str, Any], key: str) -> Any:
-    """The validator of the draft that the schema names."""
+    """Return the validator of the draft that the schema names."""
     given = schema.get("$schema", _uri(Draft202012Validator))
     for draft in DRAFTS:
         if isinstance(given, str) and given.rstrip("#") == _uri(draft):
@@ -303,7 +304,7 @@ def _uri(draft: Any) -> str:
 
 
 def _check_schema(own: Any, draft: Any, schema: Any, key: str) -> None:
-    """The schema is one of its draft."""
+    """Check that the schema is valid in its draft."""
     formats = jsonschema.FormatChecker(formats=())
     formats.checkers = {**draft.FORMAT_CHECKER.checkers, "regex": (_is_pattern, PatternError)}
     meta = own(draft.META_SCHEMA, registry=REGISTRY, format_checker=formats)
@@ -324,9 +325,9 @@ def _is_pattern(value: object) -> bool:
 
 
 def _check_references(schema: dict[str, Any], draft: Specification, key: str) -> None:
-    """Every reference leads somewhere inside the schema; otherwise it would only show when met.
+    """Check that every reference has a target inside the schema, not only when it is followed.
 
-    So would a bad pattern in a part that is only reached by a reference.
+    The same holds for a bad pattern in a part that is only reached by a reference.
     """
     root = draft.create_resource(schema)
     todo, seen = [(root, REGISTRY.resolver_with_root(root))], set()

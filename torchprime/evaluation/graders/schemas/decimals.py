@@ -1,6 +1,6 @@
-"""Numbers of JSON, exactly: as decimals, never by way of floats.
+"""Exact JSON numbers: parsed as decimals, never as floats.
 
-0.07 is a multiple of 0.01, and 1e999 is a number like any other.
+0.07 is a multiple of 0.01, and 1e999 is an ordinary number.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 
 def read_decimal(text: str) -> Decimal:
-    """A number of JSON, exactly; one whose exponent no computer holds as infinity or 0."""
+    """Return a JSON number exactly; an exponent that is too large for a decimal gives infinity or
+    0."""
     try:
         return Decimal(text)
     except ArithmeticError:
@@ -23,7 +24,7 @@ def read_decimal(text: str) -> Decimal:
 
 
 def exact_numbers(value: Any) -> Any:
-    """The same with decimals for floats, each the number that its shortest text says.
+    """Return the value with decimals for floats, each the number of the float's shortest text.
 
     Raises:
         ValueError: NaN or an infinity.
@@ -38,7 +39,7 @@ def exact_numbers(value: Any) -> Any:
 
 
 def is_multiple(number: int | Decimal, of: int | Decimal) -> bool:
-    """Whether `number` is a whole multiple of `of`, exactly, whatever their exponents are."""
+    """Return True if `number` is an integer multiple of `of`, exactly, for any exponents."""
     if not Decimal(number).is_finite() or not Decimal(of).is_finite():
         return False
     (digits, exponent, length), (unit, unit_exponent, _) = _scaled(number), _scaled(of)
@@ -47,12 +48,12 @@ def is_multiple(number: int | Decimal, of: int | Decimal) -> bool:
         return digits == 0
     if power >= 0:
         return digits * pow(10, power, abs(unit)) % unit == 0
-    # 10**n does not divide a number of fewer digits; so it need not be made for a huge n.
+    # 10**n does not divide a number of fewer digits, so a huge power is never computed.
     return -power < length and digits % (unit * 10**-power) == 0
 
 
 def _scaled(number: int | Decimal) -> tuple[int, int, int]:
-    """The number as a whole number times a power of ten, and how many digits it has."""
+    """Return the number as an integer times a power of ten, and the count of its digits."""
     sign, digits, exponent = Decimal(number).as_tuple()
     assert isinstance(exponent, int)
     return int(Decimal((sign, digits, 0))), exponent, len(digits)

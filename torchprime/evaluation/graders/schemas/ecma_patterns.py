@@ -1,10 +1,10 @@
-r"""Regular expressions of ECMA-262, which JSON Schema uses, in the syntax of the `regex` library.
+r"""Translation of ECMA-262 regular expressions, which JSON Schema uses, to the `regex` library.
 
-The two languages look alike and differ: in ECMA-262 `$` is the very end of the text and never
+The two languages look alike and differ. In ECMA-262 `$` is the very end of the text and never
 before a last newline, `\d` and `\w` are ASCII, a dot does not match `\r`, `[]` matches nothing, a
-reference to a group that took no part matches the empty text, and `\A`, `(?i)` and `a++` do not
-exist. A pattern is translated piece by piece; what ECMA-262 does not have, or what would mean
-something else here, is refused by name.
+reference to a group that did not take part matches the empty text, and `\A`, `(?i)` and `a++` do
+not exist. A pattern is translated piece by piece. A part that ECMA-262 does not have, or that would
+mean something else here, is refused by name.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PROPERTY = regex.compile(r"\{(\w+(?:=\w+)?)\}")
 
 
 class PatternError(ValueError):
-    """A pattern that is not of ECMA-262, or has a part that cannot be translated."""
+    """Error for a pattern that is not ECMA-262, or has a part that can't be translated."""
 
 
 @lru_cache(maxsize=1024)
 def compile_ecma(pattern: str) -> regex.Pattern[str]:
-    """Compile a pattern of ECMA-262 (its unicode mode), to be searched for.
+    """Compile an ECMA-262 pattern (in its unicode mode) for searching.
 
     Raises:
         PatternError: naming the part and its place.
@@ -48,27 +48,27 @@ def compile_ecma(pattern: str) -> regex.Pattern[str]:
 
 @dataclass
 class _Group:
-    """A group that captures."""
+    """A capturing group."""
 
     number: int
-    inside: tuple[int, ...]  # the places of the groups of any kind around it
+    inside: tuple[int, ...]  # the positions of the groups of any kind around it
     closed: bool = False
 
 
 @dataclass
 class _Translation:
-    """A pattern on its way through; `at` is the place of the next character."""
+    """A pattern that is being translated; `at` is the position of the next character."""
 
     pattern: str
     at: int = 0
     groups: list[_Group] = field(default_factory=list)
     names: dict[str, int] = field(default_factory=dict)
-    around: list[int] = field(default_factory=list)  # places of the open groups of any kind
-    repeated: set[int] = field(default_factory=set)  # places of groups with a quantifier
+    around: list[int] = field(default_factory=list)  # positions of the open groups of any kind
+    repeated: set[int] = field(default_factory=set)  # positions of groups with a quantifier
     references: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
 
     def whole(self) -> str:
-        """The translation."""
+        """Return the translation of the whole pattern."""
         text = self._alternatives()
         if self.at < len(self.pattern):
             self._refuse("a ) that closes nothing")
@@ -85,7 +85,7 @@ class _Translation:
         raise PatternError(f"{what} at position {self.at if place is None else place}")
 
     def _next(self, text: str) -> bool:
-        """Go over the text if it comes next."""
+        """Return True and skip the text if it comes next."""
         if not self.pattern.startswith(text, self.at):
             return False
         self.at += len(text)
@@ -131,7 +131,7 @@ class _Translation:
         return atom + quantifier.group() + ("?" if self._next("?") else "")
 
     def _group(self, start: int) -> tuple[str, bool]:
-        """The group that begins at `start`, and whether it may be repeated."""
+        """Return the group that begins at `start`, and True if it may be repeated."""
         opening, group = "(", None
         look = next((look for look in reversed(LOOKS) if self._next(look)), None)
         if look is not None:
@@ -155,7 +155,7 @@ class _Translation:
         return f"{opening}{inner})", look is None
 
     def _name(self, start: int) -> None:
-        """The name of the group that is about to be made."""
+        """Read the name of the group that comes next."""
         name = NAME.match(self.pattern, self.at)
         if name is None or not self.pattern.startswith(">", name.end()):
             self._refuse("a bad name of a group", start)
@@ -173,7 +173,8 @@ class _Translation:
     # Escapes and classes --------------------------------------------------------------------------
 
     def _escape(self, start: int) -> tuple[str, bool]:
-        """What follows a backslash outside of a class, and whether it may be repeated."""
+        """Return the translation of an escape outside of a class, and True if it may be
+        repeated."""
         if self._next("b") or self._next("B"):
             return (EDGE if self.pattern[self.at - 1] == "b" else NO_EDGE), False
         if digits := regex.compile("[1-9][0-9]*").match(self.pattern, self.at):
@@ -190,7 +191,7 @@ class _Translation:
         return (found if found is not None else _literal(self._character(start))), True
 
     def _set(self, start: int) -> str | None:
-        r"""The set of a \d, \W or \p{..}; None if it is a single character."""
+        r"""Return the set of a \d, \W or \p{..}; None if it is a single character."""
         letter = self.pattern[self.at : self.at + 1]
         if letter.lower() in SETS:
             self.at += 1
@@ -209,7 +210,7 @@ class _Translation:
         return text
 
     def _character(self, start: int) -> str:
-        """The single character that an escape stands for."""
+        """Return the single character that an escape stands for."""
         if self.at >= len(self.pattern):
             self._refuse("a backslash at the end", start)
         char = self.pattern[self.at]
@@ -240,7 +241,7 @@ class _Translation:
         return chr(int(braced[1:-1], 16))
 
     def _taken(self, pattern: str) -> str:
-        """Go over what the pattern matches here; its text."""
+        """Skip the text that the pattern matches here, and return it."""
         found = regex.compile(pattern).match(self.pattern, self.at)
         if found is None:
             return ""
@@ -248,7 +249,7 @@ class _Translation:
         return found.group()
 
     def _class(self, start: int) -> str:
-        r"""A class such as [^a-z\d], behind its [."""
+        r"""Return a class such as [^a-z\d], whose [ has been read."""
         negated = self._next("^")
         items: list[str] = []
         while not self._next("]"):
@@ -272,7 +273,7 @@ class _Translation:
         return f"[{'^' if negated else ''}{''.join(items)}]"
 
     def _class_item(self) -> str:
-        """One character, or a set of several as the text of one."""
+        """Return one character, or a set of several as the text of one."""
         start = self.at
         self.at += 1
         if self.pattern[start] != "\\":
