@@ -15,6 +15,9 @@ from torchprime.errors import DataError
 
 BATCH_BYTES = 8 * 2**20  # of rows converted at a time
 BATCH_ROWS = 1024
+MOST_ENTRIES = (
+    100_000  # columns or row groups of a Parquet file: a damaged one may tell of millions
+)
 
 ARROW_FILE = b"ARROW1"  # how the file format begins; the stream format begins with a size
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
@@ -76,7 +79,12 @@ def read_parquet(
         with _faults(name, kind):
             # pre_buffer would read the whole file before the first row; buffer_size has a large
             # row group read in pieces.
-            file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
+            file = pyarrow.parquet.ParquetFile(
+                stream,
+                pre_buffer=False,
+                buffer_size=2**20,
+                thrift_container_size_limit=MOST_ENTRIES,
+            )
             batches = file.iter_batches(batch_size=_parquet_batch_rows(file.metadata))
             schema = file.schema_arrow
         yield from arrow_records(name, f"{name}#", schema, _watched(batches, name, kind), notes)
