@@ -15,9 +15,7 @@ from torchprime.errors import DataError
 
 BATCH_BYTES = 8 * 2**20  # of rows converted at a time
 BATCH_ROWS = 1024
-MOST_ENTRIES = (
-    100_000  # columns or row groups of a Parquet file: a damaged one may tell of millions
-)
+MOST_ENTRIES = 100_000  # columns or row groups; a damaged Parquet file may tell of millions
 
 ARROW_FILE = b"ARROW1"  # how the file format begins; the stream format begins with a size
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
