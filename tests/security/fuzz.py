@@ -14,6 +14,7 @@ import argparse
 import copy
 import importlib
 import json
+import os
 import random
 import re
 import shutil
@@ -32,6 +33,7 @@ PACKAGE = HERE.parents[1] / "torchprime"
 SECONDS = 600
 AT_ONCE = 2
 HANGS_AFTER, MOST_MEGABYTES, MOST_BYTES = 10, 2048, 8192
+MEMORY = Path("/dev/shm")
 TO_START = 60  # seconds that imports may take
 # How libFuzzer names the input that ended the process.
 ENDED_BY = re.compile(r"^(crash|timeout|oom|leak)-")
@@ -50,8 +52,7 @@ def fuzz_one(name: str, seconds: int, out: Path) -> None:
         from torchprime.data.rows.read import limits as row_limits
         from torchprime.errors import UserError
     row_limits.RENDER_SECONDS = 0.5  # far below HANGS_AFTER
-    memory = Path("/dev/shm")
-    work = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+    work = Path(tempfile.mkdtemp())
     corpus, ground = work / "corpus", work / "ground"
     corpus.mkdir()
     for number, seed in enumerate(target.seeds()):
@@ -209,13 +210,16 @@ def run_target(name: str, seconds: int, folder: Path) -> Result:
     command = [sys.executable, __file__, name, "--seconds", str(seconds), "--in", str(out)]
     log = out / "log.txt"
     problem = []
-    with log.open("wb") as file:
+    # In memory where there is such a folder. libFuzzer ends without cleaning up.
+    place = MEMORY if MEMORY.is_dir() else None
+    with log.open("wb") as file, tempfile.TemporaryDirectory(dir=place) as work:
         try:
             done = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                env={**os.environ, "TMPDIR": work},
                 timeout=seconds + HANGS_AFTER + TO_START,
             )
             problem = [f"exit code {done.returncode}"] if done.returncode else []

@@ -51,6 +51,10 @@ def check_syntax(text: str, name: str) -> None:
         raise DataError(
             f"the chat template ({name}) is not valid jinja: {error.message} at line {error.lineno}"
         ) from error
+    except Exception as error:  # nested too deeply for its parser or for Python's compiler
+        raise DataError(
+            f"the chat template ({name}) cannot be compiled: {type(error).__name__}: {error}"
+        ) from error
 
 
 def checked_options(

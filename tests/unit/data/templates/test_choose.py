@@ -718,6 +718,9 @@ def test_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="cannot be read"):
         resolve_template(str(path), tokenizer)
+    path.write_text("{{ " + "-" * 5000 + "1 }}")
+    with pytest.raises(DataError, match=r"mine\.jinja\) cannot be compiled: RecursionError"):
+        resolve_template(str(path), tokenizer)
     path.write_text("a\n{% for %}")
     with pytest.raises(DataError, match=r"mine\.jinja\) is not valid jinja.*line 2"):
         resolve_template(str(path), tokenizer)

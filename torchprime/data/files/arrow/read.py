@@ -15,6 +15,7 @@ from torchprime.errors import DataError
 
 BATCH_BYTES = 8 * 2**20  # size of the rows converted at a time
 BATCH_ROWS = 1024
+MOST_ENTRIES = 100_000  # columns or row groups; a damaged Parquet file may tell of millions
 
 ARROW_FILE = b"ARROW1"  # the first bytes of the file format; the stream format begins with a size
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
@@ -74,9 +75,14 @@ def read_parquet(
     kind = "Parquet"
     with open_plain() as plain, _seekable(plain) as stream:
         with _faults(name, kind):
-            # pre_buffer would read the whole file before the first row; buffer_size reads a large
-            # row group in pieces.
-            file = pyarrow.parquet.ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
+            # pre_buffer would read the whole file before the first row; buffer_size has a large
+            # row group read in pieces.
+            file = pyarrow.parquet.ParquetFile(
+                stream,
+                pre_buffer=False,
+                buffer_size=2**20,
+                thrift_container_size_limit=MOST_ENTRIES,
+            )
             batches = file.iter_batches(batch_size=_parquet_batch_rows(file.metadata))
             schema = file.schema_arrow
         yield from arrow_records(name, f"{name}#", schema, _watched(batches, name, kind), notes)
