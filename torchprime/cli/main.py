@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from torchprime.cli.shared.completion import FLAGS, complete
 from torchprime.config.entry import run_main
 from torchprime.config.schema import TrainConfig
 from torchprime.terminal import print_lines, say
@@ -165,6 +166,8 @@ def main(argv: list[str] | None = None) -> int:
         print_lines([usage()])
         return 0
     name, *rest = argv
+    if name in FLAGS:
+        return complete(argv, [*CONFIG_COMMANDS, *OTHER_COMMANDS], ["train", *CONFIG_COMMANDS])
     if name in CONFIG_COMMANDS:
         return run_main(CONFIG_COMMANDS[name], rest)
     if name in OTHER_COMMANDS:
