@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from torchprime.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS
+from torchprime.cli.train import take_flag
 from torchprime.config.compose import compose_config, configs_dir
 from torchprime.config.load import free_sections, known_keys, schema_defaults
 from torchprime.config.schema import TrainConfig
@@ -24,7 +25,7 @@ REPO = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"] + sorted(
     path.relative_to(REPO).as_posix() for path in (REPO / "docs").glob("*.md")
 )
-TRAIN = "python3 torchprime/torch_xla_models/train.py"
+TRAIN = ["torchprime train ", "python3 torchprime/torch_xla_models/train.py "]
 # `key` | type | default | meaning
 ROW = re.compile(r"\| `([a-z_][a-z_.]*)` \| ([^|]+) \| ([^|]+) \| [^|]+ \|")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -151,15 +152,15 @@ def test_overrides_in_the_text_exist(page: str) -> None:
 
 def test_readme_shows_commands() -> None:
     lines = command_lines("README.md")
-    assert sum(line.startswith(TRAIN) for line in lines) >= 2
+    assert sum(line.startswith(TRAIN[0]) for line in lines) >= 2
     assert {"make quickstart", "make test"} <= {line.split("#")[0].strip() for line in lines}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_compose(page: str) -> None:
     for line in command_lines(page):
-        if line.startswith(TRAIN):
-            argv = shlex.split(line, comments=True)[2:]
+        if line.startswith(tuple(TRAIN)):
+            _, argv = take_flag(shlex.split(line, comments=True)[2:])
             compose_config([word for word in argv if word not in ("--cfg", "job")])
         elif line.startswith("torchprime "):
             command, *argv = shlex.split(line, comments=True)[1:]

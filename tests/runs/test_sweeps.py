@@ -19,13 +19,18 @@ SMALL = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "swept"),
-    [("torch_xla_models", "mesh=single,fsdp4"), ("torch_native", "mesh=single seed=1,2")],
+    ("program", "swept"),
+    [
+        ("torch_xla_models.train", "mesh=single,fsdp4"),
+        ("torch_native.train", "mesh=single seed=1,2"),
+        ("cli.main train --backend native", "mesh=single seed=1,2"),
+    ],
 )
-def test_each_run_of_a_sweep_is_complete(module: str, swept: str, tmp_path: Path) -> None:
+def test_each_run_of_a_sweep_is_complete(program: str, swept: str, tmp_path: Path) -> None:
     inherited = ("WORLD_SIZE", "CPU_NUM_DEVICES", "PJRT_NPROC")
+    module, *flags = program.split()
     done = subprocess.run(
-        [sys.executable, "-m", f"torchprime.{module}.train", "-cn", "quickstart", *SMALL,
+        [sys.executable, "-m", f"torchprime.{module}", *flags, "-cn", "quickstart", *SMALL,
          f"output_dir={tmp_path}", "-m", *swept.split()],
         env={k: v for k, v in os.environ.items() if k not in inherited},
         capture_output=True,
@@ -40,6 +45,6 @@ def test_each_run_of_a_sweep_is_complete(module: str, swept: str, tmp_path: Path
         command = json.loads((run / "run.json").read_text())["command"]
         assert " -m " not in command.replace(f"-m torchprime.{module}", "")
         assert f"run_name={run.name}" in command
-    if module == "torch_xla_models":
+    if "fsdp4" in swept:
         devices = [json.loads((run / "run.json").read_text())["device"]["count"] for run in runs]
         assert devices == [1, 4]

@@ -1,4 +1,8 @@
-"""`torchprime COMMAND ...`: the commands around training."""
+"""`torchprime COMMAND ...`: training, and the commands before and after it.
+
+Each command has a module named as it is typed, but `inspect`, which is a name of the standard
+library: inspect_data.py. It is imported when the command is given.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,26 @@ import os
 import sys
 from collections.abc import Callable
 
+from torchprime.cli.shared.completion import FLAGS, complete
 from torchprime.config.entry import run_main
 from torchprime.config.schema import TrainConfig
 from torchprime.terminal import print_lines, say
 
 
+def train(argv: list[str]) -> int:
+    """Train on the backend that fits this host, and say which."""
+    # late: reading the backends' entry points takes time, and a misspelt command needs none
+    from torchprime.cli.train import train_main
+
+    return train_main(argv)
+
+
 def prepare(config: TrainConfig) -> int:
     """Prepare the run's data now, so that training finds it done."""
-    # late: reading the model's files takes seconds, and a misspelt command needs none
-    from torchprime.cli.shared.data import prepare_offline
+    # late: as above
+    from torchprime.cli.prepare import prepare_data
 
-    return prepare_offline(config)
+    return prepare_data(config)
 
 
 def inspect(config: TrainConfig) -> int:
@@ -58,7 +71,7 @@ def verify(argv: list[str]) -> int:
     """Check an export by its certificate: files, weights, logits, stop tokens."""
     os.environ["USE_TORCH_XLA"] = "0"
     # late: as above
-    from torchprime.cli.export import verify_main
+    from torchprime.cli.verify import verify_main
 
     return verify_main(argv)
 
@@ -103,6 +116,7 @@ def doctor(argv: list[str]) -> int:
 CONFIG_COMMANDS: dict[str, Callable[[TrainConfig], int]] = {"prepare": prepare, "inspect": inspect}
 # These take their own arguments.
 OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
     "compare": compare,
     "resume-check": resume_check,
     "export": export,
@@ -112,24 +126,36 @@ OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "lm-eval": lm_eval,
     "doctor": doctor,
 }
+# Groups of commands in the order in which they are used, and the arguments of each.
+GROUPS: dict[str, dict[str, str]] = {
+    "before a run": {
+        "doctor": "[--quick]",
+        "inspect": "--config-name NAME [key=value ...]",
+        "prepare": "--config-name NAME [key=value ...]",
+    },
+    "run": {"train": "[--backend xla|native] --config-name NAME [key=value ...]"},
+    "after a run": {
+        "compare": "RUN RUN [RUN ...]",
+        "report": "RUN [--out DIR]",
+        "chat": "--model DIR [--base DIR]",
+        "verify": "DIR",
+        "export": "CHECKPOINT --out DIR",
+        "lm-eval": "DIR --tasks NAME[,NAME ...]",
+        "resume-check": "RUN [--config-name NAME] [key=value ...]",
+    },
+}
 
 
 def usage() -> str:
-    """Return the commands, a line each."""
-    lines = [
-        "usage: torchprime prepare|inspect --config-name NAME [key=value ...]",
-        "       torchprime compare RUN RUN [RUN ...]",
-        "       torchprime resume-check RUN [--config-name NAME] [key=value ...]",
-        "       torchprime export CHECKPOINT --out DIR",
-        "       torchprime verify DIR",
-        "       torchprime report RUN [--out DIR]",
-        "       torchprime chat --model DIR [--base DIR]",
-        "       torchprime lm-eval DIR --tasks NAME[,NAME ...]",
-        "       torchprime doctor [--quick]",
-        "",
-    ]
-    for name, command in {**CONFIG_COMMANDS, **OTHER_COMMANDS}.items():
-        lines.append(f"  {name:<12} {(command.__doc__ or '').strip()}")
+    """Return the commands by group, each with its arguments and its purpose."""
+    about = {
+        name: command.__doc__ for name, command in {**CONFIG_COMMANDS, **OTHER_COMMANDS}.items()
+    }
+    lines = ["usage: torchprime COMMAND [arguments]; torchprime COMMAND --help tells more"]
+    for group, commands in GROUPS.items():
+        lines += ["", f"{group}:"]
+        for name, arguments in commands.items():
+            lines += [f"  {name} {arguments}", f"      {(about[name] or '').strip()}"]
     return "\n".join(lines)
 
 
@@ -140,6 +166,8 @@ def main(argv: list[str] | None = None) -> int:
         print_lines([usage()])
         return 0
     name, *rest = argv
+    if name in FLAGS:
+        return complete(argv, [*CONFIG_COMMANDS, *OTHER_COMMANDS], ["train", *CONFIG_COMMANDS])
     if name in CONFIG_COMMANDS:
         return run_main(CONFIG_COMMANDS[name], rest)
     if name in OTHER_COMMANDS:

@@ -16,15 +16,25 @@ from torchprime.errors import INTERRUPTED, StoppedError, UserError, told_disk_fa
 from torchprime.terminal import guard_output, say
 
 
-def run_main(main: Callable[[TrainConfig], int], argv: list[str] | None = None) -> int:
-    """Compose the config from the command line, run `main` with it and return the exit code."""
+def run_main(
+    main: Callable[[TrainConfig], int],
+    argv: list[str] | None = None,
+    program: Callable[[], list[str]] | None = None,
+) -> int:
+    """Compose the config from the command line, run `main` with it and return the exit code.
+
+    Args:
+        argv: flags and overrides; this process' if not given.
+        program: returns the command that starts one run of a sweep, up to the run's own flags and
+            overrides; if not given, this process' command up to `argv`.
+    """
     guard_output()
     argv = sys.argv[1:] if argv is None else argv
     try:
         command = parse_command(argv)
         if command.many_runs:
-            program = this_program(argv)
-            return run_jobs(compose_jobs(command), program)
+            started_by = this_program(argv) if program is None else program()
+            return run_jobs(compose_jobs(command), started_by)
         return main(compose_config(argv))
     except StoppedError as stop:
         say(f"stopped: {stop}")

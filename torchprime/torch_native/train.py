@@ -36,7 +36,8 @@ def main(config: TrainConfig) -> int:
     if config.compile_only is not None:
         raise ConfigError(
             f"compile_only: given {config.compile_only!r}, expected null: this is the GPU backend. "
-            "The TPU's compiler is under torchprime/torch_xla_models/train.py."
+            "The TPU's compiler belongs to the other one: torchprime train --backend xla, without "
+            "torchrun."
         )
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA if it is installed
     # late import: transformers looks for torch_xla when imported

@@ -331,5 +331,5 @@ def test_interrupted_is_130(say: Say, exported: Path, monkeypatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torchprime.cli.export.recheck", interrupt)
+    monkeypatch.setattr("torchprime.cli.verify.recheck", interrupt)
     assert say("verify", exported) == (130, "interrupted\n")

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from torchprime.cli.main import main
+import torchprime.cli
+from torchprime.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS, main
 
-COMMANDS = ("prepare", "inspect", "compare", "export", "verify")
+COMMANDS = sorted([*CONFIG_COMMANDS, *OTHER_COMMANDS])
+GROUPS = {
+    "before a run": ["doctor", "inspect", "prepare"],
+    "run": ["train"],
+    "after a run": ["compare", "report", "chat", "verify", "export", "lm-eval", "resume-check"],
+}
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == main([]) == 0
+def test_help_groups_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(f"  {name} " in said for name in COMMANDS)
+    assert main([]) == 0 and capsys.readouterr().out == said
+    shown = {}
+    for part in said.split("\n\n")[1:]:
+        title, body = part.split(":\n", 1)
+        shown[title] = re.findall(r"^  ([a-z-]+) .+\n      [A-Z].+\.$", body, re.MULTILINE)
+    assert shown == GROUPS
+    assert sorted(sum(shown.values(), [])) == COMMANDS
+
+
+def test_each_commands_module_is_named_as_it_is_typed() -> None:
+    folder = Path(torchprime.cli.__file__).parent
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "main"}
+    named = {name.replace("-", "_") for name in COMMANDS}
+    # `inspect` is a module of the standard library.
+    assert modules == named - {"inspect"} | {"inspect_data"}
 
 
 def test_a_misspelt_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,4 +141,7 @@ def versions() -> dict[str, str]:
 
 def command() -> str:
     """Return the command line, quoted for a shell."""
-    return shlex.join([Path(sys.executable).name, *sys.argv])
+    script, *arguments = sys.argv
+    if Path(script).name == "torchprime":  # the installed command, which needs no interpreter
+        return shlex.join(["torchprime", *arguments])
+    return shlex.join([Path(sys.executable).name, script, *arguments])
