@@ -50,6 +50,7 @@ def change(metrics: Path, step: int, factor: float) -> None:
     metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+@pytest.mark.slow
 def test_backends_meshes_and_the_witness_are_one_training(
     matrix: ModuleType, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ def _tune(base: list[str], file: Path, out: Path, name: str) -> Path:
     return out / name / "export"
 
 
+@pytest.mark.slow
 def test_pretrained_weights_answer_and_random_ones_do_not(
     rows: tuple[Path, list[dict]], shared_dir: Path, tmp_path: Path
 ) -> None:

@@ -253,6 +253,7 @@ def test_a_best_step_that_could_not_be_written_is_none(
     assert "best (step 6)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_going_back_forgets_what_came_behind(
     evaluated: Callable[..., list[str]], scripted: Any, tmp_path: Path
 ) -> None:
@@ -290,6 +291,7 @@ def test_a_kill_before_the_pointer_loses_no_best(
     assert "step_00000004" in origin_of(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_another_rule_chooses_anew(
     evaluated: Callable[..., list[str]], scripted: Any, tmp_path: Path
 ) -> None:

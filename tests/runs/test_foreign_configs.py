@@ -109,6 +109,7 @@ def test_a_rope_in_two_spellings_of_which_one_was_edited_is_refused(
     assert architecture_from_hf(one).rope.kind == "linear"
 
 
+@pytest.mark.slow
 def test_heads_of_a_size_of_their_own_are_trained(
     shared_dir: Path, make_tokenizer_folder, tmp_path: Path, command, run
 ) -> None:

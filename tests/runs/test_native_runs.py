@@ -130,6 +130,7 @@ def test_a_failed_export_keeps_nobody_waiting(tmp_path: Path) -> None:
     assert two.code == 0, two.printed
 
 
+@pytest.mark.slow
 def test_the_gsm8k_run_takes_the_named_config_and_the_machines_mesh(tmp_path: Path) -> None:
     repo = JOB.parents[2]
     script = repo / "experimental" / "torchrun_gpu_sft" / "run_sft_gsm8k.py"
@@ -150,7 +151,7 @@ def test_the_gsm8k_run_takes_the_named_config_and_the_machines_mesh(tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("mishap", ["die", "hang"])
+@pytest.mark.parametrize("mishap", [pytest.param("die", marks=pytest.mark.slow), "hang"])
 def test_a_lost_process_ends_the_others_with_a_message(mishap: str, tmp_path: Path) -> None:
     with processes(mishap, tmp_path, **{TIMEOUT_VARIABLE: "15"}) as (first, _):
         one = ended(first)

@@ -149,6 +149,7 @@ def torchrun(processes: int, argv: list[str]) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.slow
 def test_several_processes_write_one_checkpoint_and_any_number_goes_on(
     whole: Path, command: Command, rows: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -129,7 +129,7 @@ class TensorBoardWriter:
 
     def __init__(self, run_folder: str | Path, start_step: int = 0) -> None:
         try:
-            # late import: takes a second, and only this writer needs it
+            # late: takes a second, and only this writer needs it
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise RuntimeSetupError(

@@ -18,7 +18,7 @@ from torchprime.errors import ConfigError
 
 def make_backend(config: TrainConfig):
     """Return the native backend for a config's mesh and kernels."""
-    # late import: it needs torch, and a wrong config is refused without it
+    # late: it needs torch, and a wrong config is refused without it
     from torchprime.torch_native.backend import NativeBackend
 
     return NativeBackend(
@@ -40,7 +40,7 @@ def main(config: TrainConfig) -> int:
             "torchrun."
         )
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA if it is installed
-    # late import: transformers looks for torch_xla when imported
+    # late: transformers looks for torch_xla when imported
     from torchprime.torch_native.runtime import group
     from torchprime.training.sft import SFTTrainer
     from torchprime.training.trainer import Trainer

@@ -21,7 +21,7 @@ def make_backend(config: TrainConfig, **more: Any):
     Args:
         more: further arguments of the backend.
     """
-    # late import: importing torch_xla fixes the device and the number of virtual devices
+    # late: importing torch_xla fixes the device and the number of virtual devices
     from torchprime.torch_xla_models.backend import XlaBackend
 
     return XlaBackend(
@@ -42,12 +42,12 @@ def make_backend(config: TrainConfig, **more: Any):
 def main(config: TrainConfig) -> int:
     """Train as configured, or with compile_only compile the step; return the exit code."""
     if config.compile_only is not None:
-        # late import: it takes seconds, and training does not need it
+        # late: it takes seconds, and training does not need it
         from torchprime.torch_xla_models.compile.command import compile_only
 
         return compile_only(config)
     prepare_environment(config.device_count)
-    # late import: transformers looks for torch_xla when imported, and imports it
+    # late: transformers looks for torch_xla when imported, and imports it
     from torchprime.training.sft import SFTTrainer
     from torchprime.training.trainer import Trainer
 

@@ -36,6 +36,7 @@ def test_this_host_quickly(capsys: pytest.CaptureFixture[str]) -> None:
     assert "virtual devices" not in said
 
 
+@pytest.mark.slow
 def test_virtual_devices_compute(monkeypatch, capsys) -> None:
     (found,) = doctor.virtual_devices()
     assert found.state == doctor.OK, found.detail

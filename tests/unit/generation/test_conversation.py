@@ -133,6 +133,7 @@ def test_the_oldest_turns_go_when_the_context_is_full(chatty: Path, speaker: Spe
     assert talk.ask("Well?", SHORT, nothing).left_out <= left_out
 
 
+@pytest.mark.slow
 def test_an_answer_ends_where_the_context_does(plain: Path) -> None:
     speaker = Speaker(plain, CPU)
     speaker.stops = ()

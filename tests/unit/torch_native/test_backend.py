@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
         {"mesh": {"fsdp": 2}, "compiler": "aot_eager", "remat": "full", "accumulation": 2},
     ),
 }
+# The others of make test hold each part of these.
+SLOW = {
+    "fsdp2",
+    "tensor2-qwen3",
+    "tensor2-three-kv-heads-compiled",
+    "adafactor-fsdp2",
+    "alone-flex",
+}
+
+
+def ways(names: Iterable[str]) -> list[Any]:
+    """For pytest: the ways, the longest as slow ones."""
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in names]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +95,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
     return get
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ways(WAYS))
 def test_numbers_and_weights_are_the_references(way: str, trained) -> None:
     out, expected = trained(way)
     found = json.loads((out / "numbers.json").read_text())
@@ -102,7 +116,7 @@ def test_numbers_and_weights_are_the_references(way: str, trained) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ways(WAYS))
 def test_every_process_holds_its_share_only(way: str, trained) -> None:
     out, _ = trained(way)
     how = WAYS[way][1]
@@ -113,7 +127,7 @@ def test_every_process_holds_its_share_only(way: str, trained) -> None:
     assert share == 1 / (mesh.get("fsdp", 1) * tensor)
 
 
-@pytest.mark.parametrize("way", ["adafactor-fsdp2", "adafactor-fsdp2-tensor2"])
+@pytest.mark.parametrize("way", ways(["adafactor-fsdp2", "adafactor-fsdp2-tensor2"]))
 def test_adafactors_means_are_of_whole_matrices(way: str, trained) -> None:
     """Shards of a matrix are updated as one process updates the whole, to rounding."""
     found, alone = (trained(each)[0] for each in (way, "adafactor"))
@@ -125,7 +139,7 @@ def test_adafactors_means_are_of_whole_matrices(way: str, trained) -> None:
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if "compiled" in way])
+@pytest.mark.parametrize("way", ways([way for way in WAYS if "compiled" in way]))
 def test_layers_share_one_graph_from_the_first_step_on(way: str, trained) -> None:
     """As on CUDA, but without its code generator: what torch.compile sees, it sees here too."""
     out, _ = trained(way)

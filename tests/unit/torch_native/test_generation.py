@@ -19,7 +19,9 @@ from torchprime.generation.decode import Answer  # noqa: E402
 
 WORKER = Path(__file__).parent / "generate_worker.py"
 WAYS: dict[str, Any] = {
-    "alone-compiled": (1, {"mesh": {}, "model": "mistral", "compiler": "aot_eager"}),
+    "alone-compiled": pytest.param(
+        (1, {"mesh": {}, "model": "mistral", "compiler": "aot_eager"}), marks=pytest.mark.slow
+    ),
     "fsdp2-remat": (2, {"mesh": {"fsdp": 2}, "model": "qwen2", "remat": "full"}),
     "tensor2": pytest.param((2, {"mesh": {"tensor": 2}, "model": "qwen3"}), marks=pytest.mark.slow),
     "fsdp2-tensor2-gathered-each-time": pytest.param(

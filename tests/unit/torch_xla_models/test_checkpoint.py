@@ -98,6 +98,7 @@ def test_another_way_goes_on(before: dict, after: dict, make_backend, halves) ->
     assert [n.grad_norm for n in found] == pytest.approx([n.grad_norm for n in numbers], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_masters_and_factored_state(make_backend) -> None:
     """bf16 weights with fp32 copies, row and column means of a stack."""
     way = dict(mesh={"fsdp": 2, "tensor": 2}, scan_layers=True, dtype=torch.bfloat16)

@@ -42,6 +42,7 @@ backend.read(backend.train_step(backend.put(reference.make_batch(0), 1), 1e-3))
 """
 
 
+@pytest.mark.slow
 def test_scan_under_fsdp_gathers_no_activation(tmp_path: Path) -> None:
     environment = {
         **os.environ,

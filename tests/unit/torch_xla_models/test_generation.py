@@ -121,6 +121,7 @@ def test_training_goes_on_as_if_nothing_was_generated(scan, make_backend, refere
     assert generated[0] != generated[1] != generated[2]  # the weights are those of the moment
 
 
+@pytest.mark.slow
 def test_bf16_takes_the_likeliest(truths, shipped_table) -> None:
     """Rounding decides between neighbours; so each token is held to the logits of one forward."""
     model, _ = truths["llama-tied"]
@@ -134,6 +135,7 @@ def test_bf16_takes_the_likeliest(truths, shipped_table) -> None:
     assert (short < 0.03 * logits.std()).all(), short
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_prompts_place_alone(truths, shipped_table) -> None:
     """Not on the batch a prompt is in, nor on the mesh; another seed is another answer."""
     model, _ = truths["qwen2"]

@@ -133,7 +133,7 @@ def _own(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> ChatTemplate | No
 
 
 def _file_text(path: Path) -> str:
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         try:
             return read_text(path)
         except CheckpointError as error:

@@ -23,7 +23,7 @@ def main() -> None:
     _limit_memory()
     logging.disable(logging.ERROR)  # it warns that it has no time limit of its own
     answers, sys.stdout = sys.stdout, sys.stderr  # so that no library writes between the answers
-    # late import: after the memory limit, which must hold for it too
+    # late: after the memory limit, which must hold for it too
     import latex2sympy2_extended  # pyright: ignore[reportMissingImports]
     import math_verify  # pyright: ignore[reportMissingImports]
     import sympy
@@ -93,7 +93,7 @@ def _near(sympy: Any, gold: Any, answer: Any) -> bool:
 
 def _limit_memory() -> None:
     try:
-        import resource  # late import: Windows has no such module
+        import resource  # late: Windows has no such module
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except (ImportError, ValueError, OSError):  # a system without such limits

@@ -107,7 +107,7 @@ def test_a_missing_option(kind: str) -> None:
     ("kind", "options", "expected"),
     [
         ("exact_match", {"strip": "yes"}, ("strip: given 'yes'", "true or false", "strip=true")),
-        ("contains", {"text": 5}, ("text: given 5", "text, not a whole number", "'\"5\"'")),
+        ("contains", {"text": 5}, ("text: given 5", "text, not a whole number", "in quotes")),
         ("regex", {"pattern": "a", "on": "outpt"}, ("on: given 'outpt'", "one of", "on=output")),
         ("length", {"unit": "token"}, ("unit: given 'token'", "one of tokens", "unit=tokens")),
         ("repetition", {"n": 2.5}, ("n: given 2.5", "a whole number", "n=100")),

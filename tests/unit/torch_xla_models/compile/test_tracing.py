@@ -108,7 +108,7 @@ def test_arguments_are_cut_and_donated_as_training_does(make_backend, shipped_ta
     assert kept == Counter((tuple(t.shape), sharding_of(t)) for t in batch)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_update_writes_over_what_it_replaces(accumulation: int, make_backend) -> None:
     """All of the state, in a loop over micro-batches too: else the weights are held twice."""
     own = {"max_grad_value": 0.37}  # a program that no other test has had compiled
