@@ -21,6 +21,8 @@ sys.path.insert(0, {tests!r})
 import torch
 import torch_xla.runtime as xr
 import reference
+import pytest
+
 from torchprime.config.compose import compose_config
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM, initial_tensor
