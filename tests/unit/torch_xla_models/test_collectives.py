@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import reference
 
 STEP = """
@@ -21,8 +22,6 @@ sys.path.insert(0, {tests!r})
 import torch
 import torch_xla.runtime as xr
 import reference
-import pytest
-
 from torchprime.config.compose import compose_config
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM, initial_tensor
