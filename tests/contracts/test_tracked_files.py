@@ -66,4 +66,4 @@ def test_readme_is_short() -> None:
     readme = REPO / "README.md"
     if not readme.is_file():
         pytest.skip("no README.md yet")
-    assert len(readme.read_text().splitlines()) < 150
+    assert len(readme.read_text().splitlines()) <= 120
