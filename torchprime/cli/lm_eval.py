@@ -13,7 +13,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -171,7 +171,7 @@ def _record(
         "format_version": FORMAT_VERSION,
         "export": named,
         "certificate": _certificate(folder),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings,
         "versions": {**versions(), **_version_of("lm_eval"), **_version_of("datasets")},
         "task_versions": _plain(found["versions"]),

@@ -13,7 +13,7 @@ import socket
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from torchprime.atomic import open_plain
@@ -70,7 +70,7 @@ def run_lock(folder: Path) -> Iterator[None]:
                 "checkpoints can go elsewhere (checkpoint.folder)."
             ) from error
         os.ftruncate(descriptor, 0)
-        since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        since = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         _held.add(descriptor)

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -181,17 +181,14 @@ def parse_time(row: Row) -> tuple[float, str]:
         if math.isfinite(time):
             return float(time), "a number"
     elif isinstance(time, str) and _DATE.match(time.strip()):
-        text = time.strip()
-        if text[-1] in "zZ":
-            text = text[:-1] + "+00:00"  # Python 3.10 does not know Z
         try:
-            moment = datetime.fromisoformat(text)
+            moment = datetime.fromisoformat(time.strip().upper())
         except ValueError:
             pass
         else:
             if moment.tzinfo is not None:
                 return moment.timestamp(), "ISO 8601 with a time zone"
-            utc = moment.replace(tzinfo=timezone.utc)
+            utc = moment.replace(tzinfo=UTC)
             return utc.timestamp(), "ISO 8601 without a time zone"
     raise DataError(
         f"{row.row_id}: the time {time!r} can't be used for a split by time, expected a finite "

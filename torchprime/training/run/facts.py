@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def make_manifest(
         processes=backend.process_count,
         config=config.to_dict(),
         versions=run_folder.versions(),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         model={
             "names": len(files.shapes),
             "dtype": config.torch_dtype,
