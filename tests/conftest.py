@@ -29,7 +29,7 @@ xr.global_runtime_device_count()  # starts the client, without which XLA counts 
 torch.zeros((), device=torch_xla.device(), requires_grad=True).backward()
 
 sys.path.insert(0, str(Path(__file__).parent))  # of the modules that tests share
-pytest_plugins = ["shared_fixtures", "run_fixtures"]
+pytest_plugins = ["record_fixtures", "run_fixtures", "shared_fixtures"]
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -25,10 +27,27 @@ def by_hand(folder, prompt, stops, limit):
     return ids[len(prompt) :]
 
 
-@pytest.fixture
-def folder(llama, export, tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(7)
+    config = transformers.LlamaConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # logits far enough apart to have one largest
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    out = tmp_path_factory.mktemp("model")
+    model.save_pretrained(out)
     settings = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 5.0, "num_beams": 2}
-    return export(tmp_path / "out", llama, generation_config=settings).folder
+    (out / "generation_config.json").write_text(json.dumps(settings))
+    return out
 
 
 @pytest.mark.parametrize("rows_at_once", [2, 32])

@@ -18,8 +18,8 @@ from datasketch import MinHash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchprime.data.leaks import find as leaks
 from torchprime.data.leaks import shingles
-from torchprime.data.leaks.find import find as leaks
 from torchprime.data.leaks.find import find_leaks
 from torchprime.data.leaks.minhash import Signer, bands_for, lsh_recall, to_32_bits
 from torchprime.data.leaks.report import LeakReport

@@ -97,7 +97,7 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_kill_leaves_no_half_and_the_next_cleans_up(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from torchprime.data import cache\n"
+        "import sys, time; from pathlib import Path; from torchprime.data.shared import cache\n"
         "def write(folder):\n"
         "    (folder / 'a.bin').write_bytes(b'12'); print('writing', flush=True); time.sleep(60)\n"
         "cache.build(Path(sys.argv[1]), 'k', {}, write)"

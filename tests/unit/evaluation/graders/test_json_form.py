@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema.validators import Draft201909Validator, Draft202012Validator
-from torchprime.evaluation.graders.make.schemas import check as json_schemas
-from torchprime.evaluation.graders.make.schemas import decimals as json_numbers
 
 from torchprime.errors import DataError
 from torchprime.evaluation.graders import json_form as json_grading
 from torchprime.evaluation.graders.make import Sample, make_grader
+from torchprime.evaluation.graders.schemas import check as json_schemas
+from torchprime.evaluation.graders.schemas import decimals as json_numbers
 
 Grade = Callable[..., float | None]
 Make = Callable[..., Sample]
