@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.terminal import say
@@ -140,6 +141,19 @@ def stop_processes() -> None:
     """Leave the group; otherwise torch warns at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """Clear DTensor's cache of operations.
+
+    A cached result has the mesh of its first call. A mesh of the next group in this process may be
+    equal to it, and its result would then communicate in a group that has ended.
+    """
+    propagator = getattr(getattr(DTensor, "_op_dispatcher", None), "sharding_propagator", None)
+    cached = getattr(getattr(propagator, "propagate_op_sharding", None), "cache", None)
+    if hasattr(cached, "cache_clear"):
+        cached.cache_clear()
 
 
 # Waiting ------------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from torchprime.errors import ConfigError, RuntimeSetupError
 from torchprime.torch_native.runtime import (
@@ -17,6 +20,7 @@ from torchprime.torch_native.runtime import (
     group,
     lost_partner,
     start_processes,
+    stop_processes,
     timeout_seconds,
     transport_timeout,
     waiting,
@@ -110,3 +114,21 @@ def test_only_transport_errors_become_the_message() -> None:
         raise RuntimeError("[third_party/gloo/pair.cc:538] Read error: Connection reset by peer")
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), group():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_a_second_group_of_a_process_has_its_own_meshes() -> None:
+    """DTensor keeps results of operations by meshes that are equal, whatever their group."""
+
+    def double(groups_before: int) -> torch.Tensor:
+        start_processes()
+        try:
+            for _ in range(groups_before):
+                dist.new_group()
+            mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("fsdp", "tensor"))
+            sharded = distribute_tensor(torch.arange(4.0), mesh, [Shard(0), Shard(0)])
+            return (sharded + sharded).full_tensor()
+        finally:
+            stop_processes()
+
+    for groups_before in (3, 0):
+        assert double(groups_before).tolist() == [0.0, 2.0, 4.0, 6.0]
