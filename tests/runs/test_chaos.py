@@ -24,7 +24,7 @@ def run_chaos(repo_dir: Path, script: str, folder: Path, *arguments: str) -> dic
 @pytest.mark.parametrize(
     ("backend", "kills"),
     [
-        ("native", 4),
+        ("native", 8),
         pytest.param("native", 100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
         pytest.param("xla", 12, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],

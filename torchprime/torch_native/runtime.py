@@ -152,8 +152,9 @@ def _forget_meshes() -> None:
     """
     propagator = getattr(getattr(DTensor, "_op_dispatcher", None), "sharding_propagator", None)
     cached = getattr(getattr(propagator, "propagate_op_sharding", None), "cache", None)
-    if hasattr(cached, "cache_clear"):
-        cached.cache_clear()
+    clear = getattr(cached, "cache_clear", None)
+    if clear is not None:
+        clear()
 
 
 # Waiting ------------------------------------------------------------------------------------------
