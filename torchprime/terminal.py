@@ -16,10 +16,11 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Literal, TextIO
 
+from torchprime.errors import INTERRUPTED, StoppedError, UserError, told_disk_fault
 from torchprime.visible import clean
 
 Errors = Literal["replace", "backslashreplace"]
@@ -94,6 +95,31 @@ def _encodable(text: str, stream: TextIO, errors: Errors) -> str:
 def _forget(stream: TextIO) -> None:
     """Discard buffered output, which would raise an error at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def reported(command: Callable[[], int]) -> int:
+    """Run a command; report a stop, a user error or a disk fault in one line.
+
+    Returns:
+        The command's exit code, or the one of what ended it.
+    """
+    guard_output()
+    try:
+        return command()
+    except StoppedError as stop:
+        say(f"stopped: {stop}")
+        return stop.exit_code
+    except UserError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    except OSError as error:
+        if (told := told_disk_fault(error)) is None:
+            raise
+        say(f"error: {told}")
+        return UserError.exit_code
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
 
 
 # What libraries and Python itself print -----------------------------------------------------------

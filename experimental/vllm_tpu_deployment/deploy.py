@@ -42,13 +42,13 @@ from torchprime.checkpoint.proof.certificate import (  # noqa: E402
 )
 from torchprime.checkpoint.proof.recheck import recheck  # noqa: E402
 from torchprime.cli.shared.arguments import make_parser, run_command  # noqa: E402
-from torchprime.cli.shared.columns import answers_lines, shown  # noqa: E402
+from torchprime.cli.shared.columns import answers_lines  # noqa: E402
 from torchprime.config.paths import local_path, name_or_folder  # noqa: E402
 from torchprime.errors import CheckpointError, ConfigError, RuntimeSetupError  # noqa: E402
 from torchprime.generation.prompts import as_question, read_prompts  # noqa: E402
 from torchprime.json_files import read_json  # noqa: E402
 from torchprime.template_files import DEFAULT, own_templates  # noqa: E402
-from torchprime.terminal import print_lines, say  # noqa: E402
+from torchprime.terminal import print_json, print_lines, say  # noqa: E402
 
 HOST = "127.0.0.1"
 BASE, TUNED = "base", "model"
@@ -268,11 +268,10 @@ def show_answers(
     for number, prompt in enumerate(worded):
         answers = {title: told[number] for title, told in found.items()}
         if given.json:
-            lines = [json.dumps({"prompt": prompt, **answers}, ensure_ascii=False)]
+            print_json({"prompt": prompt, **answers})
         else:
             texts = [(title, _marked(told, given)) for title, told in answers.items()]
-            lines = [f"> {shown(prompt)}", *answers_lines(texts, terminal), ""]
-        print_lines(lines, "replace")
+            print_lines([f"> {prompt}", *answers_lines(texts, terminal), ""], "replace")
 
 
 def _marked(told: Mapping[str, Any], given: argparse.Namespace) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torchprime.atomic import write_json
-from torchprime.cli.shared.arguments import make_parser
+from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.compare.judge import compare, imprecise
 from torchprime.compare.logs.read import read_run
 from torchprime.compare.logs.run import HowLogged, Run
@@ -33,8 +33,8 @@ from torchprime.compare.verdict import (
     usual_speed,
 )
 from torchprime.config.paths import local_path
-from torchprime.errors import ConfigError, RuntimeSetupError, UserError
-from torchprime.terminal import print_lines, say
+from torchprime.errors import ConfigError, RuntimeSetupError
+from torchprime.terminal import print_lines
 
 PARITY = "parity.json"
 FLOOR = "noise_floor.json"
@@ -54,18 +54,14 @@ float32: losses to 1e-4, gradient norm to 1e-3, learning rate to 1e-6, relative.
 
 def compare_main(argv: list[str]) -> int:
     """Run the command with the arguments after `compare`; return the exit code."""
-    try:
-        given = _parser().parse_intermixed_args(argv)
-    except SystemExit as stop:  # argparse has printed the help or the error
-        return stop.code if isinstance(stop.code, int) else 2
-    try:
+
+    def command(given: argparse.Namespace) -> int:
         named = name_runs(given.runs)
         how = read_how([label for label, _ in named], given.mean_over, given.resumed_at)
         runs = [read_run(label, path, how[label]) for label, path in named]
         return _measure(runs, given) if given.measure_noise else _compare(runs, given, argv)
-    except UserError as error:
-        say(f"error: {error}")
-        return error.exit_code
+
+    return run_command(_parser(), argv, command)
 
 
 def _parser() -> argparse.ArgumentParser:

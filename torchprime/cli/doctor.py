@@ -8,6 +8,7 @@ for scripts.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import platform
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from packaging.requirements import Requirement
 
-from torchprime.cli.shared.arguments import make_parser
+from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.config.compose import compose_config
 from torchprime.errors import UserError
 from torchprime.terminal import print_lines, say
@@ -161,7 +162,10 @@ def doctor_main(argv: list[str]) -> int:
     """Print the findings; return 0 if none is a problem, else 1."""
     parser = make_parser("torchprime doctor", __doc__ or "", "")
     parser.add_argument("--quick", action="store_true", help="look only, try nothing")
-    given = parser.parse_args(argv)
+    return run_command(parser, argv, _doctor)
+
+
+def _doctor(given: argparse.Namespace) -> int:
     checks = [versions, tpu, gpu] + ([] if given.quick else [virtual_devices, compiler])
     problems = 0
     for check in checks:

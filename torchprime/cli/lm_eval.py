@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -30,6 +29,7 @@ from torchprime.config.paths import local_path, name_or_folder
 from torchprime.data.templates.choose import resolve_template
 from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.errors import ConfigError, RuntimeSetupError
+from torchprime.hashing import hash_file
 from torchprime.terminal import print_lines
 from torchprime.training.run.folder import versions
 
@@ -189,7 +189,7 @@ def _certificate(folder: Path) -> dict[str, Any] | None:
         return None
     certificate = read_certificate(folder)
     return {
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": hash_file(path)["sha256"],
         "passed": not certificate.failed,
         "base_model": certificate.base_model,
         "step": certificate.step,

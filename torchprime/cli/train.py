@@ -15,8 +15,8 @@ from typing import NamedTuple
 from torchprime.config.entry import run_main
 from torchprime.config.schema import TrainConfig
 from torchprime.config.sweep import this_program
-from torchprime.errors import ConfigError, UserError
-from torchprime.terminal import print_lines, say
+from torchprime.errors import ConfigError
+from torchprime.terminal import print_lines, reported, say
 from torchprime.torch_native import train as native
 from torchprime.torch_xla_models import train as xla
 from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips
@@ -126,11 +126,11 @@ def train(config: TrainConfig, asked: str | None = None) -> int:
 
 def train_main(argv: list[str]) -> int:
     """Run `train` with the arguments after it; the exit code."""
-    try:
-        asked, rest = take_flag(argv)
-    except UserError as error:
-        say(f"error: {error}")
-        return error.exit_code
+    return reported(lambda: _train(argv))
+
+
+def _train(argv: list[str]) -> int:
+    asked, rest = take_flag(argv)
     if {"-h", "--help"} & set(rest):
         print_lines([HELP])
     chosen = [] if asked is None else [FLAG, asked]

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from torchprime.config.compose import compose_config, compose_jobs, parse_command
 from torchprime.config.schema import TrainConfig
 from torchprime.config.sweep import run_jobs, this_program
-from torchprime.errors import INTERRUPTED, StoppedError, UserError, told_disk_fault
-from torchprime.terminal import guard_output, say
+from torchprime.terminal import reported
 
 
 def run_main(
@@ -28,25 +27,13 @@ def run_main(
         program: returns the command that starts one run of a sweep, up to the run's own flags and
             overrides; if not given, this process' command up to `argv`.
     """
-    guard_output()
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        command = parse_command(argv)
+    given = sys.argv[1:] if argv is None else argv
+
+    def run() -> int:
+        command = parse_command(given)
         if command.many_runs:
-            started_by = this_program(argv) if program is None else program()
+            started_by = this_program(given) if program is None else program()
             return run_jobs(compose_jobs(command), started_by)
-        return main(compose_config(argv))
-    except StoppedError as stop:
-        say(f"stopped: {stop}")
-        return stop.exit_code
-    except UserError as error:
-        say(f"error: {error}")
-        return error.exit_code
-    except OSError as error:
-        if (told := told_disk_fault(error)) is None:
-            raise
-        say(f"error: {told}")
-        return UserError.exit_code
-    except KeyboardInterrupt:
-        say("interrupted")
-        return INTERRUPTED
+        return main(compose_config(given))
+
+    return reported(run)

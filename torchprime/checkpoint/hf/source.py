@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 
 from torchprime.checkpoint.hf.weight_names import MERGE
 from torchprime.errors import CheckpointError
-from torchprime.json_files import read_json
+from torchprime.json_files import LARGE, read_json
 from torchprime.models.unsupported import DEQUANTIZE
 
 # model*.safetensors leaves out second copies in the authors' own layout (consolidated.safetensors).
@@ -47,7 +47,6 @@ SMALL_PATTERNS = [
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 ]
-MOST_BYTES = 512 * 2**20  # of a file that is not weights; the largest tokenizers have 40 MB
 ADAPTER_FILE = "adapter_config.json"
 QUANTIZER_FILES = ("quantize_config.json", "quant_config.json")  # of AutoGPTQ and AutoAWQ
 PICKLES = ("*.bin", "*.pth", "*.pt")
@@ -103,9 +102,9 @@ def _require_regular(folder: Path) -> None:
                 f"{path} is not a regular file. Do not use this folder before you know who wrote "
                 "that, or fetch it again."
             )
-        if path.suffix != ".safetensors" and facts.st_size > MOST_BYTES:
+        if path.suffix != ".safetensors" and facts.st_size > LARGE:
             raise CheckpointError(
-                f"{path} has {facts.st_size:,} bytes, expected at most {MOST_BYTES:,}. Fetch the "
+                f"{path} has {facts.st_size:,} bytes, expected at most {LARGE:,}. Fetch the "
                 "folder again."
             )
 

@@ -9,8 +9,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from torchprime.errors import INTERRUPTED, UserError, told_disk_fault
-from torchprime.terminal import guard_output, say
+from torchprime.terminal import reported, say
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,21 +42,8 @@ def run_command(
     parser: argparse.ArgumentParser, argv: list[str], command: Callable[[argparse.Namespace], int]
 ) -> int:
     """Parse the arguments and run the command with them; return the exit code."""
-    guard_output()
     try:
         given = parser.parse_intermixed_args(argv)
     except SystemExit as stop:  # argparse has printed the help or the error
         return stop.code if isinstance(stop.code, int) else 2
-    try:
-        return command(given)
-    except UserError as error:
-        say(f"error: {error}")
-        return error.exit_code
-    except OSError as error:
-        if (told := told_disk_fault(error)) is None:
-            raise
-        say(f"error: {told}")
-        return UserError.exit_code
-    except KeyboardInterrupt:
-        say("interrupted")
-        return INTERRUPTED
+    return reported(lambda: command(given))

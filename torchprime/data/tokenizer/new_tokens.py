@@ -15,7 +15,6 @@ tokens in the settings differ from the source; chat templates and stop tokens ar
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import shutil
 import tempfile
@@ -29,6 +28,7 @@ from torchprime.data.shared import cache
 from torchprime.data.tokenizer.load import load_raw
 from torchprime.errors import CheckpointError, RuntimeSetupError
 from torchprime.foreign_names import inside
+from torchprime.hashing import hash_file
 from torchprime.json_files import LARGE, read_json, read_json_if_there
 from torchprime.private_folders import require_private
 from torchprime.raw_tokenizer import load_tokenizer_json
@@ -123,7 +123,7 @@ def _derived_folder(source: Path, texts: Sequence[str], ids: Mapping[str, int], 
         "version": VERSION,
         "tokens": list(texts),
         "files": {
-            path.relative_to(source).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            path.relative_to(source).as_posix(): hash_file(path)["sha256"]
             for path in [*read, *copied]
             if path.is_file()
         },
