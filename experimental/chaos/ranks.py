@@ -54,7 +54,7 @@ PATIENCE = 300.0  # seconds for an attempt that nothing disturbs
 
 
 class Case(NamedTuple):
-    """What happens to which rank, and when."""
+    """One case: the fate of a rank in a phase of the run."""
 
     fate: str
     phase: str

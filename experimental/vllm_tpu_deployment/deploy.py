@@ -183,7 +183,7 @@ def check_certificate(folder: Path) -> None:
 
 
 def stamps_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    """What changes when the folder or a file in it is exchanged or edited, without reading it."""
+    """Return facts that change if the folder or a file in it is replaced or edited; reads none."""
     paths = [folder, *(path for path in sorted(folder.rglob("*")) if path.is_file())]
     found = {path.relative_to(folder).as_posix(): path.stat() for path in paths}
     return {

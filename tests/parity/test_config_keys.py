@@ -163,7 +163,7 @@ def _ours(architecture: Architecture, reference: torch.nn.Module) -> torch.Tenso
 
 
 def _fault(family: str, key: str, value: Any) -> str | None:
-    """What is wrong with how this case is treated."""
+    """Return the fault in the treatment of this case, None if there is none."""
     config = _changed(family, key, value)
     try:
         architecture = architecture_from_hf(config)

@@ -35,7 +35,7 @@ Said = tuple[int, str]  # an exit code, and all that was printed
 
 @dataclass(frozen=True)
 class Samples:
-    """What attacks begin with: made once, copied for each.
+    """The files that attacks begin with: made once, copied for each.
 
     Attributes:
         run: with checkpoints of steps 1 and 2, held-out rows and an export.
@@ -50,7 +50,7 @@ class Samples:
 
 @dataclass
 class Ground:
-    """Where an attack happens.
+    """The folders of one attack, and the calls a user makes in them.
 
     Attributes:
         here: the user's folder; the working directory of the call.
@@ -224,7 +224,7 @@ def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
 
 
 def lay_bait(folder: Path) -> Path:
-    """What an attack would like to reach."""
+    """Make the files that no attack may touch."""
     (folder / "folder").mkdir(parents=True)
     (folder / "file").write_text("precious")
     (folder / "folder" / "file").write_text("precious, too")

@@ -54,7 +54,7 @@ def not_exported(ground: Ground) -> None:
 
 
 class Evil:
-    """What a pickle calls when it is read."""
+    """An object whose pickle calls a program when it is read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch pwned",)

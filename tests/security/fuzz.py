@@ -187,7 +187,7 @@ def _nested(value: Any, depth: int) -> Any:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one target.
+    """The result of one target.
 
     Attributes:
         executions: None where the process ended before libFuzzer counted them.

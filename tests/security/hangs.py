@@ -1,4 +1,4 @@
-"""What never ends, or takes all memory: pipes, devices, loops, one row of many megabytes."""
+"""Inputs that never end or take all memory: pipes, devices, loops, one row of many megabytes."""
 
 from __future__ import annotations
 

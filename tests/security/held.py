@@ -1,4 +1,4 @@
-"""What held before: kept so that it holds on."""
+"""Attacks that were refused from the start; they stay refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What strangers' files and shared folders can do: nothing but end a command with one message.
+"""Strangers' files and shared folders can only end a command with one message.
 
 `make attack` runs all of it; SECURITY.md says what is promised.
 """

@@ -1,4 +1,4 @@
-"""Who else may write a folder is found, and what only looks like it is let through."""
+"""Folders that other users may write are refused; folders that only look so are accepted."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_an_access_list_is_not_taken_for_ones_own_group(
 
 
 class Mount:
-    """What a folder on a mount with numbers or modes of its own looks like to this process."""
+    """A stand-in for a mount that shows numbers or modes of its own."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **facts: int) -> None:
         original = os.stat
@@ -174,7 +174,7 @@ def test_the_attempt_leaves_nothing(make: Callable[..., Path]) -> None:
 
 @root_only
 def test_another_users_process_can_exchange_nothing_in_a_run(tmp_path: Path) -> None:
-    """What the rule is for: where it lets a folder through, nobody else can put a link there."""
+    """Nobody else can put a link into a folder that the rule accepts."""
     place = Path(tempfile.mkdtemp(dir="/tmp"))
     try:
         place.chmod(0o1777)

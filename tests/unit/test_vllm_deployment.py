@@ -174,7 +174,7 @@ def changing(script: ModuleType, monkeypatch: pytest.MonkeyPatch, change: Callab
 def test_a_link_is_followed_once(
     deploy: Deploy, script: ModuleType, export: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """What was checked is what is served, wherever the link leads by then."""
+    """The folder that was checked is served, even if the link leads elsewhere by then."""
     link = tmp_path / "newest"
     link.symlink_to(export)
     changing(script, monkeypatch, lambda folder: (link.unlink(), link.symlink_to(BASE)))

@@ -1,5 +1,6 @@
-"""What is typed for a text is that text, whatever Hydra's grammar would make of it; Hydra's own
-settings and other trainers' names are answered with what to write instead."""
+"""A text on the command line stays that text, whatever Hydra's grammar would make of it.
+
+Hydra's own settings and other trainers' names get a message with the key to write instead."""
 
 from __future__ import annotations
 

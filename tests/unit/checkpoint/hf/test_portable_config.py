@@ -25,7 +25,7 @@ LLAMA3 = dict(
 
 
 def test_every_family_reads_as_the_same_architecture_in_old_and_new_spelling(any_family):
-    """What 4.57 sees (no rope_parameters) and what 5.x sees (rope_parameters) are the source's."""
+    """Both spellings, for 4.57 (rope_scaling) and 5.x (rope_parameters), are the source's."""
     result, _ = portable_config(any_family.config, any_family.spec, torch.bfloat16, 0)
     source = architecture_from_hf(any_family.config)
     old = {k: v for k, v in result.items() if k not in ("rope_parameters", "dtype")}

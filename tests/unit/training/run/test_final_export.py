@@ -73,7 +73,7 @@ def error_of(capsys: Printed) -> str:
 
 
 def command_in(message: str) -> list[str]:
-    """What the message says to type, without the program's name."""
+    """Return the arguments of the command that the message names."""
     program, *rest = shlex.split(message.rsplit(": ", 1)[1])
     assert program == "torchprime"
     return rest

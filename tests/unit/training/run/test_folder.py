@@ -1,4 +1,4 @@
-"""What a run records of itself can be typed again."""
+"""The command that a run records can be typed again."""
 
 from __future__ import annotations
 
