@@ -18,7 +18,7 @@ from typing import IO
 import tokenizers
 
 from torchprime.errors import CheckpointError, UserError
-from torchprime.json_files import LARGE, read_regular
+from torchprime.files.json_files import LARGE, read_regular
 
 STDERR = 2
 LONGEST_REASON = 300  # characters; a reason may quote the file

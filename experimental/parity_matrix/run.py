@@ -28,9 +28,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchprime.atomic import write_json
 from torchprime.cli.compare import compare_main
 from torchprime.compare.verdict import AGREE, DIFFER
+from torchprime.files.atomic import write_json
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = REPO.parent / "shared"

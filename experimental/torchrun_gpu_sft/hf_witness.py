@@ -44,14 +44,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from torchprime import terminal
-from torchprime.atomic import write_json
 from torchprime.checkpoint.hf.read import EMBEDDING, HEAD
 from torchprime.config.checks import refuse
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig
 from torchprime.data.blocks.order import batch_indices
 from torchprime.errors import ConfigError, DivergedError, RuntimeSetupError
+from torchprime.files.atomic import write_json
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.throughput import (
     Stopwatch,
@@ -59,6 +58,7 @@ from torchprime.metrics.throughput import (
     mfu,
 )
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
+from torchprime.text import terminal
 from torchprime.training.loop import DataOrder
 from torchprime.training.run import folder as run_folder
 from torchprime.training.setup.datasets import RunData, prepare_run_data, template_of

@@ -45,10 +45,10 @@ from torchprime.cli.shared.arguments import make_parser, run_command  # noqa: E4
 from torchprime.cli.shared.columns import answers_lines  # noqa: E402
 from torchprime.config.paths import local_path, name_or_folder  # noqa: E402
 from torchprime.errors import CheckpointError, ConfigError, RuntimeSetupError  # noqa: E402
+from torchprime.files.json_files import read_json  # noqa: E402
+from torchprime.files.template_files import DEFAULT, own_templates  # noqa: E402
 from torchprime.generation.prompts import as_question, read_prompts  # noqa: E402
-from torchprime.json_files import read_json  # noqa: E402
-from torchprime.template_files import DEFAULT, own_templates  # noqa: E402
-from torchprime.terminal import print_json, print_lines, say  # noqa: E402
+from torchprime.text.terminal import print_json, print_lines, say  # noqa: E402
 
 HOST = "127.0.0.1"
 BASE, TUNED = "base", "model"

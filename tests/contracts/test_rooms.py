@@ -45,8 +45,7 @@ def modules() -> list[Path]:
 
 
 def test_no_folder_has_more_than_a_dozen_modules() -> None:
-    # The top level is a list of leaves, in their own order (test_dependencies.py).
-    counts = Counter(path.parent for path in modules() if path.parent != PACKAGE)
+    counts = Counter(path.parent for path in modules())
     assert not {folder: n for folder, n in counts.items() if n > MOST_MODULES}
 
 

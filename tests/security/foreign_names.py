@@ -12,7 +12,7 @@ from attack import Attack, Ground
 from resigned import change_manifest, change_metadata
 
 from torchprime.data.page import render_page
-from torchprime.template_files import write_templates
+from torchprime.files.template_files import write_templates
 
 EVIL = "x`` ```\n# own heading <script>alert(1)</script> [a](javascript:b) | $(touch pwned) '; ls '"
 

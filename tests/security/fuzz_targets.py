@@ -38,7 +38,7 @@ from torchprime.data.rows.read import open_rows
 from torchprime.data.rows.row import PLAIN_READING
 from torchprime.data.templates.choose import resolve_template
 from torchprime.data.tokenizer.load import load_tokenizer
-from torchprime.json_files import read_json, token_ids
+from torchprime.files.json_files import read_json, token_ids
 from torchprime.models.architecture import architecture_from_hf
 
 # How a file is changed: any bytes, a JSON document, JSON on each line, or a header as safetensors.

@@ -9,10 +9,10 @@ from typing import Any
 
 from attack import Attack, Ground
 
-from torchprime.atomic import atomic_folder, open_new, write_text
 from torchprime.checkpoint.run.lock import run_lock
+from torchprime.files.atomic import atomic_folder, open_new, write_text
+from torchprime.files.private_folders import own_folder
 from torchprime.metrics.writers import JsonlWriter, TensorBoardWriter
-from torchprime.private_folders import own_folder
 
 ANA, TEAM = 12345, 54321  # another user and a group, as numbers without names
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Union
 
-from torchprime.visible import clean
+from torchprime.text.visible import clean
 
 MOST_TEXT = 1 << 20  # characters of one field; a random generator's state has 20,000
 MOST_ENTRIES = 1 << 20

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchprime.atomic import write_bytes, write_json, write_text
 from torchprime.checkpoint.export import ExportResult, write_export, write_weights
 from torchprime.checkpoint.hf.files import CARD, FACTS, ExportFacts, read_facts
 from torchprime.checkpoint.hf.portable_config import both_dtype_spellings
@@ -43,8 +42,9 @@ from torchprime.checkpoint.run.catalog import BEST, LATEST, Catalog
 from torchprime.checkpoint.run.reader import CheckpointReader
 from torchprime.checkpoint.run.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
-from torchprime.foreign_names import inside
-from torchprime.json_files import read_json
+from torchprime.files.atomic import write_bytes, write_json, write_text
+from torchprime.files.foreign_names import inside
+from torchprime.files.json_files import read_json
 from torchprime.models.architecture import architecture_from_hf
 
 HF = "hf"  # the export's folder in a checkpoint

@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from torchprime.atomic import atomic_folder, refuse_used_folder
 from torchprime.checkpoint.proof.certificate import (
     CERTIFICATE,
     Certificate,
@@ -37,7 +36,8 @@ from torchprime.checkpoint.run.storage import (
     existing_part,
 )
 from torchprime.errors import CheckpointError
-from torchprime.hashing import FileFacts, hash_file, sha256_of
+from torchprime.files.atomic import atomic_folder, refuse_used_folder
+from torchprime.files.hashing import FileFacts, hash_file, sha256_of
 
 INCOMPLETE = ".incomplete"
 CONFIG = "config.json"  # without this file no reader recognizes the folder as a model

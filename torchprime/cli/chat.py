@@ -40,7 +40,7 @@ from torchprime.generation.conversation import (
     Speaker,
 )
 from torchprime.generation.prompts import as_question, read_prompts, require_unicode
-from torchprime.terminal import print_json, print_lines, print_text, say, shown, tick
+from torchprime.text.terminal import print_json, print_lines, print_text, say, shown, tick
 
 DEVICES = ("auto", "cpu", "cuda")
 BASE, TUNED = "base", "model"

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torchprime.atomic import write_json
 from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.compare.judge import compare, imprecise
 from torchprime.compare.logs.read import read_run
@@ -34,7 +33,8 @@ from torchprime.compare.verdict import (
 )
 from torchprime.config.paths import local_path
 from torchprime.errors import ConfigError, RuntimeSetupError
-from torchprime.terminal import print_lines
+from torchprime.files.atomic import write_json
+from torchprime.text.terminal import print_lines
 
 PARITY = "parity.json"
 FLOOR = "noise_floor.json"

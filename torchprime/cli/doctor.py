@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.config.compose import compose_config
 from torchprime.errors import UserError
-from torchprime.terminal import print_lines, say
+from torchprime.text.terminal import print_lines, say
 from torchprime.torch_xla_models.compile.command import compile_only
 from torchprime.torch_xla_models.compile.library import find_library
 from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips

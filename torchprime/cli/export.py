@@ -16,7 +16,7 @@ from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.cli.shared.base import base_weights
 from torchprime.config.paths import is_url, place
 from torchprime.errors import ConfigError
-from torchprime.terminal import print_lines
+from torchprime.text.terminal import print_lines
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 EPILOG = """\

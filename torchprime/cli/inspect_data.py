@@ -2,7 +2,7 @@
 
 torchprime/data/inspection.py collects the content; this file draws it. Rows may contain anything,
 so no text of them is written unchanged: control characters, marks of direction and stray bytes are
-made visible (torchprime/visible.py), and on the page all other text is escaped.
+made visible (torchprime/text/visible.py), and on the page all other text is escaped.
 
 The page (torchprime/assets/inspect) is one file that loads nothing (torchprime/data/page.py).
 """
@@ -20,7 +20,6 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from torchprime.atomic import write_text
 from torchprime.cli.shared.data import Offline, load
 from torchprime.config.schema import TrainConfig
 from torchprime.data.blocks.budget import batch_budget
@@ -40,9 +39,10 @@ from torchprime.data.page import SHOWN_IDS, by_count, first_of, render_page
 from torchprime.data.report import DataReport
 from torchprime.data.shared.notes import most_first, noted_first
 from torchprime.errors import RuntimeSetupError
-from torchprime.terminal import print_lines
+from torchprime.files.atomic import write_text
+from torchprime.text.terminal import print_lines
+from torchprime.text.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
 from torchprime.training.setup.plan import count_steps
-from torchprime.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
 
 PRINTED_BLOCKS = 2
 BAR = 40  # characters of the longest bar

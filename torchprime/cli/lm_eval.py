@@ -18,7 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torchprime.atomic import write_json
 from torchprime.checkpoint.hf.portable import auto_tokenizer
 from torchprime.checkpoint.hf.source import resolve_pretrained
 from torchprime.checkpoint.proof.certificate import CERTIFICATE, read_certificate
@@ -29,8 +28,9 @@ from torchprime.config.paths import local_path, name_or_folder
 from torchprime.data.templates.choose import resolve_template
 from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.errors import ConfigError, RuntimeSetupError
-from torchprime.hashing import hash_file
-from torchprime.terminal import print_lines
+from torchprime.files.atomic import write_json
+from torchprime.files.hashing import hash_file
+from torchprime.text.terminal import print_lines
 from torchprime.training.run.folder import versions
 
 RESULT = "lm_eval.json"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from torchprime.cli.shared.completion import FLAGS, complete
 from torchprime.config.entry import run_main
 from torchprime.config.schema import TrainConfig
-from torchprime.terminal import print_lines, say
+from torchprime.text.terminal import print_lines, say
 
 
 def train(argv: list[str]) -> int:

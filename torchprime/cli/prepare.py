@@ -5,7 +5,7 @@ from __future__ import annotations
 from torchprime.cli.shared.data import load
 from torchprime.config.schema import TrainConfig
 from torchprime.data.blocks.budget import batch_budget
-from torchprime.terminal import print_lines
+from torchprime.text.terminal import print_lines
 
 
 def prepare_data(config: TrainConfig) -> int:

@@ -11,7 +11,7 @@ import argparse
 from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.config.paths import local_path
 from torchprime.report.write import write_report
-from torchprime.terminal import print_lines
+from torchprime.text.terminal import print_lines
 
 EPILOG = """\
 RUN is a folder, <output_dir>/<run_name>. Exit code: 0; 2 if a file of it is missing or damaged.

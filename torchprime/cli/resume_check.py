@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from torchprime.atomic import write_text
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.run.catalog import Catalog
 from torchprime.checkpoint.run.storage import Storage
@@ -25,7 +24,8 @@ from torchprime.config.compose import SCHEMA_NODE, compose_config, is_group
 from torchprime.config.paths import is_url, local_path
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError
-from torchprime.terminal import print_lines, say
+from torchprime.files.atomic import write_text
+from torchprime.text.terminal import print_lines, say
 from torchprime.training.evaluating import make_choosing
 from torchprime.training.run import resume as resuming
 from torchprime.training.run.changes import REFUSED, find_changes, not_allowed

@@ -16,7 +16,7 @@ from torchprime.config.entry import run_main
 from torchprime.config.schema import TrainConfig
 from torchprime.config.sweep import this_program
 from torchprime.errors import ConfigError
-from torchprime.terminal import print_lines, reported, say
+from torchprime.text.terminal import print_lines, reported, say
 from torchprime.torch_native import train as native
 from torchprime.torch_xla_models import train as xla
 from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips

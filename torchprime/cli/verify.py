@@ -12,7 +12,7 @@ from torchprime.checkpoint.proof.recheck import recheck
 from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.cli.shared.base import base_weights
 from torchprime.config.paths import local_path
-from torchprime.terminal import print_lines
+from torchprime.text.terminal import print_lines
 
 MARKS = {True: "passed", False: "FAILED", None: "not made"}
 EPILOG = """\

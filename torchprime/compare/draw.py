@@ -26,12 +26,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from torchprime.atomic import write_bytes
 from torchprime.compare.captions import subtitle, title
 from torchprime.compare.label_fonts import FIRST, families_for, legible, quiet_fonts
 from torchprime.compare.logs.run import LoggedStep, Run
 from torchprime.compare.verdict import Comparison, Pair, Point
 from torchprime.errors import ConfigError, RuntimeSetupError
+from torchprime.files.atomic import write_bytes
 
 # Okabe and Ito's palette, the pale colours darkened, and two more colours in between.
 COLOURS = (

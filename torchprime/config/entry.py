@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torchprime.config.compose import compose_config, compose_jobs, parse_command
 from torchprime.config.schema import TrainConfig
 from torchprime.config.sweep import run_jobs, this_program
-from torchprime.terminal import reported
+from torchprime.text.terminal import reported
 
 
 def run_main(

@@ -39,7 +39,7 @@ from torchprime.config.paths import (
 )
 from torchprime.config.topologies import check_devices, topology
 from torchprime.errors import ConfigError
-from torchprime.foreign_names import fault_of
+from torchprime.files.foreign_names import fault_of
 
 Axis = Literal["data", "fsdp", "expert", "context", "tensor"]
 # Outermost first: neighbours along the last axis are neighbours on the interconnect, and tensor

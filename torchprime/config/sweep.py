@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torchprime.config.compose import Job
 from torchprime.errors import ConfigError
-from torchprime.terminal import say
+from torchprime.text.terminal import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

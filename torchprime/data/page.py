@@ -3,7 +3,8 @@
 Each page has a folder in torchprime/assets with its template (page.html.jinja), its style
 (page.css, after the style that all pages share) and optionally a script (page.js). A content
 security policy forbids the browser all requests, and any script but the page's own. Template values
-are escaped, and control characters and marks of direction in them are made visible (visible.py).
+are escaped, and control characters and marks of direction in them are made visible
+(text/visible.py).
 The template is rendered in jinja's sandbox, like every template, so a replaced template file can't
 run code.
 """
@@ -22,7 +23,7 @@ from markupsafe import Markup
 import torchprime
 from torchprime.config.compose import assets_dir
 from torchprime.data.shared.notes import most_first
-from torchprime.visible import clean
+from torchprime.text.visible import clean
 
 SHOWN_IDS = 5
 SHARED = "page"  # the folder of the parts that all pages share

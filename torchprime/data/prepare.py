@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from torchprime.atomic import open_new, write_text
 from torchprime.data.advice import advise
 from torchprime.data.blocks.chunks import Outcome, Settings, Work, run_in_worker, start_worker
 from torchprime.data.blocks.dataset import PackedDataset
@@ -41,6 +40,7 @@ from torchprime.data.shared.worker_pool import worker_pool
 from torchprime.data.templates.render import ChatTemplate
 from torchprime.data.tokenizer.load import Tokenizer
 from torchprime.errors import DataError
+from torchprime.files.atomic import open_new, write_text
 
 # Part of every cache key: raise it when the same rows would give other examples or blocks.
 DATA_VERSION = 4

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchprime.atomic import read_regular_text
 from torchprime.data.rows.formats import QUESTION_PROMPT
 from torchprime.errors import DataError
+from torchprime.files.atomic import read_regular_text
 
 OBJECT_ENDINGS = (".jsonl", ".ndjson")
 

@@ -18,8 +18,9 @@ from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
-from torchprime.atomic import open_plain, read_regular_text
 from torchprime.errors import DataError, RuntimeSetupError
+from torchprime.files.atomic import open_plain, read_regular_text
+from torchprime.files.private_folders import own_folder
 from torchprime.metrics.record import (
     CheckpointRecord,
     EvalRecord,
@@ -28,9 +29,8 @@ from torchprime.metrics.record import (
     from_json,
     to_json,
 )
-from torchprime.private_folders import own_folder
-from torchprime.terminal import say
-from torchprime.terminal import shown as shown_text
+from torchprime.text.terminal import say
+from torchprime.text.terminal import shown as shown_text
 
 MOST_BYTES = 2**30  # of a log, which is held whole
 

@@ -1,6 +1,6 @@
 """The writer of report.md: a run's report as Markdown that is readable as plain text, too.
 
-Text from rows, answers and names is escaped (markdown_text.py).
+Text from rows, answers and names is escaped (text/markdown_text.py).
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torchprime.data.page import by_count, first_of
-from torchprime.markdown_text import block, inline, table
 from torchprime.report.answers import AskedRow, grade, shorten
 from torchprime.report.read import RunReport
+from torchprime.text.markdown_text import block, inline, table
 
 
 def markdown(report: RunReport) -> str:

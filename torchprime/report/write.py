@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchprime.atomic import make_folder, write_text
 from torchprime.errors import RuntimeSetupError
-from torchprime.private_folders import require_private
+from torchprime.files.atomic import make_folder, write_text
+from torchprime.files.private_folders import require_private
 from torchprime.report.html_page import html
 from torchprime.report.markdown import markdown
 from torchprime.report.read import read_report

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
-from torchprime.terminal import say
+from torchprime.text.terminal import say
 
 # A collective that takes longer than this has lost a partner; the environment may set another
 # value.

@@ -29,14 +29,14 @@ from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torch_xla._internal import tpu
 from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
-from torchprime.atomic import make_folder
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.data.blocks.batch import Batch
 from torchprime.errors import ConfigError
+from torchprime.files.atomic import make_folder
+from torchprime.files.private_folders import require_private
 from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.losses import Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
-from torchprime.private_folders import require_private
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.attention import KERNEL_MULTIPLE, choose_kernel, inject_attention

@@ -15,7 +15,7 @@ from glob import glob
 from pathlib import Path
 
 from torchprime.errors import RuntimeSetupError
-from torchprime.terminal import say
+from torchprime.text.terminal import say
 
 # LLVM unrolls every loop over a stack's layers whole, optimizer updates above all, so that compile
 # time would grow with depth although the program does not: 3.1 s at 6 layers and 4.7 s at 24,

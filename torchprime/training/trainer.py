@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchprime import terminal
-from torchprime.atomic import clear_temporary, write_json
 from torchprime.checkpoint.from_checkpoint import export_checkpoint
 from torchprime.checkpoint.hf.source import hub_name
 from torchprime.checkpoint.places import ExportPlace, LocalPlace
@@ -33,10 +31,12 @@ from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError, DivergedError, UserError
 from torchprime.evaluation.before_after import table_lines
 from torchprime.evaluation.behaviour import EVALUATIONS
+from torchprime.files.atomic import clear_temporary, write_json
+from torchprime.files.private_folders import own_folder
 from torchprime.metrics.throughput import Stopwatch
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
-from torchprime.private_folders import own_folder
 from torchprime.report.write import write_report
+from torchprime.text import terminal
 from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend, StepNumbers
 from torchprime.training.evaluating import make_choosing, make_evaluation, make_graders

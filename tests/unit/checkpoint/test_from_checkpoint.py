@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 
-from torchprime.atomic import write_json
 from torchprime.checkpoint.export import export_hf
 from torchprime.checkpoint.from_checkpoint import add_weights, export_checkpoint, find_checkpoint
 from torchprime.checkpoint.hf.files import FACTS, ExportFacts, read_facts, write_hf_files
@@ -27,6 +26,7 @@ from torchprime.checkpoint.run.reader import CheckpointReader
 from torchprime.checkpoint.run.shards import TensorShards, write_shards
 from torchprime.checkpoint.run.storage import Storage
 from torchprime.errors import CheckpointError
+from torchprime.files.atomic import write_json
 
 NAME = "step_00000007"
 TEMPLATES = {"zeta": "z{{ messages }}", "default": "d{{ messages }}", "alpha": "a{{ messages }}"}

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from torchprime.atomic import write_json
 from torchprime.checkpoint.export import export_hf
 from torchprime.checkpoint.hf.files import FACTS, ExportFacts, write_hf_files
 from torchprime.checkpoint.proof.certificate import certify
@@ -24,6 +23,7 @@ from torchprime.checkpoint.run.shards import TensorShards, write_shards
 from torchprime.checkpoint.run.storage import MANIFEST, Storage
 from torchprime.cli.main import main
 from torchprime.data.tokenizer.load import Tokenizer
+from torchprime.files.atomic import write_json
 
 STOP = 1
 Say = Callable[..., tuple[int, str]]

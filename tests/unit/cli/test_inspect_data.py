@@ -19,8 +19,8 @@ from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.inspection import count_rules, first_batches, length_bins
 from torchprime.data.tokenizer.load import Tokenizer, load_tokenizer
 from torchprime.data.tokens.completions import ALL, ASSISTANT, BOS, CONTEXT, OFF, STOP, Example
+from torchprime.text.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
 from torchprime.training.loop import DataOrder
-from torchprime.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
 
 ESC = "\x1b"
 

@@ -1,7 +1,7 @@
 """The model card (README.md) of an export: its origin, training and use.
 
 Names and options may come from an untrusted checkpoint: they are escaped as Markdown
-(markdown_text.py), and quoted where a reader would copy them into a shell or a program.
+(text/markdown_text.py), and quoted where a reader would copy them into a shell or a program.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from keyword import iskeyword
 from typing import Any
 
 from torchprime.checkpoint.hf.source import HUB_NAME
-from torchprime.markdown_text import block, code, inline, table
+from torchprime.text.markdown_text import block, code, inline, table
 
 
 def model_card(facts: Mapping[str, Any]) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from torchprime.atomic import write_json, write_text
 from torchprime.checkpoint.field_kinds import (
     OBJECT,
     TEXT,
@@ -33,7 +32,8 @@ from torchprime.checkpoint.hf.portable_config import portable_config, portable_g
 from torchprime.checkpoint.hf.served_template import TrainedTemplate
 from torchprime.checkpoint.hf.write import CODES
 from torchprime.errors import CheckpointError
-from torchprime.json_files import read_json
+from torchprime.files.atomic import write_json, write_text
+from torchprime.files.json_files import read_json
 
 FACTS = "export.json"
 FACTS_VERSION = 1

@@ -14,12 +14,12 @@ from typing import Any
 import transformers
 from transformers import AutoTokenizer
 
-from torchprime.atomic import write_bytes, write_json
 from torchprime.checkpoint.hf.portable_config import config_if_refused
 from torchprime.errors import CheckpointError
-from torchprime.json_files import read_json_if_there
+from torchprime.files.atomic import write_bytes, write_json
+from torchprime.files.json_files import read_json_if_there
+from torchprime.files.template_files import own_templates, write_templates
 from torchprime.raw_tokenizer import library_faults, load_tokenizer_json
-from torchprime.template_files import own_templates, write_templates
 
 SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 # Keys bound to a place, a class or remote code of the source; or that contradict tokenizer.json on

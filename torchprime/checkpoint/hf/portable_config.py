@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
 from torchprime.errors import CheckpointError
-from torchprime.json_files import token_ids
+from torchprime.files.json_files import token_ids
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.rope_config import ORIGINAL, PARTIAL, both_spellings
 

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD, foreign, public_names
 from torchprime.errors import CheckpointError
-from torchprime.foreign_names import checked_name
-from torchprime.json_files import LARGE, read_json
+from torchprime.files.foreign_names import checked_name
+from torchprime.files.json_files import LARGE, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

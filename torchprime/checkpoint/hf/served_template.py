@@ -17,8 +17,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from torchprime.checkpoint.hf.portable import auto_tokenizer
 from torchprime.errors import CheckpointError
-from torchprime.json_files import read_json
-from torchprime.template_files import DEFAULT, own_templates
+from torchprime.files.json_files import read_json
+from torchprime.files.template_files import DEFAULT, own_templates
 
 PROBE = [{"role": "user", "content": "What is the tide at Skerry?"}]
 PROBE_TOOL = {

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 
 from torchprime.checkpoint.hf.weight_names import MERGE
 from torchprime.errors import CheckpointError
-from torchprime.json_files import LARGE, read_json
+from torchprime.files.json_files import LARGE, read_json
 from torchprime.models.unsupported import DEQUANTIZE
 
 # model*.safetensors leaves out second copies in the authors' own layout (consolidated.safetensors).

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from torchprime.atomic import open_new, write_text
 from torchprime.checkpoint.hf.read import DTYPES, INDEX, SINGLE
 from torchprime.errors import CheckpointError
+from torchprime.files.atomic import open_new, write_text
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from torchprime.atomic import write_json
 from torchprime.checkpoint.field_kinds import (
     OBJECT,
     TEXT,
@@ -41,8 +40,9 @@ from torchprime.checkpoint.proof.base_changes import changes_from, told_changes
 from torchprime.checkpoint.proof.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
 from torchprime.checkpoint.proof.verify import NotChecked, compare_logits, read_back
 from torchprime.errors import CheckpointError
-from torchprime.hashing import FileFacts, hash_files
-from torchprime.json_files import read_json, token_ids
+from torchprime.files.atomic import write_json
+from torchprime.files.hashing import FileFacts, hash_files
+from torchprime.files.json_files import read_json, token_ids
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 

@@ -14,7 +14,7 @@ from typing import Any
 from torchprime.checkpoint.run.manifest import STEP, read_manifest
 from torchprime.checkpoint.run.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
-from torchprime.hashing import FileFacts, sha256_of
+from torchprime.files.hashing import FileFacts, sha256_of
 
 CHECKERS = 4  # files that are hashed at a time
 LATEST, BEST = "latest", "best"

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from torchprime.checkpoint.field_kinds import told
 from torchprime.errors import CheckpointError
-from torchprime.foreign_names import checked_path
+from torchprime.files.foreign_names import checked_path
 
 # A region takes about 140 bytes: 1.8 million regions.
 MOST_BYTES = 256 << 20

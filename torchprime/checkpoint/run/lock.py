@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from torchprime.atomic import open_plain
 from torchprime.errors import RuntimeSetupError
-from torchprime.visible import clean
+from torchprime.files.atomic import open_plain
+from torchprime.text.visible import clean
 
 LOCK = ".lock"
 MOST_BYTES = 4096  # size limit of the file's content

@@ -29,8 +29,8 @@ from torchprime.checkpoint.field_kinds import (
 )
 from torchprime.checkpoint.run.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
-from torchprime.foreign_names import checked_path
-from torchprime.hashing import FileFacts
+from torchprime.files.foreign_names import checked_path
+from torchprime.files.hashing import FileFacts
 
 FORMAT_VERSION = 1
 MOST_BYTES = 64 << 20

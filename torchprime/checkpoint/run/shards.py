@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.planner import (
 
 from torchprime.checkpoint.run.storage import HASHERS, FolderWriter, HashingFile
 from torchprime.errors import CheckpointError
-from torchprime.hashing import FileFacts
+from torchprime.files.hashing import FileFacts
 
 METADATA = ".metadata"
 DCP_VERSION = "1.0.0"

@@ -26,7 +26,8 @@ from typing import BinaryIO
 import fsspec
 from fsspec.core import url_to_fs
 
-from torchprime.atomic import (
+from torchprime.errors import CheckpointError, RuntimeSetupError, UserError
+from torchprime.files.atomic import (
     atomic_folder,
     clear_temporary,
     make_folder,
@@ -37,8 +38,7 @@ from torchprime.atomic import (
     sync,
     write_bytes,
 )
-from torchprime.errors import CheckpointError, RuntimeSetupError, UserError
-from torchprime.hashing import FileFacts, hash_file
+from torchprime.files.hashing import FileFacts, hash_file
 
 MANIFEST = "manifest.json"
 PIECE = 32 << 20  # bytes written while they are hashed; for URLs, also the buffer size
@@ -46,7 +46,7 @@ INLINE = 1 << 20  # below this, passing bytes to another thread takes longer tha
 SMALL_FILE = 256 << 20  # larger than any tokenizer, and than any manifest
 HASHERS = 4  # threads, and files that are written at a time
 OBJECT_STORES = {"abfs", "abfss", "adl", "az", "gcs", "gs", "hf", "oss", "s3", "s3a"}
-LEFTOVER = re.compile(r"\..*\.(partial|removed)")  # temporary names, as atomic.py makes them
+LEFTOVER = re.compile(r"\..*\.(partial|removed)")  # temporary names, as files/atomic.py makes them
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PROBE = ".torchprime-probe-"
 _GOOGLE = (

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from torchprime.terminal import reported, say
+from torchprime.text.terminal import reported, say
 
 
 class _Parser(argparse.ArgumentParser):

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-from torchprime.terminal import shown
+from torchprime.text.terminal import shown
 
 NARROWEST = 38  # characters of the narrowest column that is still easy to read
 GAP = " | "

@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection
 
 from torchprime.config.entry import run_main
-from torchprime.terminal import print_lines
+from torchprime.text.terminal import print_lines
 
 FLAGS = ("-sc", "--shell-completion")
 

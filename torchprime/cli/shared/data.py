@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torchprime.config.schema import TrainConfig
 from torchprime.data.templates.render import ChatTemplate
 from torchprime.data.tokenizer.load import Tokenizer
-from torchprime.terminal import say
+from torchprime.text.terminal import say
 from torchprime.training.setup.datasets import RunData, prepare_run_data, template_of
 from torchprime.training.setup.model_files import ModelFiles
 from torchprime.training.setup.recipe import files_of

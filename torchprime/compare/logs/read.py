@@ -30,7 +30,6 @@ from typing import Any
 
 import yaml
 
-from torchprime.atomic import read_regular_text
 from torchprime.compare.logs.run import (
     HowLogged,
     Log,
@@ -47,6 +46,7 @@ from torchprime.compare.logs.trainer import (
     round_old_losses,
 )
 from torchprime.errors import ConfigError, DataError
+from torchprime.files.atomic import read_regular_text
 from torchprime.metrics.writers import MOST_BYTES, read_metrics
 
 EXPECTED = (

@@ -16,11 +16,11 @@ from typing import IO, Any, cast
 
 import fsspec
 
-from torchprime.atomic import open_regular
 from torchprime.data.files.readers import EXTENSIONS, known_formats, split_name
 from torchprime.data.files.splits import splits_of, splits_of_file
 from torchprime.data.files.streams import only_os_errors
 from torchprime.errors import DataError
+from torchprime.files.atomic import open_regular
 
 GLOB_MARK = re.compile(r"[*?\[]")
 HIDDEN = re.compile(r"(^|/)(\.|__[^/]*/)")  # and __MACOSX/

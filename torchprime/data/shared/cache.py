@@ -7,7 +7,7 @@ the remains of a killed one. Two processes that prepare the same data do it twic
 used.
 
 Hashes detect damage but not forgery, since a forger would change the manifest too. So a folder that
-another user may change is refused (private_folders.py).
+another user may change is refused (files/private_folders.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchprime import terminal
-from torchprime.atomic import (
+from torchprime.files.atomic import (
     FOLDER_MODE,
     make_folder,
     open_regular,
@@ -29,8 +28,9 @@ from torchprime.atomic import (
     settle,
     write_text,
 )
-from torchprime.hashing import FileFacts, hash_files
-from torchprime.private_folders import require_private
+from torchprime.files.hashing import FileFacts, hash_files
+from torchprime.files.private_folders import require_private
+from torchprime.text import terminal
 
 FORMAT = 2  # of the manifest; part of every key
 MANIFEST = "manifest.json"

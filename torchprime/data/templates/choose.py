@@ -26,7 +26,7 @@ from torchprime.data.templates.source import check_syntax, checked_options, tell
 from torchprime.data.templates.turns import reserved_texts, turn_spans
 from torchprime.data.tokenizer.load import Tokenizer, read_settings, token_named
 from torchprime.errors import CheckpointError, DataError
-from torchprime.template_files import DEFAULT, own_templates, read_text
+from torchprime.files.template_files import DEFAULT, own_templates, read_text
 
 FOLDER = Path(__file__).resolve().parents[2] / "assets" / "templates"
 OWN = "tokenizer's own"

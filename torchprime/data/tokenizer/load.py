@@ -24,7 +24,7 @@ import tokenizers
 from torchprime.data.tokenizer.encoded import Encoded, LibraryEncoded
 from torchprime.data.tokenizer.words import WordEncoder, byte_characters
 from torchprime.errors import CheckpointError
-from torchprime.json_files import read_json_if_there, token_ids
+from torchprime.files.json_files import read_json_if_there, token_ids
 from torchprime.raw_tokenizer import encoding_faults, library_faults, load_tokenizer_json
 
 PROBE = "a"

@@ -23,14 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchprime.atomic import write_bytes, write_json, write_text
 from torchprime.data.shared import cache
 from torchprime.data.tokenizer.load import load_raw
 from torchprime.errors import CheckpointError, RuntimeSetupError
-from torchprime.foreign_names import inside
-from torchprime.hashing import hash_file
-from torchprime.json_files import LARGE, read_json, read_json_if_there
-from torchprime.private_folders import require_private
+from torchprime.files.atomic import write_bytes, write_json, write_text
+from torchprime.files.foreign_names import inside
+from torchprime.files.hashing import hash_file
+from torchprime.files.json_files import LARGE, read_json, read_json_if_there
+from torchprime.files.private_folders import require_private
 from torchprime.raw_tokenizer import load_tokenizer_json
 
 VERSION = 1  # of what is written; part of the folder's key

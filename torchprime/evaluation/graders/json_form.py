@@ -12,12 +12,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
-from torchprime.atomic import read_regular_text
 from torchprime.config.checks import refuse
 from torchprime.errors import DataError
 from torchprime.evaluation.graders.samples import Grader, Sample
 from torchprime.evaluation.graders.schemas.check import SchemaCheck
 from torchprime.evaluation.graders.schemas.decimals import read_decimal
+from torchprime.files.atomic import read_regular_text
 
 FENCE = re.compile(r"```(?:json|JSON)?[ \t\r]*\n(.*)\n[ \t]*```", re.DOTALL)
 GRADE_SECONDS = 5.0  # for checking one output

@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 
-from torchprime.atomic import make_folder, open_new, write_json, write_text
 from torchprime.config.schema import AXES, TrainConfig
 from torchprime.config.topologies import Topology, topology
 from torchprime.errors import RuntimeSetupError, UserError
+from torchprime.files.atomic import make_folder, open_new, write_json, write_text
+from torchprime.files.private_folders import require_private
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.decoder import CausalLM
-from torchprime.private_folders import require_private
 from torchprime.sharding import shard_count
-from torchprime.terminal import print_lines
+from torchprime.text.terminal import print_lines
 from torchprime.torch_xla_models.compile.fitting import find_nearest
 from torchprime.torch_xla_models.compile.hlo import Program
 from torchprime.torch_xla_models.compile.library import Library, find_library

@@ -42,15 +42,15 @@ from jaxlib import (
 )
 from jaxlib.mlir import ir
 
-from torchprime.atomic import write_text
 from torchprime.config.load import load_config
 from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import Topology, topology
 from torchprime.errors import UserError
+from torchprime.files.atomic import write_text
 from torchprime.metrics.throughput import host_memory_bytes
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
-from torchprime.terminal import print_lines
+from torchprime.text.terminal import print_lines
 from torchprime.torch_xla_models.compile.tracing import Argument, Lowered, Placeholders, trace_step
 from torchprime.torch_xla_models.train import make_backend
 from torchprime.training.setup.recipe import optimizer_of, sharding_table, step_options

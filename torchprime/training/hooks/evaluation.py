@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from torchprime.atomic import write_text
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.errors import RuntimeSetupError
 from torchprime.evaluation.behaviour import ask, grade, sample_lines, samples_file, scores_of
@@ -21,9 +20,10 @@ from torchprime.evaluation.graders.samples import Sample
 from torchprime.evaluation.heldout import heldout_loss
 from torchprime.evaluation.intervals import Score
 from torchprime.evaluation.selection import Evaluated, overfitting
+from torchprime.files.atomic import write_text
+from torchprime.files.private_folders import own_folder
 from torchprime.metrics.record import EvalRecord, StepRecord
 from torchprime.metrics.throughput import Stopwatch
-from torchprime.private_folders import own_folder
 from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend
 from torchprime.training.evaluating import Evaluation

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchprime.atomic import write_json
 from torchprime.checkpoint.export import ExportResult, check_export, export_hf, export_need
 from torchprime.checkpoint.from_checkpoint import HF, add_weights
 from torchprime.checkpoint.hf.files import FACTS, ExportFacts, write_hf_files
@@ -30,7 +29,8 @@ from torchprime.checkpoint.room import Need
 from torchprime.checkpoint.run.reader import TensorReader
 from torchprime.checkpoint.run.storage import FolderWriter
 from torchprime.data.templates.render import ChatTemplate, text_hash
-from torchprime.json_files import token_ids
+from torchprime.files.atomic import write_json
+from torchprime.files.json_files import token_ids
 from torchprime.training.backend import Backend
 from torchprime.training.setup.model_files import ModelFiles
 

@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 
 import torchprime
-from torchprime.atomic import make_folder, read_plain, write_json, write_text
 from torchprime.errors import ConfigError, RuntimeSetupError
-from torchprime.json_files import parse_json
-from torchprime.private_folders import require_private
+from torchprime.files.atomic import make_folder, read_plain, write_json, write_text
+from torchprime.files.json_files import parse_json
+from torchprime.files.private_folders import require_private
 
 CONFIG, FACTS = "config.yaml", "run.json"
 KEY = "output_dir/run_name"

@@ -21,7 +21,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from torchprime.atomic import read_plain, write_text
 from torchprime.checkpoint.field_kinds import (
     NUMBER,
     OBJECT,
@@ -37,10 +36,11 @@ from torchprime.checkpoint.run.reader import CheckpointReader
 from torchprime.checkpoint.run.storage import MANIFEST, LocalStorage, Storage
 from torchprime.errors import CheckpointError
 from torchprime.evaluation.selection import Evaluated
-from torchprime.foreign_names import inside
+from torchprime.files.atomic import read_plain, write_text
+from torchprime.files.foreign_names import inside
+from torchprime.files.private_folders import require_private
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.writers import read_metrics
-from torchprime.private_folders import require_private
 from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend, ResumedState, StepNumbers
 from torchprime.training.run import folder as run_folder

@@ -15,8 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchprime import private_folders
-from torchprime.atomic import make_folder, write_text
 from torchprime.checkpoint.hf.source import hub_name
 from torchprime.config.schema import DatasetConfig, EvalConfig, MixturePart, TrainConfig
 from torchprime.data.blocks.chunks import Settings
@@ -36,6 +34,8 @@ from torchprime.data.tokenizer.load import Tokenizer
 from torchprime.data.tokens.branches import WHOLE, row_of
 from torchprime.data.tokens.marked_text import Markers
 from torchprime.errors import DataError, RuntimeSetupError
+from torchprime.files import private_folders
+from torchprime.files.atomic import make_folder, write_text
 
 MOST_WORKERS = 8
 LEAKS_FILE = "leaks.json"

@@ -24,7 +24,7 @@ from torchprime.checkpoint.hf.source import resolve_pretrained
 from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
 from torchprime.config.compose import configs_dir
 from torchprime.data.tokenizer.load import Tokenizer
-from torchprime.json_files import read_json, read_json_if_there
+from torchprime.files.json_files import read_json, read_json_if_there
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.decoder import CausalLM, initial_tensor
 from torchprime.models.new_rows import NewRows

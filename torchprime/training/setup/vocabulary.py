@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 from torchprime.data.tokenizer.load import Tokenizer, load_raw, load_tokenizer
 from torchprime.data.tokenizer.new_tokens import SpecialTokens, add_special_tokens
 from torchprime.errors import CheckpointError
-from torchprime.json_files import token_ids
+from torchprime.files.json_files import token_ids
 from torchprime.models.architecture import Architecture
 from torchprime.models.new_rows import NewRows
 

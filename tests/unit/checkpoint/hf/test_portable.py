@@ -9,13 +9,13 @@ import pytest
 import transformers
 from tokenizers import Tokenizer
 
-from torchprime.atomic import write_json
 from torchprime.checkpoint.hf.portable import (
     PROBES,
     check_tokenizer,
     write_tokenizer,
 )
 from torchprime.errors import CheckpointError
+from torchprime.files.atomic import write_json
 
 
 def exported(tmp_path, source, eos=0, model_type="llama"):

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from torchprime.cli.shared.columns import answers_lines, cells, column_width, in_columns, wrap
-from torchprime.terminal import shown
+from torchprime.text.terminal import shown
 
 TEXTS = [
     "",

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from torchprime import private_folders
 from torchprime.errors import RuntimeSetupError
-from torchprime.private_folders import fault_of, require_private
+from torchprime.files import private_folders
+from torchprime.files.private_folders import fault_of, require_private
 
 ANA, TEAM = 12345, 54321
 ME = os.geteuid()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from torchprime.errors import CheckpointError
-from torchprime.visible import clean
+from torchprime.text.visible import clean
 
 MOST_BYTES = 255  # of one name, the limit of file systems
 MOST_PARTS = 16

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Literal, TextIO
 
 from torchprime.errors import INTERRUPTED, StoppedError, UserError, told_disk_fault
-from torchprime.visible import clean
+from torchprime.text.visible import clean
 
 Errors = Literal["replace", "backslashreplace"]
 # Without these two some scripts are misspelt and some emoji fall apart; they are harmless.

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchprime import atomic
 from torchprime.errors import CheckpointError
+from torchprime.files import atomic
 
 MEBIBYTE = 1 << 20
 SMALL = 16 * MEBIBYTE  # a config; those of real models have kilobytes

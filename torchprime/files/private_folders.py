@@ -25,9 +25,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from torchprime.atomic import make_folder
 from torchprime.errors import RuntimeSetupError
-from torchprime.foreign_names import inside
+from torchprime.files.atomic import make_folder
+from torchprime.files.foreign_names import inside
 
 ROOT = 0
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH

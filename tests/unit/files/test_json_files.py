@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from torchprime.errors import CheckpointError
-from torchprime.json_files import (
+from torchprime.files.json_files import (
     DEEPEST,
     read_json,
     read_json_if_there,

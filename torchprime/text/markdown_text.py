@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from torchprime.visible import clean
+from torchprime.text.visible import clean
 
 # An underscore between letters and a > inside a line have no meaning, and names often have them.
 SPECIAL = re.compile(r"(^>|[\\`*\[\]|#~]|(?<!\w)_|_(?!\w))")

@@ -11,7 +11,7 @@ from typing import Literal
 
 import pytest
 
-from torchprime.terminal import print_json, print_lines
+from torchprime.text.terminal import print_json, print_lines
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_json_stays_json_and_shows_nothing_raw(capsys: pytest.CaptureFixture[str
 def test_messages_logs_and_warnings_are_written_out(capsys: pytest.CaptureFixture[str]) -> None:
     code = r"""
 import logging, sys, warnings
-from torchprime.terminal import guard_output, say
+from torchprime.text.terminal import guard_output, say
 guard_output()
 text = "a\x1b[2J\u202e"
 say(text)

@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchprime.atomic import write_text
 from torchprime.errors import CheckpointError
-from torchprime.foreign_names import inside
-from torchprime.json_files import SMALL, read_json_if_there, read_regular
+from torchprime.files.atomic import write_text
+from torchprime.files.foreign_names import inside
+from torchprime.files.json_files import SMALL, read_json_if_there, read_regular
 
 DEFAULT = "default"
 FOLDER_OF_OTHERS = "additional_chat_templates"

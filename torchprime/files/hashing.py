@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypedDict
 
-from torchprime.atomic import open_regular
+from torchprime.files.atomic import open_regular
 
 PIECE = 1 << 20
 THREADS = 4  # files read at a time; hashing releases the GIL

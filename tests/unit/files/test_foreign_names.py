@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchprime.errors import CheckpointError
-from torchprime.foreign_names import checked_name, checked_path, fault_of, inside
+from torchprime.files.foreign_names import checked_name, checked_path, fault_of, inside
 
 GOOD = ["a", "model-00001-of-00002.safetensors", ".metadata", "a b", "..a", "東京", "é" * 127]
 BAD = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from torchprime.atomic import atomic_folder, remove_folder, write_json, write_text
 from torchprime.errors import CheckpointError
+from torchprime.files.atomic import atomic_folder, remove_folder, write_json, write_text
 
 
 def test_text_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path) -> None:

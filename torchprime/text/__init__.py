@@ -1,0 +1,1 @@
+"""Printing and escaping text of foreign origin."""
