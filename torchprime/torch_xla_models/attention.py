@@ -29,8 +29,9 @@ def kernel_blocks(length: int) -> tuple[int, int]:
     """Return block and compute block for a sequence: the largest multiples of a tile that divide
     evenly.
 
-    >>> kernel_blocks(8192), kernel_blocks(1536), kernel_blocks(384)
-    ((1024, 512), (768, 384), (384, 384))
+    Examples:
+        >>> kernel_blocks(8192), kernel_blocks(1536), kernel_blocks(384)
+        ((1024, 512), (768, 384), (384, 384))
     """
     block = _largest_divisor(length, LARGEST_BLOCK)
     return block, _largest_divisor(block, LARGEST_COMPUTE_BLOCK)

@@ -132,7 +132,7 @@ class LayerRunner:
             `offload` the same in the host's memory (`ScannedLayers` on a TPU; else as `full`).
         shard_gradient: annotates the gradient of a weight, by its name in the layer.
         shard_output: annotates a module's output, by its name in the layer ("" for the layer's
-        own).
+            own).
     """
 
     def __init__(
@@ -372,12 +372,10 @@ def apply_remat(
         policy: `none` keeps activations, `full` keeps only each layer's input, `offload` keeps
             it in the host's memory (scanned, on a TPU).
         optimization_barrier: unrolled only (a loop's iterations are apart anyway): the backward of
-        a
-            layer ends before the next one's begins, so that gradients of all layers are not held to
-            be reduced together.
+            a layer ends before the next one's begins, so that gradients of all layers are not held
+            to be reduced together.
         shard_gradient: annotates the gradient of a layer's weight, by its name within the layer,
-        with
-            the weight's sharding, so that it is reduce-scattered where it is made.
+            with the weight's sharding, so that it is reduce-scattered where it is made.
         shard_output: annotates what is kept of a layer, by module name within the layer: left to
             itself, the partitioner would cut it like the weights and gather it over the batch.
     """

@@ -117,7 +117,8 @@ def train_step(
     Args:
         batch: FIELDS, each [A, b, S] for A micro-batches; with several sources SOURCE_FIELD too.
         lr: fp32 scalar on the device.
-        chunks, spread: see `chunked_cross_entropy`.
+        chunks: number of pieces of the sequence for which logits are made one after the other.
+        spread: the distribution of the loss over devices.
         accumulate: runs a function over the micro-batches and sums its results. The function
             reads the weights it is given: in a loop on the device they have to be the loop's.
 

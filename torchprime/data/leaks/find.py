@@ -67,8 +67,9 @@ def find_leaks(
     """Compare eval with train and train with itself. `workers` does not change the result.
 
     Args:
-        train, evaluation: (row id, text, group or None), iterable three times with the same
-            result: a list or an object with __iter__, not a generator.
+        train: (row id, text, group or None) of each training row, iterable three times with the
+            same result: a list or an object with __iter__, not a generator.
+        evaluation: the same of each held-out row.
         threshold: Jaccard similarity from which rows are near-duplicates, in (0, 1].
         num_perm: length of a signature; twice the length needs twice the memory.
         workers: processes for the signatures, used from PARALLEL_FROM rows on.
