@@ -34,7 +34,7 @@ from torchprime.metrics.throughput import Stopwatch
 from torchprime.metrics.writers import read_metrics
 from torchprime.torch_xla_models import backend as xla_backend
 from torchprime.training.backend import StepNumbers
-from torchprime.training.loop import BaseHook, CompileGuard, DataOrder, RunControl, train_loop
+from torchprime.training.loop import BaseHook, CompileGuard, DataOrder, RunControl, TrainLoop
 
 STEPS, LOGGED, PEAK = 7, [3, 6, 7], 0.01
 # Linear: up from 0 in 2 updates, then down to a tenth at update 7.
@@ -374,19 +374,16 @@ def blocks(count: int = 7) -> PackedDataset:
 
 def loop(backend: Any, *, steps: int = 8, logging_steps: int = 3, data: Any = None) -> Keep:
     keep = Keep()
-    train_loop(
+    TrainLoop(
         backend,
         DataOrder(data or blocks(), 0, 2),
-        steps=range(steps),
         accumulation=1,
         learning_rate=lambda step: step / 100,
         logging_steps=logging_steps,
         flops_per_token=1.0,
         hooks=[keep],
-        guard=CompileGuard(backend, allow=False),
-        watch=Stopwatch(),
-        control=RunControl(),
-    )
+        control=RunControl(CompileGuard(backend, allow=False), Stopwatch()),
+    ).run(range(steps))
     return keep
 
 

@@ -94,10 +94,7 @@ def _say(line: str) -> None:
 def _what_is_left(config: TrainConfig, run: Path, point: ResumePoint, total: int) -> str:
     """Describe the work that remains after a point from which the run can resume."""
     stopping = make_choosing(config.eval, config.selection).stopping
-    history = Past.of(point.reader.manifest).history
-    early = bool(stopping and history and history[-1].step == point.step)
-    stopped = early and stopping is not None and stopping.reason(history) is not None
-    if point.step < total and not stopped:
+    if point.step < total and not Past.of(point.reader.manifest).stopped_early(stopping):
         return f"the run would go on from there, to step {total}"
     if (wanted := config.task.export_checkpoint_path) is None:
         return "the run is complete: nothing would be done"

@@ -168,146 +168,125 @@ class CompileGuard:
 
 @dataclass
 class RunControl:
-    """Control by which a hook ends the run after the current step."""
+    """The instruments of a run's steps, which the loop shares with its hooks.
 
+    Attributes:
+        guard: against a step that compiles again.
+        watch: measures the steps; paused for other work.
+        stop_reason: set by a hook to end the run after the current step.
+    """
+
+    guard: CompileGuard
+    watch: Stopwatch
     stop_reason: str | None = None
 
 
-def train_loop(
-    backend: Backend,
-    order: DataOrder,
-    *,
-    steps: range,
-    accumulation: int,
-    learning_rate: Callable[[int], float],
-    logging_steps: int,
-    flops_per_token: float,
-    hooks: Sequence[Hook],
-    guard: CompileGuard,
-    watch: Stopwatch,
-    control: RunControl,
-) -> StepNumbers:
-    """Run these updates and return the last one's numbers; NaN if there are no updates. The last
-    one is the run's last unless a hook ends it earlier.
+@dataclass(frozen=True)
+class TrainLoop:
+    """The loop over a run's updates, on any backend.
 
-    Raises:
-        DivergedError: a loss or gradient norm was not finite; the weights are those before it.
-        RecompileError: a step compiled after its second run.
+    Attributes:
+        accumulation: micro-batches per update.
+        learning_rate: of a 0-based step.
+        logging_steps: steps between two records.
+        flops_per_token: model FLOPs of a training step per slot token.
     """
-    try:
-        for hook in hooks:
-            hook.on_start()
-        batches = load_ahead(backend, order, accumulation, steps)
-        with closing(batches):  # ends the thread now, even if a traceback refers to it
-            return _run_steps(
-                backend,
-                order,
-                batches,
-                steps=steps,
-                learning_rate=learning_rate,
-                logging_steps=logging_steps,
-                flops_per_token=flops_per_token,
-                hooks=hooks,
-                guard=guard,
-                watch=watch,
-                control=control,
+
+    backend: Backend
+    order: DataOrder
+    accumulation: int
+    learning_rate: Callable[[int], float]
+    logging_steps: int
+    flops_per_token: float
+    hooks: Sequence[Hook]
+    control: RunControl
+
+    def run(self, steps: range) -> StepNumbers:
+        """Run these updates and return the last one's numbers; NaN if there are no updates. The
+        last one is the run's last unless a hook ends it earlier.
+
+        Raises:
+            DivergedError: a loss or gradient norm was not finite; the weights are those before it.
+            RecompileError: a step compiled after its second run.
+        """
+        try:
+            for hook in self.hooks:
+                hook.on_start()
+            batches = load_ahead(self.backend, self.order, self.accumulation, steps)
+            with closing(batches):  # ends the thread now, even if a traceback refers to it
+                return self._run_steps(steps, batches)
+        finally:
+            for hook in reversed(self.hooks):  # a later hook may need what an earlier one closes
+                hook.on_end()
+
+    def _run_steps(self, steps: range, batches: Iterator[Loaded]) -> StepNumbers:
+        backend, control = self.backend, self.control
+        numbers = StepNumbers(float("nan"), float("nan"), 0.0, 0)
+        control.watch.restart()
+        for step, loaded in zip(steps, batches, strict=False):  # a hook may end the run earlier
+            for hook in self.hooks:
+                hook.before_step(step)
+            with control.guard.watch("train step", loaded.shapes):
+                handle = backend.train_step(loaded.device, self.learning_rate(step))
+            control.watch.count(
+                supervised_tokens=loaded.supervised_tokens, slot_tokens=loaded.slot_tokens
             )
-    finally:
-        for hook in reversed(hooks):  # a later hook may need what an earlier one closes
-            hook.on_end()
+            done, last = step + 1, step + 1 == steps.stop
+            if done % self.logging_steps == 0 or last:
+                numbers = self._read(handle)
+                record = self._record(done, loaded, numbers)
+                for hook in self.hooks:
+                    hook.on_record(record)
+            elif step == steps.start:
+                # The first step is mostly compiling: it would distort the first record's rates.
+                backend.synchronize()
+                control.watch.restart()
+            for hook in self.hooks:
+                hook.after_step(done, last or control.stop_reason is not None)
+            if control.stop_reason is not None and not last:
+                numbers = self._read(handle)
+                break
+        return numbers
 
+    def _read(self, handle: Any) -> StepNumbers:
+        """Return a step's numbers. Raise an error with the first bad step, which the device
+        remembers, after recomputing its batch."""
+        numbers = self.backend.read(handle)
+        if not numbers.bad_step:
+            return numbers
+        batch = self.order.batch(numbers.bad_step - 1)
+        raise DivergedError(
+            f"The loss or gradient norm of step {numbers.bad_step} is not finite (batch "
+            f"{batch.hash()}). No weight was changed by that step or after it. Lower "
+            "task.optimizer.learning_rate, set task.max_grad_norm, or look at that batch's rows."
+        )
 
-def _run_steps(
-    backend: Backend,
-    order: DataOrder,
-    batches: Iterator[Loaded],
-    *,
-    steps: range,
-    learning_rate: Callable[[int], float],
-    logging_steps: int,
-    flops_per_token: float,
-    hooks: Sequence[Hook],
-    guard: CompileGuard,
-    watch: Stopwatch,
-    control: RunControl,
-) -> StepNumbers:
-    numbers = StepNumbers(float("nan"), float("nan"), 0.0, 0)
-    watch.restart()
-    for step, loaded in zip(steps, batches, strict=False):  # a hook may end the run earlier
-        for hook in hooks:
-            hook.before_step(step)
-        rate = learning_rate(step)
-        with guard.watch("train step", loaded.shapes):
-            handle = backend.train_step(loaded.device, rate)
-        watch.count(supervised_tokens=loaded.supervised_tokens, slot_tokens=loaded.slot_tokens)
-        done, last = step + 1, step + 1 == steps.stop
-        if done % logging_steps == 0 or last:
-            numbers = backend.read(handle)
-            _refuse_divergence(numbers, order)
-            record = _record(backend, order, loaded, numbers, done, rate, watch, flops_per_token)
-            for hook in hooks:
-                hook.on_record(record)
-        elif step == steps.start:
-            # The first step is mostly compiling: it would distort the first record's rates.
-            backend.synchronize()
-            watch.restart()
-        for hook in hooks:
-            hook.after_step(done, last or control.stop_reason is not None)
-        if control.stop_reason is not None and not last:
-            numbers = backend.read(handle)
-            _refuse_divergence(numbers, order)
-            break
-    return numbers
-
-
-def _refuse_divergence(numbers: StepNumbers, order: DataOrder) -> None:
-    """Raise an error with the first bad step, which the device remembers, after recomputing its
-    batch."""
-    if not numbers.bad_step:
-        return
-    batch = order.batch(numbers.bad_step - 1)
-    raise DivergedError(
-        f"The loss or gradient norm of step {numbers.bad_step} is not finite (batch "
-        f"{batch.hash()}). No weight was changed by that step or after it. Lower "
-        "task.optimizer.learning_rate, set task.max_grad_norm, or look at that batch's rows."
-    )
-
-
-def _record(
-    backend: Backend,
-    order: DataOrder,
-    loaded: Loaded,
-    numbers: StepNumbers,
-    done: int,
-    rate: float,
-    watch: Stopwatch,
-    flops_per_token: float,
-) -> StepRecord:
-    lap = watch.lap()
-    return StepRecord(
-        step=done,
-        epoch=done / order.steps_per_epoch,
-        loss=numbers.loss,
-        grad_norm=numbers.grad_norm,
-        lr=rate,
-        supervised_tokens=loaded.supervised_tokens,
-        real_tokens=loaded.real_tokens,
-        slot_tokens=loaded.slot_tokens,
-        batch_hash=loaded.batch_hash,
-        step_seconds=lap.step_seconds,
-        supervised_tokens_per_s=lap.supervised_tokens_per_s,
-        slot_tokens_per_s=lap.slot_tokens_per_s,
-        mfu=mfu(
+    def _record(self, done: int, loaded: Loaded, numbers: StepNumbers) -> StepRecord:
+        backend, lap = self.backend, self.control.watch.lap()
+        return StepRecord(
+            step=done,
+            epoch=done / self.order.steps_per_epoch,
+            loss=numbers.loss,
+            grad_norm=numbers.grad_norm,
+            lr=self.learning_rate(done - 1),
+            supervised_tokens=loaded.supervised_tokens,
+            real_tokens=loaded.real_tokens,
+            slot_tokens=loaded.slot_tokens,
+            batch_hash=loaded.batch_hash,
+            step_seconds=lap.step_seconds,
+            supervised_tokens_per_s=lap.supervised_tokens_per_s,
             slot_tokens_per_s=lap.slot_tokens_per_s,
-            flops_per_token=flops_per_token,
-            device_kind=backend.device_kind,
-            num_chips=backend.device_count,
-        ),
-        device_memory_bytes=backend.device_memory_bytes(),
-        host_memory_bytes=host_memory_bytes(),
-        compiles=backend.compiles(),
-        source_losses=_by_source(order.data.source_names, loaded, numbers),
-    )
+            mfu=mfu(
+                slot_tokens_per_s=lap.slot_tokens_per_s,
+                flops_per_token=self.flops_per_token,
+                device_kind=backend.device_kind,
+                num_chips=backend.device_count,
+            ),
+            device_memory_bytes=backend.device_memory_bytes(),
+            host_memory_bytes=host_memory_bytes(),
+            compiles=backend.compiles(),
+            source_losses=_by_source(self.order.data.source_names, loaded, numbers),
+        )
 
 
 def _by_source(

@@ -41,10 +41,10 @@ from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend, StepNumbers
 from torchprime.training.evaluating import make_choosing, make_evaluation, make_graders
 from torchprime.training.hooks.checkpoint import CheckpointHook
-from torchprime.training.hooks.evaluation import EvaluationHook
+from torchprime.training.hooks.evaluation import EvaluationHook, HeldOut
 from torchprime.training.hooks.metrics import MetricsHook
 from torchprime.training.hooks.profiling import ProfileHook
-from torchprime.training.loop import CompileGuard, DataOrder, Hook, RunControl, train_loop
+from torchprime.training.loop import CompileGuard, DataOrder, Hook, RunControl, TrainLoop
 from torchprime.training.optim import learning_rate, schedule_note
 from torchprime.training.run import folder as run_folder
 from torchprime.training.run import resume as resuming
@@ -85,7 +85,6 @@ class Trainer:
         self.dtype = getattr(torch, config.torch_dtype)
         self.metrics: MetricsHook | None = None
         self.evaluations: EvaluationHook | None = None
-        self.control = RunControl()
         self.exporter: Exporter | None = None
         self.export_place: ExportPlace | None = None
         self.complete = False
@@ -132,10 +131,7 @@ class Trainer:
 
     def stopped_early(self) -> bool:
         """Return True if the run that is resumed had stopped early after its last step."""
-        history, stopping = self.past.history, self.choosing.stopping
-        if stopping is None or not history or history[-1].step != self.first_step:
-            return False
-        return stopping.reason(history) is not None
+        return self.past.stopped_early(self.choosing.stopping)
 
     def say(self, line: str) -> None:
         """Print a line for the user, on the first process only."""
@@ -300,8 +296,8 @@ class Trainer:
         self.say(f"going on from {self.point.where}")
         for change in changes:
             self.say(f"  {change.describe()}")
-        if self.point.own:
-            self.past = Past.of(self.point.reader.manifest)
+        own, manifest = self.point.own, self.point.reader.manifest
+        self.past = Past.of(manifest) if own else Past(manifest.step)
 
     def _lock(self) -> None:
         """Keep other processes out of the run's folder, once."""
@@ -371,24 +367,20 @@ class Trainer:
     def train(self) -> StepNumbers:
         """Run the loop with its hooks."""
         c = self.config
-        watch = Stopwatch()
         guard = CompileGuard(self.backend, allow=c.allow_recompile)
+        control = RunControl(guard, Stopwatch())
         self.metrics = MetricsHook(self._writers())
         hooks: list[Hook] = [self.metrics]
         if self.rows.heldout is not None:
+            batch_size = c.task.global_batch_size // c.task.gradient_accumulation_steps
             self.evaluations = EvaluationHook(
                 self.backend,
-                self.rows.heldout,
+                HeldOut(self.rows.heldout, batch_size, c.eval.every_steps),
                 self.evaluation,
-                batch_size=c.task.global_batch_size // c.task.gradient_accumulation_steps,
-                every_steps=c.eval.every_steps,
+                control,
+                self.past,
                 emit=self.metrics.emit,
                 say=self.say,
-                guard=guard,
-                watch=watch,
-                control=self.control,
-                past=self.past,
-                first_step=self.first_step,
             )
             hooks.append(self.evaluations)
         if c.profile_start_step is not None and c.profile_end_step is not None:
@@ -397,11 +389,9 @@ class Trainer:
             hooks.append(ProfileHook(self.backend, start=start, end=end, folder=folder))
         if c.saves:
             hooks.append(self._checkpoints())
-        last = self.first_step if self.stopped_early() else self.plan.total_steps
-        numbers = train_loop(
+        loop = TrainLoop(
             self.backend,
             self.order,
-            steps=range(self.first_step, last),
             accumulation=c.task.gradient_accumulation_steps,
             learning_rate=self._schedule(),
             logging_steps=c.logging_steps,
@@ -409,10 +399,10 @@ class Trainer:
                 self.files.architecture, self.files.num_parameters, c.dataset.block_size
             ),
             hooks=hooks,
-            guard=guard,
-            watch=watch,
-            control=self.control,
+            control=control,
         )
+        last = self.first_step if self.stopped_early() else self.plan.total_steps
+        numbers = loop.run(range(self.first_step, last))
         return self._numbers_before() or numbers if self.first_step >= last else numbers
 
     def _schedule(self) -> Callable[[int], float]:

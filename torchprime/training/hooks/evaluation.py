@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torchprime.data.blocks.dataset import PackedDataset
@@ -23,50 +23,52 @@ from torchprime.evaluation.selection import Evaluated, overfitting
 from torchprime.files.atomic import write_text
 from torchprime.files.private_folders import own_folder
 from torchprime.metrics.record import EvalRecord, StepRecord
-from torchprime.metrics.throughput import Stopwatch
 from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend
 from torchprime.training.evaluating import Evaluation
-from torchprime.training.loop import BaseHook, CompileGuard, RunControl
+from torchprime.training.loop import BaseHook, RunControl
 from torchprime.training.run.resume import Past
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out set of a run and the schedule of its loss.
+
+    Attributes:
+        batch_size: blocks per forward.
+        every_steps: None measures only before the first step and after the last.
+    """
+
+    data: PackedDataset
+    batch_size: int
+    every_steps: int | None
 
 
 class EvaluationHook(BaseHook):
     """Hook that evaluates; its time is excluded from the steps' by pausing their stopwatch.
 
     Args:
-        data: the packed held-out rows.
         evaluation: prompts, graders, and the decisions that depend on them.
-        batch_size: blocks per forward of the held-out loss.
-        every_steps: None measures only before the first step and after the last.
+        control: of the loop; the hook may end the run early.
+        past: steps and evaluations before this start.
         emit: writes a record.
-        control: ends the run early.
-        past: evaluations before a resume.
-        first_step: updates that were done before this start.
     """
 
     def __init__(
         self,
         backend: Backend,
-        data: PackedDataset,
+        held_out: HeldOut,
         evaluation: Evaluation,
-        *,
-        batch_size: int,
-        every_steps: int | None,
-        emit: Callable[[EvalRecord], None],
-        say: Callable[[str], None],
-        guard: CompileGuard,
-        watch: Stopwatch,
         control: RunControl,
         past: Past,
-        first_step: int,
+        *,
+        emit: Callable[[EvalRecord], None],
+        say: Callable[[str], None],
     ) -> None:
-        self.backend, self.data, self.evaluation = backend, data, evaluation
-        self.batch_size, self.every_steps = batch_size, every_steps
-        self.emit, self.say, self.guard, self.watch = emit, say, guard, watch
-        self.control, self.history = control, list(past.history)
+        self.backend, self.held_out, self.evaluation = backend, held_out, evaluation
+        self.control, self.emit, self.say = control, emit, say
+        self.first_step, self.history = past.step, list(past.history)
         self._losses = list(past.losses)  # of training, since the last evaluation
-        self.first_step = first_step
         self._started = time.perf_counter()
         self.seconds = 0.0  # of all evaluations of this start
 
@@ -77,7 +79,7 @@ class EvaluationHook(BaseHook):
 
     def remembered(self) -> dict[str, Any]:
         """Return the state that a resumed run needs."""
-        return Past(tuple(self.history), tuple(self._losses)).to_dict()
+        return Past(self.first_step, tuple(self.history), tuple(self._losses)).to_dict()
 
     def on_record(self, record: StepRecord) -> None:
         self._losses.append(record.loss)
@@ -88,10 +90,11 @@ class EvaluationHook(BaseHook):
         return last.scores if last is not None and last.step == step else {}
 
     def after_step(self, step: int, last: bool) -> None:
-        due = self.every_steps is not None and step % self.every_steps == 0
+        every = self.held_out.every_steps
+        due = every is not None and step % every == 0
         if not (last or due):
             return
-        between = self.evaluation.answers_every or self.every_steps or 1
+        between = self.evaluation.answers_every or every or 1
         self._evaluate(step, answers=last or step % between == 0)
         if (warning := overfitting(self.history)) is not None:
             self.say(warning)
@@ -111,11 +114,12 @@ class EvaluationHook(BaseHook):
             self.say(f"evaluation took {self.seconds:.1f} s, {share:.1%} of the run")
 
     def _evaluate(self, step: int, answers: bool) -> None:
+        data, batch_size = self.held_out.data, self.held_out.batch_size
         self.backend.synchronize()  # unfinished steps count as the steps' time
-        with self.watch.paused():
+        with self.control.watch.paused():
             started = time.perf_counter()
-            with self.guard.watch("held-out step", (self.batch_size, self.data.block_size)):
-                loss = heldout_loss(self.backend, self.data, self.batch_size)
+            with self.control.guard.watch("held-out step", (batch_size, data.block_size)):
+                loss = heldout_loss(self.backend, data, batch_size)
             generated: dict[str, Any] = {}
             if answers and self.evaluation.prompts:
                 generated = self._answers(step)
@@ -124,7 +128,7 @@ class EvaluationHook(BaseHook):
             record = EvalRecord(
                 step=step,
                 eval_loss=loss.mean,
-                eval_supervised_tokens=self.data.supervised_tokens,
+                eval_supervised_tokens=data.supervised_tokens,
                 seconds=now - started,
                 train_loss=sum(self._losses) / len(self._losses) if self._losses else None,
                 source_losses=loss.by_source,
@@ -142,7 +146,7 @@ class EvaluationHook(BaseHook):
         started = time.perf_counter()
         e = self.evaluation
         shapes = (e.options.batch_size, e.options.max_new_tokens)
-        with self.guard.watch("generation", shapes):
+        with self.control.guard.watch("generation", shapes):
             samples = ask(self.backend, e.prompts, e.options, e.decode)
         seconds = time.perf_counter() - started
         scores = from_first(self.backend, lambda: self._grade(step, samples))

@@ -35,7 +35,7 @@ from torchprime.checkpoint.run.manifest import STEP, Manifest, read_manifest
 from torchprime.checkpoint.run.reader import CheckpointReader
 from torchprime.checkpoint.run.storage import MANIFEST, LocalStorage, Storage
 from torchprime.errors import CheckpointError
-from torchprime.evaluation.selection import Evaluated
+from torchprime.evaluation.selection import EarlyStopping, Evaluated
 from torchprime.files.atomic import read_plain, write_text
 from torchprime.files.foreign_names import inside
 from torchprime.files.private_folders import require_private
@@ -321,34 +321,43 @@ def cut_metrics(path: Path, step: int) -> None:
 
 @dataclass(frozen=True)
 class Past:
-    """The metrics before a resume; they are in the checkpoint, for all processes."""
+    """The steps before this start, and their metrics; they are in the checkpoint, for all
+    processes."""
 
+    step: int = 0  # the number of updates done
     history: tuple[Evaluated, ...] = ()  # one for each evaluated step
     losses: tuple[float, ...] = ()  # of training, logged since the last of them
 
     @classmethod
     def of(cls, manifest: Manifest) -> Past:
-        """Make it from the state that the evaluation hook saved.
+        """Make it from the manifest and the state in it that the evaluation hook saved.
 
         Raises:
             CheckpointError: the state is malformed.
         """
         kept = manifest.hooks.get(EVALUATION)
         if kept is None:
-            return cls()
+            return cls(manifest.step)
         try:
             check_fields(kept, KEPT, f"hooks.{EVALUATION}")
             for each in kept["history"]:
                 check_fields(each, EVALUATED, f"hooks.{EVALUATION}.history")
-            return cls(tuple(Evaluated(**each) for each in kept["history"]), tuple(kept["losses"]))
+            history = tuple(Evaluated(**each) for each in kept["history"])
+            return cls(manifest.step, history, tuple(kept["losses"]))
         except (TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the checkpoint's manifest is not what a run writes: {error}. Resume from another "
                 "checkpoint."
             ) from error
 
+    def stopped_early(self, stopping: EarlyStopping | None) -> bool:
+        """Return True if the last step before this start ended the run early."""
+        if stopping is None or not self.history or self.history[-1].step != self.step:
+            return False
+        return stopping.reason(self.history) is not None
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the content for the manifest."""
+        """Return the hook's state for a manifest, which has the step elsewhere."""
         history = [asdict(each) for each in self.history]
         return {EVALUATION: {"history": history, "losses": list(self.losses)}}
 
