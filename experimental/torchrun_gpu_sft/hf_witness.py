@@ -63,8 +63,8 @@ from torchprime.training.loop import DataOrder
 from torchprime.training.run import folder as run_folder
 from torchprime.training.setup.datasets import RunData, prepare_run_data, template_of
 from torchprime.training.setup.model_files import ModelFiles, pretrained_tensors
-from torchprime.training.setup.plan import flops_per_token
-from torchprime.training.setup.recipe import files_of, steps_of
+from torchprime.training.setup.plan import flops_per_token, plan_steps
+from torchprime.training.setup.recipe import files_of
 
 Inputs = dict[str, Any]
 
@@ -418,7 +418,7 @@ def optimizer_of(args: TrainingArguments, dtype: torch.dtype) -> dict[str, Any]:
 
 def plan_of(c: TrainConfig, data: RunData, processes: int) -> dict[str, Any]:
     """run.json's plan, but for memory, which the witness does not estimate."""
-    steps = steps_of(c, data.train)
+    steps = plan_steps(c, data.train)
     mesh = {axis: processes if axis == "data" else 1 for axis in AXES}
     return {**steps._asdict(), "mesh": mesh}
 

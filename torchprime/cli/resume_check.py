@@ -31,7 +31,7 @@ from torchprime.training.run import resume as resuming
 from torchprime.training.run.changes import REFUSED, find_changes, not_allowed
 from torchprime.training.run.folder import CONFIG
 from torchprime.training.run.resume import Past, ResumePoint
-from torchprime.training.setup.recipe import steps_of
+from torchprime.training.setup.plan import plan_steps
 
 EPILOG = """\
 RUN is a run's folder. Give the flags and overrides of the command to come. Without --config-name
@@ -77,7 +77,7 @@ def _check(given: argparse.Namespace) -> int:
     refused = [change for change in changes if change.kind == REFUSED]
     asked = not_allowed(changes, config.resume.allow_changes)
     if not refused and not asked:
-        _say(_what_is_left(config, run, point, steps_of(config, now.data.train).total_steps))
+        _say(_what_is_left(config, run, point, plan_steps(config, now.data.train).total_steps))
         return 0
     count = len(refused) + len(asked)
     _say(f"the run would not go on from there: {count} of {len(changes)} changes forbid it")

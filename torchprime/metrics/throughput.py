@@ -44,25 +44,29 @@ def peak_bf16_flops(device_kind: str) -> float | None:
     return next((peak for pattern, peak in _PEAK_BF16_FLOPS if re.search(pattern, kind)), None)
 
 
-def model_flops_per_token(
-    *,
-    num_parameters: int,
-    vocab_size: int,
-    hidden_size: int,
-    tied_embeddings: bool,
-    num_layers: int,
-    num_heads: int,
-    head_size: int,
-    block_size: int,
-) -> int:
-    """Return the forward and backward operations per token; `num_parameters` counts tied ones once.
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """The sizes of a decoder on which its operations per token depend; `num_parameters` counts tied
+    ones once."""
+
+    num_parameters: int
+    vocab_size: int
+    hidden_size: int
+    tied_embeddings: bool
+    num_layers: int
+    num_heads: int
+    head_size: int
+
+
+def model_flops_per_token(model: ModelSizes, block_size: int) -> int:
+    """Return the forward and backward operations per token of a block.
 
     A tied embedding is also the output head's matrix and so is part of N; an untied one is only
     looked up and is subtracted.
     """
-    looked_up_only = 0 if tied_embeddings else vocab_size * hidden_size
-    attention = 12 * num_layers * num_heads * head_size * block_size
-    return 6 * (num_parameters - looked_up_only) + attention
+    looked_up_only = 0 if model.tied_embeddings else model.vocab_size * model.hidden_size
+    attention = 12 * model.num_layers * model.num_heads * model.head_size * block_size
+    return 6 * (model.num_parameters - looked_up_only) + attention
 
 
 def mfu(

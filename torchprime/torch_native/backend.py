@@ -45,7 +45,9 @@ from torchprime.training.optim import Optimizer, Parameter, decays
 from torchprime.training.step import (
     CrossEntropy,
     ParameterState,
+    StepSums,
     TrainState,
+    Update,
     eval_sums,
     finish_step,
     forward_sums,
@@ -323,15 +325,10 @@ class NativeBackend:
         with torch.no_grad():
             totals = self._over_batch(torch.cat([sums, supervised_weight(batch)[None]]))
             numbers = finish_step(
-                self.state,
-                self.optimizer,
-                totals[:-1],
-                totals[-1],
-                self._gradients(),
+                Update(self.state, self.optimizer, o),
+                StepSums(totals[:-1], totals[-1], self._gradients()),
                 # Filled on the device: a copy of a number from the host would wait for it.
                 torch.full((), lr, dtype=torch.float32, device=self.device),
-                max_grad_norm=o.max_grad_norm,
-                max_grad_value=o.max_grad_value,
                 gradient_scale=self.batch_parts,  # from the mean to the sum
                 squared_norm=self._squared_norm,
             )

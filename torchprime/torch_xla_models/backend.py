@@ -53,6 +53,7 @@ from torchprime.training.step import (
     Micro,
     ParameterState,
     TrainState,
+    Update,
     eval_sums,
     forward_sums,
     host_fields,
@@ -284,20 +285,9 @@ class XlaBackend:
     def train_step(self, batch: list[Tensor], lr: float) -> Tensor:
         """Start one update; return a handle for `read` without waiting."""
         rate = self.tensors.send(torch.tensor(lr, dtype=torch.float32), ())
-        o = self.options
-        numbers = train_step(
-            self.model,
-            self.state,
-            self.optimizer,
-            tuple(batch),
-            rate,
-            self._accumulate,
-            chunks=o.loss_chunks,
-            spread=Spread(self._batch_shards(), self._cut_output_gradient, in_order),
-            max_grad_norm=o.max_grad_norm,
-            max_grad_value=o.max_grad_value,
-            num_sources=o.num_sources,
-        )
+        update = Update(self.state, self.optimizer, self.options)
+        spread = Spread(self._batch_shards(), self._cut_output_gradient, in_order)
+        numbers = train_step(update, self.model, tuple(batch), rate, self._accumulate, spread)
         self.tensors.run([*self.state.tensors(), numbers])
         return numbers
 

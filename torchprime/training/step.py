@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torchprime.data.blocks.batch import Batch
 from torchprime.losses import ONE_DEVICE, LossSums, Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
-from torchprime.training.backend import StepNumbers
+from torchprime.training.backend import StepNumbers, StepOptions
 from torchprime.training.optim import Optimizer, Parameter
 
 # The order of the batch's fields in tuples, each [A, B/A, S] on the device.
@@ -69,6 +69,30 @@ class TrainState:
         return found
 
 
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update: the state that it writes, its optimizer and its options."""
+
+    state: TrainState
+    optimizer: Optimizer
+    options: StepOptions
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """The sums over an update's micro-batches.
+
+    Attributes:
+        losses: of `micro_sums`.
+        supervised: the batch's global weight.
+        gradients: of the loss sum, one per parameter of the state.
+    """
+
+    losses: Tensor
+    supervised: Tensor
+    gradients: Sequence[Tensor]
+
+
 def host_fields(batch: Batch) -> list[Tensor]:
     """Return the batch's arrays in the order of FIELDS, each [B, S], on the host and not copied."""
     fields = FIELDS if batch.source_ids is None else (*FIELDS, SOURCE_FIELD)
@@ -99,25 +123,18 @@ def source_sums(each: Tensor, sources: Tensor, count: int) -> list[Tensor]:
 
 
 def train_step(
+    update: Update,
     model: CausalLM,
-    state: TrainState,
-    optimizer: Optimizer,
     batch: tuple[Tensor, ...],
     lr: Tensor,
     accumulate: Accumulate,
-    *,
-    chunks: int,
     spread: Spread = ONE_DEVICE,
-    max_grad_norm: float | None,
-    max_grad_value: float | None,
-    num_sources: int = 1,
 ) -> Tensor:
     """Run one update in place, all of it in tensor operations of one program.
 
     Args:
         batch: FIELDS, each [A, b, S] for A micro-batches; with several sources SOURCE_FIELD too.
         lr: fp32 scalar on the device.
-        chunks: number of pieces of the sequence for which logits are made one after the other.
         spread: the distribution of the loss over devices.
         accumulate: runs a function over the micro-batches and sums its results. The function
             reads the weights it is given: in a loop on the device they have to be the loop's.
@@ -125,9 +142,11 @@ def train_step(
     Returns:
         What `finish_step` returns.
     """
-    weights = [p.weight for p in state.parameters.values()]
-    loss_module = _Loss(model, partial(chunked_cross_entropy, chunks=chunks, spread=spread))
-    names = [f"model.{name}" for name in state.parameters]
+    parameters, options = update.state.parameters, update.options
+    weights = [p.weight for p in parameters.values()]
+    cross_entropy = partial(chunked_cross_entropy, chunks=options.loss_chunks, spread=spread)
+    loss_module = _Loss(model, cross_entropy)
+    names = [f"model.{name}" for name in parameters]
 
     def micro(fields: tuple[Tensor, ...], given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         with torch.enable_grad():
@@ -135,21 +154,11 @@ def train_step(
             by_name = dict(zip(names, leaves, strict=True))
             loss = functional_call(loss_module, by_name, (fields,))
             gradients = list(torch.autograd.grad(loss.loss_sum, leaves))
-        return micro_sums(loss, fields, num_sources), gradients
+        return micro_sums(loss, fields, options.num_sources), gradients
 
     with torch.no_grad():
-        sums, gradients = accumulate(micro, batch, weights)
-        supervised = supervised_weight(batch)
-        return finish_step(
-            state,
-            optimizer,
-            sums,
-            supervised,
-            gradients,
-            lr,
-            max_grad_norm=max_grad_norm,
-            max_grad_value=max_grad_value,
-        )
+        losses, gradients = accumulate(micro, batch, weights)
+        return finish_step(update, StepSums(losses, supervised_weight(batch), gradients), lr)
 
 
 def micro_sums(loss: LossSums, fields: Sequence[Tensor], num_sources: int) -> Tensor:
@@ -179,15 +188,10 @@ def sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
 
 
 def finish_step(
-    state: TrainState,
-    optimizer: Optimizer,
-    sums: Tensor,
-    supervised: Tensor,
-    gradients: Sequence[Tensor],
+    update: Update,
+    sums: StepSums,
     lr: Tensor,
     *,
-    max_grad_norm: float | None,
-    max_grad_value: float | None,
     gradient_scale: float = 1.0,
     squared_norm: Callable[[Iterable[Tensor]], Tensor] = sum_of_squares,
 ) -> Tensor:
@@ -197,10 +201,8 @@ def finish_step(
     mode only one parameter's are in memory at a time.
 
     Args:
-        sums: of `micro_sums` over the whole batch.
-        supervised: the batch's global weight.
-        gradients: of the loss sum, one per parameter of the state.
-        gradient_scale: the factor that makes them gradients of the loss sum.
+        sums: over the whole batch.
+        gradient_scale: the factor that makes its gradients those of the loss sum.
         squared_norm: of all gradients, if this process holds only its shards of them.
 
     Returns:
@@ -209,17 +211,19 @@ def finish_step(
         sources, then the loss sum of each.
     """
     # A batch of empty blocks only has weight 0; its sums are 0 as well.
-    divisor = supervised.clamp(min=1e-12)
-    loss = sums[0] / divisor
+    divisor = sums.supervised.clamp(min=1e-12)
+    loss = sums.losses[0] / divisor
 
     def divided() -> Iterator[Tensor]:
-        wide = (g.float() for g in gradients)
+        wide = (g.float() for g in sums.gradients)
         return ((g if gradient_scale == 1 else g * gradient_scale) / divisor for g in wide)
 
     norm = squared_norm(divided()).sqrt()
-    ready = clipped(divided(), norm, max_grad_norm, max_grad_value)
-    apply_update(state, optimizer, ready, lr, torch.isfinite(loss) & torch.isfinite(norm))
-    return torch.cat([torch.stack([loss, norm, supervised, state.bad_step]), sums[1:]])
+    state, options = update.state, update.options
+    ready = clipped(divided(), norm, options.max_grad_norm, options.max_grad_value)
+    apply_update(state, update.optimizer, ready, lr, torch.isfinite(loss) & torch.isfinite(norm))
+    numbers = torch.stack([loss, norm, sums.supervised, state.bad_step])
+    return torch.cat([numbers, sums.losses[1:]])
 
 
 def clipped(

@@ -178,7 +178,7 @@ class Trainer:
         self.speaks = self.backend.process_index == 0
         self.optimizer = optimizer_of(c)
         self.order = DataOrder(self.data, c.seed, c.task.global_batch_size)
-        self.table, self.plan = plan_run(c, self.files, self.rows, self.optimizer, self.dtype)
+        self.table, self.plan = plan_run(c, self.files, self.rows, self.optimizer)
         self.backend.check(self.files.build(), self.table)
         if not c.dry_run:
             self._find_point()
@@ -273,12 +273,7 @@ class Trainer:
     def _checkpoint_need(self, root: Path) -> Need:
         """Return the disk space that one checkpoint needs, beside the existing ones."""
         c, shapes = self.config, self.files.shapes
-        size = checkpoint_bytes(
-            shapes,
-            self.optimizer,
-            weight_bytes=self.dtype.itemsize,
-            master_weights=c.task.optimizer.master_weights,
-        )
+        size = checkpoint_bytes(c, shapes, self.optimizer)
         if c.checkpoint.hf:
             size += self.files.num_parameters * self.dtype.itemsize
         return Need("a checkpoint", root, size, 40, "checkpoint.folder")

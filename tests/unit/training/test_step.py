@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from torchprime.training.backend import StepOptions
 from torchprime.training.optim import AdamW, Parameter
-from torchprime.training.step import ParameterState, TrainState, finish_step
+from torchprime.training.step import ParameterState, StepSums, TrainState, Update, finish_step
 
 COUNT, SHAPE = 6, (4, 3)
 
@@ -51,15 +52,11 @@ class Watching(AdamW):
 def test_wide_gradients_are_not_all_in_memory_at_once() -> None:
     optimizer = Watching()
     gradients = [torch.randn(SHAPE).bfloat16() for _ in range(COUNT)]
+    options = StepOptions(max_grad_norm=0.1, max_grad_value=0.01)
     finish_step(
-        state_of(optimizer),
-        optimizer,
-        torch.tensor([12.0]),
-        torch.tensor(4.0),
-        gradients,
+        Update(state_of(optimizer), optimizer, options),
+        StepSums(torch.tensor([12.0]), torch.tensor(4.0), gradients),
         torch.tensor(1e-3),
-        max_grad_norm=0.1,
-        max_grad_value=0.01,
     )
     assert len(optimizer.alive) == COUNT and max(optimizer.alive) <= 2
 
@@ -70,15 +67,11 @@ def test_a_scale_of_the_gradients_is_a_factor_of_them() -> None:
     for scale in (1.0, 8.0):
         optimizer = AdamW()
         state = state_of(optimizer)
+        gradients = [torch.full(SHAPE, 0.5 * (n + 1) / scale) for n in range(COUNT)]
         numbers = finish_step(
-            state,
-            optimizer,
-            torch.tensor([12.0]),
-            torch.tensor(4.0),
-            [torch.full(SHAPE, 0.5 * (n + 1) / scale) for n in range(COUNT)],
+            Update(state, optimizer, StepOptions(max_grad_norm=1.0)),
+            StepSums(torch.tensor([12.0]), torch.tensor(4.0), gradients),
             torch.tensor(1e-3),
-            max_grad_norm=1.0,
-            max_grad_value=None,
             gradient_scale=scale,
         )
         squares = sum(12 * (0.5 * (n + 1) / 4) ** 2 for n in range(COUNT))

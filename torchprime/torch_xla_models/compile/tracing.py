@@ -119,6 +119,13 @@ def hlo_sharding(mesh: xs.Mesh, spec: Spec) -> str:
     return f"{{devices=[{dims}]{','.join(map(str, devices))}{last}}}"
 
 
+class BatchShape(NamedTuple):
+    """The shape of an update's batch, over all devices and micro-batches."""
+
+    blocks: int
+    block_size: int
+
+
 def trace_step(
     backend: XlaBackend,
     model: CausalLM,
@@ -126,28 +133,25 @@ def trace_step(
     dtype: torch.dtype,
     optimizer: Optimizer,
     options: StepOptions,
-    *,
-    batch_size: int,
-    block_size: int,
+    shape: BatchShape,
 ) -> Lowered:
     """Return the lowered training step of a backend made with `Placeholders`.
 
     Args:
         model: without storage.
-        batch_size: blocks per update, over all devices and micro-batches.
     """
     placeholders = backend.tensors
     assert isinstance(placeholders, Placeholders)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     backend.place(model, table, lambda name: torch.empty(shapes[name], device="meta"), dtype)
     backend.prepare_training(optimizer, options)
-    batch = _empty_batch(batch_size, block_size, with_sources=options.num_sources > 1)
+    batch = _empty_batch(shape, with_sources=options.num_sources > 1)
     backend.train_step(backend.put(batch, options.gradient_accumulation_steps), lr=0.0)
     assert placeholders.lowered is not None
     return placeholders.lowered
 
 
-def _empty_batch(rows: int, length: int, *, with_sources: bool) -> Batch:
-    zeros = np.zeros((rows, length), np.int32)
+def _empty_batch(shape: BatchShape, *, with_sources: bool) -> Batch:
+    zeros = np.zeros(shape, np.int32)
     sources = zeros if with_sources else None
     return Batch(zeros, zeros, zeros.astype(np.float32), zeros, zeros, sources)

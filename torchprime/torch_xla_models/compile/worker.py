@@ -51,7 +51,13 @@ from torchprime.metrics.throughput import host_memory_bytes
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.text.terminal import print_lines
-from torchprime.torch_xla_models.compile.tracing import Argument, Lowered, Placeholders, trace_step
+from torchprime.torch_xla_models.compile.tracing import (
+    Argument,
+    BatchShape,
+    Lowered,
+    Placeholders,
+    trace_step,
+)
 from torchprime.torch_xla_models.train import make_backend
 from torchprime.training.setup.recipe import optimizer_of, sharding_table, step_options
 
@@ -113,8 +119,7 @@ def trace(config: TrainConfig, architecture: dict[str, Any]) -> Lowered:
         getattr(torch, config.torch_dtype),
         optimizer_of(config),
         step_options(config, max(1, len(config.dataset.mixture))),
-        batch_size=config.task.global_batch_size,
-        block_size=config.dataset.block_size,
+        BatchShape(config.task.global_batch_size, config.dataset.block_size),
     )
 
 

@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import torch
+
+from torchprime.config.schema import TrainConfig
 from torchprime.data.blocks.budget import batch_budget
 from torchprime.data.blocks.dataset import PackedDataset
-from torchprime.metrics.throughput import model_flops_per_token
+from torchprime.metrics.throughput import ModelSizes, model_flops_per_token
 from torchprime.models.architecture import Architecture
 from torchprime.sharding import Spec, shard_count
 from torchprime.training.optim import Optimizer, Parameter, decays
 
 GIB = 2**30
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -38,65 +42,67 @@ class Memory:
 
 
 def estimate_memory(
-    shapes: Mapping[str, tuple[int, ...]],
+    config: TrainConfig,
+    architecture: Architecture,
+    shapes: Mapping[str, Shape],
     specs: Mapping[str, Spec],
-    mesh: Mapping[str, int],
     optimizer: Optimizer,
-    *,
-    weight_bytes: int,
-    master_weights: bool,
-    accumulation: int,
-    micro_batch: int,
-    block_size: int,
-    hidden_size: int,
-    intermediate_size: int,
-    vocab_size: int,
-    num_layers: int,
-    loss_chunks: int,
-    remat: str,
 ) -> Memory:
-    """Estimate one device's share; sizes in bytes, `micro_batch` in blocks over all devices, and
-    `remat` one of the config's policies."""
+    """Return the estimated share of one device of the config's mesh.
+
+    Args:
+        shapes: of the parameters, and `specs` their sharding, by name.
+    """
+    mesh, dtype = config.mesh_shape(), getattr(torch, config.torch_dtype)
+    accumulates = config.task.gradient_accumulation_steps > 1
     weights = state = gradients = 0
     for name, shape in shapes.items():
         spec = specs[name]
         share = math.prod(shape) // shard_count(spec, mesh)
-        weights += share * weight_bytes
+        weights += share * dtype.itemsize
         # Summed in fp32 when there are several micro-batches, in the weights' type otherwise.
-        gradients += share * (4 if accumulation > 1 else weight_bytes)
-        info = Parameter(shape, None, decays(name), stacked=False)  # type: ignore[arg-type]
-        for slot in optimizer.slots(info).values():
+        gradients += share * (4 if accumulates else dtype.itemsize)
+        for slot in optimizer.slots(_facts_of(name, shape, dtype)).values():
             kept = tuple(spec[d] for d in slot.dims)
             elements = math.prod(shape[d] for d in slot.dims)
             state += elements // shard_count(kept, mesh) * 4
-        if weight_bytes < 4 and master_weights:
+        if _has_master(config):
             state += share * 4
+    return Memory(weights, state, gradients, _activation_bytes(config, architecture))
+
+
+def _activation_bytes(config: TrainConfig, architecture: Architecture) -> int:
+    c, a, mesh = config, architecture, config.mesh_shape()
+    micro_batch = c.task.global_batch_size // c.task.gradient_accumulation_steps
     rows = max(1, micro_batch // (mesh["data"] * mesh["fsdp"]))
-    tokens = rows * block_size
-    hidden = tokens * hidden_size * weight_bytes
-    tensors = {"none": 16 + 3 * intermediate_size // hidden_size, "full": 1, "offload": 0}
-    logits = 2 * 4 * rows * math.ceil(block_size / loss_chunks) * vocab_size
-    return Memory(weights, state, gradients, hidden * tensors[remat] * num_layers + logits)
+    tokens = rows * c.dataset.block_size
+    hidden = tokens * a.hidden_size * getattr(torch, c.torch_dtype).itemsize
+    tensors = {"none": 16 + 3 * a.intermediate_size // a.hidden_size, "full": 1, "offload": 0}
+    logits = 2 * 4 * rows * math.ceil(c.dataset.block_size / c.task.loss_chunks) * a.vocab_size
+    return hidden * tensors[c.remat.policy] * a.num_hidden_layers + logits
 
 
-def checkpoint_bytes(
-    shapes: Mapping[str, tuple[int, ...]],
-    optimizer: Optimizer,
-    *,
-    weight_bytes: int,
-    master_weights: bool,
-) -> int:
+def checkpoint_bytes(config: TrainConfig, shapes: Mapping[str, Shape], optimizer: Optimizer) -> int:
     """Return the size of a checkpoint's tensors: weights, master copies and the optimizer's
     state."""
-    total = 0
+    total, dtype = 0, getattr(torch, config.torch_dtype)
     for name, shape in shapes.items():
-        info = Parameter(shape, None, decays(name), stacked=False)  # type: ignore[arg-type]
-        slots = optimizer.slots(info).values()
-        total += math.prod(shape) * weight_bytes
+        slots = optimizer.slots(_facts_of(name, shape, dtype)).values()
+        total += math.prod(shape) * dtype.itemsize
         total += 4 * sum(math.prod(shape[d] for d in slot.dims) for slot in slots)
-        if weight_bytes < 4 and master_weights:
+        if _has_master(config):
             total += 4 * math.prod(shape)
     return total
+
+
+def _facts_of(name: str, shape: Shape, dtype: torch.dtype) -> Parameter:
+    return Parameter(shape, dtype, decays(name), stacked=False)
+
+
+def _has_master(config: TrainConfig) -> bool:
+    """Return True if each weight has a copy in fp32."""
+    narrow = getattr(torch, config.torch_dtype).itemsize < 4
+    return narrow and config.task.optimizer.master_weights
 
 
 @dataclass(frozen=True)
@@ -159,21 +165,19 @@ class StepPlan(NamedTuple):
     budget: dict[str, Any]
 
 
-def plan_steps(
-    data: PackedDataset,
-    *,
-    seed: int,
-    global_batch_size: int,
-    max_steps: int | None,
-    num_epochs: float | None,
-    warmup_steps: int | None,
-    warmup_ratio: float | None,
-) -> StepPlan:
+def plan_steps(config: TrainConfig, data: PackedDataset) -> StepPlan:
     """Return the number of updates, from the data and the config's options for the run's length."""
-    budget = batch_budget(data, seed, global_batch_size)
+    task = config.task
+    budget = batch_budget(data, config.seed, task.global_batch_size)
     per_epoch = budget["steps_per_epoch"]
-    total = count_steps(max_steps=max_steps, num_epochs=num_epochs, steps_per_epoch=per_epoch)
-    warmup = count_warmup(warmup_steps=warmup_steps, warmup_ratio=warmup_ratio, total_steps=total)
+    total = count_steps(
+        max_steps=task.max_steps, num_epochs=task.num_epochs, steps_per_epoch=per_epoch
+    )
+    warmup = count_warmup(
+        warmup_steps=task.lr_scheduler.warmup_steps,
+        warmup_ratio=task.lr_scheduler.warmup_ratio,
+        total_steps=total,
+    )
     return StepPlan(total, warmup, total / per_epoch, budget)
 
 
@@ -195,7 +199,7 @@ def count_warmup(*, warmup_steps: int | None, warmup_ratio: float | None, total_
 
 def flops_per_token(a: Architecture, num_parameters: int, block_size: int) -> int:
     """Return the FLOPs of a training step per slot token of a block (metrics/throughput.py)."""
-    return model_flops_per_token(
+    sizes = ModelSizes(
         num_parameters=num_parameters,
         vocab_size=a.vocab_size,
         hidden_size=a.hidden_size,
@@ -203,5 +207,5 @@ def flops_per_token(a: Architecture, num_parameters: int, block_size: int) -> in
         num_layers=a.num_hidden_layers,
         num_heads=a.num_attention_heads,
         head_size=a.head_dim,
-        block_size=block_size,
     )
+    return model_flops_per_token(sizes, block_size)

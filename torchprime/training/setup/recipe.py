@@ -1,28 +1,23 @@
-"""The parts of the training step that a config defines: model, sharding table, optimizer, length.
+"""The parts of the training step that a config defines: model, sharding table, optimizer, plan.
 
 A run, its plan and an ahead-of-time compile (`compile_only`) all take them from here, so that
-the plan and the compiled program are those of the training; the witness takes the length.
+the plan and the compiled program are those of the training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from torchprime.config.schema import TrainConfig
-from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.shared import cache
 from torchprime.errors import ConfigError
-from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim import Optimizer, make_optimizer
 from torchprime.training.setup.datasets import RunData
 from torchprime.training.setup.model_files import ModelFiles, find_model
-from torchprime.training.setup.plan import Memory, Plan, StepPlan, estimate_memory, plan_steps
+from torchprime.training.setup.plan import Plan, estimate_memory, plan_steps
 from torchprime.training.setup.vocabulary import VocabularyRequest
 
 
@@ -98,26 +93,11 @@ def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
     )
 
 
-def steps_of(config: TrainConfig, data: PackedDataset) -> StepPlan:
-    """Return the number of updates from the config's options for the run's length."""
-    task = config.task
-    return plan_steps(
-        data,
-        seed=config.seed,
-        global_batch_size=task.global_batch_size,
-        max_steps=task.max_steps,
-        num_epochs=task.num_epochs,
-        warmup_steps=task.lr_scheduler.warmup_steps,
-        warmup_ratio=task.lr_scheduler.warmup_ratio,
-    )
-
-
 def plan_run(
     config: TrainConfig,
     files: ModelFiles,
     rows: RunData,
     optimizer: Optimizer,
-    dtype: torch.dtype,
 ) -> tuple[ShardingTable, Plan]:
     """Return the plan of a config's run, with the table by which it is sharded.
 
@@ -128,45 +108,10 @@ def plan_run(
     table, specs = checked_table(config, files.build())
     held_out = rows.heldout
     plan = Plan(
-        **steps_of(config, rows.train)._asdict(),
+        **plan_steps(config, rows.train)._asdict(),
         eval_budget=held_out and {"examples": held_out.num_examples, "blocks": held_out.num_blocks},
         parameters=files.num_parameters,
         mesh=config.mesh_shape(),
-        memory=memory_of(config, files.architecture, files.shapes, specs, optimizer, dtype),
+        memory=estimate_memory(config, files.architecture, files.shapes, specs, optimizer),
     )
     return table, plan
-
-
-def memory_of(
-    config: TrainConfig,
-    architecture: Architecture,
-    shapes: Mapping[str, tuple[int, ...]],
-    specs: Mapping[str, Spec],
-    optimizer: Optimizer,
-    dtype: torch.dtype,
-) -> Memory:
-    """Return the estimated memory of one device of the config's mesh.
-
-    Args:
-        shapes: of parameters, and `specs` their sharding, by name.
-        dtype: of the weights.
-    """
-    c, a = config, architecture
-    accumulation = c.task.gradient_accumulation_steps
-    return estimate_memory(
-        shapes,
-        specs,
-        c.mesh_shape(),
-        optimizer,
-        weight_bytes=dtype.itemsize,
-        master_weights=c.task.optimizer.master_weights,
-        accumulation=accumulation,
-        micro_batch=c.task.global_batch_size // accumulation,
-        block_size=c.dataset.block_size,
-        hidden_size=a.hidden_size,
-        intermediate_size=a.intermediate_size,
-        vocab_size=a.vocab_size,
-        num_layers=a.num_hidden_layers,
-        loss_chunks=c.task.loss_chunks,
-        remat=c.remat.policy,
-    )

@@ -17,7 +17,7 @@ from torchprime.config.schema import AXES
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_xla_models.backend import XlaBackend
-from torchprime.torch_xla_models.compile.tracing import Placeholders, trace_step
+from torchprime.torch_xla_models.compile.tracing import BatchShape, Placeholders, trace_step
 from torchprime.torch_xla_models.mesh import device_order
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim import Adafactor, AdamW
@@ -64,10 +64,8 @@ def lowered(way: dict, table):
         max_grad_norm=reference.CLIP,
         **options,
     )
-    return trace_step(
-        backend, model, table, dtype, optimizer, chosen,
-        batch_size=reference.B, block_size=reference.S,
-    )  # fmt: skip
+    shape = BatchShape(reference.B, reference.S)
+    return trace_step(backend, model, table, dtype, optimizer, chosen, shape)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -12,8 +12,8 @@ from torchprime.config.compose import compose_config
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.training.setup.model_files import find_architecture
-from torchprime.training.setup.plan import Memory
-from torchprime.training.setup.recipe import checked_table, memory_of, optimizer_of
+from torchprime.training.setup.plan import Memory, estimate_memory
+from torchprime.training.setup.recipe import checked_table, optimizer_of
 
 RESULTS = Path(__file__).parents[4] / "experimental" / "tpu_report" / "results.json"
 CASES = ["8b-v5e-16", "8b-v6e-8-adafactor", "8b-v6e-8-8192-bf16-offload", "14b-v6e-8"]
@@ -32,8 +32,7 @@ def estimate(argv: list[str]) -> Memory:
         model = CausalLM(architecture)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     _, specs = checked_table(config, model)
-    dtype = getattr(torch, config.torch_dtype)
-    return memory_of(config, architecture, shapes, specs, optimizer_of(config), dtype)
+    return estimate_memory(config, architecture, shapes, specs, optimizer_of(config))
 
 
 @pytest.mark.parametrize("case", CASES)
