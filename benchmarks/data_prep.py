@@ -137,7 +137,7 @@ class Clock:
 
 def run_ours(args: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
     """Our preparation; `ours, second start` finds what `ours, kept on disk` left."""
-    from torchprime.data.files.open_source import SourceSpec
+    from torchprime.data.files.source import SourceSpec
     from torchprime.data.prepare import Part, Settings, prepare_dataset
     from torchprime.data.templates.choose import resolve_template
     from torchprime.data.tokenizer.load import load_tokenizer

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from torchprime.config.compose import assets_dir
-from torchprime.data.files.open_source import SourceSpec
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.read import load_rows
 from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.evaluation.graders.make import Sample, make_grader

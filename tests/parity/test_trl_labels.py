@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from torchprime.data.files.open_source import SourceSpec
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.prepare import Part, Settings, prepare_dataset
 from torchprime.data.report import DataReport
 from torchprime.data.rows.read import QUESTION_PROMPT, RowReading

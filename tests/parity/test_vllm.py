@@ -24,7 +24,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from torchprime.config.compose import assets_dir
-from torchprime.data.files.open_source import SourceSpec
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.read import Row, load_rows
 from torchprime.data.templates.choose import resolve_template
 from torchprime.data.tokenizer.load import load_tokenizer

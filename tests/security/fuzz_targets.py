@@ -33,7 +33,7 @@ from torchprime.checkpoint.proof.certificate import read_certificate, trained_op
 from torchprime.checkpoint.run.dcp_metadata import parse_metadata
 from torchprime.checkpoint.run.manifest import Manifest
 from torchprime.compare.logs.read import read_run
-from torchprime.data.files.open_source import SourceSpec
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.read import open_rows
 from torchprime.data.rows.row import PLAIN_READING
 from torchprime.data.templates.choose import resolve_template

@@ -226,7 +226,8 @@ def count_rules(batches: Sequence[ShownBatch]) -> list[RuleCount]:
 # Lengths ------------------------------------------------------------------------------------------
 
 
-class Bin(NamedTuple):
+@dataclass(frozen=True)
+class Bin:
     """Examples of `first` to `last` tokens; the last bin may hold a whole tail."""
 
     first: int

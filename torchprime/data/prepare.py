@@ -28,8 +28,9 @@ from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.blocks.mixture import Share, choose, shares_of
 from torchprime.data.blocks.pack import Plan, pack
 from torchprime.data.blocks.store import ExampleStore, StoreWriter, writing
-from torchprime.data.files.open_source import SourceSpec, expected_rows, source_fingerprint
+from torchprime.data.files.open_source import expected_rows, source_fingerprint
 from torchprime.data.files.record import UNREADABLE, Rejection
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.report import DataReport, SourceReport, describe_rejected, length_summary
 from torchprime.data.rows.formats import FormatDecision
 from torchprime.data.rows.limits import characters, too_long
@@ -79,7 +80,6 @@ def prepare_dataset(
     settings: Settings,
     *,
     template: ChatTemplate | None = None,
-    section: str = "dataset",
     side: Side | None = None,
     keep_in: Path | None = None,
     workers: int = 1,
@@ -89,7 +89,6 @@ def prepare_dataset(
     Args:
         parts: the sources of rows; several are a mixture.
         template: for rows of messages.
-        section: the config section named in messages.
         keep_in: folder of prepared data; None stores nothing.
         workers: processes that tokenize, when there are many rows.
 
@@ -97,7 +96,7 @@ def prepare_dataset(
         DataError: unreadable sources, too many rejected rows, no example at all.
     """
     started = time.perf_counter()
-    job = _Job(parts, tokenizer, settings, template, section, side, workers)
+    job = _Job(parts, tokenizer, settings, template, side, workers)
     if keep_in is None:
         store, plan, report = job.build(None)
     else:
@@ -147,9 +146,13 @@ class _Job:
     tokenizer: Tokenizer
     settings: Settings
     template: ChatTemplate | None
-    section: str
     side: Side | None
     workers: int
+
+    @property
+    def section(self) -> str:
+        """The config section of the sources, named in messages."""
+        return self.parts[0].source.section
 
     def ingredients(self) -> dict[str, Any]:
         """Return everything that shapes the result, as JSON; its hash is the cache key."""
@@ -157,7 +160,7 @@ class _Job:
             "data_version": DATA_VERSION,
             "parts": [
                 {
-                    "rows": source_fingerprint(part.source, self.section),
+                    "rows": source_fingerprint(part.source),
                     "name": part.source.name,
                     "split": part.source.split,
                     "described": part.source.describe(),  # row ids are made of it
@@ -191,7 +194,7 @@ class _Job:
         account = _Account()
         decisions: list[FormatDecision] = []
         shown = sys.stderr.isatty()
-        counts = [expected_rows(part.source, self.section) for part in self.parts if shown]
+        counts = [expected_rows(part.source) for part in self.parts if shown]
         bar = tqdm(
             desc=f"preparing {self.section}",
             unit=" rows",
@@ -202,7 +205,7 @@ class _Job:
         )
         with writing(path) as writer, bar:
             for part in self.parts:
-                decision, rows = open_rows(part.source, part.reading, self.section, account.notes)
+                decision, rows = open_rows(part.source, part.reading, account.notes)
                 self._check_markers(decision)
                 decisions.append(decision)
                 self._read_part(part, rows, account, writer, bar)
@@ -277,7 +280,7 @@ class _Job:
         room = limit - account.total("examples")
         if outcome.count <= room:
             return outcome
-        return outcome._replace(examples=outcome.examples.slice(0, room), count=room)
+        return replace(outcome, examples=outcome.examples.slice(0, room), count=room)
 
     def _outcomes(self, chunks: Iterator[list[Row]]) -> Iterator[Outcome]:
         """Yield each chunk's outcome, in order; other processes help if there are many rows."""

@@ -188,10 +188,10 @@ class Conversation:
         """
         speaker = self.speaker
         turns = self.turns if speaker.template is not None else []
-        for left_out in range(len(turns) + 1):
+        left_out, ids = 0, speaker.ids_of(self._messages(turns, prompt))
+        while len(ids) + max_new_tokens > speaker.context and left_out < len(turns):
+            left_out += 1
             ids = speaker.ids_of(self._messages(turns[left_out:], prompt))
-            if len(ids) + max_new_tokens <= speaker.context:
-                break
         if not ids:
             raise DataError("the prompt is empty: give at least a character")
         if len(ids) >= speaker.context:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import pytest
 from torchprime.data import prepare
 from torchprime.data.blocks import chunks
 from torchprime.data.blocks.dataset import PackedDataset
-from torchprime.data.files.open_source import SourceSpec
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.prepare import Part, Settings, Side, prepare_dataset
 from torchprime.data.report import DataReport
 from torchprime.data.rows.read import RowReading
@@ -51,11 +52,11 @@ def run(build: SimpleNamespace, make_tokenizer: Callable[..., Tokenizer]) -> Run
         **settings: object,
     ) -> tuple[PackedDataset, DataReport]:
         options: dict = {"block_size": 64} | settings
+        sources = [SourceSpec(file_dataset_path=str(path), section=section) for path in paths]
         return prepare_dataset(
-            parts or [Part(SourceSpec(file_dataset_path=str(path))) for path in paths],
+            parts or [Part(source) for source in sources],
             tokenizer,
             Settings(**options),
-            section=section,
             side=side,
             keep_in=keep_in,
             workers=workers,
@@ -165,8 +166,9 @@ def test_keys_not_used_and_columns_like_input_are_reported(
             "0, and unused.': map it (dataset.columns) or put it into the question"
         ]
         assert "keys not used: id: 4 (first rows.jsonl:1, e.g. 0)" in report.summary()
-    parts = [Part(SourceSpec(file_dataset_path=str(path), name=name)) for name in ("one", "two")]
-    _, report = run(parts=parts, section="eval")
+    source = SourceSpec(file_dataset_path=str(path), section="eval")
+    parts = [Part(replace(source, name=name)) for name in ("one", "two")]
+    _, report = run(parts=parts)
     assert list(report.like_input) == ["context of one", "context of two"]
     assert report.warnings()[0].startswith("eval: column context of one looks like input")
     assert report.unused_keys["id"]["count"] == 8

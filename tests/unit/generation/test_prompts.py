@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from torchprime.data.files.open_source import SourceSpec
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.read import load_rows
 from torchprime.errors import DataError
 from torchprime.generation.prompts import read_prompts

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -51,7 +50,8 @@ class Settings:
     seed: int = 0  # limited by what the mixture uses
 
 
-class Outcome(NamedTuple):
+@dataclass(frozen=True)
+class Outcome:
     """The examples, rejections and counts from one chunk of rows."""
 
     examples: pa.RecordBatch | None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torchprime.data.files.arrow.read import arrow_records, batch_rows
 from torchprime.data.files.record import Records
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.shared.notes import RowNotes
 from torchprime.errors import DataError
 
@@ -33,19 +34,23 @@ def read_hub(loaded: datasets.Dataset, label: str, notes: RowNotes | None) -> Re
     return arrow_records(label, f"{label}:", loaded.data.schema, batches, notes)
 
 
-def load_hub(
-    name: str, config: str | None, split: str, cache_dir: str | None, section: str
-) -> datasets.Dataset:
-    """Load one split of a dataset; DataErrors name the keys of the config's `section`."""
+def load_hub(source: SourceSpec) -> datasets.Dataset:
+    """Load the source's split of its dataset.
+
+    Raises:
+        DataError: the dataset, its configuration or its split can't be loaded.
+    """
     # late: it takes more than a second, and a run on a file never needs it
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
+    name, config = str(source.hf_dataset_name), source.hf_dataset_config_name
+    section, split = source.section, source.split
     given = f"{section}.hf_dataset_name={name}"
     try:
         with _no_retries_without_network(name):
             loaded = datasets.load_dataset(
-                name, config, split=split, cache_dir=cache_dir, streaming=False
+                name, config, split=split, cache_dir=source.cache_dir, streaming=False
             )
     except DatasetNotFoundError as error:
         raise DataError(

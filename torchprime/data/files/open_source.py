@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -23,6 +23,7 @@ from torchprime.data.files.hub import load_hub, read_hub
 from torchprime.data.files.listing import SourceFile, find_files, is_saved_folder, protocols
 from torchprime.data.files.readers import DELIMITERS, LINE_EXTENSIONS, read_records, split_name
 from torchprime.data.files.record import Records
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.files.splits import SplitKey, choose_split, unused_split
 from torchprime.data.files.streams import only_os_errors
 from torchprime.data.shared.notes import RowNotes
@@ -31,69 +32,39 @@ from torchprime.errors import DataError
 HASH_BYTES = 2**20  # per file at a time
 
 
-@dataclass(frozen=True)
-class SourceSpec:
-    """The rows to read; the fields are the keys of the config's dataset and eval sections.
-
-    Attributes:
-        split: None if the key is not set, which is an error if there are several splits.
-        name: the name of a mixture's part, which begins its row ids: `replay/train.jsonl:17`.
-    """
-
-    file_dataset_path: str | None = None
-    hf_dataset_name: str | None = None
-    hf_dataset_config_name: str | None = None
-    split: str | None = "train"
-    cache_dir: str | None = None
-    name: str = ""
-
-    def describe(self) -> str:
-        if self.file_dataset_path:
-            return self.file_dataset_path
-        config = f"/{self.hf_dataset_config_name}" if self.hf_dataset_config_name else ""
-        return f"{self.hf_dataset_name}{config}:{self.split}"
-
-    def label(self, inner: str) -> str:
-        """Return the prefix of row ids: the mixture part's name, if any, and `inner`."""
-        return f"{self.name}/{inner}" if self.name else inner
-
-
-def read_rows(
-    source: SourceSpec, section: str = "dataset", notes: RowNotes | None = None
-) -> Records:
+def read_rows(source: SourceSpec, notes: RowNotes | None = None) -> Records:
     """Stream (row_id, record) in order; a record is a dict, or a Rejection with the same row_id.
 
-    `section` is the config section named in messages; `notes` counts findings in the records while
-    they stream. Raises DataError at the call unless exactly one source is set. While reading,
-    raises it for a source that is missing, unreachable, structurally broken or without a single
-    row.
+    `notes` counts findings in the records while they stream. Raises DataError at the call unless
+    exactly one source is set. While reading, raises it for a source that is missing, unreachable,
+    structurally broken or without a single row.
     """
-    _check_one_place(source, section)
-    rows = _read_files if _path_of(source, section) else _read_hub
-    return _refuse_empty(rows(source, section, notes), source, section)
+    _check_one_place(source)
+    rows = _read_files if _path_of(source) else _read_hub
+    return _refuse_empty(rows(source, notes), source)
 
 
-def source_fingerprint(source: SourceSpec, section: str = "dataset") -> str:
+def source_fingerprint(source: SourceSpec) -> str:
     """Return a hex digest of everything the rows and their ids depend on.
 
     Files: the names below the path and the content of the files read; on a remote store, which
     would have to send all content, its version metadata instead. Hub: name, config, split and the
     fingerprint of the loaded dataset. Raises DataError as read_rows does.
     """
-    _check_one_place(source, section)
+    _check_one_place(source)
     parts: list[Any] = []
-    if path := _path_of(source, section):
-        for file in _files_of(source, section)[0]:
+    if path := _path_of(source):
+        for file in _files_of(source)[0]:
             with _file_errors(file, path):
                 parts.append([file.name, _content_mark(file)])
     else:
         name, config = source.hf_dataset_name, source.hf_dataset_config_name
-        parts = [name, config, source.split, _loaded(source, section)._fingerprint]
+        parts = [name, config, source.split, _loaded(source)._fingerprint]
     return _digest(json.dumps([source.name, parts]).encode()).hexdigest()
 
 
-def _check_one_place(source: SourceSpec, section: str) -> None:
-    name, path = source.hf_dataset_name, source.file_dataset_path
+def _check_one_place(source: SourceSpec) -> None:
+    section, name, path = source.section, source.hf_dataset_name, source.file_dataset_path
     if not name and not path:
         raise DataError(
             f"no rows to read: neither {section}.file_dataset_path nor {section}.hf_dataset_name "
@@ -106,42 +77,38 @@ def _check_one_place(source: SourceSpec, section: str) -> None:
         )
 
 
-def _refuse_empty(rows: Records, source: SourceSpec, section: str) -> Records:
+def _refuse_empty(rows: Records, source: SourceSpec) -> Records:
     first = next(rows, None)
     if first is None:
         key = "file_dataset_path" if source.file_dataset_path else "hf_dataset_name"
         raise DataError(
-            f"the dataset {source.describe()} ({section}.{key}) is empty: it has 0 rows, expected "
-            f"at least one JSON object"
+            f"the dataset {source.describe()} ({source.section}.{key}) is empty: it has 0 rows, "
+            f"expected at least one JSON object"
         )
     yield from chain([first], rows)
 
 
-def _read_hub(source: SourceSpec, section: str, notes: RowNotes | None) -> Records:
-    loaded = _loaded(source, section)
+def _read_hub(source: SourceSpec, notes: RowNotes | None) -> Records:
+    loaded = _loaded(source)
     yield from read_hub(loaded, source.label(f"{source.hf_dataset_name}:{source.split}"), notes)
 
 
-def _loaded(source: SourceSpec, section: str) -> Any:
+def _loaded(source: SourceSpec) -> Any:
     if source.split is None:
+        section = source.section
         raise DataError(
             f"{section}.hf_dataset_name={source.hf_dataset_name} needs {section}.split, which is "
             f"not set. Set it to the split to read, e.g. {section}.split=test"
         )
-    return load_hub(
-        str(source.hf_dataset_name),
-        source.hf_dataset_config_name,
-        source.split,
-        source.cache_dir,
-        section,
-    )
+    return load_hub(source)
 
 
 # Files ------------------------------------------------------------------------------------------
 
 
-def _path_of(source: SourceSpec, section: str) -> str | None:
+def _path_of(source: SourceSpec) -> str | None:
     """Return the config's key and path if files are read; a hub name may be a saved folder."""
+    section = source.section
     if source.file_dataset_path:
         return f"{section}.file_dataset_path={source.file_dataset_path}"
     name, config = str(source.hf_dataset_name), source.hf_dataset_config_name
@@ -155,15 +122,16 @@ def _path_of(source: SourceSpec, section: str) -> str | None:
     return f"{section}.hf_dataset_name={name}"
 
 
-def _files_of(source: SourceSpec, section: str) -> tuple[list[SourceFile], SplitKey]:
+def _files_of(source: SourceSpec) -> tuple[list[SourceFile], SplitKey]:
     """Return the files of the split, and the split to select inside each of them.
 
     Raises DataError for a split that selects nothing or that none of the files has.
     """
-    given = str(_path_of(source, section))
+    given = str(_path_of(source))
     found = find_files(str(source.file_dataset_path or source.hf_dataset_name), given)
-    unset = "null" if section == "eval" else "train"
-    key = f"{section}.mixture.{source.name}.split" if source.name else f"{section}.split"
+    unset = "null" if source.section == "eval" else "train"
+    part = f".mixture.{source.name}" if source.name else ""
+    key = f"{source.section}{part}.split"
     wanted = SplitKey(source.split, key, unset)
     files = choose_split(found.files, wanted, given, may_be_only=found.kind == "glob")
     named = any(splits for _, splits in found.files) or source.split in found.named
@@ -172,9 +140,9 @@ def _files_of(source: SourceSpec, section: str) -> tuple[list[SourceFile], Split
     return files, replace(wanted, is_used=named)
 
 
-def _read_files(source: SourceSpec, section: str, notes: RowNotes | None) -> Records:
-    given = str(_path_of(source, section))
-    files, wanted = _files_of(source, section)
+def _read_files(source: SourceSpec, notes: RowNotes | None) -> Records:
+    given = str(_path_of(source))
+    files, wanted = _files_of(source)
     for file in files:
         with _file_errors(file, given):
             yield from read_records(source.label(file.name), file.open, wanted, notes)
@@ -190,7 +158,7 @@ def _file_errors(file: SourceFile, given: str) -> Iterator[None]:
         raise DataError(f"cannot read {given}{inside}: {kind}{error}") from error
 
 
-def expected_rows(source: SourceSpec, section: str = "dataset") -> int | None:
+def expected_rows(source: SourceSpec) -> int | None:
     """Estimate the number of rows from the files' sizes and first lines, for a progress bar.
 
     Return None for files that would have to be read: compressed, JSON arrays, Parquet, Arrow, the
@@ -199,7 +167,7 @@ def expected_rows(source: SourceSpec, section: str = "dataset") -> int | None:
     if not source.file_dataset_path:
         return None
     total = 0.0
-    for file in _files_of(source, section)[0]:
+    for file in _files_of(source)[0]:
         extension, compression = split_name(file.name)
         if compression or extension not in (*LINE_EXTENSIONS, *DELIMITERS):
             return None

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchprime.data.files.record import Rejection
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.messages.json_fields import objects_of_text
+from torchprime.data.rows.row import RowReading
 from torchprime.data.shared.fields import MISSING, lookup, printable
 from torchprime.errors import DataError
 
@@ -55,10 +57,7 @@ class FormatDecision:
 
 
 def decide_format(
-    sample: Sequence[Mapping[str, Any] | Rejection],
-    requested: str,
-    columns: Mapping[str, str] | None = None,
-    section: str = "dataset",
+    sample: Sequence[Mapping[str, Any] | Rejection], reading: RowReading, source: SourceSpec
 ) -> FormatDecision:
     """Use the requested kind, or the one kind whose fields the sampled records have.
 
@@ -68,19 +67,19 @@ def decide_format(
     Raises:
         DataError: an unknown kind or canonical field; or `auto` finds no kind, or more than one.
     """
-    config = section if section.startswith("dataset") else "dataset"
-    check_columns(columns, config)
+    requested, columns = reading.format, reading.columns
+    check_columns(columns)
     if requested in FIELDS:
-        return FormatDecision(requested, f"{config}.format={requested}")
+        return FormatDecision(requested, f"dataset.format={requested}")
     if requested != "auto":
         close = difflib.get_close_matches(requested, ["auto", *FIELDS], n=1)
         raise DataError(
-            f"{config}.format={requested} is not known, expected auto, {', '.join(FIELDS)}"
+            f"dataset.format={requested} is not known, expected auto, {', '.join(FIELDS)}"
             + (f". Did you mean {close[0]}?" if close else "")
         )
     records = [rename(row, columns) for row in sample if not isinstance(row, Rejection)]
     if sample and not records:
-        raise DataError(_unreadable([row for row in sample if isinstance(row, Rejection)], section))
+        raise DataError(_unreadable([row for row in sample if isinstance(row, Rejection)], source))
     fits = [_fitting_kinds(row) for row in records]
     chosen = [_preferred(kinds, row) for kinds, row in zip(fits, records, strict=True)]
     counts = Counter(" + ".join(kinds) for kinds in chosen)
@@ -92,11 +91,12 @@ def decide_format(
     if counts:
         found = ", ".join(f"{kinds}: {n} rows" for kinds, n in counts.most_common())
         raise DataError(
-            f"{config}.format=auto cannot decide: the first {len(sample)} rows of the {section} "
-            f"source are a mixture ({found}{f', none: {unknown} rows' if unknown else ''}). Set "
-            f"{config}.format to one of {', '.join(FIELDS)}"
+            f"dataset.format=auto cannot decide: the first {len(sample)} rows of the "
+            f"{source.section} source are a mixture "
+            f"({found}{f', none: {unknown} rows' if unknown else ''}). "
+            f"Set dataset.format to one of {', '.join(FIELDS)}"
         )
-    raise DataError(_no_kind(records, columns, len(sample), config, section))
+    raise DataError(_no_kind(records, columns, len(sample), source))
 
 
 def _why(kind: str, fitting: int, sampled: int, beside: Counter[str]) -> str:
@@ -137,13 +137,13 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list) or (isinstance(value, str) and bool(objects_of_text(value)))
 
 
-def _unreadable(rejections: list[Rejection], section: str) -> str:
+def _unreadable(rejections: list[Rejection], source: SourceSpec) -> str:
     counts = ", ".join(f"{r}: {n}" for r, n in Counter(r.reason for r in rejections).most_common())
     first = rejections[0]
     return (
         f"dataset.format=auto cannot decide: none of the first {len(rejections)} rows of the "
-        f"{section} source can be read ({counts}; the first is {first.row_id}: {first.reason} "
-        f"{first.detail}). Check what wrote the file"
+        f"{source.section} source can be read ({counts}; the first is {first.row_id}: "
+        f"{first.reason} {first.detail}). Check what wrote the file"
     )
 
 
@@ -151,15 +151,14 @@ def _no_kind(
     records: list[dict[str, Any]],
     columns: Mapping[str, str] | None,
     sampled: int,
-    config: str,
-    section: str,
+    source: SourceSpec,
 ) -> str:
     pairs = sum(all(row.get(f) is not None for f in FIELDS["preference"]) for row in records)
     if pairs:
         return (
-            f"{config}.format=auto cannot decide: {pairs} of the first {sampled} rows of the "
-            f"{section} source have chosen and rejected, and the fields of no other kind. Set "
-            f"{config}.format=preference to train the chosen answers"
+            f"dataset.format=auto cannot decide: {pairs} of the first {sampled} rows of the "
+            f"{source.section} source have chosen and rejected, and the fields of no other kind. "
+            f"Set dataset.format=preference to train the chosen answers"
         )
     found = sorted({str(key) for row in records for key in row})
     known = " or ".join(f"{{{', '.join(fields)}}} ({k})" for k, fields in FIELDS.items())
@@ -169,11 +168,11 @@ def _no_kind(
         if not field.startswith("message.") and not any(field in row for row in records)
     ]
     return (
-        f"{config}.format=auto cannot decide: none of the first {sampled} rows of the {section} "
-        f"source has the fields of a known kind. Found "
+        f"dataset.format=auto cannot decide: none of the first {sampled} rows of the "
+        f"{source.section} source has the fields of a known kind. Found "
         f"{printable(', '.join(found)) or 'no fields'}; expected {known}."
-        + (f" No row has {', '.join(absent)} of {config}.columns." if absent else "")
-        + f" Say which columns they are, e.g. {config}.columns={{prompt: COLUMN, "
+        + (f" No row has {', '.join(absent)} of dataset.columns." if absent else "")
+        + " Say which columns they are, e.g. dataset.columns={prompt: COLUMN, "
         "completion: COLUMN}, or rename them in the file"
     )
 
@@ -181,13 +180,13 @@ def _no_kind(
 # Columns -----------------------------------------------------------------------------------------
 
 
-def check_columns(columns: Mapping[str, str] | None, config: str) -> None:
+def check_columns(columns: Mapping[str, str] | None) -> None:
     """Raise a DataError for a mapping with an unknown field of ours or without a column name."""
     for field, column in (columns or {}).items():
-        given = f"{config}.columns={{{field}: {column}}}"
+        given = f"dataset.columns={{{field}: {column}}}"
         if field not in CANONICAL_FIELDS:
             if column in CANONICAL_FIELDS:
-                hint = f"Our field comes first: {config}.columns={{{column}: {field}}}"
+                hint = f"Our field comes first: dataset.columns={{{column}: {field}}}"
             else:
                 close = difflib.get_close_matches(str(field).lower(), CANONICAL_FIELDS, n=1)
                 hint = f"Did you mean {close[0]}?" if close else "The source's column comes second"

@@ -13,8 +13,9 @@ from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
-from torchprime.data.files.open_source import SourceSpec, read_rows
+from torchprime.data.files.open_source import read_rows
 from torchprime.data.files.record import Rejection
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows import keys as row_keys
 from torchprime.data.rows.answer_form import AS_IS, KINDS_WITH_ANSWERS
 from torchprime.data.rows.formats import (
@@ -49,7 +50,6 @@ WITHOUT_INPUT = ("text", "tree")  # kinds that use every column that could be a 
 def open_rows(
     source: SourceSpec,
     reading: RowReading,
-    section: str = "dataset",
     notes: RowNotes | None = None,
 ) -> tuple[FormatDecision, Iterator[Row | Rejection]]:
     """Decide the kind from the first records, then stream all records, including the first ones.
@@ -62,12 +62,12 @@ def open_rows(
     Raises:
         DataError: no kind can be decided, `reading` names a missing field, or there are no rows.
     """
-    check_columns(reading.columns, section if section.startswith("dataset") else "dataset")
+    check_columns(reading.columns)
     notes = RowNotes() if notes is None else notes
-    records = read_rows(source, section, notes)
+    records = read_rows(source, notes)
     sample = list(islice(records, SAMPLE_ROWS))
     first = [record for _, record in sample]
-    decision = decide_format(first, reading.format, reading.columns, section)
+    decision = decide_format(first, reading, source)
     if reading.answer_form != AS_IS and decision.kind not in KINDS_WITH_ANSWERS:
         raise DataError(
             f"dataset.answer_form={reading.answer_form} is for rows with one answer each "
@@ -146,13 +146,7 @@ def _claim_id(
     return Rejection(row.row_id, DUPLICATED_ID, f"{show(value)} is the id of {first} already")
 
 
-def load_rows(
-    source: SourceSpec,
-    limit: int,
-    *,
-    reading: RowReading = PLAIN_READING,
-    section: str = "eval",
-) -> list[Row]:
+def load_rows(source: SourceSpec, limit: int, *, reading: RowReading = PLAIN_READING) -> list[Row]:
     """Return the first `limit` usable rows, to show answers to a person."""
-    _, rows = open_rows(source, reading, section)
+    _, rows = open_rows(source, reading)
     return list(islice((row for row in rows if isinstance(row, Row)), limit))

@@ -19,7 +19,7 @@ from torchprime.checkpoint.hf.source import hub_name
 from torchprime.config.schema import DatasetConfig, EvalConfig, MixturePart, TrainConfig
 from torchprime.data.blocks.chunks import Settings
 from torchprime.data.blocks.dataset import PackedDataset
-from torchprime.data.files.open_source import SourceSpec
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.leaks.find import find_leaks
 from torchprime.data.leaks.report import LeakReport
 from torchprime.data.leaks.shingles import TextRow
@@ -96,10 +96,10 @@ class RunRows:
     def train_parts(self) -> list[Part]:
         d = self.dataset
         if not d.mixture:
-            return [Part(_source(d, d.split, d.cache_dir), self._reading(d.format, d.columns))]
+            return [Part(_source("dataset", d, d.cache_dir), self._reading(d.format, d.columns))]
         return [
             Part(
-                replace(_source(part, part.split, d.cache_dir), name=part.name),
+                replace(_source("dataset", part, d.cache_dir), name=part.name),
                 self._reading(part.format, part.columns),
                 part.weight,
                 part.replay,
@@ -117,8 +117,9 @@ class RunRows:
         """The eval section's sources, read like the training rows; with a split, the same rows."""
         d = self.dataset
         if not self.eval.enabled:
-            return self.train_parts if d.eval_fraction is not None else []
-        source = _source(self.eval, self.eval.split, d.cache_dir)
+            split = self.train_parts if d.eval_fraction is not None else []
+            return [replace(p, source=replace(p.source, section="eval")) for p in split]
+        source = _source("eval", self.eval, d.cache_dir)
         return [Part(source, self._reading(d.format, d.columns))]
 
     def _reading(self, format: str, columns: dict[str, str]) -> RowReading:
@@ -137,7 +138,7 @@ class RunRows:
     def _rule(self) -> SplitRule:
         """The rule of the split. It reads all rows once, only if a split is new."""
         assert self.dataset.eval_fraction is not None
-        rows = (row for part in self.train_parts for row in _rows_of(part, "dataset"))
+        rows = (row for part in self.train_parts for row in _rows_of(part))
         by_time = self.dataset.time_key is not None
         return plan_split(rows, self.dataset.eval_fraction, self.seed, by_time)
 
@@ -154,9 +155,8 @@ class RunRows:
     def rows(self, name: str) -> Iterator[Row]:
         """Yield the usable rows of one side, `train` or `eval`, in the sources' order."""
         side = self.side(name)
-        section = "dataset" if name == "train" or not self.eval.enabled else "eval"
         for part in self.train_parts if name == "train" else self.heldout_parts:
-            for row in _rows_of(part, section):
+            for row in _rows_of(part):
                 if side is None or side.has(row):
                     yield row
 
@@ -237,14 +237,13 @@ def prepare_run_data(
     workers = d.num_proc or min(MOST_WORKERS, os.cpu_count() or 1)
 
     def prepared(
-        parts: Sequence[Part], limit: int | None, section: str, side: str
+        parts: Sequence[Part], limit: int | None, side: str
     ) -> tuple[PackedDataset, DataReport]:
         data, report = prepare_dataset(
             parts,
             tokenizer,
             replace(settings, max_examples=limit),
             template=template,
-            section=section,
             side=rows.side(side),
             keep_in=kept_in,
             workers=workers,
@@ -254,7 +253,7 @@ def prepare_run_data(
             say(f"note: {warning}")
         return data, report
 
-    train, report = prepared(rows.train_parts, d.max_train_examples, "dataset", "train")
+    train, report = prepared(rows.train_parts, d.max_train_examples, "train")
     if template is not None and report.has_chats:
         for warning in template.warnings:
             say(f"note: {warning}")
@@ -263,7 +262,7 @@ def prepare_run_data(
     # All held-out rows are used, whatever their mixture.
     parts = [replace(part, weight=None, replay=False) for part in rows.heldout_parts]
     settings = replace(settings, replay_share=None)
-    heldout, heldout_report = prepared(parts, config.eval.max_examples, "eval", "eval")
+    heldout, heldout_report = prepared(parts, config.eval.max_examples, "eval")
     if set(heldout_report.format.split(", ")) - set(report.format.split(", ")):
         say(
             f"note: held-out rows are read as {heldout_report.format}, training rows as "
@@ -277,14 +276,15 @@ def prepare_run_data(
 
 
 def _source(
-    section: DatasetConfig | EvalConfig | MixturePart, split: str | None, cache_dir: str | None
+    section: str, given: DatasetConfig | EvalConfig | MixturePart, cache_dir: str | None
 ) -> SourceSpec:
     return SourceSpec(
-        file_dataset_path=section.file_dataset_path,
-        hf_dataset_name=section.hf_dataset_name,
-        hf_dataset_config_name=section.hf_dataset_config_name,
-        split=split,
+        file_dataset_path=given.file_dataset_path,
+        hf_dataset_name=given.hf_dataset_name,
+        hf_dataset_config_name=given.hf_dataset_config_name,
+        split=given.split,
         cache_dir=cache_dir,
+        section=section,
     )
 
 
@@ -294,8 +294,8 @@ def _markers(dataset: DatasetConfig) -> Markers | None:
     return Markers(dataset.response_marker, dataset.instruction_marker)
 
 
-def _rows_of(part: Part, section: str) -> Iterator[Row]:
-    _, rows = open_rows(part.source, part.reading, section)
+def _rows_of(part: Part) -> Iterator[Row]:
+    _, rows = open_rows(part.source, part.reading)
     return (row for row in rows if isinstance(row, Row))
 
 

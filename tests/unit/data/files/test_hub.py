@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from torchprime.data.files import hub as hub_rows
-from torchprime.data.files.open_source import SourceSpec, read_rows, source_fingerprint
+from torchprime.data.files.open_source import read_rows, source_fingerprint
+from torchprime.data.files.source import SourceSpec
 from torchprime.errors import DataError
 
 
 def error_of(source: SourceSpec, section: str = "dataset") -> str:
     with pytest.raises(DataError) as caught:
-        list(read_rows(source, section))
+        list(read_rows(replace(source, section=section)))
     return str(caught.value)
 
 

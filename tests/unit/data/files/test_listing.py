@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import datasets
 import fsspec
 import pytest
 
-from torchprime.data.files.open_source import SourceSpec, read_rows, source_fingerprint
+from torchprime.data.files.open_source import read_rows, source_fingerprint
+from torchprime.data.files.source import SourceSpec
 from torchprime.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -26,7 +28,7 @@ def source_of(folder: object, key: str = KEYS[0], **more: Any) -> SourceSpec:
 
 
 def records_of(source: SourceSpec, section: str = "dataset") -> list[Any]:
-    return [record for _, record in read_rows(source, section)]
+    return [record for _, record in read_rows(replace(source, section=section))]
 
 
 def error_of(source: SourceSpec, section: str = "dataset") -> str:
@@ -74,8 +76,8 @@ def test_a_saved_dataset(tmp_path: Path, dataset: datasets.Dataset, key: str) ->
 @pytest.mark.parametrize("key", KEYS)
 def test_a_split_of_a_saved_dict(splits: Path, key: str) -> None:
     assert records_of(source_of(splits, key)) == READ[::-1]
-    held_out = source_of(splits, key, split="held.out", name="part")
-    assert list(read_rows(held_out, "eval")) == [
+    held_out = source_of(splits, key, split="held.out", name="part", section="eval")
+    assert list(read_rows(held_out)) == [
         ("part/held.out/data-00000-of-00001.arrow#1", READ[3]),
         ("part/held.out/data-00000-of-00001.arrow#2", READ[1]),
     ]

@@ -21,13 +21,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from torchprime.data.files import open_source as sources
-from torchprime.data.files.open_source import (
-    SourceSpec,
-    expected_rows,
-    read_rows,
-    source_fingerprint,
-)
+from torchprime.data.files.open_source import expected_rows, read_rows, source_fingerprint
 from torchprime.data.files.record import Rejection
+from torchprime.data.files.source import SourceSpec
 from torchprime.errors import DataError
 
 
@@ -38,12 +34,12 @@ def write(url: str, content: bytes) -> None:
 
 
 def rows_in(path: object, section: str = "dataset") -> list[tuple[str, Any]]:
-    return list(read_rows(SourceSpec(file_dataset_path=str(path)), section))
+    return list(read_rows(SourceSpec(file_dataset_path=str(path), section=section)))
 
 
 def error_of(source: SourceSpec, section: str = "dataset") -> str:
     with pytest.raises(DataError) as caught:
-        list(read_rows(source, section))
+        list(read_rows(replace(source, section=section)))
     return str(caught.value)
 
 

@@ -13,7 +13,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchprime.data.files.open_source import SourceSpec, read_rows, source_fingerprint
+from torchprime.data.files.open_source import read_rows, source_fingerprint
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.files.splits import SplitKey, splits_of
 from torchprime.errors import DataError
 
@@ -101,8 +102,8 @@ def make(folder: Path, names: list[str]) -> Path:
 
 
 def files_read(path: object, split: str | None = "train", section: str = "dataset") -> list[str]:
-    source = SourceSpec(file_dataset_path=str(path), split=split)
-    return [record["file"] for _, record in read_rows(source, section)]  # type: ignore[index]
+    source = SourceSpec(file_dataset_path=str(path), split=split, section=section)
+    return [record["file"] for _, record in read_rows(source)]  # type: ignore[index]
 
 
 def error_of(path: object, split: str | None = "train", section: str = "dataset") -> str:
@@ -209,15 +210,15 @@ def test_metadata_is_never_rows(tmp_path: Path) -> None:
 def test_the_fingerprint_is_that_of_the_files_that_are_read(tmp_path: Path) -> None:
     make(tmp_path, ["train.jsonl", "test.jsonl"])
     train = SourceSpec(file_dataset_path=str(tmp_path))
-    test = replace(train, split="test")
-    before = source_fingerprint(train), source_fingerprint(test, "eval")
+    test = replace(train, split="test", section="eval")
+    before = source_fingerprint(train), source_fingerprint(test)
     assert before[0] != before[1]
     (tmp_path / "test.jsonl").write_text('{"a": 2}\n')
-    after = source_fingerprint(train), source_fingerprint(test, "eval")
+    after = source_fingerprint(train), source_fingerprint(test)
     assert after[0] == before[0]
     assert after[1] != before[1]
     with pytest.raises(DataError, match="eval.split is not set"):
-        source_fingerprint(replace(train, split=None), "eval")
+        source_fingerprint(replace(test, split=None))
 
 
 def test_default_asks_for_nothing() -> None:

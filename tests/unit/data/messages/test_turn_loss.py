@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from torchprime.data.files.open_source import SourceSpec
 from torchprime.data.files.record import Rejection
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.read import Row, load_rows, read_row
 from torchprime.data.shared.notes import RowNotes
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from torchprime.data.files.open_source import SourceSpec
 from torchprime.data.files.record import Rejection
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.formats import decide_format
 from torchprime.data.rows.read import Row, RowReading, open_rows, read_row
 from torchprime.data.rows.row import PLAIN_READING
@@ -176,9 +176,9 @@ def test_auto_never_chooses_it_and_says_how(write_rows: Callable[..., Path]) -> 
         {"chosen": [B1], "rejected": []},
     ):
         with pytest.raises(DataError, match="Set dataset.format=preference to train the chosen"):
-            decide_format([record], "auto")
+            decide_format([record], PLAIN_READING, SourceSpec())
     beside = {"prompt": "p", "completion": "c", "chosen": "c", "rejected": "r"}
-    assert decide_format([beside], "auto").kind == "prompt_completion"
+    assert decide_format([beside], PLAIN_READING, SourceSpec()).kind == "prompt_completion"
     path = write_rows({"prompt": "p", "chosen": "c", "rejected": "r"})
     decision, rows = open_rows(SourceSpec(str(path)), RowReading("preference"))
     assert decision.kind == "preference"

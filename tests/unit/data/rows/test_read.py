@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import torchprime.data
-from torchprime.data.files.open_source import SourceSpec
 from torchprime.data.files.record import Rejection
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.messages.read import Message
-from torchprime.data.rows.formats import decide_format
+from torchprime.data.rows.formats import FormatDecision, decide_format
 from torchprime.data.rows.read import SAMPLE_ROWS, Row, RowReading, load_rows, open_rows, read_row
 from torchprime.data.shared import fields
 from torchprime.data.shared.fields import REASONS
@@ -41,6 +41,15 @@ KINDS = {
     "text": TEXT,
     "preference": {"prompt": "p", "chosen": "c", "rejected": "r"},
 }
+
+
+def decided(
+    sample: list,
+    format: str = "auto",
+    columns: dict | None = None,
+    section: str = "dataset",
+) -> FormatDecision:
+    return decide_format(sample, RowReading(format, columns), SourceSpec(section=section))
 
 
 def accepted(record: dict[str, Any], kind: str, reading: RowReading = PLAIN) -> Row:
@@ -297,7 +306,7 @@ def test_a_mapped_column_that_is_not_there() -> None:
 )
 def test_unknown_columns(columns: dict, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        decide_format([QA], "question_answer", columns)
+        decided([QA], "question_answer", columns=columns)
     with pytest.raises(DataError, match=message):  # before anything is read
         open_rows(SourceSpec(file_dataset_path="no/such.jsonl"), RowReading(columns=columns))
 
@@ -401,13 +410,13 @@ def test_details_are_short_and_printable(kind: str) -> None:
     ],
 )
 def test_auto(sample: list, kind: str, why: str) -> None:
-    decision = decide_format(sample, "auto")
+    decision = decided(sample)
     assert decision.kind == kind
     assert decision.why.startswith(why)
 
 
 def test_auto_prefers_a_list_of_messages_over_strings_and_says_so() -> None:
-    decision = decide_format([CHAT | PC, CHAT, CHAT | PC], "auto")
+    decision = decided([CHAT | PC, CHAT, CHAT | PC])
     assert decision.kind == "messages"
     assert decision.why == (
         "3 of the first 3 rows have messages, a list of messages, which is preferred over the "
@@ -431,14 +440,14 @@ def test_auto_prefers_a_list_of_messages_over_strings_and_says_so() -> None:
 )
 def test_auto_refuses_a_mixture(sample: list[dict], counts: str) -> None:
     with pytest.raises(DataError) as caught:
-        decide_format(sample, "auto")
+        decided(sample)
     assert counts in str(caught.value)
     assert "Set dataset.format to one of" in str(caught.value)
 
 
 def test_auto_with_no_known_fields_names_what_it_found() -> None:
     with pytest.raises(DataError) as caught:
-        decide_format([{"Body": "b", "Answer": 1}], "auto", {"answer": "solution"}, "eval")
+        decided([{"Body": "b", "Answer": 1}], columns={"answer": "solution"}, section="eval")
     assert "eval source" in str(caught.value)
     assert "Found Answer, Body; expected {prompt, completion}" in str(caught.value)
     assert "No row has answer (column solution) of dataset.columns" in str(caught.value)
@@ -447,21 +456,21 @@ def test_auto_with_no_known_fields_names_what_it_found() -> None:
 def test_auto_where_nothing_can_be_read() -> None:
     broken = [Rejection(f"f:{n}", "malformed JSON", "cut") for n in (1, 2)]
     with pytest.raises(DataError, match=r"none of the first 2 rows .* \(malformed JSON: 2; .* f:1"):
-        decide_format(broken, "auto")
-    assert decide_format(broken, "text").kind == "text"
+        decided(broken)
+    assert decided(broken, "text").kind == "text"
 
 
 def test_auto_decides_after_columns_are_named() -> None:
     record = {"Body": "q", "Answer": "a"}
     columns = {"question": "Body", "answer": "Answer"}
-    assert decide_format([record], "auto", columns).kind == "question_answer"
+    assert decided([record], columns=columns).kind == "question_answer"
 
 
 def test_requested_kind_is_taken_and_unknown_refused() -> None:
     for kind in KINDS:
-        assert decide_format([PC | TEXT], kind).kind == kind
+        assert decided([PC | TEXT], kind).kind == kind
     with pytest.raises(DataError, match="dataset.format=message is not .* Did you mean messages"):
-        decide_format([PC], "message")
+        decided([PC], "message")
 
 
 # Files -------------------------------------------------------------------------------------------

@@ -19,11 +19,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torchprime.data.files.open_source import SourceSpec
 from torchprime.data.files.record import Rejection
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.formats import FIELDS, decide_format
 from torchprime.data.rows.read import Row, RowReading, open_rows, read_row
 from torchprime.data.rows.reader import RowReader
+from torchprime.data.rows.row import PLAIN_READING
 from torchprime.data.rows.trees import read_trees
 from torchprime.data.shared.fields import REASONS
 from torchprime.data.shared.notes import RowNotes
@@ -625,7 +626,7 @@ def test_auto_decides_or_explains() -> None:
     def run(sample: list, alike: bool) -> None:
         sample = sample[:1] * 3 if alike else sample
         try:
-            decision = decide_format(sample, "auto")
+            decision = decide_format(sample, PLAIN_READING, SourceSpec())
         except DataError as error:
             seen["refused"] += 1
             assert "dataset.format=auto cannot decide" in str(error)

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from torchprime.data.files.open_source import SourceSpec
 from torchprime.data.files.record import Rejection
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.formats import decide_format
 from torchprime.data.rows.read import Row, RowReading, open_rows
+from torchprime.data.rows.row import PLAIN_READING
 from torchprime.data.shared.notes import RowNotes
 
 Open = Callable[..., tuple[list[Row | Rejection], RowNotes]]
@@ -298,7 +299,8 @@ def test_records_of_no_tree(read: Open, tmp_path: Path) -> None:
 
 def test_auto_knows_a_tree() -> None:
     for sample in ([EXAMPLE], flat(EXAMPLE), [EXAMPLE, Rejection("f:2", "malformed JSON")]):
-        assert decide_format(sample, "auto").kind == "tree"
-    assert decide_format([{"text": "t", "message_id": 1}], "auto").kind == "text"
+        assert decide_format(sample, PLAIN_READING, SourceSpec()).kind == "tree"
+    marked = {"text": "t", "message_id": 1}
+    assert decide_format([marked], PLAIN_READING, SourceSpec()).kind == "text"
     pair = {"prompt": "p", "completion": "c", "message_tree_id": 1}
-    assert decide_format([pair], "auto").kind == "prompt_completion"
+    assert decide_format([pair], PLAIN_READING, SourceSpec()).kind == "prompt_completion"

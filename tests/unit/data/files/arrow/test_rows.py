@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 
 from torchprime.data.files.arrow.read import arrow_records
 from torchprime.data.files.arrow.rows import BY_STORAGE, FILLED_IN
-from torchprime.data.files.open_source import SourceSpec, read_rows
+from torchprime.data.files.open_source import read_rows
 from torchprime.data.files.readers import read_records
 from torchprime.data.files.record import BEYOND_PARSER, MALFORMED_JSON, OUT_OF_RANGE, Rejection
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.read import Row, RowReading, open_rows
 from torchprime.data.shared.notes import RowNotes
 from torchprime.errors import DataError
