@@ -1,7 +1,7 @@
 """The numbers that define a decoder, read from a Hugging Face config.json.
 
-One dataclass describes Llama 2/3/3.1/3.2, Qwen2/2.5, Qwen3 and Mistral: the families differ in four
-switches (qkv bias, q/k norm, sliding window, rope scaling) and in numbers. A key of
+One dataclass describes Llama 2/3/3.1/3.2, Qwen2/2.5, Qwen3 and Mistral: the families differ in a
+few switches (families.py has each family's traits) and in numbers. A key of
 config.json that would change the mathematics and that the decoder does not implement is refused by
 name, so that a checkpoint is never run as another model. The reference is transformers 5.
 """
@@ -14,16 +14,11 @@ from typing import Any
 
 from torchprime.errors import CheckpointError
 from torchprime.models.config_values import ConfigValues
+from torchprime.models.families import FAMILIES, Bias, Family
 from torchprime.models.rope_config import Rope, read_rope
 from torchprime.models.unsupported import quantized, unsupported_family
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-# transformers' default for an absent key, if the families differ.
-KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}  # llama: as many as query heads
-CONTEXT = {"llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768}
-QWEN3_HEAD = 128
+# transformers' defaults for an absent key.
 WINDOW, FIRST_WINDOWED = 4096, 28
 MOST_LAYERS = 1024  # a layer is a module: an absurd number would fill the memory
 
@@ -69,17 +64,17 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
             unsupported family, activation, rope type or layer pattern.
     """
     values = ConfigValues(config, where)
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise CheckpointError(f"{where}: {unsupported_family(config, FAMILIES)}")
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise CheckpointError(f"{where}: {unsupported_family(config, tuple(FAMILIES))}")
+    family = FAMILIES[name]
     _refuse_unknown_mathematics(values)
     hidden, layers = values.integer("hidden_size"), _layers(values)
     heads = values.integer("num_attention_heads", most=2**14)
     window, windowed_from = _sliding_window(values, family, layers)
-    llama_bias = family in ("llama", "qwen3") and values.flag("attention_bias")
-    context = values.integer("max_position_embeddings", CONTEXT[family], most=2**40)
+    context = values.integer("max_position_embeddings", family.context, most=2**40)
     architecture = Architecture(
-        family=family,
+        family=name,
         vocab_size=values.integer("vocab_size", most=2**24),
         hidden_size=hidden,
         intermediate_size=values.integer("intermediate_size", most=2**24),
@@ -89,10 +84,10 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         head_dim=_head_dim(values, family, hidden, heads),
         rms_norm_eps=values.number("rms_norm_eps", 1e-6, equal=True),
         rope=read_rope(values, context),
-        qkv_bias=family == "qwen2" or llama_bias,
-        out_bias=llama_bias,
-        mlp_bias=family == "llama" and values.flag("mlp_bias"),
-        qk_norm=family == "qwen3",
+        qkv_bias=_has(values, family.qkv_bias),
+        out_bias=_has(values, family.out_bias),
+        mlp_bias=_has(values, family.mlp_bias),
+        qk_norm=family.qk_norm,
         sliding_window=window,
         windowed_from_layer=windowed_from,
         tie_word_embeddings=values.flag("tie_word_embeddings"),
@@ -106,9 +101,13 @@ def _layers(values: ConfigValues) -> int:
     return values.integer("num_hidden_layers", most=MOST_LAYERS)
 
 
-def _kv_heads(values: ConfigValues, family: str, heads: int) -> int:
+def _has(values: ConfigValues, bias: Bias) -> bool:
+    return bias.default if bias.key is None else values.flag(bias.key, bias.default)
+
+
+def _kv_heads(values: ConfigValues, family: Family, heads: int) -> int:
     # If absent, the family's default holds; null means as many as query heads, in all families.
-    default = heads if "num_key_value_heads" in values.content else KV_HEADS.get(family, heads)
+    default = heads if "num_key_value_heads" in values.content else family.kv_heads or heads
     kv_heads = values.integer("num_key_value_heads", default, most=2**14)
     if heads % kv_heads:
         raise CheckpointError(
@@ -118,11 +117,11 @@ def _kv_heads(values: ConfigValues, family: str, heads: int) -> int:
     return kv_heads
 
 
-def _head_dim(values: ConfigValues, family: str, hidden: int, heads: int) -> int:
+def _head_dim(values: ConfigValues, family: Family, hidden: int, heads: int) -> int:
     """Return head_dim or, in the families without a default, the hidden size divided by the
     heads."""
-    default = QWEN3_HEAD if family == "qwen3" else hidden // heads
-    if "head_dim" not in values and family != "qwen3" and hidden % heads:
+    default = family.head_dim or hidden // heads
+    if "head_dim" not in values and family.head_dim is None and hidden % heads:
         raise CheckpointError(
             f"{values.where}: hidden_size={hidden} is not a multiple of "
             f"num_attention_heads={heads}, and there is no head_dim."
@@ -151,28 +150,28 @@ def _refuse_unknown_mathematics(values: ConfigValues) -> None:
         raise values.fault("is_causal", "true: only causal models are supported")
 
 
-def _sliding_window(values: ConfigValues, family: str, layers: int) -> tuple[int | None, int]:
+def _sliding_window(values: ConfigValues, family: Family, layers: int) -> tuple[int | None, int]:
     """Return the window in positions and the first layer that has it, as transformers reads the
     keys."""
     largest = 2**40
     # If absent, transformers uses 4096 in these families; null means no window.
     null = "sliding_window" in values.content and "sliding_window" not in values
     window = None if null else values.integer("sliding_window", WINDOW, most=largest)
-    if family in ("qwen2", "qwen3"):
+    if family.window == "upper":
         window = window if values.flag("use_sliding_window") else None
         first = values.integer("max_window_layers", FIRST_WINDOWED, least=0, most=largest)
     else:
-        window = window if family == "mistral" or "sliding_window" in values else None
+        window = window if family.window == "all" or "sliding_window" in values else None
         first = 0
     first = layers if window is None else min(first, layers)
     first = _by_layer_types(values, family, layers, window, first)
-    if family == "llama" or first == layers:
+    if family.window == "none" or first == layers:
         return None, 0
     return window, first
 
 
 def _by_layer_types(
-    values: ConfigValues, family: str, layers: int, window: int | None, first: int
+    values: ConfigValues, family: Family, layers: int, window: int | None, first: int
 ) -> int:
     """Return the first layer with a window according to layer_types.
 
@@ -187,8 +186,8 @@ def _by_layer_types(
     if not known or len(types) != layers:
         raise values.fault("layer_types", f"a list of {layers} times {full} or {sliding}")
     told = types.index(sliding) if sliding in types else layers
-    if family in ("llama", "mistral"):
-        windowed = family == "mistral" and window is not None
+    if family.window != "upper":
+        windowed = family.window == "all" and window is not None
         if window is not None and types != [sliding if windowed else full] * layers:
             raise values.fault("layer_types", "null: this family has one kind of layer")
         return first

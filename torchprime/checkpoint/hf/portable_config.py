@@ -23,15 +23,9 @@ from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
 from torchprime.errors import CheckpointError
 from torchprime.files.json_files import token_ids
 from torchprime.models.architecture import Architecture, architecture_from_hf
+from torchprime.models.families import FAMILIES
 from torchprime.models.rope_config import ORIGINAL, PARTIAL, both_spellings
 
-CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
 # Keys of remote code, of the source's place, of quantization, of parts that are not exported; and
 # keys that the ones written out make redundant.
 DROPPED = {
@@ -104,7 +98,7 @@ def _check_shapes(architecture: Architecture, spec: Mapping[str, tuple[int, ...]
 def _written(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys that define the model's computation, each with its value."""
     return {
-        "architectures": [CLASSES[a.family]],
+        "architectures": [FAMILIES[a.family].hf_class],
         "vocab_size": a.vocab_size,
         "hidden_size": a.hidden_size,
         "intermediate_size": a.intermediate_size,
@@ -117,22 +111,30 @@ def _written(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "tie_word_embeddings": a.tie_word_embeddings,
         "max_position_embeddings": a.max_position_embeddings,
-        **{key: a.out_bias if key == "attention_bias" else a.mlp_bias for key in _biases(a)},
+        **_biases(a),
         **_window(a, config),
         **both_spellings(a.rope),
     }
 
 
-def _biases(a: Architecture) -> tuple[str, ...]:
-    return BIASES.get(a.family, ())
+def _biases(a: Architecture) -> dict[str, bool]:
+    """Return the keys that turn biases on or off; none for a bias that the family fixes."""
+    family = FAMILIES[a.family]
+    pairs = (
+        (family.qkv_bias, a.qkv_bias),
+        (family.out_bias, a.out_bias),
+        (family.mlp_bias, a.mlp_bias),
+    )
+    return {bias.key: has for bias, has in pairs if bias.key is not None}
 
 
 def _window(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sliding-window keys. If sliding_window were absent, a family's default would
     apply; with it, layer_types must fit."""
-    if a.family == "llama":
+    kind = FAMILIES[a.family].window
+    if kind == "none":
         return {}
-    if a.family == "mistral":
+    if kind == "all":
         return {"sliding_window": a.sliding_window}
     if a.sliding_window is None:
         return {"use_sliding_window": False, "sliding_window": None}
