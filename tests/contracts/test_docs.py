@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ from torchprime.cli.train import take_flag
 from torchprime.config.compose import compose_config, configs_dir
 from torchprime.config.load import free_sections, known_keys, schema_defaults
 from torchprime.config.schema import TrainConfig
+from torchprime.training.backend import Backend
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"] + sorted(
@@ -52,6 +54,84 @@ def command_lines(page: str) -> list[str]:
     """The lines of the page's bash blocks, continued ones joined."""
     joined = "\n".join(fenced(page, "bash")).replace("\\\n", " ")
     return [line.strip() for line in joined.splitlines() if line.strip()]
+
+
+# The form of a page -------------------------------------------------------------------------------
+
+DOCS = [page for page in PAGES if page.startswith("docs/")]
+AUDIENCE = re.compile(r"For (users|operators|contributors): .*[^.]\.")
+ITEM = re.compile(r"( *)(?:[-*]|\d+\.) ")
+MOST_WORDS_OF_AN_ITEM = 60
+
+
+def list_items(text: str) -> list[tuple[int, str]]:
+    """Return (indentation, text) of each list item, without the items inside it."""
+    found: list[tuple[int, str]] = []
+    before, inside = "", False
+    for line in FENCE.sub("", text).splitlines():
+        match = ITEM.match(line)
+        if match:
+            found.append((len(match[1]), line[match.end() :]))
+            inside = True
+        elif line.strip():
+            # After a blank line an item goes on with an indented paragraph only.
+            inside = inside and (bool(before.strip()) or line.startswith(" "))
+            if inside:
+                indentation, said = found[-1]
+                found[-1] = (indentation, f"{said} {line.strip()}")
+        before = line
+    return found
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_page_asks_one_question_and_names_its_readers(page: str) -> None:
+    lines = text_of(page).splitlines()
+    assert re.fullmatch(r"# .+\?", lines[0]), "the title is the question that the page answers"
+    assert lines[1] == "" and AUDIENCE.fullmatch(lines[2]) and lines[3] == ""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lists_are_lists_on_the_site_too(page: str) -> None:
+    """Python-Markdown wants a blank line before a list and four spaces before a nested one."""
+    wrong, before = [], ""
+    for line in prose(page).splitlines():
+        item = ITEM.match(line)
+        runs_on = before.strip() and not ITEM.match(before) and not before.startswith(" ")
+        if item and (len(item[1]) % 4 or not item[1] and runs_on):
+            wrong.append(line)
+        if re.match(r" {1,3}(```|\|)", line):
+            wrong.append(line)
+        before = line
+    assert not wrong
+
+
+def test_items_of_the_architecture_are_short() -> None:
+    items = list_items(text_of("docs/architecture.md"))
+    assert len(items) > 10
+    assert not [said for _, said in items if len(said.split()) > MOST_WORDS_OF_AN_ITEM]
+
+
+def test_list_items_are_found() -> None:
+    text = (
+        "text\n\n- one\n  and more\n    - inside\n- two\n\n    still two\n\nno item\n\n1. three\n"
+    )
+    assert list_items(text + "\n```\n- code\n```\n") == [
+        *((0, "one and more"), (4, "inside"), (0, "two still two"), (0, "three"))
+    ]
+
+
+def test_the_journey_is_drawn_by_its_script() -> None:
+    script = REPO / "docs" / "figures" / "journey.py"
+    spec = importlib.util.spec_from_file_location("journey", script)
+    assert spec is not None and spec.loader is not None
+    journey = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(journey)
+    assert journey.drawing() == journey.FILE.read_text(encoding="utf-8"), f"run {script}"
+    boxes = [*journey.BEFORE, *journey.DEVICE, *journey.AFTER]
+    modules = {path for _, paths in boxes for path in paths.split(", ")}
+    assert not [path for path in modules if not (REPO / "torchprime" / path).exists()]
+    gates = {"put", "place", *journey.GATES_OUT.values()}
+    assert not [gate for gate in gates if not hasattr(Backend, gate)]
 
 
 # Keys --------------------------------------------------------------------------------------------
