@@ -75,7 +75,7 @@ SPELLED := *.md *.yml *.toml Makefile .ci .github benchmarks configs docs experi
 # The site, in site/, built without a network; open site/index.html. Its search needs a server:
 # .venv/bin/python -m http.server --directory site
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 parity: setup
 	$(BIN)/python experimental/parity_matrix/run.py --page
