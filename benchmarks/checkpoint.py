@@ -195,7 +195,7 @@ def make_saver(backend: Any, folder: Path, asynchronous: bool) -> Any:
     schedule = ("peak", "warmup_steps", "total_steps", "min_lr_ratio")
     empty: dict[str, Any] = {name: {} for name in rest} | dict.fromkeys(texts, "")
     manifest = Manifest(
-        processes=backend.process_count,
+        processes=backend.processes.count,
         model={"names": 0, "dtype": "", "parameters": 0, "hash": ""},
         optimizer={"name": "", "slots": []},
         scheduler={"name": "", **dict.fromkeys(schedule, 0)},
@@ -221,10 +221,10 @@ def make_saver(backend: Any, folder: Path, asynchronous: bool) -> Any:
 
 def save_once(saver: Any) -> Any:
     """One checkpoint in an empty place; its record, in which the seconds are."""
-    if saver.backend.process_index == 0:
+    if saver.backend.processes.index == 0:
         saver.catalog.storage.remove("step_00000000")
     os.sync()
-    saver.backend.gather_objects(None)
+    saver.backend.processes.gather(None)
     saver.save(0, scores={}, wait=False)
     saver.require()
     return saver.finished()[0]
@@ -248,14 +248,14 @@ def run_save(args: argparse.Namespace) -> dict[str, Any]:
     peaks = []
     size = save_once(saver).bytes
     other = None
-    if backend.process_count == 1 and available_memory() > 2.5 * size:  # the copy has room
+    if backend.processes.count == 1 and available_memory() > 2.5 * size:  # the copy has room
         other = make_saver(backend, args.folder / "asynchronous", True)
         other.reserve()
         time.sleep(size / 0.3e9)  # a run's first steps, which mostly compile
         found["first_stall"] = [save_once(other).stall_seconds]
     plain = args.folder / "plain.bin"
     for _ in range(args.repeats):
-        if backend.process_count == 1:
+        if backend.processes.count == 1:
             found["plain"].append(timed(lambda: write_plain(size, plain)))
             plain.unlink()
         with Peak() as peak:
@@ -270,7 +270,7 @@ def run_save(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "all_seconds": found,
         "bytes": size,
-        "processes": backend.process_count,
+        "processes": backend.processes.count,
         "peak_bytes": max(peaks),
         "largest_tensor_bytes": max(tensors),
         "held_bytes": sum(tensors),

@@ -28,7 +28,7 @@ def lose_rank_1(mishap: str) -> None:
     def train_step(self: NativeBackend, *args: Any) -> Any:
         nonlocal calls
         calls += 1
-        if self.process_index == 1 and calls == MISHAP_AT:
+        if self.processes.index == 1 and calls == MISHAP_AT:
             if mishap == "die":
                 os._exit(9)
             time.sleep(600)

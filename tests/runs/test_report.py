@@ -24,6 +24,7 @@ from torchprime.errors import DataError
 from torchprime.report.curves import thinned, ticks
 from torchprime.report.write import write_report
 from torchprime.torch_native.train import main as native
+from torchprime.training.processes import OneProcess
 from torchprime.training.trainer import Trainer
 
 EVIL = '</pre><script>alert(1)</script>" onload="x" \x1b[31m\u202e ``` ````\n# not a heading | <b>'
@@ -369,7 +370,7 @@ def test_the_command_makes_it_again_elsewhere(
 
 def test_a_run_does_not_fail_by_its_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Backend:
-        process_index = 0
+        processes = OneProcess()
 
     trainer = object.__new__(Trainer)
     trainer.folder, trainer.backend, trainer.speaks = folder, Backend(), True  # type: ignore

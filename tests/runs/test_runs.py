@@ -35,6 +35,7 @@ from torchprime.metrics.writers import read_metrics
 from torchprime.torch_xla_models import backend as xla_backend
 from torchprime.training.backend import StepNumbers
 from torchprime.training.loop import BaseHook, CompileGuard, DataOrder, RunControl, TrainLoop
+from torchprime.training.processes import OneProcess
 
 STEPS, LOGGED, PEAK = 7, [3, 6, 7], 0.01
 # Linear: up from 0 in 2 updates, then down to a tenth at update 7.
@@ -310,7 +311,7 @@ class FakeBackend:
     """Counts what it is asked for; `fail` maps a method's name to the call that raises."""
 
     name, device_kind, device_count, attention = "fake", "none", 1, "none"
-    process_index, process_count = 0, 1
+    processes = OneProcess()
 
     def __init__(self, bad_step: int = 0, **fail: int) -> None:
         self.bad_step, self.fail = bad_step, fail

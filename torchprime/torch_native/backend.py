@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -38,8 +37,9 @@ from torchprime.torch_native.fused_loss import (
 )
 from torchprime.torch_native.generation import Generator
 from torchprime.torch_native.mesh import make_mesh
+from torchprime.torch_native.processes import make_processes
 from torchprime.torch_native.remat import apply_remat
-from torchprime.torch_native.runtime import start_processes, timeout_seconds, watched
+from torchprime.torch_native.runtime import start_processes, watched
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim import Optimizer, Parameter, decays
 from torchprime.training.step import (
@@ -102,8 +102,8 @@ class NativeBackend:
         """
         self.device = start_processes()
         self.mesh = make_mesh(ici_mesh, dcn_mesh, self.device.type)
-        self.device_count = self.process_count = dist.get_world_size()
-        self.process_index = dist.get_rank()
+        self.device_count = dist.get_world_size()
+        self.processes = make_processes()
         cuda = self.device.type == "cuda"
         self.device_kind = torch.cuda.get_device_name(self.device) if cuda else "CPU"
         self.attention, self.attention_why = choose_kernel(
@@ -128,11 +128,6 @@ class NativeBackend:
             "fsdp"
         ] + self.mesh.get_local_rank("fsdp")
         self.tensor_group = self.mesh["tensor"].get_group()
-        # Separate groups: for objects, and for a thread that communicates while the loop does.
-        limit = timedelta(seconds=timeout_seconds())
-        self.host_group, self.aside_group = (
-            dist.new_group(backend="gloo", timeout=limit) for _ in range(2)
-        )
         self._profile: profile | None = None
 
     # -- weights in and out --------------------------------------------------------------------
@@ -263,21 +258,6 @@ class NativeBackend:
         """Return the number of finished updates, and the first non-finite one (0 if none)."""
         return int(self.state.step), int(self.state.bad_step)
 
-    def gather_objects(self, value: Any, *, aside: bool = False) -> list[Any]:
-        """Return on every process the objects of all. The call is not watched: gloo raises by
-        itself, and listening for signs of life (training/agreeing.py) must not end this process."""
-        gathered: list[Any] = [None] * self.process_count
-        group = self.aside_group if aside else self.host_group
-        dist.all_gather_object(gathered, value, group=group)
-        return gathered
-
-    @watched
-    def largest(self, value: int) -> int:
-        """Return the largest of all processes' values."""
-        found = torch.tensor(value, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
-
     def preempted(self, step: int) -> bool:
         """Return False: torch.distributed has no notice of a preemption."""
         return False
@@ -403,12 +383,12 @@ class NativeBackend:
             self.device,
             part=self.batch_part,
             parts=self.batch_parts,
-            largest=self.largest,
+            largest=self.processes.largest,
             own_core=self.attention == "flash",
             compiled=self.compiler is not None,
         )
         mine = generator.generate(prompts, options)
-        answers = {n: a for part in self.gather_objects(mine) for n, a in part.items()}
+        answers = {n: a for part in self.processes.gather(mine) for n, a in part.items()}
         return [answers[number] for number in range(len(prompts))]
 
     @watched

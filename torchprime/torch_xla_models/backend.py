@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -45,6 +44,7 @@ from torchprime.torch_xla_models.generation import Generator
 from torchprime.torch_xla_models.linear import replace_linears
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain, in_order, make_mesh
 from torchprime.torch_xla_models.placement import Placed
+from torchprime.torch_xla_models.processes import make_processes
 from torchprime.torch_xla_models.remat import apply_remat, device_loop
 from torchprime.torch_xla_models.runtime import cache_folder, check_loop_requirements
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
@@ -91,8 +91,7 @@ class XlaBackend:
         self.tensors = make_tensors(self.mesh)
         self.device_count = xr.global_runtime_device_count()
         self.device_kind = _device_kind()
-        self.process_index = xr.process_index()
-        self.process_count = xr.process_count()
+        self.processes = make_processes()
         self.attention, self.attention_why = choose_kernel(attention_kernel, block_size)
         self.loss, self.loss_why = _choose_loss(loss_kernel)
         self._remat = partial(
@@ -156,7 +155,7 @@ class XlaBackend:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Return an iterator over the whole weights on the host, by Hugging Face name."""
         self.synchronize()  # the shards of a tensor that is still being computed can't be read
-        return placement.gather(self.model, self.placed, self.process_count)
+        return placement.gather(self.model, self.placed, self.processes.count)
 
     def save_sharded(self, folder: str) -> None:
         """Write the weights in their shards with torch.distributed.checkpoint."""
@@ -232,23 +231,9 @@ class XlaBackend:
         """Return the number of finished updates, and the first non-finite one (0 if none)."""
         return int(self.state.step.item()), int(self.state.bad_step.item())
 
-    def gather_objects(self, value: Any, *, aside: bool = False) -> list[Any]:
-        """Return on every process the objects of all."""
-        if self.process_count == 1:
-            return [value]
-        packed = pickle.dumps(value)
-        tag = f"torchprime-objects{'-aside' * aside}"
-        return [pickle.loads(each) for each in xm.rendezvous(tag, packed)]
-
-    def largest(self, value: int) -> int:
-        """Return the largest of all processes' values."""
-        if self.process_count == 1:
-            return value
-        return max(map(int, xm.rendezvous("torchprime-largest", str(value).encode())))
-
     def preempted(self, step: int) -> bool:
         """Return True when the TPU runtime has announced a preemption, on which all hosts agree."""
-        if self.process_count == 1 or xr.device_type() != "TPU":
+        if self.processes.count == 1 or xr.device_type() != "TPU":
             return False
         if not self._watches_preemption:
             XLAC._activate_preemption_sync_manager()

@@ -20,6 +20,7 @@ from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.training.optim import Optimizer
+from torchprime.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ class Backend(Protocol):
     name: str
     device_count: int
     device_kind: str
-    process_index: int
-    process_count: int
+    processes: Processes
     attention: str  # the attention kernel in use
     attention_why: str  # and the reason for the choice
     loss: str  # the same for the cross-entropy
@@ -134,19 +134,6 @@ class Backend(Protocol):
     def progress(self) -> tuple[int, int]:
         """Return the number of finished updates, and the first whose loss or gradient was not
         finite (0 if none). This waits for the device."""
-        ...
-
-    def gather_objects(self, value: Any, *, aside: bool = False) -> list[Any]:
-        """Return on every process the objects of all processes, in the order of processes.
-
-        Args:
-            aside: for a thread that runs beside the loop: its objects are never confused with
-                those of the loop. One thread at a time.
-        """
-        ...
-
-    def largest(self, value: int) -> int:
-        """Return the largest of all processes' values; all of them must call it."""
         ...
 
     def preempted(self, step: int) -> bool:

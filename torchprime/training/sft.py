@@ -32,7 +32,7 @@ class SFTTrainer(Trainer):
         """Print answers of the base and the tuned model side by side."""
         count = self.config.task.sample_prompts
         whole = self.config.task.convert_to_safetensors
-        if count and whole and self.backend.process_index == 0:
+        if count and whole and self.backend.processes.index == 0:
             try:
                 self.say(self.side_by_side(count, out))
             except UserError as error:  # the run is finished and exported; this was only a display

@@ -37,7 +37,6 @@ from torchprime.metrics.throughput import Stopwatch
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from torchprime.report.write import write_report
 from torchprime.text import terminal
-from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend, StepNumbers
 from torchprime.training.evaluating import make_choosing, make_evaluation, make_graders
 from torchprime.training.hooks.checkpoint import CheckpointHook
@@ -175,7 +174,7 @@ class Trainer:
             folder=self.folder,
         )
         self.backend = self.make_backend(c)
-        self.speaks = self.backend.process_index == 0
+        self.speaks = self.backend.processes.index == 0
         self.optimizer = optimizer_of(c)
         self.order = DataOrder(self.data, c.seed, c.task.global_batch_size)
         self.table, self.plan = plan_run(c, self.files, self.rows, self.optimizer)
@@ -235,20 +234,20 @@ class Trainer:
             },
             say=self.say,
         )
-        if not c.task.convert_to_safetensors and self.backend.process_count > 1:
+        if not c.task.convert_to_safetensors and self.backend.processes.count > 1:
             raise ConfigError(
                 "task.convert_to_safetensors=false writes from one host only for now; there are "
-                f"{self.backend.process_count}. Set it to true."
+                f"{self.backend.processes.count}. Set it to true."
             )
         if (wanted := c.task.export_checkpoint_path) is not None:
             # A relative path is inside the run's folder; an absolute one or one with `..` is used
             # as it is.
             place = wanted if is_url(wanted) else self.folder / wanted
             self.export_place = ExportPlace.of(place, self.folder / run_folder.TO_SEND)
-        self.complete = from_first(self.backend, self._is_complete)
-        from_first(self.backend, self._try_places)
+        self.complete = self.backend.processes.first_does(self._is_complete)
+        self.backend.processes.first_does(self._try_places)
         if c.saves and not c.dry_run:
-            resuming.check_shared(self.backend, self.catalog.storage)
+            resuming.check_shared(self.backend.processes, self.catalog.storage)
 
     def _try_places(self) -> None:
         """Check now that checkpoints and the export can be written. Only the first process does: it
@@ -281,9 +280,10 @@ class Trainer:
     def _find_point(self) -> None:
         """Find the checkpoint to start from; all differences from it are reported, or refused."""
         c = self.config
-        if self.backend.process_index == 0 and self.folder.is_dir():
-            self._lock()
-        self.point = resuming.agree_on_point(self.backend, c.resume.source, self.catalog, self.say)
+        self.backend.processes.first_does(self._lock_existing)
+        self.point = resuming.agree_on_point(
+            self.backend.processes, c.resume.source, self.catalog, self.say
+        )
         if self.point is None:
             return
         changes = find_changes(self.point.reader.manifest, c.to_dict(), self.identity())
@@ -293,6 +293,10 @@ class Trainer:
             self.say(f"  {change.describe()}")
         own, manifest = self.point.own, self.point.reader.manifest
         self.past = Past.of(manifest) if own else Past(manifest.step)
+
+    def _lock_existing(self) -> None:
+        if self.folder.is_dir():
+            self._lock()
 
     def _lock(self) -> None:
         """Keep other processes out of the run's folder, once."""
@@ -331,9 +335,11 @@ class Trainer:
         else:
             resuming.seed_rng(c.seed)
             self.backend.seed(c.seed)
-        if self.backend.process_index == 0:
-            with run_folder.writing(self.folder):
-                self._open_folder()
+        self.backend.processes.first_does(self._make_folder)
+
+    def _make_folder(self) -> None:
+        with run_folder.writing(self.folder):
+            self._open_folder()
 
     def _open_folder(self) -> None:
         """Create the run's folder, or continue it."""
@@ -451,7 +457,7 @@ class Trainer:
         finds it and updates the pointer too."""
         if self.point is None or not self.point.own:
             return None
-        return from_first(self.backend, self.catalog.point_to_best)
+        return self.backend.processes.first_does(self.catalog.point_to_best)
 
     def _keep_for_export(self, writer: FolderWriter, manifest: Manifest) -> None:
         """Write the files that an export of the checkpoint needs besides tensors (hf/)."""
@@ -475,7 +481,7 @@ class Trainer:
         )
 
     def _writers(self) -> list[Writer]:
-        if self.backend.process_index != 0:
+        if self.backend.processes.index != 0:
             return []
         return [
             JsonlWriter(self.folder / resuming.METRICS),
@@ -497,10 +503,10 @@ class Trainer:
         step = self.backend.progress()[0]
         if self.export_place is not None:
             FinalExport(
-                self.backend,
+                self.backend.processes,
                 self.export_place,
                 export=partial(self._export, self.export_place, step, numbers.loss),
-                saved=partial(from_first, self.backend, partial(self._saved, step)),
+                saved=partial(self.backend.processes.first_does, partial(self._saved, step)),
                 save=partial(self._save, step),
                 say=self.say,
             ).run()
@@ -516,7 +522,7 @@ class Trainer:
 
     def report(self) -> None:
         """Write report.md and report.html; an error is only printed."""
-        if self.backend.process_index != 0:
+        if self.backend.processes.index != 0:
             return
         try:
             paths = write_report(self.folder)
@@ -538,7 +544,7 @@ class Trainer:
             assert self.saver is not None and self.evaluations is not None
             best = self.saver.best
             if best is not None and best["step"] != step:
-                if self.backend.process_index == 0:
+                if self.backend.processes.index == 0:
                     others_wait()
                     self._export_checkpoint(place, best["step"])
                 return

@@ -90,14 +90,14 @@ def main(out: Path, way: dict) -> None:
         compiled.append(backend.compiles())
     assert compiled == [int("compiler" in way)] * STEPS, compiled
     whole = {name: weight.clone() for name, weight in backend.weights()}
-    everyone = backend.gather_objects(found)
+    everyone = backend.processes.gather(found)
     assert all(each == found for each in everyone)
     # The same training without a generation in it is the same, to the bit.
     plain_losses, plain = train(way)
     assert losses == plain_losses and whole.keys() == plain.keys()
     for name, weight in whole.items():
         assert torch.equal(weight, plain[name]), name
-    if backend.process_index == 0:
+    if backend.processes.index == 0:
         (out / "found.json").write_text(json.dumps(found))
     stop_processes()
 

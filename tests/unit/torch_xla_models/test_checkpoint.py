@@ -120,4 +120,4 @@ def test_random_state_comes_back(make_backend, halves) -> None:
     backend = make_backend(**FSDP4, resumed=resumed(halves(str(FSDP4), **FSDP4)[0]))
     backend.set_rng_state("12345")
     assert backend.rng_state() == "12345"
-    assert backend.gather_objects({"a": 1}) == [{"a": 1}]
+    assert backend.processes.gather({"a": 1}) == [{"a": 1}]

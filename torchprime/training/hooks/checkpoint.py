@@ -114,18 +114,18 @@ class CheckpointHook(BaseHook):
 
     def _asked(self, step: int, last: bool) -> int:
         """Return the strongest request that any process got."""
-        alone = self.backend.process_count == 1
-        if not alone and not last and step % self.logging_steps:
+        processes = self.backend.processes
+        if processes.count > 1 and not last and step % self.logging_steps:
             return GO_ON
         wish = GO_ON
         if self.backend.preempted(step) or self.signals.received is not None:
             wish = STOP
-        elif self.backend.process_index == 0:
+        elif processes.index == 0:
             minutes = self.every_minutes
             late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
             if self._is_asked_by_file() or late:
                 wish = SAVE
-        return wish if alone else self.backend.largest(wish)
+        return processes.largest(wish)
 
     def _is_asked_by_file(self) -> bool:
         """Return True if `checkpoint.now` existed; it is removed, also if it is a link or a

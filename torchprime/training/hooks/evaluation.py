@@ -23,7 +23,6 @@ from torchprime.evaluation.selection import Evaluated, overfitting
 from torchprime.files.atomic import write_text
 from torchprime.files.private_folders import own_folder
 from torchprime.metrics.record import EvalRecord, StepRecord
-from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend
 from torchprime.training.evaluating import Evaluation
 from torchprime.training.loop import BaseHook, RunControl
@@ -149,7 +148,7 @@ class EvaluationHook(BaseHook):
         with self.control.guard.watch("generation", shapes):
             samples = ask(self.backend, e.prompts, e.options, e.decode)
         seconds = time.perf_counter() - started
-        scores = from_first(self.backend, lambda: self._grade(step, samples))
+        scores = self.backend.processes.first_does(lambda: self._grade(step, samples))
         return {
             "scores": {name: asdict(score) for name, score in scores.items()},
             "generated_tokens": sum(sample.tokens for sample in samples),

@@ -166,14 +166,14 @@ class Exporter:
         trained = self._trained_logits(backend) if prove_logits else "the run diverged"
         place = ExportPlace.of(out)
         weights = backend.weights()
-        if backend.process_index == 0:
+        if backend.processes.index == 0:
             weights = _then(weights, others_wait)
         try:
-            if backend.process_index != 0:
+            if backend.processes.index != 0:
                 return None
             result = self._export(place, weights, self.facts(step, metrics), trained)
         finally:
-            if backend.process_count > 1:
+            if backend.processes.count > 1:
                 for _ in weights:  # the rest of this process's part in gathering the weights
                     pass
         certificate = result.certificate
@@ -237,7 +237,7 @@ class Exporter:
         Room is one host's matter, so several processes compute them all the same.
         """
         reason = no_room(self.files.num_parameters, self.dtype)
-        if reason and backend.process_count == 1:
+        if reason and backend.processes.count == 1:
             return reason
         logits = np.stack([backend.logits(ids).numpy() for ids in self._prompts.tolist()])
         where = f"the trainer ({backend.name}, {backend.device_count} x {backend.device_kind})"

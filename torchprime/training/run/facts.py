@@ -33,7 +33,7 @@ def run_facts(
         "versions": run_folder.versions(),
         "backend": backend.name,
         "device": {"kind": backend.device_kind, "count": backend.device_count},
-        "processes": backend.process_count,
+        "processes": backend.processes.count,
         "mesh": config.mesh_shape(),
         "attention": backend.attention,
         "loss": backend.loss,
@@ -73,7 +73,7 @@ def make_manifest(
     return Manifest(
         backend=backend.name,
         mesh=config.mesh_shape(),
-        processes=backend.process_count,
+        processes=backend.processes.count,
         config=config.to_dict(),
         versions=run_folder.versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from torchprime.checkpoint.places import ExportPlace, UnsentError
 from torchprime.checkpoint.proof.certificate import UncertifiedError
 from torchprime.errors import CheckpointError, UserError
-from torchprime.training.agreeing import LongWork
-from torchprime.training.backend import Backend
+from torchprime.training.processes import LongWork, Processes
 
 
 class FinalExport:
@@ -28,7 +27,7 @@ class FinalExport:
 
     def __init__(
         self,
-        backend: Backend,
+        processes: Processes,
         place: ExportPlace,
         *,
         export: Callable[[Callable[[], None]], None],
@@ -36,7 +35,7 @@ class FinalExport:
         save: Callable[[], str],
         say: Callable[[str], None],
     ) -> None:
-        self.backend, self.place, self.say = backend, place, say
+        self.processes, self.place, self.say = processes, place, say
         self._export, self._saved, self._save = export, saved, save
 
     def run(self) -> None:
@@ -45,12 +44,12 @@ class FinalExport:
         Raises:
             Exception: what the export raised; of a UserError, the message says that, too.
         """
-        work, problem = LongWork(self.backend), None
+        work, problem = LongWork(self.processes), None
         try:
             self._export(work.others_wait)
         except Exception as error:
             # Any other error with several processes means a lost partner, and ends them all.
-            if self.backend.process_count > 1 and not isinstance(error, (UserError, OSError)):
+            if self.processes.count > 1 and not isinstance(error, (UserError, OSError)):
                 raise
             problem = error
         lacking = work.end(problem is not None and _lacks_weights(problem))

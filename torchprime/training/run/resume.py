@@ -41,8 +41,8 @@ from torchprime.files.foreign_names import inside
 from torchprime.files.private_folders import require_private
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.writers import read_metrics
-from torchprime.training.agreeing import from_first
 from torchprime.training.backend import Backend, ResumedState, StepNumbers
+from torchprime.training.processes import Processes
 from torchprime.training.run import folder as run_folder
 
 METRICS = "metrics.jsonl"
@@ -84,17 +84,17 @@ def checkpoints_place(folder: Path, given: str | None) -> str:
 
 
 def agree_on_point(
-    backend: Backend, source: str, catalog: Catalog, say: Callable[[str], None]
+    processes: Processes, source: str, catalog: Catalog, say: Callable[[str], None]
 ) -> ResumePoint | None:
     """Run `find_point` on the first process, for all: only it reads every file."""
-    if backend.process_count == 1:
+    if processes.count == 1:
         return find_point(source, catalog, say)
 
     def found() -> str | None:
         point = find_point(source, catalog, say)
         return point and point.reader.name
 
-    name = from_first(backend, found)
+    name = processes.first_does(found)
     if name is None:
         return None
     own = source == "auto" or source.isdigit()
@@ -186,21 +186,21 @@ def check_writable(storage: Storage) -> None:
         ) from error
 
 
-def check_shared(backend: Backend, storage: Storage) -> None:
+def check_shared(processes: Processes, storage: Storage) -> None:
     """Check early that all processes use the same place for checkpoints; all of them call it.
 
     Raises:
         CheckpointError: some process does not see what the first one wrote, on every process.
     """
-    if backend.process_count == 1:
+    if processes.count == 1:
         return
     with ExitStack() as held:
-        mark = from_first(backend, lambda: held.enter_context(storage.mark()))
+        mark = processes.first_does(lambda: held.enter_context(storage.mark()))
         try:
             problem = None if storage.sees(mark) else "it is not there"
         except CheckpointError as error:
             problem = str(error)
-        told = backend.gather_objects(problem)
+        told = processes.gather(problem)
     if blind := [rank for rank, problem in enumerate(told) if problem]:
         raise CheckpointError(
             f"checkpoint.folder: every process must see {storage.describe()}, but of what the "

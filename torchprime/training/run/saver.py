@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ class Saver:
         self.backend, self.catalog = backend, catalog
         self.manifest, self.more, self.before_commit = manifest, more, before_commit
         self.retention, self.asynchronous = retention, asynchronous
-        self._gather = partial(backend.gather_objects, aside=True)
+        self.processes = backend.processes.aside
         self.best = dict(best) if best else None  # of the checkpoints that are whole
         self._candidate: dict[str, Any] | None = None  # the one being written, if it is better
         self.say = say
@@ -164,22 +163,21 @@ class Saver:
         An error on one process is raised on all of them, at the same place.
         """
         storage, name = self.catalog.storage, self.catalog.name_of(manifest.step)
-        backend, first = self.backend, self.backend.process_index == 0
+        processes = self.processes
         with ExitStack() as stack:
-            writer, _ = self._together(
-                lambda: stack.enter_context(storage.create(name, main=first)), tell=False
+            main = processes.index == 0
+            writer = processes.each_does(
+                lambda: stack.enter_context(storage.create(name, main=main))
             )
             write_shards(
                 writer,
                 tensors,
-                process_index=backend.process_index,
-                process_count=backend.process_count,
-                gather=self._gather,
+                process_index=processes.index,
+                process_count=processes.count,
+                gather=processes.gather,
             )
 
             def complete() -> int:
-                if not first:
-                    return 0
                 self.more(writer, manifest)
                 self.before_commit()
                 files = dict(writer.files)
@@ -188,23 +186,7 @@ class Saver:
                 self._point_and_retain(name)
                 return sum(entry["bytes"] for entry in files.values())
 
-            return self._together(complete)[1][0]
-
-    def _together(self, part: Callable[[], Any], tell: bool = True) -> tuple[Any, list[Any]]:
-        """Run this process's part; return its result, and all results if `tell`. Raise another
-        process's error here."""
-        made, problem = None, None
-        try:
-            made = part()
-        except (UserError, OSError) as error:
-            problem = error
-        alone = self.backend.process_count == 1
-        mine = (made if tell else None, problem)
-        told = [mine] if alone else self._gather(mine)
-        for _, error in told:
-            if error is not None:
-                raise error
-        return made, [value for value, _ in told]
+            return processes.first_does(complete)
 
     def _point_and_retain(self, name: str) -> None:
         self.catalog.point(LATEST, name)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import tokenizers
@@ -25,6 +25,7 @@ from torchprime.checkpoint.proof.verify import load_transformers
 from torchprime.cli.main import main
 from torchprime.data.templates.render import ChatTemplate
 from torchprime.errors import CheckpointError
+from torchprime.training.processes import OneProcess, Processes
 from torchprime.training.run.export import Exporter
 
 STEPS, EVERY = 4, 2
@@ -183,13 +184,23 @@ def test_a_failed_certificate_ends_the_run_and_keeps_the_weights(job, monkeypatc
 # Several processes --------------------------------------------------------------------------------
 
 
+class Member(Processes):
+    """One of two processes, which exchange nothing here."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index, 2)
+
+    def gather(self, value: Any) -> NoReturn:
+        raise AssertionError("an exchange that the other process does not know of")
+
+
 class Group:
     """A backend that counts what every process of a group has to do together."""
 
-    name, device_count, device_kind, process_count = "group", 2, "none", 2
+    name, device_count, device_kind = "group", 2, "none"
 
     def __init__(self, index: int) -> None:
-        self.process_index = index
+        self.processes: Processes = Member(index)
         self.done: list[str] = []
 
     def logits(self, ids: list[int]) -> torch.Tensor:
@@ -251,7 +262,7 @@ def test_without_room_a_group_computes_logits_and_one_process_none(
     assert exporter._trained_logits(group) == "too small"  # type: ignore[arg-type]
     assert len(group.done) == 3
     alone = Group(0)
-    alone.process_count = 1
+    alone.processes = OneProcess()
     assert exporter._trained_logits(alone) == "too small"  # type: ignore[arg-type]
     assert not alone.done
 
