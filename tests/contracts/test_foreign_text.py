@@ -15,7 +15,7 @@ PACKAGE = REPO / "torchprime"
 ALLOWED = {
     ("checkpoint/run/dcp_metadata.py", "pickle"),  # a reader with a few operations and classes
     ("checkpoint/run/shards.py", "pickle"),  # writes
-    ("torch_xla_models/backend.py", "pickle"),  # between processes of one run
+    ("torch_xla_models/processes.py", "pickle"),  # between processes of one run
     ("text/terminal.py", "sys.stdout.write"),
     ("text/terminal.py", "sys.stderr.write"),
     ("cli/resume_check.py", "symlink_to"),  # in a temporary folder
