@@ -70,7 +70,8 @@ def _check(given: argparse.Namespace) -> int:
     manifest = point.reader.manifest
     now = load(config)  # prepares the data, or finds it in the cache
     identity = {"model": now.files.fingerprint(), **now.data.fingerprints()}
-    changes = find_changes(manifest, config.to_dict(), identity)
+    older = {"model": now.files.older_fingerprint()}
+    changes = find_changes(manifest, config.to_dict(), identity, older)
     _say(f"{point.where}: step {manifest.step}, written by {manifest.backend} on {manifest.mesh}")
     for change in changes:
         _say(f"  {change.describe()}")

@@ -79,8 +79,10 @@ class DataReport:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> DataReport:
-        """Return the report that `to_dict` stored."""
+        """Return the report that `to_dict` stored, here or in version 0.1.0."""
         names = {spec.name for spec in fields(cls)}
+        # Version 0.1.0 did not record keys.
+        content = {"unused_keys": {}, "noticed": {}} | content
         return cls(**{name: value for name, value in content.items() if name in names})
 
     @property

@@ -286,7 +286,8 @@ class Trainer:
         )
         if self.point is None:
             return
-        changes = find_changes(self.point.reader.manifest, c.to_dict(), self.identity())
+        older = {"model": self.files.older_fingerprint()}
+        changes = find_changes(self.point.reader.manifest, c.to_dict(), self.identity(), older)
         refuse_changes(changes, c.resume.allow_changes, self.point.where)
         self.say(f"going on from {self.point.where}")
         for change in changes:

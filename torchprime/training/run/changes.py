@@ -60,13 +60,17 @@ class Change:
 
 
 def find_changes(
-    manifest: Manifest, config: Mapping[str, Any], identity: Mapping[str, str | None]
+    manifest: Manifest,
+    config: Mapping[str, Any],
+    identity: Mapping[str, str | None],
+    older: Mapping[str, str],
 ) -> list[Change]:
     """Return all differences, the most severe first.
 
     Args:
         config: as TrainConfig.to_dict() gives it.
         identity: a fingerprint for each of IDENTITIES, as the run to come has it.
+        older: fingerprints that an older version gave the same inputs, by name.
     """
     old, new = dict(_flat(manifest.config)), dict(_flat(config))
     changes = [
@@ -78,7 +82,7 @@ def find_changes(
     changes += [
         Change(name, before.get(name), identity.get(name), kind, what)
         for name, (kind, what) in IDENTITIES.items()
-        if before.get(name) != identity.get(name)
+        if before.get(name) not in (identity.get(name), older.get(name, identity.get(name)))
     ]
     order = (REFUSED, QUESTIONABLE, HARMLESS)
     return sorted(changes, key=lambda change: order.index(change.kind))

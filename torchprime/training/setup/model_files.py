@@ -61,7 +61,20 @@ class ModelFiles:
     def fingerprint(self) -> str:
         """Return the sha256 of the architecture, the weights' names and shapes and their new rows:
         equal hashes, equal programs."""
-        described = {"architecture": asdict(self.architecture), "shapes": dict(self.shapes)}
+        return self._fingerprint(self.architecture)
+
+    def older_fingerprint(self) -> str:
+        """Return the fingerprint that version 0.1.0 gave this model.
+
+        That version recorded the context in every rope; only `llama3` uses it.
+        """
+        architecture, rope = self.architecture, self.architecture.rope
+        if rope.kind != "llama3":
+            rope = replace(rope, original_max_position=architecture.max_position_embeddings)
+        return self._fingerprint(replace(architecture, rope=rope))
+
+    def _fingerprint(self, architecture: Architecture) -> str:
+        described = {"architecture": asdict(architecture), "shapes": dict(self.shapes)}
         if self.new_rows is not None:
             described["new_rows"] = asdict(self.new_rows)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

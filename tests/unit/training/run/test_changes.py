@@ -23,7 +23,12 @@ BASE = ["model.pretrained_model=x", "task.max_steps=10", "task.global_batch_size
 SAME = dict.fromkeys(IDENTITIES, "0" * 64)
 
 
-def changes(*overrides: str, identity: dict[str, Any] | None = None, unknown: tuple = ()):
+def changes(
+    *overrides: str,
+    identity: dict[str, Any] | None = None,
+    unknown: tuple = (),
+    older: dict[str, str] | None = None,
+):
     """`unknown`: keys of `model` that the checkpoint's version did not have."""
     config = compose_config(BASE).to_dict()
     config["model"] = {k: v for k, v in config["model"].items() if k not in unknown}
@@ -36,7 +41,7 @@ def changes(*overrides: str, identity: dict[str, Any] | None = None, unknown: tu
         eval_manifest={"fingerprint": SAME["eval"]},
     )
     now = compose_config([*BASE, *overrides]).to_dict()
-    return find_changes(manifest, now, {**SAME, **(identity or {})})
+    return find_changes(manifest, now, {**SAME, **(identity or {})}, older or {})
 
 
 def test_nothing_changed() -> None:
@@ -48,6 +53,13 @@ def test_a_checkpoint_from_before_a_key_goes_on() -> None:
     assert changes(unknown=("add_special_tokens", "resize_embeddings")) == []
     (change,) = changes('model.add_special_tokens=["<a>"]', unknown=("add_special_tokens",))
     assert change.kind == REFUSED
+
+
+def test_a_fingerprint_of_an_older_version_is_known() -> None:
+    now = {"model": "1" * 64}
+    assert changes(identity=now, older={"model": SAME["model"]}) == []
+    (change,) = changes(identity=now, older={"model": "2" * 64})
+    assert (change.key, change.kind) == ("model", REFUSED)
 
 
 @pytest.mark.parametrize(
