@@ -49,7 +49,7 @@ def fuzz_one(name: str, seconds: int, out: Path) -> None:
     sys.path[:0] = [str(HERE), str(PACKAGE.parent)]
     with atheris.instrument_imports(include=["torchprime"]):
         target = importlib.import_module("fuzz_targets").TARGETS[name]
-        from torchprime.data.rows.read import limits as row_limits
+        from torchprime.data.rows import limits as row_limits
         from torchprime.errors import UserError
     row_limits.RENDER_SECONDS = 0.5  # far below HANGS_AFTER
     work = Path(tempfile.mkdtemp())
