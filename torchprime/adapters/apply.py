@@ -1,0 +1,53 @@
+"""`(model, spec) -> model`: the same model with adapted layers, all other weights frozen."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from torchprime.adapters.lora import AdaptedLinear
+from torchprime.adapters.spec import AdapterSpec
+from torchprime.adapters.targets import target_names, trained_modules
+from torchprime.errors import ConfigError
+
+BASE = ".base_layer."
+
+
+def apply_adapter(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Put adapters around the chosen linear layers and freeze every other weight, in place.
+
+    Only parameters of adapters and of `modules_to_train` require a gradient afterwards. Values of
+    new parameters are not set (`initial_values`).
+
+    Returns:
+        The names of the adapted layers.
+
+    Raises:
+        ConfigError: see `target_names` and `trained_modules`; or a layer that is both adapted and
+            trained whole.
+    """
+    targets = target_names(model, spec)
+    whole = trained_modules(model, spec.modules_to_train)
+    both = [t for t in targets if any(t == w or t.startswith(f"{w}.") for w in whole)]
+    if both:
+        raise ConfigError(
+            f"adapter.modules_to_train: {both[0]} is also in adapter.targets. Expected each layer "
+            "in one of them: name other modules, or narrow adapter.targets."
+        )
+    model.requires_grad_(False)
+    for name in whole:
+        model.get_submodule(name).requires_grad_(True)
+    for number, name in enumerate(targets):
+        parent, _, last = name.rpartition(".")
+        adapted = AdaptedLinear(model.get_submodule(name), spec, number)
+        setattr(model.get_submodule(parent), last, adapted)
+    return targets
+
+
+def base_name(name: str) -> str:
+    """Return a parameter's name in the model without adapters."""
+    return name.replace(BASE, ".")
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that training changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

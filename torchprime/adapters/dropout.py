@@ -1,0 +1,60 @@
+"""Dropout whose mask depends on seed, step, layer and position in the batch, and on nothing else.
+
+A mesh, a backend, gradient accumulation or a resume changes which device computes an entry and
+when, but not its position in the global batch, so the mask stays the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchprime.adapters.counter_bits import kept, threefry
+
+
+class DropoutPosition(NamedTuple):
+    """The place of a micro-batch in training.
+
+    Attributes:
+        seed: int32 scalar, the run's.
+        step: int32 scalar, the number of finished updates.
+        tokens: int32 [B, S], the number of each token in the step's global batch.
+    """
+
+    seed: Tensor
+    step: Tensor
+    tokens: Tensor
+
+
+class CounterDropout(nn.Module):
+    """Dropout by counter-based bits; without a position (evaluation) it changes nothing.
+
+    Args:
+        probability: that an entry is set to 0; the others are divided by 1 - probability.
+        number: of the layer in the model, int32 scalar; kept as a frozen parameter, so that a scan
+            over stacked layers gives each layer its own.
+    """
+
+    def __init__(self, probability: float, number: int) -> None:
+        super().__init__()
+        self.probability = probability
+        value = torch.tensor(number, dtype=torch.int32)
+        self.number = nn.Parameter(value, requires_grad=False)
+        self.position: DropoutPosition | None = None
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        if self.position is None or self.probability == 0:
+            return x_BSD
+        seed, step, tokens = self.position
+        key = threefry((seed, self.number), (step, torch.zeros_like(step)))
+        mask = kept(key, tokens, x_BSD.shape[-1], self.probability)
+        return torch.where(mask, x_BSD / (1 - self.probability), 0.0)
+
+
+def set_position(model: nn.Module, position: DropoutPosition | None) -> None:
+    """Give all dropout layers below the position of the next forward; None turns dropout off."""
+    for module in model.modules():
+        if isinstance(module, CounterDropout):
+            module.position = position
