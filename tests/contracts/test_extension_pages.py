@@ -23,8 +23,8 @@ import yaml
 
 from torchprime.config.evaluation import EvalConfig, GenerateConfig
 from torchprime.config.schema import Format
-from torchprime.data.files.source import SourceSpec
 from torchprime.data.files.record import Rejection
+from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.formats import FIELDS
 from torchprime.data.rows.read import open_rows
 from torchprime.data.rows.row import Row, RowReading
