@@ -8,34 +8,47 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import json
 import re
 import textwrap
 import types
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 import yaml
 
 from torchprime.config.evaluation import EvalConfig, GenerateConfig
 from torchprime.config.schema import Format
+from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.files.record import Rejection
 from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.formats import FIELDS
 from torchprime.data.rows.read import open_rows
 from torchprime.data.rows.row import Row, RowReading
+from torchprime.data.tokens.completions import Example
 from torchprime.errors import ConfigError
 from torchprime.evaluation.graders.make import make_grader
 from torchprime.evaluation.graders.samples import Sample
-from torchprime.models.architecture import architecture_from_hf
-from torchprime.models.decoder import CausalLM
+from torchprime.metrics.throughput import Stopwatch
+from torchprime.models.architecture import Architecture, architecture_from_hf
+from torchprime.models.decoder import CausalLM, initialize
+from torchprime.sharding import ShardingTable
+from torchprime.training.backend import Backend, StepOptions
+from torchprime.training.loop import BaseHook, CompileGuard, DataOrder, RunControl, TrainLoop
+from torchprime.training.optim import AdamW
 
 REPO = Path(__file__).resolve().parents[2]
-GRADER, ROWS, MODEL = (f"docs/add-a-{what}.md" for what in ("grader", "row-format", "model"))
+GRADER, ROWS, MODEL, BACKEND = (
+    f"docs/add-a-{what}.md" for what in ("grader", "row-format", "model", "backend")
+)
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 PLACE = re.compile(r"# ([\w/.]+\.py)(?:, in (\w+))?\n")
 
@@ -196,3 +209,92 @@ def test_a_family_computes_what_transformers_computes(follow: Callable[[str], No
         wanted = reference(input_ids=ids).logits
         found = ours.logits(ids, torch.arange(20).expand(2, -1), torch.ones_like(ids))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+# Backends -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def backend_class() -> type[Any]:
+    """The page's class, from all of its blocks as one file."""
+    code = "\n".join(block.code for block in python_blocks(BACKEND))
+    module = types.ModuleType("eager_backend")
+    exec(compile(code, BACKEND, "exec", dont_inherit=True), vars(module))
+    return module.EagerBackend
+
+
+def methods(cls: type[Any]) -> dict[str, Any]:
+    found = inspect.getmembers(cls, inspect.isfunction)
+    return {name: each for name, each in found if not name.startswith("_")}
+
+
+def test_a_backend_has_the_methods_of_the_protocol(backend_class: type[Any]) -> None:
+    wanted, found = methods(Backend), methods(backend_class)
+    assert set(found) < set(wanted)
+    for name, method in found.items():
+        given = list(inspect.signature(method).parameters)
+        assert given == list(inspect.signature(wanted[name]).parameters), name
+    backend = backend_class()
+    assert not [a for a in typing.get_type_hints(Backend) if not hasattr(backend, a)]
+    body = (REPO / BACKEND).read_text(encoding="utf-8").split("| Method | For |", 1)[1]
+    table = [line.split("|")[1] for line in body.split("\n\n", 1)[0].splitlines()[2:]]
+    assert set(re.findall(r"`(\w+)`", "".join(table))) == set(wanted) - set(found)
+
+
+def example(number: int) -> Example:
+    ids = np.arange(number, number + 5, dtype=np.int32)
+    rules = np.full(5, 5, dtype=np.uint8)
+    return Example(f"r:{number}", ids, np.ones(5, dtype=np.float32), rules, "joint")
+
+
+def tiny() -> Architecture:
+    config = {"model_type": "llama", "vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+    return architecture_from_hf({**config, **heads})
+
+
+def test_a_backend_trains_two_steps_in_the_loop(backend_class: type[Any]) -> None:
+    """Its loss and weights are those of torch.optim on the same batches."""
+    reference = CausalLM(tiny())
+    reference.load_state_dict(initialize(reference, seed=1))
+    with torch.device("meta"):
+        model = CausalLM(tiny())
+    backend = backend_class()
+    values = {name: p.detach().clone() for name, p in reference.named_parameters()}
+    backend.place(model, ShardingTable({}, {}), values.__getitem__, torch.float32)
+    backend.prepare_training(AdamW(), StepOptions(gradient_accumulation_steps=2, loss_chunks=2))
+    data = PackedDataset.from_examples(
+        [example(n) for n in range(9)], block_size=8, pad_id=0, packing="none"
+    )
+    order, losses = DataOrder(data, seed=0, global_batch_size=4), []
+
+    class Keep(BaseHook):
+        def on_record(self, record: Any) -> None:
+            losses.append(record.loss)
+
+    TrainLoop(
+        backend=backend,
+        order=order,
+        accumulation=2,
+        learning_rate=lambda step: 0.01,
+        logging_steps=1,
+        flops_per_token=1.0,
+        hooks=[Keep()],
+        control=RunControl(CompileGuard(backend, allow=False), Stopwatch()),
+    ).run(range(2))
+
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.01, weight_decay=0.0)
+    for step in range(2):
+        batch = order.batch(step)
+        fields = (batch.input_ids, batch.position_ids, batch.segment_ids)
+        logits = reference.logits(*map(torch.from_numpy, fields))
+        targets = torch.from_numpy(batch.targets).long().flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100)
+        assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert backend.progress() == (2, 0)
+    trained = dict(backend.weights())
+    for name, weight in reference.named_parameters():
+        torch.testing.assert_close(trained[name], weight.detach(), rtol=1e-4, atol=1e-5)
