@@ -15,11 +15,10 @@ import argparse
 import io
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,6 +43,9 @@ from torchprime.text.terminal import print_json, print_lines, print_text, say, s
 
 DEVICES = ("auto", "cpu", "cuda")
 BASE, TUNED = "base", "model"
+
+Done = Callable[[Reply], None]  # shows the end of an answer
+
 HELP = """\
 /reset  forget what was said (both models)
 /quit   leave (also Ctrl-D)
@@ -227,7 +229,7 @@ class _Asker:
             told = {title: _as_object(reply) for title, reply in replies.items()}
             print_json({"prompt": self._worded(prompt), **told})
 
-    def _places(self) -> Iterator[tuple[str, Conversation, Show, Any]]:
+    def _places(self) -> Iterator[tuple[str, Conversation, Show, Done]]:
         """Return each conversation with its output functions: for each piece, and at the end."""
         width = column_width(shutil.get_terminal_size().columns, len(self.conversations))
         columns = _Columns(list(self.conversations), width) if width else None
@@ -242,7 +244,7 @@ class _Asker:
                 yield title, conversation, _stream, _end_of_stream
 
 
-def _as_object(reply: Reply) -> dict[str, Any]:
+def _as_object(reply: Reply) -> dict[str, str | int]:
     return {
         "text": reply.text,
         "ended": reply.ended,
@@ -281,7 +283,7 @@ class _Columns:
         self.texts = dict.fromkeys(titles, "")
         self.printed = 0
 
-    def place(self, title: str) -> tuple[Show, Any]:
+    def place(self, title: str) -> tuple[Show, Done]:
         last = title == self.titles[-1]
         if last:
             rule = ["-" * self.width] * len(self.titles)

@@ -246,11 +246,11 @@ def data_line(comparison: Comparison, pair: Pair) -> str:
     """Return a line about the pair's data."""
     check, count = pair.data, len(comparison.steps)
     if (first := check.first_difference) is not None:
-        moved = first.get("reference_has_it_at_step")
+        moved = first.moved_from
         hint = f", which {comparison.reference.label} has at step {moved}" if moved else ""
         return (
-            f"DIFFERENT at step {first['step']}: {first['what']} {first['value']}{hint}; "
-            f"{comparison.reference.label} has {first['reference']}"
+            f"DIFFERENT at step {first.step}: {first.what} {first.value}{hint}; "
+            f"{comparison.reference.label} has {first.reference}"
         )
     if check.hashes:
         return f"the same batches at {check.hashes:,} of {count:,} steps, by their hashes"

@@ -69,12 +69,35 @@ def check_means(runs: Sequence[Run]) -> list[str]:
 
 
 @dataclass(frozen=True)
+class DataDifference:
+    """A step at which two runs had different data.
+
+    Attributes:
+        what: the logged field that differs, batch_hash or supervised_tokens.
+        moved_from: the step at which the reference has the run's batch; None if it has it at none.
+    """
+
+    step: int
+    what: str
+    reference: str | int
+    value: str | int
+    moved_from: int | None = None
+
+    def to_dict(self) -> dict[str, str | int | None]:
+        """Return the entry in parity.json."""
+        values = {name: getattr(self, name) for name in ("step", "what", "reference", "value")}
+        if self.what == "batch_hash":
+            values["reference_has_it_at_step"] = self.moved_from
+        return values
+
+
+@dataclass(frozen=True)
 class DataCheck:
     """The result of comparing a run's batches with the reference's."""
 
     hashes: int = 0  # steps at which both logged one
     tokens: int = 0  # steps at which both logged the supervised tokens
-    first_difference: Mapping[str, Any] | None = None
+    first_difference: DataDifference | None = None
 
     @property
     def same(self) -> bool | None:
@@ -89,14 +112,14 @@ class DataCheck:
             "same": self.same,
             "steps_with_hashes": self.hashes,
             "steps_with_supervised_tokens": self.tokens,
-            "first_difference": self.first_difference,
+            "first_difference": self.first_difference and self.first_difference.to_dict(),
         }
 
 
 def check_data(reference: Run, run: Run, steps: Sequence[int]) -> DataCheck:
     """Compare batch hashes and supervised tokens at `steps`."""
     counts = {"batch_hash": 0, "supervised_tokens": 0}
-    first: dict[str, Any] | None = None
+    first: DataDifference | None = None
     for step in steps:
         ours, theirs = reference.steps[step], run.steps[step]
         for name in counts:
@@ -105,9 +128,8 @@ def check_data(reference: Run, run: Run, steps: Sequence[int]) -> DataCheck:
                 continue
             counts[name] += 1
             if a != b and first is None:
-                first = {"step": step, "what": name, "reference": a, "value": b}
-                if name == "batch_hash":
-                    first["reference_has_it_at_step"] = _place(reference, b)
+                moved = _place(reference, b) if name == "batch_hash" else None
+                first = DataDifference(step, name, a, b, moved)
     return DataCheck(counts["batch_hash"], counts["supervised_tokens"], first)
 
 

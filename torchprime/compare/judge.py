@@ -144,7 +144,7 @@ def _bands(
                 f"{' and '.join(dtypes) or 'float32'}; measure it on runs of the same dtype, or "
                 "leave it away for float32"
             )
-        measured = ", ".join(str(run.get("label")) for run in floor.runs)
+        measured = ", ".join(run.label for run in floor.runs)
         origin = (
             f"noise floor in {floor.dtype} of {measured}: "
             f"{floor.factor:g} times the largest spread of {floor.window} records"

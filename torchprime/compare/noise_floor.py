@@ -17,7 +17,7 @@ import bisect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,22 @@ class Band:
 
 
 @dataclass(frozen=True)
+class MeasuredRun:
+    """One of the runs that a noise floor was measured on."""
+
+    label: str
+    path: str
+    steps: int  # that it logged
+
+
+@dataclass(frozen=True)
 class NoiseFloor:
     """The spread of each noisy quantity at each step, and what it was measured on."""
 
     dtype: str
     factor: float
     window: int
-    runs: tuple[Mapping[str, Any], ...]
+    runs: tuple[MeasuredRun, ...]
     differences: tuple[str, ...]  # the settings that were not the same in all runs
     spreads: Mapping[str, Mapping[int, float]]
 
@@ -100,7 +109,7 @@ class NoiseFloor:
             "dtype": self.dtype,
             "factor": self.factor,
             "window": self.window,
-            "runs": [dict(run) for run in self.runs],
+            "runs": [asdict(run) for run in self.runs],
             "differences": list(self.differences),
             "spreads": {
                 name: {str(step): spread for step, spread in spreads.items()}
@@ -141,7 +150,7 @@ def measure_noise(runs: Sequence[Run]) -> NoiseFloor:
         dtype=reference.dtype,
         factor=FACTOR,
         window=WINDOW,
-        runs=tuple({"label": run.label, "path": run.path, "steps": len(run.steps)} for run in runs),
+        runs=tuple(MeasuredRun(run.label, run.path, len(run.steps)) for run in runs),
         differences=tuple(sorted({name for run in others for name in differences(reference, run)})),
         spreads=spreads,
     )
@@ -159,7 +168,7 @@ def _check_comparable(reference: Run, run: Run, steps: Sequence[int]) -> None:
         at = check.first_difference
         raise DataError(
             f"--measure-noise: {run.label} had other data than {reference.label}: "
-            f"{at['what']} {at['value']}, not {at['reference']}, at step {at['step']}; expected "
+            f"{at.what} {at.value}, not {at.reference}, at step {at.step}; expected "
             "runs with the same dataset, seed and global batch size"
         )
     for each in align(reference, run, "lr", steps):
@@ -199,7 +208,10 @@ def read_floor(path: str | Path) -> NoiseFloor:
             dtype=str(values["dtype"]),
             factor=float(values["factor"]),
             window=int(values["window"]),
-            runs=tuple(values["runs"]),
+            runs=tuple(
+                MeasuredRun(str(run["label"]), str(run["path"]), int(run["steps"]))
+                for run in values["runs"]
+            ),
             differences=tuple(values["differences"]),
             spreads={
                 name: {int(step): float(spread) for step, spread in spreads.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torchprime.evaluation.selection import Evaluated
 from torchprime.metrics.writers import shown
@@ -41,7 +41,7 @@ def table(history: Sequence[Evaluated], best_step: int | None) -> tuple[list[str
 
 
 def _cell(one: Evaluated, name: str) -> str:
-    score: Mapping[str, object] | None = one.graded.get(name)
+    score = one.graded.get(name)
     if score is not None:
         return shown(score)
     value = one.scores.get(name)

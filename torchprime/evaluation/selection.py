@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from torchprime.config.checks import refuse
 from torchprime.config.evaluation import LOSSES
 from torchprime.config.load import nearest
+from torchprime.metrics.record import GradedScore
 
 RELATIONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -37,13 +38,13 @@ class Evaluated:
     """The scores measured after a step, and the mean training loss since the previous evaluation.
 
     Attributes:
-        graded: of the scores that graders gave, count and interval too (intervals.Score).
+        graded: of the scores that graders gave, count and interval too.
     """
 
     step: int
     scores: dict[str, float] = field(default_factory=dict)
     train_loss: float | None = None
-    graded: dict[str, dict[str, Any]] = field(default_factory=dict)
+    graded: dict[str, GradedScore] = field(default_factory=dict)
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Evaluated:

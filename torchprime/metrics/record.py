@@ -16,8 +16,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypedDict
+
+
+class GradedScore(TypedDict):
+    """A grader's score in a record: the fields of evaluation.intervals.Score."""
+
+    value: float
+    count: int
+    low: float
+    high: float
+    interval: Literal["wilson", "bootstrap"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,11 @@ class StepRecord:
     # Mean loss by source, None for a source without tokens in the batch; only with several sources.
     source_losses: dict[str, float | None] | None = None
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StepRecord:
+        """Make it from a line of metrics.jsonl. Raise a TypeError if a value is missing."""
+        return cls(**_fields(cls, values))
+
     def to_dict(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         if self.source_losses is None:
@@ -59,7 +75,7 @@ class EvalRecord:
     Attributes:
         train_loss: mean of the training losses logged since the evaluation before; None for none.
         source_losses: the held-out loss by source, where there are several.
-        scores: by grader, the fields of evaluation.intervals.Score, where answers were graded.
+        scores: by grader, where answers were graded.
         generated_tokens, generate_seconds: of those answers.
         share_of_run: all evaluations' part of the seconds since the run started.
     """
@@ -72,10 +88,15 @@ class EvalRecord:
     seconds: float
     train_loss: float | None = None
     source_losses: dict[str, float | None] | None = None
-    scores: dict[str, dict[str, Any]] | None = None
+    scores: dict[str, GradedScore] | None = None
     generated_tokens: int | None = None
     generate_seconds: float | None = None
     share_of_run: float | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EvalRecord:
+        """Make it from a line of metrics.jsonl. Raise a TypeError if a value is missing."""
+        return cls(**_fields(cls, values))
 
     @property
     def eval_perplexity(self) -> float:
@@ -103,6 +124,12 @@ class CheckpointRecord:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+def _fields(record: type[StepRecord | EvalRecord], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that are fields of the record."""
+    names = {field.name for field in dataclasses.fields(record)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 BY_SOURCE = "source_losses"  # the one field whose numbers are nested one level down

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -24,6 +24,7 @@ from torchprime.files.private_folders import own_folder
 from torchprime.metrics.record import (
     CheckpointRecord,
     EvalRecord,
+    GradedScore,
     Record,
     StepRecord,
     from_json,
@@ -234,10 +235,10 @@ class ConsoleWriter:
         return "  ".join(parts)
 
 
-def shown(score: Mapping[str, Any]) -> str:
+def shown(score: GradedScore) -> str:
     """Return a score with its interval: `71.0% (64.4 to 76.9)` for passes, else `12.3 (11.8 to
     12.9)`."""
-    value, low, high = (score[key] for key in ("value", "low", "high"))
+    value, low, high = score["value"], score["low"], score["high"]
     if score["interval"] == "wilson":
         return f"{value:.1%} ({100 * low:.1f} to {100 * high:.1f})"
     return f"{value:.3g} ({low:.3g} to {high:.3g})"

@@ -9,13 +9,13 @@ lowest and highest, so that no spike is lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from markupsafe import Markup, escape
 
 from torchprime.evaluation.selection import Evaluated
+from torchprime.metrics.record import EvalRecord, StepRecord
 
 WIDTH, HEIGHT = 640, 210
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 26
@@ -44,8 +44,8 @@ class Chart:
 
 
 def charts(
-    steps: Sequence[Mapping[str, Any]],
-    evaluations: Sequence[Mapping[str, Any]],
+    steps: Sequence[StepRecord],
+    evaluations: Sequence[EvalRecord],
     history: Sequence[Evaluated],
     lower: Collection[str],
 ) -> list[Chart]:
@@ -54,22 +54,22 @@ def charts(
     Args:
         lower: the graders for which lower is better.
     """
-    loss = [_series("training", steps, "loss")]
+    loss = [_series("training", [(record.step, record.loss) for record in steps])]
     if evaluations:
-        loss.append(_series("held out", evaluations, "eval_loss", dots=True))
+        heldout = [(record.step, record.eval_loss) for record in evaluations]
+        loss.append(_series("held out", heldout, dots=True))
+    rates = [(record.step, record.lr) for record in steps]
+    norms = [(record.step, record.grad_norm) for record in steps]
     drawn = [
         Chart("Loss, nats per supervised token", loss),
         *_score_charts(history, lower),
-        Chart("Learning rate", [_series("learning rate", steps, "lr")]),
-        Chart("Gradient norm, before clipping", [_series("gradient norm", steps, "grad_norm")]),
+        Chart("Learning rate", [_series("learning rate", rates)]),
+        Chart("Gradient norm, before clipping", [_series("gradient norm", norms)]),
     ]
     return [chart for chart in drawn if any(each.points for each in chart.series)]
 
 
-def _series(
-    name: str, records: Iterable[Mapping[str, Any]], key: str, dots: bool = False
-) -> Series:
-    points = [(record["step"], record[key]) for record in records]
+def _series(name: str, points: Iterable[Point], dots: bool = False) -> Series:
     return Series(name, [(s, v) for s, v in points if math.isfinite(v)], dots=dots)
 
 

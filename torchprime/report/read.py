@@ -10,7 +10,7 @@ reason for the choice are computed again from the records, by the run's own rule
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,10 +33,10 @@ from torchprime.evaluation.selection import (
     overfitting,
     parse_rule,
 )
+from torchprime.metrics.record import EvalRecord, StepRecord
 from torchprime.metrics.writers import read_metrics
 from torchprime.report.answers import Answers, read_answers
-
-FINGERPRINTS = ("data", "eval", "tokenizer", "template", "data_version")
+from torchprime.report.run_facts import RunFacts
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RunReport:
     """The data of a run's report.
 
     Attributes:
-        facts: run.json.
+        facts: from run.json.
         steps, evaluations: the records of metrics.jsonl, in the order of steps.
         best: the step that the run's rule puts first; None if none qualifies.
         messages: what happened, for a person; warnings are those that start with "warning: ".
@@ -73,9 +73,9 @@ class RunReport:
 
     name: str
     config: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    steps: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
+    facts: RunFacts
+    steps: list[StepRecord]
+    evaluations: list[EvalRecord]
     history: list[Evaluated]
     best: int | None
     messages: list[str]
@@ -101,29 +101,17 @@ class RunReport:
     @property
     def mesh(self) -> str:
         """The axes with more than one device, and the number of devices."""
-        device = self.facts["device"]
-        axes = [f"{axis} {size}" for axis, size in self.facts["mesh"].items() if size > 1]
-        return f"{device['count']} x {device['kind']}" + (f": {' x '.join(axes)}" if axes else "")
+        return self.facts.used_mesh
 
     @property
     def run_facts(self) -> dict[str, str]:
         """The model, data and devices of the run."""
-        model = self.facts["model"]
-        weights = f"{model['parameters']:,} parameters in {model['dtype']}"
-        versions = ", ".join(f"{name} {value}" for name, value in self.facts["versions"].items())
-        return {
-            "command": self.facts["command"],
-            "model": f"{model['pretrained'] or 'from random weights'}: {weights}",
-            "backend": f"{self.facts['backend']}, attention {self.facts['attention']}",
-            "mesh": self.mesh,
-            "versions": versions,
-        }
+        return self.facts.rows()
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """The fingerprints of data, held-out data, tokenizer and template."""
-        found = self.facts["fingerprints"]
-        return {name: found[name] for name in FINGERPRINTS if found.get(name)}
+        return self.facts.fingerprints
 
 
 def read_report(folder: Path) -> RunReport:
@@ -148,7 +136,7 @@ def read_report(folder: Path) -> RunReport:
         ) from error
 
 
-def _read(path: Path, parse: Any) -> dict[str, Any]:
+def _read(path: Path, parse: Callable[[str], object]) -> dict[str, Any]:
     """Return a mapping from a file of the run."""
     try:
         content = parse(path.read_text(encoding="utf-8"))
@@ -170,9 +158,11 @@ def _read(path: Path, parse: Any) -> dict[str, Any]:
 def _gather(
     folder: Path, config: dict[str, Any], facts: dict[str, Any], records: list[dict[str, Any]]
 ) -> RunReport:
-    steps = _of_kind(records, "train")
-    evaluations = _of_kind(records, "eval")
-    history = [Evaluated.of(record) for record in evaluations]
+    run_facts = RunFacts.from_dict(facts)
+    steps = [StepRecord.from_dict(record) for record in _of_kind(records, "train")]
+    evaluations = [EvalRecord.from_dict(record) for record in _of_kind(records, "eval")]
+    stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
+    history = [Evaluated.of(record.to_dict()) for record in evaluations]
     rule = _rule(config)
     best = rule.best(history)
     headings, rows = table(history, best) if history else ([], [])
@@ -183,19 +173,19 @@ def _gather(
     return RunReport(
         name=folder.absolute().name,
         config=config,
-        facts=facts,
+        facts=run_facts,
         steps=steps,
         evaluations=evaluations,
         history=history,
         best=best,
-        messages=_messages(config, facts, steps, history, rule, export),
+        messages=_messages(config, run_facts, steps, history, rule, export),
         headings=headings,
         rows=rows,
         answers=_answers(folder, history, best, rule, lower),
         data=data,
         leaks=leaks,
         export=export,
-        times=_times(steps, evaluations, records),
+        times=_times(steps, evaluations, stalls),
         lower=lower,
     )
 
@@ -222,14 +212,14 @@ def _graders(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _messages(
     config: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    steps: Sequence[Mapping[str, Any]],
+    facts: RunFacts,
+    steps: Sequence[StepRecord],
     history: Sequence[Evaluated],
     rule: Rule,
     export: Export | None,
 ) -> list[str]:
     done = _last_step(steps, history)
-    total = facts["plan"]["total_steps"]
+    total = facts.total_steps
     messages = []
     stopping = _stopping(config)
     stopped = stopping.reason(history) if stopping is not None and history else None
@@ -239,10 +229,11 @@ def _messages(
         messages.append(f"Early stopping after step {done:,} of {total:,}: {stopped}.")
     else:
         messages.append(f"warning: the run is not finished: step {done:,} of {total:,} was logged.")
-    starts = [start["step"] for start in facts["starts"]]
-    if len(starts) > 1:
-        told = ", ".join(f"{step:,}" for step in starts[1:])
-        messages.append(f"The run was started {len(starts)} times; it went on after step {told}.")
+    if len(facts.starts) > 1:
+        told = ", ".join(f"{step:,}" for step in facts.starts[1:])
+        messages.append(
+            f"The run was started {len(facts.starts)} times; it went on after step {told}."
+        )
     if history:
         messages.append(_selection(config, history, rule, export))
     for end in range(3, len(history) + 1):
@@ -251,8 +242,8 @@ def _messages(
     return messages
 
 
-def _last_step(steps: Sequence[Mapping[str, Any]], history: Sequence[Evaluated]) -> int:
-    return max([0, *(record["step"] for record in steps), *(one.step for one in history)])
+def _last_step(steps: Sequence[StepRecord], history: Sequence[Evaluated]) -> int:
+    return max([0, *(record.step for record in steps), *(one.step for one in history)])
 
 
 def _stopping(config: Mapping[str, Any]) -> EarlyStopping | None:
@@ -281,25 +272,20 @@ def _selection(
 
 
 def _times(
-    steps: Sequence[Mapping[str, Any]],
-    evaluations: Sequence[Mapping[str, Any]],
-    records: Sequence[Mapping[str, Any]],
+    steps: Sequence[StepRecord], evaluations: Sequence[EvalRecord], stalls: Sequence[float]
 ) -> dict[str, str]:
     """Return the seconds by use; a logged step's is the mean since the one before."""
     found = {}
-    numbers = [0, *(record["step"] for record in steps)]
-    spent = [
-        (b - a) * r["step_seconds"] for (a, b), r in zip(pairwise(numbers), steps, strict=True)
-    ]
+    numbers = [0, *(record.step for record in steps)]
+    spent = [(b - a) * r.step_seconds for (a, b), r in zip(pairwise(numbers), steps, strict=True)]
     if spent:
-        tokens = steps[-1]["supervised_tokens_per_s"]
+        tokens = steps[-1].supervised_tokens_per_s
         found["steps"] = f"{sum(spent):,.1f} s, at the end {tokens:,.0f} supervised tokens per s"
     if evaluations:
-        seconds = sum(record["seconds"] for record in evaluations)
-        share = evaluations[-1].get("share_of_run")
+        seconds = sum(record.seconds for record in evaluations)
+        share = evaluations[-1].share_of_run
         part = "" if share is None else f", {share:.1%} of the run since its last start"
         found["evaluations"] = f"{seconds:,.1f} s for {len(evaluations)}{part}"
-    stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
     if stalls:
         found["checkpoints"] = f"{sum(stalls):,.1f} s of standing still for {len(stalls)}"
     return found

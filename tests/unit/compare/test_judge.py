@@ -177,7 +177,7 @@ def test_one_other_hash_is_other_data_and_nothing_else_is_looked_at() -> None:
     assert result.verdict == DIFFERENT_DATA
     assert [pair.verdict for pair in result.pairs] == [NOT_JUDGED, DIFFERENT_DATA]
     assert not any(pair.quantities for pair in result.pairs)
-    assert result.pairs[1].data.first_difference == {
+    assert result.pairs[1].data.to_dict()["first_difference"] == {
         "step": 31,
         "what": "batch_hash",
         "reference": "hash31",
@@ -192,7 +192,7 @@ def test_other_supervised_tokens_are_other_data_even_without_hashes() -> None:
     result = judge(off)
     assert result.verdict == DIFFERENT_DATA
     first = result.pairs[0].data.first_difference
-    assert first and (first["step"], first["reference"], first["value"]) == (4, 1004, 7)
+    assert first and (first.step, first.reference, first.value) == (4, 1004, 7)
 
 
 def test_data_that_cannot_be_checked_is_neither_same_nor_different() -> None:
@@ -483,7 +483,7 @@ def test_the_floor_is_the_spread_of_all_its_runs() -> None:
     assert floor.spreads["grad_norm"][10] == pytest.approx(0.003)
     assert floor.spreads["loss"][20] == pytest.approx(0.0005)
     assert floor.spreads["loss"][21] == 0 and "eval_loss" not in floor.spreads
-    assert [run["label"] for run in floor.runs] == ["n0", "n1", "n2"]
+    assert [run.label for run in floor.runs] == ["n0", "n1", "n2"]
 
 
 def test_the_band_is_three_times_the_largest_spread_around() -> None:

@@ -23,7 +23,7 @@ An ambiguous number is an error that names its line; no number is cut or guessed
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ def _read(path: Path) -> str:
         raise DataError(f"run {path}: cannot be read ({error.strerror}); {EXPECTED}") from error
 
 
-def _mapping(path: Path, parse: Any) -> dict[str, Any]:
+def _mapping(path: Path, parse: Callable[[str], object]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:

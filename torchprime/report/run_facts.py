@@ -1,0 +1,76 @@
+"""Facts of a run that its report shows, from run.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FINGERPRINTS = ("data", "eval", "tokenizer", "template", "data_version")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """The part of run.json that a report shows.
+
+    Attributes:
+        total_steps: the number of steps that the run plans.
+        starts: the step before each start of the run.
+        pretrained: the model's folder or name; None if training began from random weights.
+        mesh: the size of each axis.
+        versions: of packages, by name.
+        fingerprints: those of FINGERPRINTS that the run has.
+    """
+
+    total_steps: int
+    starts: tuple[int, ...]
+    command: str
+    pretrained: str | None
+    parameters: int
+    dtype: str
+    backend: str
+    attention: str
+    device_kind: str
+    device_count: int
+    mesh: dict[str, int]
+    versions: dict[str, str]
+    fingerprints: dict[str, str]
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> RunFacts:
+        """Make it from the content of run.json. Raise a KeyError or TypeError if a part is missing."""
+        plan, model, device = content["plan"], content["model"], content["device"]
+        found = content["fingerprints"]
+        return cls(
+            total_steps=plan["total_steps"],
+            starts=tuple(start["step"] for start in content["starts"]),
+            command=content["command"],
+            pretrained=model["pretrained"],
+            parameters=model["parameters"],
+            dtype=model["dtype"],
+            backend=content["backend"],
+            attention=content["attention"],
+            device_kind=device["kind"],
+            device_count=device["count"],
+            mesh=dict(content["mesh"]),
+            versions=dict(content["versions"]),
+            fingerprints={name: found[name] for name in FINGERPRINTS if found.get(name)},
+        )
+
+    @property
+    def used_mesh(self) -> str:
+        """The axes with more than one device, and the number of devices."""
+        axes = [f"{axis} {size}" for axis, size in self.mesh.items() if size > 1]
+        shape = f": {' x '.join(axes)}" if axes else ""
+        return f"{self.device_count} x {self.device_kind}{shape}"
+
+    def rows(self) -> dict[str, str]:
+        """Return the rows of the report's table: the model, data and devices of the run."""
+        weights = f"{self.parameters:,} parameters in {self.dtype}"
+        return {
+            "command": self.command,
+            "model": f"{self.pretrained or 'from random weights'}: {weights}",
+            "backend": f"{self.backend}, attention {self.attention}",
+            "mesh": self.used_mesh,
+            "versions": ", ".join(f"{name} {value}" for name, value in self.versions.items()),
+        }
