@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from torchprime.checkpoint.export import export_hf
+from torchprime.checkpoint.hf.card import CardFacts
+from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.checkpoint.proof.certificate import certify, read_certificate
 from torchprime.checkpoint.proof.logits import PromptLogits, decoder_logits, encode_prompts
 from torchprime.errors import CheckpointError
@@ -43,9 +45,8 @@ def export(files: ModelFiles, out: Path) -> dict[str, tuple[bool | None, str]]:
     """Check and export a model as a run does after no step; the certificate's checks."""
     exporter = Exporter(
         files,
-        dtype=torch.float32,
-        max_shard_bytes=10**9,
-        card_facts={"base_model": str(files.folder)},
+        layout=WeightLayout(files.shapes, torch.float32, 10**9),
+        card=CardFacts(base_model=str(files.folder)),
         template=None,
         stop_ids=[files.tokenizer.eos_id],
         fingerprints={},
@@ -58,9 +59,9 @@ def export(files: ModelFiles, out: Path) -> dict[str, tuple[bool | None, str]]:
     logits = decoder_logits(files.hf_config, tensor_of, torch.float32, ids)
     result = export_hf(
         out,
-        **exporter._small_files(facts),
+        exporter.hf_folder(),
+        card=facts.card_text(),
         weights=((name, tensor_of(name)) for name in files.shapes),
-        max_shard_bytes=10**9,
         certify=partial(
             certify,
             facts=facts,

@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, GenerationConfig, logging
 
+from torchprime.checkpoint.hf.card import CardFacts
+from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.errors import CheckpointError, UserError
 from torchprime.training.run.export import Exporter
 from torchprime.training.setup.model_files import find_model, pretrained_tensors
@@ -96,9 +98,8 @@ def look(folder: Path, out: Path) -> list[str]:
     pretrained_tensors(files, torch.float32)
     exporter = Exporter(
         files,
-        dtype=torch.float32,
-        max_shard_bytes=10**9,
-        card_facts={"base_model": str(folder)},
+        layout=WeightLayout(files.shapes, torch.float32, 10**9),
+        card=CardFacts(base_model=str(folder)),
         template=None,
         stop_ids=[files.tokenizer.eos_id],
         fingerprints={},

@@ -1,6 +1,6 @@
 """The export of a run's checkpoint to a Hugging Face folder, without the run, its rows or a device.
 
-A checkpoint holds the small files of an export and its facts (hf/, see hf_files). They are copied,
+A checkpoint holds the small files of an export and its facts (hf/export_facts.py). They are copied,
 and the weights are read from the shards one at a time. The result is byte for byte the export
 that the run itself would have made of these weights, and needs host memory for one tensor only.
 Only the certificate differs: there is no trainer to compute logits, so our decoder computes them
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from torchprime.checkpoint.export import ExportResult, write_export, write_weights
-from torchprime.checkpoint.hf.files import CARD, FACTS, ExportFacts, read_facts
+from torchprime.checkpoint.hf.export_facts import FACTS, ExportFacts, read_facts
+from torchprime.checkpoint.hf.folder import CARD
 from torchprime.checkpoint.hf.portable_config import both_dtype_spellings
 from torchprime.checkpoint.hf.read import INDEX, SafetensorsReader
 from torchprime.checkpoint.places import ExportPlace
@@ -128,14 +129,12 @@ def export_checkpoint(
             place,
             small_files=partial(_copy_small_files, kept, written, facts),
             weights=((weight, tensor_of(weight)) for weight in facts.spec),
-            spec=facts.spec,
-            dtype=facts.dtype,
-            max_shard_bytes=facts.max_shard_bytes,
+            layout=facts.layout,
             certify=lambda folder, hashes: certify(
                 folder,
                 hashes,
                 facts=facts,
-                origin=f"{name} of {_run(facts)}",
+                origin=f"{name} of {facts.source}",
                 trained=_decoder_logits(folder, facts, tensor_of),
                 base=_base(facts, base),
             ),
@@ -178,20 +177,15 @@ def add_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> Certific
         weights: (HF name, tensor), each once; taken one at a time and not kept.
     """
     facts = read_facts(folder / FACTS)
-    hashes = write_weights(folder, weights, facts.spec, facts.dtype, facts.max_shard_bytes)
+    hashes = write_weights(folder, weights, facts.layout)
     return certify(
         folder,
         hashes,
         facts=facts,
-        origin=f"a checkpoint of {_run(facts)}",
+        origin=f"a checkpoint of {facts.source}",
         trained="training went on meanwhile",
         base="training went on meanwhile; `torchprime verify DIR --base FOLDER` compares them",
     )
-
-
-def _run(facts: ExportFacts) -> str:
-    made = "random weights" if facts.base_model is None else facts.base_model
-    return f"a run from {made}" + ("" if facts.step is None else f" after {facts.step} updates")
 
 
 # Content of the checkpoint ------------------------------------------------------------------------
@@ -254,8 +248,7 @@ def _decoder_logits(
     it can't."""
     config = read_json(folder / "config.json")
     architecture = architecture_from_hf(config)
-    parameters = sum(torch.Size(shape).numel() for shape in facts.spec.values())
-    if reason := no_room(parameters, facts.dtype):
+    if reason := no_room(facts.layout.num_parameters, facts.dtype):
         return reason
     longest = min(PROMPT_TOKENS, architecture.max_position_embeddings)
     ids = encode_prompts(folder / "tokenizer.json", longest=longest)

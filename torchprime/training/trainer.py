@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from torchprime.checkpoint.from_checkpoint import export_checkpoint
+from torchprime.checkpoint.hf.card import CardFacts
 from torchprime.checkpoint.hf.source import hub_name
+from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.checkpoint.places import ExportPlace, LocalPlace
 from torchprime.checkpoint.room import Need, require_room
 from torchprime.checkpoint.run.catalog import Catalog
@@ -213,18 +215,17 @@ class Trainer:
         c = self.config
         self.exporter = Exporter(
             self.files,
-            dtype=self.dtype,
-            max_shard_bytes=int(c.task.max_shard_size_gb * 1e9),
-            card_facts={
-                "name": c.run_name,
-                "base_model": c.model.pretrained_model,
-                "dataset": self.rows.report.source,
-                "hub_model": hub_name(c.model.pretrained_model),
-                "hub_datasets": self.rows.sources.hub_names(),
-                "command": run_folder.command(),
-                "parameters": self.files.num_parameters,
-                "versions": run_folder.versions(),
-            },
+            layout=WeightLayout(self.files.shapes, self.dtype, int(c.task.max_shard_size_gb * 1e9)),
+            card=CardFacts(
+                name=c.run_name,
+                base_model=c.model.pretrained_model,
+                dataset=self.rows.report.source,
+                hub_model=hub_name(c.model.pretrained_model),
+                hub_datasets=tuple(self.rows.sources.hub_names()),
+                command=run_folder.command(),
+                parameters=self.files.num_parameters,
+                versions=run_folder.versions(),
+            ),
             # Only a template used in training replaces the tokenizer's own one.
             template=self.template if self.rows.report.has_chats else None,
             stop_ids=self.stop_ids,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from torchprime.checkpoint.hf.folder import HfFolder
 from torchprime.checkpoint.hf.read import SafetensorsReader
+from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.checkpoint.run.manifest import STEP, Manifest
 from torchprime.checkpoint.run.shards import TensorShards, write_shards
 from torchprime.checkpoint.run.storage import MANIFEST, FolderWriter, Storage
@@ -136,23 +138,36 @@ def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
 
 
 @pytest.fixture
-def export(tokenizer_folder: Path):
+def make_hf_folder(tokenizer_folder: Path) -> Callable[..., HfFolder]:
+    """Return the folder of a tiny checkpoint's export, with changes to its fields or its
+    layout's."""
+
+    def make(checkpoint: TinyCheckpoint, **changes: Any) -> HfFolder:
+        fields: dict[str, Any] = dict(
+            spec=checkpoint.spec,
+            dtype=torch.float32,
+            max_shard_bytes=10**9,
+            config=checkpoint.config,
+            generation_config=None,
+            tokenizer_folder=tokenizer_folder,
+            eos_token_id=STOP,
+        )
+        fields |= changes
+        layout = WeightLayout(*(fields.pop(name) for name in ("spec", "dtype", "max_shard_bytes")))
+        return HfFolder(layout=layout, **fields)
+
+    return make
+
+
+@pytest.fixture
+def export(make_hf_folder: Callable[..., HfFolder]):
     """Call export_hf with everything but the target and the checkpoint filled in."""
     from torchprime.checkpoint.export import export_hf
 
-    def run(out: Path, checkpoint: TinyCheckpoint, **changes: Any):
-        arguments: dict[str, Any] = dict(
-            weights=checkpoint.reader.weights(checkpoint.spec),
-            spec=checkpoint.spec,
-            config=checkpoint.config,
-            dtype=torch.float32,
-            tokenizer_folder=tokenizer_folder,
-            eos_token_id=STOP,
-            generation_config=None,
-            card="# card\n",
-            max_shard_bytes=10**9,
-        )
-        return export_hf(out, **{**arguments, **changes})
+    def run(out: Path, checkpoint: TinyCheckpoint, *, weights=None, certify=None, **changes: Any):
+        folder = make_hf_folder(checkpoint, **changes)
+        weights = checkpoint.reader.weights(checkpoint.spec) if weights is None else weights
+        return export_hf(out, folder, card="# card\n", weights=weights, certify=certify)
 
     return run
 

@@ -242,36 +242,22 @@ def test_full_disk_is_said_before_anything_is_written(llama, export, tmp_path, m
     ],
 )
 def test_reasons_to_refuse_are_known_before_training(
-    llama, tokenizer_folder, tmp_path, change, message
+    llama, make_hf_folder, tmp_path, change, message
 ):
-    arguments = dict(
-        spec=llama.spec,
-        config=llama.config,
-        dtype=torch.bfloat16,
-        tokenizer_folder=tokenizer_folder,
-        eos_token_id=0,
-        generation_config=None,
-        max_shard_bytes=10**9,
-    )
+    def check() -> None:
+        folder = make_hf_folder(llama, **{"dtype": torch.bfloat16, **change})
+        check_export(tmp_path / "out", folder)
+
     if message is None:
-        check_export(tmp_path / "out", **{**arguments, **change})
+        check()
     else:
         with pytest.raises(CheckpointError, match=message):
-            check_export(tmp_path / "out", **{**arguments, **change})
+            check()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_foreign_tokenizer_on_qwen2_is_refused_before_training(tmp_path, tokenizer_folder, llama):
+def test_foreign_tokenizer_on_qwen2_is_refused_before_training(tmp_path, make_hf_folder, llama):
     """AutoTokenizer (and so vLLM) replaces its pre-tokenizer: digits would merge."""
     config = {**llama.config, "model_type": "qwen2", "rope_parameters": {"rope_theta": 1e4}}
     with pytest.raises(CheckpointError, match="read wrongly by transformers' AutoTokenizer"):
-        check_export(
-            tmp_path / "out",
-            spec=llama.spec,
-            config=config,
-            dtype=torch.float32,
-            tokenizer_folder=tokenizer_folder,
-            eos_token_id=0,
-            generation_config=None,
-            max_shard_bytes=10**9,
-        )
+        check_export(tmp_path / "out", make_hf_folder(llama, config=config))

@@ -4,7 +4,6 @@ checkpoint lies and however its tensors are cut."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import weakref
 from collections.abc import Callable
@@ -17,7 +16,9 @@ import transformers
 
 from torchprime.checkpoint.export import export_hf
 from torchprime.checkpoint.from_checkpoint import add_weights, export_checkpoint, find_checkpoint
-from torchprime.checkpoint.hf.files import FACTS, ExportFacts, read_facts, write_hf_files
+from torchprime.checkpoint.hf.card import CardFacts
+from torchprime.checkpoint.hf.export_facts import FACTS, ExportFacts
+from torchprime.checkpoint.hf.folder import HfFolder
 from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.proof.recheck import recheck
 from torchprime.checkpoint.proof.verify import load_transformers
@@ -42,23 +43,21 @@ def facts_of(checkpoint, **changes: Any) -> ExportFacts:
         base_model="some/model",
         base_folder=str(checkpoint.folder),
         step=7,
-        card={"name": "tuned", "base_model": "some/model", "versions": {"torch": "2"}},
+        card=CardFacts(name="tuned", base_model="some/model", versions={"torch": "2"}),
         metrics={"train loss of the last step": 1.25},
         fingerprints={"data": "d" * 64},
     )
     return ExportFacts(**{**fields, **changes})
 
 
-def small_files(checkpoint, facts: ExportFacts, tokenizer_folder: Path) -> dict[str, Any]:
-    """As a run has them: `write_hf_files`' arguments."""
-    return dict(
-        spec=checkpoint.spec,
+def hf_folder(checkpoint, facts: ExportFacts, tokenizer_folder: Path) -> HfFolder:
+    """The folder that a run would export."""
+    return HfFolder(
+        layout=facts.layout,
         config=checkpoint.config,
-        dtype=facts.dtype,
+        generation_config={"temperature": 0.5},
         tokenizer_folder=tokenizer_folder,
         eos_token_id=0,
-        generation_config={"temperature": 0.5},
-        card=facts.card_text(),
     )
 
 
@@ -94,7 +93,8 @@ def save(run_checkpoint, tokenizer_folder) -> Callable[..., None]:
         with storage.create(name) as writer:
             write_shards(writer, [halves(key, tensor) for key, tensor in tensors.items()])
             with writer.local_folder("hf") as folder:
-                write_hf_files(folder, **small_files(checkpoint, facts, tokenizer_folder))
+                small = hf_folder(checkpoint, facts, tokenizer_folder)
+                small.write_small_files(folder, facts.card_text())
                 write_json(folder / FACTS, facts.to_dict())
                 keep(folder)
             run_checkpoint.finish(writer)
@@ -110,9 +110,9 @@ def at_the_end(tokenizer_folder) -> Callable[..., Path]:
         facts = facts or facts_of(checkpoint)
         return export_hf(
             out,
-            **small_files(checkpoint, facts, tokenizer_folder),
+            hf_folder(checkpoint, facts, tokenizer_folder),
+            card=facts.card_text(),
             weights=weights.items(),
-            max_shard_bytes=facts.max_shard_bytes,
         ).folder
 
     return run
@@ -163,9 +163,9 @@ def test_templates_in_no_order_stay_as_the_run_wrote_them(
     folder.mkdir()
     (folder / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    original = small_files
+    original = hf_folder
     monkeypatch.setitem(
-        globals(), "small_files", lambda checkpoint, facts, _: original(checkpoint, facts, folder)
+        globals(), "hf_folder", lambda checkpoint, facts, _: original(checkpoint, facts, folder)
     )
     weights = trained(llama)
     save(local, llama, weights)
@@ -338,29 +338,6 @@ def test_a_missing_weight_is_named(local, llama, save, tmp_path) -> None:
     with pytest.raises(CheckpointError, match="no tensor model.model.norm.weight"):
         export_checkpoint(local, NAME, tmp_path / "out", say=lambda line: None)
     assert not list(tmp_path.glob("*out*"))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{}", "format None"),
-        ('{"format_version": 9}', "format 9"),
-        ('{"format_version": 1, "dtype": "float32"}', "does not hold an export's facts"),
-        ("[", "cannot be read as JSON"),
-    ],
-)
-def test_facts_that_cannot_be_read(tmp_path, content, message) -> None:
-    (tmp_path / FACTS).write_text(content)
-    with pytest.raises(CheckpointError, match=message):
-        read_facts(tmp_path / FACTS)
-
-
-def test_facts_survive_being_written(tmp_path, llama) -> None:
-    facts = facts_of(llama, template=hashlib.sha256(b"x").hexdigest())
-    write_json(tmp_path / FACTS, facts.to_dict())
-    found = read_facts(tmp_path / FACTS)
-    assert dataclasses.asdict(found) == dataclasses.asdict(facts)
-    assert list(found.spec) == list(llama.spec)  # the order of the files
 
 
 # Which checkpoint ---------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchprime.checkpoint.export import export_hf
-from torchprime.checkpoint.hf.files import FACTS, ExportFacts, write_hf_files
+from torchprime.checkpoint.hf.export_facts import FACTS, ExportFacts
+from torchprime.checkpoint.hf.folder import HfFolder
 from torchprime.checkpoint.proof.certificate import certify
 from torchprime.checkpoint.proof.logits import PromptLogits, encode_prompts
 from torchprime.checkpoint.run.manifest import Manifest
@@ -77,15 +78,13 @@ def facts(base: Path, tuned: dict[str, torch.Tensor]) -> ExportFacts:
     )
 
 
-def small_files(base: Path, byte_level: Tokenizer, facts: ExportFacts) -> dict:
-    return dict(
-        spec=facts.spec,
+def hf_folder(base: Path, byte_level: Tokenizer, facts: ExportFacts) -> HfFolder:
+    return HfFolder(
+        layout=facts.layout,
         config=json.loads((base / "config.json").read_text()),
-        dtype=facts.dtype,
+        generation_config=None,
         tokenizer_folder=byte_level.folder,
         eos_token_id=STOP,
-        generation_config=None,
-        card=facts.card_text(),
     )
 
 
@@ -104,9 +103,9 @@ def made(base: Path, tuned, facts: ExportFacts, byte_level: Tokenizer, tmp_path_
         logits = model(torch.as_tensor(ids)).logits.numpy()
     return export_hf(
         tmp_path_factory.mktemp("made") / "exported",
-        **small_files(base, byte_level, facts),
+        hf_folder(base, byte_level, facts),
+        card=facts.card_text(),
         weights=tuned.items(),
-        max_shard_bytes=facts.max_shard_bytes,
         certify=partial(
             certify,
             facts=facts,
@@ -131,7 +130,7 @@ def checkpoints(
     with storage.create("step_00000009") as writer:
         write_shards(writer, [shards(f"model.{name}", tensor) for name, tensor in tuned.items()])
         with writer.local_folder("hf") as folder:
-            write_hf_files(folder, **small_files(base, byte_level, facts))
+            hf_folder(base, byte_level, facts).write_small_files(folder, facts.card_text())
             write_json(folder / FACTS, facts.to_dict())
         manifest = Manifest(
             backend="test",

@@ -20,7 +20,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from torchprime.checkpoint.hf.files import ExportFacts
+from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.hf.write import tensor_hash
 from torchprime.checkpoint.proof.certificate import certify

@@ -8,62 +8,128 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from keyword import iskeyword
 from typing import Any
 
+from torchprime.checkpoint.field_kinds import (
+    TEXT,
+    Kind,
+    Table,
+    check_fields,
+    count,
+    list_of,
+    or_null,
+    texts_to,
+)
 from torchprime.checkpoint.hf.source import HUB_NAME
 from torchprime.text.markdown_text import block, code, inline, table
 
+CARD_FIELDS: Table = {
+    **dict.fromkeys(("name", "base_model", "dataset", "hub_model"), or_null(TEXT)),
+    "hub_datasets": list_of(TEXT, "a list of names"),
+    "command": or_null(TEXT),
+    "parameters": or_null(count()),
+    "versions": texts_to(TEXT),
+    "chat": Kind("true or false", lambda v: isinstance(v, bool)),
+}
 
-def model_card(facts: Mapping[str, Any]) -> str:
-    """Return the card's text; facts that are not given are left out.
+
+@dataclass(frozen=True)
+class CardFacts:
+    """The facts of a run that its model card shows. The card leaves out unknown ones.
+
+    Attributes:
+        base_model: as the config names it; None when training began from random weights.
+        hub_model: the base model's name on the hub, if it came from there.
+        hub_datasets: the names of the data sets that came from the hub.
+        command: the run's command line, quoted for a shell.
+        chat: true if the model has a chat template.
+    """
+
+    name: str | None = None
+    base_model: str | None = None
+    dataset: str | None = None
+    hub_model: str | None = None
+    hub_datasets: tuple[str, ...] = ()
+    command: str | None = None
+    parameters: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    chat: bool = False
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str) -> CardFacts:
+        """Return the facts that a JSON object holds; fields that are not known are ignored.
+
+        Args:
+            where: the field that holds the object, for messages.
+
+        Raises:
+            ValueError: a field has another type.
+        """
+        found = {**asdict(cls()), "hub_datasets": []}
+        found |= {name: value for name, value in content.items() if name in found}
+        check_fields(found, CARD_FIELDS, where)
+        return cls(**{**found, "hub_datasets": tuple(found["hub_datasets"])})
+
+
+def model_card(
+    facts: CardFacts,
+    *,
+    steps: int | None = None,
+    dtype: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> str:
+    """Return the card's text; facts that are not known are left out.
 
     Args:
-        facts: `name`, `base_model`, `dataset`, `command`, `steps`, `parameters`, `dtype` as text or
-            numbers; `hub_model` and `hub_datasets`, the names of those that came from the hub;
-            `metrics` and `versions` as mappings; `chat` true if it has a chat template;
-            `template_options` that this was given while training.
+        steps: updates made.
+        dtype: of the weights.
+        metrics: the last values.
+        template_options: what else the chat template was given in training.
     """
-    name = str(facts.get("name") or "model")
+    name = facts.name or "model"
+    rows = {
+        "base model": facts.base_model,
+        "dataset": facts.dataset,
+        "steps": steps,
+        "parameters": facts.parameters,
+        "dtype": dtype,
+    }
     sections = [
         _front_matter(facts),
         f"# {inline(name)}\n\n{_summary(facts)}",
-        _table("Training", _training_rows(facts)),
-        _table("Final metrics", facts.get("metrics") or {}),
-        _command(facts),
-        _table("Versions", facts.get("versions") or {}),
-        _usage(name, bool(facts.get("chat")), facts.get("template_options") or {}),
+        _table("Training", {key: value for key, value in rows.items() if value is not None}),
+        _table("Final metrics", metrics or {}),
+        _command(facts.command),
+        _table("Versions", facts.versions),
+        _usage(name, facts.chat, template_options or {}),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(facts: Mapping[str, Any]) -> str:
+def _front_matter(facts: CardFacts) -> str:
     """Return the YAML front matter, which hubs read. It names only models and datasets from the
     hub: a hub links each name, and a local path would be a broken link or somebody else's model."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines += [f"base_model: {name}" for name in _hub_names([facts.get("hub_model")])]
-    if names := _hub_names(facts.get("hub_datasets")):
+    lines += [f"base_model: {name}" for name in _hub_names([facts.hub_model or ""])]
+    if names := _hub_names(facts.hub_datasets):
         lines += ["datasets:", *(f"- {name}" for name in names)]
     return "\n".join([*lines, "tags:", "- torchprime", "---"])
 
 
-def _hub_names(given: Any) -> list[str]:
+def _hub_names(given: Iterable[str]) -> list[str]:
     """Return the names that have the form of a hub name, quoted for YAML."""
-    given = given if isinstance(given, list) else []
-    return [json.dumps(n) for n in given if isinstance(n, str) and HUB_NAME.fullmatch(n)]
+    return [json.dumps(name) for name in given if HUB_NAME.fullmatch(name)]
 
 
-def _summary(facts: Mapping[str, Any]) -> str:
-    base = facts.get("base_model")
-    start = f"Fine-tuned from {code(str(base))}" if base else "Trained from scratch"
-    data = f" on {code(str(facts['dataset']))}" if facts.get("dataset") else ""
+def _summary(facts: CardFacts) -> str:
+    base = facts.base_model
+    start = f"Fine-tuned from {code(base)}" if base else "Trained from scratch"
+    data = f" on {code(facts.dataset)}" if facts.dataset else ""
     return f"{start}{data} with torchprime (PyTorch/XLA)."
-
-
-def _training_rows(facts: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("base_model", "dataset", "steps", "parameters", "dtype")
-    return {key.replace("_", " "): facts[key] for key in keys if facts.get(key) is not None}
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:
@@ -79,9 +145,8 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
-def _command(facts: Mapping[str, Any]) -> str:
-    command = facts.get("command")
-    return "\n".join(["## Command", "", *block(str(command), "bash")]) if command else ""
+def _command(command: str | None) -> str:
+    return "\n".join(["## Command", "", *block(command, "bash")]) if command else ""
 
 
 def _argument(name: str, value: Any) -> str:

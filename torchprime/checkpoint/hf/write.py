@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from torchprime.checkpoint.hf.read import DTYPES, INDEX, SINGLE
@@ -37,32 +36,54 @@ class Shard:
         return max((end for _, end in self.places.values()), default=0)
 
 
-def plan_shards(
-    spec: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int
-) -> list[Shard]:
-    """Assign tensors to files in the order of `spec` up to the size limit; a larger tensor gets its
-    own file."""
-    if max_shard_bytes <= 0:
-        raise CheckpointError(
-            f"A shard's size limit must be above 0 bytes, not {max_shard_bytes}; set "
-            "task.max_shard_size_gb to e.g. 5.0."
-        )
-    groups: list[dict[str, tuple[int, int]]] = [{}]
-    used = 0
-    for name, shape in spec.items():
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if groups[-1] and used + size > max_shard_bytes:
-            groups.append({})
-            used = 0
-        groups[-1][name] = (used, used + size)
-        used += size
-    if len(groups) == 1:
-        return [Shard(SINGLE, groups[0])]
-    total = len(groups)
-    return [
-        Shard(f"model-{number:05d}-of-{total:05d}.safetensors", places)
-        for number, places in enumerate(groups, start=1)
-    ]
+@dataclass(frozen=True)
+class WeightLayout:
+    """The weights of an export and their split into files.
+
+    Attributes:
+        spec: name -> shape of every weight, in the order wanted in the files. Tied: no lm_head.
+        dtype: of the exported weights.
+        max_shard_bytes: the limit above which files are split.
+    """
+
+    spec: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    max_shard_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.max_shard_bytes <= 0:
+            raise CheckpointError(
+                f"A shard's size limit must be above 0 bytes, not {self.max_shard_bytes}; set "
+                "task.max_shard_size_gb to e.g. 5.0."
+            )
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.spec.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_parameters * self.dtype.itemsize
+
+    def shards(self) -> list[Shard]:
+        """Assign tensors to files in the order of `spec` up to the size limit; a larger tensor gets
+        its own file."""
+        groups: list[dict[str, tuple[int, int]]] = [{}]
+        used = 0
+        for name, shape in self.spec.items():
+            size = math.prod(shape) * self.dtype.itemsize
+            if groups[-1] and used + size > self.max_shard_bytes:
+                groups.append({})
+                used = 0
+            groups[-1][name] = (used, used + size)
+            used += size
+        if len(groups) == 1:
+            return [Shard(SINGLE, groups[0])]
+        total = len(groups)
+        return [
+            Shard(f"model-{number:05d}-of-{total:05d}.safetensors", places)
+            for number, places in enumerate(groups, start=1)
+        ]
 
 
 def index_json(shards: list[Shard]) -> dict[str, object]:
@@ -97,17 +118,11 @@ def _raw_bytes(tensor: torch.Tensor) -> memoryview:
 class ShardWriter:
     """Writer that takes tensors one at a time and puts each at its planned place."""
 
-    def __init__(
-        self,
-        folder: Path,
-        spec: Mapping[str, tuple[int, ...]],
-        dtype: torch.dtype,
-        max_shard_bytes: int,
-    ) -> None:
-        self.shards = plan_shards(spec, dtype, max_shard_bytes)
+    def __init__(self, folder: Path, layout: WeightLayout) -> None:
+        self.shards = layout.shards()
         self.hashes: dict[str, str] = {}
-        self._spec = {name: tuple(shape) for name, shape in spec.items()}
-        self._dtype = dtype
+        self._spec = {name: tuple(shape) for name, shape in layout.spec.items()}
+        self._dtype = layout.dtype
         self._places = {
             name: (shard.file, begin)
             for shard in self.shards

@@ -31,7 +31,7 @@ from torchprime.checkpoint.field_kinds import (
     or_null,
     texts_to,
 )
-from torchprime.checkpoint.hf.files import ExportFacts
+from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.portable import check_tokenizer
 from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
 from torchprime.checkpoint.hf.served_template import TrainedTemplate, check_served_template
@@ -237,7 +237,7 @@ def certify(
         dtype=facts.dtype_name,
         fingerprints=dict(facts.fingerprints),
         metrics=dict(facts.metrics),
-        versions=dict(facts.card.get("versions") or {}),
+        versions=dict(facts.card.versions),
         checks=tuple(judge(name, check, folder) for name, check in proofs),
         files=hash_folder(folder),
     )

@@ -11,17 +11,20 @@ A checkpoint stores the small files and the facts of an export, so that it can b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from torchprime.checkpoint.export import ExportResult, check_export, export_hf, export_need
 from torchprime.checkpoint.from_checkpoint import HF, add_weights
-from torchprime.checkpoint.hf.files import FACTS, ExportFacts, write_hf_files
+from torchprime.checkpoint.hf.card import CardFacts
+from torchprime.checkpoint.hf.export_facts import FACTS, ExportFacts
+from torchprime.checkpoint.hf.folder import HfFolder
+from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import certify
 from torchprime.checkpoint.proof.logits import PROMPT_TOKENS, PromptLogits, encode_prompts, no_room
@@ -42,39 +45,27 @@ class Exporter:
         self,
         files: ModelFiles,
         *,
-        dtype: torch.dtype,
-        max_shard_bytes: int,
-        card_facts: Mapping[str, Any],
+        layout: WeightLayout,
+        card: CardFacts,
         template: ChatTemplate | None,
         stop_ids: Sequence[int],
         fingerprints: Mapping[str, str | None],
         say: Callable[[str], None],
     ) -> None:
-        self.files, self.dtype, self.max_shard_bytes = files, dtype, max_shard_bytes
-        self.card_facts, self.fingerprints, self.say = card_facts, fingerprints, say
+        self.files, self.layout = files, layout
+        self.card, self.fingerprints, self.say = card, fingerprints, say
         self.template, self.stop_ids = template, stop_ids
 
     def need(self, place: ExportPlace) -> Need:
         """Return the disk space that an export there needs."""
-        return export_need(place, self.files.shapes, self.dtype, self.max_shard_bytes)
+        return export_need(place, self.layout)
 
     def check(self, out: Path | ExportPlace) -> None:
         """Raise the errors that `write` would raise about the target, before the run.
 
         What the export repairs in the source's files is said, once.
         """
-        repairs = check_export(
-            out,
-            spec=self.files.shapes,
-            config=self.files.hf_config,
-            dtype=self.dtype,
-            tokenizer_folder=self.files.tokenizer.folder,
-            eos_token_id=self.files.tokenizer.eos_id,
-            generation_config=self._generation_config(),
-            max_shard_bytes=self.max_shard_bytes,
-            chat_templates=None if self.template is None else self.template.texts,
-        )
-        for line in repairs:
+        for line in check_export(out, self.hf_folder()):
             self.say(f"note: {line}")
 
     @staticmethod
@@ -88,18 +79,18 @@ class Exporter:
         template = self.template
         folder, new_rows = self.files.folder, self.files.new_rows
         return ExportFacts(
-            spec=dict(self.files.shapes),
-            dtype=self.dtype,
-            max_shard_bytes=self.max_shard_bytes,
+            spec=dict(self.layout.spec),
+            dtype=self.layout.dtype,
+            max_shard_bytes=self.layout.max_shard_bytes,
             stop_ids=tuple(sorted({self.files.tokenizer.eos_id, *self.stop_ids})),
             template=None if template is None else text_hash(template.text),
             tools_template=None if template is None else text_hash(template.for_tools([{}]).text),
             template_options={} if template is None else template.option_values,
-            base_model=self.card_facts.get("base_model"),
+            base_model=self.card.base_model,
             base_folder=None if folder is None else str(folder.absolute()),
             unused_rows=new_rows.unused if new_rows else (),
             step=step,
-            card={**self.card_facts, "chat": template is not None},
+            card=replace(self.card, chat=template is not None),
             metrics=dict(metrics),
             fingerprints=dict(self.fingerprints),
         )
@@ -108,7 +99,7 @@ class Exporter:
         """Write the part of an export that a checkpoint stores: the facts and all files but the
         weights."""
         facts = self.facts(step, metrics)
-        write_hf_files(folder, **self._small_files(facts))
+        self.hf_folder().write_small_files(folder, facts.card_text())
         write_json(folder / FACTS, facts.to_dict())
 
     def keep(
@@ -121,8 +112,7 @@ class Exporter:
             if not weights:
                 return
             with TensorReader(*writer.where) as reader:
-                names = self.files.shapes
-                found = ((name, reader.get(f"model.{name}")) for name in names)
+                found = ((name, reader.get(f"model.{name}")) for name in self.layout.spec)
                 certificate = add_weights(folder, found)
         if certificate.failed:  # no reason to lose the checkpoint, which does not need them
             told = "; ".join(f"{check.name}: {check.detail}" for check in certificate.failed)
@@ -190,32 +180,28 @@ class Exporter:
         facts: ExportFacts,
         trained: PromptLogits | str,
     ) -> ExportResult:
-        made = "random weights" if facts.base_model is None else facts.base_model
-        after = "" if facts.step is None else f" after {facts.step} updates"
         return export_hf(
             place,
-            **self._small_files(facts),
+            self.hf_folder(),
+            card=facts.card_text(),
             weights=weights,
-            max_shard_bytes=self.max_shard_bytes,
             certify=partial(
                 certify,
                 facts=facts,
-                origin=f"a run from {made}{after}, at its end",
+                origin=f"{facts.source}, at its end",
                 trained=trained,
                 base=self.files.folder,
             ),
         )
 
-    def _small_files(self, facts: ExportFacts) -> dict[str, Any]:
-        """Return the arguments of `write_hf_files`."""
-        return dict(
-            spec=self.files.shapes,
+    def hf_folder(self) -> HfFolder:
+        """Return the folder that an export writes."""
+        return HfFolder(
+            layout=self.layout,
             config=self.files.hf_config,
-            dtype=self.dtype,
+            generation_config=self._generation_config(),
             tokenizer_folder=self.files.tokenizer.folder,
             eos_token_id=self.files.tokenizer.eos_id,
-            generation_config=self._generation_config(),
-            card=facts.card_text(),
             chat_templates=None if self.template is None else self.template.texts,
         )
 
@@ -236,7 +222,7 @@ class Exporter:
 
         Room is one host's matter, so several processes compute them all the same.
         """
-        reason = no_room(self.files.num_parameters, self.dtype)
+        reason = no_room(self.layout.num_parameters, self.layout.dtype)
         if reason and backend.processes.count == 1:
             return reason
         logits = np.stack([backend.logits(ids).numpy() for ids in self._prompts.tolist()])

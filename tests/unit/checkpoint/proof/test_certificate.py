@@ -19,7 +19,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from torchprime.checkpoint.hf.files import ExportFacts
+from torchprime.checkpoint.hf.card import CardFacts
+from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.write import tensor_hash
 from torchprime.checkpoint.proof.certificate import Certificate, certify, read_certificate
 from torchprime.checkpoint.proof.logits import PROMPTS, PromptLogits, encode_prompts
@@ -75,7 +76,7 @@ def facts(llama) -> ExportFacts:
         base_model="some/llama",
         base_folder=str(llama.folder),
         step=STEP,
-        card={"versions": {"torch": torch.__version__}},
+        card=CardFacts(versions={"torch": torch.__version__}),
         metrics={"loss": 1.5, "held-out loss after": float("nan")},
         fingerprints={"data": "d" * 64, "config": "c" * 64},
     )
@@ -130,7 +131,7 @@ def test_all_checks_pass_and_say_where_the_weights_come_from(certified, facts) -
     assert content["base_model"] == "some/llama" and content["dtype"] == "float32"
     assert content["fingerprints"] == facts.fingerprints
     assert content["metrics"] == {"loss": 1.5, "held-out loss after": "nan"}
-    assert content["versions"] == facts.card["versions"]
+    assert content["versions"] == facts.card.versions
     result.certificate.require(result.folder)
 
 

@@ -19,6 +19,8 @@ import tokenizers
 import torch
 from transformers import LlamaForCausalLM
 
+from torchprime.checkpoint.hf.card import CardFacts
+from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.checkpoint.proof.certificate import read_certificate
 from torchprime.checkpoint.proof.recheck import recheck
 from torchprime.checkpoint.proof.verify import load_transformers
@@ -226,9 +228,8 @@ def exporter(done: Path, tiny: Path) -> Exporter:
     )
     return Exporter(
         files,
-        dtype=torch.float32,
-        max_shard_bytes=10**9,
-        card_facts={},
+        layout=WeightLayout(files.shapes, torch.float32, 10**9),
+        card=CardFacts(),
         template=None,
         stop_ids=[],
         fingerprints={},

@@ -1,14 +1,13 @@
-"""The small files of an export, and the other facts that an export needs besides the weights.
+"""The facts that an export needs besides the weights and the small files (hf/export.json).
 
-An export at the end of a run writes the small files beside the weights. A checkpoint stores the
-same files and the facts (`hf/`), so that it can be exported later without the run, its rows or a
-device. The result is the same, byte for byte.
+An export at the end of a run writes the small files beside the weights (hf/folder.py). A checkpoint
+stores the same files and these facts (`hf/`), so that it can be exported later without the run, its
+rows or a device. The result is the same, byte for byte.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,20 +25,14 @@ from torchprime.checkpoint.field_kinds import (
     or_null,
     texts_to,
 )
-from torchprime.checkpoint.hf.card import model_card
-from torchprime.checkpoint.hf.portable import write_tokenizer
-from torchprime.checkpoint.hf.portable_config import portable_config, portable_generation_config
+from torchprime.checkpoint.hf.card import CardFacts, model_card
 from torchprime.checkpoint.hf.served_template import TrainedTemplate
-from torchprime.checkpoint.hf.write import CODES
+from torchprime.checkpoint.hf.write import CODES, WeightLayout
 from torchprime.errors import CheckpointError
-from torchprime.files.atomic import write_json, write_text
 from torchprime.files.json_files import read_json
 
 FACTS = "export.json"
 FACTS_VERSION = 1
-CARD = "README.md"
-
-Spec = Mapping[str, tuple[int, ...]]
 
 MOST_DIMS = 16
 SHAPE = list_of(count(), "sizes")
@@ -79,7 +72,7 @@ class ExportFacts:
         base_folder: where its weights lay.
         unused_rows: rows of the base's embeddings that were initialized for new tokens.
         step: updates made; None if unknown.
-        card: facts for the model card; see `model_card`.
+        card: facts for the model card.
         metrics: the last values.
         fingerprints: of data, config, tokenizer, ...
     """
@@ -95,13 +88,24 @@ class ExportFacts:
     base_folder: str | None = None
     unused_rows: tuple[int, ...] = ()
     step: int | None = None
-    card: dict[str, Any] = field(default_factory=dict)
+    card: CardFacts = field(default_factory=CardFacts)
     metrics: dict[str, Any] = field(default_factory=dict)
     fingerprints: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def layout(self) -> WeightLayout:
+        """The weights and their split into files."""
+        return WeightLayout(self.spec, self.dtype, self.max_shard_bytes)
+
+    @property
+    def source(self) -> str:
+        """The run, named by its base model and its updates, for people."""
+        made = "random weights" if self.base_model is None else self.base_model
+        return f"a run from {made}" + ("" if self.step is None else f" after {self.step} updates")
 
     def trained_template(self) -> TrainedTemplate | None:
         """Return the chat template that was used in training, for the check of the export."""
@@ -112,9 +116,13 @@ class ExportFacts:
 
     def card_text(self) -> str:
         """Return the text of README.md."""
-        more = {"steps": self.step, "dtype": self.dtype_name, "metrics": self.metrics}
-        more["template_options"] = self.template_options
-        return model_card({**self.card, **more})
+        return model_card(
+            self.card,
+            steps=self.step,
+            dtype=self.dtype_name,
+            metrics=self.metrics,
+            template_options=self.template_options,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         content = dataclasses.asdict(self)
@@ -142,6 +150,7 @@ def read_facts(path: Path) -> ExportFacts:
         content["dtype"] = getattr(torch, content["dtype"])
         content["stop_ids"] = tuple(content["stop_ids"])
         content["unused_rows"] = tuple(content["unused_rows"])
+        content["card"] = CardFacts.from_json(content["card"], "card")
         return ExportFacts(**content)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold an export's facts: {error}.") from error
@@ -152,42 +161,3 @@ def _defaults() -> dict[str, Any]:
     needed = dict.fromkeys(("spec", "dtype", "max_shard_bytes", "stop_ids"), ())
     found = dataclasses.asdict(ExportFacts(**needed))  # type: ignore[arg-type]
     return {n: list(v) if isinstance(v, tuple) else v for n, v in found.items() if n not in needed}
-
-
-def write_hf_files(
-    folder: Path,
-    *,
-    spec: Spec,
-    config: Mapping[str, Any],
-    dtype: torch.dtype,
-    tokenizer_folder: Path,
-    eos_token_id: int,
-    generation_config: Mapping[str, Any] | None,
-    card: str,
-    chat_templates: Mapping[str, str] | None = None,
-) -> list[str]:
-    """Write all files of a Hugging Face folder except the weights.
-
-    Args:
-        spec: name -> shape of every weight. Tied: no lm_head.
-        config: the source's config.json, parsed.
-        dtype: of the weights that will be beside these files.
-        tokenizer_folder: holds tokenizer.json and what goes with it.
-        eos_token_id: the stop token that was trained.
-        generation_config: the source's generation_config.json, parsed; None if it has none.
-        card: the text of README.md.
-        chat_templates: those that were trained with, by name; None keeps the tokenizer's own.
-
-    Returns:
-        The repairs made in the source's files, as lines for the user.
-
-    Raises:
-        CheckpointError: contradicting or incomplete input.
-    """
-    exported, repairs = portable_config(config, spec, dtype, eos_token_id)
-    generation, more = portable_generation_config(generation_config, exported, eos_token_id)
-    write_json(folder / "config.json", exported)
-    write_json(folder / "generation_config.json", generation)
-    write_tokenizer(folder, tokenizer_folder, eos=eos_token_id, chat_templates=chat_templates)
-    write_text(folder / CARD, card)
-    return [*repairs, *more]
