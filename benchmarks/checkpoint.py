@@ -187,7 +187,7 @@ def training_backend(args: argparse.Namespace, reader: Any = None) -> tuple[Any,
 def make_saver(backend: Any, folder: Path, asynchronous: bool) -> Any:
     from torchprime.checkpoint.run.catalog import Catalog
     from torchprime.checkpoint.run.manifest import Manifest
-    from torchprime.checkpoint.run.storage import Storage
+    from torchprime.checkpoint.run.open_storage import open_storage
     from torchprime.training.run.saver import Retention, Saver
 
     rest = ("mesh", "config", "versions", "rng", "data_manifest")
@@ -208,7 +208,7 @@ def make_saver(backend: Any, folder: Path, asynchronous: bool) -> Any:
     )
     return Saver(
         backend,
-        Catalog(Storage.of(folder)),
+        Catalog(open_storage(folder)),
         manifest=lambda step: manifest,
         more=lambda writer, of: None,
         before_commit=lambda: None,
@@ -286,10 +286,10 @@ def available_memory() -> int:
 def run_restore(args: argparse.Namespace) -> dict[str, Any]:
     """As a resumed run: every file hashed, then the tensors placed one by one."""
     from torchprime.checkpoint.run.catalog import Catalog
+    from torchprime.checkpoint.run.open_storage import open_storage
     from torchprime.checkpoint.run.reader import CheckpointReader
-    from torchprime.checkpoint.run.storage import Storage
 
-    storage = Storage.of(args.folder / "synchronous")
+    storage = open_storage(args.folder / "synchronous")
     files = [p for p in (args.folder / "synchronous").rglob("*") if p.is_file()]
     make_backend(args)  # starts what has to be started once
     shipped_table()

@@ -10,8 +10,8 @@ import torch
 
 from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.run.catalog import Catalog
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.reader import CheckpointReader
-from torchprime.checkpoint.run.storage import Storage
 
 STEPS, EVERY = 12, 3  # the data has fewer blocks than that: an epoch ends in between
 TIMES = ("step_seconds", "supervised_tokens_per_s", "slot_tokens_per_s", "mfu", "seconds",
@@ -52,7 +52,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert ours.names() == theirs.names()
     assert all(torch.equal(ours.get(name), theirs.get(name)) for name in ours.names())
     last = [
-        CheckpointReader(Storage.of(each / "checkpoints"), Catalog.name_of(STEPS))
+        CheckpointReader(open_storage(each / "checkpoints"), Catalog.name_of(STEPS))
         for each in (folder, other)
     ]
     names = sorted(last[0].tensor_names())

@@ -47,8 +47,8 @@ from torch import Tensor  # noqa: E402
 
 from torchprime.checkpoint.hf.read import SafetensorsReader  # noqa: E402
 from torchprime.checkpoint.run.catalog import BEST, Catalog  # noqa: E402
+from torchprime.checkpoint.run.open_storage import open_storage  # noqa: E402
 from torchprime.checkpoint.run.reader import CheckpointReader  # noqa: E402
-from torchprime.checkpoint.run.storage import Storage  # noqa: E402
 from torchprime.config.entry import run_main  # noqa: E402
 from torchprime.errors import CheckpointError  # noqa: E402
 from torchprime.training.run.folder import versions  # noqa: E402
@@ -183,7 +183,7 @@ class Look(NamedTuple):
 
 def look(folder: Path) -> Look:
     """See also that every checkpoint that can be seen is whole."""
-    catalog = Catalog(Storage.of(folder / "checkpoints"))
+    catalog = Catalog(open_storage(folder / "checkpoints"))
     steps = catalog.steps()
     for step in steps:
         catalog.check(catalog.name_of(step))
@@ -227,7 +227,9 @@ def check_same(folder: Path, whole: Path) -> None:
     if records(folder) != records(whole):
         sys.exit(f"{folder}: the records differ from those of {whole}")
     name = Catalog.name_of(STEPS)
-    ours, theirs = (CheckpointReader(Storage.of(f / "checkpoints"), name) for f in (folder, whole))
+    ours, theirs = (
+        CheckpointReader(open_storage(f / "checkpoints"), name) for f in (folder, whole)
+    )
     with ours, theirs:
         if (ours.manifest.rng, ours.manifest.best_metric) != (
             theirs.manifest.rng,

@@ -20,9 +20,9 @@ import torch
 
 from torchprime.checkpoint.run.catalog import LATEST, Catalog
 from torchprime.checkpoint.run.lock import run_lock
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.reader import CheckpointReader
 from torchprime.checkpoint.run.shards import write_shards
-from torchprime.checkpoint.run.storage import Storage
 
 SHAPE = (512, 1024)
 KEEP_LAST, KEEP_BEST = 2, 1
@@ -41,7 +41,7 @@ def helpers() -> ModuleType:
 def work(folder: Path, helper: ModuleType, count: int) -> None:
     """What a run does with its checkpoints: clean, resume, then write, point, retain."""
     with run_lock(folder):
-        catalog = Catalog(Storage.of(folder / "checkpoints"))
+        catalog = Catalog(open_storage(folder / "checkpoints"))
         catalog.clean()
         newest = catalog.newest_whole(complain)
         start = look(catalog, newest) if newest else 0
@@ -100,7 +100,7 @@ def fork(folder: Path, helper: ModuleType, count: int) -> int:
 def main(folder: Path, kills: int) -> None:
     torch.set_num_threads(1)  # a forked child has no other threads
     helper, chance = helpers(), random.Random(5)
-    catalog = Catalog(Storage.of(folder / "checkpoints"))
+    catalog = Catalog(open_storage(folder / "checkpoints"))
     begin = time.monotonic()
     _, status = os.waitpid(fork(folder, helper, 4), 0)
     assert status == 0

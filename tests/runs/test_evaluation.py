@@ -22,8 +22,8 @@ from interrupted import Killed
 from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.proof.certificate import read_certificate
 from torchprime.checkpoint.run.catalog import BEST, LATEST, Catalog
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.reader import CheckpointReader
-from torchprime.checkpoint.run.storage import Storage
 from torchprime.config.entry import run_main
 from torchprime.evaluation.heldout import HeldoutLoss
 from torchprime.torch_native.train import main as native
@@ -121,7 +121,7 @@ def test_the_best_step_is_kept_and_exported(
     scripted(0.0, 0.0, 1.0, 0.0, 0.0)  # step 4 of 8
     assert run(evaluated("export.which=best")) == 0
     folder = tmp_path / "run"
-    catalog = Catalog(Storage.of(folder / "checkpoints"))
+    catalog = Catalog(open_storage(folder / "checkpoints"))
     # Of its own accord the run writes the best so far (2, then 4) and the last.
     assert catalog.steps() == [4, 8]
     assert (catalog.pointed(BEST), catalog.pointed(LATEST)) == ("step_00000004", "step_00000008")
@@ -172,7 +172,7 @@ def test_nothing_passes_the_gates(
     argv = evaluated("task.max_steps=4", "export.which=best", "selection.gates=['right >= 0.9']")
     assert run(argv) == 0
     folder = tmp_path / "run"
-    assert Catalog(Storage.of(folder / "checkpoints")).pointed(BEST) is None
+    assert Catalog(open_storage(folder / "checkpoints")).pointed(BEST) is None
     marked = read_certificate(folder / "export").metrics["selection"]
     assert marked == "no step qualifies (the last one: not right >= 0.9); the last step"
     assert marked in (folder / "export" / "README.md").read_text()
@@ -201,7 +201,7 @@ def test_early_stopping_ends_the_run_whole(
     assert [r["step"] for r in records(folder, "train")] == [1, 2, 3, 4, 5, 6]
     said = capsys.readouterr().err
     assert "early stopping after step 6: right has not improved by more than 0 in 2" in said
-    catalog = Catalog(Storage.of(folder / "checkpoints"))
+    catalog = Catalog(open_storage(folder / "checkpoints"))
     assert (catalog.pointed(BEST), catalog.pointed(LATEST)) == ("step_00000002", "step_00000006")
     assert "step_00000002" in read_certificate(folder / "export").origin
     assert start(argv) == 0
@@ -265,7 +265,7 @@ def test_going_back_forgets_what_came_behind(
     scripted(0.3, 0.1)  # of steps 6 and 8
     assert run_main(native, evaluated(*ALONE, "resume=4")) == 0
     assert "step_00000004" in origin_of(folder)
-    assert Catalog(Storage.of(folder / "checkpoints")).pointed(BEST) == "step_00000004"
+    assert Catalog(open_storage(folder / "checkpoints")).pointed(BEST) == "step_00000004"
     steps = [record["step"] for record in records(folder, "eval")]
     assert steps == [0, 2, 4, 6, 8]
 
@@ -303,7 +303,7 @@ def test_another_rule_chooses_anew(
     stricter = "selection.gates=['right >= 0.95']"
     assert run_main(native, evaluated(*ALONE, stricter)) == 0
     assert "no step qualifies" in read_certificate(folder / "export").metrics["selection"]
-    assert Catalog(Storage.of(folder / "checkpoints")).pointed(BEST) is None
+    assert Catalog(open_storage(folder / "checkpoints")).pointed(BEST) is None
 
 
 def test_records_that_are_gone_change_no_decision(

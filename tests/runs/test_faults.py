@@ -19,7 +19,7 @@ from interrupted import STEPS, assert_same_run, overrides, records
 
 from torchprime.checkpoint.run.catalog import Catalog
 from torchprime.checkpoint.run.manifest import read_manifest
-from torchprime.checkpoint.run.storage import Storage
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.training import trainer
 from torchprime.training.hooks.checkpoint import CheckpointHook
 from torchprime.training.run import facts
@@ -125,7 +125,7 @@ def test_a_full_disk_costs_one_checkpoint(
     ballast = small_disk / "ballast"
 
     def fill() -> None:
-        assert Catalog(Storage.of(small_disk / "run")).steps() == [3]
+        assert Catalog(open_storage(small_disk / "run")).steps() == [3]
         left = shutil.disk_usage(small_disk).free
         ballast.write_bytes(bytes(left - 20_000))
 
@@ -136,7 +136,7 @@ def test_a_full_disk_costs_one_checkpoint(
     [told] = [line for line in printed.splitlines() if "NOT written" in line]
     assert "checkpoint of step 6 NOT written" in told and "no space (0.00 GB left)" in told
     assert "checkpoint.keep_last" in told and str(small_disk) in told
-    catalog = Catalog(Storage.of(small_disk / "run"))
+    catalog = Catalog(open_storage(small_disk / "run"))
     assert catalog.steps() == [3, 9, 12]
     assert not [name for name in catalog.storage.names() if name.startswith(".")]
     shutil.copytree(small_disk / "run", folder / "checkpoints")
@@ -237,7 +237,7 @@ def test_a_place_that_becomes_read_only_keeps_what_is_there(
     printed = capsys.readouterr().err
     assert "checkpoint of step 9 NOT written: " in printed and "right to write there" in printed
     assert "error: the last checkpoint could not be written" in printed
-    catalog = Catalog(Storage.of(small_disk / "run"))
+    catalog = Catalog(open_storage(small_disk / "run"))
     assert catalog.steps() == [3, 6] and catalog.newest_whole(print) == "step_00000006"
     for kind in ("train", "eval"):
         assert records(folder, kind) == records(whole, kind), "training itself went on"
@@ -303,7 +303,7 @@ def test_a_clock_that_goes_backwards_changes_nothing(
     monkeypatch.setattr(facts, "datetime", Backwards)
     monkeypatch.setattr("time.time", lambda: 2e9 - 86400.0 * next(days))
     folder, argv = cut_short(8)
-    storage = Storage.of(folder / "checkpoints")
+    storage = open_storage(folder / "checkpoints")
     for step in (3, 6):
         for path in (folder / "checkpoints" / Catalog.name_of(step)).rglob("*"):
             os.utime(path, (2e9 - step, 2e9 - step))

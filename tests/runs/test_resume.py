@@ -20,7 +20,7 @@ from interrupted import EVERY, STEPS, Killed, assert_same_run, overrides, record
 from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.proof.certificate import hash_folder
 from torchprime.checkpoint.run.catalog import Catalog
-from torchprime.checkpoint.run.storage import Storage
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.cli.resume_check import resume_check_main
 from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
@@ -368,7 +368,7 @@ def test_a_file_asks_for_a_checkpoint(
     assert [r["step"] for r in written] == [2, 4]
     assert all(r["stall_seconds"] == r["write_seconds"] and r["bytes"] > 1e5 for r in written)
     assert not (folder / NOW_FILE).exists()
-    assert Catalog(Storage.of(folder / "checkpoints")).pointed("latest") == "step_00000004"
+    assert Catalog(open_storage(folder / "checkpoints")).pointed("latest") == "step_00000004"
 
 
 def test_what_is_kept(run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_what_is_kept(run: Run, command: Command, rows: tuple[Path, Path], tmp_p
     assert run([*argv, "task.optimizer.learning_rate=3.0"]) == 0
     losses = {r["step"]: r["eval_loss"] for r in records(folder, "eval") if r["step"]}
     best = min(losses, key=lambda step: losses[step])
-    catalog = Catalog(Storage.of(folder / "checkpoints"))
+    catalog = Catalog(open_storage(folder / "checkpoints"))
     assert catalog.steps() == sorted({best, 4, 6})
     assert catalog.pointed("best") == catalog.name_of(best)
     assert catalog.pointed("latest") == catalog.name_of(6)
@@ -400,7 +400,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_run_at_once(
     assert "error: the last checkpoint could not be written" in said
     assert [r["step"] for r in records(folder)] == [1, 2, 3, 4]
     assert SafetensorsReader(folder / "export").names()
-    assert Catalog(Storage.of(folder / "checkpoints")).steps() == []
+    assert Catalog(open_storage(folder / "checkpoints")).steps() == []
 
     stopped = tmp_path / "stopped"
     plain = CheckpointHook.before_step
@@ -421,7 +421,7 @@ def test_a_url_will_do(
     argv = command(*overrides(folder, rows[1]), place)
     allowed = "resume.allow_changes=[task.max_steps,task.lr_scheduler]"
     assert run([*argv, "task.max_steps=6"]) == 0
-    catalog = Catalog(Storage.of("memory://bucket/checkpoints/run"))
+    catalog = Catalog(open_storage("memory://bucket/checkpoints/run"))
     assert catalog.steps() == [3, 6]
     shutil.rmtree(folder / "export")
     assert run([*argv, allowed]) == 0

@@ -40,6 +40,7 @@ from torchprime.checkpoint.proof.logits import (
     no_room,
 )
 from torchprime.checkpoint.run.catalog import BEST, LATEST, Catalog
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.reader import CheckpointReader
 from torchprime.checkpoint.run.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
@@ -67,7 +68,7 @@ def find_checkpoint(place: str, say: Callable[[str], None]) -> tuple[Storage, st
     """
     place = place.rstrip("/")
     parent, _, name = (place if "://" in place else str(Path(place).absolute())).rpartition("/")
-    storage = Storage.of(parent)
+    storage = open_storage(parent)
     catalog = Catalog(storage)
     if name in (LATEST, BEST) and storage.exists(name):
         name = _pointed(catalog, name)
@@ -75,7 +76,7 @@ def find_checkpoint(place: str, say: Callable[[str], None]) -> tuple[Storage, st
         catalog.check(name)
         return storage, name
     for folder in (place, f"{place}/{CHECKPOINTS}"):
-        storage = Storage.of(folder)
+        storage = open_storage(folder)
         if (newest := Catalog(storage).newest_whole(say)) is not None:
             say(f"the newest whole checkpoint in {folder} is {newest}")
             return storage, newest

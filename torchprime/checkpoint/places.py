@@ -27,14 +27,10 @@ from torchprime.checkpoint.proof.certificate import (
     hash_folder,
     read_certificate,
 )
-from torchprime.checkpoint.run.storage import (
-    FORBIDDEN,
-    FULL,
-    LocalStorage,
-    Storage,
-    UrlStorage,
-    existing_part,
-)
+from torchprime.checkpoint.run.local_storage import LocalStorage, existing_part
+from torchprime.checkpoint.run.open_storage import open_storage
+from torchprime.checkpoint.run.storage import FORBIDDEN, FULL
+from torchprime.checkpoint.run.url_storage import UrlStorage
 from torchprime.errors import CheckpointError
 from torchprime.files.atomic import atomic_folder, refuse_used_folder
 from torchprime.files.hashing import FileFacts, hash_file, sha256_of
@@ -64,7 +60,7 @@ class ExportPlace(ABC):
         """
         if isinstance(place, ExportPlace):
             return place
-        storage = Storage.of(place)
+        storage = open_storage(place)
         if isinstance(storage, UrlStorage):
             return UrlPlace(storage, scratch)
         assert isinstance(storage, LocalStorage)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torchprime.checkpoint.run.storage import existing_part
+from torchprime.checkpoint.run.local_storage import existing_part
 from torchprime.errors import CheckpointError
 
 

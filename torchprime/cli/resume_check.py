@@ -17,7 +17,7 @@ import yaml
 
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.run.catalog import Catalog
-from torchprime.checkpoint.run.storage import Storage
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.cli.shared.data import load
 from torchprime.config.compose import SCHEMA_NODE, compose_config, is_group
@@ -61,7 +61,7 @@ def _check(given: argparse.Namespace) -> int:
             f"RUN: {run} holds no {CONFIG}, expected a run's folder, <output_dir>/<run_name>."
         )
     config = _config(run, given.config_name, given.config_dir, given.overrides)
-    catalog = Catalog(Storage.of(resuming.checkpoints_place(run, config.checkpoint.folder)))
+    catalog = Catalog(open_storage(resuming.checkpoints_place(run, config.checkpoint.folder)))
     resuming.may_go_on(config.resume.source, run, catalog)
     point = resuming.find_point(config.resume.source, catalog, _say)
     if point is None:

@@ -25,9 +25,11 @@ from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.checkpoint.places import ExportPlace, LocalPlace
 from torchprime.checkpoint.room import Need, require_room
 from torchprime.checkpoint.run.catalog import Catalog
+from torchprime.checkpoint.run.local_storage import LocalStorage
 from torchprime.checkpoint.run.lock import run_lock
 from torchprime.checkpoint.run.manifest import Manifest
-from torchprime.checkpoint.run.storage import FolderWriter, LocalStorage, Storage
+from torchprime.checkpoint.run.open_storage import open_storage
+from torchprime.checkpoint.run.storage import FolderWriter
 from torchprime.config.paths import is_url
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError, DivergedError, UserError
@@ -147,7 +149,7 @@ class Trainer:
         place = resuming.checkpoints_place(self.folder, c.checkpoint.folder)
         self.choosing = make_choosing(c.eval, c.selection)
         graders = make_graders(c.eval)
-        self.catalog = Catalog(Storage.of(place), self.choosing.rule.rank)
+        self.catalog = Catalog(open_storage(place), self.choosing.rule.rank)
         if not c.dry_run:
             resuming.may_go_on(c.resume.source, self.folder, self.catalog)
         self.files = files_of(c, weights=not c.dry_run)

@@ -24,6 +24,7 @@ from torchprime.checkpoint.hf.folder import HfFolder
 from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.checkpoint.run.manifest import STEP, Manifest
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.shards import TensorShards, write_shards
 from torchprime.checkpoint.run.storage import MANIFEST, FolderWriter, Storage
 
@@ -180,10 +181,10 @@ STORE = os.environ.get("TORCHPRIME_TEST_STORE")
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     """The same tests on a folder and on other file systems, each in a place of its own."""
     if request.param == "local":
-        yield Storage.of(tmp_path / "checkpoints")
+        yield open_storage(tmp_path / "checkpoints")
         return
     url = f"{request.param}/{uuid.uuid4().hex}"
-    yield Storage.of(f"{url}/checkpoints")
+    yield open_storage(f"{url}/checkpoints")
     fs, path = fsspec.core.url_to_fs(url)
     fs.invalidate_cache()
     if fs.exists(path):

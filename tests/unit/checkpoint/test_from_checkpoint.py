@@ -23,6 +23,7 @@ from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.proof.recheck import recheck
 from torchprime.checkpoint.proof.verify import load_transformers
 from torchprime.checkpoint.run.catalog import Catalog
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.reader import CheckpointReader
 from torchprime.checkpoint.run.shards import TensorShards, write_shards
 from torchprime.checkpoint.run.storage import Storage
@@ -151,7 +152,7 @@ def test_an_export_from_a_checkpoint_is_the_runs_to_the_byte(
 
 @pytest.fixture
 def local(tmp_path) -> Storage:
-    return Storage.of(tmp_path / "run" / "checkpoints")
+    return open_storage(tmp_path / "run" / "checkpoints")
 
 
 def test_templates_in_no_order_stay_as_the_run_wrote_them(

@@ -13,7 +13,9 @@ import pytest
 from torchprime.checkpoint.places import INCOMPLETE, ExportPlace, UnsentError, UrlPlace
 from torchprime.checkpoint.proof.certificate import CERTIFICATE
 from torchprime.checkpoint.room import Need, require_room
-from torchprime.checkpoint.run.storage import Storage, UrlStorage
+from torchprime.checkpoint.run.open_storage import open_storage
+from torchprime.checkpoint.run.storage import Storage
+from torchprime.checkpoint.run.url_storage import UrlStorage
 from torchprime.errors import CheckpointError
 
 FILES = {
@@ -154,7 +156,7 @@ def test_what_comes_back_otherwise_is_no_export(
 def test_a_store_that_lets_nobody_write_is_known_by_a_probe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    storage: Any = Storage.of("memory://probed/run")
+    storage: Any = open_storage("memory://probed/run")
     storage.probe()
     assert storage.names() == []
 

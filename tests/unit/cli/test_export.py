@@ -20,8 +20,9 @@ from torchprime.checkpoint.hf.folder import HfFolder
 from torchprime.checkpoint.proof.certificate import certify
 from torchprime.checkpoint.proof.logits import PromptLogits, encode_prompts
 from torchprime.checkpoint.run.manifest import Manifest
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.shards import TensorShards, write_shards
-from torchprime.checkpoint.run.storage import MANIFEST, Storage
+from torchprime.checkpoint.run.storage import MANIFEST
 from torchprime.cli.main import main
 from torchprime.data.tokenizer.load import Tokenizer
 from torchprime.files.atomic import write_json
@@ -121,7 +122,7 @@ def checkpoints(
     base: Path, tuned: dict[str, torch.Tensor], facts: ExportFacts, byte_level: Tokenizer, tmp_path
 ) -> Path:
     """A run's folder with one checkpoint."""
-    storage = Storage.of(tmp_path / "run" / "checkpoints")
+    storage = open_storage(tmp_path / "run" / "checkpoints")
 
     def shards(name: str, tensor: torch.Tensor) -> TensorShards:
         whole = [((0,) * tensor.dim(), tuple(tensor.shape))]
@@ -292,7 +293,7 @@ def test_an_export_to_a_url_is_the_folders(
     assert say("export", checkpoints, "--out", out, "--base", base)[0] == 0
     code, said = say("export", checkpoints, "--out", url, "--base", base)
     assert code == 0 and f"exported step_00000009 to {url}: " in said
-    storage = Storage.of(url)
+    storage = open_storage(url)
     for path in (p for p in out.rglob("*") if p.is_file()):
         assert storage.read_bytes(path.relative_to(out).as_posix()) == path.read_bytes()
     assert storage.names() == sorted(path.name for path in out.iterdir())
@@ -312,7 +313,7 @@ def test_an_export_is_copied_as_its_certificate_has_it(
     assert code == 0 and f"copied {exported} to {url}" in said
     for path in (p for p in exported.rglob("*") if p.is_file()):
         name = path.relative_to(exported).as_posix()
-        assert Storage.of(url).read_bytes(name) == path.read_bytes()
+        assert open_storage(url).read_bytes(name) == path.read_bytes()
     with (exported / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"!")

@@ -41,7 +41,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from torchprime.checkpoint.run.storage import HASHERS, FolderWriter, HashingFile
+from torchprime.checkpoint.run.hashing_file import HashingFile
+from torchprime.checkpoint.run.storage import HASHERS, FolderWriter
 from torchprime.errors import CheckpointError
 from torchprime.files.hashing import FileFacts
 

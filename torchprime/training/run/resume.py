@@ -31,9 +31,11 @@ from torchprime.checkpoint.field_kinds import (
     texts_to,
 )
 from torchprime.checkpoint.run.catalog import Catalog
+from torchprime.checkpoint.run.local_storage import LocalStorage
 from torchprime.checkpoint.run.manifest import STEP, Manifest, read_manifest
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.reader import CheckpointReader
-from torchprime.checkpoint.run.storage import MANIFEST, LocalStorage, Storage
+from torchprime.checkpoint.run.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
 from torchprime.evaluation.selection import EarlyStopping, Evaluated
 from torchprime.files.atomic import read_plain, write_text
@@ -149,7 +151,7 @@ def _foreign(place: str) -> ResumePoint:
 
 def _split(place: str) -> tuple[Storage, str]:
     parent, _, name = place.rstrip("/").rpartition("/")
-    return Storage.of(parent or "."), name
+    return open_storage(parent or "."), name
 
 
 def recorded_date(source: str, catalog: Catalog) -> str | None:

@@ -59,7 +59,7 @@ def test_facts_survive_being_written(tmp_path: Path, facts: ExportFacts) -> None
     [
         ({"card": "x"}, r"card: given 'x', expected an object"),
         ({"card": {"hub_model": ["a/b"]}}, "card.hub_model: given list, expected text, or null"),
-        ({"dtype": "int8"}, "dtype: given 'int8', expected a type of weights"),
+        ({"dtype": "complex64"}, "dtype: given 'complex64', expected a type of weights"),
         ({"max_shard_bytes": 0}, "max_shard_bytes: given 0, expected a whole number from 1"),
     ],
 )

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from torchprime.checkpoint.run.catalog import BEST, LATEST, Catalog
-from torchprime.checkpoint.run.storage import MANIFEST, LocalStorage, Storage
+from torchprime.checkpoint.run.local_storage import LocalStorage
+from torchprime.checkpoint.run.open_storage import open_storage
+from torchprime.checkpoint.run.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
 
 
@@ -93,7 +95,7 @@ DAMAGES = [
 def test_a_damaged_one_is_skipped_with_a_message(
     tmp_path: Path, run_checkpoint: SimpleNamespace, damage: Any, message: str
 ) -> None:
-    catalog = fill(Storage.of(tmp_path), run_checkpoint, {1: None, 2: None, 3: None})
+    catalog = fill(open_storage(tmp_path), run_checkpoint, {1: None, 2: None, 3: None})
     said: list[str] = []
     assert catalog.newest_whole(said.append) == "step_00000003" and not said
     damage(tmp_path / "step_00000003")
@@ -108,7 +110,7 @@ def test_a_damaged_one_is_skipped_with_a_message(
 def test_sizes_alone_do_not_see_a_flipped_bit(
     tmp_path: Path, run_checkpoint: SimpleNamespace
 ) -> None:
-    catalog = fill(Storage.of(tmp_path), run_checkpoint, {3: None})
+    catalog = fill(open_storage(tmp_path), run_checkpoint, {3: None})
     damage_flipped(tmp_path / "step_00000003")
     catalog.check("step_00000003", deep=False)
     damage_truncated(tmp_path / "step_00000003")
@@ -179,7 +181,7 @@ def test_what_is_pointed_to_stays(storage: Storage, run_checkpoint: SimpleNamesp
 def test_a_damaged_manifest_does_not_stop_retention(
     tmp_path: Path, run_checkpoint: SimpleNamespace
 ) -> None:
-    catalog = fill(Storage.of(tmp_path), run_checkpoint, {1: 1.0, 2: 2.0, 3: 3.0})
+    catalog = fill(open_storage(tmp_path), run_checkpoint, {1: 1.0, 2: 2.0, 3: 3.0})
     damage_manifest_cut(tmp_path / "step_00000001")
     assert catalog.retain(1, 1, None) == ["step_00000001"]
     assert catalog.steps() == [2, 3]
@@ -246,7 +248,7 @@ def test_the_best_of_what_is_left_takes_the_place_of_one_set_aside(
 
 
 def test_a_full_disk_loses_nothing(small_disk: Path, run_checkpoint: SimpleNamespace) -> None:
-    storage = Storage.of(small_disk / "checkpoints")
+    storage = open_storage(small_disk / "checkpoints")
     catalog = fill(storage, run_checkpoint, {1: None})
     large = {"model.a": torch.zeros(2_000_000)}
     with pytest.raises(
@@ -260,7 +262,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path, run_checkpoint: SimpleNames
 
 
 def test_a_read_only_disk_is_named(small_disk: Path, run_checkpoint: SimpleNamespace) -> None:
-    storage = Storage.of(small_disk / "checkpoints")
+    storage = open_storage(small_disk / "checkpoints")
     catalog = fill(storage, run_checkpoint, {1: None, 2: None})
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(CheckpointError, match="Writing .*step_00000003 failed.*right to write"):

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.reader import CheckpointReader
-from torchprime.checkpoint.run.storage import Storage
 from torchprime.errors import CheckpointError
 
 
@@ -20,12 +20,12 @@ from torchprime.errors import CheckpointError
 def written(tmp_path: Path, run_checkpoint: SimpleNamespace) -> Path:
     """The folder of a small checkpoint; its storage is the parent."""
     tensors = {"model.a": torch.arange(2000.0), "model.b": torch.arange(6.0).reshape(2, 3)}
-    run_checkpoint.write(Storage.of(tmp_path), "step", tensors)
+    run_checkpoint.write(open_storage(tmp_path), "step", tensors)
     return tmp_path / "step"
 
 
 def opened(folder: Path) -> CheckpointReader:
-    return CheckpointReader(Storage.of(folder.parent), folder.name)
+    return CheckpointReader(open_storage(folder.parent), folder.name)
 
 
 def test_an_unknown_tensor_is_named(written: Path) -> None:
@@ -79,7 +79,7 @@ def test_regions_of_another_checkpoint_are_found(
     written: Path, tmp_path: Path, run_checkpoint: SimpleNamespace
 ) -> None:
     other = {"model.a": torch.arange(2000.0).int(), "model.b": torch.arange(6.0).reshape(2, 3)}
-    run_checkpoint.write(Storage.of(tmp_path), "other", other)
+    run_checkpoint.write(open_storage(tmp_path), "other", other)
     (tmp_path / "other" / "__0_0.distcp").replace(written / "__0_0.distcp")
     with opened(written) as reader, pytest.raises(CheckpointError, match="torch.int32"):
         reader.get("model.a")

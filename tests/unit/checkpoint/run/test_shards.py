@@ -17,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from torchprime.checkpoint.run import shards as shards_module
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.reader import CheckpointReader
 from torchprime.checkpoint.run.shards import TensorShards, write_shards
 from torchprime.checkpoint.run.storage import FolderWriter, Storage
@@ -94,7 +95,7 @@ def test_torch_reads_it_too(
         merged(name, tensor, (2,) * tensor.dim(), run_checkpoint)
         for name, tensor in tensors.items()
     ]
-    write_all(Storage.of(tmp_path), shards, run_checkpoint)
+    write_all(open_storage(tmp_path), shards, run_checkpoint)
     dcp_to_torch_save(tmp_path / "step", tmp_path / "plain.pt")
     plain = torch.load(tmp_path / "plain.pt", weights_only=True)
     assert set(plain) == set(tensors)
@@ -245,7 +246,7 @@ def test_what_is_large_goes_into_several_files(
         TensorShards(name, tuple(w.shape), w.dtype, [((0, 0), tuple(w.shape))], reading(w))
         for name, w in tensors.items()
     ]
-    with write_all(Storage.of(tmp_path), shards, run_checkpoint) as reader:
+    with write_all(open_storage(tmp_path), shards, run_checkpoint) as reader:
         assert all(equal(reader.get(name), tensor) for name, tensor in tensors.items())
         files = {name: facts["bytes"] for name, facts in reader.manifest.files.items()}
     assert sorted(files) == [".metadata", "__0_0.distcp", "__0_1.distcp", "__0_2.distcp"]

@@ -5,20 +5,16 @@ The references are hashlib over the bytes, and the file system itself.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from torchprime.checkpoint.run import storage as storage_module
-from torchprime.checkpoint.run.storage import MANIFEST, LocalStorage, Storage
-from torchprime.errors import CheckpointError, RuntimeSetupError
+from torchprime.checkpoint.run import hashing_file, url_storage
+from torchprime.checkpoint.run.local_storage import LocalStorage
+from torchprime.checkpoint.run.open_storage import open_storage
+from torchprime.checkpoint.run.storage import MANIFEST, Storage
+from torchprime.errors import CheckpointError
 
 BIG = bytes(range(256)) * 26_000  # 6.7 MB: larger than the smallest part that S3 takes
 
@@ -32,7 +28,8 @@ def write(storage: Storage, name: str, content: bytes = b"abc") -> None:
 def test_files_are_written_hashed_and_counted(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage_module, "PIECE", 6_000_000)  # one write in pieces, large and small
+    for module in (hashing_file, url_storage):  # one write in pieces, large and small
+        monkeypatch.setattr(module, "PIECE", 6_000_000)
     with storage.create("one") as writer:
         with writer.stream("deep/big") as file:
             file.write(b"head")
@@ -110,79 +107,6 @@ def test_removing_takes_the_manifest_first(
         assert [path.rpartition("/")[2] for path in removed] == [MANIFEST, "one"]
 
 
-def test_an_older_folder_survives_a_failure(tmp_path: Path) -> None:
-    storage = Storage.of(str(tmp_path / "new" / "place"))
-    write(storage, "one", b"old")
-    with pytest.raises(KeyError), storage.create("one") as writer:
-        writer.write_bytes("a", b"new")
-        raise KeyError
-    assert storage.read_bytes("one/a") == b"old"
-
-
-KILLED = """
-import sys, time
-from torchprime.checkpoint.run.storage import Storage
-with Storage.of(sys.argv[1]).create("one") as writer:
-    with writer.stream("a") as file:
-        file.write(b"x" * 5_000_000)
-        print("written", flush=True)
-        time.sleep(60)
-"""
-
-
-def test_a_kill_leaves_a_leftover_that_the_next_clears(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "written\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    storage = Storage.of(tmp_path)
-    assert storage.names() == [".one.partial"]
-    write(storage, "one")
-    assert storage.names() == ["one"]
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        (errno.ENOSPC, r"one/a failed: no space \(.* GB left\).*checkpoint.folder"),
-        (errno.EROFS, "one/a failed: .*right to write"),
-        (errno.EIO, "one/a failed: OSError.*Input/output"),
-    ],
-)
-def test_a_disk_that_refuses_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
-) -> None:
-    storage = Storage.of(tmp_path)
-    write(storage, "zero")
-
-    def refuse(_: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(CheckpointError, match=message):
-        write(storage, "one")
-    assert storage.names() == ["zero"]
-
-
-def test_a_store_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    storage: Any = Storage.of("memory://refusing/run")
-
-    class Forbidden(Exception):
-        """As some libraries raise: neither an OSError nor anything of ours."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise Forbidden("403 for you")
-
-    monkeypatch.setattr(storage._fs, "open", refuse)
-    with pytest.raises(CheckpointError, match="memory://refusing/run/one/a failed: Forbidden: 403"):
-        write(storage, "one")
-    with pytest.raises(CheckpointError, match="Reading .*one/a failed"):
-        storage.read_bytes("one/a")
-
-
 def test_our_own_mistakes_keep_their_traceback(storage: Storage) -> None:
     with (
         pytest.raises(ZeroDivisionError),
@@ -201,7 +125,7 @@ def test_several_processes_share_a_folder(storage: Storage, tmp_path: Path) -> N
         main.write_bytes(MANIFEST, b"{}")
     assert storage.read_bytes("one/b") == BIG
     assert main.files["b"]["bytes"] == len(BIG)
-    blind = Storage.of(tmp_path / "another")
+    blind = open_storage(tmp_path / "another")
     with (
         pytest.raises(CheckpointError, match="all processes must share"),
         blind.create("one", main=False) as other,
@@ -209,31 +133,10 @@ def test_several_processes_share_a_folder(storage: Storage, tmp_path: Path) -> N
         other.write_bytes("b", BIG)
 
 
-def test_kinds_of_places(tmp_path: Path) -> None:
-    assert Storage.of(f"file://{tmp_path}").describe("x") == str(tmp_path / "x")
-    assert Storage.of("memory://there/run").describe("x") == "memory://there/run/x"
-    with pytest.raises(RuntimeSetupError, match="nosuch://bucket cannot be used"):
-        Storage.of("nosuch://bucket")
-    assert Storage.of(tmp_path / "not" / "yet").free_bytes() > 0  # type: ignore[operator]
-    assert Storage.of("memory://there").free_bytes() is None
-
-
-def test_a_full_temporary_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    storage = Storage.of("memory://temporary")
-    with (
-        pytest.raises(CheckpointError, match=f"one/hf to {tmp_path} .TMPDIR sets it.*no space"),
-        storage.create("one") as writer,
-        writer.local_folder("hf"),
-    ):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_mark_is_seen_where_it_is(storage: Storage, tmp_path: Path) -> None:
     with storage.mark() as mark:
         assert storage.sees(mark)
-        assert not Storage.of(tmp_path / "elsewhere" / "checkpoints").sees(f"{mark}.other")
+        assert not open_storage(tmp_path / "elsewhere" / "checkpoints").sees(f"{mark}.other")
         (tmp_path / "other_host").mkdir()
-        assert not Storage.of(tmp_path / "other_host" / "checkpoints").sees(mark)
+        assert not open_storage(tmp_path / "other_host" / "checkpoints").sees(mark)
     assert not storage.sees(mark) and storage.names() == []

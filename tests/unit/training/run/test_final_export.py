@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from torchprime.checkpoint.run.storage import Storage, UrlStorage
+from torchprime.checkpoint.run.open_storage import open_storage
+from torchprime.checkpoint.run.url_storage import UrlStorage
 from torchprime.cli.main import main
 from torchprime.errors import CheckpointError
 from torchprime.metrics.record import StepRecord
@@ -142,7 +143,7 @@ def test_an_export_to_a_url(
     assert f"exported to {other}: " in capsys.readouterr().err
     assert not kept.exists()
     for place in (url, other):
-        storage = Storage.of(place)
+        storage = open_storage(place)
         for name, content in contents(undisturbed).items():
             assert storage.read_bytes(name) == content
         assert storage.exists("certificate.json") and not storage.exists(".incomplete")
@@ -177,7 +178,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(
     subprocess.run(["mount", "-o", "remount,ro,nr_inodes=0", str(small_disk)], check=True)
     assert "Read-only" in refused(small_disk / "out")
     with pytest.MonkeyPatch.context() as store:
-        store.setattr(Storage.of("memory://x")._fs.__class__, "pipe_file", no_credentials)
+        store.setattr(open_storage("memory://x")._fs.__class__, "pipe_file", no_credentials)
         assert "can't be used" in refused("memory://x/y")
         assert "cannot hold checkpoints" in refused("out", "checkpoint.folder=memory://x/y",
                                                     "checkpoint.every_steps=1")  # fmt: skip
