@@ -1,5 +1,5 @@
 """Tokenizers built by hand, so that every token and merge in them is known; a disk that is soon
-full."""
+full; processes that start at once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+from forks import ForkServer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 Merges = Sequence[tuple[str, str]]
@@ -91,3 +92,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     yield place
     # Lazily: weights that were mapped may wait for the garbage collector.
     subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Starts ranks of the native backend without their imports."""
+    server = ForkServer()
+    yield server
+    server.close()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
+from forks import Fork, ForkServer
 from transformers import AutoModelForCausalLM
 
 from torchprime.checkpoint.hf.read import SafetensorsReader
@@ -29,54 +28,27 @@ OVERRIDES = (
 )  # fmt: skip
 
 
-class Ended(NamedTuple):
-    """How a process ended and what it printed."""
-
-    code: int
-    printed: str
-
-
 @contextmanager
 def processes(
-    mishap: str, out: Path, *more: str, **environment: str
-) -> Iterator[list[subprocess.Popen]]:
+    server: ForkServer, mishap: str, out: Path, *more: str, **environment: str
+) -> Iterator[list[Fork]]:
     """Two ranks without torchrun, which would end the one as soon as the other fails.
 
     Args:
         more: overrides of the config.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
+    place = [f"output_dir={out}", "run_name=run"]
+    ranks = server.group(2, JOB, mishap, *OVERRIDES, *place, *more, **environment)
     try:
-        for rank in range(2):
-            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "OMP_NUM_THREADS": 1}
-            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
-            place = [f"output_dir={out}", "run_name=run"]
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, str(JOB), mishap, *OVERRIDES, *place, *more],
-                    env=os.environ | {name: str(value) for name, value in group.items()},
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        yield started
+        yield ranks
     finally:
-        for process in started:
-            process.kill()
-            process.wait()
+        for rank in ranks:
+            rank.kill()
 
 
-def ended(process: subprocess.Popen) -> Ended:
-    _, printed = process.communicate(timeout=120)
-    return Ended(process.returncode, printed)
-
-
-def test_several_processes_prove_their_export(tmp_path: Path) -> None:
-    with processes("none", tmp_path) as (first, second):
-        one, two = ended(first), ended(second)
+def test_several_processes_prove_their_export(fork_server: ForkServer, tmp_path: Path) -> None:
+    with processes(fork_server, "none", tmp_path) as (first, second):
+        one, two = first.end(), second.end()
     assert (one.code, two.code) == (0, 0), one.printed + two.printed
     assert "logits of transformers match the trainer's" in one.printed
     assert "step 4/4" in one.printed and "step" not in two.printed
@@ -88,14 +60,16 @@ def test_several_processes_prove_their_export(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["fsdp", "tensor"])
-def test_new_tokens_in_two_processes_as_in_one(axis: str, tmp_path: Path) -> None:
+def test_new_tokens_in_two_processes_as_in_one(
+    axis: str, fork_server: ForkServer, tmp_path: Path
+) -> None:
     sizes = [f"ici_mesh.{each}={1 + (each == axis)}" for each in ("fsdp", "tensor")]
     tokens = [
         'model.add_special_tokens=["Answer:","</answer>"]',
         "task.optimizer.learning_rate=1e-3",
     ]
-    with processes("none", tmp_path / "two", *tokens, *sizes) as (first, second):
-        one, two = ended(first), ended(second)
+    with processes(fork_server, "none", tmp_path / "two", *tokens, *sizes) as (first, second):
+        one, two = first.end(), second.end()
     assert (one.code, two.code) == (0, 0), one.printed + two.printed
     assert one.printed.count("new tokens   'Answer:' 512") == 1 and "new tokens" not in two.printed
     place = [f"output_dir={tmp_path / 'one'}", "run_name=run", "ici_mesh.fsdp=1"]
@@ -113,9 +87,14 @@ def test_new_tokens_in_two_processes_as_in_one(axis: str, tmp_path: Path) -> Non
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
 
 
-def test_hosts_with_disks_of_their_own_are_refused_before_the_first_step(tmp_path: Path) -> None:
-    with processes("own-disk", tmp_path, "checkpoint.every_steps=2") as (first, second):
-        one, two = ended(first), ended(second)
+def test_hosts_with_disks_of_their_own_are_refused_before_the_first_step(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    with processes(fork_server, "own-disk", tmp_path, "checkpoint.every_steps=2") as (
+        first,
+        second,
+    ):
+        one, two = first.end(), second.end()
     assert not list(tmp_path.iterdir()), "a run's folder was made, or a mark is left"
     for process in (one, two):
         assert process.code == 2 and "Traceback" not in process.printed, process.printed
@@ -123,9 +102,9 @@ def test_hosts_with_disks_of_their_own_are_refused_before_the_first_step(tmp_pat
         assert "process 1 says: it is not there (1 of 2 processes)" in process.printed
 
 
-def test_a_failed_export_keeps_nobody_waiting(tmp_path: Path) -> None:
-    with processes("full-disk", tmp_path) as (first, second):
-        one, two = ended(first), ended(second)
+def test_a_failed_export_keeps_nobody_waiting(fork_server: ForkServer, tmp_path: Path) -> None:
+    with processes(fork_server, "full-disk", tmp_path) as (first, second):
+        one, two = first.end(), second.end()
     assert one.code == 2 and "error: no space left" in one.printed
     assert two.code == 0, two.printed
 
@@ -152,9 +131,11 @@ def test_the_gsm8k_run_takes_the_named_config_and_the_machines_mesh(tmp_path: Pa
 
 
 @pytest.mark.parametrize("mishap", [pytest.param("die", marks=pytest.mark.slow), "hang"])
-def test_a_lost_process_ends_the_others_with_a_message(mishap: str, tmp_path: Path) -> None:
-    with processes(mishap, tmp_path, **{TIMEOUT_VARIABLE: "15"}) as (first, _):
-        one = ended(first)
+def test_a_lost_process_ends_the_others_with_a_message(
+    mishap: str, fork_server: ForkServer, tmp_path: Path
+) -> None:
+    with processes(fork_server, mishap, tmp_path, **{TIMEOUT_VARIABLE: "15"}) as (first, _):
+        one = first.end()
     assert one.code == 2, one.printed
     message = one.printed.split("error: ")[-1]
     assert message.startswith("rank 0 of 2: the processes cannot talk to each other")

@@ -7,8 +7,6 @@ logits and every final weight.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import ForkServer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "torch_xla_models"))
 
@@ -63,7 +62,7 @@ def ways(names: Iterable[str]) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory):
+def trained(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory):
     """What each way computed, and the reference for it; each run once."""
     done: dict[str, tuple[Path, dict]] = {}
     references: dict[tuple, dict] = {}
@@ -82,13 +81,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
             if key not in references:
                 references[key] = reference.train(*key)
             out = tmp_path_factory.mktemp(way)
-            launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command = [*launch, f"--nproc_per_node={processes}", str(WORKER), str(out)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            result = subprocess.run(
-                [*command, json.dumps(how)], env=environment, capture_output=True, text=True
-            )
-            assert result.returncode == 0, result.stderr[-3000:]
+            ranks = fork_server.group(processes, WORKER, str(out), json.dumps(how))
+            for ended in [rank.end() for rank in ranks]:
+                assert ended.code == 0, ended.printed[-3000:]
             done[way] = out, references[key]
         return done[way]
 

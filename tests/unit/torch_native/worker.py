@@ -1,4 +1,4 @@
-"""One process of a torchrun group: trains as the reference does and writes what it saw.
+"""One process of a group: trains as the reference does and writes what it saw.
 
 torchrun --nproc_per_node=N worker.py OUT '{"mesh": {...}, "family": "llama", ...}'
 """
