@@ -3,12 +3,13 @@
 Package versions are compared with the requirements of this package. Devices are counted where the
 system lists them. Checks that need no run are executed: XLA on virtual devices, and the TPU's
 compiler on a small step. Each finding is a line with `ok`, `none` or `PROBLEM`; the exit code is
-for scripts.
+for scripts. With --json the findings, all versions and the devices are one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import platform
@@ -23,10 +24,11 @@ from typing import NamedTuple
 import torch
 from packaging.requirements import Requirement
 
+from torchprime import __version__
 from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.config.compose import compose_config
 from torchprime.errors import UserError
-from torchprime.text.terminal import print_lines, say
+from torchprime.text.terminal import print_json, print_lines, say
 from torchprime.torch_xla_models.compile.command import compile_only
 from torchprime.torch_xla_models.compile.library import find_library
 from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips
@@ -34,6 +36,12 @@ from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips
 OK, NONE, PROBLEM = "ok", "none", "PROBLEM"
 # Extras whose packages are checked if installed; the others are for development.
 EXTRAS = ("xla", "tpu", "gpu")
+# Packages whose versions change what a run computes, or whether it starts.
+PACKAGES = (
+    "torch", "torch_xla", "jax", "jaxlib", "libtpu", "torchax", "transformers", "tokenizers",
+    "datasets", "huggingface_hub", "safetensors", "numpy", "hydra-core", "flash-attn",
+    "liger-kernel", "vllm",
+)  # fmt: skip
 VIRTUAL = """
 import torch, torch_xla, torch_xla.runtime as xr, torch_xla.distributed.spmd as xs, numpy as np
 xr.use_spmd()
@@ -95,6 +103,22 @@ def versions() -> Iterator[Finding]:
         yield Finding("versions", PROBLEM, f"{each}. Install what fits: {fix}")
     if not wrong:
         yield Finding("versions", OK, "all fit together")
+
+
+def host() -> dict[str, object]:
+    """Return the versions and devices of this host, for a report of a fault."""
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+    return {
+        "torchprime": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: found for name in PACKAGES if (found := _installed(name))},
+        "devices": {
+            "cpu_count": os.cpu_count(),
+            "tpu_chips": len(tpu_chips()),
+            "cuda": [torch.cuda.get_device_name(i) for i in cuda],
+        },
+    }
 
 
 def tpu() -> Iterator[Finding]:
@@ -162,11 +186,20 @@ def doctor_main(argv: list[str]) -> int:
     """Print the findings; return 0 if none is a problem, else 1."""
     parser = make_parser("torchprime doctor", __doc__ or "", "")
     parser.add_argument("--quick", action="store_true", help="look only, try nothing")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else"
+    )
     return run_command(parser, argv, _doctor)
 
 
 def _doctor(given: argparse.Namespace) -> int:
     checks = [versions, tpu, gpu] + ([] if given.quick else [virtual_devices, compiler])
+    if given.json:
+        with contextlib.redirect_stdout(sys.stderr):  # of what a library prints
+            found = [finding for check in checks for finding in check()]
+            described = host()
+        print_json({**described, "checks": [finding._asdict() for finding in found]})
+        return int(any(finding.state == PROBLEM for finding in found))
     problems = 0
     for check in checks:
         for finding in check():

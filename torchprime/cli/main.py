@@ -129,7 +129,7 @@ OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
 # Groups of commands in the order in which they are used, and the arguments of each.
 GROUPS: dict[str, dict[str, str]] = {
     "before a run": {
-        "doctor": "[--quick]",
+        "doctor": "[--quick] [--json]",
         "inspect": "--config-name NAME [key=value ...]",
         "prepare": "--config-name NAME [key=value ...]",
     },

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from importlib import metadata
+
 import pytest
 
+from torchprime import __version__
 from torchprime.cli import doctor
 from torchprime.cli.main import main
 from torchprime.torch_xla_models.compile import library as tpu_library
@@ -34,6 +38,33 @@ def test_this_host_quickly(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "all fit together" in said and "no chips on this host" in said
     assert "virtual devices" not in said
+
+
+def test_json_is_all_that_is_printed(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    real = doctor.gpu
+
+    def noisy():
+        print("a library's greeting")
+        yield from real()
+
+    monkeypatch.setattr(doctor, "gpu", noisy)
+    assert main(["doctor", "--quick", "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert "greeting" in said.err
+    assert found["torchprime"] == __version__ and found["python"].startswith("3.")
+    assert (
+        found["packages"]["torch"] == metadata.version("torch") and found["devices"]["cuda"] == []
+    )
+    checks = {check["what"]: check["state"] for check in found["checks"]}
+    assert checks == {"python": "ok", "versions": "ok", "TPU": "none", "GPU": "none"}
+
+    monkeypatch.setattr(doctor, "tpu_chips", lambda: ["/dev/accel0"])
+    assert main(["doctor", "--quick", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["devices"]["tpu_chips"] == 1
+    (problem,) = [check for check in found["checks"] if check["state"] == "PROBLEM"]
+    assert problem["what"] == "TPU" and "pip install" in problem["detail"]
 
 
 @pytest.mark.slow
