@@ -33,6 +33,7 @@ from torchprime.checkpoint.run.storage import FORBIDDEN, FULL
 from torchprime.checkpoint.run.url_storage import UrlStorage
 from torchprime.errors import CheckpointError
 from torchprime.files.atomic import atomic_folder, refuse_used_folder
+from torchprime.files.foreign_names import path_fault_of
 from torchprime.files.hashing import FileFacts, hash_file, sha256_of
 
 INCOMPLETE = ".incomplete"
@@ -284,13 +285,14 @@ class UrlPlace(ExportPlace):
             return
         try:
             names = json.loads(self._storage.read_bytes(INCOMPLETE))["files"]
+            if not isinstance(names, list):
+                raise TypeError(f"files is {type(names).__name__}")
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{self._storage.describe(INCOMPLETE)} is not what torchprime writes there. Look "
                 f"what {self} holds, and remove it or choose another place."
             ) from error
-        for name in map(str, names):
-            if name.startswith("/") or ".." in name.split("/"):
-                continue
-            self._storage.remove_file(name)
+        for name in names:
+            if path_fault_of(name) is None:
+                self._storage.remove_file(name)
         self._storage.remove_file(INCOMPLETE)

@@ -29,7 +29,7 @@ from torchprime.text.terminal import print_lines, say
 from torchprime.training.evaluating import make_choosing
 from torchprime.training.run import resume as resuming
 from torchprime.training.run.changes import REFUSED, find_changes, not_allowed
-from torchprime.training.run.folder import CONFIG
+from torchprime.training.run.folder import CONFIG, read_config
 from torchprime.training.run.resume import Past, ResumePoint
 from torchprime.training.setup.plan import plan_steps
 
@@ -112,7 +112,7 @@ def _config(run: Path, name: str | None, folder: str | None, overrides: list[str
     if name is not None:
         place = [] if folder is None else ["--config-dir", folder]
         return compose_config(["--config-name", name, *place, *overrides])
-    base: dict[str, Any] = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    base: dict[str, Any] = read_config(run)
     allowed = base.get("resume", {}).get("allow_changes")
     if allowed and not any(each.startswith("resume.allow_changes") for each in overrides):
         say(

@@ -31,12 +31,14 @@ from torchprime.compare.align import (
 )
 from torchprime.compare.logs.run import Run
 from torchprime.errors import DataError
+from torchprime.files.atomic import read_regular_text
 
 NOISY = ("loss", "eval_loss", "grad_norm")  # the learning rate has no noise
 LR_TOLERANCE = 1e-6
 FACTOR = 3.0
 WINDOW = 11
 KIND = "torchprime noise floor"
+MOST_BYTES = 256 << 20  # of a floor; one of a million steps has some 100 MB
 EXPECTED = "expected a file that `torchprime compare --measure-noise RUN RUN --out FILE` wrote"
 
 
@@ -201,7 +203,7 @@ def _spread(runs: Sequence[Run], name: str, steps: Sequence[int]) -> dict[int, f
 def read_floor(path: str | Path) -> NoiseFloor:
     """Read the JSON of `NoiseFloor.to_dict`. Raise a DataError if it is malformed."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(read_regular_text(Path(path), MOST_BYTES))
         if values["kind"] != KIND:
             raise ValueError(f"kind is {values['kind']!r}")
         floor = NoiseFloor(

@@ -17,8 +17,10 @@ from torchprime.checkpoint.run.catalog import Catalog
 from torchprime.errors import DataError
 from torchprime.evaluation.graders.samples import Grader, Sample
 from torchprime.evaluation.intervals import Score, score
+from torchprime.files.atomic import read_regular_text
 from torchprime.generation.decode import Answer, GenerateOptions
 
+MOST_BYTES = 2**30  # of a step's samples, which are held whole
 EVALUATIONS = "evaluations"  # the folder of the samples in a run's folder
 Grades = dict[str, float | None]  # by grader; None if it does not apply
 
@@ -121,7 +123,7 @@ def read_samples(path: Path) -> list[tuple[Sample, Grades]]:
         DataError: naming the file, and the line that is no sample.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular_text(path, MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}), expected a run's samples") from error
     names = [spec.name for spec in fields(Sample)]

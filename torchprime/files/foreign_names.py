@@ -45,16 +45,21 @@ def checked_name(name: object, where: str) -> str:
     return _checked(name, where, fault_of(name))
 
 
-def checked_path(name: object, where: str) -> str:
-    """Return a checked relative path, with slashes, that stays inside any folder."""
+def path_fault_of(name: object) -> str | None:
+    """Return the reason why a text cannot be a path inside any folder, None if it can."""
     if not isinstance(name, str):
-        return _checked(name, where, fault_of(name))
+        return fault_of(name)
     parts = name.split("/")
     if len(parts) > MOST_PARTS:
-        return _checked(name, where, f"it has more than {MOST_PARTS} folders")
+        return f"it has more than {MOST_PARTS} folders"
     if name.startswith("/") or ".." in parts:
-        return _checked(name, where, "it leads out of the folder")
-    return _checked(name, where, next(filter(None, map(fault_of, parts)), None))
+        return "it leads out of the folder"
+    return next(filter(None, map(fault_of, parts)), None)
+
+
+def checked_path(name: object, where: str) -> str:
+    """Return a checked relative path, with slashes, that stays inside any folder."""
+    return _checked(name, where, path_fault_of(name))
 
 
 def _checked(name: object, where: str, fault: str | None) -> str:

@@ -33,10 +33,13 @@ from torchprime.evaluation.selection import (
     overfitting,
     parse_rule,
 )
+from torchprime.files.atomic import read_regular_text
 from torchprime.metrics.record import EvalRecord, StepRecord
 from torchprime.metrics.writers import read_metrics
 from torchprime.report.answers import Answers, read_answers
 from torchprime.report.run_facts import RunFacts
+
+MOST_BYTES = 64 << 20  # of config.yaml, run.json or data_report.json
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def read_report(folder: Path) -> RunReport:
 def _read(path: Path, parse: Callable[[str], object]) -> dict[str, Any]:
     """Return a mapping from a file of the run."""
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        content = parse(read_regular_text(path, MOST_BYTES))
         if not isinstance(content, dict):
             raise ValueError(f"it is {type(content).__name__}")
     except FileNotFoundError as error:

@@ -38,7 +38,7 @@ class RunFacts:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> RunFacts:
-        """Return the facts in run.json's content; raise a KeyError or TypeError if a part lacks."""
+        """Return the facts in run.json; raise a KeyError or TypeError if a part is missing."""
         plan, model, device = content["plan"], content["model"], content["device"]
         found = content["fingerprints"]
         return cls(

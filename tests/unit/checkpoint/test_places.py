@@ -134,6 +134,40 @@ def test_what_a_kill_left_is_replaced_and_what_is_not_ours_is_not(
 
 
 @at_urls
+def test_names_in_the_list_of_a_kill_remove_nothing_outside(
+    store: UrlStorage, place: UrlPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list that somebody edited: only names of files inside the export are removed."""
+    outside = open_storage(f"{store.url}-beside")
+    outside.write_bytes("mine", b"mine")
+    store.write_bytes("old", b"old")
+    beside = store.url.rpartition("/")[2]
+    names = [f"../{beside}-beside/mine", "/mine", "a/../../x", "a\nb", "", ".", 7, None, "old"]
+    store.write_bytes(INCOMPLETE, json.dumps({"files": names}).encode())
+    removed: list[str] = []
+    plain: Any = UrlStorage.remove_file
+
+    def remove_file(self: UrlStorage, name: str) -> None:
+        removed.append(name)
+        plain(self, name)
+
+    monkeypatch.setattr(UrlStorage, "remove_file", remove_file)
+    write(place)
+    assert removed == ["old", INCOMPLETE, INCOMPLETE]  # the last one is of this export
+    assert listing(store) == set(FILES) and outside.read_bytes("mine") == b"mine"
+
+
+@at_urls
+@pytest.mark.parametrize("files", ["old", 7, None, {"old": 1}])
+def test_a_list_of_another_type_is_refused(
+    store: UrlStorage, place: UrlPlace, files: object
+) -> None:
+    store.write_bytes(INCOMPLETE, json.dumps({"files": files}).encode())
+    with pytest.raises(CheckpointError, match="is not what torchprime writes there"):
+        write(place)
+
+
+@at_urls
 def test_what_comes_back_otherwise_is_no_export(
     store: UrlStorage, place: UrlPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from torchprime.errors import CheckpointError
-from torchprime.files.foreign_names import checked_name, checked_path, fault_of, inside
+from torchprime.files.foreign_names import (
+    checked_name,
+    checked_path,
+    fault_of,
+    inside,
+    path_fault_of,
+)
 
 GOOD = ["a", "model-00001-of-00002.safetensors", ".metadata", "a b", "..a", "東京", "é" * 127]
 BAD = {
@@ -50,12 +56,14 @@ def test_what_is_no_text_is_refused(name: object) -> None:
 
 @pytest.mark.parametrize("name", ["hf/a", "a/b/c.json", *GOOD])
 def test_paths_inside(name: str, tmp_path: Path) -> None:
+    assert path_fault_of(name) is None
     assert checked_path(name, "x") == name
     assert inside(tmp_path, name, "x") == tmp_path / name
 
 
 @pytest.mark.parametrize("name", ["/a", "a/../b", "..", "a/..", "a//b", "a/", "a/./b", "b/" * 99])
 def test_paths_that_lead_out_are_refused(name: str, tmp_path: Path) -> None:
+    assert path_fault_of(name) is not None
     with pytest.raises(CheckpointError, match="manifest.json names a file"):
         inside(tmp_path, name, "manifest.json")
 

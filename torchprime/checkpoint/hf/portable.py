@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from torchprime.checkpoint.hf.portable_config import config_if_refused
 from torchprime.errors import CheckpointError
 from torchprime.files.atomic import write_bytes, write_json
-from torchprime.files.json_files import read_json_if_there
+from torchprime.files.json_files import LARGE, read_json_if_there, read_regular
 from torchprime.files.template_files import own_templates, write_templates
 from torchprime.raw_tokenizer import library_faults, load_tokenizer_json
 
@@ -78,7 +78,7 @@ def write_tokenizer(
     settings.pop("chat_template", None)
     if (inline := write_templates(out, chat_templates)) is not None:
         settings["chat_template"] = inline
-    write_bytes(out / "tokenizer.json", source.read_bytes())
+    write_bytes(out / "tokenizer.json", read_regular(source, most=LARGE))
     write_json(out / "tokenizer_config.json", settings)
     write_json(out / "special_tokens_map.json", _special_tokens_map(settings))
 

@@ -29,7 +29,7 @@ from torchprime.errors import CheckpointError, RuntimeSetupError
 from torchprime.files.atomic import write_bytes, write_json, write_text
 from torchprime.files.foreign_names import inside
 from torchprime.files.hashing import hash_file
-from torchprime.files.json_files import LARGE, read_json, read_json_if_there
+from torchprime.files.json_files import LARGE, SMALL, read_json, read_json_if_there, read_regular
 from torchprime.files.private_folders import require_private
 from torchprime.raw_tokenizer import load_tokenizer_json
 
@@ -150,7 +150,7 @@ def _write(folder: Path, source: Path, chosen: Mapping[str, int], copied: Sequen
     for path in copied:
         target = inside(folder, path.relative_to(source).as_posix(), str(source))
         target.parent.mkdir(exist_ok=True)
-        write_bytes(target, path.read_bytes())
+        write_bytes(target, read_regular(path, most=SMALL))
     tokens = {number: {"content": text, **PLAIN} for text, number in chosen.items()}
     _write_tokenizer(folder / JSON_FILE, read_json(source / JSON_FILE, most=LARGE), tokens)
     settings, older = (read_json_if_there(source / name) for name in (SETTINGS_FILE, MAP_FILE))

@@ -17,12 +17,19 @@ import yaml
 
 import torchprime
 from torchprime.errors import ConfigError, RuntimeSetupError
-from torchprime.files.atomic import make_folder, read_plain, write_json, write_text
+from torchprime.files.atomic import (
+    make_folder,
+    read_plain,
+    read_regular_text,
+    write_json,
+    write_text,
+)
 from torchprime.files.json_files import parse_json
 from torchprime.files.private_folders import require_private
 
 CONFIG, FACTS = "config.yaml", "run.json"
 KEY = "output_dir/run_name"
+MOST_BYTES = 16 << 20  # of config.yaml, which has some 10 kB
 TO_SEND = "export_to_send"  # an export to a URL, until it is uploaded
 # Other names that a run creates in its folder.
 OWN_NAMES = (
@@ -91,6 +98,27 @@ def _cannot(folder: Path, why: str) -> str:
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.yaml: every value that the run used, resolved."""
     write_text(folder / CONFIG, _config_text(config))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a run's config.yaml.
+
+    Raises:
+        RuntimeSetupError: it cannot be read, is a pipe or a device, is too large, or holds no
+            mapping.
+    """
+    path = folder / CONFIG
+    try:
+        content = yaml.safe_load(read_regular_text(path, MOST_BYTES))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__}, not a mapping")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise RuntimeSetupError(
+            f"{path} cannot be read: {reason}. Put back what the run wrote there, or give the run "
+            "another name (run_name=NAME)."
+        ) from error
+    return content
 
 
 def config_fingerprint(config: Mapping[str, Any]) -> str:

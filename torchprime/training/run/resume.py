@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
 from torchprime.checkpoint.field_kinds import (
@@ -237,13 +237,19 @@ def require_private_storage(storage: Storage, folder: Path) -> None:
 
 
 def died_early(folder: Path) -> bool:
-    """Return True if the folder's run was configured to write checkpoints."""
+    """Return True if the folder's run was configured to write checkpoints.
+
+    Raises:
+        RuntimeSetupError: its config.yaml cannot be read.
+    """
+    if not os.path.lexists(folder / run_folder.CONFIG):
+        return False
+    config = run_folder.read_config(folder)
     try:
-        config = yaml.safe_load((folder / run_folder.CONFIG).read_text(encoding="utf-8"))
         wanted = config["checkpoint"]
         asked = wanted["every_steps"] is not None or wanted["every_minutes"] is not None
         return asked or config["export"]["which"] == "best"
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return False
 
 

@@ -9,6 +9,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer
 
+from torchprime.checkpoint.hf import portable
 from torchprime.checkpoint.hf.portable import (
     PROBES,
     check_tokenizer,
@@ -35,6 +36,12 @@ def edited(tmp_path, tokenizer_folder, **changes):
     shutil.copytree(tokenizer_folder, source)
     (source / "tokenizer_config.json").write_text(json.dumps({**settings_of(source), **changes}))
     return source
+
+
+def test_a_tokenizer_that_is_too_large_is_refused(tmp_path, tokenizer_folder, monkeypatch):
+    monkeypatch.setattr(portable, "LARGE", 100)
+    with pytest.raises(CheckpointError, match="tokenizer.json cannot be read: .*more than 100"):
+        write_tokenizer(tmp_path, tokenizer_folder, eos=0)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3"])

@@ -1,14 +1,16 @@
-"""The command that a run records can be typed again."""
+"""The recorded command can be typed again; the config is read back, or refused by name."""
 
 from __future__ import annotations
 
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from torchprime.training.run.folder import command
+from torchprime.errors import RuntimeSetupError
+from torchprime.training.run.folder import command, read_config, write_config
 
 
 def test_the_recorded_command_is_what_a_shell_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,3 +22,27 @@ def test_the_recorded_command_is_what_a_shell_takes(monkeypatch: pytest.MonkeyPa
         ["sh", "-c", f"'{sys.executable}' -c '{show}' {command()}"], text=True
     )
     assert eval(printed)[1:] == typed
+
+
+def test_a_config_is_read_back(tmp_path: Path) -> None:
+    write_config(tmp_path, {"b": 1, "a": {"c": None}})
+    assert read_config(tmp_path) == {"b": 1, "a": {"c": None}}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"- 1\n", "it holds list, not a mapping"),
+        (b"", "it holds NoneType"),
+        (b"a: [", "while parsing"),
+        (b"\xff", "utf-8"),
+        (None, "No such file"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_named(
+    tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(RuntimeSetupError, match=f"config.yaml cannot be read: .*{reason}"):
+        read_config(tmp_path)
