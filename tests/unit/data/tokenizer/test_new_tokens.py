@@ -17,6 +17,7 @@ from tokenizers import models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from torchprime.config.compose import assets_dir
+from torchprime.data.tokenizer import new_tokens
 from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.data.tokenizer.new_tokens import SpecialTokens, add_special_tokens
 from torchprime.errors import CheckpointError
@@ -152,3 +153,17 @@ def test_real_tokenizers(name: str, shared_dir: Path, tmp_path: Path) -> None:
     text = "So it is<answer>42</answer>\n<answer> 6 </answer>"
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
     assert ours.get_vocab() == theirs.get_vocab()
+
+
+def test_a_copied_file_that_is_too_large_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(new_tokens, "SMALL", 100)
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    template = source / "chat_template.jinja"
+    template.write_text("x" * 101)
+    with pytest.raises(CheckpointError, match="chat_template.jinja cannot be read: .*100 bytes"):
+        new_tokens._write(out, source, {}, [template])
+    assert not list(out.iterdir())
