@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from torchprime.metrics.record import EvalRecord, StepRecord, from_json, to_json
+from torchprime.metrics.record import EvalRecord, GradedScore, StepRecord, from_json, to_json
 
 
 def refuse_constant(name: str) -> float:
@@ -74,6 +74,19 @@ def test_reading_puts_the_number_back_and_leaves_the_unknown_alone(
 def test_a_perplexity_past_the_largest_float_is_infinite() -> None:
     record = EvalRecord(step=1, eval_loss=1e4, eval_supervised_tokens=1, seconds=1.0)
     assert parse_strictly(to_json(record))["nonfinite"] == {"eval_perplexity": "inf"}
+
+
+def test_a_line_becomes_its_record_again(step_record: StepRecord) -> None:
+    values = from_json(to_json(replace(step_record, loss=math.inf)))
+    assert StepRecord.from_dict(values | {"later": 1}) == replace(step_record, loss=math.inf)
+    with pytest.raises(TypeError, match="lr"):
+        StepRecord.from_dict({name: value for name, value in values.items() if name != "lr"})
+
+
+def test_an_evaluation_s_line_becomes_its_record_again() -> None:
+    score: GradedScore = {"value": 1, "count": 2, "low": 0, "high": 1, "interval": "wilson"}
+    record = EvalRecord(3, 2.5, 7, 0.5, scores={"right": score}, share_of_run=0.25)
+    assert EvalRecord.from_dict(from_json(to_json(record))) == record
 
 
 def test_a_line_that_is_no_object_is_refused() -> None:
