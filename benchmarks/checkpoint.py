@@ -130,9 +130,9 @@ def make_backend(args: argparse.Namespace) -> Any:
     none = dict.fromkeys(AXES, 1)
     mesh = none | {"fsdp": int(os.environ.get("WORLD_SIZE", "1"))}
     if args.backend == "xla":
-        from torchprime.torch_xla_models.backend import XlaBackend
+        from torchprime.torch_xla_models.backend import Kernels, XlaBackend
 
-        return XlaBackend(mesh, none, block_size=256)
+        return XlaBackend(mesh, none, kernels=Kernels(block_size=256))
     from torchprime.torch_native.backend import NativeBackend
 
     return NativeBackend(mesh, none)

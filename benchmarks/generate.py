@@ -104,10 +104,13 @@ def ours(case: dict[str, Any], folder: Path, new: int) -> Callable[[list], list]
     from torchprime.models.decoder import CausalLM
     from torchprime.sharding import ShardingTable
     from torchprime.torch_xla_models.backend import XlaBackend
+    from torchprime.torch_xla_models.remat import Remat
 
     axes: dict[str, int] = dict.fromkeys(AXES, 1)
     mesh = axes | {"data": devices}
-    backend = XlaBackend(mesh, axes, scan_layers=case.get("scan", False), full_precision=True)
+    backend = XlaBackend(
+        mesh, axes, remat=Remat(scan_layers=case.get("scan", False)), full_precision=True
+    )
     sharding = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(json.loads((folder / "config.json").read_text())))

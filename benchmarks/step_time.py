@@ -119,13 +119,13 @@ def run_ours(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
     from torchprime.models.decoder import CausalLM, initial_tensor
     from torchprime.sharding import ShardingTable
     from torchprime.torch_xla_models.backend import XlaBackend
+    from torchprime.torch_xla_models.remat import Remat
     from torchprime.training.backend import StepOptions
     from torchprime.training.optim import AdamW
 
     axes: dict[str, int] = dict.fromkeys(AXES, 1)
-    backend = XlaBackend(
-        axes, axes, scan_layers=case.get("scan", False), remat_policy=case.get("remat", "none")
-    )
+    remat = Remat(case.get("remat", "none"), scan_layers=case.get("scan", False))
+    backend = XlaBackend(axes, axes, remat=remat)
     sharding = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(hf_config(case.get("layers", 6))))

@@ -36,7 +36,7 @@ from torchprime.torch_native.fused_loss import (
     on_supervised_tokens,
 )
 from torchprime.torch_native.generation import Generator
-from torchprime.torch_native.mesh import make_mesh
+from torchprime.torch_native.mesh import data_rank, make_mesh
 from torchprime.torch_native.processes import make_processes
 from torchprime.torch_native.remat import apply_remat
 from torchprime.torch_native.runtime import start_processes, watched
@@ -122,11 +122,7 @@ class NativeBackend:
         self.compiler = "inductor" if compiler is None and cuda else compiler
         if full_precision:
             torch.backends.cuda.matmul.allow_tf32 = False
-        sizes = {axis: self.mesh[axis].size() for axis in ("data", "fsdp")}
-        self.batch_parts = sizes["data"] * sizes["fsdp"]
-        self.batch_part = self.mesh.get_local_rank("data") * sizes[
-            "fsdp"
-        ] + self.mesh.get_local_rank("fsdp")
+        self.rank = data_rank(self.mesh)
         self.tensor_group = self.mesh["tensor"].get_group()
         self._profile: profile | None = None
 
@@ -284,8 +280,8 @@ class NativeBackend:
         a micro-batch."""
         sent = []
         for field in host_fields(batch):
-            whole = field.view(accumulation, self.batch_parts, -1, field.shape[-1])
-            sent.append(whole[:, self.batch_part].to(self.device, non_blocking=True))
+            whole = field.view(accumulation, self.rank.count, -1, field.shape[-1])
+            sent.append(whole[:, self.rank.index].to(self.device, non_blocking=True))
         return sent
 
     @watched
@@ -309,7 +305,7 @@ class NativeBackend:
                 StepSums(totals[:-1], totals[-1], self._gradients()),
                 # Filled on the device: a copy of a number from the host would wait for it.
                 torch.full((), lr, dtype=torch.float32, device=self.device),
-                gradient_scale=self.batch_parts,  # from the mean to the sum
+                gradient_scale=self.rank.count,  # from the mean to the sum
                 squared_norm=self._squared_norm,
             )
         self.model.zero_grad(set_to_none=True)
@@ -381,9 +377,8 @@ class NativeBackend:
             self.model,
             self.root,
             self.device,
-            part=self.batch_part,
-            parts=self.batch_parts,
-            largest=self.processes.largest,
+            rank=self.rank,
+            processes=self.processes,
             own_core=self.attention == "flash",
             compiled=self.compiler is not None,
         )

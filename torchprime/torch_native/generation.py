@@ -10,7 +10,7 @@ their own heads, and choose the same tokens.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -33,7 +33,9 @@ from torchprime.generation.decode import (
 )
 from torchprime.host_memory import available_memory
 from torchprime.models.decoder import CausalLM
+from torchprime.torch_native.mesh import DataRank
 from torchprime.torch_native.runtime import waiting
+from torchprime.training.processes import Processes
 
 # Shape suffixes: B batch, S sequence, H heads, K kv heads, h head size.
 
@@ -68,8 +70,8 @@ class Generator:
 
     Args:
         root: the module that FSDP2 was applied to last; calls its argument `instead`.
-        part: the part, of `parts` of a batch, that this process answers.
-        largest: returns the largest of all processes' values.
+        rank: the part of each batch that this process answers.
+        processes: all of them, since they make the same number of forwards.
         own_core: prompts are read with the layers' own attention core.
         compiled: the layers are compiled for training; generation runs them eagerly.
     """
@@ -80,14 +82,13 @@ class Generator:
         root: nn.Module,
         device: torch.device,
         *,
-        part: int,
-        parts: int,
-        largest: Callable[[int], int],
+        rank: DataRank,
+        processes: Processes,
         own_core: bool,
         compiled: bool,
     ) -> None:
         self.model, self.root, self.device = model, root, device
-        self.part, self.parts, self.largest = part, parts, largest
+        self.rank, self.processes = rank, processes
         self.make_core = None if own_core else PromptAttention
         self.compiled = compiled
 
@@ -95,7 +96,7 @@ class Generator:
         self, prompts: Sequence[Sequence[int]], options: GenerateOptions
     ) -> dict[int, Answer]:
         """Return this process's answers, by the prompts' indexes."""
-        batches = plan_batches(prompts, options, self.parts)
+        batches = plan_batches(prompts, options, self.rank.count)
         answers: dict[int, Answer] = {}
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -104,7 +105,8 @@ class Generator:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self._gathered())
             for batch in batches:
-                run = partial(self._answer, batch.part(self.part, self.parts), prompts, options)
+                mine = batch.part(self.rank.index, self.rank.count)
+                run = partial(self._answer, mine, prompts, options)
                 answers |= self.root(instead=run)
         return answers
 
@@ -112,7 +114,7 @@ class Generator:
     def _gathered(self) -> Iterator[None]:
         """Keep the layers' weights gathered until the end, if there is room for all of them."""
         layers: list[Any] = list(self.model.model.layers.children())
-        keep = not self.largest(int(not self._fits()))
+        keep = not self.processes.largest(int(not self._fits()))
         for layer in layers:
             layer.set_reshard_after_forward(not keep, recurse=False)
         try:
@@ -158,7 +160,7 @@ class Generator:
             decoding.add([token.tolist()])
         for chunk in range(batch.chunks):
             with waiting("generating"):
-                if not self.largest(len(decoding.open)):
+                if not self.processes.largest(len(decoding.open)):
                     break
                 tokens = []
                 for made in range(chunk * batch.chunk, (chunk + 1) * batch.chunk):

@@ -8,6 +8,7 @@ neighbours.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -17,6 +18,24 @@ from torchprime.errors import ConfigError
 from torchprime.torch_native.runtime import transport_timeout
 
 NAMES = ("data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class DataRank:
+    """The place of this process among those that get different rows of a batch.
+
+    Processes along the tensor axis get the same rows and have the same place.
+    """
+
+    index: int
+    count: int
+
+
+def data_rank(mesh: DeviceMesh) -> DataRank:
+    """Return this process's place along data and fsdp together, data first."""
+    data, fsdp = (mesh[axis].size() for axis in ("data", "fsdp"))
+    place = mesh.get_local_rank("data") * fsdp + mesh.get_local_rank("fsdp")
+    return DataRank(place, data * fsdp)
 
 
 def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int], device_type: str) -> DeviceMesh:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,7 @@ from torchprime.torch_xla_models.linear import replace_linears
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain, in_order, make_mesh
 from torchprime.torch_xla_models.placement import Placed
 from torchprime.torch_xla_models.processes import make_processes
-from torchprime.torch_xla_models.remat import apply_remat, device_loop
+from torchprime.torch_xla_models.remat import NO_REMAT, Remat, apply_remat, device_loop
 from torchprime.torch_xla_models.runtime import cache_folder, check_loop_requirements
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim import Optimizer, Parameter, decays
@@ -64,6 +65,15 @@ from torchprime.training.step import (
 )
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels that a run asks for, by name, and the block size that they have to accept."""
+
+    attention: str = "auto"
+    loss: str = "auto"
+    block_size: int = KERNEL_MULTIPLE
+
+
 class XlaBackend:
     """The implementation of `torchprime.training.backend.Backend` on torch_xla SPMD."""
 
@@ -74,16 +84,25 @@ class XlaBackend:
         ici_mesh: Mapping[str, int],
         dcn_mesh: Mapping[str, int],
         *,
-        attention_kernel: str = "auto",
-        loss_kernel: str = "auto",
-        scan_layers: bool = False,
-        remat_policy: str = "none",
-        optimization_barrier: bool = False,
+        kernels: Kernels = Kernels(),
+        remat: Remat = NO_REMAT,
         full_precision: bool = False,
-        block_size: int = KERNEL_MULTIPLE,
         compile_cache: str | None = None,
         make_tensors: Callable[[xs.Mesh], DeviceTensors] = DeviceTensors,
     ) -> None:
+        """Start SPMD over all devices of all hosts.
+
+        Args:
+            ici_mesh: sizes of the mesh's axes within a slice.
+            dcn_mesh: the same across slices.
+            full_precision: multiply fp32 in full precision on a TPU.
+            compile_cache: folder for compiled programs, on a TPU; `auto` is the user's own.
+            make_tensors: makes the tensors on the mesh; others than the default hold no data.
+
+        Raises:
+            ConfigError: the mesh does not fit the devices, a kernel is not for this device, or the
+                cache's folder cannot be made.
+        """
         if not xr.is_spmd():
             xr.use_spmd()
         _keep_compiled(compile_cache)
@@ -92,14 +111,9 @@ class XlaBackend:
         self.device_count = xr.global_runtime_device_count()
         self.device_kind = _device_kind()
         self.processes = make_processes()
-        self.attention, self.attention_why = choose_kernel(attention_kernel, block_size)
-        self.loss, self.loss_why = _choose_loss(loss_kernel)
-        self._remat = partial(
-            apply_remat,
-            scan_layers=scan_layers,
-            policy=remat_policy,
-            optimization_barrier=optimization_barrier,
-        )
+        self.attention, self.attention_why = choose_kernel(kernels.attention, kernels.block_size)
+        self.loss, self.loss_why = _choose_loss(kernels.loss)
+        self.remat = remat
         self._watches_preemption = False
         check_loop_requirements()
         if full_precision:
@@ -123,8 +137,9 @@ class XlaBackend:
         inject_attention(model, self.attention, self.mesh, table.batch_axes())
         self._constrain_activations()
         replace_linears(model.model)
-        self._remat(
+        apply_remat(
             model,
+            self.remat,
             shard_gradient=self._shard_layer_gradient,
             shard_output=self._shard_layer_output,
         )

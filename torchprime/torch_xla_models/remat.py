@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -356,24 +357,37 @@ class ScannedLayers(nn.Module):
         return carry[0], [keys], [values]
 
 
+@dataclass(frozen=True)
+class Remat:
+    """Rematerialization of a stack of layers.
+
+    Attributes:
+        policy: `none` keeps activations, `full` keeps only each layer's input, `offload` keeps
+            it in the host's memory (scanned, on a TPU).
+        scan_layers: one loop over stacked parameters instead of unrolled layers.
+        optimization_barrier: unrolled only (a loop's iterations are apart anyway): the backward of
+            a layer ends before the next one's begins, so that gradients of all layers are not held
+            to be reduced together.
+    """
+
+    policy: str = "none"
+    scan_layers: bool = False
+    optimization_barrier: bool = False
+
+
+NO_REMAT = Remat()
+
+
 def apply_remat(
     model: CausalLM,
+    remat: Remat,
     *,
-    scan_layers: bool,
-    policy: str,
-    optimization_barrier: bool,
     shard_gradient: Callable[[str, Tensor], Tensor],
     shard_output: Callable[[str, Tensor], Tensor],
 ) -> None:
     """Rewrite the model's stack in place; call after kernels and activation hooks are in.
 
     Args:
-        scan_layers: one loop over stacked parameters instead of unrolled layers.
-        policy: `none` keeps activations, `full` keeps only each layer's input, `offload` keeps
-            it in the host's memory (scanned, on a TPU).
-        optimization_barrier: unrolled only (a loop's iterations are apart anyway): the backward of
-            a layer ends before the next one's begins, so that gradients of all layers are not held
-            to be reduced together.
         shard_gradient: annotates the gradient of a layer's weight, by its name within the layer,
             with the weight's sharding, so that it is reduce-scattered where it is made.
         shard_output: annotates what is kept of a layer, by module name within the layer: left to
@@ -383,15 +397,15 @@ def apply_remat(
     assert isinstance(layers, nn.ModuleList)
 
     def runner(layer: nn.Module) -> LayerRunner:
-        return LayerRunner(layer, policy, shard_gradient, shard_output)
+        return LayerRunner(layer, remat.policy, shard_gradient, shard_output)
 
-    if scan_layers:
+    if remat.scan_layers:
         model.model.layers = ScannedLayers(list(layers), runner(layers[0]))
         return
     for index, layer in enumerate(layers):
-        if policy != "none":
-            layers[index] = RematLayer(layer, runner(layer), optimization_barrier)
-        elif optimization_barrier:
+        if remat.policy != "none":
+            layers[index] = RematLayer(layer, runner(layer), remat.optimization_barrier)
+        elif remat.optimization_barrier:
             layer.register_full_backward_hook(_barrier_after)
 
 

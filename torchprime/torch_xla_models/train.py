@@ -22,18 +22,19 @@ def make_backend(config: TrainConfig, **more: Any):
         more: further arguments of the backend.
     """
     # late: importing torch_xla fixes the device and the number of virtual devices
-    from torchprime.torch_xla_models.backend import XlaBackend
+    from torchprime.torch_xla_models.backend import Kernels, XlaBackend
+    from torchprime.torch_xla_models.remat import Remat
 
+    kernels = Kernels(
+        config.model.attention_kernel, config.task.loss_kernel, config.dataset.block_size
+    )
+    remat = Remat(config.remat.policy, config.remat.scan_layers, config.remat.optimization_barrier)
     return XlaBackend(
         {axis: getattr(config.ici_mesh, axis) for axis in AXES},
         {axis: getattr(config.dcn_mesh, axis) for axis in AXES},
-        attention_kernel=config.model.attention_kernel,
-        loss_kernel=config.task.loss_kernel,
-        scan_layers=config.remat.scan_layers,
-        remat_policy=config.remat.policy,
-        optimization_barrier=config.remat.optimization_barrier,
+        kernels=kernels,
+        remat=remat,
         full_precision=config.torch_dtype == "float32",
-        block_size=config.dataset.block_size,
         compile_cache=None if config.compile_only or config.dry_run else config.compile_cache,
         **more,
     )

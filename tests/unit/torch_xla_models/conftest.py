@@ -48,10 +48,10 @@ def make_backend(reference_runs, shipped_table):
         optimizer=None,
         options: dict | None = None,
         resumed: ResumedState | None = None,
-        **remat,
+        **more,
     ) -> XlaBackend:
         sizes = {axis: mesh.get(axis, 1) for axis in AXES}
-        backend = XlaBackend(sizes, dict.fromkeys(AXES, 1), **remat)
+        backend = XlaBackend(sizes, dict.fromkeys(AXES, 1), **more)
         config, _ = reference.make_model(tied)
         with torch.device("meta"):
             model = CausalLM(architecture_from_hf(config.to_dict()))

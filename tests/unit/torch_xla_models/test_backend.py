@@ -15,19 +15,19 @@ import torch.distributed.checkpoint as dist_cp
 
 from torchprime.errors import ConfigError
 from torchprime.torch_xla_models import placement
-from torchprime.torch_xla_models.backend import XlaBackend
+from torchprime.torch_xla_models.backend import Kernels, XlaBackend
+from torchprime.torch_xla_models.remat import Remat
 from torchprime.training.optim import AdamW
 
 WAYS = {
     "fsdp4": dict(mesh={"fsdp": 4}, options={"num_sources": 2}),
     "fsdp2-tensor2-tied": dict(mesh={"fsdp": 2, "tensor": 2}, tied=True),
     "data2-fsdp2-accumulate2": dict(mesh={"data": 2, "fsdp": 2}, accumulation=2),
-    "fsdp4-remat-barrier": dict(mesh={"fsdp": 4}, remat_policy="full", optimization_barrier=True),
-    "scan": dict(mesh={"fsdp": 2, "tensor": 2}, scan_layers=True),
+    "fsdp4-remat-barrier": dict(mesh={"fsdp": 4}, remat=Remat("full", optimization_barrier=True)),
+    "scan": dict(mesh={"fsdp": 2, "tensor": 2}, remat=Remat(scan_layers=True)),
     "scan-remat-accumulate2": dict(
         mesh={"fsdp": 4},
-        scan_layers=True,
-        remat_policy="full",
+        remat=Remat("full", scan_layers=True),
         accumulation=2,
         options={"num_sources": 2},
     ),
@@ -187,4 +187,4 @@ def test_a_mesh_that_does_not_fit_prints_the_equation() -> None:
 def test_splash_is_refused_off_the_tpu() -> None:
     sizes = {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     with pytest.raises(ConfigError, match="attention_kernel=splash runs on TPUs only"):
-        XlaBackend(sizes, dict.fromkeys(sizes, 1), attention_kernel="splash")
+        XlaBackend(sizes, dict.fromkeys(sizes, 1), kernels=Kernels("splash"))

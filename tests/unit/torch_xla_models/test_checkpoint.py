@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from torchprime.torch_xla_models.backend import XlaBackend
+from torchprime.torch_xla_models.remat import Remat
 from torchprime.training.backend import ResumedState
 from torchprime.training.optim import Adafactor
 
 FSDP4 = dict(mesh={"fsdp": 4})
 CUT_BOTH_WAYS = dict(mesh={"fsdp": 2, "tensor": 2})
-SCANNED = dict(mesh={"data": 2, "fsdp": 2}, scan_layers=True, remat_policy="full", accumulation=2)
+SCANNED = dict(mesh={"data": 2, "fsdp": 2}, remat=Remat("full", scan_layers=True), accumulation=2)
 HALF = 2  # steps before the checkpoint, of reference.STEPS
 
 
@@ -101,7 +102,7 @@ def test_another_way_goes_on(before: dict, after: dict, make_backend, halves) ->
 @pytest.mark.slow
 def test_masters_and_factored_state(make_backend) -> None:
     """bf16 weights with fp32 copies, row and column means of a stack."""
-    way = dict(mesh={"fsdp": 2, "tensor": 2}, scan_layers=True, dtype=torch.bfloat16)
+    way = dict(mesh={"fsdp": 2, "tensor": 2}, remat=Remat(scan_layers=True), dtype=torch.bfloat16)
     first = make_backend(**way, optimizer=Adafactor())
     run(first, range(HALF))
     tensors = whole(first)

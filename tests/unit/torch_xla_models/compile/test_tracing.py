@@ -19,12 +19,13 @@ from torchprime.models.decoder import CausalLM
 from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.compile.tracing import BatchShape, Placeholders, trace_step
 from torchprime.torch_xla_models.mesh import device_order
+from torchprime.torch_xla_models.remat import Remat
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim import Adafactor, AdamW
 
 WAYS = {
     "scan-remat-accumulate2": dict(
-        mesh={"fsdp": 4}, accumulation=2, scan_layers=True, remat_policy="full"
+        mesh={"fsdp": 4}, accumulation=2, remat=Remat("full", scan_layers=True)
     ),
     "fsdp2-tensor2-bf16": dict(mesh={"fsdp": 2, "tensor": 2}, dtype=torch.bfloat16),
     "adafactor-sources": dict(
@@ -110,7 +111,9 @@ def test_arguments_are_cut_and_donated_as_training_does(make_backend, shipped_ta
 def test_an_update_writes_over_what_it_replaces(accumulation: int, make_backend) -> None:
     """All of the state, in a loop over micro-batches too: else the weights are held twice."""
     own = {"max_grad_value": 0.37}  # a program that no other test has had compiled
-    backend = make_backend({"fsdp": 4}, accumulation=accumulation, scan_layers=True, options=own)
+    backend = make_backend(
+        {"fsdp": 4}, accumulation=accumulation, remat=Remat(scan_layers=True), options=own
+    )
     batch = backend.put(reference.make_batch(0), accumulation)
     backend.train_step(batch, reference.LR)
     _, _, written_over = met.metric_data("InputOutputAliasCount")
