@@ -261,7 +261,7 @@ def test_dry_run_tells_the_budget_without_weights(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     programs_kept_in: list[str | None] = []
-    monkeypatch.setattr(xla_backend, "_keep_compiled", programs_kept_in.append)
+    monkeypatch.setattr(xla_backend, "keep_compiled", programs_kept_in.append)
     folder = tmp_path / "bare"
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     before, compiled = set(tmp_path.rglob("*")), compiles()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
@@ -33,12 +33,12 @@ from torchprime.torch_native.fused_loss import (
     choose_loss,
     find_liger,
     fused_cross_entropy,
-    on_supervised_tokens,
 )
 from torchprime.torch_native.generation import Generator
 from torchprime.torch_native.mesh import data_rank, make_mesh
 from torchprime.torch_native.processes import make_processes
 from torchprime.torch_native.remat import apply_remat
+from torchprime.torch_native.root import Root
 from torchprime.torch_native.runtime import start_processes, watched
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim import Optimizer, Parameter, decays
@@ -52,7 +52,6 @@ from torchprime.training.step import (
     finish_step,
     forward_sums,
     host_fields,
-    loss_of,
     micro_sums,
     step_numbers,
     sums_length,
@@ -61,22 +60,6 @@ from torchprime.training.step import (
 
 # Norms of the heads: every process of the tensor axis computes only its own heads.
 PER_HEAD = ("q_norm", "k_norm")
-
-
-class _Loss(nn.Module):
-    """The module that a step calls: model and loss together, so that FSDP2 has the output
-    projection gathered while the loss multiplies by it."""
-
-    def __init__(self, model: CausalLM, cross_entropy: CrossEntropy) -> None:
-        super().__init__()
-        self.model, self.cross_entropy = model, cross_entropy
-
-    def forward(self, *fields: Tensor, instead: Callable[[], Any] | None = None) -> Any:
-        """Return the loss, or the result of `instead` with the root's weights gathered
-        (generation)."""
-        if instead is not None:
-            return instead()
-        return loss_of(self.model, fields, partial(on_supervised_tokens, self.cross_entropy))
 
 
 class NativeBackend:
@@ -129,7 +112,13 @@ class NativeBackend:
     # -- weights in and out --------------------------------------------------------------------
 
     def check(self, model: CausalLM, table: ShardingTable) -> None:
-        """Raise a ConfigError if the tensor axis can't divide the model's layers."""
+        """Check that the tensor axis divides the attention heads and the linear layers it shards.
+
+        The other axes divide anything: FSDP2 pads shards.
+
+        Raises:
+            ConfigError: it does not.
+        """
         size = self.mesh["tensor"].size()
         if size > 1:
             layer = model.model.layers.get_submodule("0")
@@ -142,18 +131,25 @@ class NativeBackend:
         tensor_of: Callable[[str], Tensor],
         dtype: torch.dtype,
     ) -> None:
-        """Shard the model and load the weights, layer by layer."""
+        """Inject kernels, remat and torch.compile, shard the model and load this process's shards.
+
+        Each layer is sharded along tensor, if the table says so, and then along fsdp; data holds
+        copies. The layers are compiled one by one, when they are first called.
+        """
         self.model = model
         inject_attention(model, self.attention, self.device.type)
         apply_remat(model.model.layers, self.remat_policy)
         if self.compiler is not None:
             for layer in model.model.layers.children():
                 layer.compile(backend=self.compiler)
-        self.root = _Loss(model, self.cross_entropy)
+        self.root = Root(model, self.cross_entropy)
         placement.load(self.root, model, table, self.mesh, tensor_of, dtype, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Return an iterator over the whole weights on the host, by Hugging Face name."""
+        """Return an iterator over whole weights on the host, by Hugging Face name.
+
+        Each is gathered on every process by a collective, which waits for the device.
+        """
         self._reshard()
         return placement.gather(self.model)
 
@@ -165,7 +161,8 @@ class NativeBackend:
         self.root.reshard()
 
     def save_sharded(self, folder: str) -> None:
-        """Write the weights in their shards with torch.distributed.checkpoint."""
+        """Write this process's shards with torch.distributed.checkpoint, under the parameters'
+        names, which are Hugging Face's."""
         state = {name: p.detach() for name, p in self.model.named_parameters()}
         save(state, storage_writer=FileSystemWriter(folder))
 
@@ -174,7 +171,10 @@ class NativeBackend:
     def prepare_training(
         self, optimizer: Optimizer, options: StepOptions, resumed: ResumedState | None = None
     ) -> None:
-        """Make the optimizer's state for this process's shards: zeros, or a checkpoint's."""
+        """Make the optimizer's state for this process's shards, in fp32 on the device.
+
+        Of a checkpoint, only the regions of this process's shards are read.
+        """
         self.optimizer, self.options = optimizer, options
         if self.loss == "chunked":
             self.root.cross_entropy = partial(chunked_cross_entropy, chunks=options.loss_chunks)
@@ -227,8 +227,11 @@ class NativeBackend:
         return ParameterState(info, shard, slots, master)
 
     def checkpoint_tensors(self) -> list[TensorShards]:
-        """Return weights and optimizer state by their names in a checkpoint, with this process's
-        shards."""
+        """Return weights and optimizer state by their names in a checkpoint.
+
+        Of the processes that hold the same shard, one lists it. Tensors are the training's own
+        memory, not copies; nothing waits for the device before they are read.
+        """
         self._reshard()
         found = []
         for name, parameter in self.model.named_parameters():
@@ -251,7 +254,10 @@ class NativeBackend:
 
     @watched
     def progress(self) -> tuple[int, int]:
-        """Return the number of finished updates, and the first non-finite one (0 if none)."""
+        """Return the number of finished updates, and the first non-finite one (0 if none).
+
+        Both are counted on the device, so this waits for it. They are the same on all processes.
+        """
         return int(self.state.step), int(self.state.bad_step)
 
     def preempted(self, step: int) -> bool:
@@ -259,25 +265,29 @@ class NativeBackend:
         return False
 
     def seed(self, seed: int) -> None:
-        """Seed the device's random generator."""
+        """Seed this process's CUDA generator; a CPU has none besides torch's own."""
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
     def rng_state(self) -> str:
-        """Return the device's random state as text."""
+        """Return the CUDA generator's state in base64; "" on a CPU."""
         if self.device.type != "cuda":
             return ""
         return base64.b64encode(torch.cuda.get_rng_state(self.device).numpy().tobytes()).decode()
 
     def set_rng_state(self, state: str) -> None:
-        """Restore a state that `rng_state` returned."""
+        """Restore a state that `rng_state` returned; nothing on a CPU, or for ""."""
         if self.device.type == "cuda" and state:
             values = torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8)
             torch.cuda.set_rng_state(values, self.device)
 
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
-        """Start moving a batch to the device. Fields travel as [A, b, S], b this process's share of
-        a micro-batch."""
+        """Start copying this process's rows to its device, without waiting.
+
+        Returns:
+            The batch's fields [B, S], each as [A, b, S]: A micro-batches of b rows, where b is B
+            divided by A and by the processes with different rows.
+        """
         sent = []
         for field in host_fields(batch):
             whole = field.view(accumulation, self.rank.count, -1, field.shape[-1])
@@ -286,7 +296,14 @@ class NativeBackend:
 
     @watched
     def train_step(self, batch: list[Tensor], lr: float) -> Tensor:
-        """Start one update; return a handle for `read` without waiting."""
+        """Start one update: forward and backward per micro-batch, then this process's shards.
+
+        On CUDA it is queued without waiting for the device. Only the last micro-batch's backward
+        reduces gradients over processes. Loss, weight and norm are summed over all of them.
+
+        Returns:
+            The step's numbers, one fp32 tensor on the device, the same on all processes.
+        """
         root = self.root
         assert isinstance(root, FSDPModule)
         o = self.options
@@ -340,26 +357,34 @@ class NativeBackend:
 
     @watched
     def read(self, handle: Tensor) -> StepNumbers:
-        """Wait for a step and copy its numbers to the host."""
+        """Copy a step's numbers to the host, which waits for the device to finish that step."""
         return step_numbers(handle.tolist())
 
     # -- looking -------------------------------------------------------------------------------
 
     @watched
     def eval_step(self, batch: list[Tensor], num_sources: int = 1) -> Tensor:
-        """Start a forward pass without update; return a handle for `read_eval`."""
+        """Start a forward pass of the batch's first micro-batch, without waiting for the device.
+
+        Returns:
+            Loss and weight sums over all processes, one fp32 tensor on the device.
+        """
         with torch.no_grad():
             fields = [field[0] for field in batch]
             return self._over_batch(forward_sums(self.root(*fields), fields, num_sources))
 
     @watched
     def read_eval(self, handles: list[Tensor]) -> tuple[float, ...]:
-        """Return the sums over several eval steps, added on the host in double precision."""
+        """Wait for several eval steps; return their sums, added on the host in double precision."""
         return eval_sums(handle.tolist() for handle in handles)
 
     @watched
     def logits(self, input_ids: list[int]) -> Tensor:
-        """Return the logits of one sequence. Every process computes the same one."""
+        """Return fp32 logits [S, V] of one sequence, on the host.
+
+        Every process computes the same sequence: there is no batch to divide. The root's own
+        weights are gathered for it and resharded after it.
+        """
         ids = torch.tensor([input_ids], dtype=torch.int32, device=self.device)
         positions = torch.arange(len(input_ids), dtype=torch.int32, device=self.device)[None]
         root = self.root
@@ -372,7 +397,11 @@ class NativeBackend:
             root.reshard()
 
     def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
-        """Generate answers. Each process answers its part of every batch."""
+        """Generate answers to prompts, in the prompts' order.
+
+        Each process answers its rows of every batch; the answers are then exchanged on the hosts.
+        Processes along the tensor axis have the same rows and compute their own heads.
+        """
         generator = Generator(
             self.model,
             self.root,
@@ -388,12 +417,12 @@ class NativeBackend:
 
     @watched
     def synchronize(self) -> None:
-        """Wait until the device has finished all its work."""
+        """Wait until this process's GPU has finished all its work; a CPU has none pending."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def start_profile(self, folder: str) -> None:
-        """Start a trace, written to the folder."""
+        """Start torch's profiler; every process writes its own trace to the folder."""
         activities = [ProfilerActivity.CPU]
         activities += [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
         handler = torch.profiler.tensorboard_trace_handler(folder)
@@ -401,7 +430,7 @@ class NativeBackend:
         self._profile.start()
 
     def stop_profile(self) -> None:
-        """Stop the trace."""
+        """Stop the profiler, which writes the trace."""
         assert self._profile is not None
         self._profile.stop()
         self._profile = None

@@ -7,16 +7,13 @@ data.
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch_xla.backends
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 import torch_xla.debug.profiler as xp
@@ -26,14 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
-from torch_xla._internal import tpu
 from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.data.blocks.batch import Batch
 from torchprime.errors import ConfigError
-from torchprime.files.atomic import make_folder
-from torchprime.files.private_folders import require_private
 from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.losses import Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
@@ -41,13 +35,18 @@ from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.attention import KERNEL_MULTIPLE, choose_kernel, inject_attention
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
+from torchprime.torch_xla_models.devices import (
+    device_kind,
+    keep_compiled,
+    multiply_in_full_precision,
+)
 from torchprime.torch_xla_models.generation import Generator
 from torchprime.torch_xla_models.linear import replace_linears
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain, in_order, make_mesh
 from torchprime.torch_xla_models.placement import Placed
 from torchprime.torch_xla_models.processes import make_processes
 from torchprime.torch_xla_models.remat import NO_REMAT, Remat, apply_remat, device_loop
-from torchprime.torch_xla_models.runtime import cache_folder, check_loop_requirements
+from torchprime.torch_xla_models.runtime import check_loop_requirements
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim import Optimizer, Parameter, decays
 from torchprime.training.step import (
@@ -105,11 +104,11 @@ class XlaBackend:
         """
         if not xr.is_spmd():
             xr.use_spmd()
-        _keep_compiled(compile_cache)
+        keep_compiled(compile_cache)
         self.mesh = make_mesh(ici_mesh, dcn_mesh)
         self.tensors = make_tensors(self.mesh)
         self.device_count = xr.global_runtime_device_count()
-        self.device_kind = _device_kind()
+        self.device_kind = device_kind()
         self.processes = make_processes()
         self.attention, self.attention_why = choose_kernel(kernels.attention, kernels.block_size)
         self.loss, self.loss_why = _choose_loss(kernels.loss)
@@ -117,7 +116,7 @@ class XlaBackend:
         self._watches_preemption = False
         check_loop_requirements()
         if full_precision:
-            _multiply_in_full_precision()
+            multiply_in_full_precision()
 
     # -- weights in and out --------------------------------------------------------------------
 
@@ -131,7 +130,12 @@ class XlaBackend:
         tensor_of: Callable[[str], Tensor],
         dtype: torch.dtype,
     ) -> None:
-        """Rewrite the storage-less model for this mesh and load its weights into their shards."""
+        """Rewrite the storage-less model for this mesh and load its weights into their shards.
+
+        Attention kernels, sharding constraints of activations, linear layers that take transposed
+        weights, then scan and remat. Scanned layers hold each weight stacked, as [layers, ...].
+        Every process reads every tensor and sends the shards of its own devices.
+        """
         self.model, self.table = model, table
         self.batch_spec = ((), table.batch_axes(), ())
         inject_attention(model, self.attention, self.mesh, table.batch_axes())
@@ -168,12 +172,17 @@ class XlaBackend:
         return gradient if spec is None else constrain(gradient, self.mesh, spec)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Return an iterator over the whole weights on the host, by Hugging Face name."""
+        """Wait for the device; return an iterator over whole weights on the host, by Hugging Face
+        name.
+
+        One process reads the shards of each. Several gather each by a program on the devices.
+        """
         self.synchronize()  # the shards of a tensor that is still being computed can't be read
         return placement.gather(self.model, self.placed, self.processes.count)
 
     def save_sharded(self, folder: str) -> None:
-        """Write the weights in their shards with torch.distributed.checkpoint."""
+        """Write the weights in their shards with torch.distributed.checkpoint, after waiting for
+        the device. Scanned layers are written stacked."""
         self.synchronize()
         weights = {name: p.detach() for name, p in self.model.named_parameters()}
         # Copying ahead needs a stream, which XLA devices do not have.
@@ -228,8 +237,8 @@ class XlaBackend:
         return ParameterState(info, weight, slots, master)
 
     def checkpoint_tensors(self) -> list[TensorShards]:
-        """Return weights and optimizer state by their names in a checkpoint, with this process's
-        shards."""
+        """Return weights and optimizer state by their names in a checkpoint, with the shards on
+        this process's devices, after waiting for them. Scanned layers are listed one by one."""
         self.synchronize()  # the shards of a tensor that is still being computed can't be read
         found = []
         for name, state in self.state.parameters.items():
@@ -243,7 +252,10 @@ class XlaBackend:
         return found
 
     def progress(self) -> tuple[int, int]:
-        """Return the number of finished updates, and the first non-finite one (0 if none)."""
+        """Return the number of finished updates, and the first non-finite one (0 if none).
+
+        Both are counted on the device, so this waits for it.
+        """
         return int(self.state.step.item()), int(self.state.bad_step.item())
 
     def preempted(self, step: int) -> bool:
@@ -256,11 +268,11 @@ class XlaBackend:
         return XLAC._sync_point_reached(step)
 
     def seed(self, seed: int) -> None:
-        """Seed the device's random generator."""
+        """Seed torch_xla's random generator, whose state is one number."""
         xm.set_rng_state(seed)
 
     def rng_state(self) -> str:
-        """Return the device's random state as text."""
+        """Return torch_xla's random state as text."""
         return str(xm.get_rng_state())
 
     def set_rng_state(self, state: str) -> None:
@@ -278,12 +290,23 @@ class XlaBackend:
         return constrain(gradient, self.mesh, self.placed[name].spec)
 
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
-        """Start moving a batch to the device. Fields travel as [A, B/A, S]."""
+        """Start sending a batch to the devices, without waiting.
+
+        Returns:
+            The batch's fields [B, S], each as [A, B/A, S]: A micro-batches, whose rows are sharded
+            along the table's batch axes.
+        """
         host = [f.view(accumulation, -1, f.shape[-1]) for f in host_fields(batch)]
         return self.tensors.send_batch(host, self.batch_spec)
 
     def train_step(self, batch: list[Tensor], lr: float) -> Tensor:
-        """Start one update; return a handle for `read` without waiting."""
+        """Trace one update and start its program, without waiting for the device.
+
+        The first call of a shape compiles it. The learning rate is data, not a constant.
+
+        Returns:
+            The step's numbers, one fp32 tensor on the device.
+        """
         rate = self.tensors.send(torch.tensor(lr, dtype=torch.float32), ())
         update = Update(self.state, self.optimizer, self.options)
         spread = Spread(self._batch_shards(), self._cut_output_gradient, in_order)
@@ -322,13 +345,17 @@ class XlaBackend:
         return carry[0], carry[1 : 1 + count]
 
     def read(self, handle: Tensor) -> StepNumbers:
-        """Wait for a step and copy its numbers to the host."""
+        """Copy a step's numbers to the host, which waits for the device to finish that step."""
         return step_numbers(handle.cpu().tolist())
 
     # -- looking -------------------------------------------------------------------------------
 
     def eval_step(self, batch: list[Tensor], num_sources: int = 1) -> Tensor:
-        """Start a forward pass without update; return a handle for `read_eval`."""
+        """Start a forward pass of the batch's first micro-batch, without waiting for the device.
+
+        Returns:
+            Loss and weight sums over all devices, one fp32 tensor on the device.
+        """
         with torch.no_grad():
             fields = [f[0] for f in batch]
             cross_entropy = partial(chunked_cross_entropy, chunks=self.options.loss_chunks)
@@ -337,12 +364,15 @@ class XlaBackend:
         return sums
 
     def read_eval(self, handles: list[Tensor]) -> tuple[float, ...]:
-        """Return the sums over several eval steps, added on the host in double precision."""
+        """Wait for several eval steps; return their sums, added on the host in double precision."""
         return eval_sums(handle.cpu().tolist() for handle in handles)
 
     def logits(self, input_ids: list[int]) -> Tensor:
-        """Return the logits of one sequence. It is repeated to fill the batch axes of the mesh, and
-        padded to a length that every attention kernel accepts."""
+        """Return fp32 logits [S, V] of one sequence, on the host.
+
+        The sequence is repeated to fill the batch axes of the mesh, and padded to a length that
+        every attention kernel accepts.
+        """
         rows = self._batch_shards()
         padding = -len(input_ids) % KERNEL_MULTIPLE
         ids = torch.tensor([*input_ids, *[0] * padding], dtype=torch.int32)
@@ -355,17 +385,21 @@ class XlaBackend:
         return out.cpu()[0, : len(input_ids)]
 
     def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
-        """Generate answers to prompts, in the prompts' order."""
+        """Generate answers to prompts, in the prompts' order.
+
+        Two programs per batch size and bucket, sharded like training's activations. Every process
+        runs them for all prompts and reads all answers.
+        """
         if self._generator is None:
             self._generator = Generator(self.model, self.tensors, self.table, self.placed)
         return self._generator.generate(prompts, options)
 
     def synchronize(self) -> None:
-        """Wait until the device has finished all its work."""
+        """Wait until this process's devices have finished all programs and transfers."""
         xm.wait_device_ops()
 
     def start_profile(self, folder: str) -> None:
-        """Start a trace, written to the folder."""
+        """Start XLA's profiler, which traces host and devices, written to the folder."""
         xp.start_trace(folder)
 
     def stop_profile(self) -> None:
@@ -383,37 +417,6 @@ class XlaBackend:
         return None
 
 
-def _device_kind() -> str:
-    """Return `CPU`, or on a TPU VM the chip's name in the environment or the runtime, such as
-    `v6e-8`."""
-    kind = xr.device_type() or "unknown"
-    if kind != "TPU":
-        return kind
-    named = os.environ.get("TPU_ACCELERATOR_TYPE") or os.environ.get("ACCELERATOR_TYPE")
-    return named or f"TPU v{tpu.version()}"
-
-
-def _keep_compiled(wanted: str | None) -> None:
-    """Turn on the cache of compiled programs on disk, before the first compile. XLA's CPU compiler
-    writes programs that it can't read back (torch_xla 2.9), so this is for TPUs only."""
-    folder = cache_folder(wanted)
-    if folder is None or xr.device_type() != "TPU" or _is_keeping_compiled():
-        return
-    try:
-        make_folder(folder)
-    except OSError as error:
-        raise ConfigError(
-            f"compile_cache: {folder} cannot be made ({error.strerror}). Set compile_cache to a "
-            "folder that can be written, or to null."
-        ) from error
-    require_private(folder, "compile_cache")  # programs from this folder are executed
-    xr.initialize_cache(str(folder))
-
-
-def _is_keeping_compiled() -> bool:
-    return XLAC._xla_computation_cache_is_initialized()
-
-
 def _choose_loss(wanted: str) -> tuple[str, str]:
     """Return the chunked loss, which the compiler fuses; there is no other one here."""
     if wanted == "liger":
@@ -422,12 +425,3 @@ def _choose_loss(wanted: str) -> tuple[str, str]:
             "auto or chunked."
         )
     return "chunked", "the one there is on XLA"
-
-
-def _multiply_in_full_precision() -> None:
-    """Make a TPU multiply fp32 in full precision; by default it uses one bf16 pass."""
-    logger = logging.getLogger("torch_xla.backends")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns at every call that a second call may have no effect
-    torch_xla.backends.set_mat_mul_precision("highest")
-    logger.setLevel(level)
