@@ -22,7 +22,7 @@ from torchprime.checkpoint.proof.certificate import certify, read_certificate
 from torchprime.checkpoint.proof.logits import PromptLogits, decoder_logits, encode_prompts
 from torchprime.errors import CheckpointError
 from torchprime.models.architecture import architecture_from_hf
-from torchprime.models.decoder import CausalLM, initialize
+from torchprime.models.decoder import CausalLM, initial_tensor
 from torchprime.training.run.export import Exporter
 from torchprime.training.setup.model_files import ModelFiles, find_model, pretrained_tensors
 
@@ -37,7 +37,9 @@ def model_folder(config: dict[str, Any], tokenizer: Path, folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(config))
-    save_file(initialize(model, 3), folder / "model.safetensors", metadata={"format": "pt"})
+    std = model.architecture.initializer_range
+    weights = {n: initial_tensor(n, p.shape, std, 3) for n, p in model.named_parameters()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

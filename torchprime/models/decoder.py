@@ -205,24 +205,13 @@ def replace_attention_cores(
         attention.core = make_core(attention.head_dim, attention.core.window)
 
 
-def initialize(model: CausalLM, seed: int) -> dict[str, Tensor]:
-    """Return random weights for training from scratch, by Hugging Face's rule for these families.
-
-    Matrices and embeddings are normal(0, initializer_range), biases 0, norms 1. Each tensor has its
-    own generator, keyed by seed and name, so that the weights do not depend on the order in which
-    they are made nor on the device or mesh.
-
-    Returns:
-        fp32 CPU tensors by Hugging Face name.
-    """
-    return {
-        name: initial_tensor(name, parameter.shape, model.architecture.initializer_range, seed)
-        for name, parameter in model.named_parameters()
-    }
-
-
 def initial_tensor(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
-    """Return one tensor of `initialize`."""
+    """Return a random weight for training from scratch, fp32 on the CPU.
+
+    The rule is Hugging Face's for these families: matrices and embeddings are normal(0, std),
+    biases 0, norms 1. Each tensor has its own generator, keyed by seed and name, so that the
+    weights do not depend on the order in which they are made nor on the device or mesh.
+    """
     if "norm" in name:
         return torch.ones(shape)
     if name.endswith("bias"):

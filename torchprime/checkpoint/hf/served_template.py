@@ -51,11 +51,6 @@ class TrainedTemplate:
     options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_texts(cls, default: str, with_tools: str, options: Mapping[str, Any]) -> TrainedTemplate:
-        """Make it from the templates' source texts."""
-        return cls(_sha256(default), _sha256(with_tools), dict(options))
-
-    @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> TrainedTemplate:
         """Make it from the values in a certificate's check; older certificates have one template
         only."""

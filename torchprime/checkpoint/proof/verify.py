@@ -131,12 +131,6 @@ def load_transformers(folder: Path) -> Any:
     return model.eval()
 
 
-def transformers_logits(folder: Path, input_ids: np.ndarray) -> np.ndarray:
-    """Return the logits [B, S, V] in fp32 of the folder's model in transformers, for rows without
-    padding."""
-    return logits_of(load_transformers(folder), input_ids)
-
-
 def logits_of(model: Any, input_ids: np.ndarray) -> np.ndarray:
     """Return the logits [B, S, V], in fp32 at least, of a model in transformers, for rows without
     padding."""

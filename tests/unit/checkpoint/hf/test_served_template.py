@@ -12,6 +12,7 @@ import pytest
 
 from torchprime.checkpoint.hf.portable import write_tokenizer
 from torchprime.checkpoint.hf.served_template import TrainedTemplate, check_served_template
+from torchprime.data.templates.render import text_hash
 from torchprime.errors import CheckpointError
 
 DEFAULT = "{% for m in messages %}d:{{ m.content }}{% endfor %}"
@@ -20,6 +21,11 @@ TOOL_USE = (
     "{% for m in messages %}t:{{ m.content }}{% endfor %}"
 )
 BOTH = {"default": DEFAULT, "tool_use": TOOL_USE}
+
+
+def trained_with(default: str, with_tools: str, **options: Any) -> TrainedTemplate:
+    """The record of a run with templates of these texts."""
+    return TrainedTemplate(text_hash(default), text_hash(with_tools), options)
 
 
 @pytest.fixture
@@ -38,7 +44,7 @@ def exported(by_hand: Any, tmp_path: Path) -> Any:
 
 
 def test_one_template_renders_both(exported: Any) -> None:
-    trained = TrainedTemplate.of_texts(DEFAULT, DEFAULT, {})
+    trained = trained_with(DEFAULT, DEFAULT)
     detail, values = check_served_template(exported({"default": DEFAULT}), trained)
     assert detail == "the one that was trained with"
     assert values["sha256"] == values["tools_sha256"]
@@ -48,7 +54,7 @@ def test_one_template_renders_both(exported: Any) -> None:
 
 
 def test_tools_are_rendered_by_tool_use(exported: Any) -> None:
-    trained = TrainedTemplate.of_texts(DEFAULT, TOOL_USE, {"enable_thinking": False})
+    trained = trained_with(DEFAULT, TOOL_USE, enable_thinking=False)
     detail, values = check_served_template(exported(BOTH), trained)
     assert detail.endswith("with tools by the one named tool_use")
     assert values["options"] == {"enable_thinking": False}
@@ -68,7 +74,7 @@ def test_another_choice_fails(
     exported: Any, templates: dict[str, str], trained: tuple[str, str], said: str
 ) -> None:
     with pytest.raises(CheckpointError, match=said):
-        check_served_template(exported(templates), TrainedTemplate.of_texts(*trained, {}))
+        check_served_template(exported(templates), trained_with(*trained))
 
 
 def test_both_places_are_looked_at(exported: Any) -> None:
@@ -76,12 +82,12 @@ def test_both_places_are_looked_at(exported: Any) -> None:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": "x"}))
     with pytest.raises(CheckpointError, match="tokenizer_config.json is not the one"):
-        check_served_template(folder, TrainedTemplate.of_texts(DEFAULT, DEFAULT, {}))
+        check_served_template(folder, trained_with(DEFAULT, DEFAULT))
 
 
 def test_a_template_that_refuses_the_probe_is_served_so(exported: Any) -> None:
     refuses = "{{ raise_exception('never') }}"
-    trained = TrainedTemplate.of_texts(refuses, refuses, {})
+    trained = trained_with(refuses, refuses)
     assert check_served_template(exported({"default": refuses}), trained)
 
 

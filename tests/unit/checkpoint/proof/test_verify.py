@@ -23,7 +23,6 @@ from torchprime.checkpoint.proof.verify import (
     logits_of,
     read_back,
     rounding_floor,
-    transformers_logits,
 )
 from torchprime.errors import CheckpointError
 
@@ -81,8 +80,9 @@ def test_unknown_weights_in_transformers_are_an_error(result):
 
 def test_model_is_loaded_in_its_own_dtype(llama, export, tmp_path):
     folder = export(tmp_path / "out", llama, dtype=torch.bfloat16).folder
-    assert load_transformers(folder).dtype == torch.bfloat16
-    assert transformers_logits(folder, IDS).dtype == np.float32
+    model = load_transformers(folder)
+    assert model.dtype == torch.bfloat16
+    assert logits_of(model, IDS).dtype == np.float32
 
 
 def test_old_spelling_of_the_dtype_is_read(result):
@@ -108,7 +108,7 @@ def test_equal_logits_pass_and_a_wrong_rope_fails(llama, result):
 
 
 def test_logits_that_are_not_numbers_fail(result):
-    trained = transformers_logits(result.folder, IDS)
+    trained = logits_of(load_transformers(result.folder), IDS)
     trained[0, 0, 0] = np.nan
     with pytest.raises(CheckpointError, match="logits differ"):
         compare_logits(result.folder, IDS, trained, least=1.0)
