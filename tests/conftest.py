@@ -10,6 +10,11 @@ from pathlib import Path
 # Before anything imports torch_xla (transformers does): four virtual devices, and no log noise.
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# XLA's own passes and the partitioner as ever, but machine code without LLVM's optimizations, which
+# are half of a compile. `make test-slow` sets XLA_FLAGS to nothing, and so has them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# `make test` has a process for each core: a second thread in one would spin for want of a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Prepared data is kept apart from the user's, and gone after the tests.
 _prepared = tempfile.TemporaryDirectory(prefix="torchprime-tests-")
 os.environ["XDG_CACHE_HOME"] = _prepared.name

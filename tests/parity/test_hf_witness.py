@@ -1,4 +1,4 @@
-"""The witness (transformers' model and Trainer) against the XLA job, and that the witness is right.
+"""The witness (transformers' model and Trainer) against our job, and that the witness is right.
 
 Both are run as a user would, each in a process of its own: the shipped quickstart model on its
 rows, packed, with row weights, two micro-batches per update, and an epoch whose last update is
@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import ForkServer
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -43,6 +44,7 @@ pytestmark = pytest.mark.skipif(
 REPO = Path(__file__).resolve().parents[2]
 WITNESS = REPO / "experimental" / "torchrun_gpu_sft" / "hf_witness.py"
 XLA_JOB = REPO / "torchprime" / "torch_xla_models" / "train.py"
+NATIVE_JOB = REPO / "torchprime" / "torch_native" / "train.py"
 SHIPPED_ROWS = REPO / "torchprime" / "assets" / "quickstart" / "data" / "train.jsonl"
 ROWS, BATCH, STEPS, WARMUP = 120, 8, 7, 2
 OTHER_OPTIONS = (
@@ -161,10 +163,23 @@ def assert_agree(ours: Records, theirs: Records) -> None:
 # Whole runs ---------------------------------------------------------------------------------------
 
 
-def test_the_xla_job_and_the_witness_agree(
-    run: Callable[..., Path], witnessed: Path, order: DataOrder
-) -> None:
-    ours, theirs = steps_of(run(XLA_JOB, "xla")), steps_of(witnessed)
+@pytest.fixture(params=["native", pytest.param("xla", marks=pytest.mark.slow)])
+def job(
+    request: pytest.FixtureRequest,
+    run: Callable[..., Path],
+    argv: list[str],
+    fork_server: ForkServer,
+) -> Path:
+    """Our run on a backend; that both are one training, `test_from_xla_to_native_and_back` has."""
+    if request.param == "xla":
+        return run(XLA_JOB, "xla")
+    ended = fork_server.start(NATIVE_JOB, *argv, "run_name=native").end(250)
+    assert ended.code == 0, ended.printed
+    return Path(argv[-1].removeprefix("output_dir=")) / "native"
+
+
+def test_our_job_and_the_witness_agree(job: Path, witnessed: Path, order: DataOrder) -> None:
+    ours, theirs = steps_of(job), steps_of(witnessed)
     assert_agree(ours, theirs)
     # And there was something to agree on: it learned, with a warm-up, and over a partial update.
     assert [r["step"] for r in theirs] == list(range(1, STEPS + 1))

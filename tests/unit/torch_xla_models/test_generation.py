@@ -75,8 +75,10 @@ def test_greedy_equals_transformers(name: str, truths, shipped_table) -> None:
     assert backend.compiles() == before
 
 
-def test_one_device(truths, tmp_path: Path) -> None:
-    names = ["llama-tied", "qwen2", "qwen3"]
+@pytest.mark.parametrize(
+    "names", [["qwen3"], pytest.param(["llama-tied", "qwen2"], marks=pytest.mark.slow)]
+)
+def test_one_device(names: list[str], truths, tmp_path: Path) -> None:
     worker = Path(__file__).parent / "one_device.py"
     command = [sys.executable, str(worker), str(tmp_path / "out.json"), *names]
     environment = {**os.environ, "CPU_NUM_DEVICES": "1"}
