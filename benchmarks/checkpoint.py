@@ -184,11 +184,9 @@ def training_backend(args: argparse.Namespace, reader: Any = None) -> tuple[Any,
     return backend, optimizer
 
 
-def make_saver(backend: Any, folder: Path, asynchronous: bool) -> Any:
-    from torchprime.checkpoint.run.catalog import Catalog
+def make_snapshot(backend: Any) -> Any:
     from torchprime.checkpoint.run.manifest import Manifest
-    from torchprime.checkpoint.run.open_storage import open_storage
-    from torchprime.training.run.saver import Retention, Saver
+    from torchprime.training.run.snapshot import Snapshot
 
     rest = ("mesh", "config", "versions", "rng", "data_manifest")
     texts = ("backend", "created", "tokenizer_fingerprint")
@@ -206,12 +204,17 @@ def make_saver(backend: Any, folder: Path, asynchronous: bool) -> Any:
         best_metric=None,
         **empty,
     )
+    return Snapshot(manifest)
+
+
+def make_saver(backend: Any, folder: Path, asynchronous: bool) -> Any:
+    from torchprime.checkpoint.run.catalog import Catalog
+    from torchprime.checkpoint.run.open_storage import open_storage
+    from torchprime.training.run.saver import Retention, Saver
+
     return Saver(
         backend,
         Catalog(open_storage(folder)),
-        manifest=lambda step: manifest,
-        more=lambda writer, of: None,
-        before_commit=lambda: None,
         retention=Retention(1, 0, None),
         asynchronous=asynchronous,
         best=None,
@@ -225,7 +228,7 @@ def save_once(saver: Any) -> Any:
         saver.catalog.storage.remove("step_00000000")
     os.sync()
     saver.backend.processes.gather(None)
-    saver.save(0, scores={}, wait=False)
+    saver.save(make_snapshot(saver.backend), wait=False)
     saver.require()
     return saver.finished()[0]
 

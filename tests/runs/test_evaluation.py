@@ -241,10 +241,10 @@ def test_a_best_step_that_could_not_be_written_is_none(
     """The disk is full at step 4, the best; later ones are compared with what there is."""
     original = saving.Saver._write_folder
 
-    def full(self: saving.Saver, manifest: Any, tensors: Any) -> int:
-        if manifest.step == 4:
+    def full(self: saving.Saver, snapshot: Any, tensors: Any) -> int:
+        if snapshot.step == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return original(self, manifest, tensors)
+        return original(self, snapshot, tensors)
 
     monkeypatch.setattr(saving.Saver, "_write_folder", full)
     scripted(0.0, 0.5, 1.0, 0.7, 0.0)

@@ -20,7 +20,7 @@ from interrupted import STEPS, assert_same_run, overrides, records
 from torchprime.checkpoint.run.catalog import Catalog
 from torchprime.checkpoint.run.manifest import read_manifest
 from torchprime.checkpoint.run.open_storage import open_storage
-from torchprime.training import trainer
+from torchprime.training import start
 from torchprime.training.hooks.checkpoint import CheckpointHook
 from torchprime.training.run import facts
 from torchprime.training.run.facts import run_facts
@@ -185,7 +185,7 @@ def test_a_disk_without_room_for_run_json_is_told(
         return run_facts(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "run_facts", facts_on_a_full_disk)
+        patch.setattr(start, "run_facts", facts_on_a_full_disk)
         assert run(argv) == 2
     printed = capsys.readouterr().err
     [error] = [line for line in printed.splitlines() if line.startswith("error: ")]

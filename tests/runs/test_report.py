@@ -24,8 +24,7 @@ from torchprime.errors import DataError
 from torchprime.report.curves import thinned, ticks
 from torchprime.report.write import write_report
 from torchprime.torch_native.train import main as native
-from torchprime.training.processes import OneProcess
-from torchprime.training.trainer import Trainer
+from torchprime.training.finish import report_run
 
 EVIL = '</pre><script>alert(1)</script>" onload="x" \x1b[31m\u202e ``` ````\n# not a heading | <b>'
 SCORE = {"count": 4, "low": 0.1, "high": 0.9, "interval": "wilson"}
@@ -368,17 +367,11 @@ def test_the_command_makes_it_again_elsewhere(
     assert capsys.readouterr().err.count("error: ") == 2
 
 
-def test_a_run_does_not_fail_by_its_report(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Backend:
-        processes = OneProcess()
-
-    trainer = object.__new__(Trainer)
-    trainer.folder, trainer.backend, trainer.speaks = folder, Backend(), True  # type: ignore
+def test_a_run_does_not_fail_by_its_report(folder: Path) -> None:
     said: list[str] = []
-    trainer._print = said.append
-    trainer.report()
+    report_run(folder, said.append)
     (folder / "run.json").write_text("[]")
-    trainer.report()
+    report_run(folder, said.append)
     assert "report.html" in said[0] and said[1].startswith("no report: DataError: ")
     with pytest.raises(DataError):
         write_report(folder)

@@ -6,20 +6,19 @@ a metric that does not exist, a prompt that leaves no room. Later code gets no c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from torchprime.config.evaluation import EvalConfig, SelectionConfig
-from torchprime.data.templates.render import ChatTemplate
-from torchprime.data.tokenizer.load import Tokenizer
 from torchprime.evaluation.behaviour import Prompt, check_prompts
 from torchprime.evaluation.graders.make import MEASURES, make_grader
 from torchprime.evaluation.graders.samples import Grader
 from torchprime.evaluation.selection import EarlyStopping, Rule, known_metric, parse_rule
 from torchprime.generation.decode import GenerateOptions
-from torchprime.training.setup.datasets import RunRows, question_of
+from torchprime.training.setup.datasets import question_of
+from torchprime.training.setup.inputs import RunInputs
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Evaluation:
     measures: frozenset[str]
     answers_every: int | None
     folder: Path
-    stopping: EarlyStopping | None
+    choosing: Choosing
 
     def complete(self, scores: Mapping[str, float]) -> bool:
         """Return True if these scores have a value from every grader."""
@@ -86,47 +85,35 @@ def make_graders(eval: EvalConfig) -> dict[str, Grader]:
 
 
 def make_evaluation(
-    eval: EvalConfig,
-    choosing: Choosing,
-    graders: Mapping[str, Grader],
-    *,
-    rows: RunRows,
-    rejected: Collection[str],
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-    stop_ids: tuple[int, ...],
-    max_length: int,
-    seed: int,
-    folder: Path,
+    inputs: RunInputs, choosing: Choosing, graders: Mapping[str, Grader], folder: Path
 ) -> Evaluation:
     """Read and check the prompts.
 
     Args:
-        rows: where the held-out rows are.
-        rejected: ids of those that the preparation left out.
-        stop_ids: tokens that end an answer.
-        max_length: the model's context.
         folder: of the run.
 
     Raises:
         DataError: a prompt that leaves no room for an answer.
     """
+    eval, tokenizer = inputs.config.eval, inputs.files.tokenizer
+    max_length = inputs.files.architecture.max_position_embeddings
     g = eval.generate
     prompts = []
     if g.enabled:
-        kept = (row for row in rows.rows("eval") if row.row_id not in rejected)
+        rejected = inputs.rows.rejected_heldout()
+        kept = (row for row in inputs.rows.sources.rows("eval") if row.row_id not in rejected)
         for row in islice(kept, g.max_examples):
-            asked = question_of(row, tokenizer, template)
+            asked = question_of(row, tokenizer, inputs.template)
             prompts.append(Prompt(row.row_id, asked.text, asked.ids, asked.answer))
         check_prompts(prompts, max_length)
     options = GenerateOptions(
         max_new_tokens=g.max_new_tokens,
-        stop_ids=stop_ids,
+        stop_ids=inputs.stop_ids,
         max_length=max_length,
         temperature=g.temperature,
         top_k=g.top_k,
         top_p=g.top_p,
-        seed=seed,
+        seed=inputs.config.seed,
         batch_size=g.batch_size,
     )
     return Evaluation(
@@ -137,5 +124,5 @@ def make_evaluation(
         frozenset(each["name"] for each in eval.graders if each["kind"] in MEASURES),
         g.every_steps,
         folder,
-        choosing.stopping,
+        choosing,
     )

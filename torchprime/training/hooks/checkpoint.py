@@ -14,7 +14,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from torchprime.errors import StoppedError
 from torchprime.metrics.record import CheckpointRecord
 from torchprime.training.backend import Backend
+from torchprime.training.hooks.snapshots import Snapshots
 from torchprime.training.loop import BaseHook
 from torchprime.training.run.saver import Saver
 
@@ -58,13 +60,31 @@ class StopSignals:
         os.write(2, text.encode())  # print is not safe in signal handlers
 
 
+@dataclass(frozen=True)
+class SaveSchedule:
+    """The times at which a run writes checkpoints, besides its end.
+
+    Attributes:
+        best: if true, a step that is the best so far is saved too.
+        logging_steps: processes agree on requests at these steps.
+    """
+
+    every_steps: int | None
+    every_minutes: float | None
+    best: bool
+    logging_steps: int
+
+    @property
+    def expects_any(self) -> bool:
+        """True if a checkpoint is due before the end."""
+        return self.every_steps is not None or self.every_minutes is not None or self.best
+
+
 class CheckpointHook(BaseHook):
     """Hook that decides after each step; `Saver` writes.
 
     Args:
-        logging_steps: processes agree on requests at these steps.
-        scores: measured on held-out rows after the given step.
-        save_best: if true, a step that is the best so far is saved too.
+        folder: of the run.
         emit: writes a record.
     """
 
@@ -72,31 +92,26 @@ class CheckpointHook(BaseHook):
         self,
         backend: Backend,
         saver: Saver,
-        *,
-        every_steps: int | None,
-        every_minutes: float | None,
-        logging_steps: int,
+        snapshots: Snapshots,
+        schedule: SaveSchedule,
         folder: Path,
-        scores: Callable[[int], Mapping[str, float]],
-        save_best: bool,
         emit: Callable[[CheckpointRecord], None],
     ) -> None:
-        self.backend, self.saver = backend, saver
-        self.every_steps, self.every_minutes = every_steps, every_minutes
-        self.logging_steps, self.now_file = logging_steps, folder / NOW_FILE
-        self.scores, self.save_best, self.emit = scores, save_best, emit
+        self.backend, self.saver, self.snapshots = backend, saver, snapshots
+        self.schedule, self.now_file, self.emit = schedule, folder / NOW_FILE, emit
         self.signals = StopSignals()
         self._saved_at = time.monotonic()  # a monotonic clock, which nobody can set
 
     def on_start(self) -> None:
         self.signals.watch()
-        if self.every_steps is not None or self.every_minutes is not None or self.save_best:
+        if self.schedule.expects_any:
             self.saver.reserve()
 
     def after_step(self, step: int, last: bool) -> None:
         asked = self._asked(step, last)
-        due = last or (self.every_steps is not None and step % self.every_steps == 0)
-        due = due or (self.save_best and self.saver.is_best(self.scores(step)))
+        every = self.schedule.every_steps
+        due = last or (every is not None and step % every == 0)
+        due = due or (self.schedule.best and self.saver.is_best(self.snapshots.scores(step)))
         if due or asked != GO_ON:
             self._save(step, wait=last or asked == STOP)
         for record in self.saver.finished():
@@ -115,13 +130,13 @@ class CheckpointHook(BaseHook):
     def _asked(self, step: int, last: bool) -> int:
         """Return the strongest request that any process got."""
         processes = self.backend.processes
-        if processes.count > 1 and not last and step % self.logging_steps:
+        if processes.count > 1 and not last and step % self.schedule.logging_steps:
             return GO_ON
         wish = GO_ON
         if self.backend.preempted(step) or self.signals.received is not None:
             wish = STOP
         elif processes.index == 0:
-            minutes = self.every_minutes
+            minutes = self.schedule.every_minutes
             late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
             if self._is_asked_by_file() or late:
                 wish = SAVE
@@ -140,4 +155,4 @@ class CheckpointHook(BaseHook):
 
     def _save(self, step: int, wait: bool) -> None:
         self._saved_at = time.monotonic()
-        self.saver.save(step, scores=self.scores(step), wait=wait)
+        self.saver.save(self.snapshots.take(step), wait=wait)

@@ -99,7 +99,7 @@ class EvaluationHook(BaseHook):
             self.say(warning)
         if last:
             return
-        stopping = self.evaluation.stopping
+        stopping = self.evaluation.choosing.stopping
         reason = None if stopping is None else stopping.reason(self.history)
         if reason is not None:
             if not self.evaluation.complete(self.scores_after(step)):

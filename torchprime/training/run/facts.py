@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-import torch
-
 from torchprime.checkpoint.run.manifest import Manifest
 from torchprime.config.evaluation import LOSSES
-from torchprime.config.schema import TrainConfig
 from torchprime.evaluation.selection import Evaluated
-from torchprime.training.backend import Backend
-from torchprime.training.optim import Optimizer, Parameter
+from torchprime.training.optim import Parameter
+from torchprime.training.prepare import Prepared
 from torchprime.training.run import folder as run_folder
 from torchprime.training.run import resume as resuming
-from torchprime.training.setup.datasets import RunData
-from torchprime.training.setup.model_files import ModelFiles
-from torchprime.training.setup.plan import Plan
 
 LAST_LOSS = "train loss of the last step"
 
 
-def run_facts(
-    config: TrainConfig, backend: Backend, files: ModelFiles, rows: RunData, plan: Plan
-) -> dict[str, Any]:
+def run_facts(prepared: Prepared) -> dict[str, Any]:
     """Return run.json: model, devices, data and versions; enough to compare two runs."""
+    config, backend, files = prepared.config, prepared.backend, prepared.inputs.files
     return {
         "command": run_folder.command(),
         "versions": run_folder.versions(),
@@ -43,33 +36,23 @@ def run_facts(
             "dtype": config.torch_dtype,
             **({"vocabulary": files.vocabulary.to_dict()} if files.vocabulary else {}),
         },
-        "fingerprints": rows.fingerprints(),
-        "plan": plan.to_dict(),
+        "fingerprints": prepared.inputs.rows.fingerprints(),
+        "plan": prepared.plan.to_dict(),
     }
 
 
 def make_manifest(
-    config: TrainConfig,
-    step: int,
-    backend: Backend,
-    files: ModelFiles,
-    identity: Mapping[str, str | None],
-    optimizer: Optimizer,
-    plan: Plan,
-    *,
-    num_blocks: int,
-    metrics: dict[str, Any],
-    hooks: dict[str, Any],
+    prepared: Prepared, step: int, *, metrics: dict[str, Any], hooks: dict[str, Any]
 ) -> Manifest:
     """Return the manifest: all that a resume after a step needs except the tensors.
 
     Args:
-        identity: fingerprints of what the run's steps are made of.
-        num_blocks: of the training rows.
         metrics: the last values.
         hooks: what hooks want to know again.
     """
-    slots = optimizer.slots(Parameter((2, 2), getattr(torch, config.torch_dtype), False, False))
+    p, config, inputs = prepared, prepared.config, prepared.inputs
+    backend, plan, identity = p.backend, p.plan, inputs.identity()
+    slots = p.optimizer.slots(Parameter((2, 2), inputs.dtype, False, False))
     return Manifest(
         backend=backend.name,
         mesh=config.mesh_shape(),
@@ -78,9 +61,9 @@ def make_manifest(
         versions=run_folder.versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model={
-            "names": len(files.shapes),
+            "names": len(inputs.files.shapes),
             "dtype": config.torch_dtype,
-            "parameters": files.num_parameters,
+            "parameters": inputs.files.num_parameters,
             "hash": identity["model"],
         },
         optimizer={"name": config.task.optimizer.name, "slots": sorted(slots)},
@@ -96,7 +79,7 @@ def make_manifest(
             "seed": config.seed,
             "next_step": step,
             "global_batch_size": config.task.global_batch_size,
-            "num_blocks": num_blocks,
+            "num_blocks": inputs.rows.train.num_blocks,
         },
         tokenizer_fingerprint=identity["tokenizer"],
         template_fingerprint=identity["template"],

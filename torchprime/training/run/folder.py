@@ -8,7 +8,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 import torchprime
+from torchprime.checkpoint.run.lock import run_lock
+from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError, RuntimeSetupError
 from torchprime.files.atomic import (
     make_folder,
@@ -39,6 +41,41 @@ OWN_NAMES = (
 PACKAGES = (
     "torch", "torch_xla", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "jax",
 )  # fmt: skip
+
+
+class FolderLock:
+    """The lock of a run's folder: taken once, released at the end of the `with`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._held = ExitStack()
+        self._taken = False
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
+
+    def take(self) -> None:
+        """Keep other processes out of the folder.
+
+        Raises:
+            RuntimeSetupError: another process has the lock, or the folder can't be written.
+        """
+        if not self._taken:
+            self._held.enter_context(run_lock(self.folder))
+            self._taken = True
+
+    def take_if_there(self) -> None:
+        """Take the lock if the folder exists: a run that is resumed must not change meanwhile."""
+        if self.folder.is_dir():
+            self.take()
+
+
+def folder_of(config: TrainConfig) -> Path:
+    """Return the folder of the config's run."""
+    return Path(config.output_dir) / (config.run_name or config.task.name)
 
 
 def check(folder: Path) -> None:

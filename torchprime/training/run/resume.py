@@ -78,6 +78,11 @@ class ResumePoint:
     def step(self) -> int:
         return self.reader.manifest.step
 
+    def past(self) -> Past:
+        """Return the steps before a start from here; the metrics of another run do not count."""
+        manifest = self.reader.manifest
+        return Past.of(manifest) if self.own else Past(manifest.step)
+
 
 def checkpoints_place(folder: Path, given: str | None) -> str:
     """Return the place of a run's checkpoints: in its folder, or where the config says, under its

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from torchprime.checkpoint.run.catalog import BEST, LATEST, Catalog
-from torchprime.checkpoint.run.manifest import Manifest
 from torchprime.checkpoint.run.shards import TensorShards, write_shards
-from torchprime.checkpoint.run.storage import MANIFEST, FolderWriter
+from torchprime.checkpoint.run.storage import MANIFEST
 from torchprime.errors import CheckpointError, UserError
 from torchprime.metrics.record import CheckpointRecord
 from torchprime.training.backend import Backend
+from torchprime.training.run.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,7 @@ class Saver:
     """Writer of the checkpoints of one run, one at a time.
 
     Args:
-        manifest: makes a step's manifest; called when no step is unfinished.
-        more: writes further files into the checkpoint's folder, on the first process, after the
-            tensors of all processes.
         best: `step` and `scores` of the best existing checkpoint, None for none.
-        before_commit: called on the first process before the checkpoint gets its name: files it
-            refers to must be on the disk by then.
     """
 
     def __init__(
@@ -54,16 +49,12 @@ class Saver:
         backend: Backend,
         catalog: Catalog,
         *,
-        manifest: Callable[[int], Manifest],
-        more: Callable[[FolderWriter, Manifest], None],
-        before_commit: Callable[[], None],
         retention: Retention,
         asynchronous: bool,
         best: Mapping[str, Any] | None,
         say: Callable[[str], None],
     ) -> None:
         self.backend, self.catalog = backend, catalog
-        self.manifest, self.more, self.before_commit = manifest, more, before_commit
         self.retention, self.asynchronous = retention, asynchronous
         self.processes = backend.processes.aside
         self.best = dict(best) if best else None  # of the checkpoints that are whole
@@ -92,12 +83,9 @@ class Saver:
         self._reserving = threading.Thread(target=take, name="checkpoint-memory", daemon=True)
         self._reserving.start()
 
-    def save(self, step: int, *, scores: Mapping[str, float], wait: bool) -> None:
-        """Start a checkpoint; finish it too if `wait` is true.
-
-        Args:
-            scores: measured after exactly this step; empty if there are none.
-        """
+    def save(self, snapshot: Snapshot, *, wait: bool) -> None:
+        """Start a checkpoint; finish it too if `wait` is true."""
+        step, scores = snapshot.step, snapshot.scores
         started = time.perf_counter()
         self._join()
         updates, bad = self.backend.progress()
@@ -107,17 +95,17 @@ class Saver:
         better = self.is_best(scores)
         self._candidate = {"scores": dict(scores), "step": step} if better else None
         best = self._candidate or self.best
-        manifest = replace(self.manifest(step), best_metric=best, scores=dict(scores))
+        snapshot = replace(snapshot, manifest=replace(snapshot.manifest, best_metric=best))
         tensors = self.backend.checkpoint_tensors()
         if wait or not self.asynchronous:
-            self._write(manifest, tensors, started, None)
+            self._write(snapshot, tensors, started, None)
             return self._join()
         if self._reserving is not None:
             self._reserving.join()
             self._reserving = None
         tensors = [self._on_host(shards) for shards in tensors]
         stall = time.perf_counter() - started
-        arguments = (manifest, tensors, started, stall)
+        arguments = (snapshot, tensors, started, stall)
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._thread.start()
 
@@ -130,7 +118,7 @@ class Saver:
 
     def _write(
         self,
-        manifest: Manifest,
+        snapshot: Snapshot,
         tensors: Sequence[TensorShards],
         started: float,
         stall: float | None,
@@ -138,31 +126,31 @@ class Saver:
         """Write a checkpoint. An error is reported and kept, because a run is worth more than a
         copy."""
         try:
-            size = self._write_folder(manifest, tensors)
+            size = self._write_folder(snapshot, tensors)
         except Exception as error:
             self.problem, self._candidate = error, None
             if not isinstance(error, (UserError, OSError)):  # our own bug: raised by `_join`
                 self._bug = error
-            self.say(f"checkpoint of step {manifest.step} NOT written: {error}")
+            self.say(f"checkpoint of step {snapshot.step} NOT written: {error}")
             return
         self.problem = None
         self.best, self._candidate = self._candidate or self.best, None
         took = time.perf_counter() - started
         stood = took if stall is None else stall
-        name = self.catalog.name_of(manifest.step)
-        self._finished.append(CheckpointRecord(manifest.step, name, size, stood, took))
+        name = self.catalog.name_of(snapshot.step)
+        self._finished.append(CheckpointRecord(snapshot.step, name, size, stood, took))
         self.say(
             f"  checkpoint {name}: {size / 1e6:,.1f} MB in {took:.2f} s, "
             f"training stood still for {stood:.2f} s"
         )
 
-    def _write_folder(self, manifest: Manifest, tensors: Sequence[TensorShards]) -> int:
+    def _write_folder(self, snapshot: Snapshot, tensors: Sequence[TensorShards]) -> int:
         """Write the shards of this process; the first process also completes the folder. Return its
         size.
 
         An error on one process is raised on all of them, at the same place.
         """
-        storage, name = self.catalog.storage, self.catalog.name_of(manifest.step)
+        storage, name = self.catalog.storage, self.catalog.name_of(snapshot.step)
         processes = self.processes
         with ExitStack() as stack:
             main = processes.index == 0
@@ -178,10 +166,10 @@ class Saver:
             )
 
             def complete() -> int:
-                self.more(writer, manifest)
-                self.before_commit()
+                snapshot.complete(writer)
                 files = dict(writer.files)
-                writer.write_bytes(MANIFEST, replace(manifest, files=files).to_bytes())
+                manifest = replace(snapshot.manifest, files=files)
+                writer.write_bytes(MANIFEST, manifest.to_bytes())
                 stack.close()
                 self._point_and_retain(name)
                 return sum(entry["bytes"] for entry in files.values())

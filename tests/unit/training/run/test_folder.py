@@ -1,4 +1,4 @@
-"""The recorded command can be typed again; the config is read back, or refused by name."""
+"""The recorded command can be typed again; the config is read back; a folder has one lock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from torchprime.errors import RuntimeSetupError
-from torchprime.training.run.folder import command, read_config, write_config
+from torchprime.training.run.folder import FolderLock, command, read_config, write_config
 
 
 def test_the_recorded_command_is_what_a_shell_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +46,17 @@ def test_a_config_that_cannot_be_read_is_named(
         (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(RuntimeSetupError, match=f"config.yaml cannot be read: .*{reason}"):
         read_config(tmp_path)
+
+
+def test_the_lock_is_taken_once_and_released_at_the_end(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with FolderLock(folder) as lock:
+        lock.take_if_there()
+        assert not folder.exists(), "a folder that is not there is not made"
+        folder.mkdir()
+        lock.take_if_there()
+        lock.take()
+        with FolderLock(folder) as other, pytest.raises(RuntimeSetupError, match="in use"):
+            other.take()
+    with FolderLock(folder) as other:
+        other.take()

@@ -1,0 +1,68 @@
+"""The inputs of a run: config, model files, chat template and rows, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from torchprime.config.schema import TrainConfig
+from torchprime.data.templates.render import ChatTemplate
+from torchprime.training.setup.datasets import RunData, prepare_run_data, template_of
+from torchprime.training.setup.model_files import ModelFiles
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """All that a run reads, except the values of its weights.
+
+    Attributes:
+        config: with the date that the template writes, so that a resumed run has the same one.
+        template: the chat template; None for a tokenizer without one.
+    """
+
+    config: TrainConfig
+    files: ModelFiles
+    template: ChatTemplate | None
+    rows: RunData
+
+    @classmethod
+    def read(
+        cls, config: TrainConfig, files: ModelFiles, date: str | None, say: Callable[[str], None]
+    ) -> RunInputs:
+        """Choose the chat template, then prepare, report and compare all rows.
+
+        Args:
+            date: for templates that write one, if the config gives none.
+
+        Raises:
+            DataError: an unknown template, rows that can't be used, a leak that the config forbids.
+        """
+        template = template_of(config.dataset, files.tokenizer, date)
+        if template is not None and template.date:
+            dataset = replace(config.dataset, template_date=template.date)
+            config = replace(config, dataset=dataset)
+        rows = prepare_run_data(config, files.tokenizer, template, say)
+        return cls(config, files, template, rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return getattr(torch, self.config.torch_dtype)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Blocks per forward pass, over all devices."""
+        task = self.config.task
+        return task.global_batch_size // task.gradient_accumulation_steps
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return tuple(sorted({self.files.tokenizer.eos_id, *self.rows.train.stop_ids()}))
+
+    def identity(self) -> dict[str, str | None]:
+        """Return the fingerprints of the inputs of a run's steps."""
+        return {"model": self.files.fingerprint(), **self.rows.fingerprints()}
