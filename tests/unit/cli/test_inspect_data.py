@@ -16,7 +16,7 @@ import pytest
 
 from torchprime.cli.main import main
 from torchprime.data.blocks.dataset import PackedDataset
-from torchprime.data.inspection import count_rules, first_batches, length_bins
+from torchprime.data.inspection import Bin, count_rules, first_batches, length_bins
 from torchprime.data.tokenizer.load import Tokenizer, load_tokenizer
 from torchprime.data.tokens.completions import ALL, ASSISTANT, BOS, CONTEXT, OFF, STOP, Example
 from torchprime.text.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
@@ -205,7 +205,7 @@ def test_every_example_is_in_one_bin(seed: int) -> None:
 
 
 def test_one_length_is_one_bin() -> None:
-    assert length_bins(np.array([7, 7, 7])) == [(7, 7, 3, False)]
+    assert length_bins(np.array([7, 7, 7])) == [Bin(7, 7, 3)]
 
 
 # The command --------------------------------------------------------------------------------------

@@ -6,10 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +14,7 @@ from typing import Any, NoReturn
 import pytest
 import tokenizers
 import torch
+from forks import Ended, ForkServer
 from transformers import LlamaForCausalLM
 
 from torchprime.checkpoint.hf.card import CardFacts
@@ -77,27 +75,30 @@ def done(job) -> Path:
 # From a checkpoint --------------------------------------------------------------------------------
 
 
-def torchprime(*argv: str) -> subprocess.CompletedProcess:
+@pytest.fixture
+def torchprime(fork_server: ForkServer, tmp_path: Path) -> Callable[..., Ended]:
     """A command in a process of its own, in which XLA cannot be had."""
-    code = (
-        "import sys; sys.modules['torch_xla'] = sys.modules['jax'] = None\n"
+    script = tmp_path / "without_xla.py"
+    script.write_text(
+        "import sys\n"
+        "assert not {'torch_xla', 'jax'} & set(sys.modules)\n"
+        "sys.modules['torch_xla'] = sys.modules['jax'] = None\n"
         "from torchprime.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment
-    )
+    return lambda *argv: fork_server.start(script, *argv).end()
 
 
-def test_an_export_of_the_last_checkpoint_is_the_runs_own(done: Path, tmp_path: Path) -> None:
+def test_an_export_of_the_last_checkpoint_is_the_runs_own(
+    torchprime: Callable[..., Ended], done: Path, tmp_path: Path
+) -> None:
     """To the byte, on a machine without XLA, while the rows are gone; and both verify."""
     out = tmp_path / "out"
     ended = torchprime("export", str(done / "checkpoints" / LAST), "--out", str(out))
-    assert ended.returncode == 0, ended.stderr
+    assert ended.code == 0, ended.printed
     assert contents(out) == contents(done / "export")
-    assert "logits of transformers match" in ended.stdout
+    assert "logits of transformers match" in ended.printed
     ended = torchprime("verify", str(out))
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.code == 0, ended.printed
     assert not [check for check in recheck(done / "export")[1] if check.passed is False]
 
 
