@@ -1,3 +1,3 @@
 """torchprime: supervised fine-tuning for PyTorch on TPU, with proof that GPUs agree."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

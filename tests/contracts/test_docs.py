@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 import yaml
 
+from torchprime import __version__
 from torchprime.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS
 from torchprime.cli.train import take_flag
 from torchprime.config.compose import compose_config, configs_dir
@@ -324,3 +325,9 @@ def test_readmes_tree_has_every_room() -> None:
     rooms = {folder for folder in repository_folders() if "/" not in folder}
     rooms |= {f for f in repository_folders() if re.fullmatch(r"torchprime/[^/]+", f)}
     assert not rooms - tree_folders()
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    newest = re.search(r"^## (\S+)", text_of("CHANGELOG.md"), re.MULTILINE)
+    cited = re.search(r"^version: (\S+)$", text_of("CITATION.cff"), re.MULTILINE)
+    assert newest and cited and newest[1] == cited[1] == __version__
