@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = ("test_places.py", "test_storage.py", "test_catalog.py")
+TESTS = ("test_places.py", "run/test_storage.py", "run/test_catalog.py")
 
 
 @pytest.fixture
