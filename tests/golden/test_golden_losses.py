@@ -1,0 +1,53 @@
+"""Losses that every version must give again: the quickstart's.
+
+README.md beside this says where the numbers come from and how the tolerance was measured.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from torchprime.config.entry import run_main
+from torchprime.torch_native.train import main as native
+
+HERE = Path(__file__).parent
+FIRST = 10
+# Measured: README.md.
+RELATIVE_FIRST, RELATIVE = 1e-5, 1e-4
+
+
+@pytest.fixture(scope="module")
+def golden() -> ModuleType:
+    """write.py beside this, which is no part of a package."""
+    spec = importlib.util.spec_from_file_location("golden_write", HERE / "write.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_first_losses_of_the_quickstart(golden: ModuleType, tmp_path: Path) -> None:
+    # The learning rate of the first ten steps, its warm-up, does not depend on the length.
+    argv = [
+        "--config-name", "quickstart", "mesh=single", "eval=none", "selection.gates=[]",
+        "selection.ranking=[eval_loss asc]", "export.which=last", "task.sample_prompts=0",
+        "task.export_checkpoint_path=null", f"task.max_steps={FIRST + 1}", "logging_steps=1",
+        "isolation_probe=false", f"output_dir={tmp_path}", "run_name=first",
+    ]  # fmt: skip
+    assert run_main(native, argv) == 0
+    ours = golden.losses_of(tmp_path / "first" / "metrics.jsonl")[:FIRST]
+    assert ours == pytest.approx(golden.read(golden.QUICKSTART)[:FIRST], rel=RELATIVE_FIRST)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_losses_of_the_quickstart(golden: ModuleType, tmp_path: Path) -> None:
+    ours = golden.losses_of(golden.run_quickstart(tmp_path))
+    assert len(ours) == 150
+    assert ours == pytest.approx(golden.read(golden.QUICKSTART), rel=RELATIVE)
