@@ -137,10 +137,12 @@ class Clock:
 
 def run_ours(args: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
     """Our preparation; `ours, second start` finds what `ours, kept on disk` left."""
+    from torchprime.config.dataset import DatasetConfig
     from torchprime.data.files.source import SourceSpec
-    from torchprime.data.prepare import Part, Settings, prepare_dataset
+    from torchprime.data.prepare import Part, prepare_dataset
     from torchprime.data.templates.choose import resolve_template
     from torchprime.data.tokenizer.load import load_tokenizer
+    from torchprime.training.setup.datasets import settings_of
 
     tokenizer, template = load_tokenizer(args.tokenizer), None
     if data == "chat":
@@ -150,10 +152,15 @@ def run_ours(args: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
         )
     kept = args.folder / f"ours-{data}-{args.repeat}"
     with Clock() as clock:
+        rows = DatasetConfig(
+            file_dataset_path=str(args.folder / f"{data}.jsonl"),
+            block_size=BLOCKS[data],
+            packing="bfd",
+        )
         packed, report = prepare_dataset(
-            [Part(SourceSpec(file_dataset_path=str(args.folder / f"{data}.jsonl")))],
+            [Part(SourceSpec(file_dataset_path=rows.file_dataset_path))],
             tokenizer,
-            Settings(BLOCKS[data], packing="bfd"),
+            settings_of(rows, seed=0),
             template=template,
             keep_in=kept if name in (KEPT, AGAIN) else None,
             workers=args.workers,

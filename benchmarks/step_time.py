@@ -86,15 +86,23 @@ def train_tokenizer(rows: Path, folder: Path) -> None:
 
 def prepare(rows: Path, folder: Path, packed: bool) -> tuple[Any, float]:
     """Blocks of the rows, packed or one row each, and the seconds it took."""
+    from torchprime.config.dataset import DatasetConfig
     from torchprime.data.files.source import SourceSpec
-    from torchprime.data.prepare import Part, Settings, prepare_dataset
+    from torchprime.data.prepare import Part, prepare_dataset
     from torchprime.data.tokenizer.load import load_tokenizer
+    from torchprime.training.setup.datasets import settings_of
 
     started = time.perf_counter()
+    dataset = DatasetConfig(
+        file_dataset_path=str(rows),
+        block_size=BLOCK,
+        packing="bfd" if packed else "none",
+        max_rejected_fraction=1.0,
+    )
     data, _ = prepare_dataset(
-        [Part(SourceSpec(file_dataset_path=str(rows)))],
+        [Part(SourceSpec(file_dataset_path=dataset.file_dataset_path))],
         load_tokenizer(folder),
-        Settings(BLOCK, packing="bfd" if packed else "none", max_rejected_fraction=1.0),
+        settings_of(dataset, seed=0),
     )
     return data, time.perf_counter() - started
 

@@ -17,12 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
-from torchprime.data.prepare import Settings, prepare_dataset
+from torchprime.data.prepare import prepare_dataset
 from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.torch_xla_models.train import main
 from torchprime.training.hooks.checkpoint import CheckpointHook
 from torchprime.training.loop import DataOrder
-from torchprime.training.setup.datasets import RunRows
+from torchprime.training.setup.datasets import RunRows, settings_of
 
 SPECIALS = ["<s>", "</s>", "<pad>", "<unk>"]
 VOCAB = len(SPECIALS) + 256
@@ -117,11 +117,10 @@ def order_of() -> Callable[[list[str]], DataOrder]:
 
     def make(argv: list[str]) -> DataOrder:
         config = compose_config(argv)
-        d = config.dataset
         data, _ = prepare_dataset(
             RunRows.of(config).train_parts,
             load_tokenizer(Path(str(config.model.pretrained_model))),
-            Settings(d.block_size, d.compute_loss_on, d.packing, d.truncation),
+            settings_of(config.dataset, config.seed),
         )
         return DataOrder(data, config.seed, config.task.global_batch_size)
 

@@ -22,12 +22,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import data_settings
 import numpy as np
 import pytest
 import tokenizers
 
 from torchprime.data.files.source import SourceSpec
-from torchprime.data.prepare import Part, Settings, prepare_dataset
+from torchprime.data.prepare import Part, prepare_dataset
 from torchprime.data.report import DataReport
 from torchprime.data.rows.read import QUESTION_PROMPT, RowReading
 from torchprime.data.templates.choose import resolve_template
@@ -412,7 +413,9 @@ def _prepare_ours(
     data, report = prepare_dataset(
         [Part(SourceSpec(file_dataset_path=str(found.our_rows)), RowReading())],
         tokenizer,
-        Settings(BLOCK, compute_loss_on=case.mode, packing="none", max_rejected_fraction=1.0),
+        data_settings.settings(
+            BLOCK, compute_loss_on=case.mode, packing="none", max_rejected_fraction=1.0
+        ),
         template=resolve_template(chosen, tokenizer),
     )
     rows: dict[int, tuple[list[int], list[bool]]] = {}

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import data_settings
 import numpy as np
 import pytest
 
@@ -17,7 +18,7 @@ from torchprime.data import prepare
 from torchprime.data.blocks import chunks
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.files.source import SourceSpec
-from torchprime.data.prepare import Part, Settings, Side, prepare_dataset
+from torchprime.data.prepare import Part, Side, prepare_dataset
 from torchprime.data.report import DataReport
 from torchprime.data.rows.read import RowReading
 from torchprime.data.templates.render import ChatTemplate
@@ -56,7 +57,7 @@ def run(build: SimpleNamespace, make_tokenizer: Callable[..., Tokenizer]) -> Run
         return prepare_dataset(
             parts or [Part(source) for source in sources],
             tokenizer,
-            Settings(**options),
+            data_settings.settings(**options),
             side=side,
             keep_in=keep_in,
             workers=workers,
@@ -180,7 +181,7 @@ def test_preference_rows_and_trees_are_prepared(
     tokenizer = make_tokenizer(build.byte_level())
     pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
     part = Part(SourceSpec(str(write_rows(pair, pair))), RowReading("preference"))
-    _, report = prepare_dataset([part], tokenizer, Settings(64))
+    _, report = prepare_dataset([part], tokenizer, data_settings.settings(64))
     assert (report.format, report.supervised_tokens) == ("preference", 2 * 5)
     assert report.noticed == {
         "preference rows: chosen is trained, rejected is not used": {
@@ -195,7 +196,8 @@ def test_preference_rows_and_trees_are_prepared(
     tree = {"message_tree_id": "t", "prompt": {"text": "p", "role": "prompter", "replies": [first]}}
     template = ChatTemplate("plain", PLAIN, eos_token="</s>")
     part = Part(SourceSpec(str(write_rows(tree))))
-    packed, report = prepare_dataset([part], tokenizer, Settings(64), template=template)
+    settings = data_settings.settings(64)
+    packed, report = prepare_dataset([part], tokenizer, settings, template=template)
     assert (report.format, report.rows, report.examples) == ("tree", 2, 2)
     # f</s> once, ab</s> and cd</s>
     assert report.supervised_tokens == 2 + 3 + 3
@@ -237,7 +239,7 @@ def test_chunks_do_not_change_the_result(
 def test_gsm8k(shared_dir: Path) -> None:
     tokenizer = load_tokenizer(shared_dir / "tokenizers/qwen3")
     source = SourceSpec(file_dataset_path=str(shared_dir / "data/gsm8k/train.jsonl"))
-    packed, report = prepare_dataset([Part(source)], tokenizer, Settings(1024))
+    packed, report = prepare_dataset([Part(source)], tokenizer, data_settings.settings(1024))
     assert (report.rows, report.examples, report.num_rejected) == (7473, 7473, 0)
     assert packed.efficiency >= 0.99
 

@@ -10,16 +10,24 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from torchprime.config.dataset import (
+    LossOn,
+    MixtureBy,
+    Packing,
+    Reasoning,
+    SpecialTokensInText,
+    Truncation,
+    Turns,
+)
 from torchprime.data.blocks.store import to_record_batch
 from torchprime.data.files.record import Rejection
 from torchprime.data.rows.read import Row
 from torchprime.data.shared.notes import RowNotes
-from torchprime.data.templates.reasoning import ERROR
 from torchprime.data.templates.render import ChatTemplate
 from torchprime.data.templates.turns import REASON_NOT_SERVED
 from torchprime.data.tokenizer.load import Tokenizer, load_tokenizer
 from torchprime.data.tokens.borders import REASON_NOT_FED
-from torchprime.data.tokens.branches import AUTO, BRANCH, WHOLE, branches
+from torchprime.data.tokens.branches import AUTO, BRANCH, branches
 from torchprime.data.tokens.completions import Example, fit_to_block, loss_mode
 from torchprime.data.tokens.conversations import ChatRules, tokenize_chat
 from torchprime.data.tokens.marked_text import Markers, tokenize_texts
@@ -31,23 +39,23 @@ NOT_AS_SERVED = (REASON_NOT_SERVED, REASON_NOT_FED)
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that turn rows into examples."""
+    """The settings that turn rows into examples; the config schema has their defaults."""
 
     block_size: int
-    compute_loss_on: str = "auto"
-    packing: str = "bfd"
-    truncation: str = "drop"
-    max_examples: int | None = None
-    max_rejected_fraction: float = 0.05
-    max_unreadable_rows: int = 0
-    max_row_characters: int = 4_000_000
-    replay_share: float | None = None
-    mixture_by: str = "rows"
-    turns: str = WHOLE
-    reasoning: str = ERROR
-    special_tokens_in_text: str = "error"
-    markers: Markers | None = None
-    seed: int = 0  # limited by what the mixture uses
+    compute_loss_on: LossOn
+    packing: Packing
+    truncation: Truncation
+    max_examples: int | None
+    max_rejected_fraction: float
+    max_unreadable_rows: int
+    max_row_characters: int
+    replay_share: float | None
+    mixture_by: MixtureBy
+    turns: Turns
+    reasoning: Reasoning
+    special_tokens_in_text: SpecialTokensInText
+    markers: Markers | None
+    seed: int  # 0 if there is no mixture, which alone uses it
 
 
 @dataclass(frozen=True)
@@ -120,14 +128,14 @@ class Work:
         return results
 
     def _branches(
-        self, rows: Sequence[Row], mode: str, notes: RowNotes
+        self, rows: Sequence[Row], mode: LossOn, notes: RowNotes
     ) -> dict[str, list[Example | Rejection]]:
         of_row = {row.row_id: branches(row, mode == "last_assistant") for row in rows}
         done = iter(self._tokenized([b for bs in of_row.values() for b in bs], LAST, notes))
         return {row_id: [next(done) for _ in bs] for row_id, bs in of_row.items()}
 
     def _tokenized(
-        self, rows: Sequence[Row], mode: str, notes: RowNotes
+        self, rows: Sequence[Row], mode: LossOn, notes: RowNotes
     ) -> list[Example | Rejection]:
         assert self.template is not None
         rules = ChatRules(mode, self.settings.reasoning, self.settings.special_tokens_in_text)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from torchprime.config.dataset import Packing
 from torchprime.data.blocks.batch import Batch
 from torchprime.data.blocks.pack import Plan, pack
 from torchprime.data.blocks.store import ExampleStore
@@ -36,7 +37,7 @@ class PackedDataset:
 
     @classmethod
     def from_examples(
-        cls, examples: Sequence[Example], *, block_size: int, pad_id: int, packing: str
+        cls, examples: Sequence[Example], *, block_size: int, pad_id: int, packing: Packing
     ) -> PackedDataset:
         """Plan the blocks of these examples, all in memory."""
         store = ExampleStore.from_examples(examples)

@@ -29,12 +29,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from torchprime.errors import DataError
+from torchprime.config.dataset import Packing
 
 Ints = npt.NDArray[np.int64]
-
-
-PACKINGS = ("none", "bfd", "bfd_split", "wrapped")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +55,7 @@ class Plan:
 
 
 def pack(
-    lengths: Ints, block_size: int, packing: str, examples: Sequence[int] | Ints | None = None
+    lengths: Ints, block_size: int, packing: Packing, examples: Sequence[int] | Ints | None = None
 ) -> Plan:
     """Assign every piece to one block.
 
@@ -67,10 +64,6 @@ def pack(
             to avoid that, leave them out of `examples`.
         examples: the examples to place; None is all of them.
     """
-    if packing not in PACKINGS:
-        raise DataError(
-            f"dataset.packing={packing} is not known, expected one of {', '.join(PACKINGS)}"
-        )
     lengths = np.asarray(lengths, dtype=np.int64)
     chosen = np.arange(len(lengths)) if examples is None else np.asarray(examples, dtype=np.int64)
     lengths = lengths[chosen]

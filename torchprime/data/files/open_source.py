@@ -19,6 +19,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+from torchprime.config.dataset import DatasetConfig
 from torchprime.data.files.hub import load_hub, read_hub
 from torchprime.data.files.listing import SourceFile, find_files, is_saved_folder, protocols
 from torchprime.data.files.readers import DELIMITERS, LINE_EXTENSIONS, read_records, split_name
@@ -35,11 +36,9 @@ HASH_BYTES = 2**20  # per file at a time
 def read_rows(source: SourceSpec, notes: RowNotes | None = None) -> Records:
     """Stream (row_id, record) in order; a record is a dict, or a Rejection with the same row_id.
 
-    `notes` counts findings in the records while they stream. Raises DataError at the call unless
-    exactly one source is set. While reading, raises it for a source that is missing, unreachable,
-    structurally broken or without a single row.
+    `notes` counts findings in the records while they stream. Raises DataError for a source that is
+    missing, unreachable, structurally broken or without a single row.
     """
-    _check_one_place(source)
     rows = _read_files if _path_of(source) else _read_hub
     return _refuse_empty(rows(source, notes), source)
 
@@ -51,7 +50,6 @@ def source_fingerprint(source: SourceSpec) -> str:
     would have to send all content, its version metadata instead. Hub: name, config, split and the
     fingerprint of the loaded dataset. Raises DataError as read_rows does.
     """
-    _check_one_place(source)
     parts: list[Any] = []
     if path := _path_of(source):
         for file in _files_of(source)[0]:
@@ -61,20 +59,6 @@ def source_fingerprint(source: SourceSpec) -> str:
         name, config = source.hf_dataset_name, source.hf_dataset_config_name
         parts = [name, config, source.split, _loaded(source)._fingerprint]
     return _digest(json.dumps([source.name, parts]).encode()).hexdigest()
-
-
-def _check_one_place(source: SourceSpec) -> None:
-    section, name, path = source.section, source.hf_dataset_name, source.file_dataset_path
-    if not name and not path:
-        raise DataError(
-            f"no rows to read: neither {section}.file_dataset_path nor {section}.hf_dataset_name "
-            f"is set. Set one of them, e.g. {section}.file_dataset_path=rows.jsonl"
-        )
-    if name and path:
-        raise DataError(
-            f"{section}.file_dataset_path={path} and {section}.hf_dataset_name={name} are both "
-            f"set, but rows come from one place. Set one of them to null"
-        )
 
 
 def _refuse_empty(rows: Records, source: SourceSpec) -> Records:
@@ -94,12 +78,6 @@ def _read_hub(source: SourceSpec, notes: RowNotes | None) -> Records:
 
 
 def _loaded(source: SourceSpec) -> Any:
-    if source.split is None:
-        section = source.section
-        raise DataError(
-            f"{section}.hf_dataset_name={source.hf_dataset_name} needs {section}.split, which is "
-            f"not set. Set it to the split to read, e.g. {section}.split=test"
-        )
     return load_hub(source)
 
 
@@ -129,7 +107,7 @@ def _files_of(source: SourceSpec) -> tuple[list[SourceFile], SplitKey]:
     """
     given = str(_path_of(source))
     found = find_files(str(source.file_dataset_path or source.hf_dataset_name), given)
-    unset = "null" if source.section == "eval" else "train"
+    unset = "null" if source.section == "eval" else DatasetConfig.split
     part = f".mixture.{source.name}" if source.name else ""
     key = f"{source.section}{part}.split"
     wanted = SplitKey(source.split, key, unset)

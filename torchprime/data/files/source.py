@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torchprime.config.dataset import DatasetConfig
+
 
 @dataclass(frozen=True)
 class SourceSpec:
@@ -18,7 +20,7 @@ class SourceSpec:
     file_dataset_path: str | None = None
     hf_dataset_name: str | None = None
     hf_dataset_config_name: str | None = None
-    split: str | None = "train"
+    split: str | None = DatasetConfig.split
     cache_dir: str | None = None
     name: str = ""
     section: str = "dataset"

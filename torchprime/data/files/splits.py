@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from torchprime.config.dataset import DatasetConfig
 from torchprime.errors import DataError
 
 KEYWORDS = {
@@ -41,15 +42,15 @@ class SplitKey:
         is_used: the file names have already selected the split.
     """
 
-    name: str | None = "train"
+    name: str | None = DatasetConfig.split
     key: str = "dataset.split"
-    unset: str = "train"
+    unset: str = DatasetConfig.split
     is_used: bool = False
 
     @property
     def asks(self) -> bool:
         """Return False for the default, with which files without splits are read too."""
-        return self.name not in (None, "train") and not self.is_used
+        return self.name not in (None, DatasetConfig.split) and not self.is_used
 
 
 DEFAULT_SPLIT = SplitKey()

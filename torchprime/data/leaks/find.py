@@ -28,6 +28,7 @@ from itertools import chain, islice
 import numpy as np
 from datasketch import MinHashLSH
 
+from torchprime.config.dataset import DatasetConfig
 from torchprime.data.leaks.minhash import (
     NUM_PERM,
     Signer,
@@ -59,7 +60,7 @@ def find_leaks(
     train: Iterable[TextRow],
     evaluation: Iterable[TextRow],
     *,
-    threshold: float = 0.8,
+    threshold: float = DatasetConfig.leak_threshold,
     num_perm: int = NUM_PERM,
     workers: int = 2,
     seed: int = 0,

@@ -65,18 +65,12 @@ def decide_format(
     no other preference between kinds.
 
     Raises:
-        DataError: an unknown kind or canonical field; or `auto` finds no kind, or more than one.
+        DataError: an unknown canonical field; or `auto` finds no kind, or more than one.
     """
     requested, columns = reading.format, reading.columns
     check_columns(columns)
-    if requested in FIELDS:
-        return FormatDecision(requested, f"dataset.format={requested}")
     if requested != "auto":
-        close = difflib.get_close_matches(requested, ["auto", *FIELDS], n=1)
-        raise DataError(
-            f"dataset.format={requested} is not known, expected auto, {', '.join(FIELDS)}"
-            + (f". Did you mean {close[0]}?" if close else "")
-        )
+        return FormatDecision(requested, f"dataset.format={requested}")
     records = [rename(row, columns) for row in sample if not isinstance(row, Rejection)]
     if sample and not records:
         raise DataError(_unreadable([row for row in sample if isinstance(row, Rejection)], source))

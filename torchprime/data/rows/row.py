@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torchprime.config.dataset import AnswerForm, DatasetConfig, Format
 from torchprime.data.messages.read import Message
-from torchprime.data.rows.answer_form import AS_IS
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class RowReading:
         as_messages: prompt and completion become a user's and an assistant's turn.
     """
 
-    format: str = "auto"
+    format: Format = DatasetConfig.format
     columns: Mapping[str, str] | None = None
     group_key: str | None = None
     time_key: str | None = None
     id_key: str | None = None
-    as_messages: bool = False
-    answer_form: str = AS_IS
+    as_messages: bool = DatasetConfig.as_messages
+    answer_form: AnswerForm = DatasetConfig.answer_form
 
 
 PLAIN_READING = RowReading()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from torchprime.config.dataset import Reasoning
 from torchprime.data.files.record import Rejection
 from torchprime.data.messages.read import Message
 from torchprime.data.rows.read import Row
@@ -36,7 +37,7 @@ def reasoning_of(message: Mapping[str, Any]) -> str:
     return ""
 
 
-def place_reasoning(row: Row, template: ChatTemplate, policy: str) -> Row | Rejection:
+def place_reasoning(row: Row, template: ChatTemplate, policy: Reasoning) -> Row | Rejection:
     """Return the row with its reasoning placed as the policy requires.
 
     Args:

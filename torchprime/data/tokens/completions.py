@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from torchprime.config.dataset import LossOn, Truncation
 from torchprime.data.files.record import Rejection
 from torchprime.data.rows.read import Row
 from torchprime.data.tokenizer.load import Tokenizer
@@ -38,7 +39,6 @@ NEUTRAL_CONTEXTS = ("\n", ".", ":", "a", "0")
 # turn that the row itself excludes.
 RULES = ("context", "bos", "completion", "assistant", "stop", "all", "off")
 CONTEXT, BOS, COMPLETION, ASSISTANT, STOP, ALL, OFF = range(len(RULES))
-LOSS_MODES = ("auto", "all", "completion", "assistant", "last_assistant")
 
 REASON_BOUNDARY = "no exact token boundary between prompt and completion"
 REASON_NO_TOKENS = "completion has no tokens"
@@ -90,12 +90,8 @@ class _Parts:
     boundary: str
 
 
-def loss_mode(requested: str, row: Row) -> str:
+def loss_mode(requested: LossOn, row: Row) -> LossOn:
     """Return the mode for one row, with `auto` resolved; raise DataError if it does not apply."""
-    if requested not in LOSS_MODES:
-        raise DataError(
-            f"dataset.compute_loss_on={requested} is not known, expected {', '.join(LOSS_MODES)}"
-        )
     if row.messages:
         if requested == "completion":
             raise DataError(
@@ -115,13 +111,13 @@ def loss_mode(requested: str, row: Row) -> str:
 
 
 def tokenize_rows(
-    rows: Sequence[Row], tokenizer: Tokenizer, compute_loss_on: str
+    rows: Sequence[Row], tokenizer: Tokenizer, compute_loss_on: LossOn
 ) -> list[Example | Rejection]:
     """Return one result per row of text, in order.
 
     Pass many rows at once: the tokenizer works in batches.
     """
-    modes = [loss_mode(compute_loss_on, row) for row in rows]
+    modes: list[LossOn] = [loss_mode(compute_loss_on, row) for row in rows]
     found: list[_Parts | None] = []
     for row in rows:
         ids = tokenizer.joint_ids(row.prompt, row.completion)
@@ -140,7 +136,7 @@ def _no_boundary(row: Row) -> Rejection:
     return Rejection(row.row_id, REASON_BOUNDARY, f"near {row.prompt[-8:] + row.completion[:8]!r}")
 
 
-def _example(row: Row, parts: _Parts, tokenizer: Tokenizer, mode: str) -> Example | Rejection:
+def _example(row: Row, parts: _Parts, tokenizer: Tokenizer, mode: LossOn) -> Example | Rejection:
     if not parts.completion:
         return Rejection(row.row_id, REASON_NO_TOKENS)
     ids = tokenizer.with_bos(parts.prompt + parts.completion)
@@ -209,7 +205,7 @@ def _completions_after(
     ]
 
 
-def fit_to_block(example: Example, block_size: int, truncation: str) -> Example | Rejection:
+def fit_to_block(example: Example, block_size: int, truncation: Truncation) -> Example | Rejection:
     """Return the example if it fits; otherwise apply the truncation setting.
 
     `split` leaves a divisible example (text) whole: the packing plan splits it into blocks.
@@ -224,11 +220,6 @@ def fit_to_block(example: Example, block_size: int, truncation: str) -> Example 
             f"{example.row_id}: the row has {length:,} tokens, dataset.block_size is "
             f"{block_size:,}. Raise dataset.block_size, or set dataset.truncation to drop, left, "
             "right or split"
-        )
-    if truncation not in ("left", "right"):
-        raise DataError(
-            f"dataset.truncation={truncation} is not known, expected drop, left, right, split or "
-            "error"
         )
     kept = np.arange(block_size)
     if truncation == "left":

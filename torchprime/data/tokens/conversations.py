@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from torchprime.config.dataset import DatasetConfig, LossOn, Reasoning, SpecialTokensInText
 from torchprime.data.files.record import Rejection
 from torchprime.data.rows.limits import one_row
 from torchprime.data.rows.read import Row
 from torchprime.data.shared.notes import RowNotes
-from torchprime.data.templates.reasoning import ERROR, place_reasoning
+from torchprime.data.templates.reasoning import place_reasoning
 from torchprime.data.templates.render import ChatTemplate
 from torchprime.data.templates.turns import Rendering, Span, reserved_texts, turn_spans
 from torchprime.data.tokenizer.load import Tokenizer
@@ -55,9 +56,9 @@ class ChatRules:
         special_tokens_in_text: `error`, or `answers` to allow special tokens in answers.
     """
 
-    compute_loss_on: str = "auto"
-    reasoning: str = ERROR
-    special_tokens_in_text: str = "error"
+    compute_loss_on: LossOn = DatasetConfig.compute_loss_on
+    reasoning: Reasoning = DatasetConfig.reasoning
+    special_tokens_in_text: SpecialTokensInText = DatasetConfig.special_tokens_in_text
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class _Chat:
     """
 
     row: Row
-    mode: str
+    mode: LossOn
     text: str
     spans: list[Span]
     weights: list[float]
@@ -150,7 +151,7 @@ def _why_unsupervised(found: Rendering, row: Row) -> str:
     return "every assistant turn has weight 0" if found.spans else "no assistant message"
 
 
-def _close(row: Row, mode: str, found: Rendering, weights: list[float]) -> _Chat | Rejection:
+def _close(row: Row, mode: LossOn, found: Rendering, weights: list[float]) -> _Chat | Rejection:
     """Check that supervised turns end with a stop token; add EOS to the last if needed."""
     text, add_eos = found.text, False
     for span, weight in zip(found.spans, weights, strict=True):

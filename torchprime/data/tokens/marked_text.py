@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from torchprime.config.dataset import LossOn
 from torchprime.data.files.record import Rejection
 from torchprime.data.rows.read import Row
 from torchprime.data.tokenizer.load import Tokenizer
@@ -46,7 +47,7 @@ class Markers:
 
 
 def tokenize_texts(
-    rows: Sequence[Row], tokenizer: Tokenizer, compute_loss_on: str, markers: Markers | None
+    rows: Sequence[Row], tokenizer: Tokenizer, compute_loss_on: LossOn, markers: Markers | None
 ) -> list[Example | Rejection]:
     """Return one result per row without messages, in order; markers divide plain texts."""
     if markers is None:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchprime.checkpoint.hf.source import hub_name
-from torchprime.config.schema import DatasetConfig, EvalConfig, MixturePart, TrainConfig
+from torchprime.config.dataset import DatasetConfig, Format, MixturePart
+from torchprime.config.evaluation import EvalConfig
+from torchprime.config.schema import TrainConfig
 from torchprime.data.blocks.chunks import Settings
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.files.source import SourceSpec
@@ -122,7 +124,7 @@ class RunRows:
         source = _source("eval", self.eval, d.cache_dir)
         return [Part(source, self._reading(d.format, d.columns))]
 
-    def _reading(self, format: str, columns: dict[str, str]) -> RowReading:
+    def _reading(self, format: Format, columns: dict[str, str]) -> RowReading:
         d = self.dataset
         return RowReading(
             format=format,
@@ -218,22 +220,7 @@ def prepare_run_data(
     d = config.dataset
     rows = RunRows.of(config)
     kept_in = _kept_in(d.prepared_dir, say)
-    settings = Settings(
-        block_size=d.block_size,
-        compute_loss_on=d.compute_loss_on,
-        packing=d.packing,
-        truncation=d.truncation,
-        max_rejected_fraction=d.max_rejected_fraction,
-        max_unreadable_rows=d.max_unreadable_rows,
-        max_row_characters=d.max_row_characters,
-        replay_share=d.replay_share,
-        mixture_by=d.mixture_by,
-        turns=d.turns,
-        reasoning=d.reasoning,
-        special_tokens_in_text=d.special_tokens_in_text,
-        markers=_markers(d),
-        seed=config.seed if d.mixture else 0,
-    )
+    settings = settings_of(d, config.seed)
     workers = d.num_proc or min(MOST_WORKERS, os.cpu_count() or 1)
 
     def prepared(
@@ -285,6 +272,28 @@ def _source(
         split=given.split,
         cache_dir=cache_dir,
         section=section,
+    )
+
+
+def settings_of(dataset: DatasetConfig, seed: int) -> Settings:
+    """Return the settings that make examples of the rows of a dataset section."""
+    d = dataset
+    return Settings(
+        block_size=d.block_size,
+        compute_loss_on=d.compute_loss_on,
+        packing=d.packing,
+        truncation=d.truncation,
+        max_examples=None,  # of training rows and of held-out rows differ
+        max_rejected_fraction=d.max_rejected_fraction,
+        max_unreadable_rows=d.max_unreadable_rows,
+        max_row_characters=d.max_row_characters,
+        replay_share=d.replay_share,
+        mixture_by=d.mixture_by,
+        turns=d.turns,
+        reasoning=d.reasoning,
+        special_tokens_in_text=d.special_tokens_in_text,
+        markers=_markers(d),
+        seed=seed if d.mixture else 0,
     )
 
 

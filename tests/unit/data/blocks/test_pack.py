@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from torchprime.data.blocks.pack import PACKINGS, Plan, pack
+from torchprime.config.dataset import Packing
+from torchprime.data.blocks.pack import Plan, pack
 from torchprime.data.rows.read import QUESTION_PROMPT
 from torchprime.data.tokenizer.load import load_tokenizer
-from torchprime.errors import DataError
 
 
 def naive_first_fit_decreasing(lengths: list[int], block_size: int) -> list[list[int]]:
@@ -98,20 +99,13 @@ def test_longer_than_a_block_is_cut_and_whole_again(packing: str) -> None:
 
 def test_only_the_chosen_examples() -> None:
     lengths = np.array([5, 6, 7, 8, 90])
-    for packing in PACKINGS:
+    for packing in get_args(Packing):
         plan = pack(lengths, 16, packing, [1, 3])
         assert sorted(plan.examples.tolist()) == [1, 3]
 
 
 def test_none_keeps_file_order_one_example_per_block() -> None:
     assert blocks_of(np.array([3, 1, 2]), 4, "none") == [[0], [1], [2]]
-
-
-def test_unknown_packing() -> None:
-    with pytest.raises(
-        DataError, match="dataset.packing=best is not known.*none, bfd, bfd_split, wrapped"
-    ):
-        pack(np.array([1]), 4, "best")
 
 
 def test_gsm8k_fills_at_least_99_percent(shared_dir: Path) -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import data_settings
 import numpy as np
 import pytest
 import tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from torchprime.data.blocks.chunks import Settings, Work
+from torchprime.data.blocks.chunks import Work
 from torchprime.data.files.record import Rejection
 from torchprime.data.messages.read import Message
 from torchprime.data.rows.read import Row
@@ -303,7 +304,7 @@ def test_branches_are_one_row_for_each_answer_that_carries_loss() -> None:
 
 
 def work(tokenizer: Tokenizer, template: ChatTemplate, **settings: Any) -> Work:
-    return Work(tokenizer, template, Settings(block_size=2048, **settings))
+    return Work(tokenizer, template, data_settings.settings(2048, **settings))
 
 
 def test_auto_branches_only_what_no_single_sequence_trains(tokenizer: Tokenizer) -> None:
