@@ -14,6 +14,7 @@ import yaml
 
 from torchprime.config.compose import assets_dir, compose_config, configs_dir
 from torchprime.config.evaluation import LOSSES
+from torchprime.config.load import schema_defaults
 from torchprime.data.leaks.find import find_leaks
 from torchprime.evaluation.graders.samples import Sample
 from torchprime.models.architecture import architecture_from_hf
@@ -62,6 +63,54 @@ def shapes_of(model: str, *switches: str) -> dict[str, tuple[int, ...]]:
 
 def test_there_are_no_other_groups() -> None:
     assert {path.name for path in CONFIGS.iterdir() if path.is_dir()} == set(GROUPS)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value of a tree by its dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        found |= flat(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
+    return found
+
+
+def values_in(path: Path) -> dict[str, Any]:
+    """What a file of configs/ sets itself, by the full key."""
+    tree = yaml.safe_load(path.read_text()) or {}
+    tree.pop("defaults", None)
+    everywhere = path.parent == CONFIGS or "@package _global_" in path.read_text()
+    return flat(tree, "" if everywhere else f"{path.parent.name}.")
+
+
+def values_beneath(path: Path) -> dict[str, Any]:
+    """What the files in a file's list `defaults` set; its own values go over them."""
+    found: dict[str, Any] = {}
+    for entry in (yaml.safe_load(path.read_text()) or {}).get("defaults", []):
+        if isinstance(entry, dict):
+            ((group, option),) = entry.items()
+            file = CONFIGS / group.removeprefix("override /") / f"{option}.yaml"
+        elif entry in ("_self_", "torchprime_schema"):
+            continue
+        else:
+            file = path.parent / f"{entry}.yaml"
+        found |= values_beneath(file) | values_in(file)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_defaults_stand_in_the_schema_alone(path: Path) -> None:
+    defaults, set_here = flat(schema_defaults()), values_in(path)
+    if path.name == "default.yaml" and path.parent == CONFIGS:
+        shown = {key: defaults[key] for key in set_here}
+        assert set_here == shown, "default.yaml shows the schema's defaults"
+        return
+    beneath = values_beneath(path)
+    restated = [
+        key
+        for key, value in set_here.items()
+        if key in defaults and value == defaults[key] == beneath.get(key, value)
+    ]
+    assert not restated, f"{path}: without these lines the values are the same"
 
 
 @pytest.mark.parametrize("run", RUNS)
