@@ -157,7 +157,7 @@ def test_every_named_architecture_has_a_published_size() -> None:
     with_architecture = {
         path.stem
         for path in (CONFIGS / "model").glob("*.yaml")
-        if "architecture" in yaml.safe_load(path.read_text())
+        if "architecture" in (yaml.safe_load(path.read_text()) or {})
     }
     assert with_architecture == set(PUBLISHED_PARAMETERS)
 
