@@ -23,7 +23,8 @@ from torchprime.data.templates.render import (
     ChatTemplate,
 )
 from torchprime.data.templates.source import check_syntax, checked_options, tells_date
-from torchprime.data.templates.turns import reserved_texts, turn_spans
+from torchprime.data.templates.stop_tokens import reserved_texts
+from torchprime.data.templates.turns import turn_spans
 from torchprime.data.tokenizer.load import Tokenizer, read_settings, token_named
 from torchprime.errors import CheckpointError, DataError
 from torchprime.files.template_files import DEFAULT, own_templates, read_text

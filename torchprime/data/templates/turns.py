@@ -19,15 +19,13 @@ rendering has), the row's own answer is appended to the server's input.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 from torchprime.data.files.record import Rejection
 from torchprime.data.rows.read import Row
-from torchprime.data.templates.reasoning import reasoning_of
+from torchprime.data.templates.left_out import left_out, unsaid
 from torchprime.data.templates.render import (
     ChatTemplate,
     TemplateRefusal,
@@ -36,20 +34,15 @@ from torchprime.data.templates.render import (
     render,
     render_with_marks,
 )
+from torchprime.data.templates.stop_tokens import SENTINEL, Stops, openers, stops_of
 from torchprime.data.templates.structure import structure_of
-from torchprime.data.tokenizer.load import Tokenizer
 
 REASON_REFUSED = "the chat template refuses the conversation"
 REASON_MARKS = "generation marks and assistant turns differ in number"
 REASON_NO_SPAN = "the assistant turn's span cannot be derived exactly"
 REASON_LEFT_OUT = "the chat template leaves out what the assistant says"
 REASON_NOT_SERVED = "the text in front of an assistant turn is not what a server feeds"
-NO_SYSTEM = "the chat template leaves out the system turn"
-NO_TOOLS = "the chat template leaves out the tools"
-NO_REASONING = "the chat template leaves out the reasoning of a turn"
 SHOWN_CHARACTERS = 48
-
-SENTINEL = "zqSentinel{}Qz"
 
 
 @dataclass(frozen=True)
@@ -78,62 +71,6 @@ class Rendering:
     left_out: tuple[str, ...] = ()
 
 
-# Special tokens in a text -----------------------------------------------------------------------
-
-
-class _Stops:
-    """A finder of special tokens where a turn could end."""
-
-    def __init__(self, texts: frozenset[str]) -> None:
-        self.texts = tuple(sorted(texts, key=len, reverse=True))
-        self._pattern = re.compile(r"\s*(" + "|".join(map(re.escape, self.texts)) + ")")
-
-    def after(self, text: str, position: int) -> tuple[int, int] | None:
-        """Return the special token at this position; white space may precede it."""
-        match = self._pattern.match(text, position) if self.texts else None
-        return match.span(1) if match else None
-
-    def at_end(self, text: str) -> tuple[int, int] | None:
-        """Return the special token at the end of a text; white space may follow it."""
-        body = text.rstrip()
-        if not body.endswith(self.texts):
-            return None
-        longest = next(stop for stop in self.texts if body.endswith(stop))
-        return len(body) - len(longest), len(body)
-
-
-@lru_cache(maxsize=16)
-def _stops(texts: frozenset[str]) -> _Stops:
-    return _Stops(texts)
-
-
-@lru_cache(maxsize=16)
-def _openers(template: ChatTemplate, texts: frozenset[str]) -> frozenset[str]:
-    """Return special tokens that begin a message: found after an answer, they do not end it.
-
-    These are the tokens before a user's text or in the generation prompt, except tokens that also
-    close that text and except EOS (some tokenizers use it as BOS too).
-    """
-    word = SENTINEL.format("")
-    try:
-        before, _, after = render(template, [{"role": "user", "content": word}]).partition(word)
-    except TemplateRefusal:
-        return frozenset()
-    opening = before + generation_prompt(template)
-    return frozenset(
-        text for text in texts if text in opening and text not in after + template.eos_token
-    )
-
-
-def reserved_texts(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[str]:
-    """Return texts that only the template may write: special tokens and family markers."""
-    own = {template.bos_token, template.eos_token, *template.markers} - {""}
-    return tokenizer.special_tokens | own
-
-
-# Spans ------------------------------------------------------------------------------------------
-
-
 def turn_spans(
     template: ChatTemplate,
     row: Row,
@@ -158,10 +95,11 @@ def turn_spans(
         return Rejection(row.row_id, REASON_REFUSED, str(refusal))
     except _NoSpan as problem:
         return Rejection(row.row_id, problem.reason, problem.detail)
-    problem = _unsaid(found, messages)
+    produced = {span.message: found.text[span.start : span.end] for span in found.spans}
+    problem = unsaid(messages, produced)
     if problem:
         return Rejection(row.row_id, REASON_LEFT_OUT, problem)
-    return replace(found, left_out=_left_out(chat, found.text))
+    return replace(found, left_out=left_out(messages, row.tools, found.text))
 
 
 def _served_spans(chat: _Conversation, learned: set[int], last_only: bool) -> Rendering:
@@ -189,8 +127,8 @@ class _Conversation:
     turns: list[int]  # the indices of the assistant's messages
 
     @property
-    def stops(self) -> _Stops:
-        return _stops(self.stop_texts)
+    def stops(self) -> Stops:
+        return stops_of(self.stop_texts)
 
     def render(self, messages: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
         return render(self.template, messages, self.tools, ask)
@@ -214,7 +152,7 @@ class _Conversation:
         return messages
 
     def is_opener(self, text: str) -> bool:
-        return text in _openers(self.template, self.stop_texts)
+        return text in openers(self.template, self.stop_texts)
 
 
 def _marked_spans(chat: _Conversation, last_only: bool) -> Rendering:
@@ -482,36 +420,3 @@ def _verified(text: str, spans: list[Span], rule: str) -> Rendering:
             raise _NoSpan(REASON_NO_SPAN, f"message {span.message + 1}: the turns are not in order")
         position = span.end
     return Rendering(text, spans, rule)
-
-
-def _unsaid(found: Rendering, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the words or calls of an assistant that its span lacks; reasoning may be missing."""
-    for span in found.spans:
-        message, shown = messages[span.message], found.text[span.start : span.end]
-        content = message.get("content")
-        if isinstance(content, str) and content.rpartition("</think>")[2].strip() not in shown:
-            return f"message {span.message + 1}: its content"
-        for call in message.get("tool_calls") or ():
-            if _function_name(call) not in shown:
-                return f"message {span.message + 1}: the call of {_function_name(call)}"
-    return ""
-
-
-def _left_out(chat: _Conversation, text: str) -> tuple[str, ...]:
-    """Return the parts of the row that the text lacks, although every answer is complete."""
-    found = []
-    roles = ("system", "developer")
-    instructions = (m.get("content") or "" for m in chat.messages if m.get("role") in roles)
-    if any(said.strip() not in text for said in instructions):
-        found.append(NO_SYSTEM)
-    if chat.tools and not any(_function_name(tool) in text for tool in chat.tools):
-        found.append(NO_TOOLS)
-    if any(reasoning_of(message).strip() not in text for message in chat.messages):
-        found.append(NO_REASONING)
-    return tuple(found)
-
-
-def _function_name(value: Any) -> str:
-    """Return the function's name in a tool's schema or in a call."""
-    function = value.get("function", value) if isinstance(value, Mapping) else {}
-    return str(function.get("name", "")) if isinstance(function, Mapping) else ""

@@ -23,7 +23,8 @@ from torchprime.data.rows.read import Row
 from torchprime.data.shared.notes import RowNotes
 from torchprime.data.templates.reasoning import place_reasoning
 from torchprime.data.templates.render import ChatTemplate
-from torchprime.data.templates.turns import Rendering, Span, reserved_texts, turn_spans
+from torchprime.data.templates.stop_tokens import reserved_texts
+from torchprime.data.templates.turns import Rendering, Span, turn_spans
 from torchprime.data.tokenizer.load import Tokenizer
 from torchprime.data.tokens.borders import Bordered, NotExact, Tokens, tokenize_bordered
 from torchprime.data.tokens.completions import (

@@ -27,11 +27,10 @@ from torchprime.data.rows.read import Row
 from torchprime.data.shared.notes import RowNotes
 from torchprime.data.templates import turns as turns_module
 from torchprime.data.templates.choose import FAMILIES, FOLDER, resolve_template
+from torchprime.data.templates.left_out import NO_REASONING, NO_TOOLS
 from torchprime.data.templates.reasoning import REASON_NO_PLACE
 from torchprime.data.templates.render import ChatTemplate, as_served, render
 from torchprime.data.templates.turns import (
-    NO_REASONING,
-    NO_TOOLS,
     REASON_LEFT_OUT,
     REASON_NO_SPAN,
     REASON_NOT_SERVED,
