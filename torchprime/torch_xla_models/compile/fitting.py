@@ -113,7 +113,7 @@ def find_nearest(
     Args:
         sizes_of: the sizes of a config.
         limit: bytes that a chip gives to a program.
-        compile_one: makes a report (compile_only.py) of a config.
+        compile_one: makes the report (report.py) of a config.
 
     Returns:
         `overrides` to type (None if nothing fits), `total` bytes with them, and what was `tried`.
