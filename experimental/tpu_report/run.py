@@ -145,9 +145,9 @@ def row(case: Case, r: dict[str, Any]) -> str:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The table, in the order of CASES."""
     heads = [
-        "Step", "Slice", "Micro-batches x blocks x tokens", "GiB per chip", "arguments + temporaries",
-        "gathered GiB (theory)", "reduce-scattered GiB (theory)", "products / formula",
-        "slot tokens/s per chip, estimate", "compile s",
+        "Step", "Slice", "Micro-batches x blocks x tokens", "GiB per chip",
+        "arguments + temporaries", "gathered GiB (theory)", "reduce-scattered GiB (theory)",
+        "products / formula", "slot tokens/s per chip, estimate", "compile s",
     ]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += [row(case, results[case.name]) for case in CASES if case.name in results]
