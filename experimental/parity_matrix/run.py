@@ -222,12 +222,12 @@ def rows_of(verdict: Mapping[str, Any]) -> list[str]:
 
 
 def matrix_lines(verdict: Mapping[str, Any]) -> list[str]:
-    """What the page says of the fp32 matrix."""
+    """Return the page's lines on the fp32 matrix."""
     return [
-        f"{verdict['steps']['judged']} steps, {len(verdict['pairs']) + 1} runs, reference "
+        f"{len(verdict['pairs']) + 1} runs of {verdict['steps']['judged']} steps, compared with "
         f"`{verdict['reference']}`: **{verdict['verdict']}**. Largest relative differences:",
         "",
-        "![The curves of all runs lie on each other](figures/parity_matrix.png)",
+        "![The loss curves of all runs coincide](figures/parity_matrix.png)",
         "",
         *TABLE,
         *rows_of(verdict),
@@ -235,11 +235,11 @@ def matrix_lines(verdict: Mapping[str, Any]) -> list[str]:
 
 
 def noise_lines(floor: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What the page says of bf16."""
+    """Return the page's lines on bf16."""
     spreads, factor = floor["spreads"], floor["factor"]
     measured = ", ".join("`{}`".format(run["label"]) for run in floor["runs"])
     lines = [
-        f"{floor['dtype']}, floor of {measured}:",
+        f"{floor['dtype']}, noise floor of {measured}:",
         "",
         "| quantity | median spread | largest spread | widest band |",
         "|---|---|---|---|",
@@ -249,7 +249,7 @@ def noise_lines(floor: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]
         middle, most = values[len(values) // 2], values[-1]
         lines.append(f"| {title} | {middle:.1e} | {most:.1e} | {factor * most:.1e} |")
     reference = found[AGREE]["reference"]
-    lines += ["", f"Judged by it, against `{reference}`:", "", *TABLE]
+    lines += ["", f"Verdicts by this floor, with `{reference}` as the reference:", "", *TABLE]
     return [*lines, *rows_of(found[AGREE]), *rows_of(found[DIFFER])]
 
 
