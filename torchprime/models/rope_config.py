@@ -11,7 +11,7 @@ are two models: they are refused by name. Absent keys get transformers 5's defau
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TypedDict
 
 from torchprime.errors import CheckpointError
 from torchprime.models.config_values import ConfigValues
@@ -136,9 +136,36 @@ def _refuse_difference(new: Rope, old: Rope, where: str, older: str) -> None:
         )
 
 
-def both_spellings(rope: Rope) -> dict[str, Any]:
+class ScalingKeys(TypedDict, total=False):
+    """The scaling of frequencies as a config.json writes it: its type, and that type's own keys.
+
+    The three factors have no unit; `original_max_position_embeddings` is in tokens.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+class RopeParameters(ScalingKeys):
+    """The same with the base, as transformers 5 writes it."""
+
+    rope_theta: float
+
+
+class RopeKeys(TypedDict):
+    """The rope keys of a config.json in both spellings; without scaling `rope_scaling` is null."""
+
+    rope_theta: float
+    rope_scaling: ScalingKeys | None
+    rope_parameters: RopeParameters
+
+
+def both_spellings(rope: Rope) -> RopeKeys:
     """Return the keys of config.json for a rope, in the spellings of transformers 4 and 5."""
-    scaling: dict[str, Any] = {"rope_type": rope.kind}
+    scaling: ScalingKeys = {"rope_type": rope.kind}
     if rope.kind != "default":
         scaling["factor"] = rope.factor
     if rope.kind == "llama3":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torchprime.checkpoint.from_checkpoint import export_checkpoint
 from torchprime.checkpoint.places import ExportPlace
@@ -40,7 +39,7 @@ def _export(
 ) -> None:
     """Export the best step's weights from its checkpoint, or the last one's from the device."""
     p, config = run.prepared, run.prepared.config
-    metrics: dict[str, Any] = run.snapshots.metrics_at(step, loss, step)
+    metrics: dict[str, float | str] = {**run.snapshots.metrics_at(step, loss, step)}
     if config.export.which == "best":
         best = best_step(run)
         if best is not None and best != step:

@@ -8,6 +8,7 @@ rows or a device. The result is the same, byte for byte.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class ExportFacts:
     unused_rows: tuple[int, ...] = ()
     step: int | None = None
     card: CardFacts = field(default_factory=CardFacts)
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
     fingerprints: dict[str, str | None] = field(default_factory=dict)
 
     @property

@@ -12,7 +12,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import transformers
@@ -128,7 +128,20 @@ def _biases(a: Architecture) -> dict[str, bool]:
     return {bias.key: has for bias, has in pairs if bias.key is not None}
 
 
-def _window(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+class WindowKeys(TypedDict, total=False):
+    """The sliding-window keys of config.json, of which each family has its own.
+
+    Layers from `max_window_layers` on attend to the last `sliding_window` tokens only;
+    `layer_types` says the same by layer.
+    """
+
+    use_sliding_window: bool
+    sliding_window: int | None
+    max_window_layers: int
+    layer_types: list[str]
+
+
+def _window(a: Architecture, config: Mapping[str, Any]) -> WindowKeys:
     """Return the sliding-window keys. If sliding_window were absent, a family's default would
     apply; with it, layer_types must fit."""
     kind = FAMILIES[a.family].window

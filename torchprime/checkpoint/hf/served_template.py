@@ -62,7 +62,9 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def check_served_template(folder: Path, trained: TrainedTemplate) -> tuple[str, dict[str, Any]]:
+def check_served_template(
+    folder: Path, trained: TrainedTemplate
+) -> tuple[str, Mapping[str, object]]:
     """Check the served template and return the check's words and numbers.
 
     Raises:

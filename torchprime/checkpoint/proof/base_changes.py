@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
@@ -13,6 +13,23 @@ from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
 from torchprime.errors import CheckpointError
 
 PIECE = 1 << 24  # values that are compared at a time
+
+
+class BaseChanges(TypedDict):
+    """Differences of an export from its base, as a certificate has them.
+
+    `tensors` and `changed` are counts of tensors. `largest_change` is the largest absolute
+    difference of two values, as text if it is infinite, and `largest_change_in` its tensor.
+    `new_rows` is the number of rows of embedding and head that were not compared; `unused_rows`
+    are those that the base has but did not use. Both are absent if there are none.
+    """
+
+    tensors: int
+    changed: int
+    largest_change: float | str
+    largest_change_in: str | None
+    new_rows: NotRequired[int]
+    unused_rows: NotRequired[list[int]]
 
 
 def told_changes(values: Mapping[str, Any]) -> str:
@@ -26,7 +43,7 @@ def told_changes(values: Mapping[str, Any]) -> str:
 
 def changes_from(
     base: SafetensorsReader, export: SafetensorsReader, unused_rows: Sequence[int] = ()
-) -> dict[str, Any]:
+) -> BaseChanges:
     """Compare the exported tensors with the base's, cast to the export's dtype.
 
     Embedding and output head may have rows that the base did not train: more rows than the base's,
@@ -53,14 +70,17 @@ def changes_from(
         changed += difference > 0
         if difference > largest:
             largest, where = difference, name
-    values = {
+    values: BaseChanges = {
         "tensors": len(listing),
         "changed": changed,
         "largest_change": largest if math.isfinite(largest) else str(largest),
         "largest_change_in": where,
     }
-    more_values = {"new_rows": new_rows, "unused_rows": list(unused_rows)}
-    return values | {key: value for key, value in more_values.items() if value}
+    if new_rows:
+        values["new_rows"] = new_rows
+    if len(unused_rows):
+        values["unused_rows"] = list(unused_rows)
+    return values
 
 
 def _largest_difference(

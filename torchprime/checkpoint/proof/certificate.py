@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -67,7 +67,7 @@ CHECK: Table = {
 }
 FIRST_CHANGE = 2  # with warm-up the first update has a learning rate of 0
 
-Found = tuple[str, dict[str, Any]]  # a check's words and its numbers
+Found = tuple[str, Mapping[str, object]]  # a check's words and its numbers
 
 
 class UncertifiedError(CheckpointError):
@@ -76,12 +76,13 @@ class UncertifiedError(CheckpointError):
 
 @dataclass(frozen=True)
 class Check:
-    """A check: `passed` is None if it was not made; `values` are its numbers."""
+    """A check: `passed` is None if it was not made; `values` are its numbers, by the check
+    `WeightsValues`, `BaseChanges`, `LogitsValues` and others."""
 
     name: str
     passed: bool | None
     detail: str
-    values: dict[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class Certificate:
     base_model: str | None
     step: int | None
     dtype: str
-    fingerprints: dict[str, Any]
-    metrics: dict[str, Any]
+    fingerprints: Mapping[str, object]
+    metrics: Mapping[str, object]
     versions: dict[str, str]
     checks: tuple[Check, ...]
     files: dict[str, FileFacts]
@@ -281,7 +282,17 @@ def _same_bytes(folder: Path, hashes: Mapping[str, str]) -> Found:
     return f"{len(hashes)} tensors read back equal the trained weights", values
 
 
-def weights_values(reader: SafetensorsReader, hashes: Mapping[str, str]) -> dict[str, Any]:
+class WeightsValues(TypedDict):
+    """The numbers of the check "weights": counts of tensors and of values in them, tensors by
+    dtype, and one hash of all."""
+
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]
+    sha256: str
+
+
+def weights_values(reader: SafetensorsReader, hashes: Mapping[str, str]) -> WeightsValues:
     """Return the number of tensors and values, the dtypes, and one hash of all weights that does
     not depend on how they are split into files."""
     listing = reader.names()
@@ -331,13 +342,36 @@ def check_base(folder: Path, base: Path | str | None, facts: ExportFacts) -> Fou
     return told_changes(values), values
 
 
+class ProvedPrompt(TypedDict):
+    """A prompt of the check "logits", cut to `tokens` tokens, and the logits of the likeliest next
+    tokens by id."""
+
+    text: str
+    tokens: int
+    likeliest_next: dict[str, float]
+
+
+class LogitsValues(TypedDict):
+    """The numbers of the check "logits"; the last three are fractions of the largest logit.
+
+    `rounding_floor` is the difference that rounding alone makes, and null where it was not
+    needed.
+    """
+
+    computed_by: str
+    prompts: list[ProvedPrompt]
+    tolerance: float
+    rounding_floor: float | None
+    max_difference: float
+
+
 def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) -> Found:
     if isinstance(trained, str):
         raise NotChecked(f"logits not compared ({trained})")
     least = LOGIT_TOLERANCE[dtype]
     match = compare_logits(folder, trained.ids, trained.logits, least=least)
     rows, length = trained.ids.shape
-    values = {
+    values: LogitsValues = {
         "computed_by": trained.computed_by,
         "prompts": [
             {"text": text, "tokens": length, "likeliest_next": likeliest(logits[-1])}

@@ -7,7 +7,7 @@ files, but not files that were changed together with the certificate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def recheck(folder: Path, base: Path | None = None) -> tuple[Certificate, list[C
     return certificate, [judge(name, check, folder) for name, check in again]
 
 
-def _values(certificate: Certificate, name: str) -> dict[str, Any]:
+def _values(certificate: Certificate, name: str) -> Mapping[str, Any]:
     """Return a recorded check's numbers; raise NotChecked if it was not made, or failed without
     numbers."""
     recorded = certificate.check(name)
@@ -123,7 +123,7 @@ def _hidden(name: str) -> bool:
     return any(part.startswith(".") for part in Path(name).parts)
 
 
-def _weights(folder: Path, recorded: dict[str, Any]) -> Found:
+def _weights(folder: Path, recorded: Mapping[str, Any]) -> Found:
     reader = SafetensorsReader(folder)
     hashes = {}
     for name in reader.names():
@@ -133,7 +133,9 @@ def _weights(folder: Path, recorded: dict[str, Any]) -> Found:
         hashes[name] = tensor_hash(tensor)
     values = weights_values(reader, hashes)
     other = [
-        f"{k} {values[k]}, certified {recorded[k]}" for k in values if values[k] != recorded[k]
+        f"{key} {value}, certified {recorded[key]}"
+        for key, value in values.items()
+        if value != recorded[key]
     ]
     if other:
         raise CheckpointError(f"the tensors are not those certified: {'; '.join(other)}")
@@ -162,7 +164,7 @@ def _base(folder: Path, base: Path | None, certificate: Certificate) -> Found:
     return told_changes(values), values
 
 
-def _logits(folder: Path, recorded: dict[str, Any], certificate: Certificate) -> Found:
+def _logits(folder: Path, recorded: Mapping[str, Any], certificate: Certificate) -> Found:
     parameters = certificate.check("weights").values["parameters"]
     if reason := no_room(parameters, getattr(torch, certificate.dtype)):
         raise NotChecked(reason)
@@ -190,7 +192,7 @@ def _logits(folder: Path, recorded: dict[str, Any], certificate: Certificate) ->
     ), {}
 
 
-def _not_here(recorded: dict[str, Any], what: str) -> Found:
+def _not_here(recorded: Mapping[str, object], what: str) -> Found:
     told = ", ".join(
         f"{key} {_short(value)}" for key, value in recorded.items() if value is not None
     )

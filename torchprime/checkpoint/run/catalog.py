@@ -9,9 +9,8 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from torchprime.checkpoint.run.manifest import STEP, read_manifest
+from torchprime.checkpoint.run.manifest import STEP, BestCheckpoint, read_manifest
 from torchprime.checkpoint.run.storage import MANIFEST, Storage
 from torchprime.errors import CheckpointError
 from torchprime.files.hashing import FileFacts, sha256_of
@@ -164,7 +163,7 @@ class Catalog:
         if self.pointed(BEST):
             self.point_to_best()
 
-    def point_to_best(self) -> dict[str, Any] | None:
+    def point_to_best(self) -> BestCheckpoint | None:
         """Point `best` at the best existing checkpoint, or remove it if none has a rank.
 
         Returns:

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from torchprime.checkpoint.field_kinds import (
     NUMBER,
@@ -75,6 +75,61 @@ BEST: Table = {"scores": texts_to(NUMBER), "step": count()}
 FILE: Table = {"bytes": count(), "sha256": SHA256}
 
 
+class ModelFacts(TypedDict):
+    """The weights in a checkpoint. `names` and `parameters` are counts; `hash` is of all names and
+    shapes."""
+
+    names: int
+    dtype: str
+    parameters: int
+    hash: str | None
+
+
+class OptimizerFacts(TypedDict):
+    """The optimizer, and the names of its state's `slots`."""
+
+    name: str
+    slots: list[str]
+
+
+class SchedulerFacts(TypedDict):
+    """The learning rate's schedule, its lengths in updates.
+
+    `peak` is a learning rate, `min_lr_ratio` a fraction of it. `warmup_ratio` repeats the config's
+    value; `warmup_steps` is the result.
+    """
+
+    name: str
+    peak: float
+    warmup_steps: int
+    warmup_ratio: float | None
+    total_steps: int
+    min_lr_ratio: float
+
+
+class DataPosition(TypedDict):
+    """The whole state of a pure order: the next update, counted from 0, and the sizes that define
+    the order, in blocks."""
+
+    seed: int
+    next_step: int
+    global_batch_size: int
+    num_blocks: int
+
+
+class PreparedFacts(TypedDict):
+    """The identity of prepared rows: equal fingerprints, equal batches."""
+
+    fingerprint: str | None
+
+
+class BestCheckpoint(TypedDict):
+    """The best checkpoint so far: its updates, and its scores by metric."""
+
+    scores: dict[str, float]
+    step: int
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A checkpoint's facts, in JSON types.
@@ -84,18 +139,11 @@ class Manifest:
         backend, mesh, processes: of the run that wrote it; a resume may differ.
         config: as `TrainConfig.to_dict` gives it.
         created: ISO time, for people: nothing is ordered by it.
-        model: `names` of weights (count), their `dtype`, number of `parameters`, and `hash` of all
-            names and shapes.
-        optimizer: `name` and its state `slots`.
-        scheduler: `name`, `peak`, `warmup_steps`, `total_steps`, `min_lr_ratio`.
         rng: states of the random generators in use, in base64.
-        data_position: `seed`, `next_step`, `global_batch_size`, `num_blocks`: the whole state of a
-            pure order.
         tokenizer_fingerprint, template_fingerprint: the latter null without a chat template.
-        data_manifest, eval_manifest: fingerprints of the prepared data, by source.
-        best_metric: `scores` and `step` of the best so far, or null.
-        hooks: the states of hooks, by hook.
-        metrics: the last values.
+        eval_manifest: null without held-out rows.
+        hooks: the states of hooks, by hook; each hook checks its own.
+        metrics: the last values, by a label for people.
         scores: measured on held-out rows after exactly this step, by metric.
         files: size and sha256 of every other file of the folder.
     """
@@ -107,19 +155,19 @@ class Manifest:
     versions: dict[str, str]
     created: str
     # The eleven fields that a resume needs; model and optimizer describe the tensors in the folder.
-    model: dict[str, Any]
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any]
+    model: ModelFacts
+    optimizer: OptimizerFacts
+    scheduler: SchedulerFacts
     global_step: int
-    rng: dict[str, Any]
-    data_position: dict[str, Any]
+    rng: dict[str, str]
+    data_position: DataPosition
     tokenizer_fingerprint: str | None
     template_fingerprint: str | None
-    data_manifest: dict[str, Any]
-    eval_manifest: dict[str, Any] | None
-    best_metric: dict[str, Any] | None
+    data_manifest: PreparedFacts
+    eval_manifest: PreparedFacts | None
+    best_metric: BestCheckpoint | None
     hooks: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     files: dict[str, FileFacts] = field(default_factory=dict)
 

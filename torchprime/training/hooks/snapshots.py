@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torchprime.evaluation.selection import Evaluated
 from torchprime.training.hooks.evaluation import EvaluationHook
@@ -35,7 +34,7 @@ class Snapshots:
         """Return the scores measured after exactly this step; {} if there are none."""
         return {} if self.evaluations is None else self.evaluations.scores_after(step)
 
-    def metrics_at(self, step: int, loss: float, loss_step: int) -> dict[str, Any]:
+    def metrics_at(self, step: int, loss: float, loss_step: int) -> dict[str, float]:
         """Return the metrics of the weights after a step, for an export of them."""
         return metrics_at(step, loss, loss_step, self.history)
 

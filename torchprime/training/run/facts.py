@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -42,7 +41,7 @@ def run_facts(prepared: Prepared) -> dict[str, Any]:
 
 
 def make_manifest(
-    prepared: Prepared, step: int, *, metrics: dict[str, Any], hooks: dict[str, Any]
+    prepared: Prepared, step: int, *, metrics: dict[str, float], hooks: dict[str, Any]
 ) -> Manifest:
     """Return the manifest: all that a resume after a step needs except the tensors.
 
@@ -51,6 +50,7 @@ def make_manifest(
         hooks: what hooks want to know again.
     """
     p, config, inputs = prepared, prepared.config, prepared.inputs
+    schedule = config.task.lr_scheduler
     backend, plan, identity = p.backend, p.plan, inputs.identity()
     slots = p.optimizer.slots(Parameter((2, 2), inputs.dtype, False, False))
     return Manifest(
@@ -68,9 +68,11 @@ def make_manifest(
         },
         optimizer={"name": config.task.optimizer.name, "slots": sorted(slots)},
         scheduler={
-            **asdict(config.task.lr_scheduler),
-            "peak": config.task.optimizer.learning_rate,
+            "name": schedule.name,
             "warmup_steps": plan.warmup_steps,
+            "warmup_ratio": schedule.warmup_ratio,
+            "min_lr_ratio": schedule.min_lr_ratio,
+            "peak": config.task.optimizer.learning_rate,
             "total_steps": plan.total_steps,
         },
         global_step=step,
@@ -93,7 +95,7 @@ def make_manifest(
 
 def metrics_at(
     step: int, loss: float, loss_step: int, history: Sequence[Evaluated]
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """Return the metrics of the weights after a step; older ones are labelled with their step."""
     metrics = {LAST_LOSS if loss_step == step else f"train loss of step {loss_step}": loss}
     if history:

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchprime.checkpoint.run.catalog import BEST, LATEST, Catalog
+from torchprime.checkpoint.run.manifest import BestCheckpoint
 from torchprime.checkpoint.run.shards import TensorShards, write_shards
 from torchprime.checkpoint.run.storage import MANIFEST
 from torchprime.errors import CheckpointError, UserError
@@ -41,7 +41,7 @@ class Saver:
     """Writer of the checkpoints of one run, one at a time.
 
     Args:
-        best: `step` and `scores` of the best existing checkpoint, None for none.
+        best: the best existing checkpoint, None for none.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Saver:
         *,
         retention: Retention,
         asynchronous: bool,
-        best: Mapping[str, Any] | None,
+        best: BestCheckpoint | None,
         say: Callable[[str], None],
     ) -> None:
         self.backend, self.catalog = backend, catalog
         self.retention, self.asynchronous = retention, asynchronous
         self.processes = backend.processes.aside
-        self.best = dict(best) if best else None  # of the checkpoints that are whole
-        self._candidate: dict[str, Any] | None = None  # the one being written, if it is better
+        self.best = best  # of the checkpoints that are whole
+        self._candidate: BestCheckpoint | None = None  # the one being written, if it is better
         self.say = say
         self.problem: Exception | None = None  # error of the last checkpoint
         self._bug: Exception | None = None
