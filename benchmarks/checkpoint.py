@@ -116,7 +116,7 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def drop_from_cache(files: Iterable[Path]) -> None:
-    """The next reader has to go to the disk."""
+    """Drop the page cache, so that the next reader reads from the disk."""
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -124,7 +124,7 @@ def drop_from_cache(files: Iterable[Path]) -> None:
 
 
 def make_backend(args: argparse.Namespace) -> Any:
-    """The real one, sharded over as many processes as there are."""
+    """Return the native backend, sharded over all processes."""
     from torchprime.config.schema import AXES
 
     none = dict.fromkeys(AXES, 1)
@@ -148,7 +148,7 @@ def shipped_table() -> Any:
 
 
 def build(shape: Shape) -> Any:
-    """The model without storage."""
+    """Return the model without storage."""
     import torch
 
     from torchprime.models.architecture import architecture_from_hf
@@ -234,7 +234,7 @@ def save_once(saver: Any) -> Any:
 
 
 def write_plain(size: int, path: Path) -> None:
-    """What is left if nothing is asked for but so many bytes on the disk."""
+    """Write so many bytes to the disk, with no copy and no hash."""
     with path.open("wb", buffering=0) as file:
         left = size
         while left:
@@ -243,7 +243,7 @@ def write_plain(size: int, path: Path) -> None:
 
 
 def run_save(args: argparse.Namespace) -> dict[str, Any]:
-    """The three ways in turn, and what a synchronous save takes of memory; in each process."""
+    """Measure the three ways in turn, and the memory of a synchronous save, in each process."""
     backend, _ = training_backend(args)
     saver = make_saver(backend, args.folder / "synchronous", False)
     tensors = [sum(chunk.nbytes for chunk in each.read()) for each in backend.checkpoint_tensors()]
@@ -366,7 +366,7 @@ def touch(tensors: Iterable[Any], write: bool) -> None:
 
 
 def write_hf(args: argparse.Namespace) -> dict[str, Any]:
-    """The files that both sides load: written by transformers."""
+    """Write with transformers the files that both sides load."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -392,7 +392,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_case(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A case in processes of its own; of several, the largest figures."""
+    """Run a case in processes of its own; of several, return the largest figures."""
     print(f"running: {name}", file=sys.stderr, flush=True)
     count = 4 if name.endswith("4 processes") else 1
     started = []
@@ -422,7 +422,7 @@ def run_case(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any
 
 
 def ratios(found: dict[str, dict[str, Any]]) -> dict[str, tuple[float, str]]:
-    """What is measured and what is wanted; only of cases that ran."""
+    """Return measured and wanted values of the cases that ran."""
     ratio: dict[str, tuple[float, str]] = {}
     save = found.get("save", {})
     if "stall_seconds" in save:

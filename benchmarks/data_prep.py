@@ -318,7 +318,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_case(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A case in processes of its own, as often as is asked for; medians of what is timed."""
+    """Run a case repeatedly in processes of its own; return the medians of what is timed."""
     repeats = args.repeats if CASES[name][0] in ("gsm8k", "packing") else 1
     runs: list[dict[str, Any]] = []
     environment = {**os.environ, "USE_TORCH_XLA": "0", "HF_HUB_OFFLINE": "1"}
@@ -364,7 +364,7 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def show(found: dict[str, dict[str, Any]]) -> None:
-    """A Markdown table and the ratios."""
+    """Return a Markdown table and the ratios."""
     print(
         "| case | rows | s | CPU s | rows/s | supervised tok/s | blocks | real slots | peak GiB |"
     )

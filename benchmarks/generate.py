@@ -61,7 +61,7 @@ SHAPES = ("quickstart", "44M")
 
 
 def make_folder(shape: str, folder: Path, count: int) -> Path:
-    """A Hugging Face folder with weights, and `prompts.json`: so many prompts as token ids."""
+    """Write a Hugging Face folder with weights, and `prompts.json` with prompts as token ids."""
     import torch
     from tokenizers import Tokenizer
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -128,7 +128,7 @@ def ours(case: dict[str, Any], folder: Path, new: int) -> Callable[[list], list]
 
 
 def transformers_call(case: dict[str, Any], folder: Path, new: int) -> Callable[[list], list]:
-    """transformers' generate, all prompts as one batch."""
+    """Run transformers' generate with all prompts as one batch."""
     os.environ["USE_TORCH_XLA"] = "0"
     import torch
     from transformers import AutoModelForCausalLM
@@ -246,7 +246,7 @@ def main() -> None:
 
 
 def show(shape: str, found: dict[str, dict[str, Any]]) -> None:
-    """A Markdown table and the ratio to the best of the other side."""
+    """Return a Markdown table and the ratio to the best of the other side."""
     print(f"\n| {shape} | tokens/s | slowest to fastest | per CPU s | first call, s | equal |")
     print("|---|---|---|---|---|---|")
     for name, r in found.items():

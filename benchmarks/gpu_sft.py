@@ -102,7 +102,7 @@ class Job(NamedTuple):
 
 
 def architecture_of(shape: str, tokenizer: Path) -> dict[str, Any]:
-    """The shape's config.json, with the special tokens of the tokenizer that is there."""
+    """Write the shape's config.json, with the special tokens of the given tokenizer."""
     import yaml
 
     from torchprime.data.tokenizer.load import load_tokenizer
@@ -123,7 +123,7 @@ def questions_and_answers(rows: Path) -> Iterator[tuple[str, str]]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Return the machine and versions of the figures."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -146,7 +146,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def ours(job: Job) -> dict[str, Any]:
-    """The main job under torchrun, and what its metrics.jsonl says."""
+    """Run the main job under torchrun; return the figures of its metrics.jsonl."""
     a = {key: value for key, value in job.architecture.items() if value is not None}
     overrides = {
         "task": "train",
@@ -193,7 +193,7 @@ def ours(job: Job) -> dict[str, Any]:
 
 
 def to_override(values: Mapping[str, Any]) -> str:
-    """A mapping in Hydra's grammar: {a:1,b:{c:true}}."""
+    """Return a mapping in Hydra's grammar: {a:1,b:{c:true}}."""
 
     def written(value: Any) -> str:
         if isinstance(value, Mapping):
@@ -236,7 +236,7 @@ def started(command: Sequence[str], job: Job) -> str:
 
 
 def trl(job: Job) -> dict[str, Any]:
-    """This script again, as the process that SFTTrainer runs in."""
+    """Run this script again, as the process of TRL's SFTTrainer."""
     path = Path(job.out) / "job.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**job._asdict(), "case": job.case._asdict()}), encoding="utf-8")
@@ -375,7 +375,7 @@ def make_trainer(job: Job) -> Any:
 
 
 def measure(job: Job, micro_batches: Sequence[int]) -> dict[str, Any] | None:
-    """The case with the largest micro-batch that fits; None if none does."""
+    """Return the case with the largest micro-batch that fits; None if none does."""
     for micro in micro_batches:
         if job.global_batch % (micro * job.processes):
             continue
@@ -424,7 +424,7 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The tables, as docs/benchmarks.md wants them."""
+    """Return the tables for docs/benchmarks.md."""
     machine = report["machine"]
     chips = f"{len(machine['gpus'])} x {machine['gpus'][0]}" if machine["gpus"] else machine["cpu"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
@@ -518,7 +518,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; --tiny only changes defaults."""
+    """Parse the command line; --tiny only changes defaults."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--tiny", action="store_true", help="a tiny shape on the CPU")

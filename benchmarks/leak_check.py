@@ -60,7 +60,7 @@ class Writer:
         )
 
     def dressed_otherwise(self, text: str) -> str:
-        """The same words."""
+        """Return the same words."""
         return "  " + text.upper().replace(". ", " !\n").replace(" ", "  ", 5)
 
     def altered(self, text: str) -> str:

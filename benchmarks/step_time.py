@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def hf_config(layers: int) -> dict[str, Any]:
-    """The model's config.json."""
+    """Return the model's config.json."""
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -64,7 +64,7 @@ def hf_config(layers: int) -> dict[str, Any]:
 
 
 def train_tokenizer(rows: Path, folder: Path) -> None:
-    """A byte-level BPE of VOCAB tokens from the rows' own text."""
+    """Train a byte-level BPE of VOCAB tokens on the rows' own text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -108,7 +108,7 @@ def prepare(rows: Path, folder: Path, packed: bool) -> tuple[Any, float]:
 
 
 def batches(data: Any, steps: int) -> list[Any]:
-    """The first steps' batches in the trainer's order."""
+    """Return the first steps' batches in the trainer's order."""
     from torchprime.data.blocks.order import batch_indices
 
     return [data.batch(batch_indices(data.num_blocks, 0, s, BATCH)) for s in range(steps)]
@@ -153,7 +153,7 @@ def run_ours(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
 
 
 def run_hf(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
-    """transformers' model with torch's AdamW, the loop most people would write."""
+    """Train transformers' model with torch's AdamW, in the loop most people would write."""
     xla = case["impl"] == "hf_xla"
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1", USE_TORCH_XLA=str(int(xla)))
     import torch
@@ -242,7 +242,7 @@ def work(case: dict[str, Any], rows: Path, folder: Path, steps: int) -> dict[str
 
 
 def ratios(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, str]]:
-    """What is claimed, from the figures of this run."""
+    """Return the claimed ratios, from the figures of this run."""
 
     def of(name: str, key: str) -> float:
         return found.get(name, {}).get(key, float("nan"))
@@ -310,7 +310,7 @@ def run_case(name: str, args: argparse.Namespace, folder: str) -> dict[str, Any]
 
 
 def show(found: dict[str, dict[str, Any]]) -> None:
-    """A Markdown table and the ratios."""
+    """Return a Markdown table and the ratios."""
     print("| case | slot tok/s | supervised tok/s | s/step | compiles | compile s | peak GiB |")
     print("|---|---|---|---|---|---|---|")
     for name, r in found.items():

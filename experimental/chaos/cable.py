@@ -62,7 +62,7 @@ class Cable:
                 raise OSError(ctypes.get_errno(), "setns")
 
     def command(self, host: int) -> list[str]:
-        """The words that start a command on a host."""
+        """Return the words that start a command on a host."""
         return ["ip", "netns", "exec", self.names[host]]
 
     def kill_all(self, host: int) -> None:
@@ -81,7 +81,7 @@ class Cable:
 
 @contextmanager
 def laid() -> Iterator[Cable | str]:
-    """A cable for as long as it is needed, or the reason why there can be none here."""
+    """Yield a cable, or the reason why this machine can have none."""
     cable = Cable()
     if (why := cable.lay()) is not None:
         yield why

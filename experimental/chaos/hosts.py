@@ -78,18 +78,18 @@ class Hosts:
 
 
 def logs_of(folder: Path) -> Path:
-    """The folder for the output of a run's commands."""
+    """Return the folder for the output of a run's commands."""
     return folder.parent / f"{folder.name}.logs"
 
 
 def agent_log(folder: Path, host: int) -> Path:
-    """The output of a host's torchrun itself."""
+    """Return the output of a host's torchrun itself."""
     logs_of(folder).mkdir(exist_ok=True)
     return logs_of(folder) / f"torchrun{host}.txt"
 
 
 def said(folder: Path, host: int) -> str:
-    """The output to stderr of a host's training process, in all attempts."""
+    """Return the stderr of a host's training process, in all attempts."""
     found = sorted((logs_of(folder) / str(host)).rglob("stderr.log"))
     return "".join(each.read_text(errors="replace") for each in found)
 

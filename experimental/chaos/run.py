@@ -90,7 +90,7 @@ def write_rows(work: Path) -> None:
 
 
 def command_line(folder: Path) -> list[str]:
-    """What a person would type for this run, but for the program."""
+    """Return the arguments that a person would type for this run."""
     return [
         *("model=quickstart", "task=sft", "mesh=single", "dataset=file", "eval=file"),
         f"dataset.file_dataset_path={folder.parent}/train.jsonl",
@@ -118,7 +118,7 @@ class Starter:
         self.log, self.listing = work / "log.txt", work / "modules.txt"
 
     def start(self, argv: Sequence[str]) -> int:
-        """The id of the new process."""
+        """Return the id of the new process."""
         with self.log.open("ab") as log:
             if self.cold:
                 given = [sys.executable, "-m", self.entry, *argv]
@@ -148,7 +148,7 @@ class Starter:
 
 
 def run_whole(starter: Starter, folder: Path) -> float:
-    """A run that nothing interrupts; its seconds."""
+    """Run without interruption; return the seconds."""
     begin = time.monotonic()
     _, status = os.waitpid(starter.start(command_line(folder)), 0)
     if status:
@@ -199,7 +199,7 @@ def look(folder: Path) -> Look:
 
 
 def phase_hit(before: Look, after: Look) -> str:
-    """What the killed process was doing."""
+    """Return the phase in which the process was killed."""
     for phase in (EXPORT, RETENTION, SAVING):
         if after.signs[phase] - before.signs[phase]:
             return phase
@@ -223,7 +223,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def check_same(folder: Path, whole: Path) -> None:
-    """Records, the last checkpoint and the export, bit for bit."""
+    """Compare records, the last checkpoint and the export, bit for bit."""
     if records(folder) != records(whole):
         sys.exit(f"{folder}: the records differ from those of {whole}")
     name = Catalog.name_of(STEPS)
@@ -285,7 +285,7 @@ def kill_at_random(process: int, folder: Path, span: float, chance: random.Rando
 
 
 def storm(starter: Starter, work: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Runs that are killed until there were so many kills and the last run is complete."""
+    """Start and kill runs until the number of kills is reached and the last run is complete."""
     begin, chance = time.monotonic(), random.Random(seed)
     whole, again = work / "whole", work / "again"
     run_whole(starter, whole)

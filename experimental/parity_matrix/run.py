@@ -94,7 +94,7 @@ RECIPE = [
 
 
 def experiment(steps: int) -> list[str]:
-    """What all cases have in common."""
+    """Return the overrides that all cases share."""
     weights, rows = SHARED / "models" / "stories260K", SHARED / "data" / "gsm8k" / "train.jsonl"
     source = SHIPPED
     if weights.is_dir() and rows.is_file():
@@ -110,7 +110,7 @@ def experiment(steps: int) -> list[str]:
 
 
 def bf16_experiment(steps: int) -> list[str]:
-    """The same in bf16. Its learning rate does not depend on the last step, so that a shorter run
+    """Return the same in bf16. Its learning rate does not depend on the last step, so a shorter run
     is the beginning of a longer one and one floor holds for both; and it is lower, since at 1e-3
     rounding decides where these weights go, and a floor is so high that it tells nothing."""
     return [
@@ -157,13 +157,13 @@ def run_cases(cases: Mapping[str, Case], overrides: Sequence[str], out: Path) ->
 
 
 def judge(runs: Sequence[str], out: Path, *options: str) -> dict[str, Any]:
-    """The verdict of compare, as in its parity.json."""
+    """Return the verdict of compare, as in its parity.json."""
     compare_main([*runs, "--out", str(out), *options])
     return json.loads((out / "parity.json").read_text(encoding="utf-8"))
 
 
 def run_reduced(out: Path) -> int:
-    """A few cases and steps in fp32; the exit code."""
+    """Run a few cases and steps in fp32; return the exit code."""
     cases = {name: CASES[name] for name in REDUCED}
     runs = run_cases(cases, [*experiment(REDUCED_STEPS), *CURVES_ALONE], out)
     return compare_main([*runs, "--out", str(out), "--figure", "none"])
@@ -207,7 +207,7 @@ TABLE = ["| run | same batches | loss | gradient norm | verdict |", "|---|---|--
 
 
 def rows_of(verdict: Mapping[str, Any]) -> list[str]:
-    """A line of the table for each run, with its largest relative differences."""
+    """Return a line of the table for each run, with its largest relative differences."""
     lines = []
     for pair in verdict["pairs"]:
         worst = {q: pair["quantities"][q]["worst"]["relative"] for q in ("loss", "grad_norm")}

@@ -231,7 +231,7 @@ class Problem:
         return int.from_bytes(digest[:8], "big") % TEST_SHARE == 0
 
     def told(self, spelling: str) -> str:
-        """The story and its outcome as plain text."""
+        """Return the story and its outcome as plain text."""
         parts = [self.story]
         for line in self.template.sums:
             left, right = self.numbers[line.left], self.numbers[line.right]
@@ -276,7 +276,7 @@ def draw_rows(rng: random.Random, count: int, for_test: bool) -> list[dict[str, 
 
 
 def draw_equations(rng: random.Random, spaced: bool) -> list[str]:
-    """A sum and its inverse, or a product; every number has at most two digits."""
+    """Return a sum and its inverse, or a product; every number has at most two digits."""
     if rng.random() < 0.1:
         return [equation(rng.randint(0, 9), "*", rng.randint(0, 9), spaced)]
     left = rng.randint(0, 50)
@@ -291,7 +291,7 @@ def draw_equations(rng: random.Random, spaced: bool) -> list[str]:
 
 
 def draw_document(rng: random.Random) -> str:
-    """A list of equations, or a few stories told to their end."""
+    """Return a list of equations, or a few stories told to their end."""
     if rng.random() < 0.4:
         spaced = rng.random() < 0.3
         return "\n".join(

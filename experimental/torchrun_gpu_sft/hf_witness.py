@@ -82,7 +82,7 @@ class OrderedBlocks(Dataset):
         return self.total_steps * self.order.global_batch_size
 
     def __getitem__(self, place: int) -> dict[str, Tensor]:
-        """The fields of one block, each [S]."""
+        """Return the fields of one block, each [S]."""
         order, data = self.order, self.order.data
         step, row = divmod(place, order.global_batch_size)
         indices = batch_indices(data.num_blocks, order.seed, step, order.global_batch_size)
@@ -91,7 +91,7 @@ class OrderedBlocks(Dataset):
 
 
 def collate(blocks: Sequence[Mapping[str, Tensor]]) -> Inputs:
-    """A micro-batch as Trainer takes it: `labels` is what it hands to `weighted_loss` unread."""
+    """Return a micro-batch for Trainer, which hands `labels` to `weighted_loss` unread."""
     fields = {name: torch.stack([block[name] for block in blocks]).long() for name in blocks[0]}
     weights = torch.stack([block["loss_weights"] for block in blocks])
     return {
@@ -114,13 +114,13 @@ def segment_mask(segment_ids: Tensor) -> Tensor:
 
 
 def additive(mask: Tensor) -> Tensor:
-    """The mask as eager attention adds it to its scores."""
+    """Return the mask that eager attention adds to its scores."""
     lowest = torch.finfo(torch.float32).min
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)
 
 
 def weighted_loss(outputs: Any, labels: Mapping[str, Tensor], num_items_in_batch: Tensor) -> Tensor:
-    """This micro-batch's part of the update's loss. Targets are shifted already.
+    """Return this micro-batch's part of the update's loss. Targets are shifted already.
 
     Args:
         num_items_in_batch: the weight of the whole update, over all micro-batches and processes.
@@ -150,7 +150,7 @@ class MasterAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """The gradients of the weights, already clipped, move the copies."""
+        """Update the copies by the weights' gradients, already clipped."""
         for weight, copy in self.pairs:
             assert weight.grad is not None
             copy.grad = weight.grad.float()
@@ -317,7 +317,7 @@ def check_supported(c: TrainConfig, processes: int) -> None:
 
 
 def check_windows(files: ModelFiles, block_size: int) -> None:
-    """An explicit mask replaces the model's own, and with it a sliding window."""
+    """Replace the model's own mask, and with it a sliding window, by an explicit one."""
     window = files.architecture.sliding_window
     if window is not None and window < block_size:
         raise ConfigError(
@@ -379,7 +379,7 @@ def training_arguments(
 
 
 def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
-    """transformers' model, computing in the weights' dtype."""
+    """Load transformers' model, computing in the weights' dtype."""
     logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(
         folder,
@@ -448,7 +448,7 @@ def facts_of(
 
 
 def device_kind() -> str:
-    """The GPU's name, or CPU."""
+    """Return the GPU's name, or CPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 

@@ -19,7 +19,7 @@ CONFIG = "llama-3-8b-sft-w-gsm8k"
 
 
 def with_defaults(argv: list[str], processes: int) -> list[str]:
-    """The command line, with the named config and a mesh that fits, where it names none."""
+    """Return the command line, with the default config and a mesh that fits if it names none."""
     argv = list(argv)
     if not any(
         each in ("--config-name", "-cn") or each.startswith("--config-name=") for each in argv

@@ -113,7 +113,7 @@ def compile_case(case: Case) -> dict[str, Any]:
 
 
 def row(case: Case, r: dict[str, Any]) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     cells = [case.what, case.slice_]
     if "settings" not in r:
         return "| " + " | ".join([*cells, "does not compile", *[""] * 6]) + " |"
@@ -143,7 +143,7 @@ def row(case: Case, r: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The table, in the order of CASES."""
+    """Return the table, in the order of CASES."""
     heads = [
         "Step", "Slice", "Micro-batches x blocks x tokens", "GiB per chip",
         "arguments + temporaries", "gathered GiB (theory)", "reduce-scattered GiB (theory)",

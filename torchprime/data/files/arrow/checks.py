@@ -32,7 +32,7 @@ def _check_column(array: Any) -> None:
 
 
 def _without_text(kind: Any) -> Any:
-    """The type of the same memory with bytes in place of text; unions keep theirs."""
+    """Return the type of the same memory with bytes instead of text; unions keep theirs."""
     is_ = pa.types
     if isinstance(kind, pa.BaseExtensionType):
         return _without_text(kind.storage_type)
