@@ -94,17 +94,25 @@ RECIPE = [
 
 
 def experiment(steps: int) -> list[str]:
-    """Return the overrides that all cases share."""
+    """Return the overrides that all cases share, with real weights and rows if they are there."""
     weights, rows = SHARED / "models" / "stories260K", SHARED / "data" / "gsm8k" / "train.jsonl"
-    source = SHIPPED
-    if weights.is_dir() and rows.is_file():
-        source = [
-            f"model.pretrained_model={weights}", "dataset=file",
-            f"dataset.file_dataset_path={rows}", "dataset.block_size=512",
-            "dataset.max_rejected_fraction=1.0",
-        ]  # fmt: skip
+    if not (weights.is_dir() and rows.is_file()):
+        return on_shipped(steps)
+    real = [
+        f"model.pretrained_model={weights}", "dataset=file", f"dataset.file_dataset_path={rows}",
+        "dataset.block_size=512", "dataset.max_rejected_fraction=1.0",
+    ]  # fmt: skip
+    return [*real, *_in_fp32(steps)]
+
+
+def on_shipped(steps: int) -> list[str]:
+    """Return the same overrides with the weights and rows that ship."""
+    return [*SHIPPED, *_in_fp32(steps)]
+
+
+def _in_fp32(steps: int) -> list[str]:
     return [
-        *source, *RECIPE, "torch_dtype=float32", "task.optimizer.learning_rate=1e-3",
+        *RECIPE, "torch_dtype=float32", "task.optimizer.learning_rate=1e-3",
         "task.lr_scheduler.name=cosine", f"{STEPS}={steps}",
     ]  # fmt: skip
 

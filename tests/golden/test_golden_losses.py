@@ -1,4 +1,4 @@
-"""Losses that every version must give again: the quickstart's.
+"""Losses that every version must give again: the quickstart's and the parity experiment's.
 
 README.md beside this says where the numbers come from and how the tolerance was measured.
 """
@@ -51,3 +51,11 @@ def test_all_losses_of_the_quickstart(golden: ModuleType, tmp_path: Path) -> Non
     ours = golden.losses_of(golden.run_quickstart(tmp_path))
     assert len(ours) == 150
     assert ours == pytest.approx(golden.read(golden.QUICKSTART), rel=RELATIVE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_losses_of_the_parity_experiment(golden: ModuleType, tmp_path: Path) -> None:
+    ours = golden.losses_of(golden.run_parity(tmp_path))
+    assert len(ours) == golden.PARITY_STEPS
+    assert ours == pytest.approx(golden.read(golden.PARITY), rel=RELATIVE)

@@ -1,4 +1,4 @@
-"""Write the golden losses again, from a new run of the quickstart.
+"""Write the golden losses again, from new runs of the quickstart and the parity experiment.
 
     python tests/golden/write.py
 
@@ -8,6 +8,7 @@ says how the tolerance was measured.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,7 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
-QUICKSTART = "quickstart.txt"
+QUICKSTART, PARITY, PARITY_STEPS = "quickstart.txt", "parity.txt", 40
+MATRIX = REPO / "experimental" / "parity_matrix" / "run.py"
 
 
 def losses_of(metrics: Path) -> list[float]:
@@ -39,6 +41,19 @@ def run_quickstart(folder: Path, overrides: Sequence[str] = ()) -> Path:
     return folder / "quickstart" / "metrics.jsonl"
 
 
+def run_parity(folder: Path) -> Path:
+    """Train the parity experiment on one native process; return its metrics.jsonl."""
+    spec = importlib.util.spec_from_file_location("parity_matrix", MATRIX)
+    assert spec is not None and spec.loader is not None
+    matrix = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = matrix
+    spec.loader.exec_module(matrix)
+    name = "native, 1 process"
+    overrides = [*matrix.on_shipped(PARITY_STEPS), *matrix.CURVES_ALONE]
+    place = matrix.run_case(name, matrix.CASES[name], overrides, folder)
+    return Path(place.partition("=")[2]) / "metrics.jsonl"
+
+
 def write(name: str, losses: Sequence[float]) -> None:
     """Write one loss a line."""
     (HERE / name).write_text("".join(f"{loss!r}\n" for loss in losses))
@@ -52,3 +67,4 @@ def read(name: str) -> list[float]:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="torchprime-golden-") as place:
         write(QUICKSTART, losses_of(run_quickstart(Path(place))))
+        write(PARITY, losses_of(run_parity(Path(place))))
