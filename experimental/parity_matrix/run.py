@@ -1,4 +1,4 @@
-"""The same small experiment on every backend, mesh and mode, and whether all curves agree.
+"""Train one small experiment on every backend, mesh and mode, and compare all curves.
 
     make parity    # or: python experimental/parity_matrix/run.py [--reduced] [--only NAME;...]
     make noise     # or: python experimental/parity_matrix/run.py --noise
@@ -7,11 +7,14 @@ One config, one data order: XLA on one device, FSDP, FSDP x tensor, scan with re
 torch.distributed with one, two and four processes; and transformers' own Trainer as an independent
 witness. `torchprime compare` judges them.
 
-In fp32, by its fixed bands; real weights and rows (../shared) are used when they are there, the
-shipped ones otherwise. With --noise in bf16, on the shipped ones: first the noise floor is measured
-on runs of one backend that differ in accumulation and mesh, then the other backend and the witness
-are judged by it, and a run that is wrong on purpose must not pass. With --page the tables, the
-figure and the floor go into the repository.
+By default the experiment is in fp32 and the bands are fixed. It uses the weights and rows of
+../shared if they exist, otherwise the shipped ones.
+
+With --noise it is in bf16, on the shipped ones. Runs of one backend that differ in accumulation and
+mesh give the noise floor. The other backend and the witness are judged by it. Runs that are wrong
+on purpose must not pass.
+
+With --page the tables, the figure and the floor go into the repository.
 """
 
 from __future__ import annotations
@@ -60,14 +63,14 @@ CASES = {
     "native, fsdp 2 x tensor 2": Case(NATIVE, 4, ["ici_mesh.fsdp=2", "ici_mesh.tensor=2"]),
     "transformers.Trainer": Case(WITNESS, 1),
 }
-# What fits into a test, which looks at the curves alone.
+# The part of the matrix that fits into a test, which compares only the curves.
 REDUCED_STEPS, CURVES_ALONE = 8, ["isolation_probe=false", "task.export_checkpoint_path=null"]
 REDUCED = (
     "xla, 1 device", "xla, fsdp 2 x tensor 2", "native, 1 process", "native, fsdp 2",
     "transformers.Trainer",
 )  # fmt: skip
 
-# In bf16: the runs whose spread is the floor, those judged by it, and one that it has to tell.
+# In bf16: runs whose spread is the floor, runs judged by it, and runs that it must reject.
 FLOOR_CASES = {
     "native, 1 process": CASES["native, 1 process"],
     "native, 4 micro-batches": Case(NATIVE, 1, ["task.gradient_accumulation_steps=4"]),
@@ -118,9 +121,12 @@ def _in_fp32(steps: int) -> list[str]:
 
 
 def bf16_experiment(steps: int) -> list[str]:
-    """Return the same in bf16. Its learning rate does not depend on the last step, so a shorter run
-    is the beginning of a longer one and one floor holds for both; and it is lower, since at 1e-3
-    rounding decides where these weights go, and a floor is so high that it tells nothing."""
+    """Return the overrides of the experiment in bf16.
+
+    The learning rate is constant, so a shorter run equals the beginning of a longer one, and one
+    floor holds for both. It is lower, since at 1e-3 rounding decides the path of these weights,
+    and the floor would be too high to reject anything.
+    """
     return [
         *SHIPPED, *RECIPE, "torch_dtype=bfloat16", "task.optimizer.learning_rate=1e-4",
         "task.lr_scheduler.name=constant", f"{STEPS}={steps}",
@@ -128,7 +134,7 @@ def bf16_experiment(steps: int) -> list[str]:
 
 
 def command_of(backend: str, count: int) -> list[str]:
-    """How the case's program is started."""
+    """Return the command that starts the case's program."""
     if backend == XLA:
         return [sys.executable, str(REPO / "torchprime" / "torch_xla_models" / "train.py")]
     if backend == WITNESS:
@@ -139,7 +145,7 @@ def command_of(backend: str, count: int) -> list[str]:
 
 
 def run_case(name: str, case: Case, overrides: Sequence[str], out: Path) -> str:
-    """Train one case; `NAME=FOLDER`, as compare takes it."""
+    """Train one case and return `NAME=FOLDER`, as compare takes it."""
     folder = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     environment = {key: value for key, value in os.environ.items() if key != "CPU_NUM_DEVICES"}
     if case.backend == XLA:
@@ -157,7 +163,7 @@ def run_case(name: str, case: Case, overrides: Sequence[str], out: Path) -> str:
 
 
 def run_cases(cases: Mapping[str, Case], overrides: Sequence[str], out: Path) -> list[str]:
-    """One after the other."""
+    """Train the cases one after the other."""
     return [run_case(name, case, overrides, out) for name, case in cases.items()]
 
 
@@ -178,7 +184,7 @@ def run_reduced(out: Path) -> int:
 
 
 def run_matrix(cases: Mapping[str, Case], steps: int, out: Path, page: bool) -> int:
-    """All cases in fp32, judged by the fixed bands; the exit code."""
+    """Run all cases in fp32, judge them by the fixed bands and return the exit code."""
     runs = run_cases(cases, experiment(steps), out)
     verdict = judge(runs, out, "--figure", "matrix")
     if page:
@@ -188,7 +194,7 @@ def run_matrix(cases: Mapping[str, Case], steps: int, out: Path, page: bool) -> 
 
 
 def run_noise(steps: int, out: Path, page: bool) -> int:
-    """Measure bf16's noise, judge by it, and see that what is wrong is told; the exit code."""
+    """Measure bf16's noise, judge by it, check that wrong runs fail; return the exit code."""
     overrides = bf16_experiment(steps)
     alike = run_cases(FLOOR_CASES, overrides, out)
     floor = out / FLOOR.name
@@ -196,7 +202,7 @@ def run_noise(steps: int, out: Path, page: bool) -> int:
         return 2
     content = json.loads(floor.read_text(encoding="utf-8"))
     for run in content["runs"]:
-        run["path"] = Path(run["path"]).name  # where it lay on this machine tells nobody anything
+        run["path"] = Path(run["path"]).name  # its path on this machine is of no use
     write_json(floor, content)
     found = {}
     for expected, cases in ((AGREE, JUDGED_CASES), (DIFFER, WRONG_CASES)):
@@ -262,7 +268,7 @@ def noise_lines(floor: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]
 
 
 def write_page(name: str, lines: Sequence[str]) -> None:
-    """Put them between the marks of that name in docs/parity.md."""
+    """Write the lines between the marks of that name in docs/parity.md."""
     begin, end = f"<!-- {name}: written by the tool -->", f"<!-- end of {name} -->"
     text = PAGE.read_text(encoding="utf-8")
     assert begin in text and end in text, f"{PAGE} has no place for {name}"
@@ -273,7 +279,7 @@ def write_page(name: str, lines: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, judge, write; the exit code."""
+    """Run the experiment, judge it, write the page; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", help="names of cases, separated by semicolons")

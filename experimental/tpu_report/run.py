@@ -1,11 +1,11 @@
 """Compile the named runs and their variants for TPU slices, and write the table of docs/tpu.md.
 
-    python experimental/tpu_report/run.py            what results.json does not have yet, or failed
-    python experimental/tpu_report/run.py --fresh    all of it anew
-    python experimental/tpu_report/run.py 8b-v6e-8   these cases anew
+    python experimental/tpu_report/run.py            cases that are missing or failed
+    python experimental/tpu_report/run.py --fresh    all cases again
+    python experimental/tpu_report/run.py 8b-v6e-8   these cases again
 
-Each case is the training command with `compile_only`, in processes of its own: minutes and up to 10
-GB of memory each. What is kept of its report goes into results.json, and the table is made of that.
+Each case is the training command with `compile_only`. It runs in its own processes and needs
+minutes and up to 10 GB of memory. Its report goes into results.json, from which the table is made.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ CASES = [
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    """Run one; what is kept of it."""
+    """Run one case and return its entry for results.json."""
     with tempfile.TemporaryDirectory(prefix="tpu-report-") as folder:
         argv = [*case.argv, f"compile_only={case.slice_}", "compile_search=false"]
         argv += [f"output_dir={folder}", "run_name=case"]
@@ -162,10 +162,10 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Compile what is wanted, writing results and page after each case."""
+    """Compile the chosen cases, and write results and page after each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", nargs="*", help="names of cases; none: what is not there yet")
-    parser.add_argument("--fresh", action="store_true", help="all cases anew")
+    parser.add_argument("cases", nargs="*", help="names of cases; none: all missing or failed")
+    parser.add_argument("--fresh", action="store_true", help="all cases again")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
