@@ -1,6 +1,6 @@
 """Cross-entropy of supervised tokens only, by Liger's fused kernel if it is installed.
 
-Liger computes logits for some tokens at a time, like losses.py, but loss and gradient of
+Liger computes logits for some tokens at a time, like torchprime/losses.py, but loss and gradient of
 a row of them in one kernel. The definition of the loss is unchanged: a sum over supervised tokens,
 each with its weight, and every token's share. Liger needs a factor per token for the gradient;
 older versions do not have it and are not used.

@@ -53,7 +53,8 @@ class ChatRules:
 
     Attributes:
         compute_loss_on: auto (assistant), assistant, last_assistant or all.
-        reasoning: the policy for reasoning that the template never writes; see reasoning.py.
+        reasoning: the policy for reasoning that the template never writes
+            (data/templates/reasoning.py).
         special_tokens_in_text: `error`, or `answers` to allow special tokens in answers.
     """
 
