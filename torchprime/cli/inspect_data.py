@@ -12,17 +12,16 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup, escape
 
 from torchprime.cli.shared.data import Offline, load
 from torchprime.config.schema import TrainConfig
-from torchprime.data.blocks.budget import batch_budget
+from torchprime.data.blocks.budget import Spread, batch_budget
 from torchprime.data.inspection import (
     SHOWN_BATCHES,
     Bin,
@@ -110,7 +109,7 @@ def _look(config: TrainConfig, offline: Offline) -> Inspection:
 # Both ---------------------------------------------------------------------------------------------
 
 
-def _spread(summary: Mapping[str, Any]) -> str:
+def _spread(summary: Spread) -> str:
     return f"mean {summary['mean']:,.0f}, min {summary['min']:,}, max {summary['max']:,}"
 
 

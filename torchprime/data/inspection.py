@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from torchprime.data.blocks.batch import Batch
+from torchprime.data.blocks.budget import Budget
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.blocks.order import EMPTY_BLOCK, batch_indices
 from torchprime.data.leaks.report import LeakReport
@@ -284,7 +285,6 @@ class Inspection:
 
     Attributes:
         reports: of the training rows, then of the held-out rows if there are any.
-        budget: the result of data.blocks.budget.batch_budget.
         special: texts of the special tokens.
     """
 
@@ -293,7 +293,7 @@ class Inspection:
     leaks: LeakReport | None
     template: ShownTemplate | None
     fingerprints: Mapping[str, str | None]
-    budget: Mapping[str, Any]
+    budget: Budget
     bins: list[Bin]
     batches: list[ShownBatch]
     rules: list[RuleCount]

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -31,7 +31,14 @@ from torchprime.data.blocks.store import ExampleStore, StoreWriter, writing
 from torchprime.data.files.open_source import expected_rows, source_fingerprint
 from torchprime.data.files.record import UNREADABLE, Rejection
 from torchprime.data.files.source import SourceSpec
-from torchprime.data.report import DataReport, SourceReport, describe_rejected, length_summary
+from torchprime.data.report import (
+    DataReport,
+    SourceCount,
+    SourceReport,
+    describe_rejected,
+    length_summary,
+    new_source_report,
+)
 from torchprime.data.rows.formats import FormatDecision
 from torchprime.data.rows.limits import characters, too_long
 from torchprime.data.rows.read import Row, RowReading, open_rows
@@ -134,8 +141,8 @@ class _Account:
         self.rejected.setdefault(rejection.reason, []).append(rejection.row_id)
         self.details.setdefault(rejection.reason, rejection.detail)
 
-    def total(self, name: str) -> int:
-        return sum(getattr(source, name) for source in self.sources.values())
+    def total(self, name: SourceCount) -> int:
+        return sum(source[name] for source in self.sources.values())
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ class _Job:
         """The config section of the sources, named in messages."""
         return self.parts[0].source.section
 
-    def ingredients(self) -> dict[str, Any]:
+    def ingredients(self) -> dict[str, object]:
         """Return everything that shapes the result, as JSON; its hash is the cache key."""
         return {
             "data_version": DATA_VERSION,
@@ -232,16 +239,17 @@ class _Job:
         writer: StoreWriter,
         bar: tqdm,
     ) -> None:
-        tally = account.sources.setdefault(part.source.name, SourceReport(part.source.describe()))
+        new = new_source_report(part.source.describe())
+        tally = account.sources.setdefault(part.source.name, new)
 
         def usable() -> Iterator[tuple[Row, int]]:
             for row in rows:
                 bar.update()
                 if isinstance(row, Rejection):
-                    tally.rows += 1
+                    tally["rows"] += 1
                     account.reject(row)
                 elif self.side is not None and not self.side.has(row):
-                    tally.other_side += 1
+                    tally["other_side"] += 1
                 elif row.messages and self.template is None:
                     raise DataError(
                         f"{row.row_id}: the row is made of messages, and the tokenizer in "
@@ -249,12 +257,12 @@ class _Job:
                         "to a family (chatml, llama3, qwen3, ...) or a .jinja file"
                     )
                 else:
-                    tally.rows += 1
+                    tally["rows"] += 1
                     count = characters(row)
                     if count > self.settings.max_row_characters:
                         account.reject(too_long(row, count))
                         continue
-                    tally.chats += bool(row.messages)
+                    tally["chats"] += bool(row.messages)
                     yield row, count
 
         def missing() -> int:
@@ -263,7 +271,7 @@ class _Job:
 
         for outcome in self._outcomes(_chunks(usable(), missing)):
             outcome = self._no_more_than(outcome, account)
-            tally.examples += outcome.count
+            tally["examples"] += outcome.count
             account.truncated += outcome.truncated
             account.boundaries.update(outcome.boundaries)
             account.notes.add(outcome.notes)
@@ -368,8 +376,8 @@ class _Job:
         notes = account.notes.to_dict()
         for place, name in enumerate(store.source_names):
             mine = used[store.sources[used] == place]
-            account.sources[name].used_examples = len(mine)
-            account.sources[name].used_tokens = int(store.lengths[mine].sum())
+            account.sources[name]["used_examples"] = len(mine)
+            account.sources[name]["used_tokens"] = int(store.lengths[mine].sum())
         return DataReport(
             section=self.section,
             source=", ".join(part.source.describe() for part in self.parts),
@@ -383,7 +391,7 @@ class _Job:
             split=None if self.side is None else f"{self.side.name} of {self.side.description}",
             rows=account.total("rows"),
             examples=len(used),
-            sources={name: asdict(source) for name, source in account.sources.items()},
+            sources=account.sources,
             rejected=account.rejected,
             rejected_details=account.details,
             truncated=account.truncated,

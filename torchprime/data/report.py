@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from torchprime.data.shared.notes import describe_noted
+from torchprime.data.shared.notes import NotedFacts, describe_noted
 
 SHOWN_ROW_IDS = 3
 
 
-@dataclass
-class SourceReport:
-    """The account of one source.
+class SourceReport(TypedDict):
+    """The account of one source, as data_report.json has it. All but `source` are counts.
 
     `rows` does not include rows on the other side of a split; the used examples do not include
     those beyond the source's share of a mixture.
     """
 
     source: str
-    rows: int = 0
-    chats: int = 0  # rows of messages among them
-    other_side: int = 0
-    examples: int = 0
-    used_examples: int = 0
-    used_tokens: int = 0
+    rows: int
+    chats: int  # rows of messages among them
+    other_side: int
+    examples: int
+    used_examples: int
+    used_tokens: int
+
+
+SourceCount = Literal["rows", "chats", "other_side", "examples", "used_examples", "used_tokens"]
+
+
+def new_source_report(source: str) -> SourceReport:
+    """Return the account of a source of which nothing is read yet."""
+    return {
+        "source": source,
+        "rows": 0,
+        "chats": 0,
+        "other_side": 0,
+        "examples": 0,
+        "used_examples": 0,
+        "used_tokens": 0,
+    }
 
 
 @dataclass(frozen=True)
@@ -47,13 +62,13 @@ class DataReport:
     split: str | None
     rows: int
     examples: int
-    sources: dict[str, dict[str, Any]]  # by the name of the mixture's part; "" if there is only one
+    sources: dict[str, SourceReport]  # by the name of the mixture's part; "" if there is only one
     rejected: dict[str, list[str]]
     rejected_details: dict[str, str]  # of the first row of each reason
     truncated: list[str]
     boundaries: dict[str, int]
-    unused_keys: dict[str, dict[str, Any]]  # by path; RowNotes describes them
-    noticed: dict[str, dict[str, Any]]
+    unused_keys: dict[str, NotedFacts]  # by path; RowNotes describes them
+    noticed: dict[str, NotedFacts]
     real_tokens: int
     supervised_tokens: int
     lengths: dict[str, float]
@@ -71,18 +86,18 @@ class DataReport:
     def num_rejected(self) -> int:
         return sum(map(len, self.rejected.values()))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self) | {
             "num_rejected": self.num_rejected,
             "rejected_counts": {reason: len(ids) for reason, ids in self.rejected.items()},
         }
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> DataReport:
+    def from_dict(cls, content: Mapping[str, Any]) -> DataReport:
         """Return the report that `to_dict` stored, here or in version 0.1.0."""
         names = {spec.name for spec in fields(cls)}
         # Version 0.1.0 did not record keys.
-        content = {"unused_keys": {}, "noticed": {}} | content
+        content = {"unused_keys": {}, "noticed": {}, **content}
         return cls(**{name: value for name, value in content.items() if name in names})
 
     @property

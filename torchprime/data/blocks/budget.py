@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -10,7 +10,33 @@ from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.blocks.order import EMPTY_BLOCK, batch_indices, steps_per_epoch
 
 
-def batch_budget(packed: PackedDataset, seed: int, global_batch_size: int) -> dict[str, Any]:
+class Spread(TypedDict):
+    """Mean, minimum and maximum of a number of tokens over the updates of an epoch."""
+
+    mean: float
+    min: int
+    max: int
+
+
+class Budget(TypedDict):
+    """The size of one update over an epoch.
+
+    `blocks` counts all blocks of the data, `block_size` the tokens of one, and `blocks_per_update`
+    is the global batch size. An epoch's last update is filled up with empty blocks. Slots are the
+    tokens of all blocks with their padding.
+    """
+
+    blocks: int
+    block_size: int
+    blocks_per_update: int
+    steps_per_epoch: int
+    empty_blocks_in_last_update: int
+    slot_tokens_per_update: Spread
+    real_tokens_per_update: Spread
+    supervised_tokens_per_update: Spread
+
+
+def batch_budget(packed: PackedDataset, seed: int, global_batch_size: int) -> Budget:
     """Return mean, min and max of slot, real and supervised tokens per update of an epoch."""
     steps = steps_per_epoch(packed.num_blocks, global_batch_size)
     real, supervised = [], []
@@ -32,5 +58,5 @@ def batch_budget(packed: PackedDataset, seed: int, global_batch_size: int) -> di
     }
 
 
-def _summary(values: list[int]) -> dict[str, float | int]:
+def _summary(values: list[int]) -> Spread:
     return {"mean": float(np.mean(values)), "min": min(values), "max": max(values)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -61,11 +62,11 @@ class LeakReport:
         """Return True if any row or group of eval is in train."""
         return bool(self.leaked_eval_rows or self.num_shared_groups)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> LeakReport:
+    def from_dict(cls, content: Mapping[str, Any]) -> LeakReport:
         """Return the report that `to_dict` stored."""
         pairs = [LeakPair(**pair) for pair in content["pairs"]]
         clusters = [Cluster(**cluster) for cluster in content["clusters"]]

@@ -8,8 +8,8 @@ template drops.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from torchprime.data.shared.fields import printable, type_name
 
@@ -24,6 +24,24 @@ class Noted:
     count: int
     row_id: str
     example: str = ""
+
+    def to_dict(self) -> NotedFacts:
+        return {"count": self.count, "row_id": self.row_id, "example": self.example}
+
+
+class NotedFacts(TypedDict):
+    """The fields of a Noted in data_report.json."""
+
+    count: int
+    row_id: str
+    example: str
+
+
+class NotesFacts(TypedDict):
+    """The two groups of RowNotes in data_report.json."""
+
+    unused_keys: dict[str, NotedFacts]
+    noticed: dict[str, NotedFacts]
 
 
 class RowNotes:
@@ -54,11 +72,11 @@ class RowNotes:
                 found = mine.setdefault(key, Noted(0, noted.row_id, noted.example))
                 found.count += noted.count
 
-    def to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def to_dict(self) -> NotesFacts:
         """Return plain containers, for data_report.json."""
         return {
-            "unused_keys": {key: asdict(noted) for key, noted in self.unused.items()},
-            "noticed": {text: asdict(noted) for text, noted in self.noticed.items()},
+            "unused_keys": {key: noted.to_dict() for key, noted in self.unused.items()},
+            "noticed": {text: noted.to_dict() for text, noted in self.noticed.items()},
         }
 
 
@@ -86,18 +104,18 @@ class RowFindings:
             notes.notice(text, row_id, count)
 
 
-def describe_noted(noted: Mapping[str, Mapping[str, Any]]) -> str:
+def describe_noted(noted: Mapping[str, NotedFacts]) -> str:
     """Return the counts in one line, the most frequent first."""
     ordered = most_first(noted)
     return "; ".join(f"{key}: {each['count']:,}{noted_first(each)}" for key, each in ordered)
 
 
-def most_first(noted: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
+def most_first(noted: Mapping[str, NotedFacts]) -> list[tuple[str, NotedFacts]]:
     """Return the findings with their counts, the most frequent first."""
     return sorted(noted.items(), key=lambda item: -item[1]["count"])
 
 
-def noted_first(noted: Mapping[str, Any]) -> str:
+def noted_first(noted: NotedFacts) -> str:
     """Return the first row of a finding, and an example, in brackets."""
     example = f", e.g. {noted['example']}" if noted["example"] else ""
     return f" (first {noted['row_id']}{example})"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from torchprime.checkpoint.hf.source import hub_name
 from torchprime.config.dataset import DatasetConfig, Format, MixturePart
@@ -43,6 +43,15 @@ MOST_WORKERS = 8
 LEAKS_FILE = "leaks.json"
 
 
+class RunReports(TypedDict):
+    """The content of data_report.json: the reports of training rows, held-out rows and the leak
+    check."""
+
+    dataset: dict[str, object]
+    eval: NotRequired[dict[str, object]]
+    leaks: NotRequired[dict[str, object]]
+
+
 @dataclass(frozen=True)
 class RunData:
     """All data of a run."""
@@ -61,9 +70,9 @@ class RunData:
         apart = self.sources.dataset.turns != WHOLE
         return {row_of(i) if apart else i for ids in found for i in ids}
 
-    def reports(self) -> dict[str, Any]:
+    def reports(self) -> RunReports:
         """Return the content of data_report.json."""
-        found: dict[str, Any] = {"dataset": self.report.to_dict()}
+        found: RunReports = {"dataset": self.report.to_dict()}
         if self.heldout_report is not None:
             found["eval"] = self.heldout_report.to_dict()
         if self.leaks is not None:

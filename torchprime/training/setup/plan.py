@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from torchprime.config.schema import TrainConfig
-from torchprime.data.blocks.budget import batch_budget
+from torchprime.data.blocks.budget import Budget, Spread, batch_budget
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.metrics.throughput import ModelSizes, model_flops_per_token
 from torchprime.models.architecture import Architecture
@@ -112,13 +112,13 @@ class Plan:
     total_steps: int
     warmup_steps: int
     epochs: float
-    budget: Mapping[str, Any]
+    budget: Budget
     eval_budget: Mapping[str, int] | None
     parameters: int
     mesh: Mapping[str, int]
     memory: Memory
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {**asdict(self), "estimated_bytes_per_device": self.memory.total}
 
     def describe(self) -> str:
@@ -132,10 +132,9 @@ class Plan:
             f"blocks       {b['blocks']:,} of {b['block_size']:,} tokens, "
             f"{b['blocks_per_update']:,} per update, "
             f"{b['empty_blocks_in_last_update']:,} empty in an epoch's last update",
-            *(
-                f"{kind:<12} {_spread(b[f'{kind}_tokens_per_update'])} tokens per update"
-                for kind in ("slot", "real", "supervised")
-            ),
+            f"slot         {_spread(b['slot_tokens_per_update'])} tokens per update",
+            f"real         {_spread(b['real_tokens_per_update'])} tokens per update",
+            f"supervised   {_spread(b['supervised_tokens_per_update'])} tokens per update",
             f"parameters   {self.parameters:,}",
             f"mesh         {mesh or 'one device'}",
             f"memory       about {m.total / GIB:.2f} GiB per device (estimate): weights "
@@ -150,7 +149,7 @@ class Plan:
         return "\n".join(f"  {line}" for line in lines)
 
 
-def _spread(numbers: Mapping[str, float]) -> str:
+def _spread(numbers: Spread) -> str:
     if numbers["min"] == numbers["max"]:
         return f"{numbers['mean']:,.0f}"
     return f"{numbers['mean']:,.0f} on average ({numbers['min']:,.0f} to {numbers['max']:,.0f})"
@@ -162,7 +161,7 @@ class StepPlan(NamedTuple):
     total_steps: int
     warmup_steps: int
     epochs: float
-    budget: dict[str, Any]
+    budget: Budget
 
 
 def plan_steps(config: TrainConfig, data: PackedDataset) -> StepPlan:
