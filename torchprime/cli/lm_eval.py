@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict
 
 from torchprime.checkpoint.hf.portable import auto_tokenizer
 from torchprime.checkpoint.hf.source import resolve_pretrained
@@ -164,9 +164,39 @@ def _wants_template(asked: str, folder: Path) -> bool:
 # The result ---------------------------------------------------------------------------------------
 
 
+class CertificateIdentity(TypedDict):
+    """The certificate of a scored export: the file's sha256 and what it says of the weights."""
+
+    sha256: str
+    passed: bool
+    base_model: str | None
+    step: int | None
+
+
+class LmEvalRecord(TypedDict):
+    """The content of lm_eval.json.
+
+    The harness's own names are those from `task_versions` on, each by task: the numbers of
+    few-shot examples and of rows, the direction of each metric, and the results by metric and
+    filter.
+    """
+
+    format_version: int
+    export: str
+    certificate: CertificateIdentity | None
+    created: str
+    settings: Mapping[str, object]
+    versions: dict[str, str]
+    task_versions: dict[str, object]
+    num_fewshot: dict[str, object]
+    num_samples: dict[str, object]
+    higher_is_better: dict[str, object]
+    results: Mapping[str, Mapping[str, Any]]
+
+
 def _record(
-    folder: Path, named: str, found: Mapping[str, Any], settings: dict[str, Any]
-) -> dict[str, Any]:
+    folder: Path, named: str, found: Mapping[str, Any], settings: Mapping[str, object]
+) -> LmEvalRecord:
     return {
         "format_version": FORMAT_VERSION,
         "export": named,
@@ -182,7 +212,7 @@ def _record(
     }
 
 
-def _certificate(folder: Path) -> dict[str, Any] | None:
+def _certificate(folder: Path) -> CertificateIdentity | None:
     """Return the certificate's identity of an export; None for a folder without a certificate."""
     path = folder / CERTIFICATE
     if not path.is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from torchprime.checkpoint.run.manifest import Manifest
 from torchprime.config.evaluation import LOSSES
@@ -13,13 +13,58 @@ from torchprime.training.optim import Parameter
 from torchprime.training.prepare import Prepared
 from torchprime.training.run import folder as run_folder
 from torchprime.training.run import resume as resuming
+from torchprime.training.setup.vocabulary import VocabularyFacts
 
 LAST_LOSS = "train loss of the last step"
 
 
-def run_facts(prepared: Prepared) -> dict[str, Any]:
+class DeviceFacts(TypedDict):
+    """The devices of a run: their kind as the backend names it, and the number over all
+    processes."""
+
+    kind: str
+    count: int
+
+
+class RunModelFacts(TypedDict):
+    """The model of a run; `parameters` is a count. `vocabulary` is absent if it was not changed."""
+
+    pretrained: str | None
+    parameters: int
+    dtype: str
+    vocabulary: NotRequired[VocabularyFacts]
+
+
+class RunFile(TypedDict):
+    """The content of run.json except its `starts`.
+
+    `attention` and `loss` name the kernels in use; `mesh` has the size of each axis, and `plan`
+    the fields of `Plan`.
+    """
+
+    command: str
+    versions: dict[str, str]
+    backend: str
+    device: DeviceFacts
+    processes: int
+    mesh: dict[str, int]
+    attention: str
+    loss: str
+    model: RunModelFacts
+    fingerprints: dict[str, str | None]
+    plan: dict[str, object]
+
+
+def run_facts(prepared: Prepared) -> RunFile:
     """Return run.json: model, devices, data and versions; enough to compare two runs."""
     config, backend, files = prepared.config, prepared.backend, prepared.inputs.files
+    model: RunModelFacts = {
+        "pretrained": config.model.pretrained_model,
+        "parameters": files.num_parameters,
+        "dtype": config.torch_dtype,
+    }
+    if files.vocabulary:
+        model["vocabulary"] = files.vocabulary.to_dict()
     return {
         "command": run_folder.command(),
         "versions": run_folder.versions(),
@@ -29,12 +74,7 @@ def run_facts(prepared: Prepared) -> dict[str, Any]:
         "mesh": config.mesh_shape(),
         "attention": backend.attention,
         "loss": backend.loss,
-        "model": {
-            "pretrained": config.model.pretrained_model,
-            "parameters": files.num_parameters,
-            "dtype": config.torch_dtype,
-            **({"vocabulary": files.vocabulary.to_dict()} if files.vocabulary else {}),
-        },
+        "model": model,
         "fingerprints": prepared.inputs.rows.fingerprints(),
         "plan": prepared.plan.to_dict(),
     }

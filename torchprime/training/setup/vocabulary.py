@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from torchprime.data.tokenizer.load import Tokenizer, load_raw, load_tokenizer
 from torchprime.data.tokenizer.new_tokens import SpecialTokens, add_special_tokens
@@ -45,6 +45,24 @@ class VocabularyRequest:
     multiple: int | None
     seed: int
     kept_in: Path
+
+
+class VocabularyFacts(TypedDict):
+    """A changed vocabulary, for run.json.
+
+    `tokens` and `rows` are counts, of the tokenizer and of the embeddings, and `new_rows` is the
+    number of rows that were initialized by `method`. `new_tokens` and `now_special` give each
+    token's id.
+    """
+
+    tokens_before: int
+    tokens: int
+    rows_before: int
+    rows: int
+    new_rows: int
+    method: str | None
+    new_tokens: Mapping[str, int]
+    now_special: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,7 @@ class Vocabulary:
         unused = f", {len(self.rows.unused):,} of them unused before" if self.rows.unused else ""
         return f"{' '.join(parts)}; {len(made):,} new rows{unused}: {how}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> VocabularyFacts:
         """Return the content for run.json."""
         rows = self.rows
         return {
