@@ -139,7 +139,7 @@ Record = StepRecord | EvalRecord | CheckpointRecord
 def to_json(record: Record) -> str:
     """Return one line of valid JSON without the line end."""
     values = record.to_dict()
-    nonfinite: dict[str, Any] = {
+    nonfinite: dict[str, str | dict[str, str]] = {
         name: str(value)
         for name, value in values.items()
         if isinstance(value, float) and not math.isfinite(value)

@@ -142,7 +142,7 @@ class CompileGuard:
     def __init__(self, backend: Backend, *, allow: bool) -> None:
         self.backend, self.allow = backend, allow
         self.runs: dict[str, int] = {}
-        self.inputs: dict[str, Any] = {}
+        self.inputs: dict[str, object] = {}
 
     @contextmanager
     def watch(self, kind: str, inputs: Any) -> Iterator[None]:

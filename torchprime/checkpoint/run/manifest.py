@@ -166,7 +166,7 @@ class Manifest:
     data_manifest: PreparedFacts
     eval_manifest: PreparedFacts | None
     best_metric: BestCheckpoint | None
-    hooks: dict[str, Any] = field(default_factory=dict)
+    hooks: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, object] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     files: dict[str, FileFacts] = field(default_factory=dict)

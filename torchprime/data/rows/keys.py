@@ -27,13 +27,15 @@ MOST_PLANS = 1000
 # A column that looks like input has long texts, mostly different ones.
 LONG, DISTINCT, FILLED, FEWEST = 40, 0.8, 0.5, 2
 
+Inside = dict[str, "Inside"]  # the parts of dotted paths as a tree; {} is the end of a path
+
 
 class Unread(NamedTuple):
     """A key that is not read, or an object of which only some keys are read."""
 
     path: str
     key: str
-    inside: Mapping[str, Any] | None  # the keys that are read, by the next part of their path
+    inside: Inside | None  # the keys that are read, by the next part of their path
 
 
 class RecordKeys:
@@ -63,7 +65,7 @@ class RecordKeys:
 
     def _plan(self, names: tuple[str, ...], shape: str) -> Iterator[Unread]:
         used: set[str] = set()
-        inside: dict[str, Any] = {}
+        inside: Inside = {}
         for path in self._paths(shape):
             if path in names:
                 used.add(path)

@@ -15,7 +15,6 @@ import json
 import select
 import subprocess
 import sys
-from typing import Any
 
 import regex
 
@@ -194,7 +193,7 @@ class FormulaComparer:
         return process
 
     @staticmethod
-    def _line(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
+    def _line(process: subprocess.Popen[bytes], seconds: float) -> dict[str, bool] | None:
         """Return the process's next line; None if none arrives in time."""
         assert process.stdout is not None
         if not select.select([process.stdout], [], [], seconds)[0]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TypedDict, cast
 
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.errors import RuntimeSetupError
@@ -22,11 +22,11 @@ from torchprime.evaluation.intervals import Score
 from torchprime.evaluation.selection import Evaluated, overfitting
 from torchprime.files.atomic import write_text
 from torchprime.files.private_folders import own_folder
-from torchprime.metrics.record import EvalRecord, StepRecord
+from torchprime.metrics.record import EvalRecord, GradedScore, StepRecord
 from torchprime.training.backend import Backend
 from torchprime.training.evaluating import Evaluation
 from torchprime.training.loop import BaseHook, RunControl
-from torchprime.training.run.resume import Past
+from torchprime.training.run.resume import KeptEvaluations, Past
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,14 @@ class HeldOut:
     data: PackedDataset
     batch_size: int
     every_steps: int | None
+
+
+class AnswerFields(TypedDict, total=False):
+    """The fields of an EvalRecord that describe answers, absent where none were generated."""
+
+    scores: dict[str, GradedScore]
+    generated_tokens: int
+    generate_seconds: float
 
 
 class EvaluationHook(BaseHook):
@@ -76,7 +84,7 @@ class EvaluationHook(BaseHook):
         if not self.history:
             self._evaluate(self.first_step, answers=True)
 
-    def remembered(self) -> dict[str, Any]:
+    def remembered(self) -> dict[str, KeptEvaluations]:
         """Return the state that a resumed run needs."""
         return Past(self.first_step, tuple(self.history), tuple(self._losses)).to_dict()
 
@@ -119,7 +127,7 @@ class EvaluationHook(BaseHook):
             started = time.perf_counter()
             with self.control.guard.watch("held-out step", (batch_size, data.block_size)):
                 loss = heldout_loss(self.backend, data, batch_size)
-            generated: dict[str, Any] = {}
+            generated: AnswerFields = {}
             if answers and self.evaluation.prompts:
                 generated = self._answers(step)
             now = time.perf_counter()
@@ -140,8 +148,8 @@ class EvaluationHook(BaseHook):
         self._losses.clear()
         self.emit(record)
 
-    def _answers(self, step: int) -> dict[str, Any]:
-        """Return the fields of a record that describe answers."""
+    def _answers(self, step: int) -> AnswerFields:
+        """Generate and grade answers; return what a record says of them."""
         started = time.perf_counter()
         e = self.evaluation
         shapes = (e.options.batch_size, e.options.max_new_tokens)
@@ -150,7 +158,7 @@ class EvaluationHook(BaseHook):
         seconds = time.perf_counter() - started
         scores = self.backend.processes.first_does(lambda: self._grade(step, samples))
         return {
-            "scores": {name: asdict(score) for name, score in scores.items()},
+            "scores": {name: cast("GradedScore", asdict(score)) for name, score in scores.items()},
             "generated_tokens": sum(sample.tokens for sample in samples),
             "generate_seconds": seconds,
         }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from torchprime.checkpoint.run.manifest import Manifest
 from torchprime.config.evaluation import LOSSES
@@ -81,7 +81,7 @@ def run_facts(prepared: Prepared) -> RunFile:
 
 
 def make_manifest(
-    prepared: Prepared, step: int, *, metrics: dict[str, float], hooks: dict[str, Any]
+    prepared: Prepared, step: int, *, metrics: dict[str, float], hooks: Mapping[str, object]
 ) -> Manifest:
     """Return the manifest: all that a resume after a step needs except the tensors.
 

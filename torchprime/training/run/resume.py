@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -332,6 +332,14 @@ def cut_metrics(path: Path, step: int) -> None:
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
+class KeptEvaluations(TypedDict):
+    """The evaluation hook's state in a manifest: the fields of each `Evaluated`, and the training
+    losses logged since the last of them."""
+
+    history: list[dict[str, object]]
+    losses: list[float]
+
+
 @dataclass(frozen=True)
 class Past:
     """The steps before this start, and their metrics; they are in the checkpoint, for all
@@ -369,7 +377,7 @@ class Past:
             return False
         return stopping.reason(self.history) is not None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, KeptEvaluations]:
         """Return the hook's state for a manifest, which has the step elsewhere."""
         history = [asdict(each) for each in self.history]
         return {EVALUATION: {"history": history, "losses": list(self.losses)}}
