@@ -190,13 +190,19 @@ def make_snapshot(backend: Any) -> Any:
 
     rest = ("mesh", "config", "versions", "rng", "data_manifest")
     texts = ("backend", "created", "tokenizer_fingerprint")
-    schedule = ("peak", "warmup_steps", "total_steps", "min_lr_ratio")
     empty: dict[str, Any] = {name: {} for name in rest} | dict.fromkeys(texts, "")
     manifest = Manifest(
         processes=backend.processes.count,
         model={"names": 0, "dtype": "", "parameters": 0, "hash": ""},
         optimizer={"name": "", "slots": []},
-        scheduler={"name": "", **dict.fromkeys(schedule, 0)},
+        scheduler={
+            "name": "",
+            "peak": 0,
+            "warmup_steps": 0,
+            "warmup_ratio": None,
+            "total_steps": 0,
+            "min_lr_ratio": 0,
+        },
         global_step=0,
         data_position={"seed": 0, "next_step": 0, "global_batch_size": 1, "num_blocks": 0},
         template_fingerprint=None,

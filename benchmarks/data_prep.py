@@ -286,7 +286,7 @@ def run_packing(args: argparse.Namespace, data: str, name: str) -> dict[str, Any
     block = 1024
     lengths = np.clip(drawn, 8, block if name == "bfd" else 8 * block)
     with Clock() as clock:
-        plan = pack(lengths, block, name)
+        plan = pack(lengths, block, "bfd" if name == "bfd" else "bfd_split")
     real = int(plan.lengths.sum())
     assert real == lengths.sum()
     return {

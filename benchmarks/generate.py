@@ -162,7 +162,7 @@ def work(
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     prompts = json.loads((folder / "prompts.json").read_text())
     call = (ours if case["impl"] == "ours" else transformers_call)(case, folder, new)
-    seconds, cpu = [], []
+    seconds, cpu, found = [], [], []
     for _ in range(repeats + 1):
         started, used = time.perf_counter(), time.process_time()
         found = call(prompts)

@@ -160,11 +160,11 @@ def run_hf(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    device = "cpu"
+    device, finish = "cpu", None
     if xla:
         import torch_xla
 
-        device = torch_xla.device()
+        device, finish = torch_xla.device(), torch_xla.sync
     torch.manual_seed(0)
     config = LlamaConfig(**hf_config(case.get("layers", 6)))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
@@ -187,8 +187,8 @@ def run_hf(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if xla:
-            torch_xla.sync()
+        if finish is not None:
+            finish()
         return loss.item()
 
     return timed(step, data, steps, xla=xla)

@@ -47,7 +47,7 @@ class Case(NamedTuple):
     """One way to run the experiment."""
 
     backend: str
-    count: int  # processes, or virtual devices
+    processes: int  # or virtual devices
     overrides: Sequence[str] = ()
 
 
@@ -153,7 +153,7 @@ def run_case(name: str, case: Case, overrides: Sequence[str], out: Path) -> str:
     else:
         environment["OMP_NUM_THREADS"] = "1"  # threads that spin on shared cores cost more
     place = [f"output_dir={out}", f"run_name={folder}"]
-    command = [*command_of(case.backend, case.count), *overrides, *case.overrides, *place]
+    command = [*command_of(case.backend, case.processes), *overrides, *case.overrides, *place]
     started = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

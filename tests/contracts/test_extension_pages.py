@@ -202,8 +202,8 @@ def test_a_family_computes_what_transformers_computes(follow: Callable[[str], No
         weight.data.normal_(0.0, 0.15)  # biases too, which begin as zeros
     ours = CausalLM(architecture_from_hf(config.to_dict()))
     ours.load_state_dict({n: p.detach() for n, p in reference.named_parameters()})
-    assert ours.model.layers[0].self_attn.q_proj.bias is not None
-    assert ours.model.layers[0].self_attn.o_proj.bias is None
+    assert ours.get_submodule("model.layers.0.self_attn.q_proj").bias is not None
+    assert ours.get_submodule("model.layers.0.self_attn.o_proj").bias is None
     ids = torch.randint(0, 61, (2, 20))
     with torch.no_grad():
         wanted = reference(input_ids=ids).logits

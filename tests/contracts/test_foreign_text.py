@@ -64,7 +64,7 @@ def found_in(text: str, ours: bool = True) -> Iterator[tuple[int, str, str]]:
             for name in {alias.name for alias in node.names} & UNSANDBOXED:
                 yield node.lineno, name, "jinja2 outside of its immutable sandbox"
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+            names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
             for name in names & {"pickle", "marshal", "shelve", "dill", "joblib"}:
                 yield node.lineno, name, "a format that runs code when it is read"
         if isinstance(node, ast.Call):

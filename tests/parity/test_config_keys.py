@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import random
 from typing import Any
 
@@ -146,8 +147,13 @@ def _read(config: dict[str, Any]) -> Any:
     """transformers 5 refuses heads that do not divide the hidden size, which 4.57 did not; it
     computes with them all the same."""
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    numbers = all(isinstance(each, int) and each > 0 for each in (hidden, heads))
-    if numbers and config.get("head_dim") and hidden % heads:
+    if (
+        isinstance(hidden, int)
+        and isinstance(heads, int)
+        and min(hidden, heads) > 0
+        and config.get("head_dim")
+        and hidden % heads
+    ):
         read = AutoConfig.for_model(**{**copy.deepcopy(config), "num_attention_heads": 1})
         read.num_attention_heads = heads
         return read
@@ -195,7 +201,7 @@ def _fault(family: str, key: str, value: Any) -> str | None:
 def quiet():
     """Without warnings on each case; on one thread, since the products are tiny."""
     before, threads = hf_logging.get_verbosity(), torch.get_num_threads()
-    hf_logging.set_verbosity(hf_logging.CRITICAL)
+    hf_logging.set_verbosity(logging.CRITICAL)
     torch.set_num_threads(1)
     yield
     hf_logging.set_verbosity(before)

@@ -8,6 +8,8 @@ cross-entropy.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM
 
 V, S = 61, 20
-SMALL = dict(
+SMALL: dict[str, Any] = dict(
     vocab_size=V,
     hidden_size=32,
     intermediate_size=48,
@@ -33,7 +35,7 @@ SMALL = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
-LLAMA3_ROPE = dict(
+LLAMA3_ROPE: dict[str, Any] = dict(
     rope_type="llama3",
     rope_theta=5e5,
     factor=8.0,
@@ -137,7 +139,9 @@ def test_logits_and_gradients(name: str, kind: str) -> None:
     _close(our_loss, loss, "loss")
     our_loss.backward()
     for n, p in reference.named_parameters():
-        _close(names[n].grad, p.grad, n)
+        our_grad, grad = names[n].grad, p.grad
+        assert our_grad is not None and grad is not None, n
+        _close(our_grad, grad, n)
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:

@@ -50,7 +50,11 @@ def in_files(**texts: str) -> Lay:
 
 
 def both(*lays: Lay) -> Lay:
-    return lambda folder: [lay(folder) for lay in lays] and None
+    def lay_all(folder: Path) -> None:
+        for lay in lays:
+            lay(folder)
+
+    return lay_all
 
 
 LISTED = [{"name": "default", "template": DEFAULT}, {"name": "tool_use", "template": TOOL_USE}]

@@ -162,7 +162,8 @@ def loss_in_transformers(folder: Path, rows: list[dict[str, str]]) -> float:
 
 def test_export_loads_and_differs_from_the_base(first: Run, tiny: Path) -> None:
     export = first.folder / "export"
-    tuned, report = LlamaForCausalLM.from_pretrained(export, output_loading_info=True)
+    given: Any = LlamaForCausalLM.from_pretrained(export, output_loading_info=True)
+    tuned, report = given
     assert not any(report.values()), report
     base = LlamaForCausalLM.from_pretrained(tiny).state_dict()
     assert tuned.state_dict().keys() == base.keys()

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ CHANGES = st.lists(
 @pytest.fixture(autouse=True)
 def quiet():
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     yield
     logging.set_verbosity(before)
 
@@ -136,7 +137,7 @@ def assert_told(source: Path, changes: list[tuple[tuple[str, str], Any]]) -> Non
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
 )
 @given(changes=CHANGES)
 def test_strange_values_are_taken_or_told(tiny: Path, changes) -> None:
@@ -145,7 +146,12 @@ def test_strange_values_are_taken_or_told(tiny: Path, changes) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=500,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
+)
 @given(changes=CHANGES)
 def test_many_strange_values_are_taken_or_told(tiny: Path, changes) -> None:
     assert_told(tiny, changes)

@@ -72,7 +72,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> attack.Samples:
     assert run_main(main, [f"{key}={value}" for key, value in given.items()]) == 0
     given = {key: value for key, value in given.items() if not key.startswith("eval")}
     given["dataset.prepared_dir"] = place / "split"
-    given |= dict(each.split("=", 1) for each in attack.SPLIT)
+    given |= {key: value for key, _, value in (each.partition("=") for each in attack.SPLIT)}
     assert torchprime(["prepare", *(f"{key}={value}" for key, value in given.items())]) == 0
     return attack.Samples(model, rows, place / "run", place / "split")
 

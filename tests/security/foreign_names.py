@@ -115,7 +115,7 @@ def hostile_page(ground: Ground) -> None:
 
 
 def render_it(ground: Ground) -> tuple[int, str]:
-    from jinja2.sandbox import SecurityError
+    from jinja2.exceptions import SecurityError
 
     try:
         return 0, render_page("report")

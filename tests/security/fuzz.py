@@ -44,7 +44,7 @@ ENDED_BY = re.compile(r"^(crash|timeout|oom|leak)-")
 
 def fuzz_one(name: str, seconds: int, out: Path) -> None:
     """Feed one reader until the time is over; findings go into `out`. Does not return."""
-    import atheris  # late: only here
+    atheris = importlib.import_module("atheris")  # is there with make fuzz only
 
     sys.path[:0] = [str(HERE), str(PACKAGE.parent)]
     with atheris.instrument_imports(include=["torchprime"]):
@@ -234,7 +234,7 @@ def run_target(name: str, seconds: int, folder: Path) -> Result:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("target", nargs="?", metavar="TARGET", help="all if it is left away")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="in total")
     parser.add_argument("--in", dest="out", type=Path, help=argparse.SUPPRESS)

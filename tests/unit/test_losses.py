@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchprime.losses import Spread, chunked_cross_entropy
 
@@ -41,6 +42,7 @@ def test_equals_the_plain_loss_and_its_gradients(chunks: int, groups: int) -> No
     (ours * 0.5).backward()  # an upstream gradient other than 1
     torch.testing.assert_close(ours.double(), loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(our_weight.double(), weight_sum, rtol=1e-6, atol=0)
+    assert h.grad is not None and w.grad is not None
     torch.testing.assert_close(h.grad.double() * 2, grad_h, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(w.grad.double() * 2, grad_w, rtol=1e-5, atol=1e-5)
 
@@ -50,7 +52,7 @@ def test_never_makes_the_full_logits() -> None:
     hidden, weight, targets, loss_weights = _case()
     sizes = []
 
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+    class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             sizes.extend(
@@ -84,4 +86,5 @@ def test_nothing_supervised_is_zero_not_nan() -> None:
     h = hidden.requires_grad_()
     loss, weight_sum, _ = chunked_cross_entropy(h, weight, targets * 0 - 100, loss_weights, 3)
     loss.backward()
+    assert h.grad is not None
     assert loss == 0 and weight_sum == 0 and h.grad.abs().sum() == 0

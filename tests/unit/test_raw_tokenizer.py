@@ -82,6 +82,7 @@ def test_a_text_that_fails_later_is_one_line(tmp_path: Path) -> None:
 
 def test_truncation_padding_and_dropout_of_the_file_are_left_out(tmp_path: Path) -> None:
     truncation = dict(direction="Right", max_length=1, strategy="LongestFirst", stride=0)
+    padding: dict[str, Any]
     padding = dict(strategy={"Fixed": 9}, direction="Right", pad_id=0, pad_type_id=0, pad_token="a")
     padding["pad_to_multiple_of"] = None
     raw, data = load_tokenizer_json(

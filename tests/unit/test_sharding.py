@@ -10,8 +10,8 @@ from torchprime.sharding import ShardingTable, shard_count
 MESH = {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
 
 
-def _table(parameters, limit: int = 1000, **activations) -> ShardingTable:
-    return ShardingTable(parameters, activations, limit)
+def _table(parameters, **activations) -> ShardingTable:
+    return ShardingTable(parameters, activations, 1000)
 
 
 def test_a_star_is_one_part_of_the_name() -> None:

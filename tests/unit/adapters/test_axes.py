@@ -22,7 +22,7 @@ def test_every_parameter_of_an_adapted_model_has_a_place(path: Path, ours: Causa
     before = {name: tuple(p.shape) for name, p in ours.named_parameters()}
     apply_adapter(ours, AdapterSpec(rank=4, alpha=8, dora=True))
     table = ShardingTable(adapter_patterns(raw), {"batch": [["data", "fsdp"], None]})
-    mesh = dict.fromkeys(("data", "fsdp", "tensor", "context", "expert"), 2)
+    mesh: dict[str, int] = dict.fromkeys(("data", "fsdp", "tensor", "context", "expert"), 2)
     shapes = {name: tuple(p.shape) for name, p in ours.named_parameters()}
     specs = table.parameter_specs(shapes, mesh)
     weights = ShardingTable(raw, {}).parameter_specs(before, mesh)

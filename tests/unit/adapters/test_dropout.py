@@ -10,7 +10,7 @@ from torchprime.adapters.dropout import CounterDropout, DropoutPosition, set_pos
 
 def position(step: int, tokens: Tensor, seed: int = 1) -> DropoutPosition:
     numbers = (torch.tensor(value, dtype=torch.int32) for value in (seed, step))
-    return DropoutPosition(*numbers, tokens)
+    return DropoutPosition(*numbers, tokens=tokens)
 
 
 TOKENS = torch.arange(6 * 5, dtype=torch.int32).view(6, 5)

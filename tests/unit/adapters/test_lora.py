@@ -37,7 +37,7 @@ SPECS = {
 def in_peft(model: PreTrainedModel, spec: AdapterSpec) -> peft.PeftModel:
     config = peft.LoraConfig(
         r=spec.rank,
-        lora_alpha=spec.alpha,
+        lora_alpha=spec.alpha,  # pyright: ignore[reportArgumentType]
         use_rslora=spec.scaling == "rslora",
         use_dora=spec.dora,
         target_modules=list(LINEARS if spec.targets == ("all-linear",) else spec.targets),
@@ -51,6 +51,7 @@ def in_peft(model: PreTrainedModel, spec: AdapterSpec) -> peft.PeftModel:
 def quantize(model: nn.Module, spec: AdapterSpec) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, AdaptedLinear):
+            assert isinstance(module.base_layer, nn.Linear)
             module.base_layer = quantized(module.base_layer, name, spec.base_type)
 
 

@@ -48,6 +48,7 @@ def test_equal_to_bitsandbytes(name: str, dtype: torch.dtype) -> None:
     pairs = nf4.unpack(ours.packed).flatten().view(-1, 2)
     assert torch.equal((pairs[:, 0] << 4) | pairs[:, 1], packed.flatten())
     assert torch.equal(ours.scale_codes.flatten(), state.absmax)
+    assert state.state2 is not None and state.offset is not None
     assert torch.equal(ours.scale_scales, state.state2.absmax)
     assert torch.equal(ours.offset, state.offset)
     expected = reference.dequantize_4bit(packed, state)

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +24,10 @@ IDS = torch.arange(40).reshape(2, 20) * 7 % 320
 
 
 def loaded(folder, **more):
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    given: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, **more
     )
+    model, report = given
     assert not any(report.values()), report
     return model.eval()
 

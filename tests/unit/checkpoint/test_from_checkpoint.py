@@ -260,6 +260,7 @@ def test_logits_are_those_of_the_checkpoints_tensors(
 
     def forward(self: Any, *args: Any, **more: Any) -> Any:
         output = plain(self, *args, **more)
+        assert output.logits is not None
         output.logits[..., 0] += 1.0
         return output
 

@@ -206,8 +206,14 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that talks on for minutes."""
     folder = tmp_path_factory.mktemp("endless")
     torch.manual_seed(0)
-    sizes = dict(vocab_size=512, hidden_size=16, intermediate_size=16, num_attention_heads=2)
-    config = LlamaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=10**6)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        max_position_embeddings=10**6,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BASE / name, folder)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def test_what_does_not_show_is_written_out(given: str, shown: str) -> None:
 # Batches ------------------------------------------------------------------------------------------
 
 
-def example(row_id: str, text: str, weights: list[float], rules: list[int], source: str = ""):
+def example(row_id: str, text: str, weights: Sequence[float], rules: list[int], source: str = ""):
     ids = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32)
     assert len(ids) == len(weights) == len(rules)
     return Example(

@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.image
+import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 from matplotlib.font_manager import FontEntry
@@ -147,10 +148,10 @@ def test_means_are_bars_over_their_steps(tmp_path: Path) -> None:
     figure = drawing._figure(comparison)
     for axes in figure.axes[:2]:  # losses and differences
         (bars,) = [c for c in axes.collections if isinstance(c, LineCollection)]
-        spans = [[float(x) for x, _ in path.vertices] for path in bars.get_paths()]
+        spans = [[float(x) for x, _ in np.asarray(path.vertices)] for path in bars.get_paths()]
         assert spans == [[0.5, 4.5], [4.5, 8.5], [8.5, 12.5]]
     loss = figure.axes[0]
-    heights = [path.vertices[0][1] for path in loss.collections[0].get_paths()]
+    heights = [np.asarray(path.vertices)[0, 1] for path in loss.collections[0].get_paths()]
     assert heights == [means[s].loss for s in (4, 8, 12)]
     assert any("bars: means over steps" in text for text in drawn_text(comparison))
     late = {4: replace(means[4], mean_over=None), 8: means[8], 12: means[12]}

@@ -83,7 +83,7 @@ def test_equal_runs_agree() -> None:
 def test_one_number_of_one_step_flips_the_verdict(
     name: str, within: float, beyond: float, sign: int
 ) -> None:
-    assert judge(changed(57, **{name: 1 + sign * within})).verdict == AGREE
+    assert judge(changed(57, "b", **{name: 1 + sign * within})).verdict == AGREE
     result = judge(make("b"), changed(57, "c", **{name: 1 + sign * beyond}))
     assert result.verdict == DIFFER
     assert [pair.verdict for pair in result.pairs] == [AGREE, DIFFER]
@@ -113,7 +113,7 @@ def test_only_the_common_steps_count() -> None:
     result = judge(short, late)
     assert result.steps == (20, 30, 40, 50, 60) and result.common == 5
     # A step that the third lacks is not judged for the second either.
-    off = replace(short, steps=short.steps | {10: replace(short.steps[10], loss=9.0)})
+    off = replace(short, steps={**short.steps, 10: replace(short.steps[10], loss=9.0)})
     assert judge(off, late).verdict == AGREE
     assert judge(off).verdict == DIFFER
 
@@ -136,7 +136,7 @@ def test_steps_limits_what_is_judged() -> None:
 def test_beyond_the_promised_steps_it_is_said_that_rounding_grows() -> None:
     def at(step: int) -> list[str]:
         off = make("b", steps=150)
-        off = replace(off, steps=off.steps | {step: replace(off.steps[step], loss=9.0)})
+        off = replace(off, steps={**off.steps, step: replace(off.steps[step], loss=9.0)})
         result = compare([make(steps=150), off])
         assert result.verdict == DIFFER
         return [note for note in result.pairs[0].notes if "--steps 100" in note]
@@ -382,7 +382,7 @@ def test_agreement_at_few_steps_is_none(steps: Iterable[int], verdict: str, told
     # Asked for by name, the first steps are judged for themselves; and a difference is one.
     assert judge(only(steps), steps=len(list(steps))).verdict != DIFFER
     first = min(steps)
-    off = replace(only(steps), steps=only(steps).steps | {first: LoggedStep(first, loss=9.0)})
+    off = replace(only(steps), steps={**only(steps).steps, first: LoggedStep(first, loss=9.0)})
     assert judge(off).verdict == DIFFER
 
 
@@ -467,7 +467,7 @@ def test_bf16_is_not_judged_without_a_noise_floor() -> None:
     assert result.verdict == NOT_JUDGED and result.bands["loss"] is None
     assert any("noise is measured" in note for note in result.notes)
     # A learning rate that is not the same is a difference in any dtype.
-    off = replace(runs[1], steps=runs[1].steps | {3: replace(runs[1].steps[3], lr=1.0)})
+    off = replace(runs[1], steps={**runs[1].steps, 3: replace(runs[1].steps[3], lr=1.0)})
     assert compare([runs[0], off]).verdict == DIFFER
 
 
@@ -561,7 +561,7 @@ def test_a_floor_of_another_dtype_is_refused() -> None:
 )
 def test_runs_that_are_not_alike_measure_no_noise(change: dict[str, Any], said: str) -> None:
     ours, theirs = noisy("a", {}), noisy("b", {7: 1.01})
-    theirs = replace(theirs, steps=theirs.steps | {9: replace(theirs.steps[9], **change)})
+    theirs = replace(theirs, steps={**theirs.steps, 9: replace(theirs.steps[9], **change)})
     with pytest.raises(DataError, match=said):
         measure_noise([ours, theirs])
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def templated(folder: Path, *messages: tuple[str, str]) -> list[int]:
 
 
 def generated(folder: Path, ids: list[int], limit: int) -> list[int]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     rows = torch.tensor([ids])
     with torch.no_grad():
         out = model.generate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -22,9 +24,8 @@ from torchprime.generation.decode import (
 
 
 def options(**changes) -> GenerateOptions:
-    return GenerateOptions(
-        **(dict(max_new_tokens=40, stop_ids=(7,), max_length=300, batch_size=4) | changes)
-    )
+    given: dict[str, Any] = dict(max_new_tokens=40, stop_ids=(7,), max_length=300, batch_size=4)
+    return GenerateOptions(**(given | changes))
 
 
 # Batches ------------------------------------------------------------------------------------------
@@ -188,11 +189,12 @@ def test_what_is_kept_is_what_transformers_keeps(top_k, top_p, temperature) -> N
     given = options(top_k=top_k, top_p=top_p, temperature=temperature)
     sampling = sampling_tensors(given)
     ours = allowed(logits / sampling.temperature, given, sampling)
-    theirs = TemperatureLogitsWarper(temperature)(None, logits)
+    no_ids = torch.LongTensor()  # nothing reads them
+    theirs = TemperatureLogitsWarper(temperature)(no_ids, logits)
     if top_k is not None:
-        theirs = TopKLogitsWarper(top_k)(None, theirs)
+        theirs = TopKLogitsWarper(top_k)(no_ids, theirs)
     if top_p < 1:
-        theirs = TopPLogitsWarper(top_p)(None, theirs)
+        theirs = TopPLogitsWarper(top_p)(no_ids, theirs)
     kept = torch.isfinite(ours)
     assert torch.equal(kept, torch.isfinite(theirs))
     assert torch.equal(ours[kept], theirs[kept])

@@ -60,7 +60,7 @@ def segment_by_segment(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> T
         for segment in ids.unique():
             here = ids == segment
             alone = (x[block][:, here] for x in (q, k, v))
-            out[block, :, here] = attend_alone(*alone, window)
+            out[block, :, here] = attend_alone(*alone, window=window)
     return out
 
 
@@ -85,7 +85,9 @@ def flash_attn_varlen_func(
     assert lengths.max() <= max_seqlen_q == max_seqlen_k
     window = None if window_size[0] < 0 else window_size[0] + 1
     pieces = [
-        attend_alone(*(x[start:stop].transpose(0, 1) for x in (q, k, v)), window).transpose(0, 1)
+        attend_alone(*(x[start:stop].transpose(0, 1) for x in (q, k, v)), window=window).transpose(
+            0, 1
+        )
         for start, stop in zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], strict=True)
     ]
     return torch.cat(pieces)

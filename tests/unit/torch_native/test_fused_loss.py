@@ -106,7 +106,7 @@ def test_logits_of_supervised_tokens_alone_are_enough(chunks: int) -> None:
 
     def cross_entropy(hidden: Tensor, *others: Tensor) -> LossSums:
         seen.append(hidden.shape)
-        return chunked_cross_entropy(hidden, *others, chunks)
+        return chunked_cross_entropy(hidden, *others, chunks=chunks)
 
     given = example(torch.float32)
     found = everything(partial(on_supervised_tokens, cross_entropy), given)

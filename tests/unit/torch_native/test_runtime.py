@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from torchprime.errors import ConfigError, RuntimeSetupError
 from torchprime.torch_native.runtime import (
@@ -126,7 +126,9 @@ def test_a_second_group_of_a_process_has_its_own_meshes() -> None:
                 dist.new_group()
             mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("fsdp", "tensor"))
             sharded = distribute_tensor(torch.arange(4.0), mesh, [Shard(0), Shard(0)])
-            return (sharded + sharded).full_tensor()
+            twice = sharded + sharded
+            assert isinstance(twice, DTensor)
+            return twice.full_tensor()
         finally:
             stop_processes()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -15,7 +17,7 @@ from transformers import (
 from torchprime.generation.decode import Answer, GenerateOptions
 
 V = 96
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=V,
     hidden_size=32,
     intermediate_size=48,
@@ -41,7 +43,7 @@ def prompts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[list[int]
 
 
 def options(**changes) -> GenerateOptions:
-    given = dict(max_new_tokens=NEW, stop_ids=(), max_length=LIMIT, batch_size=4)
+    given: dict[str, Any] = dict(max_new_tokens=NEW, stop_ids=(), max_length=LIMIT, batch_size=4)
     return GenerateOptions(**(given | changes))
 
 
@@ -63,7 +65,7 @@ def expected(
     """transformers' greedy answers."""
     found = []
     for prompt in asked:
-        out = model.generate(
+        out = model.generate(  # pyright: ignore[reportCallIssue]
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=min(given.max_new_tokens, given.max_length - len(prompt)),

@@ -69,7 +69,7 @@ def make_backend(reference_runs, shipped_table):
         backend.prepare_training(
             optimizer or AdamW(eps=reference.EPS, weight_decay=reference.DECAY), chosen, resumed
         )
-        backend.accumulation = accumulation
+        backend.accumulation = accumulation  # pyright: ignore[reportAttributeAccessIssue]
         return backend
 
     return make

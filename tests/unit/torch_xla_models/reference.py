@@ -27,7 +27,7 @@ CONFIG = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     rms_norm_eps=1e-5,
-    attn_implementation="eager",
+    attn_implementation="eager",  # pyright: ignore[reportCallIssue]
 )
 
 

@@ -11,7 +11,7 @@ import math
 import pytest
 import reference
 import torch
-import torch.distributed.checkpoint as dist_cp
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from torchprime.errors import ConfigError
 from torchprime.torch_xla_models import placement
@@ -104,9 +104,9 @@ def test_parameters_and_state_are_really_cut(trained) -> None:
 
 
 def torch_xla_sharding(tensor: torch.Tensor) -> str:
-    import torch_xla
+    from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
-    return torch_xla._XLAC._get_xla_sharding_spec(tensor)
+    return XLAC._get_xla_sharding_spec(tensor)
 
 
 def test_held_out_loss_and_logits(trained, reference_runs) -> None:
@@ -137,7 +137,7 @@ def test_shards_on_disk_hold_the_weights(trained, tmp_path) -> None:
         folder = str(tmp_path / way)
         backend.save_sharded(folder)
         there = {n: torch.empty(p.shape) for n, p in backend.model.named_parameters()}
-        dist_cp.load(there, checkpoint_id=folder, no_dist=True)
+        load(there, checkpoint_id=folder, no_dist=True)
         by_name = dict(backend.weights())
         for name, entry in backend.placed.items():
             expected = [by_name[hf_name] for hf_name in entry.hf_names]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 
+from torchprime.config.dataset import Packing
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.tokens.completions import Example
 from torchprime.errors import IsolationError
@@ -15,7 +16,7 @@ from torchprime.training.setup.probe import probe_isolation
 BLOCK = 16
 
 
-def make_data(packing: str) -> PackedDataset:
+def make_data(packing: Packing) -> PackedDataset:
     rng = np.random.default_rng(3)
     examples = []
     for n in range(24):
@@ -79,7 +80,7 @@ def test_a_probe_that_cannot_fail_is_refused() -> None:
         def put(self, batch, accumulation: int):
             return batch
 
-        def eval_step(self, batch):
+        def eval_step(self, batch, num_sources: int = 1):
             return batch
 
         def read_eval(self, handles) -> tuple[float, float]:

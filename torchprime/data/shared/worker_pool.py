@@ -14,7 +14,7 @@ from torchprime.errors import RuntimeSetupError
 
 @contextmanager
 def worker_pool(
-    workers: int, task: str, start: Callable[..., None], arguments: tuple[Any, ...]
+    workers: int, task: str, start: Callable[..., object], arguments: tuple[Any, ...]
 ) -> Iterator[ProcessPoolExecutor]:
     """Open a pool of processes; each calls `start` with `arguments` before any work.
 

@@ -38,11 +38,12 @@ def test_all_facts_are_in_the_card():
         "vllm serve",
         "transformers",
     ):
-        assert text in card
+        assert text is not None and text in card
     front = front_matter(card)
     assert front["base_model"] == "meta-llama/Meta-Llama-3-8B"
     assert front["datasets"] == ["openai/gsm8k", "squad"]
     read = huggingface_hub.ModelCard(card).data
+    assert isinstance(read, huggingface_hub.ModelCardData)
     assert (read.base_model, read.datasets) == (FACTS.hub_model, list(FACTS.hub_datasets))
 
 

@@ -125,19 +125,26 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def deep_model(folder: Path, dtype: torch.dtype, spread: float, layers: int = 16):
+def deep_model(
+    folder: Path, dtype: torch.dtype, spread: float, layers: int = 16
+) -> tuple[transformers.LlamaConfig, dict[str, torch.Tensor]]:
     """A model with weights so large that bf16 rounds its logits by some percent, saved."""
     torch.manual_seed(5)
     config = transformers.LlamaConfig(
-        **dict(vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=layers),
-        **dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16),
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
     )
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.normal_(0.0, spread)
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
     return config, dict(model.named_parameters())
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from torchprime.checkpoint.run.dcp_metadata import parse_metadata
 from torchprime.checkpoint.run.storage import Storage
@@ -28,7 +29,9 @@ def test_it_is_what_torchs_reader_finds(written: bytes, protocol: int | None) ->
     data = written if protocol is None else pickle.dumps(theirs, protocol)
     ours = parse_metadata(data, "x")
     assert ours == theirs and ours.storage_data == theirs.storage_data
-    assert ours.state_dict_metadata["model.7"].properties.dtype == torch.bfloat16
+    weight = ours.state_dict_metadata["model.7"]
+    assert isinstance(weight, TensorStorageMetadata)
+    assert weight.properties.dtype == torch.bfloat16
 
 
 def test_any_byte_may_be_damaged(written: bytes) -> None:

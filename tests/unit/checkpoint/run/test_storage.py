@@ -92,8 +92,8 @@ def test_removing_takes_the_manifest_first(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(storage, "one")
+    removed = []
     if not isinstance(storage, LocalStorage):
-        removed = []
         real = storage._fs.rm  # type: ignore[attr-defined]
         monkeypatch.setattr(
             storage._fs,  # type: ignore[attr-defined]

@@ -220,7 +220,7 @@ def test_lines_of_the_family(write, line: str, expected: tuple) -> None:
     step, *numbers = expected
     assert logged.step == step
     for found, wanted in zip((logged.loss, logged.grad_norm, logged.lr), numbers, strict=True):
-        assert found == wanted or (math.isnan(found) and math.isnan(wanted))
+        assert found == wanted or (found is not None and math.isnan(found) and math.isnan(wanted))
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from torchprime.config.dataset import Packing
 from torchprime.data.blocks.batch import FIELDS, Batch
 from torchprime.data.blocks.budget import batch_budget
 from torchprime.data.blocks.dataset import PackedDataset
@@ -33,10 +36,14 @@ def example(row_id: str, ids: np.ndarray, weights: np.ndarray, source: str = "")
     return Example(row_id, ids.astype(np.int32), weights.astype(np.float32), rules, "joint", source)
 
 
-def make_packed(packing: str = "bfd") -> PackedDataset:
+def make_packed(packing: Packing = "bfd") -> PackedDataset:
     return PackedDataset.from_examples(
         make_examples(), block_size=BLOCK, pad_id=PAD, packing=packing
     )
+
+
+def every(batch: Batch, change: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+    return {name: change(array) for name, array in batch.arrays().items()}
 
 
 def all_blocks(packed: PackedDataset) -> Batch:
@@ -44,7 +51,7 @@ def all_blocks(packed: PackedDataset) -> Batch:
 
 
 @pytest.mark.parametrize("packing", ["bfd", "none"])
-def test_every_example_once_intact_and_apart(packing: str) -> None:
+def test_every_example_once_intact_and_apart(packing: Packing) -> None:
     packed = make_packed(packing)
     batch = all_blocks(packed)
     found = []
@@ -111,7 +118,7 @@ def test_indices_that_are_none(wrong: list) -> None:
 @pytest.mark.parametrize("field", FIELDS)
 def test_hash_sees_every_array(field: str) -> None:
     batch = make_packed().batch(np.array([0, 1]))
-    same = Batch(**{name: array.copy() for name, array in batch.arrays().items()})
+    same = Batch(**every(batch, np.copy))
     assert batch.hash() == same.hash()
     assert len(batch.hash()) == 16
     assert int(batch.hash(), 16) >= 0
@@ -122,7 +129,7 @@ def test_hash_sees_every_array(field: str) -> None:
 
 def test_hash_sees_shape_name_and_order_of_blocks() -> None:
     batch = make_packed().batch(np.array([0, 1]))
-    flat = Batch(**{name: array.reshape(1, -1) for name, array in batch.arrays().items()})
+    flat = Batch(**every(batch, lambda array: array.reshape(1, -1)))
     swapped = replace(batch, position_ids=batch.segment_ids, segment_ids=batch.position_ids)
     other = make_packed().batch(np.array([1, 0]))
     assert len({b.hash() for b in (batch, flat, swapped, other)}) == 4
@@ -130,14 +137,13 @@ def test_hash_sees_shape_name_and_order_of_blocks() -> None:
 
 def test_hash_does_not_depend_on_memory_layout() -> None:
     batch = make_packed().batch(np.array([0, 1]))
-    fortran = {name: np.asfortranarray(array) for name, array in batch.arrays().items()}
-    assert Batch(**fortran).hash() == batch.hash()
+    assert Batch(**every(batch, np.asfortranarray)).hash() == batch.hash()
 
 
 def test_fingerprint_sees_content_and_packing() -> None:
     examples = make_examples()
 
-    def fingerprint(changed: list[Example], pad_id: int = PAD, packing: str = "bfd") -> str:
+    def fingerprint(changed: list[Example], pad_id: int = PAD, packing: Packing = "bfd") -> str:
         return PackedDataset.from_examples(
             changed, block_size=BLOCK, pad_id=pad_id, packing=packing
         ).fingerprint()
@@ -181,7 +187,7 @@ def stream_of(packed: PackedDataset) -> tuple[list[int], list[tuple[int, float]]
 
 
 @pytest.mark.parametrize("packing", ["bfd_split", "wrapped"])
-def test_cutting_loses_no_label(packing: str) -> None:
+def test_cutting_loses_no_label(packing: Packing) -> None:
     """The multiset of (token, what it predicts) is that of the examples, cut or not."""
     rng = np.random.default_rng(1)
     examples = []

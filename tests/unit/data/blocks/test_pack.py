@@ -27,7 +27,7 @@ def naive_first_fit_decreasing(lengths: list[int], block_size: int) -> list[list
     return blocks
 
 
-def blocks_of(lengths: np.ndarray, block_size: int, packing: str) -> list[list[int]]:
+def blocks_of(lengths: np.ndarray, block_size: int, packing: Packing) -> list[list[int]]:
     plan = pack(lengths, block_size, packing)
     ends = zip(plan.starts[:-1].tolist(), plan.starts[1:].tolist(), strict=True)
     return [plan.examples[start:end].tolist() for start, end in ends]
@@ -85,7 +85,7 @@ def tokens_of(plan: Plan) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("packing", ["none", "bfd_split", "wrapped"])
-def test_longer_than_a_block_is_cut_and_whole_again(packing: str) -> None:
+def test_longer_than_a_block_is_cut_and_whole_again(packing: Packing) -> None:
     lengths = np.random.default_rng(2).integers(1, 300, 60)
     plan = pack(lengths, 64, packing)
     tokens = tokens_of(plan)

@@ -45,6 +45,7 @@ def dataset() -> datasets.Dataset:
 @pytest.fixture
 def splits(tmp_path: Path, dataset: datasets.Dataset) -> Path:
     """A saved DatasetDict: train in three files, backwards, and a split of a name of its own."""
+    parts: dict[str | datasets.NamedSplit, datasets.Dataset]
     parts = {"train": dataset.select(range(9, -1, -1)), "held.out": dataset.select([3, 1])}
     datasets.DatasetDict(parts).save_to_disk(
         tmp_path / "saved", num_shards={"train": 3, "held.out": 1}
@@ -147,6 +148,8 @@ def test_the_fingerprint_of_a_saved_split(splits: Path) -> None:
 
 def test_the_example_that_was_refused(shared_dir: Path) -> None:
     folder = shared_dir / "cases/data/saved_to_disk"
-    expected = datasets.load_from_disk(folder).to_list()
+    saved = datasets.load_from_disk(folder)
+    assert isinstance(saved, datasets.Dataset)
+    expected = saved.to_list()
     for key in KEYS:
         assert records_of(source_of(folder, key)) == expected

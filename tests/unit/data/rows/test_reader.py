@@ -13,12 +13,13 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from torchprime.config.dataset import Format
 from torchprime.data.files.record import Rejection
 from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.formats import FIELDS, decide_format
@@ -41,7 +42,7 @@ def fuzz(examples: int) -> settings:
         deadline=None,
         derandomize=True,  # the same rows on every machine
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
     )
 
 
@@ -305,7 +306,7 @@ READ_OF_NODES = {"message_id", "parent_id", "message_tree_id", "text", "role", "
 READ_OF_NODES |= {"replies"}
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode("utf-8")
 
 
@@ -365,6 +366,7 @@ def merged(turns: list[dict[str, Any]], names: tuple[str, str]) -> list[tuple[st
         is_call = role in IS_CALL
         if is_call and found and found[-1][0] == "assistant":
             continue
+        assert isinstance(role, str)
         found.append((NAMES[role], None if is_call else content))
     return found
 
@@ -442,7 +444,7 @@ def chat_is_fine(record: dict[str, Any], kind: str) -> bool | None:
         fine &= all(turn.get(k) is None or is_text(turn[k]) for k in ("name", "reasoning_content"))
         if fine and role in ASSISTANT:
             trained.append(on)
-            fine &= not on or bool(content.strip())
+            fine &= not on or bool((content or "").strip())
     first = turns[0].get(TURN_KEYS[kind][0])
     twice = fine and bool((record.get("system") or "").strip()) and first == "system"
     tools = any(record.get(key) for key in ("tools", "functions"))
@@ -660,7 +662,7 @@ def test_damaged_bytes(tmp_path: Path) -> None:
         ),
         st.lists(accident, max_size=4),
     )
-    def run(rows: tuple[str, list[dict[str, Any]]], accidents: list[tuple]) -> None:
+    def run(rows: tuple[Format, list[dict[str, Any]]], accidents: list[tuple]) -> None:
         kind, records = rows
         data = "\n".join(map(json.dumps, records)).encode()
         for place, action, piece in accidents:

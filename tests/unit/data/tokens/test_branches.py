@@ -20,6 +20,7 @@ import pytest
 import tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from torchprime.config.dataset import Reasoning
 from torchprime.data.blocks.chunks import Work
 from torchprime.data.files.record import Rejection
 from torchprime.data.messages.read import Message
@@ -170,8 +171,8 @@ def served_prompt(template: ChatTemplate, given: Row, turn: int) -> str:
     """By transformers alone."""
     messages = [m.template for m in given.messages[:turn]]
     return render_jinja_template(
-        [list(as_served(messages))],
-        tools=list(given.tools) or None,
+        [[dict(message) for message in as_served(messages)]],
+        tools=[dict(tool) for tool in given.tools] or None,
         chat_template=template.text,
         add_generation_prompt=True,
         bos_token="<s>",
@@ -181,7 +182,7 @@ def served_prompt(template: ChatTemplate, given: Row, turn: int) -> str:
 
 
 def branch_examples(
-    given: Row, tokenizer: Tokenizer, template: ChatTemplate, reasoning: str = "error"
+    given: Row, tokenizer: Tokenizer, template: ChatTemplate, reasoning: Reasoning = "error"
 ) -> Iterator[tuple[Row, int, Example | Rejection]]:
     parts = branches(given)
     rules = ChatRules("last_assistant", reasoning)
@@ -429,6 +430,7 @@ def test_reasoning_without_a_place(tokenizer: Tokenizer, shared_dir: Path) -> No
     template = template_at(FOLDER / "chatml.jinja")
     (refused,) = tokenize_chat([given], tokenizer, template)
     assert refused == Rejection("f:1", REASON_NO_PLACE, "message 2")
+    wanted: dict[Reasoning, str]
     wanted = {"drop": "Eight.", "inline": "<think>\nFour each.\n</think>\n\nEight."}
     for policy, answer in wanted.items():
         (found,) = tokenize_chat([given], tokenizer, template, ChatRules(reasoning=policy))

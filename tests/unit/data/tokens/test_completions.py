@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from torchprime.config.dataset import LossOn
 from torchprime.data.files.record import Rejection
 from torchprime.data.rows.read import QUESTION_PROMPT, Row
 from torchprime.data.tokenizer.load import Tokenizer
@@ -24,7 +25,7 @@ def pair(prompt: str, completion: str, row_id: str = "f:1") -> Row:
     return Row(row_id, "prompt_completion", prompt, completion)
 
 
-def one(row: Row, tokenizer: Tokenizer, compute_loss_on: str = "completion") -> Example:
+def one(row: Row, tokenizer: Tokenizer, compute_loss_on: LossOn = "completion") -> Example:
     (result,) = tokenize_rows([row], tokenizer, compute_loss_on)
     assert isinstance(result, Example), result
     return result
@@ -136,6 +137,7 @@ def test_no_boundary_is_a_rejection_among_good_rows(
     results = tokenize_rows(rows, make_tokenizer(raw), "completion")
     assert [type(result) for result in results] == [Example, Rejection, Example]
     assert [result.row_id for result in results] == ["f:1", "f:2", "f:3"]
+    assert isinstance(results[1], Rejection)
     assert results[1].reason == "no exact token boundary between prompt and completion"
 
 
@@ -219,7 +221,7 @@ def test_bos_once(build: SimpleNamespace, make_tokenizer: MakeTokenizer) -> None
 
 @pytest.mark.parametrize("compute_loss_on", ["all", "completion"])
 def test_masks_do_not_look_at_pad_or_eos(
-    build: SimpleNamespace, make_tokenizer: MakeTokenizer, compute_loss_on: str
+    build: SimpleNamespace, make_tokenizer: MakeTokenizer, compute_loss_on: LossOn
 ) -> None:
     # EOS inside prompt and completion, and the same id for padding.
     row = pair("a</s>b", "c</s>d")
@@ -315,7 +317,7 @@ def test_rules_name_what_set_each_label(
 ) -> None:
     tokenizer = make_tokenizer(build.begin_with_bos(build.byte_level()), bos_token="<s>")
 
-    def rules(row: Row, mode: str) -> list[str]:
+    def rules(row: Row, mode: LossOn) -> list[str]:
         return [RULES[rule] for rule in one(row, tokenizer, mode).rules]
 
     row = pair("ab", "cd")

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from torchprime.config.dataset import LossOn
 from torchprime.data.files.record import Rejection
 from torchprime.data.messages.read import Message
 from torchprime.data.rows.read import Row
@@ -93,7 +94,7 @@ def template_of(name: str | None, tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def example_of(
-    given: Row, tokenizer: Tokenizer, template: ChatTemplate, mode: str = "auto"
+    given: Row, tokenizer: Tokenizer, template: ChatTemplate, mode: LossOn = "auto"
 ) -> Example:
     (result,) = tokenize_chat([given], tokenizer, template, ChatRules(mode))
     assert isinstance(result, Example), result
@@ -118,7 +119,7 @@ def check(example: Example, given: Row, tokenizer: Tokenizer) -> None:
 
 
 def rejection_of(
-    given: Row, tokenizer: Tokenizer, template: ChatTemplate, mode: str = "auto"
+    given: Row, tokenizer: Tokenizer, template: ChatTemplate, mode: LossOn = "auto"
 ) -> Rejection:
     (result,) = tokenize_chat([given], tokenizer, template, ChatRules(mode))
     assert isinstance(result, Rejection), result
@@ -494,7 +495,9 @@ def test_turns_without_a_stop_token(real: Callable[[str], Tokenizer]) -> None:
     followed = row(TWO_TURNS[:3])
     assert rejection_of(followed, tokenizer, template).reason == REASON_NO_STOP
     # a turn that is not trained on needs none
-    for chat, mode in ((row(TWO_TURNS, [1, 0, 1, 1]), "auto"), (row(TWO_TURNS), "last_assistant")):
+    cases: list[tuple[Row, LossOn]]
+    cases = [(row(TWO_TURNS, [1, 0, 1, 1]), "auto"), (row(TWO_TURNS), "last_assistant")]
+    for chat, mode in cases:
         example = example_of(chat, tokenizer, template, mode)
         assert pieces(example, tokenizer, "assistant", "stop") == ["Ciao.<|endoftext|>"]
 

@@ -207,9 +207,13 @@ def test_the_library_reads_all_references_as_we_do(shared_dir: Path) -> None:
     svamp = json.loads((shared_dir / "data" / "svamp.json").read_text())
     texts += [f"#### {row['Answer']}" for row in svamp]
     assert len(texts) == 9792
+
+    def parsed(text: str) -> Any:
+        return math_verify.parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+
     for text in texts:
         ours, tail = final_answer(text), text.rpartition("####")[2].strip()
-        theirs = math_verify.parse(f"\\boxed{{{tail}}}", parsing_timeout=None)
+        theirs = parsed(f"\\boxed{{{tail}}}")
         assert ours is not None and Fraction(str(theirs[0])) == ours.number, tail
-        next_one = math_verify.parse(f"\\boxed{{{ours.number + 1}}}", parsing_timeout=None)
+        next_one = parsed(f"\\boxed{{{ours.number + 1}}}")
         assert not math_verify.verify(theirs, next_one, timeout_seconds=None), tail

@@ -12,7 +12,9 @@ def compiled(function, *shapes) -> Program:
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.default_device(cpu):
-        return Program(jax.jit(function).lower(*arguments).compile().as_text())
+        text = jax.jit(function).lower(*arguments).compile().as_text()
+    assert text is not None
+    return Program(text)
 
 
 def test_a_loop_counts_as_often_as_it_runs() -> None:

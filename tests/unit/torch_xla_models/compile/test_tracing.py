@@ -9,9 +9,9 @@ from collections import Counter
 import pytest
 import reference
 import torch
-import torch_xla
 import torch_xla.debug.metrics as met
-from jaxlib import _jax
+from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
+from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
 from torchprime.config.schema import AXES
 from torchprime.models.architecture import architecture_from_hf
@@ -78,7 +78,7 @@ def test_what_is_lowered_is_what_training_hands_over(
     monkeypatch.setattr(
         backend.tensors,
         "run",
-        lambda outputs: handed.append(torch_xla._XLAC._get_xla_tensors_hlo(list(outputs))),
+        lambda outputs: handed.append(XLAC._get_xla_tensors_hlo(list(outputs))),
     )
     batch = reference.make_batch(0)
     if backend.options.num_sources == 1:  # as batches are where nothing is mixed
@@ -121,7 +121,7 @@ def test_an_update_writes_over_what_it_replaces(accumulation: int, make_backend)
 
 
 def sharding_of(tensor: torch.Tensor) -> str:
-    return torch_xla._XLAC._get_xla_sharding_spec(tensor) or "{replicated}"
+    return XLAC._get_xla_sharding_spec(tensor) or "{replicated}"
 
 
 def model_constant(backend: XlaBackend) -> tuple[tuple[int, ...], str]:

@@ -244,7 +244,7 @@ def test_processes_do_the_same_also_when_the_first_cannot_write(
 ) -> None:
     def failing(out: Path, weights: Any, *_: Any) -> None:
         taken = {"before the first": 0, "after the first": 1, "after the last": 2}[fails_at]
-        for _ in range(taken):
+        for _step in range(taken):
             next(weights)
         raise CheckpointError("no space left")
 

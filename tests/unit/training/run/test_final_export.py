@@ -178,7 +178,9 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(
     subprocess.run(["mount", "-o", "remount,ro,nr_inodes=0", str(small_disk)], check=True)
     assert "Read-only" in refused(small_disk / "out")
     with pytest.MonkeyPatch.context() as store:
-        store.setattr(open_storage("memory://x")._fs.__class__, "pipe_file", no_credentials)
+        memory = open_storage("memory://x")
+        assert isinstance(memory, UrlStorage)
+        store.setattr(memory._fs.__class__, "pipe_file", no_credentials)
         assert "can't be used" in refused("memory://x/y")
         assert "cannot hold checkpoints" in refused("out", "checkpoint.folder=memory://x/y",
                                                     "checkpoint.every_steps=1")  # fmt: skip

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from datasets.table import InMemoryTable
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
@@ -120,7 +121,12 @@ TYPES: dict[str, tuple[pa.Array, list[Any]]] = {
         ),
         [{"a": 1}, {"a": 1}],
     ),
-    "run-end encoded": (pc.run_end_encode(pa.array(["a", "a", None, "b"])), ["a", "a", None, "b"]),
+    "run-end encoded": (
+        pc.run_end_encode(  # pyright: ignore[reportAttributeAccessIssue]
+            pa.array(["a", "a", None, "b"])
+        ),
+        ["a", "a", None, "b"],
+    ),
     "json": (
         typed(['{"a": null, "b": [1, null]}', '"text"', "null", "12"], pa.json_()),
         [{"a": None, "b": [1, None]}, "text", None, 12],
@@ -217,7 +223,7 @@ def test_types_that_datasets_reads_are_as_it_reads_them() -> None:
     for name in (*names, *nested):
         array, expected = TYPES[name]
         table = pa.table({"x": array})
-        assert datasets.Dataset(datasets.table.InMemoryTable(table))["x"][:] == expected, name
+        assert datasets.Dataset(InMemoryTable(table))["x"][:] == expected, name
 
 
 def test_an_extension_that_is_not_known_is_read_as_stored_and_said() -> None:
@@ -329,7 +335,7 @@ def test_the_librarys_sequence_of_objects_is_a_list_of_objects() -> None:
     found = through_parquet(data.data.table, notes)
     read = [{"role": "user", "content": "a"}, {"role": "assistant", "name": "B"}]
     assert [row["messages"] for row in found] == [read, []]
-    assert [row["answers"] for row in found] == [row["answers"] for row in data]
+    assert [row["answers"] for row in found] == list(data["answers"])
     assert removed(notes) == 2
 
 
@@ -424,6 +430,7 @@ def test_json_typed_columns_are_as_datasets_reads_them(shared_dir: Path, tmp_pat
     ).to_list()
     found = [record for _, record in read_rows(SourceSpec(file_dataset_path=str(path)))]
     assert found == expected
+    assert isinstance(found[0], dict)
     assert isinstance(found[0]["messages"][0]["content"], list)
 
 
