@@ -160,6 +160,26 @@ def _read(config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**copy.deepcopy(config))
 
 
+def _rounding(config: dict[str, Any], logits: torch.Tensor) -> float:
+    """The largest relative change of transformers' own logits when every weight moves by its last
+    bit. No fp32 model is closer than that: measured 1.8e-4 at hidden_size=2, whose norms are over
+    two numbers; all other cases are compared within 1e-5."""
+    changes = []
+    for seed in range(4):
+        reference = _reference(config)
+        assert reference is not None
+        model, _ = reference
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+                parameter.mul_(1 + signs * 2.0**-23)
+            ids = torch.arange(S)[None] % min(BASE["vocab_size"], logits.shape[-1])
+            moved = model.eval()(input_ids=ids, use_cache=False, return_dict=True).logits
+        changes.append(((moved - logits).abs().max() / logits.abs().max()).item())
+    return max(changes)
+
+
 def _ours(architecture: Architecture, reference: torch.nn.Module) -> torch.Tensor:
     model = CausalLM(architecture)
     model.load_state_dict(dict(reference.named_parameters()))
@@ -192,7 +212,7 @@ def _fault(family: str, key: str, value: Any) -> str | None:
             continue
         model, logits = reference
         error = (_ours(architecture, model) - logits).abs().max() / logits.abs().max()
-        if not error < 1e-5:
+        if not error < 1e-5 and not error < _rounding(read, logits):
             return f"logits differ by {error:.1e} from those of {what}"
     return None
 

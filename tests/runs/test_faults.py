@@ -23,7 +23,7 @@ from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.training import start
 from torchprime.training.hooks.checkpoint import CheckpointHook
 from torchprime.training.run import facts
-from torchprime.training.run.facts import run_facts
+from torchprime.training.run.facts import RunFile, run_facts
 
 Run = Callable[[list[str]], int]
 Command = Callable[..., list[str]]
@@ -178,7 +178,7 @@ def test_a_disk_without_room_for_run_json_is_told(
     folder, ballast = small_disk / "run", small_disk / "ballast"
     argv = command(*overrides(folder, rows[1]))
 
-    def facts_on_a_full_disk(*given: Any) -> dict[str, Any]:
+    def facts_on_a_full_disk(*given: Any) -> RunFile:
         with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(4096))

@@ -179,7 +179,7 @@ def _described(
 def _shipped_option(hub_name: str) -> Path | None:
     """Return the file with the architecture of this hub repository, if it is shipped."""
     for path in sorted((configs_dir() / "model").glob("*.yaml")):
-        option = yaml.safe_load(path.read_text())
+        option = yaml.safe_load(path.read_text()) or {}  # only comments: nothing to add
         if "architecture" in option and option.get("tokenizer_name") == hub_name:
             return path
     return None
