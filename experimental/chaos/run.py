@@ -41,6 +41,8 @@ from typing import Any, NamedTuple
 
 # One thread: a forked child has no other, and sums do not depend on how many there are.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# The config's mesh decides, not a count for other programs (the tests set one).
+os.environ.pop("CPU_NUM_DEVICES", None)
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
