@@ -165,7 +165,7 @@ def test_a_resumed_run_keeps_the_templates_date(
     capsys.readouterr()
     monkeypatch.setattr(templates, "today", lambda: "2024-07-27")  # the next day
     assert run(argv) == 0
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["dataset"]["template_date"] == "2024-07-26"
     report = json.loads((folder / "data_report.json").read_text())["dataset"]

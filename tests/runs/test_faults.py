@@ -85,7 +85,7 @@ def test_the_one_before_is_taken(
     printed = capsys.readouterr().err
     [skipped] = [line for line in printed.splitlines() if "is skipped" in line]
     assert "step_00000012" in skipped and said in skipped
-    assert f"going on from {folder}/checkpoints/step_00000009" in printed
+    assert f"resuming from {folder}/checkpoints/step_00000009" in printed
     assert_same_run(folder, whole)
     assert (folder / "checkpoints" / "set_aside_1_step_00000012").is_dir(), "it may be mended"
 

@@ -273,7 +273,7 @@ def test_a_slurm_job_is_requeued_and_goes_on(cluster: dict[str, str], tmp_path: 
     again = start(cluster, f"task.max_steps={done + 2}", allowed)
     said, _ = again.communicate(timeout=600)
     assert again.returncode == 0, said
-    assert f"going on from outputs/job/checkpoints/step_{done:08d}" in said
+    assert f"resuming from outputs/job/checkpoints/step_{done:08d}" in said
     assert steps(tmp_path) == list(range(1, done + 3))
     assert (tmp_path / "scontrol.log").read_text() == f"requeue {JOB_ID}\n"
 

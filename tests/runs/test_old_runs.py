@@ -60,7 +60,7 @@ def test_it_trains_on_as_its_own_version_did(
     old: Path, argv: list[str], run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run([*argv, *LONGER, ALLOWED]) == 0
-    assert "going on from run/checkpoints/step_00000006" in capsys.readouterr().err
+    assert "resuming from run/checkpoints/step_00000006" in capsys.readouterr().err
     records = trained(old / "metrics.jsonl")
     assert records[:6] == trained(KEPT / "run" / "metrics.jsonl")
     assert_same_steps(records[6:], trained(KEPT / "next_steps.jsonl"))

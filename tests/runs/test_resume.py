@@ -40,7 +40,7 @@ def test_the_same_command_goes_on_exactly(
     folder, argv = cut_short(step)
     assert len(records(folder)) == step
     assert run(argv) == 0
-    assert f"going on from {folder}/checkpoints/step_{step // EVERY * EVERY:08d}" in (
+    assert f"resuming from {folder}/checkpoints/step_{step // EVERY * EVERY:08d}" in (
         capsys.readouterr().err
     )
     assert_same_run(folder, whole)
@@ -164,7 +164,7 @@ def test_several_processes_write_one_checkpoint_and_any_number_goes_on(
     assert len(list(first.glob("*.distcp"))) == 4
     shutil.rmtree(folder / "export")
     code, said = torchrun(2, [*argv, "ici_mesh.fsdp=2", "task.max_steps=8"])
-    assert code == 0 and "going on from" in said and "step_00000004" in said, said[-3000:]
+    assert code == 0 and "resuming from" in said and "step_00000004" in said, said[-3000:]
     shutil.rmtree(folder / "export")
     assert run_main(native, argv) == 0
     straight = tmp_path / "straight"
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_skipped(
     assert run(argv) == 0
     said = capsys.readouterr().err
     assert "checkpoint step_00000006 is skipped" in said and "__0_0.distcp is damaged" in said
-    assert "going on from" in said and "step_00000003" in said
+    assert "resuming from" in said and "step_00000003" in said
     assert_same_run(folder, whole)
     assert (folder / "checkpoints/set_aside_1_step_00000006").is_dir()
 
@@ -275,7 +275,7 @@ def test_resume_check_says_it_beforehand(whole: Path, tmp_path: Path, check: Cal
 def test_resume_check_says_what_is_left(whole: Path, tmp_path: Path, check: Callable) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "run"))
     longer = ["task.max_steps=20", "resume.allow_changes=[task.max_steps]"]
-    assert "would go on from there, to step 20" in check(folder, *longer)[1]
+    assert "would resume from there, to step 20" in check(folder, *longer)[1]
     code, said = check(folder, "resume=6")
     assert code == 0 and "step_00000006" in said and "to step 12" in said
     shutil.rmtree(folder / "export")

@@ -47,14 +47,14 @@ BASE, TUNED = "base", "model"
 Done = Callable[[Reply], None]  # shows the end of an answer
 
 HELP = """\
-/reset  forget what was said (both models)
+/reset  clear the conversation (both models)
 /quit   leave (also Ctrl-D)
-Ctrl-C  stops the answer that is being made"""
+Ctrl-C  stops the answer"""
 EPILOG = f"""\
 Without --prompt or --prompts, prompts are read from the terminal or a pipe, a line each:
 {HELP}
-A folder with a chat template is asked in it, with the history; without one, each prompt is plain
-text to go on from, by itself.
+If the folder has a chat template, it renders each prompt with the history. Without one, the model
+continues each prompt by itself, as plain text.
 """
 
 

@@ -38,6 +38,13 @@ RUN is a run's folder. Give the flags and overrides of the command to come. With
 the run's config.yaml is the base. Exit code: 0 if the run would go on or has nothing left to do, 1
 if not, 2 for a mistake.
 """
+# Sections that an option of a group states whole: what its file leaves out is the default.
+WHOLE = {
+    "mesh": ("ici_mesh", "dcn_mesh"),
+    "remat": ("remat",),
+    "task": ("task",),
+    "eval": ("eval",),
+}
 # Another source of rows replaces the previous one.
 SOURCES = ("hf_dataset_name", "hf_dataset_config_name", "file_dataset_path", "mixture")
 
@@ -81,10 +88,10 @@ def _check(given: argparse.Namespace) -> int:
         _say(_what_is_left(config, run, point, plan_steps(config, now.data.train).total_steps))
         return 0
     count = len(refused) + len(asked)
-    _say(f"the run would not go on from there: {count} of {len(changes)} changes forbid it")
+    _say(f"the run would not resume from there: {count} of {len(changes)} changes forbid it")
     if asked:
         keys = ",".join(change.key for change in asked)
-        _say(f"to allow what is questionable: resume.allow_changes=[{keys}]")
+        _say(f"to allow these changes: resume.allow_changes=[{keys}]")
     return 1
 
 
@@ -96,7 +103,7 @@ def _what_is_left(config: TrainConfig, run: Path, point: ResumePoint, total: int
     """Describe the work that remains after a point from which the run can resume."""
     stopping = make_choosing(config.eval, config.selection).stopping
     if point.step < total and not Past.of(point.reader.manifest).stopped_early(stopping):
-        return f"the run would go on from there, to step {total}"
+        return f"the run would resume from there, to step {total}"
     if (wanted := config.task.export_checkpoint_path) is None:
         return "the run is complete: nothing would be done"
     place = ExportPlace.of(wanted if is_url(wanted) else run / wanted)
@@ -122,7 +129,10 @@ def _config(run: Path, name: str | None, folder: str | None, overrides: list[str
     base["resume"] = {}
     options = [each for each in overrides if is_group(each.partition("=")[0], folder)]
     for option in options:
-        section = base.get(option.partition("=")[0], {})
+        group = option.partition("=")[0]
+        for name_of_section in WHOLE.get(group, ()):
+            base.pop(name_of_section, None)
+        section = base.get(group, {})
         section.update({key: None for key in SOURCES[:-1] if key in section})
         section.update({key: [] for key in SOURCES[-1:] if key in section})
     laid_over = [f"+{each}" if each in options else each for each in overrides]

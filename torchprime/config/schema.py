@@ -216,7 +216,7 @@ def _check_axes_once(key: str, spec: AxisSpec) -> None:
         refuse(
             key,
             spec,
-            f"each axis for at most one dim ({', '.join(twice)} is there twice)",
+            f"each axis for at most one dim ({', '.join(twice)} is listed twice)",
             "Replace one of them by null.",
         )
 

@@ -52,7 +52,7 @@ def check_prompts(prompts: Sequence[Prompt], max_length: int) -> None:
         if not prompt.ids:
             raise DataError(
                 f"eval: the prompt of held-out row {prompt.row_id} is empty, and a model needs a "
-                "token to go on from. Remove the row, or give it a prompt."
+                "token to continue. Remove the row, or give it a prompt."
             )
         if len(prompt.ids) >= max_length:
             raise DataError(

@@ -74,7 +74,7 @@ class JsonlWriter:
         except OSError as error:
             raise RuntimeSetupError(
                 f"{self._path} cannot be written: {error.strerror}. Make room or give this user "
-                "the right to write there; the same command then goes on from the run's newest "
+                "the right to write there; the same command then resumes from the run's newest "
                 "checkpoint, if it wrote any."
             ) from error
 

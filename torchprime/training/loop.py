@@ -162,7 +162,7 @@ class CompileGuard:
             )
         raise RecompileError(
             f"The {kind} compiled again in its run number {run}: {reason}. Make it enter as a "
-            "tensor of fixed shape, or set allow_recompile=true to go on at the cost of a compile."
+            "tensor of fixed shape, or set allow_recompile=true to accept the cost of a compile."
         )
 
 

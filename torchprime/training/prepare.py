@@ -199,7 +199,7 @@ def _find_point(
     older = {"model": inputs.files.older_fingerprint()}
     changes = find_changes(point.reader.manifest, c.to_dict(), inputs.identity(), older)
     refuse_changes(changes, c.resume.allow_changes, point.where)
-    say(f"going on from {point.where}")
+    say(f"resuming from {point.where}")
     for change in changes:
         say(f"  {change.describe()}")
     return point

@@ -402,7 +402,7 @@ def check_stops(folder: Path, stop_ids: tuple[int, ...]) -> Found:
     if missing:
         raise CheckpointError(
             f"generation_config.json stops at {stops}, not at {missing}, which was trained to end "
-            "an answer: a server would go on past it"
+            "an answer: a server would generate past it"
         )
     return f"generation_config.json stops at {stops}", {"stop_ids": list(stop_ids)}
 

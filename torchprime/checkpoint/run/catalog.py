@@ -156,7 +156,7 @@ class Catalog:
                 number += 1
             other = f"set_aside_{number}_{name}"
             self.storage.rename(name, other)
-            say(f"checkpoint {name} is not part of what goes on from here: now {other}")
+            say(f"checkpoint {name} is not part of the resumed run: now {other}")
         pointed = STEP.fullmatch(self.pointed(LATEST) or "")
         if pointed and int(pointed[1]) > step:
             self.point(LATEST, self.name_of(step))

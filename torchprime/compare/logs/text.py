@@ -261,7 +261,7 @@ def _check_epochs(path: object, found: Sequence[StepLine]) -> None:
                 path,
                 after.line,
                 f"its step is {after.step:,} in epoch {new[1]}, after {before.step:,} in epoch "
-                f"{old[1]}: steps begin anew in each epoch",
+                f"{old[1]}: steps begin again in each epoch",
                 "Expected updates since the start of the run; give it as JSON lines with step and "
                 "loss.",
             )

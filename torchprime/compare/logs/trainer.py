@@ -306,7 +306,7 @@ def _check_same_line(path: object, found: Sequence[StepLine]) -> None:
         raise refuse_line(
             path,
             same[0].line,
-            "the line is there twice, as several processes print it",
+            "the line appears twice, as several processes print it",
             "Give the log of one process, or the trainer_state.json of the same run.",
         )
 

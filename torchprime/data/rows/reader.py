@@ -212,7 +212,7 @@ def _prompt_completion(
     keys = message_keys(columns, "completion")
     answers = read_messages(completion, keys, found, first=len(prompt) + 1)
     if context and context[-1].role == "assistant" and completion[0].get(keys.role) in CALL_ROLES:
-        raise Unusable(ANSWER_WEIGHTS_DIFFER, "the prompt ends in a turn that goes on with calls")
+        raise Unusable(ANSWER_WEIGHTS_DIFFER, "the prompt ends in a turn that continues with calls")
     return _conversation([*context, *answers], fields, columns, found)
 
 

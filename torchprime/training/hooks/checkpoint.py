@@ -120,7 +120,7 @@ class CheckpointHook(BaseHook):
             self.saver.require()
             raise StoppedError(
                 f"{self.signals.received or 'asked by another process'} after step {step}; "
-                "everything is saved, and the same command goes on from there."
+                "everything is saved, and the same command resumes from there."
             )
 
     def on_end(self) -> None:

@@ -173,6 +173,6 @@ class EvaluationHook(BaseHook):
         except OSError as error:
             raise RuntimeSetupError(
                 f"{path} cannot be written: {error}. Make room, or give this user the right to "
-                "write there; the same command then goes on."
+                "write there; the same command then resumes."
             ) from error
         return scores_of(grades, list(e.graders), e.measures)

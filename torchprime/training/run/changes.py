@@ -110,8 +110,8 @@ def refuse_changes(changes: Sequence[Change], allowed: Sequence[str], point: str
     advice = []
     if refused:
         advice.append(
-            "What is refused cannot go on from there: give the old values, or begin a new run "
-            "(resume=never and another run_name)."
+            "A run with a refused change cannot resume from there: give the old values, or begin "
+            "a new run (resume=never and another run_name)."
         )
     if asked:
         keys = ",".join(change.key for change in asked)

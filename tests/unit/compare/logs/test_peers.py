@@ -156,7 +156,7 @@ def test_a_resumed_run_is_no_several_processes(write: Write) -> None:
 
 def test_steps_that_begin_anew_in_each_epoch(write: Write) -> None:
     text = "".join(f"Epoch: {e} step: {s} loss: {e}.{s}\n" for e in (1, 2) for s in (1, 2, 3))
-    with pytest.raises(DataError, match="line 4.*steps begin anew in each epoch"):
+    with pytest.raises(DataError, match="line 4.*steps begin again in each epoch"):
         read_run("x", write(text))
 
 

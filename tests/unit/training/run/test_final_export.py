@@ -113,7 +113,7 @@ def test_a_place_that_becomes_read_only_has_the_last_checkpoint(
         "export", f"{tmp_path}/run/checkpoints/step_00000004", "--out", f"{small_disk}/export",
     ]  # fmt: skip
     subprocess.run([*mount, "remount,rw", str(small_disk)], check=True)
-    assert run(given) == 0, "the same command goes on from there, too"
+    assert run(given) == 0, "the same command resumes from there, too"
     assert contents(small_disk / "export") == contents(undisturbed)
 
 
