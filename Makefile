@@ -5,8 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 # The first Python that runs and is supported; choose another with make setup PYTHON=...
-SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
-PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 
 # vLLM pins another torch, so it lives in an environment of its own.
@@ -19,7 +19,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(if $(PYTHON),$(PYTHON),false) -c '$(SUPPORTED)' || { \
-	  echo "error: PYTHON: given '$(PYTHON)', expected Python 3.11 or 3.12." \
+	  echo "error: PYTHON: given '$(PYTHON)', expected Python 3.11, 3.12 or 3.13." \
 	    "Install one, or name it: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[xla,dev]'
