@@ -26,6 +26,7 @@ from torchprime.checkpoint.run.shards import write_shards
 
 SHAPE = (512, 1024)
 KEEP_LAST, KEEP_BEST = 2, 1
+MOST = KEEP_LAST + KEEP_BEST + 1  # and one not yet removed
 
 
 def helpers() -> ModuleType:
@@ -69,8 +70,12 @@ def look(catalog: Catalog, name: str) -> int:
     return step
 
 
-def inspect(catalog: Catalog, before: int) -> int:
-    """Everything visible is whole, the newest is not older than before, and `latest` exists."""
+def inspect(catalog: Catalog, before: int, number: int) -> tuple[int, int]:
+    """Everything visible is whole, the newest is not older than before, and `latest` exists.
+
+    A kill between a checkpoint's name and its retention leaves one more than `number`, those that
+    were there before it; the next retention removes all of them.
+    """
     steps = catalog.steps()
     for step in steps:
         catalog.check(catalog.name_of(step))
@@ -81,9 +86,9 @@ def inspect(catalog: Catalog, before: int) -> int:
     newest = steps[-1] if steps else 0
     if newest < before:
         complain(f"step {before} was there and is lost")
-    if len(steps) > KEEP_LAST + KEEP_BEST + 2:  # one not yet removed, one not yet pointed to
+    if len(steps) > max(number, MOST) + 1:
         complain(f"retention does not keep up: {steps}")
-    return newest
+    return newest, len(steps)
 
 
 def fork(folder: Path, helper: ModuleType, count: int) -> int:
@@ -105,7 +110,7 @@ def main(folder: Path, kills: int) -> None:
     _, status = os.waitpid(fork(folder, helper, 4), 0)
     assert status == 0
     span = time.monotonic() - begin
-    newest, halves, survived = inspect(catalog, 4), 0, 0
+    (newest, number), halves, survived = inspect(catalog, 4, 0), 0, 0
     for _ in range(kills):
         child = fork(folder, helper, 1_000_000)
         time.sleep(chance.uniform(0, span))
@@ -114,9 +119,12 @@ def main(folder: Path, kills: int) -> None:
         if os.WIFEXITED(status):
             raise SystemExit("a child ended by itself, see above")
         halves += bool(catalog.storage.leftovers())
-        later = inspect(catalog, newest)
+        later, number = inspect(catalog, newest, number)
         survived += later > newest
         newest = later
+    _, status = os.waitpid(fork(folder, helper, 2), 0)
+    if status or len(catalog.steps()) > MOST:
+        complain(f"retention leaves too many: {catalog.steps()}")
     print(json.dumps({"halves": halves, "grew": survived, "newest": newest, "kills": kills}))
 
 
