@@ -50,7 +50,7 @@ PRELOADED = (
 
 
 class Ended(NamedTuple):
-    """How a process ended and what it printed, on stdout and stderr together."""
+    """The exit code of a process, and its output on stdout and stderr together."""
 
     code: int
     printed: str

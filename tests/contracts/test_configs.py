@@ -75,7 +75,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def values_in(path: Path) -> dict[str, Any]:
-    """What a file of configs/ sets itself, by the full key."""
+    """The values that a file of configs/ sets itself, by the full key."""
     tree = yaml.safe_load(path.read_text()) or {}
     tree.pop("defaults", None)
     everywhere = path.parent == CONFIGS or "@package _global_" in path.read_text()
@@ -83,7 +83,7 @@ def values_in(path: Path) -> dict[str, Any]:
 
 
 def values_beneath(path: Path) -> dict[str, Any]:
-    """What the files in a file's list `defaults` set; its own values go over them."""
+    """The values set by the files in a file's list `defaults`; its own values go over them."""
     found: dict[str, Any] = {}
     for entry in (yaml.safe_load(path.read_text()) or {}).get("defaults", []):
         if isinstance(entry, dict):

@@ -78,13 +78,13 @@ class AdaptedLinear(nn.Module):
         plain = without_bias if dropped is x else F.linear(dropped, weight)
         delta = self.scale * (self.lora_B.weight @ self.lora_A.weight)
         # The paper (4.3) takes the norm as a constant in the backward.
-        factor = self.lora_magnitude_vector / row_norms(weight, delta).detach()
+        factor = self.lora_magnitude_vector / row_norms(weight + delta.to(weight.dtype)).detach()
         return (factor - 1) * plain + factor * low_rank
 
 
-def row_norms(weight_OI: Tensor, delta_OI: Tensor) -> Tensor:
-    """Return the norm [O] of each output's weights after the addition."""
-    return torch.linalg.vector_norm(weight_OI + delta_OI.to(weight_OI.dtype), dim=1)
+def row_norms(weight_OI: Tensor) -> Tensor:
+    """Return the norm [O] of each output's weights."""
+    return torch.linalg.vector_norm(weight_OI, dim=1)
 
 
 def initial_values(
@@ -104,8 +104,7 @@ def initial_values(
         a.normal_(0.0, 1 / spec.rank, generator=generator)
     values = {"lora_A.weight": a, "lora_B.weight": torch.zeros(outputs, spec.rank)}
     if spec.dora:
-        magnitude = torch.linalg.vector_norm(weight_OI.float(), dim=1)
-        values["lora_magnitude_vector"] = magnitude
+        values["lora_magnitude_vector"] = row_norms(weight_OI.float())
     return values
 
 
@@ -119,6 +118,5 @@ def merged_weight(
     wide = weight_OI.float()
     merged = wide + scale * (b_OR.float() @ a_RI.float())
     if magnitude_O is not None:
-        norms = torch.linalg.vector_norm(merged, dim=1)
-        merged = merged * (magnitude_O.float() / norms)[:, None]
+        merged = merged * (magnitude_O.float() / row_norms(merged))[:, None]
     return merged.to(weight_OI.dtype)

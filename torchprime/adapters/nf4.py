@@ -144,8 +144,7 @@ def level_by_selects(codes: Tensor) -> Tensor:
 
 def dequantize(w: Nf4, dtype: torch.dtype, level: Level = level_by_lookup) -> Tensor:
     """Return the weight [O, I]: level times scale in fp32, rounded once."""
-    levels = torch.cat([level(w.packed >> 4), level(w.packed & 15)], dim=-1).flatten(1)
-    wide = levels.unflatten(1, (-1, BLOCK)) * scales(w)[..., None]
+    wide = level(unpack(w.packed)).unflatten(1, (-1, BLOCK)) * scales(w)[..., None]
     return wide.flatten(1).to(dtype)
 
 

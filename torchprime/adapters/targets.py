@@ -49,7 +49,19 @@ def target_names(model: nn.Module, spec: AdapterSpec) -> list[str]:
 def _matching(pattern: str, names: dict[str, nn.Linear]) -> set[str]:
     if pattern == ALL_LINEAR:
         return {name for name in names if name != _OUTPUT}
-    return {name for name in names if fnmatchcase(name, pattern) or name.endswith(f".{pattern}")}
+    return {name for name in names if _matches(pattern, name)}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Return True if the pattern matches the whole name or its last parts."""
+    return fnmatchcase(name, pattern) or name.endswith(f".{pattern}")
+
+
+def _near(pattern: str, names: Sequence[str]) -> list[str]:
+    """Return the last parts of names that are nearest to the pattern's; [] if none is near."""
+    last_parts = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    wanted = pattern.rpartition(".")[2]
+    return difflib.get_close_matches(wanted, last_parts, n=3, cutoff=0.4)
 
 
 def _nothing_found(pattern: str, names: Sequence[str]) -> str:
@@ -59,8 +71,7 @@ def _nothing_found(pattern: str, names: Sequence[str]) -> str:
             "embed_tokens. Leave it out, or train the embedding whole: "
             "adapter.modules_to_train=[embed_tokens]."
         )
-    short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    near = difflib.get_close_matches(pattern.rpartition(".")[2], short, n=3, cutoff=0.4) or short
+    near = _near(pattern, names) or dict.fromkeys(name.rpartition(".")[2] for name in names)
     return (
         f"adapter.targets: given {pattern!r}, which matches no linear layer of the model. Expected "
         f"{ALL_LINEAR}, or names such as {', '.join(near)}."
@@ -100,10 +111,9 @@ def trained_modules(model: nn.Module, wanted: Sequence[str]) -> list[str]:
     names = [name for name, module in model.named_modules() if list(module.parameters())]
     chosen: set[str] = set()
     for pattern in wanted:
-        found = {n for n in names if n and (fnmatchcase(n, pattern) or n.endswith(f".{pattern}"))}
+        found = {name for name in names if name and _matches(pattern, name)}
         if not found:
-            short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-            near = difflib.get_close_matches(pattern, short, n=3, cutoff=0.4)
+            near = _near(pattern, names)
             raise ConfigError(
                 f"adapter.modules_to_train: given {pattern!r}, which is no module of the model. "
                 f"Expected names such as {', '.join(near or ['embed_tokens', 'lm_head', 'norm'])}."

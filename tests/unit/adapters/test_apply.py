@@ -1,4 +1,4 @@
-"""What is frozen and what is trained after an adapter is applied."""
+"""Frozen and trained parameters after an adapter is applied."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def source_fingerprint(source: SourceSpec) -> str:
                 parts.append([file.name, _content_mark(file)])
     else:
         name, config = source.hf_dataset_name, source.hf_dataset_config_name
-        parts = [name, config, source.split, _loaded(source)._fingerprint]
+        parts = [name, config, source.split, load_hub(source)._fingerprint]
     return _digest(json.dumps([source.name, parts]).encode()).hexdigest()
 
 
@@ -73,12 +73,8 @@ def _refuse_empty(rows: Records, source: SourceSpec) -> Records:
 
 
 def _read_hub(source: SourceSpec, notes: RowNotes | None) -> Records:
-    loaded = _loaded(source)
+    loaded = load_hub(source)
     yield from read_hub(loaded, source.label(f"{source.hf_dataset_name}:{source.split}"), notes)
-
-
-def _loaded(source: SourceSpec) -> Any:
-    return load_hub(source)
 
 
 # Files ------------------------------------------------------------------------------------------
