@@ -151,6 +151,11 @@ class TaskConfig:
         positive("task.max_shard_size_gb", self.max_shard_size_gb)
         at_least("task.sample_prompts", self.sample_prompts, 0)
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Blocks per forward pass, over all devices."""
+        return self.global_batch_size // self.gradient_accumulation_steps
+
     def _check_length(self) -> None:
         if self.max_steps is None and self.num_epochs is None:
             raise ConfigError(

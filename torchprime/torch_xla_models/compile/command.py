@@ -170,8 +170,6 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     _, specs = checked_table(config, model)
     alone = {axis: size if axis == "fsdp" else 1 for axis, size in mesh.items()}
-    accumulation = config.task.gradient_accumulation_steps
-    micro_batch = config.task.global_batch_size // accumulation
     return Sizes(
         shapes=shapes,
         pieces={name: shard_count(spec, alone) for name, spec in specs.items()},
@@ -187,8 +185,8 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
         head_size=a.head_dim,
         tied=a.tie_word_embeddings,
         block_size=config.dataset.block_size,
-        rows=micro_batch // (mesh["data"] * mesh["fsdp"]),
-        accumulation=accumulation,
+        rows=config.task.micro_batch_size // (mesh["data"] * mesh["fsdp"]),
+        accumulation=config.task.gradient_accumulation_steps,
         loss_chunks=config.task.loss_chunks,
         full_remat=config.remat.recomputes,
     )

@@ -55,8 +55,7 @@ class RunInputs:
     @property
     def micro_batch_size(self) -> int:
         """Blocks per forward pass, over all devices."""
-        task = self.config.task
-        return task.global_batch_size // task.gradient_accumulation_steps
+        return self.config.task.micro_batch_size
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:

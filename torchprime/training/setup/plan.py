@@ -53,28 +53,41 @@ def estimate_memory(
     Args:
         shapes: of the parameters, and `specs` their sharding, by name.
     """
+    weights, state = _stored_bytes(config, shapes, specs, optimizer)
+    dtype = getattr(torch, config.torch_dtype)
+    # Summed in fp32 when there are several micro-batches, in the weights' type otherwise.
+    summed = 4 if config.task.gradient_accumulation_steps > 1 else dtype.itemsize
+    gradients = weights // dtype.itemsize * summed
+    return Memory(weights, state, gradients, _activation_bytes(config, architecture))
+
+
+def _stored_bytes(
+    config: TrainConfig,
+    shapes: Mapping[str, Shape],
+    specs: Mapping[str, Spec],
+    optimizer: Optimizer,
+) -> tuple[int, int]:
+    """Return one device's bytes of weights, and of the optimizer's state with master copies."""
     mesh, dtype = config.mesh_shape(), getattr(torch, config.torch_dtype)
-    accumulates = config.task.gradient_accumulation_steps > 1
-    weights = state = gradients = 0
+    has_master = dtype.itemsize < 4 and config.task.optimizer.master_weights
+    weights = state = 0
     for name, shape in shapes.items():
         spec = specs[name]
         share = math.prod(shape) // shard_count(spec, mesh)
         weights += share * dtype.itemsize
-        # Summed in fp32 when there are several micro-batches, in the weights' type otherwise.
-        gradients += share * (4 if accumulates else dtype.itemsize)
-        for slot in optimizer.slots(_facts_of(name, shape, dtype)).values():
+        facts = Parameter(shape, dtype, decays(name), stacked=False)
+        for slot in optimizer.slots(facts).values():
             kept = tuple(spec[d] for d in slot.dims)
             elements = math.prod(shape[d] for d in slot.dims)
             state += elements // shard_count(kept, mesh) * 4
-        if _has_master(config):
+        if has_master:
             state += share * 4
-    return Memory(weights, state, gradients, _activation_bytes(config, architecture))
+    return weights, state
 
 
 def _activation_bytes(config: TrainConfig, architecture: Architecture) -> int:
     c, a, mesh = config, architecture, config.mesh_shape()
-    micro_batch = c.task.global_batch_size // c.task.gradient_accumulation_steps
-    rows = max(1, micro_batch // (mesh["data"] * mesh["fsdp"]))
+    rows = max(1, c.task.micro_batch_size // (mesh["data"] * mesh["fsdp"]))
     tokens = rows * c.dataset.block_size
     hidden = tokens * a.hidden_size * getattr(torch, c.torch_dtype).itemsize
     tensors = {"none": 16 + 3 * a.intermediate_size // a.hidden_size, "full": 1, "offload": 0}
@@ -85,24 +98,8 @@ def _activation_bytes(config: TrainConfig, architecture: Architecture) -> int:
 def checkpoint_bytes(config: TrainConfig, shapes: Mapping[str, Shape], optimizer: Optimizer) -> int:
     """Return the size of a checkpoint's tensors: weights, master copies and the optimizer's
     state."""
-    total, dtype = 0, getattr(torch, config.torch_dtype)
-    for name, shape in shapes.items():
-        slots = optimizer.slots(_facts_of(name, shape, dtype)).values()
-        total += math.prod(shape) * dtype.itemsize
-        total += 4 * sum(math.prod(shape[d] for d in slot.dims) for slot in slots)
-        if _has_master(config):
-            total += 4 * math.prod(shape)
-    return total
-
-
-def _facts_of(name: str, shape: Shape, dtype: torch.dtype) -> Parameter:
-    return Parameter(shape, dtype, decays(name), stacked=False)
-
-
-def _has_master(config: TrainConfig) -> bool:
-    """Return True if each weight has a copy in fp32."""
-    narrow = getattr(torch, config.torch_dtype).itemsize < 4
-    return narrow and config.task.optimizer.master_weights
+    whole: dict[str, Spec] = {name: ((),) * len(shape) for name, shape in shapes.items()}
+    return sum(_stored_bytes(config, shapes, whole, optimizer))
 
 
 @dataclass(frozen=True)
