@@ -1,4 +1,4 @@
-"""How fast checkpoints are written and read, how long training stands still, how much memory takes.
+"""Measure checkpoints: time to write and read, time that training waits, peak memory.
 
 A model of random weights with its optimizer's state, in the real backend; checkpoints by the run's
 own `Saver`, restored as a resumed run does. In the same process, taking turns on the same disk, the

@@ -1,4 +1,4 @@
-"""How fast rows become packed blocks with labels: ours, TRL's preparation, a plain datasets.map.
+"""Measure data preparation, rows to packed blocks: torchprime, TRL, a plain datasets.map.
 
 The same rows, tokenizer and template for all, in one run, each case in a process of its own, one
 after the other. Timed is what a run waits for: reading the file, tokens, labels, packing, and what
@@ -146,7 +146,7 @@ def run_ours(args: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
 
     tokenizer, template = load_tokenizer(args.tokenizer), None
     if data == "chat":
-        # What a tokenizer of Qwen 3 has is the original, without marks.
+        # The template in a Qwen 3 tokenizer is the original, without TRL's marks.
         template = resolve_template(
             None if name == DERIVED else str(args.template.resolve()), tokenizer
         )
@@ -310,7 +310,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         resource.getrusage(who).ru_maxrss
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    # Of this process, or of the largest it started, whichever is more.
+    # The peak of this process or of its largest child, whichever is more.
     return {**found, "peak_memory_bytes": max(own, children) * 1024}
 
 

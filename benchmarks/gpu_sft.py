@@ -98,7 +98,7 @@ class Job(NamedTuple):
         return self.global_batch // (self.micro_batch * self.processes)
 
 
-# What is common ----------------------------------------------------------------------------------
+# Common to both -----------------------------------------------------------------------------------
 
 
 def architecture_of(shape: str, tokenizer: Path) -> dict[str, Any]:

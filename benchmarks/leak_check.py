@@ -1,4 +1,4 @@
-"""How long the leak check takes, and whether it finds what was planted.
+"""Measure the time and the recall of the leak check.
 
 Rows as long as GSM8K's (about 80 words, a part of their sentences from a common stock, so that
 unlike rows share phrases) with known copies planted: exact ones with other case, spacing and
@@ -72,7 +72,7 @@ class Writer:
 
 
 def jaccard(one: str, other: str) -> float:
-    """Of the sets of five words on end."""
+    """Return the Jaccard similarity of the sets of five words on end."""
     sets = []
     for text in (one, other):
         words = normalize(text).split()

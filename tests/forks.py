@@ -30,7 +30,7 @@ import torch
 
 from torchprime.config.compose import compose_config
 
-# What the native backend's entry points import, some of it only once they run.
+# Modules that the native backend's entry points import, some only when they run.
 PRELOADED = (
     "pandas",
     "tensorboard.compat.proto.event_pb2",

@@ -58,7 +58,7 @@ from torchprime.training.run.folder import versions  # noqa: E402
 ENTRIES = {"native": "torchprime.torch_native.train", "xla": "torchprime.torch_xla_models.train"}
 PACKAGES = ("python", "torch", "torch_xla", "transformers")
 STEPS, EVAL_EVERY = 8, 3
-# What no two runs have in common.
+# Keys in which any two runs differ.
 TIMES = (
     "step_seconds", "supervised_tokens_per_s", "slot_tokens_per_s", "mfu", "seconds",
     "generate_seconds", "share_of_run",
@@ -158,7 +158,7 @@ def run_whole(starter: Starter, folder: Path) -> float:
     return time.monotonic() - begin
 
 
-# What a folder says -------------------------------------------------------------------------------
+# Reading a run's folder ---------------------------------------------------------------------------
 
 
 def signs(folder: Path, phase: str) -> set[tuple[str, int]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 
-# Where PyTorch/XLA is installed, transformers and accelerate take its device, unless told before
+# If PyTorch/XLA is installed, transformers and accelerate take its device, unless told before
 # they are imported.
 os.environ["USE_TORCH_XLA"] = "0"
 
@@ -69,7 +69,7 @@ from torchprime.training.setup.recipe import files_of
 Inputs = dict[str, Any]
 
 
-# What goes in -------------------------------------------------------------------------------------
+# Inputs -------------------------------------------------------------------------------------------
 
 
 class OrderedBlocks(Dataset):
@@ -191,7 +191,7 @@ class WitnessTrainer(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-# What comes out -----------------------------------------------------------------------------------
+# Outputs ------------------------------------------------------------------------------------------
 
 
 class Recorder(TrainerCallback):

@@ -154,7 +154,7 @@ def check_vllm() -> None:
 
 
 def has_certificate(folder: Path, allow_uncertified: bool) -> bool:
-    """Whether there is one to check; one that says itself that it failed is refused at once."""
+    """Return True if the export has a certificate; raise if that certificate says "failed"."""
     if allow_uncertified and not (folder / CERTIFICATE).is_file():
         say(f"note: {folder} has no {CERTIFICATE}: nothing is known of its weights")
         return False
@@ -235,7 +235,7 @@ def engine_environment(log_level: str) -> dict[str, str]:
 
 
 def has_template(folder: Path) -> bool:
-    """Whether vLLM would find a chat template."""
+    """Return True if vLLM would find a chat template."""
     path = folder / "tokenizer_config.json"
     return DEFAULT in own_templates(folder, read_json(path) if path.is_file() else {})
 

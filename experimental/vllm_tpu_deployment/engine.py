@@ -1,4 +1,4 @@
-"""What runs inside vLLM: answers for a file of prompts, or the OpenAI server.
+"""Run vLLM: answer a file of prompts, or start the OpenAI server.
 
     python engine.py answer REQUEST.json ANSWERS.json
     python engine.py serve FOLDER [options of `vllm serve`]

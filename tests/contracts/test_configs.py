@@ -28,7 +28,7 @@ RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 OPTIONS = sorted(
     (group, path.stem) for group in GROUPS for path in (CONFIGS / group).glob("*.yaml")
 )
-# What `default` and some options leave to the user.
+# Values that `default` and some options leave to the user.
 GIVEN = ["model.pretrained_model=some/checkpoint", "task.max_steps=10"]
 NEEDED = {
     ("dataset", "file"): ["dataset.file_dataset_path=rows.jsonl"],

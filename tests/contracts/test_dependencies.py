@@ -20,7 +20,7 @@ BELOW_BACKENDS = {*BELOW_TRAINING, "training"}
 # Modules and rooms below all others, in an order: each may import those before it.
 BELOW = ["errors", "text", "files", "host_memory", "raw_tokenizer"]
 EVERYWHERE = set(BELOW)
-# What each room may import besides itself and those.
+# Other imports that each room may have.
 ALLOWED: dict[str, set[str]] = {
     **{name: set(BELOW[:place]) for place, name in enumerate(BELOW)},
     "config": set(),

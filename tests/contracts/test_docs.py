@@ -1,4 +1,4 @@
-"""What the documentation says of keys, commands, files and folders is so."""
+"""Check what the documentation says about keys, commands, files and folders."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ NEVER_CHAT = ("text",)
 
 
 def read(record: dict[str, Any], kind: str, as_messages: bool = False) -> tuple[Any, set[str]]:
-    """What becomes of a record, and the keys that are reported."""
+    """Return the rows that a record gives, or its error, and the keys that are reported."""
     notes = RowNotes()
     reading = RowReading(as_messages=as_messages)
     reader = RowReader(kind, reading, notes=notes)

@@ -1,4 +1,4 @@
-"""What must not be in the repository: package registries' hosts and one machine's paths."""
+"""Keep package registries' hosts and one machine's paths out of the repository."""
 
 from __future__ import annotations
 

@@ -219,7 +219,7 @@ def test_the_folder_has_what_a_run_of_ours_has(witnessed: Path, config: TrainCon
     assert kept == replace(config, run_name="witness")
 
 
-# What the witness computes ------------------------------------------------------------------------
+# The witness's numbers ----------------------------------------------------------------------------
 
 
 def loss_one_by_one(model: Any, batch: Batch) -> float:

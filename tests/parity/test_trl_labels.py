@@ -397,7 +397,7 @@ class Pair:
 
 
 def _labels(ids: Sequence[int], targets: Sequence[int]) -> list[bool]:
-    """Which ids are predicted; a target that is not the next id is nobody's label."""
+    """Return True for each predicted id; a target other than the next id is an error."""
     assert targets[-1] == tokenize.IGNORED
     nexts = zip(ids[1:], targets[:-1], strict=True)
     assert all(target in (tokenize.IGNORED, following) for following, target in nexts)
@@ -407,7 +407,7 @@ def _labels(ids: Sequence[int], targets: Sequence[int]) -> list[bool]:
 def _prepare_ours(
     case: Case, found: Prepared
 ) -> tuple[dict[int, tuple[list[int], list[bool]]], DataReport, Tokenizer]:
-    """Of each row that is not rejected, by its place in the file: ids and labels."""
+    """Return ids and labels of each accepted row, by its place in the file."""
     tokenizer = _load_tokenizer(found.folder)
     chosen = str(found.template) if found.template else None
     data, report = prepare_dataset(

@@ -109,7 +109,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def environment(path: Path | None = None) -> dict[str, str]:
-    """Of a new process, without what this one has set for itself."""
+    """Return the environment for a new process, without this process's own settings."""
     ours = ("PYTHONPATH", "XLA_FLAGS", "PJRT_DEVICE", "CPU_NUM_DEVICES", "USE_TORCH_XLA")
     kept = {key: value for key, value in os.environ.items() if key not in ours}
     kept |= {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCH_COMPILE_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
@@ -134,7 +134,7 @@ def transformers_answers(
 
 
 def chat_prompts(folder: Path, questions: list[str]) -> list[list[int]]:
-    """Of transformers, by the folder's own template."""
+    """Return the answers of transformers, with the folder's own template."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return [
         tokenizer.apply_chat_template(
@@ -156,7 +156,7 @@ def questions() -> list[str]:
 
 
 def ask_offline(folder: Path, questions: list[str], work: Path, *more: str) -> list[dict[str, Any]]:
-    """What deploy.py prints."""
+    """Run deploy.py and return what it prints."""
     path = work / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions))
     command = [str(PYTHON), str(DEPLOY), "--model", str(folder), "--prompts", str(path), *more]

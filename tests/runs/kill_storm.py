@@ -40,7 +40,7 @@ def helpers() -> ModuleType:
 
 
 def work(folder: Path, helper: ModuleType, count: int) -> None:
-    """What a run does with its checkpoints: clean, resume, then write, point, retain."""
+    """Use checkpoints as a run does: clean, resume, then write, point, retain."""
     with run_lock(folder):
         catalog = Catalog(open_storage(folder / "checkpoints"))
         catalog.clean()

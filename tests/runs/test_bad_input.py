@@ -1,4 +1,4 @@
-"""What a mistake gets from the real entry point: exit code 2, one message, nothing written."""
+"""User errors at the real entry point: exit code 2, one message, nothing written."""
 
 from __future__ import annotations
 

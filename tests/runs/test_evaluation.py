@@ -1,4 +1,4 @@
-"""What is measured on held-out rows decides: the best step, early stopping, what is exported.
+"""Held-out measurements decide the best step, early stopping and the exported weights.
 
 A grader of the test's own gives each evaluation the score that the test wants, whatever the model
 answers; the real command runs around it.
@@ -447,7 +447,7 @@ def test_overfitting_is_told_with_its_numbers(
 def test_losses_by_source_are_those_of_the_sources_alone(
     command: Command, run: Run, tmp_path: Path, rows: tuple[Path, Path]
 ) -> None:
-    """Of a mixture that is split: the loss of all is between those of the sources."""
+    """A split mixture's total loss lies between the losses of its sources."""
     parts = ",".join(
         f"{{name: {name}, file_dataset_path: {path}}}"
         for name, path in zip("ab", rows, strict=True)

@@ -1,5 +1,8 @@
-"""What breaks around a run: damaged checkpoints, disks, a second process, the clock. Each is told
-in one message, and nothing is lost: put right, the same command ends as if it had not happened."""
+"""Faults around a run: damaged checkpoints, full disks, a second process, a wrong clock.
+
+Each fault gives one message and loses nothing: once it is repaired, the same command ends as if it
+had not happened.
+"""
 
 from __future__ import annotations
 

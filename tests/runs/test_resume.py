@@ -172,7 +172,7 @@ def test_several_processes_write_one_checkpoint_and_any_number_goes_on(
     agree(folder, straight)
 
 
-# What a run goes on from -------------------------------------------------------------------------
+# The checkpoint that a run resumes from -----------------------------------------------------------
 
 
 def test_a_damaged_checkpoint_is_skipped(

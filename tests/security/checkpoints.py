@@ -62,7 +62,7 @@ class Evil:
 
 GLOBAL_SIZE = b"ctorch\nSize\n"
 HUGE = struct.pack("<I", 1 << 26)
-# What the library's own reader would do with them is said behind each.
+# The comment after each says what the library's own reader would do with it.
 PICKLES: dict[str, tuple[bytes, str]] = {
     "calls a program": (pickle.dumps(Evil()), "which no checkpoint needs"),
     "calls eval": (b"c__builtin__\neval\n(S'1'\ntR.", "which no checkpoint needs"),

@@ -35,7 +35,7 @@ AT_ONCE = 2
 HANGS_AFTER, MOST_MEGABYTES, MOST_BYTES = 10, 2048, 8192
 MEMORY = Path("/dev/shm")
 TO_START = 60  # seconds that imports may take
-# How libFuzzer names the input that ended the process.
+# libFuzzer's name for the input that ended the process.
 ENDED_BY = re.compile(r"^(crash|timeout|oom|leak)-")
 
 
@@ -105,7 +105,7 @@ def _keep(error: Exception, data: bytes, out: Path) -> None:
         (out / f"{path.name}.txt").write_text(text[-20_000:], errors="replace")
 
 
-# How inputs are changed ---------------------------------------------------------------------------
+# Mutations of inputs ------------------------------------------------------------------------------
 
 ODD = (
     *(None, True, False, 0, 1, -1, 0.5, -0.0, 2**31, 2**63, 2**64, 10**400, 1e308),

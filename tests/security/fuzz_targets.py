@@ -41,7 +41,7 @@ from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.files.json_files import read_json, token_ids
 from torchprime.models.architecture import architecture_from_hf
 
-# How a file is changed: any bytes, a JSON document, JSON on each line, or a header as safetensors.
+# Kinds of mutations: any bytes, a JSON document, JSON on each line, or a header as safetensors.
 BYTES, JSON, LINES, HEADER = "bytes", "json", "lines", "header"
 PACKERS = {
     ".gz": gzip.compress,

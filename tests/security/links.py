@@ -16,7 +16,7 @@ from torchprime.metrics.writers import JsonlWriter, TensorBoardWriter
 
 ANA, TEAM = 12345, 54321  # another user and a group, as numbers without names
 
-# Where a planted link may lead.
+# Targets of a planted link.
 TARGETS: dict[str, Callable[[Ground], Path]] = {
     "a file": lambda ground: ground.outside / "file",
     "a file that is not there": lambda ground: ground.outside / "new",

@@ -208,7 +208,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         ) from error
 
 
-# What is printed ----------------------------------------------------------------------------------
+# Printing -----------------------------------------------------------------------------------------
 
 
 def terminal(comparison: Comparison) -> Iterator[str]:

@@ -122,7 +122,7 @@ def reported(command: Callable[[], int]) -> int:
         return INTERRUPTED
 
 
-# What libraries and Python itself print -----------------------------------------------------------
+# Output of libraries and of Python itself ---------------------------------------------------------
 
 
 class _Record(logging.LogRecord):

@@ -232,7 +232,7 @@ def test_one_tensor_in_memory_at_a_time(local, llama, save, tmp_path, monkeypatc
     assert len(alive) == len(llama.spec)
 
 
-# What proves it -----------------------------------------------------------------------------------
+# Proof of the export ------------------------------------------------------------------------------
 
 
 def test_the_certificate_says_where_it_comes_from(local, tied_llama, save, tmp_path) -> None:
@@ -314,7 +314,7 @@ def test_a_checkpoint_with_weights_in_hf_is_loadable_and_certified(
     assert exported(storage, tmp_path / "out") == wanted
 
 
-# What an export cannot be made of -----------------------------------------------------------------
+# Checkpoints that cannot be exported --------------------------------------------------------------
 
 
 def test_used_targets_are_refused_before_anything_is_read(local, llama, save, tmp_path) -> None:
@@ -342,7 +342,7 @@ def test_a_missing_weight_is_named(local, llama, save, tmp_path) -> None:
     assert not list(tmp_path.glob("*out*"))
 
 
-# Which checkpoint ---------------------------------------------------------------------------------
+# Choice of the checkpoint -------------------------------------------------------------------------
 
 
 @pytest.fixture

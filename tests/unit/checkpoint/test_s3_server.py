@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-# Where `make s3` puts them, in the environment that runs the tests.
+# `make s3` sets these variables in the environment of the tests.
 PACKAGES = Path(sys.prefix) / "s3"
 TESTS = ("test_places.py", "run/test_storage.py", "run/test_catalog.py")
 

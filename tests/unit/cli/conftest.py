@@ -24,7 +24,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 MERGES = [("▁", "t"), ("▁t", "o")]  # of the two like sentencepiece
-# What a checkpoint of this tokenizer's size would say.
+# The config of a checkpoint with this tokenizer's size.
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 272,

@@ -249,7 +249,7 @@ class Terminal:
         os.write(self.ours, text.encode())
 
     def until(self, pattern: str, patience: float = 120.0) -> str:
-        """What is shown from here on up to this; it is then gone from `screen`."""
+        """Return the screen's text through the match of `pattern`, and remove it there."""
         end = time.monotonic() + patience
         while not (found := re.search(pattern, self.screen)):
             assert time.monotonic() < end, f"no {pattern!r} in {self.screen[-2000:]!r}"

@@ -306,7 +306,7 @@ def test_the_page_is_one_file_that_no_row_can_break(
     assert policy == (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     )
-    # What the rows say is there all the same, only not as markup.
+    # The rows' text is still shown, but not as markup.
     written = HOSTILE.replace(ESC, r"\x1b").replace("\u202e", r"\u202e")
     assert page.texts["small"].count(written) == 2 * len(CHATS)
     shown = "".join(text for _, text in page.tokens)

@@ -353,7 +353,7 @@ def test_a_loss_that_rounding_swallows_is_not_compared() -> None:
         compare([make(changes=half), Run("log", "log", "text log", late)])
 
 
-# How much was compared ----------------------------------------------------------------------------
+# Coverage of the comparison -----------------------------------------------------------------------
 
 
 def only(steps: Iterable[int], label: str = "b") -> Run:
@@ -410,7 +410,7 @@ def test_a_log_with_the_next_steps_learning_rate_is_recognised() -> None:
     assert not any("scheduler" in n for n in judge(make("b", changes=other)).pairs[0].notes)
 
 
-# What else differs --------------------------------------------------------------------------------
+# Other differences --------------------------------------------------------------------------------
 
 
 def test_what_else_differs_is_listed() -> None:

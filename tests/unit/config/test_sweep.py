@@ -73,7 +73,7 @@ def test_each_run_has_its_process_and_its_own_command(
     last = err.splitlines()[-2:]
     assert last[0].startswith("job 1 of 2: exit code 2") and " mesh=single " in last[0]
     assert last[1].startswith("job 2 of 2: exit code 2") and "a b/quickstart_1" in last[1]
-    # What a job records is a command of its own, which does the same.
+    # The command that a job records does the same when run alone.
     again = compose_config(found["quickstart_1"]["argv"])
     assert (again.run_name, again.device_count) == ("quickstart_1", 4)
 

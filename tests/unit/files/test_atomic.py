@@ -1,4 +1,4 @@
-"""What is written is there whole, or what was there before is there unchanged."""
+"""An interrupted write leaves the whole new file or the unchanged old one."""
 
 from __future__ import annotations
 

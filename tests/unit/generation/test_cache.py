@@ -1,4 +1,4 @@
-"""How a token's attention finds its scores, against a sum in float64."""
+"""Attention scores over the cache, compared with a sum in float64."""
 
 from __future__ import annotations
 

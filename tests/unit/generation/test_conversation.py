@@ -1,5 +1,7 @@
-"""What a model is given is what transformers' own template and tokenizer make; what it answers is
-what transformers' own generate makes of that."""
+"""Conversations give the model the ids that transformers' own template and tokenizer make.
+
+The answers equal those of transformers' own generate for the same ids.
+"""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_noise_is_a_function_of_its_place(seed: int) -> None:
 
 
 def draws(logits: torch.Tensor, given: GenerateOptions, count: int) -> np.ndarray:
-    """How often each token is chosen, over rows and token numbers."""
+    """Count the draws of each token, over rows and token numbers."""
     sampling = sampling_tensors(given)
     rows = torch.arange(200, dtype=torch.int32)
     chosen = [
@@ -203,7 +203,7 @@ def test_what_is_kept_is_what_transformers_keeps(top_k, top_p, temperature) -> N
 
 
 def test_ties_are_kept_together() -> None:
-    """Which of equal tokens to drop is no one's to say."""
+    """Tokens of equal probability at the limit are all kept."""
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 0.0]])
     given = options(top_k=2, temperature=1.0)
     kept = torch.isfinite(allowed(logits, given, sampling_tensors(given)))

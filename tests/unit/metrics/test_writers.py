@@ -1,4 +1,4 @@
-"""What lands in metrics.jsonl, in TensorBoard's files and on the terminal."""
+"""Records in metrics.jsonl, in TensorBoard's files and on the terminal."""
 
 from __future__ import annotations
 

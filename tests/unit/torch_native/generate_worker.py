@@ -55,7 +55,7 @@ def step(backend: NativeBackend, number: int) -> float:
 
 
 def held(backend: NativeBackend) -> dict[str, list[torch.Tensor]]:
-    """What a checkpoint would be made of, copied."""
+    """Return a copy of the tensors that a checkpoint would hold."""
     return {t.name: [s.clone() for s in t.read()] for t in backend.checkpoint_tensors()}
 
 

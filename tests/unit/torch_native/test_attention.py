@@ -161,7 +161,7 @@ def blocks_of(*lengths: int) -> Tensor:
 
 
 def test_another_number_of_segments_compiles_nothing_anew() -> None:
-    """What torch.compile guards on is the same on the CPU, without its code generator."""
+    """torch.compile sets the same guards on the CPU without its code generator."""
     torch._dynamo.reset()
     flash, flex = (FlashAttention(h, None, flash_attn_varlen_func), FlexAttention(h, 9, False))
     flex.make_mask = torch.compile(flex.make_mask, backend="eager")

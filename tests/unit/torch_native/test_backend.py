@@ -63,7 +63,7 @@ def ways(names: Iterable[str]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def trained(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory):
-    """What each way computed, and the reference for it; each run once."""
+    """Return the result of each way to run and its reference; each runs once."""
     done: dict[str, tuple[Path, dict]] = {}
     references: dict[tuple, dict] = {}
 

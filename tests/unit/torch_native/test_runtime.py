@@ -1,4 +1,4 @@
-"""How long a process waits for its partners, and how it leaves when that was in vain."""
+"""The time that a process waits for its partners, and its exit when they do not come."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transformers answers, one prompt after the other: no padding, no batch, no code of ours."""
+"""Answers of transformers, one prompt after the other: no padding, no batch, no torchprime."""
 
 from __future__ import annotations
 

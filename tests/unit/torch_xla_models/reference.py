@@ -56,7 +56,7 @@ def make_batch(seed: int) -> Batch:
             targets[b, first : stop - 1] = ids[b, first + 1 : stop]
     ids[segments == 0] = 0
     weights = (rng.integers(1, 4, shape) * (targets >= 0)).astype(np.float32)
-    # Of two sources: that of a token goes by its segment and block, as in a mixture.
+    # Two sources, as in a mixture: a token's source follows from its segment and block.
     sources = ((segments + np.arange(B)[:, None]) % 2).astype(np.int32)
     return Batch(ids, targets, weights, positions, segments, sources)
 

@@ -1,4 +1,4 @@
-"""What a checkpoint would hold, taken from one way to run and given to another."""
+"""Checkpoints taken from one way to run and restored in another."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def halves(make_backend):
-    """Of a way: (tensors and numbers of its first half, those of its second)."""
+    """Return the tensors and numbers of a way's first half, and those of its second."""
     done: dict[str, tuple] = {}
 
     def get(key: str, **way):

@@ -1,4 +1,4 @@
-"""What the partitioner makes of a scanned step under FSDP: weights travel, activations don't.
+"""A scanned step under FSDP communicates weights, not activations.
 
 Runs one step in a process of its own with XLA's dump on, and reads the partitioned program. Without
 annotations on what a layer keeps, the partitioner cuts kept activations like the weights and

@@ -1,4 +1,4 @@
-"""What XLA's CPU client computes late in a long loop is right."""
+"""XLA's CPU client computes correct values late in a long loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the process environment is before torch_xla starts."""
+"""The process environment before torch_xla starts."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_wide_gradients_are_not_all_in_memory_at_once() -> None:
 
 
 def test_a_scale_of_the_gradients_is_a_factor_of_them() -> None:
-    """What FSDP2 leaves is a mean; the scale makes the sum of it."""
+    """FSDP2 averages gradients; the scale turns the mean into the sum."""
     results = []
     for scale in (1.0, 8.0):
         optimizer = AdamW()

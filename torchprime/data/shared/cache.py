@@ -111,7 +111,7 @@ def build(
     return final
 
 
-# Whether a folder is as it was written ------------------------------------------------------------
+# Checking a stored folder -------------------------------------------------------------------------
 
 
 class _Damaged(Exception):

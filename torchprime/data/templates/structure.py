@@ -115,7 +115,7 @@ def _outline(piece: str) -> tuple[bool, bool, bool]:
     return bool(piece), piece[:1].isspace(), piece[-1:].isspace()
 
 
-# What a template looks for ------------------------------------------------------------------------
+# Keys that a template tests for -------------------------------------------------------------------
 
 
 @lru_cache(maxsize=32)

@@ -56,7 +56,7 @@ def tuned(llama) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def trained(tuned, llama, tokenizer_folder) -> PromptLogits:
-    """What another program computes: transformers' own class on the tensors themselves."""
+    """Return the logits of transformers' own class on the same tensors."""
     model = transformers.LlamaForCausalLM.from_pretrained(llama.folder, attn_implementation="eager")
     model.load_state_dict(tuned)
     ids = encode_prompts(tokenizer_folder / "tokenizer.json")
@@ -101,7 +101,7 @@ def certified(export, llama, tuned, trained, facts, tmp_path) -> Callable[..., A
     return run
 
 
-# What it says -------------------------------------------------------------------------------------
+# Contents of the certificate ----------------------------------------------------------------------
 
 
 def test_every_file_is_named_with_its_size_and_hash(certified) -> None:
@@ -228,7 +228,7 @@ def test_without_conversations_the_template_is_not_judged(certified, facts) -> N
     assert check.passed is None and "no conversations" in check.detail
 
 
-# What fails when it is written --------------------------------------------------------------------
+# Failures while it is written ---------------------------------------------------------------------
 
 
 def refused(result: Any, name: str, *details: str) -> None:

@@ -1,5 +1,6 @@
-"""Which checkpoints there are, which is whole, which stay: damage is named, and nothing is removed
-that something needs.
+"""The list of a run's checkpoints: whole ones, damaged ones, and those that retention keeps.
+
+Damage is named, and no checkpoint is removed that something still needs.
 """
 
 from __future__ import annotations
@@ -239,7 +240,7 @@ def test_what_lies_behind_a_resume_is_set_aside(
 def test_the_best_of_what_is_left_takes_the_place_of_one_set_aside(
     storage: Storage, run_checkpoint: SimpleNamespace, scores: dict, best: int | None
 ) -> None:
-    """Where none of them ranks there is no best."""
+    """There is no best checkpoint if none has a rank."""
     catalog = fill(storage, run_checkpoint, scores)
     catalog.point(BEST, "step_00000004")
     catalog.set_aside_after(3, lambda line: None)

@@ -1,5 +1,6 @@
-"""What is written cut in any way comes back in any other, equal to plain torch tensors, and to what
-torch's own tools read from the same files.
+"""Tensors written in any sharding are read back in any other.
+
+They equal plain torch tensors, and the tensors that torch's own tools read from the same files.
 """
 
 from __future__ import annotations

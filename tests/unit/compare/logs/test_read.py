@@ -278,7 +278,7 @@ def test_what_rounding_hides(texts: list[str | None], halves: list[float | None]
     assert half_digits(texts, 3) == [half and pytest.approx(half) for half in halves]
 
 
-# What cannot be read ------------------------------------------------------------------------------
+# Unreadable logs ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

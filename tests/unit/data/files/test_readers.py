@@ -276,7 +276,7 @@ def test_a_broken_array_names_the_place(
 
 
 def test_lone_surrogates_and_large_numbers_stay_as_they_are() -> None:
-    """What yajl, and so ijson, replaces or refuses."""
+    """JSON that yajl, and so ijson, replaces or refuses."""
     content = b'[{"a": "\\ud800", "b": 12345678901234567890123, "c": 1e400}]'
     assert rows_of("t.json", content) == json.loads(content)
 

@@ -58,7 +58,7 @@ def of_the_hub(names: list[str]) -> list[set[str]]:
         for path in paths
     ]
     fs.rm(root, recursive=True)
-    # What no name says is train for the library: its last pattern is every file.
+    # The library takes files without a split's name as train: its last pattern is any file.
     return [set() for _ in names] if patterns == {"train": ["**"]} else splits
 
 
@@ -140,7 +140,7 @@ def test_held_out_rows_are_never_the_training_rows_by_default(tmp_path: Path) ->
     assert "of the splits test, train" in message
     (tmp_path / "train.jsonl").unlink()
     assert "files of the splits test, and eval.split is not set" in error_of(tmp_path, None, "eval")
-    # Who names the files, and they are of one split, has said it.
+    # Files that the user named, all of one split, need no split key.
     assert files_read(f"{tmp_path}/test*", None, "eval") == ["test.jsonl"]
     assert files_read(tmp_path / "test.jsonl", None, "eval") == ["test.jsonl"]
 
@@ -203,7 +203,7 @@ def test_metadata_is_never_rows(tmp_path: Path) -> None:
     assert files_read(f"{tmp_path}/train/*") == ["train/readme.jsonl"]
     (tmp_path / "train/readme.jsonl").unlink()
     assert files_read(tmp_path) == ["train.jsonl"]
-    # Who names a file wants it.
+    # A file that the user named is read.
     assert files_read(tmp_path / "config.json") == ["config.json"]
 
 

@@ -313,7 +313,7 @@ def test_the_result_does_not_depend_on_the_processes(monkeypatch: pytest.MonkeyP
     assert replace(by_two, seconds=0) == replace(alone, seconds=0)
 
 
-# What all rows have in common
+# Text common to all rows
 
 
 def test_a_common_prompt_makes_no_leak_and_hides_none() -> None:
@@ -360,7 +360,7 @@ def test_crowds_are_counted_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert "25 rows with too many look-alikes" in report.summary()
 
 
-# What it needs
+# Resources
 
 
 def test_rows_must_be_readable_again() -> None:
@@ -396,7 +396,7 @@ def test_an_impossible_threshold(threshold: float) -> None:
 
 
 def test_a_threshold_of_one_is_equal_sets() -> None:
-    # What goes round in a circle has the same shingles wherever it begins.
+    # Text that repeats in a circle has the same shingles from any start.
     train = ["a b c d e a b c d", "f g h i j k l m n"]
     report = check(train, ["c d e a b c d e a b", "f g h i j k l m o"], threshold=1)
     assert [(p.train_id, p.similarity, p.exact) for p in report.pairs] == [("t:0", 1.0, False)]

@@ -1,4 +1,4 @@
-"""Which texts are the same, and what they are made of."""
+"""Normalization and shingles of texts."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def test_rejected_conversations(record: dict, reason: str) -> None:
 
 
 def test_lists_may_be_json_text() -> None:
-    """What CSV files, and Parquet files of some exporters, hold."""
+    """Messages as JSON text, as in CSV files and in Parquet files of some exporters."""
     turns = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, BOT]
     whole = accepted({"messages": turns, "tools": [TOOL]})
     for text in (json.dumps(turns), "\n " + json.dumps(turns)):

@@ -33,7 +33,7 @@ def read(record: dict[str, Any], reading: RowReading = PLAIN_READING) -> Row | R
 
 
 def turns(row: Row | Rejection) -> list[tuple[str, float]]:
-    """What each turn says and its weight, users' turns without one."""
+    """Return each turn's text and weight; a user's turn has no weight."""
     assert isinstance(row, Row), row
     assert (row.kind, row.prompt, row.completion) == ("preference", "", "")
     return [(m.content, m.weight if m.role == "assistant" else -1) for m in row.messages]

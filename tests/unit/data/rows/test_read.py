@@ -390,7 +390,7 @@ def test_details_are_short_and_printable(kind: str) -> None:
         detail.encode("utf-8")
 
 
-# Which kind --------------------------------------------------------------------------------------
+# Kinds of rows ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_details_are_short_and_printable(kind: str) -> None:
         ([CHAT | {"prompt": "u"}], "messages", "1 of the first 1 rows have messages"),
         ([SHAREGPT], "sharegpt", "1 of the first 1 rows have conversations"),
         ([{"prompt": [USER], "completion": [BOT]}], "prompt_completion", "1 of the first 1"),
-        # What Arrow fills in does not make a mixture, and is named where there is nothing else.
+        # Nulls that Arrow adds do not make a mixture; a row of nulls alone is named.
         ([PC | {"text": None}, PC], "prompt_completion", "2 of the first 2"),
         ([{"text": None}], "text", "1 of the first 1"),
         ([PC, Rejection("f:2", "malformed JSON")], "prompt_completion", "1 of the first 2 rows"),

@@ -46,7 +46,7 @@ def fuzz(examples: int) -> settings:
     )
 
 
-# What is generated -------------------------------------------------------------------------------
+# Generated records --------------------------------------------------------------------------------
 
 ODD_TEXT = [
     *("", " \n", "\ud83d", "a\udc00b", "\x00", "x" * 100_000, "null", "[]", "NaN", "5", "\ufeff"),
@@ -275,7 +275,7 @@ def damaged(draw: Callable, kind: str) -> dict[str, Any]:
     return row
 
 
-# What is right -----------------------------------------------------------------------------------
+# Expected results ---------------------------------------------------------------------------------
 
 
 TURN_KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
@@ -325,7 +325,7 @@ def system_is_fine(record: dict[str, Any]) -> bool:
 
 
 def strings_are_fine(record: dict[str, Any], kind: str) -> bool | None:
-    """Whether a record of strings is to be accepted; None for those with a history."""
+    """Return True if a record of strings must be accepted, None for one with a history."""
     if record.get("history") not in (None, "", [], "[]"):
         return None
     may_be_empty = {"prompt", "input"} if kind != "preference" else set()
@@ -409,7 +409,7 @@ LOSS = ("weight", "loss_weight")
 
 
 def switches_are_fine(turn: dict[str, Any]) -> tuple[bool, bool]:
-    """Whether a turn's switches can be read, and whether it is trained if it is the assistant's."""
+    """Return two flags: the turn's switches are readable; an assistant's turn is trained."""
     given = [turn[key] for key in LOSS if turn.get(key) is not None]
     if not all(map(is_number, given)) or len(set(given)) > 1:
         return False, False
@@ -421,8 +421,11 @@ def switches_are_fine(turn: dict[str, Any]) -> tuple[bool, bool]:
 
 
 def chat_is_fine(record: dict[str, Any], kind: str) -> bool | None:
-    """Whether a record of turns is to be accepted; None for what is not said here: calls, parts of
-    a turn, history, switches of the row, JSON text."""
+    """Return True if a record of turns must be accepted.
+
+    None for records that this function does not judge: calls, parts of a turn, history, switches of
+    the row, JSON text.
+    """
     turns = record.get(FIELDS[kind][0])
     if isinstance(turns, str) or any(record.get(key) for key in ("history", "only_last", "mask")):
         return None
@@ -490,7 +493,7 @@ def nodes_of(node: Any) -> list[Any]:
 
 
 def read_any(record: dict[str, Any], kind: str) -> tuple[list[Row | Rejection], RowNotes]:
-    """What becomes of one record, whatever its kind."""
+    """Return the expected result for one record of any kind."""
     notes = RowNotes()
     if kind != "tree":
         return [read_row("f:1", record, kind, notes=notes)], notes

@@ -210,7 +210,7 @@ def test_all_rows_of_one_time_leave_train_empty() -> None:
         plan_split([row(str(i), time=3) for i in range(5)], 0.2, by_time=True)
 
 
-# What a row says
+# A row's own split
 
 
 def messages(*templates: dict) -> Row:

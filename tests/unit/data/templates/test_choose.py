@@ -526,7 +526,7 @@ def test_the_next_message_does_not_end_a_turn() -> None:
 @pytest.mark.parametrize(
     ("text", "messages", "reason", "detail"),
     [
-        # What a server would feed for turn 1 is not what stands in front of it.
+        # A server's prompt for turn 1 is not the text before it in the conversation.
         (
             "{{ messages | length }}" + NO_STOPS,
             PLAIN["answered"],
@@ -540,7 +540,7 @@ def test_the_next_message_does_not_end_a_turn() -> None:
             REASON_NO_SPAN,
             "message 2: what ends the turn",
         ),
-        # What is appended to the content is cut off: nothing shows where that ends.
+        # The text appended to the content is cut off: nothing marks its end.
         (
             NO_STOPS.replace("m.content", "m.content[:4]"),
             PLAIN["two turns"],
@@ -622,7 +622,7 @@ def test_conversation_without_assistant_has_no_spans() -> None:
     assert spans_of(without_marks(family("chatml")), PLAIN["question"]) == []
 
 
-# What templates are given ------------------------------------------------------------------------
+# Variables of a template --------------------------------------------------------------------------
 
 
 def test_tool_calls_reach_the_template_as_a_server_gives_them() -> None:
@@ -649,7 +649,7 @@ def test_tokens_the_tokenizer_lacks_are_undefined() -> None:
     assert render(ChatTemplate("t", text, "<s>", "</s>"), []) == "yes</s>"
 
 
-# Which template ----------------------------------------------------------------------------------
+# Choice of the template ---------------------------------------------------------------------------
 
 
 def own(tokenizer: Tokenizer, **settings: Any) -> None:

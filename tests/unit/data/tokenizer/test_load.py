@@ -1,4 +1,4 @@
-"""What a tokenizer folder says: ids of BOS, EOS and padding, and whether texts begin with BOS."""
+"""Facts of a tokenizer folder: ids of BOS, EOS and padding, and BOS at the start of a text."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def test_every_answer_is_the_served_prompt_and_the_answer(
                 assert body in said, (label, turn, said)
             if message.get("tool_calls"):
                 assert "tide_height" in said
-            # What follows the prompt is the finished turn, as the template writes it or, where a
+            # After the prompt comes the finished turn, as the template writes it or, where a
             # server's prompt opens a think block, as the row does.
             finished = render(template, [m.template for m in part.messages], tools)
             prompt = served_prompt(template, part, turn)
@@ -412,7 +412,7 @@ def test_structures_seen_before_change_nothing(
             assert (one.ids == other.ids).all() and (one.weights == other.weights).all()
 
 
-# What a template leaves out -----------------------------------------------------------------------
+# Turns left out by a template ---------------------------------------------------------------------
 
 
 def test_tools_that_the_template_leaves_out_are_noticed(tokenizer: Tokenizer) -> None:

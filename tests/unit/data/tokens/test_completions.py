@@ -37,7 +37,7 @@ def asked(example: Example, tokenizer: Tokenizer) -> str:
 
 
 def check(example: Example, row: Row, tokenizer: Tokenizer) -> None:
-    """What must hold for any row trained on its completion, whatever the tokenizer."""
+    """Check what holds for each row trained on its completion, with any tokenizer."""
     prompt, ids = tokenizer.prompt_ids(row.prompt), example.ids.tolist()
     assert ids[: len(prompt)] == prompt, "inference would give the model other ids"
     assert example.supervised.tolist() == [i >= len(prompt) for i in range(len(ids))]

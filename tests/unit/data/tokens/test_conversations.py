@@ -103,7 +103,7 @@ def example_of(
 
 
 def check(example: Example, given: Row, tokenizer: Tokenizer) -> None:
-    """What holds for every example."""
+    """Check the invariants of every example."""
     assert example.row_id == given.row_id
     assert example.source == given.source
     assert (example.ids.dtype, example.weights.dtype, example.rules.dtype) == (
@@ -277,7 +277,7 @@ def test_real_tool_calls_with_the_tokenizers_own_template(
         assert (a.boundary, b.boundary) == ("derived, joint", "marks, joint")
 
 
-# What a server feeds -----------------------------------------------------------------------------
+# A server's prompts -------------------------------------------------------------------------------
 
 PIECES = st.sampled_from(list("aé😀 \n\t\r\u2028'\"{}<>/|[]#:.0") + ["[INST]", "<think>", " User"])
 CONTENT = st.lists(PIECES, max_size=8).map("".join) | st.text(max_size=20)

@@ -438,7 +438,7 @@ def test_think_answer_value(
 
 
 def test_no_wrong_answer_gets_a_point(grade: Grade, hard_pairs: list[Any]) -> None:
-    """Of 200 pairs of answers that were judged by hand. What is missed is counted in the docs."""
+    """Agreement on 200 pairs of answers judged by hand; the docs count the misses."""
     graded = [
         grade(
             "think_answer_value", f"<answer>{p.answer}</answer>", f"<answer>{p.reference}</answer>"

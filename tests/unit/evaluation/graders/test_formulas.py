@@ -120,7 +120,7 @@ def comparer() -> Iterator[FormulaComparer]:
 def test_no_wrong_answer_gets_a_point_either(
     sample: Callable[..., Sample], hard_pairs: list[Any]
 ) -> None:
-    """Of the 200 pairs that were judged by hand. What is missed is explained in the docs."""
+    """Agreement on the 200 pairs judged by hand; the docs explain the misses."""
     grader = make_grader("math")
     given = [pair for pair in hard_pairs if grader(sample(pair.answer, pair.reference)) == 1.0]
     assert [pair for pair in given if not pair.right] == []

@@ -10,7 +10,7 @@ from torchprime.errors import ConfigError
 from torchprime.evaluation.graders.make import KINDS, Sample, make_grader, options_of
 
 KEY = "eval.graders[2]"
-# What a kind cannot do without.
+# Keys that a kind requires.
 NEEDED: dict[str, dict[str, Any]] = {
     "regex": {"pattern": "a"},
     "json_schema": {"schema": {"type": "object"}},

@@ -97,7 +97,7 @@ def test_it_gathers_weights_and_reduces_gradients_once(report: dict) -> None:
     assert moved.get("all-to-all", 0) <= 2 * hidden
 
 
-# What bad input gets ------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 
 def test_without_libtpu_the_command_that_installs_it(monkeypatch, capsys, tmp_path) -> None:

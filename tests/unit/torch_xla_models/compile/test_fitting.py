@@ -34,7 +34,7 @@ def test_changes_begin_with_what_leaves_the_mathematics_alone() -> None:
     assert found[5] == {**found[3], "task.optimizer.name": "adafactor"}
     assert found[-2]["task.optimizer.master_weights"] is False
     assert found[-1] == {**found[0], "compile_only": "v6e-16", "ici_mesh.fsdp": 16}
-    # Where all that is done already, only the optimizer is left, and more chips.
+    # If all of that is already set, only the optimizer and more chips are left.
     full = compose_config([*NAMED, "task.optimizer.name=adafactor", "remat=scan_offload"])
     chips = {"compile_only": "v6e-16", "ici_mesh.fsdp": 16}
     assert list(changes(full, rows=1)) == [{"task.optimizer.master_weights": False}, chips]

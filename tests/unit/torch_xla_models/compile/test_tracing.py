@@ -35,9 +35,11 @@ WAYS = {
 
 
 def operations(text: str) -> Counter[tuple[str, ...]]:
-    """How often each operation stands in an HLO text: its kind and result, and what a custom call
-    says, whatever its name and place. (Training's text repeats the annotation of an output's custom
-    call on the operation before it.)"""
+    """Count each operation of an HLO text by its kind, result and, for a custom call, annotation.
+
+    Names and places are ignored. (Training's text repeats the annotation of an output's custom call
+    on the operation before it.)
+    """
     line = r"^ +(?:ROOT )?\S+ = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$"
     return Counter(
         (

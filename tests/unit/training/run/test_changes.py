@@ -1,4 +1,4 @@
-"""What may differ between a checkpoint and the run that goes on from it."""
+"""Settings that may differ between a checkpoint and the run that resumes from it."""
 
 from __future__ import annotations
 

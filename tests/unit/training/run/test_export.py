@@ -165,7 +165,7 @@ def test_the_certified_logits_are_those_of_the_trained_model(done: Path) -> None
 
 
 def test_a_failed_certificate_ends_the_run_and_keeps_the_weights(job, monkeypatch) -> None:
-    """What the trainer computes is not what was exported: as with a kernel that is wrong."""
+    """Make the trainer compute something other than its export, as a wrong kernel would."""
     from torchprime.torch_xla_models.backend import XlaBackend
 
     plain = XlaBackend.logits

@@ -1,5 +1,4 @@
-"""What tokens, rows and padding a request comes to, and the weights that follow, against
-transformers."""
+"""Tokens, rows and padding for a request, and the resulting weights, against transformers."""
 
 from __future__ import annotations
 
@@ -155,7 +154,7 @@ def test_a_larger_tokenizer_is_refused_unless_rows_are_asked_for(
     files = find(*given, "model.resize_embeddings=mean")
     assert files.new_rows is not None and files.new_rows.made == list(range(260, 384))
     assert files.vocabulary is not None and files.vocabulary.tokens_before == 260
-    # Where the model has unused rows, its own tokenizer tells which they are.
+    # If the model has unused rows, its own tokenizer tells which they are.
     files = find(f"model.pretrained_model={padded}", given[1], "model.resize_embeddings=zeros")
     assert files.new_rows is not None and files.new_rows.made == [260, 261]
     files = find(f"model.pretrained_model={padded}", given[1], added("<three>"))
