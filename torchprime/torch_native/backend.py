@@ -102,6 +102,7 @@ class NativeBackend:
         if self.loss == "liger" and liger.forward is not None:
             self.cross_entropy = partial(fused_cross_entropy, liger_forward=liger.forward)
         self.remat_policy = remat_policy
+        self.options = StepOptions()
         self.compiler = "inductor" if compiler is None and cuda else compiler
         if full_precision:
             torch.backends.cuda.matmul.allow_tf32 = False
@@ -289,7 +290,7 @@ class NativeBackend:
             divided by A and by the processes with different rows.
         """
         sent = []
-        for field in host_fields(batch):
+        for field in host_fields(batch, self.options):
             whole = field.view(accumulation, self.rank.count, -1, field.shape[-1])
             sent.append(whole[:, self.rank.index].to(self.device, non_blocking=True))
         return sent

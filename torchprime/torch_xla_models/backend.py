@@ -113,6 +113,7 @@ class XlaBackend:
         self.attention, self.attention_why = choose_kernel(kernels.attention, kernels.block_size)
         self.loss, self.loss_why = _choose_loss(kernels.loss)
         self.remat = remat
+        self.options = StepOptions()
         self._watches_preemption = False
         check_loop_requirements()
         if full_precision:
@@ -296,7 +297,7 @@ class XlaBackend:
             The batch's fields [B, S], each as [A, B/A, S]: A micro-batches, whose rows are sharded
             along the table's batch axes.
         """
-        host = [f.view(accumulation, -1, f.shape[-1]) for f in host_fields(batch)]
+        host = [f.view(accumulation, -1, f.shape[-1]) for f in host_fields(batch, self.options)]
         return self.tensors.send_batch(host, self.batch_spec)
 
     def train_step(self, batch: list[Tensor], lr: float) -> Tensor:

@@ -36,7 +36,11 @@ class StepNumbers:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """The options of the compiled step besides model and optimizer."""
+    """The options of the compiled step besides model and optimizer.
+
+    Attributes:
+        dropout_seed: from -2^31 to 2^31 - 1, the key of dropout in adapters; None without dropout.
+    """
 
     gradient_accumulation_steps: int = 1
     loss_chunks: int = 8
@@ -44,6 +48,7 @@ class StepOptions:
     max_grad_value: float | None = None
     master_weights: bool = True
     num_sources: int = 1  # several: the step also sums the loss by source
+    dropout_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,19 @@ class Backend(Protocol):
     ) -> None:
         """Load the weights into the storage-less model, one tensor at a time, each directly into
         its shards. A tensor from `tensor_of` may become the model's own memory, which updates write
-        to."""
+        to. Parameters that require no gradient are frozen: no step changes them.
+
+        Args:
+            tensor_of: by the parameters' names in the model.
+            dtype: of the weights; parts of quantized ones keep their own.
+        """
         ...
 
     def prepare_training(
         self, optimizer: Optimizer, options: StepOptions, resumed: ResumedState | None = None
     ) -> None:
-        """Make the optimizer's state, sharded like its parameters: zeros, or a checkpoint's."""
+        """Make the optimizer's state of the trained parameters, sharded like them: zeros, or a
+        checkpoint's."""
         ...
 
     def put(self, batch: Batch, accumulation: int) -> Any:
@@ -121,12 +132,12 @@ class Backend(Protocol):
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Return the weights on the host, one at a time, by Hugging Face name; every process has to
-        iterate over all of them."""
+        """Return the trained weights on the host, one at a time, by their names in the model, which
+        are Hugging Face's; every process has to iterate over all of them."""
         ...
 
     def checkpoint_tensors(self) -> list[TensorShards]:
-        """Return weights and optimizer state by their names in a checkpoint
+        """Return trained weights and optimizer state by their names in a checkpoint
         (checkpoint/run/shards.py), each with the shards that this process writes. Nothing is copied
         to the host before it is read, one tensor after the other in this order."""
         ...

@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from torchprime.adapters.dropout import DropoutPosition, set_position
 from torchprime.data.blocks.batch import Batch
 from torchprime.losses import ONE_DEVICE, LossSums, Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
@@ -30,7 +32,8 @@ from torchprime.training.optim import Optimizer, Parameter
 
 # The order of the batch's fields in tuples, each [A, B/A, S] on the device.
 FIELDS = ("input_ids", "targets", "position_ids", "segment_ids", "loss_weights")
-# One more field if several sources are mixed: each token's source, for the losses by source.
+# One more field if several sources are mixed: each token's source, for the losses by source. And a
+# last one if an adapter has dropout: each token's number in the global batch.
 SOURCE_FIELD = "source_ids"
 
 # hidden [b, S, D], output weight [V, D], targets [b, S], weights [b, S] -> the loss.
@@ -54,7 +57,11 @@ class ParameterState(NamedTuple):
 
 @dataclass
 class TrainState:
-    """The state that an update reads and writes."""
+    """The state that an update reads and writes.
+
+    Attributes:
+        parameters: those that are trained, by name. Frozen ones are not part of it.
+    """
 
     parameters: dict[str, ParameterState]
     step: Tensor  # fp32 scalar, finished updates
@@ -93,10 +100,27 @@ class StepSums:
     gradients: Sequence[Tensor]
 
 
-def host_fields(batch: Batch) -> list[Tensor]:
-    """Return the batch's arrays in the order of FIELDS, each [B, S], on the host and not copied."""
+def host_fields(batch: Batch, options: StepOptions) -> list[Tensor]:
+    """Return the batch's arrays in the order of FIELDS, each [B, S], on the host and not copied.
+
+    With dropout, the tokens' numbers come last.
+    """
     fields = FIELDS if batch.source_ids is None else (*FIELDS, SOURCE_FIELD)
-    return [torch.from_numpy(getattr(batch, field)) for field in fields]
+    found = [torch.from_numpy(getattr(batch, field)) for field in fields]
+    if options.dropout_seed is None:
+        return found
+    numbers = torch.arange(found[0].numel(), dtype=torch.int32)
+    return [*found, numbers.view(found[0].shape)]
+
+
+def dropout_position(update: Update, fields: Sequence[Tensor]) -> DropoutPosition | None:
+    """Return the place in training of a micro-batch with these fields; None without dropout."""
+    seed = update.options.dropout_seed
+    if seed is None:
+        return None
+    step = update.state.step
+    folded = torch.full((), seed, dtype=torch.int32, device=step.device)
+    return DropoutPosition(folded, step.to(torch.int32), fields[-1])
 
 
 def loss_of(model: CausalLM, fields: Sequence[Tensor], cross_entropy: CrossEntropy) -> LossSums:
@@ -104,6 +128,22 @@ def loss_of(model: CausalLM, fields: Sequence[Tensor], cross_entropy: CrossEntro
     input_ids, targets, position_ids, segment_ids, loss_weights = fields[: len(FIELDS)]
     hidden = model(input_ids, position_ids, segment_ids)
     return cross_entropy(hidden, model.output_weight, targets, loss_weights)
+
+
+@contextmanager
+def dropout_at(model: CausalLM, position: DropoutPosition | None) -> Iterator[None]:
+    """Turn dropout on for forward and backward passes at a position, inside the context."""
+    if position is None:
+        yield
+        return
+    layers: Any = model.model.layers
+    try:
+        for layer in layers.templates():
+            set_position(layer, position)
+        yield
+    finally:
+        for layer in layers.templates():
+            set_position(layer, None)
 
 
 class _Loss(nn.Module):
@@ -137,7 +177,8 @@ def train_step(
         lr: fp32 scalar on the device.
         spread: the distribution of the loss over devices.
         accumulate: runs a function over the micro-batches and sums its results. The function
-            reads the weights it is given: in a loop on the device they have to be the loop's.
+            reads the trained weights it is given: in a loop on the device they have to be the
+            loop's. Frozen weights are the model's own.
 
     Returns:
         What `finish_step` returns.
@@ -149,7 +190,8 @@ def train_step(
     names = [f"model.{name}" for name in parameters]
 
     def micro(fields: tuple[Tensor, ...], given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        with torch.enable_grad():
+        place = dropout_position(update, fields)
+        with torch.enable_grad(), dropout_at(model, place):
             leaves = [weight.detach().requires_grad_() for weight in given]
             by_name = dict(zip(names, leaves, strict=True))
             loss = functional_call(loss_module, by_name, (fields,))
