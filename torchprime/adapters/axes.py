@@ -1,18 +1,21 @@
 """Sharding of an adapter's parameters, derived from the sharding of the weight that it adapts.
 
 A [R, I] is cut like the weight's inputs, B [O, R] and the magnitude [O] like its outputs. The rank
-is never cut: it is small, and the product over it would need a sum over devices.
+is never cut: it is small, and the product over it would need a sum over devices. Parts of a
+quantized weight are cut like the weight, in whole blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-RawSpec = Sequence[str | Sequence[str] | None]
+Dim = str | Sequence[str] | None
+RawSpec = Sequence[Dim]
 
 
 def adapter_patterns(parameters: Mapping[str, RawSpec]) -> dict[str, RawSpec]:
-    """Return a table's parameter patterns with those of adapters, for every weight of two dims.
+    """Return a table's parameter patterns with those of adapters and of quantized weights, for
+    every weight of two dims.
 
     Args:
         parameters: name pattern -> axes of each dim, for the model without adapters.
@@ -29,4 +32,19 @@ def adapter_patterns(parameters: Mapping[str, RawSpec]) -> dict[str, RawSpec]:
             derived[f"{module}.lora_B.weight"] = (outputs, None)
             derived[f"{module}.lora_magnitude_vector"] = (outputs,)
             derived[f"{module}.lora_dropout.number"] = ()
+            for layer in (module, f"{module}.base_layer"):
+                parts = _quantized_parts(outputs, inputs)
+                derived |= {f"{layer}.{part}": cut for part, cut in parts.items()}
     return derived
+
+
+def _quantized_parts(outputs: Dim, inputs: Dim) -> dict[str, RawSpec]:
+    """Return the axes of each part of a quantized weight [O, I]; `int8.Int8`, `nf4.Nf4`."""
+    return {
+        "codes": (outputs, inputs),
+        "scales": (outputs,),
+        "packed": (outputs, inputs, None),
+        "scale_codes": (outputs, inputs),
+        "scale_scales": (None,),
+        "offset": (),
+    }

@@ -72,7 +72,8 @@ def scale_levels() -> Tensor:
 
 def _nearest(values: Tensor, levels: Tensor) -> Tensor:
     """Return the index of the nearest level; in the middle of two, that of the lower."""
-    return torch.bucketize(values, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+    middles = ((levels[:-1] + levels[1:]) / 2).to(values.device)
+    return torch.bucketize(values, middles).to(torch.uint8)
 
 
 def _scale_codes(normal: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ one layer's is in memory in full precision.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torchprime.adapters import int8, nf4
 from torchprime.adapters.spec import BaseType
 from torchprime.errors import ConfigError
+
+OUTPUT = "lm_head"
 
 
 class QuantizedLinear(nn.Module):
@@ -27,6 +30,7 @@ class QuantizedLinear(nn.Module):
 
     in_features: int
     out_features: int
+    parts: ClassVar[tuple[str, ...]]  # the names of the stored tensors
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -40,28 +44,43 @@ class QuantizedLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Product.apply(x, self)  # pyright: ignore[reportAssignmentType]
+        out: Tensor = _Product.apply(x, self, *self.stored())  # pyright: ignore[reportAssignmentType]
         return out if self.bias is None else out + self.bias
+
+    def stored(self) -> list[Tensor]:
+        """Return the stored tensors, in the order of `parts`."""
+        return [getattr(self, name) for name in self.parts]
 
     def dequantized(self) -> Tensor:
         """Return the weight [O, I] in the type of the unquantized layer."""
+        return self.weight_from(*self.stored())
+
+    def weight_from(self, *stored: Tensor) -> Tensor:
+        """Return the weight [O, I] of stored tensors."""
         raise NotImplementedError
 
 
 class _Product(torch.autograd.Function):
-    """x W' for a frozen W that is not stored between forward and backward."""
+    """x W' for a frozen W that is not stored between forward and backward.
+
+    The stored tensors are arguments: `functional_call` has put back the layer's own at the time of
+    the backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, *stored: Tensor) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantized().to(x.dtype))
+        ctx.save_for_backward(*stored)
+        return F.linear(x, layer.weight_from(*stored).to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.dequantized().to(grad.dtype), None
+    ) -> tuple[Tensor | None, ...]:
+        stored = ctx.saved_tensors
+        weight = ctx.layer.weight_from(*stored)
+        return grad @ weight.to(grad.dtype), None, *(None for _ in stored)
 
 
 class Int8Linear(QuantizedLinear):
@@ -69,13 +88,14 @@ class Int8Linear(QuantizedLinear):
 
     codes: Tensor
     scales: Tensor
+    parts = int8.Int8._fields
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
         self.keep(**int8.quantize(linear.weight.detach())._asdict())
 
-    def dequantized(self) -> Tensor:
-        return int8.dequantize(int8.Int8(self.codes, self.scales), self.dtype)
+    def weight_from(self, *stored: Tensor) -> Tensor:
+        return int8.dequantize(int8.Int8(*stored), self.dtype)
 
 
 class Nf4Linear(QuantizedLinear):
@@ -89,15 +109,26 @@ class Nf4Linear(QuantizedLinear):
     scale_codes: Tensor
     scale_scales: Tensor
     offset: Tensor
+    parts = nf4.Nf4._fields
     level: nf4.Level = staticmethod(nf4.level_by_lookup)
 
     def __init__(self, linear: nn.Linear, groups: int = 1) -> None:
         super().__init__(linear)
         self.keep(**nf4.quantize(linear.weight.detach(), groups)._asdict())
 
-    def dequantized(self) -> Tensor:
-        w = nf4.Nf4(self.packed, self.scale_codes, self.scale_scales, self.offset)
-        return nf4.dequantize(w, self.dtype, self.level)
+    def weight_from(self, *stored: Tensor) -> Tensor:
+        return nf4.dequantize(nf4.Nf4(*stored), self.dtype, self.level)
+
+
+# Last parts of the names of parameters that keep their type in every run: parts of quantized
+# weights, and the layer's number for dropout.
+STORED = frozenset({*Int8Linear.parts, *Nf4Linear.parts, "number"})
+
+
+def placed_type(name: str, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the type of a parameter in a run whose weights have type dtype."""
+    keeps = name.rpartition(".")[2] in STORED or not parameter.dtype.is_floating_point
+    return parameter.dtype if keeps else dtype
 
 
 def quantized(linear: nn.Linear, name: str, base_type: BaseType, groups: int = 1) -> nn.Module:
@@ -117,3 +148,28 @@ def quantized(linear: nn.Linear, name: str, base_type: BaseType, groups: int = 1
             f"{nf4.BLOCK * groups}: use base_dtype=int8, or fewer shards along this dim."
         )
     return Nf4Linear(linear, groups)
+
+
+def quantize_base(model: nn.Module, base_type: BaseType, groups_of: Callable[[str], int]) -> None:
+    """Store the frozen linear layers in the base's type, in place; call after `apply_adapter`.
+
+    Adapters, modules that are trained whole and the output projection stay. A model on meta gets
+    shapes and types, and computes nothing.
+
+    Args:
+        groups_of: the number of shards along the inputs of a layer, by its name without adapters,
+            such as `model.layers.0.mlp.down_proj`.
+
+    Raises:
+        ConfigError: see `quantized`.
+    """
+    frozen = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad and name != OUTPUT
+    }
+    for name, linear in frozen.items():
+        parent, _, last = name.rpartition(".")
+        plain = name.removesuffix(".base_layer")
+        layer = quantized(linear, plain, base_type, groups_of(plain))
+        setattr(model.get_submodule(parent), last, layer)
