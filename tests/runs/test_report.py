@@ -291,7 +291,7 @@ def test_runs_of_every_kind_have_one(graded: Path) -> None:
     path.write_text(json.dumps(facts | {"starts": [{"step": 0}, {"step": 5}, {"step": 9}]}))
     change_records(graded, lambda r: r["kind"] == "train" and r["step"] <= 10)
     for text in (reports(graded)[0], reports(graded)[1].text):
-        assert "started 3 times; it went on after step 5, 9" in text
+        assert "started 3 times; it resumed after step 5, 9" in text
         assert "the run is not finished: step 10 of 12" in text
     (graded / "metrics.jsonl").write_text("")
     assert "No step was logged." in reports(graded)[1].text

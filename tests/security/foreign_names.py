@@ -206,9 +206,9 @@ ATTACKS = [
         )
         for name, fault in (
             ("../outside", "it is a path"),
-            ("..", "it is no name of a file"),
+            ("..", "it is not a file name"),
             ("a\x1b[2Jb", "it holds control characters"),
-            ("a\u202eb", "it holds control characters or marks of direction"),
+            ("a\u202eb", "it holds control characters or text-direction marks"),
             ("a" * 300, "it has more than 255 bytes"),
         )
     ),

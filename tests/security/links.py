@@ -211,13 +211,13 @@ ATTACKS = [
         "link in a folder that is being written",
         lambda ground: None,
         write_here(into_a_planted_file),
-        "a was exchanged while .* was written",
+        "a was replaced while .* was written",
     ),
     Attack(
         "folder exchanged while it is written",
         lambda ground: None,
         exchanged_folder,
-        "was exchanged while .* was written",
+        "was replaced while .* was written",
     ),
     # Whole commands.
     Attack(

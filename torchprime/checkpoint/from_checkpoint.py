@@ -51,6 +51,7 @@ from torchprime.models.architecture import architecture_from_hf
 
 HF = "hf"  # the export's folder in a checkpoint
 CHECKPOINTS = "checkpoints"  # the checkpoints' folder in a run's folder
+CONTINUED = "training continued after this checkpoint"  # so its weights are not compared
 
 
 def find_checkpoint(place: str, say: Callable[[str], None]) -> tuple[Storage, str]:
@@ -184,8 +185,8 @@ def add_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> Certific
         hashes,
         facts=facts,
         origin=f"a checkpoint of {facts.source}",
-        trained="training went on meanwhile",
-        base="training went on meanwhile; `torchprime verify DIR --base FOLDER` compares them",
+        trained=CONTINUED,
+        base=f"{CONTINUED}; `torchprime verify DIR --base FOLDER` compares them",
     )
 
 

@@ -60,28 +60,30 @@ continues each prompt by itself, as plain text.
 
 def chat_main(argv: list[str]) -> int:
     """Run `chat` with the arguments after it; return the exit code."""
-    parser = make_parser("torchprime chat", "Ask a model, and its base beside it.", EPILOG)
+    parser = make_parser(
+        "torchprime chat", "Send prompts to a model, and to its base for comparison.", EPILOG
+    )
     add = parser.add_argument
     add("--model", metavar="EXPORT", required=True, help="folder or hub name")
-    add("--base", metavar="BASE", help="a second model, shown beside it")
+    add("--base", metavar="BASE", help="a second model, which answers the same prompts")
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--prompt", metavar="TEXT", help="ask this and end")
+    given.add_argument("--prompt", metavar="TEXT", help="answer this prompt and exit")
     given.add_argument(
         "--prompts",
         metavar="FILE",
-        help='ask each line, or with .jsonl each "prompt" or "question", on its own, and end',
+        help='answer each line, or in .jsonl each "prompt" or "question", separately, and exit',
     )
     add(
         "--as-question",
         action="store_true",
-        help="put what is asked into the words of training rows with question and answer",
+        help="format each prompt like the training rows with question and answer",
     )
-    add("--system", metavar="TEXT", help="the system's message; needs a chat template")
+    add("--system", metavar="TEXT", help="the system message; needs a chat template")
     add("--max-new-tokens", type=positive, default=256, metavar="N", help="default: 256")
     add("--temperature", type=_temperature, default=0.0, metavar="T", help="default: 0, greedy")
-    add("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of sampling (default: 0)")
     add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else cpu")
-    add("--json", action="store_true", help="print an object for each prompt")
+    add("--json", action="store_true", help="print one JSON object for each prompt")
     return run_command(parser, argv, _chat)
 
 
@@ -161,13 +163,13 @@ def _tell_certificate(folder: Path, base: str | None) -> None:
         told = ", ".join(check.name for check in certificate.failed)
         say(f"note: the certificate of {folder} has failed checks ({told}): torchprime verify")
     if base is None and certificate.base_model is not None:
-        say(f"note: to see its base beside it: --base {certificate.base_model}")
+        say(f"note: to compare with its base: --base {certificate.base_model}")
 
 
 def _described(title: str, speaker: Speaker, system: str | None) -> str:
     how = f"chat template ({speaker.template.name})" if speaker.template else "plain text"
     if speaker.template is None:
-        how += ", no chat template in the folder: each prompt stands by itself"
+        how += ", no chat template in the folder: prompts have no history"
         how += ", --system does not reach it" if system is not None else ""
     return f"{title:<5} {speaker.folder}: {how}; {speaker.device}"
 

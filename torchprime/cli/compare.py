@@ -45,7 +45,7 @@ EPILOG = f"""\
 A RUN is a run's folder, a metrics.jsonl, a trainer_state.json of transformers or a folder with one,
 or a text log; NAME=RUN names it. The first one is the reference.
 Exit code: 0 all agree; 1 they do not, had different data, too few steps in common or could not be
-judged; 2 a mistake, such as a line that cannot be read surely.
+judged; 2 a user error, such as a log line with an ambiguous number.
 float32: losses to 1e-4, gradient norm to 1e-3, learning rate to 1e-6, relative. Other dtypes: to
 {FACTOR:g} times the largest spread of {WINDOW} neighbouring records of runs that ought to be equal:
   torchprime compare --measure-noise RUN RUN [RUN...] --out {FLOOR}
@@ -65,25 +65,25 @@ def compare_main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("torchprime compare", "Are these runs the same training?", EPILOG)
+    parser = make_parser("torchprime compare", "Check that runs trained identically.", EPILOG)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN")
-    add("--out", metavar="FOLDER", help=f"where {PARITY} and the figure go (default: here)")
+    add("--out", metavar="FOLDER", help=f"folder for {PARITY} and the figure (default: .)")
     add(
         "--figure",
         metavar="NAME",
         default="parity",
         help=f"NAME.png and NAME.svg in --out (default: parity); {NO_FIGURE}: do not draw",
     )
-    add("--loss-tolerance", type=float, metavar="X", help="judge losses by this, relative")
-    add("--noise-floor", metavar="FILE", help="judge by this measured floor")
-    add("--steps", type=int, metavar="N", help="only the first N common steps")
+    add("--loss-tolerance", type=float, metavar="X", help="relative tolerance of losses")
+    add("--noise-floor", metavar="FILE", help="judge by this measured noise floor")
+    add("--steps", type=int, metavar="N", help="compare only the first N common steps")
     add(
         "--mean-over",
         action="append",
         default=[],
         metavar="NAME=N",
-        help="each loss in the log of NAME is the mean of N steps; 1: its step's own",
+        help="each loss in the log of NAME is the mean of N steps (1: of its own step)",
     )
     add(
         "--resumed-at",
@@ -161,7 +161,7 @@ def _measure(runs: Sequence[Run], given: argparse.Namespace) -> int:
             f"  {name:<9} spread at most {max(spreads.values()):.1e} over {len(spreads):,} steps, "
             f"so a band of up to {floor.factor * max(spreads.values()):.1e}"
         )
-    told = ", ".join(floor.differences) or "nothing that run.json or config.yaml tell"
+    told = ", ".join(floor.differences) or "nothing in run.json or config.yaml"
     print_lines([*lines, f"  they differ in {told}", f"wrote {path}"], "backslashreplace")
     return 0
 
@@ -178,7 +178,9 @@ def _compare(runs: Sequence[Run], given: argparse.Namespace, argv: Sequence[str]
     old: list[str] = []
     if comparison.verdict == DIFFERENT_DATA:
         left = [path for end in (".png", ".svg") if (path := folder / f"{name}{end}").exists()]
-        old = [f"note: {path} is an earlier comparison's, nothing was drawn" for path in left]
+        old = [
+            f"note: {path} is from an earlier comparison; nothing was drawn now" for path in left
+        ]
     elif name != NO_FIGURE:
         # late: matplotlib takes a second, and only a figure needs it
         from torchprime.compare.draw import draw

@@ -100,9 +100,9 @@ def versions() -> Iterator[Finding]:
         return
     fix = f"pip install '{'torchprime[tpu]' if host_has_tpu() else 'torchprime[xla]'}'"
     for each in wrong:
-        yield Finding("versions", PROBLEM, f"{each}. Install what fits: {fix}")
+        yield Finding("versions", PROBLEM, f"{each}. Install compatible versions: {fix}")
     if not wrong:
-        yield Finding("versions", OK, "all fit together")
+        yield Finding("versions", OK, "all versions are compatible")
 
 
 def host() -> dict[str, object]:
@@ -131,7 +131,9 @@ def tpu() -> Iterator[Finding]:
         yield Finding("TPU", OK, f"{len(chips)} chips of this host{f', of {kind}' if kind else ''}")
     else:
         fix = "pip install 'torchprime[tpu]'"
-        yield Finding("TPU", PROBLEM, f"{len(chips)} chips, but no libtpu to drive them: {fix}")
+        yield Finding(
+            "TPU", PROBLEM, f"{len(chips)} chips, but libtpu, their driver, is missing: {fix}"
+        )
 
 
 def gpu() -> Iterator[Finding]:
@@ -185,7 +187,7 @@ def compiler() -> Iterator[Finding]:
 def doctor_main(argv: list[str]) -> int:
     """Print the findings; return 0 if none is a problem, else 1."""
     parser = make_parser("torchprime doctor", __doc__ or "", "")
-    parser.add_argument("--quick", action="store_true", help="look only, try nothing")
+    parser.add_argument("--quick", action="store_true", help="inspect only; run no test program")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"
     )

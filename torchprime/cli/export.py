@@ -29,13 +29,13 @@ exported, or a check of the certificate failed.
 def export_main(argv: list[str]) -> int:
     """Run `export` with the arguments after it; return the exit code."""
     parser = make_parser(
-        "torchprime export", "Make a Hugging Face folder of a run's checkpoint.", EPILOG
+        "torchprime export", "Export a run's checkpoint as a Hugging Face folder.", EPILOG
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
-    add("--out", metavar="DIR", required=True, help="new folder or URL; if there, it is empty")
-    add("--dtype", choices=list(DTYPES), help="of the weights (default: as they were trained)")
-    add("--base", metavar="FOLDER", help="the base's weights, if they lie elsewhere by now")
+    add("--out", metavar="DIR", required=True, help="new or empty folder or URL")
+    add("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as trained)")
+    add("--base", metavar="FOLDER", help="the base's weights, if they were moved")
     return run_command(parser, argv, _export)
 
 

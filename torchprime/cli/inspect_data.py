@@ -48,7 +48,7 @@ BAR = 40  # characters of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 RULE_MEANINGS = {
-    "context": "given, not learned",
+    "context": "context, not learned",
     "bos": "begins a text; never learned",
     "completion": "the answer to a prompt",
     "assistant": "an assistant's turn",

@@ -50,15 +50,15 @@ def lm_eval_main(argv: list[str]) -> int:
     add("--tasks", metavar="A,B", required=True, help="names of tasks, groups or tags")
     add("--limit", type=positive, metavar="N", help="only the first N rows of each task")
     add("--out", metavar="FILE", help=f"default: {RESULT} beside the export")
-    add("--num-fewshot", type=int, metavar="N", help="examples in front (default: the task's own)")
+    add("--num-fewshot", type=int, metavar="N", help="few-shot examples (default: the task's own)")
     add("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
     add(
         "--chat-template",
         choices=(AUTO, YES, NO),
         default=AUTO,
-        help="ask in the folder's chat template; auto: if it has one",
+        help="use the folder's chat template; auto: if it has one",
     )
-    add("--include-path", metavar="FOLDER", help="with YAML files of tasks of your own")
+    add("--include-path", metavar="FOLDER", help="folder with YAML files of your own tasks")
     add("--device", choices=DEVICES, default="auto", help="auto: cuda if there is one, else cpu")
     return run_command(parser, argv, _evaluate)
 
@@ -253,4 +253,8 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _note(limit: int | None) -> list[str]:
-    return [] if limit is None else [f"note: of the first {limit} rows only, no result to publish"]
+    return (
+        []
+        if limit is None
+        else [f"note: only the first {limit} rows were used; do not publish this result"]
+    )

@@ -86,7 +86,7 @@ def report(argv: list[str]) -> int:
 
 
 def chat(argv: list[str]) -> int:
-    """Ask a model, and its base beside it."""
+    """Send prompts to a model, and to its base for comparison."""
     os.environ["USE_TORCH_XLA"] = "0"
     # late: as above
     from torchprime.cli.chat import chat_main
@@ -151,7 +151,7 @@ def usage() -> str:
     about = {
         name: command.__doc__ for name, command in {**CONFIG_COMMANDS, **OTHER_COMMANDS}.items()
     }
-    lines = ["usage: torchprime COMMAND [arguments]; torchprime COMMAND --help tells more"]
+    lines = ["usage: torchprime COMMAND [arguments]; torchprime COMMAND --help shows its options"]
     for group, commands in GROUPS.items():
         lines += ["", f"{group}:"]
         for name, arguments in commands.items():

@@ -22,7 +22,9 @@ def report_main(argv: list[str]) -> int:
     """Run `report` with the arguments after it; return the exit code."""
     parser = make_parser("torchprime report", "Write report.md and report.html of a run.", EPILOG)
     parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--out", metavar="DIR", help="where to (default: the run's folder)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of the report (default: the run's folder)"
+    )
     return run_command(parser, argv, _report)
 
 

@@ -1,4 +1,4 @@
-"""`torchprime resume-check RUN [...]`: the action of a run when it is started again.
+"""`torchprime resume-check RUN [...]`: report what a run would do when it is started again.
 
 Without --config-name, the run's own config.yaml is the base, and group options (mesh=fsdp8) are
 applied to it. With --config-name the command is composed as training composes it. Two settings hold
@@ -34,11 +34,11 @@ from torchprime.training.run.resume import Past, ResumePoint
 from torchprime.training.setup.plan import plan_steps
 
 EPILOG = """\
-RUN is a run's folder. Give the flags and overrides of the command to come. Without --config-name
-the run's config.yaml is the base. Exit code: 0 if the run would go on or has nothing left to do, 1
-if not, 2 for a mistake.
+RUN is a run's folder. Give the flags and overrides of the next start. Without --config-name
+the run's config.yaml is the base. Exit code: 0 if the run would resume or is complete, 1 if
+not, 2 for a user error.
 """
-# Sections that an option of a group states whole: what its file leaves out is the default.
+# Sections that a group's option sets completely: keys absent from its file get the defaults.
 WHOLE = {
     "mesh": ("ici_mesh", "dcn_mesh"),
     "remat": ("remat",),
@@ -52,11 +52,11 @@ SOURCES = ("hf_dataset_name", "hf_dataset_config_name", "file_dataset_path", "mi
 def resume_check_main(argv: list[str]) -> int:
     """Print the result; return 0 if the run could resume, 1 if not, 2 for a user error."""
     parser = make_parser(
-        "torchprime resume-check", "Say what a run will do when it is started again.", EPILOG
+        "torchprime resume-check", "Report what a run would do when started again.", EPILOG
     )
     parser.add_argument("run", metavar="RUN")
-    parser.add_argument("--config-name", "-cn", metavar="NAME", help="as the command has it")
-    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="as the command has it")
+    parser.add_argument("--config-name", "-cn", metavar="NAME", help="as in training")
+    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="as in training")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     return run_command(parser, argv, _check)
 
@@ -72,7 +72,7 @@ def _check(given: argparse.Namespace) -> int:
     resuming.may_go_on(config.resume.source, run, catalog)
     point = resuming.find_point(config.resume.source, catalog, _say)
     if point is None:
-        _say("the run wrote no checkpoint: it would begin again at the first step")
+        _say("the run wrote no checkpoint: it would start again at the first step")
         return 0
     manifest = point.reader.manifest
     now = load(config)  # prepares the data, or finds it in the cache
@@ -109,10 +109,10 @@ def _what_is_left(config: TrainConfig, run: Path, point: ResumePoint, total: int
     place = ExportPlace.of(wanted if is_url(wanted) else run / wanted)
     if place.is_there():
         return "the run is complete: nothing would be done"
-    return f"every step is done: only the export to {place} would be written"
+    return f"all steps are done: only the export to {place} would be written"
 
 
-# The config to come -------------------------------------------------------------------------------
+# The config of the next start ---------------------------------------------------------------------
 
 
 def _config(run: Path, name: str | None, folder: str | None, overrides: list[str]) -> TrainConfig:
@@ -124,7 +124,7 @@ def _config(run: Path, name: str | None, folder: str | None, overrides: list[str
     if allowed and not any(each.startswith("resume.allow_changes") for each in overrides):
         say(
             f"note: the last start had resume.allow_changes={allowed}. It counts only if the "
-            "command to come has it again, so it is not counted here."
+            "next start sets it again, so it is not counted here."
         )
     base["resume"] = {}
     options = [each for each in overrides if is_group(each.partition("=")[0], folder)]

@@ -98,7 +98,7 @@ def choose_backend(asked: str | None, compile_only: str | None) -> Choice:
 
 
 def _without_tpu() -> Choice:
-    # late: it takes seconds, and nobody waits for them where a TPU or torchrun decides
+    # late: it takes seconds, which a TPU or torchrun makes unnecessary
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

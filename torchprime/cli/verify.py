@@ -16,8 +16,8 @@ from torchprime.text.terminal import print_lines
 
 MARKS = {True: "passed", False: "FAILED", None: "not made"}
 EPILOG = """\
-Exit code: 0 all that can be checked passes; 1 something fails; 2 no certificate, or a mistake.
-A certificate is no signature: it does not tell who made it.
+Exit code: 0 all that can be checked passes; 1 something fails; 2 no certificate, or a user error.
+A certificate is not a signature: it does not say who made it.
 """
 
 

@@ -58,8 +58,8 @@ def check_means(runs: Sequence[Run]) -> list[str]:
     apart = asked[0].undecided
     if len(asked) == len(runs) and all(run.undecided == apart for run in runs):
         return [
-            f"their records are {apart} steps apart, and nothing tells whether a loss is its "
-            "step's own or a mean; they are taken to be alike"
+            f"their records are {apart} steps apart, and no log says whether a loss is of "
+            "one step or a mean; all are assumed to mean the same"
         ]
     raise DataError(
         f"run {asked[0].label}: its records are {apart} steps apart, and nothing in it tells "

@@ -142,7 +142,7 @@ def _bands(
             raise DataError(
                 f"--noise-floor: measured in {floor.dtype}, and these runs are "
                 f"{' and '.join(dtypes) or 'float32'}; measure it on runs of the same dtype, or "
-                "leave it away for float32"
+                "leave it out for float32"
             )
         measured = ", ".join(run.label for run in floor.runs)
         origin = (

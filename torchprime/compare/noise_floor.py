@@ -228,5 +228,7 @@ def read_floor(path: str | Path) -> NoiseFloor:
             f"--noise-floor: {path} cannot be read ({error.strerror}); {EXPECTED}"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"--noise-floor: {path} is none ({error!r}); {EXPECTED}") from error
+        raise DataError(
+            f"--noise-floor: {path} is not a noise floor ({error!r}); {EXPECTED}"
+        ) from error
     return floor

@@ -24,7 +24,7 @@ _FIELDS = (
     "name the right column in dataset.columns (e.g. dataset.columns={question: Body}), set "
     "dataset.format to the rows' kind, or correct the rows"
 )
-_TEXTS = "write texts into these fields: what is empty, null or no string cannot be trained"
+_TEXTS = "write texts into these fields: an empty value, null or a number cannot be trained"
 _TURNS = (
     "correct the messages; if their keys have other names, say so: "
     "dataset.columns={message.role: ROLE, message.content: CONTENT}"
@@ -33,7 +33,7 @@ _ROLES = (
     "rename the roles to system, developer, user, assistant or tool, or name the key that holds "
     "them: dataset.columns={message.role: KEY}"
 )
-_SWITCHES = "say once whether a turn carries loss: train: true or false, or a weight from 0 to 10"
+_SWITCHES = "state once whether a turn carries loss: train: true or false, or a weight from 0 to 10"
 _CALLS = 'write calls as {"name": NAME, "arguments": {...}}, the arguments as a JSON object'
 _TEMPLATE = (
     "see what the template makes of such a row (torchprime inspect), correct the rows, or name "
@@ -79,7 +79,7 @@ ADVICE: Mapping[str, str] = {
         "write parts that do not overlap, {begin_offset, end_offset, train}, the end included"
     ),
     fields.ANSWER_WEIGHTS_DIFFER: (
-        "give a turn and the calls behind it the same weight: they are one answer"
+        "give a turn and the calls after it the same weight: they are one answer"
     ),
     fields.TWO_REASONINGS: "write the reasoning of a turn once",
     fields.BAD_TOOL_CALLS: _CALLS,
@@ -114,10 +114,10 @@ ADVICE: Mapping[str, str] = {
     tokenize.REASON_BOUNDARY: (
         "end the prompts, or begin the completions, with a line break or a space"
     ),
-    tokenize.REASON_NO_TOKENS: "leave out rows whose completion is nothing to this tokenizer",
+    tokenize.REASON_NO_TOKENS: "leave out rows whose completion has no tokens",
     tokenize.REASON_UNPREDICTED: "write prompts, or use dataset.format=text for texts without one",
     tokenize.REASON_TOO_LONG: _LONGER,
-    tokenize.REASON_NOTHING_LEFT: "raise dataset.block_size: what carries loss is cut away",
+    tokenize.REASON_NOTHING_LEFT: "raise dataset.block_size: tokens that carry loss are cut off",
     tokenize.REASON_UNSUPERVISED: "leave such rows out, or give them a weight above 0",
     turns.REASON_REFUSED: (
         "set what the template lacks with dataset.template_options, correct the rows (gemma knows "
@@ -143,8 +143,8 @@ ADVICE: Mapping[str, str] = {
     marked_text.REASON_MANY_MARKERS: (
         "set dataset.instruction_marker to the text in front of each instruction"
     ),
-    marked_text.REASON_NOTHING_BEHIND: "give the texts an answer behind the marker",
-    marked_text.REASON_NO_PROMPT: "give the texts something in front of the answer",
+    marked_text.REASON_NOTHING_BEHIND: "add an answer after the marker",
+    marked_text.REASON_NO_PROMPT: "add text before the answer",
     chat.REASON_NO_PROMPT: "begin the conversations with a turn that the assistant answers",
     row_limits.REASON_TOO_MANY: (
         "cut the texts into rows, or raise the limit if there is memory for it"

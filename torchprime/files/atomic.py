@@ -231,7 +231,7 @@ def settle(folder: Path, made: os.stat_result) -> None:
         other = path == folder and not os.path.samestat(found, made)
         if other or not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
             raise CheckpointError(
-                f"{path} was exchanged while {folder} was written. Somebody else may rename files "
+                f"{path} was replaced while {folder} was written. Somebody else may rename files "
                 f"in {folder.parent}: choose a folder of your own."
             )
         group = found.st_mode & stat.S_ISGID

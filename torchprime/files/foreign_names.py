@@ -23,11 +23,11 @@ def fault_of(name: object) -> str | None:
     if not isinstance(name, str):
         return f"it is {type(name).__name__}, not text"
     if name in ("", ".", ".."):
-        return "it is no name of a file"
+        return "it is not a file name"
     if "/" in name or "\\" in name:
         return "it is a path"
     if name != clean(name) or "\n" in name:
-        return "it holds control characters or marks of direction"
+        return "it holds control characters or text-direction marks"
     if len(name.encode("utf-8")) > MOST_BYTES:
         return f"it has more than {MOST_BYTES} bytes"
     return None

@@ -50,15 +50,15 @@ def fault_of(folder: Path) -> str | None:
     """Return a folder's fault and its fix; None if it is private or does not exist."""
     for link, owner in _foreign_links(folder):
         return (
-            f"{link} is a link that belongs to {_user(owner)}, who may let it lead elsewhere at "
-            "any moment. Give the folder that is meant by its own path."
+            f"{link} is a link that belongs to {_user(owner)}, who can redirect it at any "
+            "moment. Give the path of the folder itself."
         )
     try:
         found = os.stat(folder)
     except FileNotFoundError:
         return _dangling(folder)
     except OSError as error:
-        return f"{folder} cannot be looked at ({error.strerror}). Give another folder."
+        return f"{folder} cannot be inspected ({error.strerror}). Give another folder."
     if not stat.S_ISDIR(found.st_mode):
         return None  # the code that makes folders reports it
     return _fault_of_owner(folder, found) or _fault_of_mode(folder, found)
@@ -91,8 +91,8 @@ def _fault_of_owner(folder: Path, found: os.stat_result) -> str | None:
         return None
     who = _user(found.st_uid)
     return (
-        f"{folder} belongs to {who}, and this process runs as {_user(os.geteuid())}: what lies "
-        "there could be exchanged while it is used. Give another folder (a new one inside it is "
+        f"{folder} belongs to {who}, and this process runs as {_user(os.geteuid())}: files "
+        "in it could be replaced while they are used. Give another folder (a new one inside it is "
         f"fine), run as {who} (in a container: --user {found.st_uid}:{found.st_gid}), or take it "
         f"over: chown -R {os.geteuid()} {shlex.quote(str(folder))}"
     )
@@ -109,9 +109,10 @@ def _fault_of_mode(folder: Path, found: os.stat_result) -> str | None:
     right = "go-w" if written & stat.S_IWOTH else "g-w"
     quoted = shlex.quote(str(folder))
     return (
-        f"{folder} can be written by {who} (mode {stat.S_IMODE(found.st_mode):04o}): what lies "
-        f"there could be exchanged while it is used. Take that right away: chmod {right} {quoted}; "
-        f"or let each remove only what is theirs: chmod +t {quoted}; or give a new folder inside it"
+        f"{folder} can be written by {who} (mode {stat.S_IMODE(found.st_mode):04o}): files "
+        f"in it could be replaced while they are used. Remove that right: chmod {right} {quoted}; "
+        f"or let users remove only their own files: chmod +t {quoted}; or give a new folder inside "
+        "it"
     )
 
 

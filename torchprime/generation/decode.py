@@ -73,7 +73,7 @@ class GenerateOptions:
             "top_k": (self.top_k is None or self.top_k >= 1, "1 or more, or none"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "batch_size": (self.batch_size >= 1, "1 or more"),
-            "seed": (-(2**63) <= self.seed < 2**63, "an integer of 64 bits"),
+            "seed": (-(2**63) <= self.seed < 2**63, "a 64-bit integer"),
         }
         for name, (fine, expected) in checks.items():
             if not fine:

@@ -235,7 +235,7 @@ def _messages(
     if len(facts.starts) > 1:
         told = ", ".join(f"{step:,}" for step in facts.starts[1:])
         messages.append(
-            f"The run was started {len(facts.starts)} times; it went on after step {told}."
+            f"The run was started {len(facts.starts)} times; it resumed after step {told}."
         )
     if history:
         messages.append(_selection(config, history, rule, export))
@@ -290,7 +290,7 @@ def _times(
         part = "" if share is None else f", {share:.1%} of the run since its last start"
         found["evaluations"] = f"{seconds:,.1f} s for {len(evaluations)}{part}"
     if stalls:
-        found["checkpoints"] = f"{sum(stalls):,.1f} s of standing still for {len(stalls)}"
+        found["checkpoints"] = f"{sum(stalls):,.1f} s of waiting in training for {len(stalls)}"
     return found
 
 

@@ -36,7 +36,7 @@ def test_versions_that_do_not_fit() -> None:
 def test_this_host_quickly(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--quick"]) == 0
     said = capsys.readouterr().out
-    assert "all fit together" in said and "no chips on this host" in said
+    assert "all versions are compatible" in said and "no chips on this host" in said
     assert "virtual devices" not in said
 
 

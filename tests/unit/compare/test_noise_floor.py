@@ -26,5 +26,5 @@ def test_a_file_that_is_too_large_is_refused(
     with pytest.raises(DataError, match="floor.json cannot be read .it has more than 100 bytes"):
         read_floor(tmp_path / "floor.json")
     (tmp_path / "floor.json").write_text("{}")
-    with pytest.raises(DataError, match="floor.json is none"):
+    with pytest.raises(DataError, match="floor.json is not a noise floor"):
         read_floor(tmp_path / "floor.json")

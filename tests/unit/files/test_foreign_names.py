@@ -17,16 +17,16 @@ from torchprime.files.foreign_names import (
 
 GOOD = ["a", "model-00001-of-00002.safetensors", ".metadata", "a b", "..a", "東京", "é" * 127]
 BAD = {
-    "": "no name",
-    ".": "no name",
-    "..": "no name",
+    "": "not a file name",
+    ".": "not a file name",
+    "..": "not a file name",
     "/a": "a path",
     "a/b": "a path",
     "a\\b": "a path",
     "a\x00": "control",
     "a\nb": "control",
     "\x1b[2J": "control",
-    "a\u202eb": "control characters or marks of direction",
+    "a\u202eb": "control characters or text-direction marks",
     "\u2028": "control",
     "\ud800": "control",
     "é" * 128: "more than 255 bytes",

@@ -113,7 +113,7 @@ def _files(folder: Path, certificate: Certificate) -> Found:
     if wrong:
         raise CheckpointError("; ".join(wrong))
     beside = [name for name in more if Path(name).suffix not in READ]
-    note = f"; not certified, and not read by anyone: {', '.join(beside)}" if beside else ""
+    note = f"; not certified, and no reader opens them: {', '.join(beside)}" if beside else ""
     size = sum(facts["bytes"] for facts in expected.values())
     return f"{len(expected)} files, {size / 1e6:,.1f} MB, as certified{note}", {}
 
@@ -187,7 +187,7 @@ def _logits(folder: Path, recorded: Mapping[str, Any], certificate: Certificate)
             f"{match.allowed()}"
         )
     return (
-        f"behind {len(prompts)} prompts transformers' logits are the certified ones to {worst:.0e} "
+        f"after {len(prompts)} prompts transformers' logits are the certified ones to {worst:.0e} "
         f"of the largest (computed by {recorded['computed_by']})"
     ), {}
 

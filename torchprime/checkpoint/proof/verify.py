@@ -189,7 +189,7 @@ def judge_logits(
     floor = rounding_floor(model, input_ids, logits)
     if MOST < difference <= MARGIN * floor:
         raise NotChecked(
-            f"logits differ by {difference:.0e} of the largest, which tells nothing: rounding "
+            f"logits differ by {difference:.0e} of the largest, which proves nothing: rounding "
             f"alone moves this model's by {floor:.0e}"
         )
     return LogitsMatch(difference, max(least, min(MARGIN * floor, MOST)), floor)

@@ -86,12 +86,12 @@ class _Unpickler(_Loader):
         made = self.stack[-1]
         inner = [each for each in made if isinstance(each, tuple)]
         if len(made) > MOST_TUPLE or any(not isinstance(x, int | str) for t in inner for x in t):
-            raise pickle.UnpicklingError("it holds a tuple as no checkpoint has one")
+            raise pickle.UnpicklingError("it holds a tuple of a kind that no checkpoint contains")
 
     def _load_build(self) -> None:
         state = self.stack[-1]
         if not isinstance(state, dict | tuple) or len(state) > MOST_STATE:
-            raise pickle.UnpicklingError("it gives an object a state as no checkpoint does")
+            raise pickle.UnpicklingError("it sets the state of an object, which no checkpoint does")
         _Loader.load_build(self)
 
 

@@ -49,7 +49,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         if os.path.lexists(path) and not _is_plain(path):
             raise RuntimeSetupError(
                 f"output_dir: {path} is not a file of this run ({error.strerror}): it is a link, "
-                "or lies there under another name, too. Remove it, once you know who put it there."
+                "or has a second name. Remove it, once you know who put it there."
             ) from error
         raise RuntimeSetupError(
             f"output_dir: {folder} can't be written ({error.strerror}). Make it writable, or set "

@@ -178,7 +178,7 @@ class Manifest:
         if self.data_position["next_step"] != self.global_step:
             raise ValueError(
                 f"data_position.next_step is {self.data_position['next_step']}, global_step "
-                f"{self.global_step}: they are of two steps"
+                f"{self.global_step}; expected the same step in both"
             )
 
     @property
@@ -214,8 +214,8 @@ class Manifest:
             )
         if _own_hash(content) != claimed:
             raise CheckpointError(
-                f"{where} has changed since it was written: its sha256 does not fit. Resume from "
-                "another checkpoint; a manifest is not for editing."
+                f"{where} has changed since it was written: its sha256 does not match. Resume from "
+                "another checkpoint; a manifest must not be edited."
             )
         try:
             manifest = Manifest(**content)

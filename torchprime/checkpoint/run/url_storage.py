@@ -29,7 +29,7 @@ _GOOGLE = (
 )
 _AMAZON = (
     "Check the bucket's name, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE), and "
-    "AWS_ENDPOINT_URL for a store of another maker."
+    "AWS_ENDPOINT_URL for another S3-compatible store."
 )
 CREDENTIALS = {"gs": _GOOGLE, "gcs": _GOOGLE, "s3": _AMAZON, "s3a": _AMAZON}
 

@@ -63,7 +63,7 @@ def read_run(label: str, path: str | Path, how: HowLogged = UNTOLD) -> Run:
 
     Raises:
         DataError: if nothing is there, it is of no known kind, it holds no training loss, or a
-            number in it cannot be read surely.
+            number in it is ambiguous.
         ConfigError: if `how` contradicts the log.
     """
     file = _file_of(Path(path))
@@ -101,8 +101,8 @@ def _decide(label: str, log: Log, how: HowLogged) -> int:
     for option, given in (("--mean-over", how.mean_over), ("--resumed-at", how.resumed_at)):
         if log.means is False and given and given != 1:
             raise ConfigError(
-                f"{option}: given for {label}, but each loss in its {log.source} is its step's "
-                "own; leave it away"
+                f"{option}: given for {label}, but each loss in its {log.source} is of its own "
+                "step; leave the option out"
             )
     means = bool(how.mean_over and how.mean_over > 1) if log.means is None else False
     if means:
@@ -147,7 +147,7 @@ def _mapping(path: Path, parse: Callable[[str], object]) -> dict[str, Any]:
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(
             f"{path}: cannot be read ({str(error)[:200]}), expected what the trainer wrote; "
-            "remove it to compare without what it tells"
+            "remove it to compare without its facts"
         ) from error
     return values if isinstance(values, dict) else {}
 
@@ -191,7 +191,7 @@ def _trainer_state(path: Path, how: HowLogged) -> Log:
     try:
         state = json.loads(_read(path))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"run {path}: is no JSON ({error}); {EXPECTED}") from error
+        raise DataError(f"run {path}: is not JSON ({error}); {EXPECTED}") from error
     history = state.get("log_history") if isinstance(state, dict) else None
     if not isinstance(history, list) or not all(isinstance(each, dict) for each in history):
         raise DataError(f"run {path}: has no list log_history; {EXPECTED}")

@@ -122,7 +122,7 @@ def read_step_lines(path: object, lines: Iterable[Line], how: HowLogged) -> Log:
                 f"{EXPECTED}. Write it so, take the line out, or give the run as JSON lines with "
                 "step and loss."
             )
-            raise refuse_line(path, line, f"{str(doubt)!r} cannot be read surely", advice) from None
+            raise refuse_line(path, line, f"{str(doubt)!r} is ambiguous", advice) from None
         if step_line is None:
             continue
         if "eval_loss" in step_line.texts:

@@ -62,7 +62,7 @@ def finish_history(
     begun = _resumed_at(log.steps, last, state.get("max_steps"), exact)
     if begun and begun not in (*ends, *how.resumed_at):
         log.steps = with_windows(log.steps, how, whole=True, ends=[*ends, begun])
-        log.notes.append(f"it was resumed at step {begun:,}, as its last record tells")
+        log.notes.append(f"it was resumed at step {begun:,}, as its last record says")
     tell_means(log)
 
 
@@ -188,7 +188,7 @@ def read_printed_dicts(path: object, lines: Iterable[Line], how: HowLogged) -> L
     `how.mean_over`.
 
     Raises:
-        DataError: steps that cannot be told, a number that cannot be read surely, or several
+        DataError: steps that cannot be told, an ambiguous number, or several
             processes that log different losses.
     """
     log = Log("log lines of transformers", [], means=True)
@@ -244,7 +244,7 @@ def _items(path: object, line: Line, text: str, marks: set[str]) -> dict[str, st
             raise refuse_line(
                 path,
                 line,
-                f"{name} is {value[:40]!r}, which cannot be read surely",
+                f"{name} is {value[:40]!r}, which is ambiguous",
                 "Expected a number with a decimal point, as Trainer prints it. Give the "
                 "trainer_state.json of the same run.",
             ) from None
@@ -266,7 +266,7 @@ def _steps_of(
     if all("step" in each.texts for each in found):
         return [_named_step(path, each) for each in found]
     if (told := bars.steps()) is not None:
-        log.notes.append("its lines name no steps: taken from the progress bars behind them")
+        log.notes.append("its lines name no steps: taken from the progress bars after them")
         return told
     apart = how.mean_over or 1
     _check_same_line(path, found)

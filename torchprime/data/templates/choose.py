@@ -51,7 +51,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 BOS_USED = re.compile(r"\bbos_token\b")
 
 
-# Choosing the template-----------------------------------------------------------------------------
+# Choosing the template ----------------------------------------------------------------------------
 
 
 def resolve_template(

@@ -288,7 +288,7 @@ def _end_of_content(chat: _Conversation, text: str, turn: int, content_end: int)
     behind = text[content_end : content_end + 24]
     raise _NoSpan(
         REASON_NO_SPAN,
-        f"message {turn + 1}: what ends the turn cannot be told: its content is followed by "
+        f"message {turn + 1}: the end of the turn cannot be determined: its content is followed by "
         f"{behind!r}, which does not begin with a special token of this tokenizer",
     )
 
@@ -300,7 +300,9 @@ def _end_of_calls(chat: _Conversation, text: str, turn: int, start: int) -> tupl
     rendering (a template may treat the last message differently), the same closing text must follow
     the arguments of the last call, which are found by exchanging them.
     """
-    failed = _NoSpan(REASON_NO_SPAN, f"message {turn + 1}: what ends the turn cannot be told")
+    failed = _NoSpan(
+        REASON_NO_SPAN, f"message {turn + 1}: the end of the turn cannot be determined"
+    )
     alone = chat.render_up_to(turn + 1)
     closing = chat.stops.at_end(alone)
     if closing is None or not chat.messages[turn].get("tool_calls"):

@@ -35,7 +35,7 @@ from torchprime.data.tokens.completions import (
 REASON_NO_MARKER = "the text has no response marker"
 REASON_MANY_MARKERS = "the text has more than one response marker"
 REASON_NOTHING_BEHIND = "nothing follows the response marker"
-REASON_NO_PROMPT = "nothing in front of the answer predicts its first token"
+REASON_NO_PROMPT = "nothing before the answer predicts its first token"
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def _imported(module: str, path: str, key: str) -> Any:
             path,
             f"a function of a module, but there is no module {error.name}",
             "Correct the name, install it, or put the folder that holds it on PYTHONPATH "
-            "(PYTHONPATH=. for this one). What is inside of a class stands behind a colon.",
+            "(PYTHONPATH=. for this one). Write a class's member after a colon.",
         )
     except (Exception, SystemExit) as error:
         refuse(

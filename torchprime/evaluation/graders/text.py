@@ -92,7 +92,7 @@ def compile_pattern(pattern: str, key: str) -> regex.Pattern[str]:
             key,
             pattern,
             f"a regular expression, but: {error}",
-            "Correct it there; a character that is meant as it stands needs a backslash before it.",
+            "Correct it there; put a backslash before a special character that is meant literally.",
         )
 
 

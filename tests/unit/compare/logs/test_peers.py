@@ -126,7 +126,7 @@ def test_a_line_that_is_not_ends_the_reading_with_it(write: Write, line: str, to
         read_run("x", write(f"step 11 loss 2.5\n{line}\n"))
     message = str(error.value)
     assert "run.log, line 2: " in message and repr(line) in message
-    assert f"{told!r} cannot be read surely".replace(r"\\", "\\") in message
+    assert f"{told!r} is ambiguous".replace(r"\\", "\\") in message
     assert "JSON lines" in message
 
 
@@ -213,7 +213,7 @@ def test_a_dict_that_is_sure(write: Write, line: str, expected: tuple) -> None:
 @pytest.mark.parametrize("value", ["2,5", "'2,5'", "2.5%", "'12k'", "1_0.5", "tensor(2.5)", "''"])
 def test_a_dict_that_is_not_ends_the_reading_with_it(write: Write, value: str) -> None:
     text = f"{{'loss': 2.5}}\n{{'loss': {value}, 'epoch': 1.0}}\n{END}"
-    with pytest.raises(DataError, match=r"line 2: .*loss is .*which cannot be read surely"):
+    with pytest.raises(DataError, match=r"line 2: .*loss is .*which is ambiguous"):
         read_run("x", write(text))
 
 
@@ -380,7 +380,7 @@ def test_a_log_of_every_tenth_step_needs_to_be_told(write: Write) -> None:
     assert compare([OURS, read_run("x", means, how[0])]).verdict == DIFFER
     # Two logs of one kind can be compared with each other; the reader is told.
     result = compare([read_run("x", means), read_run("y", means)])
-    assert result.verdict == AGREE and "taken to be alike" in result.notes[0]
+    assert result.verdict == AGREE and "assumed to mean the same" in result.notes[0]
     with pytest.raises(DataError, match="10 steps apart"):
         compare([read_run("x", means), read_run("y", single, how[0])])
 
@@ -408,7 +408,7 @@ def test_json_lines_of_others_are_asked_for_and_ours_are_not(write: Write) -> No
         "".join(json.dumps({"kind": "train"} | line) + "\n" for line in lines), "ours.jsonl"
     )
     assert read_run("x", theirs).undecided == 10 and read_run("x", ours).undecided == 1
-    with pytest.raises(ConfigError, match="--mean-over.*step's own"):
+    with pytest.raises(ConfigError, match="--mean-over.*own step"):
         read_run("x", ours, HowLogged(mean_over=10))
 
 

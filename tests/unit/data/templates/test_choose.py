@@ -538,27 +538,27 @@ def test_the_next_message_does_not_end_a_turn() -> None:
             NO_STOPS.replace("m.content", "m.content + m.content"),
             PLAIN["two turns"],
             REASON_NO_SPAN,
-            "message 2: what ends the turn",
+            "message 2: the end of the turn cannot be determined",
         ),
         # The text appended to the content is cut off: nothing marks its end.
         (
             NO_STOPS.replace("m.content", "m.content[:4]"),
             PLAIN["two turns"],
             REASON_NO_SPAN,
-            "message 2: what ends the turn",
+            "message 2: the end of the turn cannot be determined",
         ),
         (
             NO_STOPS.replace("m.content", "m.content[:4]"),
             [user("Hi"), assistant("Yo.!")],
             REASON_NO_SPAN,
-            "message 2: what ends the turn",
+            "message 2: the end of the turn cannot be determined",
         ),
         # Words behind the content that are no stop token.
         (
             NO_STOPS.replace("'\n'", "' (end)\n'"),
             PLAIN["two turns"],
             REASON_NO_SPAN,
-            "message 2: what ends the turn",
+            "message 2: the end of the turn cannot be determined",
         ),
         (
             NO_STOPS.replace("m.content", "m.text"),

@@ -157,7 +157,7 @@ def test_what_it_raises_names_grader_row_and_line(
         ("own_graders.les:words", "there is no module own_graders.les", "PYTHONPATH=."),
         ("own_grader.words", "there is no module own_grader", "PYTHONPATH=."),
         ("own_graders.more:word", "own_graders.more, but it has no word", "more.py"),
-        ("own_graders.more.Outer.inner", "no module own_graders.more.Outer", "behind a colon"),
+        ("own_graders.more.Outer.inner", "no module own_graders.more.Outer", "after a colon"),
         ("own_graders.more:VALUE", "a function, but it is 3", "Name a function of one Sample"),
         ("own_graders.more:two", "its arguments are (sample, other)", "one argument"),
         ("own_graders.more:none", "its arguments are ()", "one argument"),

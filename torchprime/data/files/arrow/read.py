@@ -159,9 +159,9 @@ def _to_the_end(stream: Any, tail: _Tail) -> Iterator[Any]:
     """Yield all batches of a stream, which has to end at the end of the file."""
     yield from stream
     if tail.last != END_OF_STREAM:
-        raise ValueError("it ends without the mark of its end: it was cut, or not closed")
+        raise ValueError("it has no end marker: it was truncated, or not closed")
     if tail.read(1):
-        raise ValueError("something follows behind its end")
+        raise ValueError("there are bytes after its end")
 
 
 class _Tail:

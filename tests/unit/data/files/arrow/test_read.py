@@ -75,8 +75,8 @@ def test_a_stream_that_was_cut_or_goes_on() -> None:
     for cut, rows in ((one, 70), (len(whole) - 8, 300), (len(whole) - 4, 300), (one + 99, 70)):
         message = error_of(whole[:cut])
         assert f"t.arrow: cannot be read as an Arrow stream after {rows} rows" in message
-    assert "ends without the mark of its end" in error_of(whole[:one])
-    assert "something follows behind its end" in error_of(whole + whole)
+    assert "has no end marker" in error_of(whole[:one])
+    assert "there are bytes after its end" in error_of(whole + whole)
 
 
 def test_sizes_beyond_the_file_take_no_memory() -> None:
