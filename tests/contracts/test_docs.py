@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import yaml
+from load_script import load_script
 
 from torchprime import __version__
 from torchprime.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS
@@ -123,10 +123,7 @@ def test_list_items_are_found() -> None:
 
 def test_the_journey_is_drawn_by_its_script() -> None:
     script = REPO / "docs" / "figures" / "journey.py"
-    spec = importlib.util.spec_from_file_location("journey", script)
-    assert spec is not None and spec.loader is not None
-    journey = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(journey)
+    journey = load_script(script)
     assert journey.drawing() == journey.FILE.read_text(encoding="utf-8"), f"run {script}"
     boxes = [*journey.BEFORE, *journey.DEVICE, *journey.AFTER]
     modules = {path for _, paths in boxes for path in paths.split(", ")}

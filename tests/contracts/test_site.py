@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
+from load_script import load_script
 
 REPO = Path(__file__).resolve().parents[2]
 HOOKS = REPO / "docs" / "website" / "hooks.py"
@@ -17,11 +17,7 @@ HOOKS = REPO / "docs" / "website" / "hooks.py"
 @pytest.fixture(scope="module")
 def hooks() -> ModuleType:
     pytest.importorskip("mkdocs", reason="the extra docs is not installed")
-    spec = importlib.util.spec_from_file_location("website_hooks", HOOKS)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(HOOKS)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,11 @@ README.md beside this says where the numbers come from and how the tolerance was
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from load_script import load_script
 
 from torchprime.config.entry import run_main
 from torchprime.torch_native.train import main as native
@@ -23,13 +22,7 @@ RELATIVE_FIRST, RELATIVE = 1e-5, 1e-4
 
 @pytest.fixture(scope="module")
 def golden() -> ModuleType:
-    """write.py beside this, which is no part of a package."""
-    spec = importlib.util.spec_from_file_location("golden_write", HERE / "write.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(HERE / "write.py")
 
 
 def test_the_first_losses_of_the_quickstart(golden: ModuleType, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ says how the tolerance was measured.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,6 +18,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent))  # of the modules that tests share
+
+from load_script import load_script  # noqa: E402
+
 QUICKSTART, PARITY, PARITY_STEPS = "quickstart.txt", "parity.txt", 40
 MATRIX = REPO / "experimental" / "parity_matrix" / "run.py"
 
@@ -43,11 +46,7 @@ def run_quickstart(folder: Path, overrides: Sequence[str] = ()) -> Path:
 
 def run_parity(folder: Path) -> Path:
     """Train the parity experiment on one native process; return its metrics.jsonl."""
-    spec = importlib.util.spec_from_file_location("parity_matrix", MATRIX)
-    assert spec is not None and spec.loader is not None
-    matrix = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = matrix
-    spec.loader.exec_module(matrix)
+    matrix = load_script(MATRIX)
     name = "native, 1 process"
     overrides = [*matrix.on_shipped(PARITY_STEPS), *matrix.CURVES_ALONE]
     place = matrix.run_case(name, matrix.CASES[name], overrides, folder)

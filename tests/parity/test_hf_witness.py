@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from forks import ForkServer
+from load_script import load_script
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, get_scheduler
 
@@ -125,10 +126,7 @@ def witness() -> Iterator[ModuleType]:
     """The script as a module. It turns XLA off in its process, which is not to be done to ours."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("USE_TORCH_XLA", "1")  # put back on leaving, whatever the script makes of it
-        spec = importlib.util.spec_from_file_location("hf_witness", WITNESS)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_script(WITNESS)
     yield module
 
 

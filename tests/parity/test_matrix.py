@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from load_script import load_script
 
 from torchprime.compare.verdict import AGREE, DIFFER
 
@@ -32,13 +32,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def matrix() -> ModuleType:
-    """experimental/parity_matrix/run.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("parity_matrix", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def change(metrics: Path, step: int, factor: float) -> None:

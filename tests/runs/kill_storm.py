@@ -6,7 +6,6 @@ Every child is forked from a process that has imported everything, so a kill cos
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -17,6 +16,10 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # of the modules that tests share
+
+from load_script import load_script
 
 from torchprime.checkpoint.run.catalog import LATEST, Catalog
 from torchprime.checkpoint.run.lock import run_lock
@@ -31,12 +34,7 @@ MOST = KEEP_LAST + KEEP_BEST + 1  # and one not yet removed
 
 def helpers() -> ModuleType:
     path = Path(__file__).parents[1] / "unit" / "checkpoint" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("c", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["c"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(path)
 
 
 def work(folder: Path, helper: ModuleType, count: int) -> None:

@@ -1,6 +1,8 @@
 """The files of experimental/launch/, each read by the tool that it is written for or by its linter.
 
-SkyPilot needs an environment of its own (make sky). No SLURM is needed: a
+There is one exception: the JobSet is checked against a schema written by hand (JOBSET below), since
+the JobSet project's own CustomResourceDefinition has 750 KB. The Job inside is checked against
+Kubernetes' own schema. SkyPilot needs an environment of its own (make sky). No SLURM is needed: a
 stand-in for srun and scontrol starts both hosts of a job on this machine.
 """
 
@@ -28,8 +30,9 @@ LAUNCH = REPO / "experimental" / "launch"
 SCRIPTS = ["gpus.sbatch", "xpk.sh"]
 TRAINERS = ("torchprime/torch_xla_models/train.py",)
 
-# The fields of jobset.x-k8s.io/v1alpha2 that a job like ours may use; the Job inside is checked by
-# Kubernetes' own schema.
+# A hand-written part of the schema of jobset.x-k8s.io/v1alpha2: the fields that a job like ours may
+# use. It is not the project's CustomResourceDefinition, which has 750 KB and is not copied here: a
+# cluster may refuse a field that this schema accepts.
 NUMBER, STRING, ANY = {"type": "integer", "minimum": 0}, {"type": "string"}, {"type": "object"}
 
 

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from load_script import load_script
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_sft.py"
 
@@ -47,11 +48,7 @@ def test_both_sides_run_and_are_told(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[ModuleType]:
     sys.path.insert(0, str(BENCHMARK.parent))  # as for a script
-    spec = importlib.util.spec_from_file_location("gpu_sft", BENCHMARK)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield load_script(BENCHMARK)
     sys.path.remove(str(BENCHMARK.parent))
 
 

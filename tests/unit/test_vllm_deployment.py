@@ -18,6 +18,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from load_script import load_script
 
 from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.read import SafetensorsReader
@@ -36,11 +37,8 @@ Deploy = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("deploy_script", FOLDER / "deploy.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     path, xla = list(sys.path), os.environ.get("USE_TORCH_XLA")
-    spec.loader.exec_module(module)
+    module = load_script(FOLDER / "deploy.py")
     sys.path[:] = path
     if xla is None:
         del os.environ["USE_TORCH_XLA"]

@@ -50,7 +50,7 @@ def compare(argv: list[str]) -> int:
 
 
 def resume_check(argv: list[str]) -> int:
-    """Say what a run will do when it is started again, and what differs from its checkpoint."""
+    """Report what a run would do when started again, and its changes since the checkpoint."""
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
     # late: as above, and transformers looks for torch_xla when imported
     from torchprime.cli.resume_check import resume_check_main
