@@ -21,10 +21,17 @@ IGNORED = -100
 # of a group.
 
 
+class _Needs(NamedTuple):
+    """The gradients that a caller needs; that of hidden states is always computed along."""
+
+    of_hidden: bool
+    of_weight: bool  # False if the output projection is frozen
+
+
 def _chunk(
-    x_BCD: Tensor, w_VD: Tensor, t_BC: Tensor, weight_BC: Tensor, need_grad: bool, groups: int
+    x_BCD: Tensor, w_VD: Tensor, t_BC: Tensor, weight_BC: Tensor, needs: _Needs, groups: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return weighted losses [B, C] of one chunk and, if requested, gradients of their sum.
+    """Return weighted losses [B, C] of one chunk and, if needed, gradients of their sum.
 
     The gradients are those of hidden states and weight, the latter [G, D, V] for each group of
     rows.
@@ -43,11 +50,13 @@ def _chunk(
     # multiplying, so that an infinite logit there cannot make the loss 0 * inf.
     nll = torch.where(weight_BC != 0, total.squeeze(-1).log() - at_target, 0.0)
     losses = nll * weight_BC
-    if not need_grad:
+    if not any(needs):
         return losses, None, None
     g = (exp / total - onehot.to(exp.dtype)) * weight_BC[..., None]
     g_BCV = g.to(x_BCD.dtype)
     grad_x = torch.matmul(g_BCV, w_VD)
+    if not needs.of_weight:
+        return losses, grad_x, None
     # As x' g, since XLA on the CPU transposes the left side in memory: D is narrower than V.
     x_GTD, g_GTV = (each.reshape(groups, -1, each.shape[-1]) for each in (x_BCD, g_BCV))
     return losses, grad_x, torch.matmul(x_GTD.transpose(1, 2), g_GTV)
@@ -90,7 +99,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_BS: Tensor,
         chunks: int,
         spread: Spread,
-        need_grad: bool,
+        needs: _Needs,
     ) -> tuple[Tensor, Tensor]:
         length = -(-x_BSD.shape[1] // chunks)
         loss_sum = torch.zeros((), dtype=torch.float32, device=x_BSD.device)
@@ -102,19 +111,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             x_BCD = x_BSD[:, part]
             if grad_w is not None:
                 x_BCD, grad_w = spread.in_order(x_BCD, grad_w)
+            elif grads_x:
+                x_BCD, grads_x[-1] = spread.in_order(x_BCD, grads_x[-1])
             loss, gx, gw = _chunk(
-                x_BCD, w_VD, t_BS[:, part], weight_BS[:, part], need_grad, spread.groups
+                x_BCD, w_VD, t_BS[:, part], weight_BS[:, part], needs, spread.groups
             )
             loss_sum = loss_sum + loss.sum()
             losses.append(loss)
-            if gx is not None and gw is not None:
+            if gx is not None:
                 grads_x.append(gx)
+            if gw is not None:
                 # Summed in fp32: with bf16 weights the sum over chunks would lose low bits.
                 grad_w = gw.float() if grad_w is None else grad_w + gw
-        if grad_w is not None:
-            # Devices exchange it in the weights' type, like every other gradient.
-            whole = grad_w.to(w_VD.dtype).sum(dim=0).t()
-            ctx.save_for_backward(torch.cat(grads_x, dim=1), spread.cut_gradient(whole))
+        if grads_x:
+            whole = None
+            if grad_w is not None:
+                # Devices exchange it in the weights' type, like every other gradient.
+                whole = spread.cut_gradient(grad_w.to(w_VD.dtype).sum(dim=0).t())
+            ctx.save_for_backward(torch.cat(grads_x, dim=1), whole)
         each = torch.cat(losses, dim=1)
         ctx.mark_non_differentiable(each)
         return loss_sum, each
@@ -125,7 +139,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, grad: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
         grad_x, grad_w = ctx.saved_tensors
-        return grad * grad_x, grad * grad_w, None, None, None, None, None
+        of_weight = None if grad_w is None else grad * grad_w
+        return grad * grad_x, of_weight, None, None, None, None, None
 
 
 def token_weights(targets: Tensor, loss_weights: Tensor) -> Tensor:
@@ -156,8 +171,9 @@ def chunked_cross_entropy(
     """
     weights = token_weights(targets, loss_weights)
     # Grad mode is always off inside a Function's forward, so it is read here.
-    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)
+    on = torch.is_grad_enabled()
+    needs = _Needs(on and hidden.requires_grad, on and output_weight.requires_grad)
     loss_sum, each = _ChunkedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, output_weight, targets, weights, chunks, spread, need_grad
+        hidden, output_weight, targets, weights, chunks, spread, needs
     )
     return LossSums(loss_sum, weights.sum(), each)

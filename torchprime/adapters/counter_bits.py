@@ -18,9 +18,15 @@ _PARITY = 0x1BD11BDA
 _FRACTION_BITS = 24
 
 
+def _shifted_right(x: Tensor, by: int) -> Tensor:
+    """Return x shifted right, with zeros from the left."""
+    # torch_xla 2.9 divides instead, and rounds towards 0: with the lowest bits cleared nothing is
+    # rounded. >> keeps the sign, so the bits that it shifts in are cleared too.
+    return ((x & -(1 << by)) >> by) & ((1 << (32 - by)) - 1)
+
+
 def _rotated(x: Tensor, by: int) -> Tensor:
-    # >> keeps the sign, so the bits that it shifts in are cleared.
-    return (x << by) | ((x >> (32 - by)) & ((1 << by) - 1))
+    return (x << by) | _shifted_right(x, 32 - by)
 
 
 def threefry(key: Words, counter: Words) -> Words:
@@ -51,5 +57,5 @@ def kept(key: Words, rows: Tensor, width: int, probability: float) -> Tensor:
     pairs = torch.arange((width + 1) // 2, dtype=torch.int32, device=rows.device)
     words = torch.stack(threefry(key, (rows[..., None], pairs)), dim=-1)
     bits = words.flatten(-2)[..., :width]
-    fraction = (bits >> (32 - _FRACTION_BITS)) & ((1 << _FRACTION_BITS) - 1)
+    fraction = _shifted_right(bits, 32 - _FRACTION_BITS)
     return fraction >= round(probability * (1 << _FRACTION_BITS))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 BLOCK = 64
 SCALE_BLOCK = 256
+_LIMIT = torch.finfo(torch.float32).max
 
 # Quantiles of the normal distribution, scaled to [-1, 1]: arXiv:2305.14314, appendix E.
 LEVELS = (
@@ -154,4 +155,7 @@ def scales(w: Nf4) -> Tensor:
     table = scale_levels().to(w.scale_codes.device)
     normal = table[w.scale_codes.to(torch.int32)]
     of_each = w.scale_scales.repeat_interleave(SCALE_BLOCK)[: normal.numel()]
-    return normal * of_each.view(normal.shape) + w.offset
+    product = normal * of_each.view(normal.shape)
+    # The limits change nothing, but a compiler (XLA on the CPU) can't join product and sum into one
+    # operation that rounds once.
+    return product.clamp(-_LIMIT, _LIMIT) + w.offset

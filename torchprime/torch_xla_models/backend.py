@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
+from torchprime.adapters.apply import trainable
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.data.blocks.batch import Batch
 from torchprime.errors import ConfigError
@@ -141,7 +142,7 @@ class XlaBackend:
         self.batch_spec = ((), table.batch_axes(), ())
         inject_attention(model, self.attention, self.mesh, table.batch_axes())
         self._constrain_activations()
-        replace_linears(model.model)
+        replace_linears(model.model, self._gather_quantized)
         apply_remat(
             model,
             self.remat,
@@ -172,9 +173,21 @@ class XlaBackend:
         spec = self.table.find(self.table.parameters, f"model.layers.0.{name}")
         return gradient if spec is None else constrain(gradient, self.mesh, spec)
 
+    def _gather_quantized(self, layer: str, part: str, tensor: Tensor) -> Tensor:
+        """Annotate a part of a quantized weight as whole along the batch's axes.
+
+        Left to itself, the partitioner would gather the dequantized weight, of several times the
+        bytes.
+        """
+        spec = self.table.find(self.table.parameters, f"model.{layer}.{part}")
+        assert spec is not None
+        batch = self.table.batch_axes()
+        whole = tuple(tuple(axis for axis in dim if axis not in batch) for dim in spec)
+        return constrain(tensor, self.mesh, whole)
+
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Wait for the device; return an iterator over whole weights on the host, by Hugging Face
-        name.
+        """Wait for the device; return an iterator over whole trained weights on the host, by
+        Hugging Face name.
 
         One process reads the shards of each. Several gather each by a program on the devices.
         """
@@ -182,10 +195,10 @@ class XlaBackend:
         return placement.gather(self.model, self.placed, self.processes.count)
 
     def save_sharded(self, folder: str) -> None:
-        """Write the weights in their shards with torch.distributed.checkpoint, after waiting for
-        the device. Scanned layers are written stacked."""
+        """Write the trained weights in their shards with torch.distributed.checkpoint, after
+        waiting for the device. Scanned layers are written stacked."""
         self.synchronize()
-        weights = {name: p.detach() for name, p in self.model.named_parameters()}
+        weights = {name: p.detach() for name, p in trainable(self.model).items()}
         # Copying ahead needs a stream, which XLA devices do not have.
         writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
         save(weights, storage_writer=writer, planner=SPMDSavePlanner(), no_dist=True)
@@ -198,7 +211,7 @@ class XlaBackend:
         """Make the optimizer's state before the first step, so that step 2 uses step 1's graph."""
         self.optimizer, self.options = optimizer, options
         parameters = {}
-        for name, weight in self.model.named_parameters():
+        for name, weight in trainable(self.model).items():
             entry = self.placed[name]
             info = Parameter(tuple(weight.shape), weight.dtype, decays(name), entry.stacked)
             make = self._new_state if resumed is None else partial(self._resumed_state, resumed)
@@ -238,8 +251,9 @@ class XlaBackend:
         return ParameterState(info, weight, slots, master)
 
     def checkpoint_tensors(self) -> list[TensorShards]:
-        """Return weights and optimizer state by their names in a checkpoint, with the shards on
-        this process's devices, after waiting for them. Scanned layers are listed one by one."""
+        """Return trained weights and optimizer state by their names in a checkpoint, with the
+        shards on this process's devices, after waiting for them. Scanned layers are listed one by
+        one."""
         self.synchronize()  # the shards of a tensor that is still being computed can't be read
         found = []
         for name, state in self.state.parameters.items():
@@ -331,8 +345,9 @@ class XlaBackend:
 
         count = len(weights)
 
-        # The weights are passed through the loop. If the body read them from outside, torch_xla
-        # would use another tensor of the same data, and the update could no longer write over it.
+        # The trained weights are passed through the loop. If the body read them from outside,
+        # torch_xla would use another tensor of the same data, and the update could no longer write
+        # over it. Nothing writes over frozen ones: they are read from outside.
         def body(carry: Sequence[Tensor], fields: Sequence[Tensor]):
             sums, totals, given = carry[0], carry[1 : 1 + count], carry[1 + count :]
             more, gradients = micro(tuple(fields), pinned(given))

@@ -8,12 +8,24 @@ left to lose.
 
 On few rows XLA on the CPU is several times faster with the weight as [in, out]; generation passes
 such a copy.
+
+A quantized weight is gathered as it is stored, and each device dequantizes what it multiplies by.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+import torch_xla.core.xla_model as xm
+import torch_xla.runtime as xr
 from torch import Tensor, nn
+
+from torchprime.adapters import nf4
+from torchprime.adapters.quantized import Int8Linear, Nf4Linear, QuantizedLinear
+
+# Shape suffixes of the products: b batch, s sequence, n inputs, m outputs.
 
 
 class _Linear(torch.autograd.Function):
@@ -27,13 +39,18 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        grad_x = torch.einsum("bsm,mn->bsn", grad, weight)
-        x, flat = x.flatten(0, 1), grad.flatten(0, 1)
-        if flat.shape[1] > x.shape[1]:
-            grad_w = torch.matmul(x.t(), flat).t()
-        else:
-            grad_w = torch.matmul(flat.t(), x)
-        return grad_x, grad_w, grad.sum((0, 1)) if ctx.has_bias else None
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            torch.einsum("bsm,mn->bsn", grad, weight) if of_x else None,
+            _weight_gradient(x.flatten(0, 1), grad.flatten(0, 1)) if of_weight else None,
+            grad.sum((0, 1)) if ctx.has_bias and of_bias else None,
+        )
+
+
+def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    if grad.shape[1] > x.shape[1]:
+        return torch.matmul(x.t(), grad).t()
+    return torch.matmul(grad.t(), x)
 
 
 class XlaLinear(nn.Linear):
@@ -48,9 +65,66 @@ class XlaLinear(nn.Linear):
         return _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-any-return]
 
 
-def replace_linears(module: nn.Module) -> None:
-    """Replace every nn.Linear below by an XlaLinear; parameters, names and hooks stay."""
-    for child in module.modules():
+# (name of a quantized layer's part, its tensor) -> the tensor as each device dequantizes it.
+Gather = Callable[[str, Tensor], Tensor]
+
+
+class _Dequantized(torch.autograd.Function):
+    """The product with a frozen weight that is dequantized in the forward and again in the
+    backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: XlaQuantized, *stored: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.layer = layer
+        ctx.save_for_backward(*stored)
+        return torch.einsum("bsn,mn->bsm", x, layer.weight_from(*stored).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        # Behind the barrier the compiler can't recognize that this weight was dequantized before,
+        # and so does not keep the first one in memory to reuse it.
+        grad, *stored = behind = [t.clone() for t in (grad, *ctx.saved_tensors)]
+        xm.optimization_barrier_(behind)
+        weight = ctx.layer.weight_from(*stored).to(grad.dtype)
+        grad_x = torch.einsum("bsm,mn->bsn", grad, weight)
+        return grad_x, None, *(None for _ in stored)
+
+
+class XlaQuantized(QuantizedLinear):
+    """The part of quantized layers that XLA has in another form, for [B, S, D] inputs."""
+
+    gather: Gather
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = _Dequantized.apply(x, self, *self.stored())  # type: ignore
+        return out if self.bias is None else out + self.bias
+
+    def weight_from(self, *stored: Tensor) -> Tensor:
+        pairs = zip(self.parts, stored, strict=True)
+        return super().weight_from(*(self.gather(name, tensor) for name, tensor in pairs))
+
+
+class XlaInt8Linear(XlaQuantized, Int8Linear):
+    """Int8Linear with the products above."""
+
+
+class XlaNf4Linear(XlaQuantized, Nf4Linear):
+    """Nf4Linear with the products above."""
+
+
+def replace_linears(module: nn.Module, gather: Callable[[str, str, Tensor], Tensor]) -> None:
+    """Replace every linear layer below by its form for XLA; parameters, names and hooks stay.
+
+    Args:
+        gather: annotates a part of a quantized weight, given the names of the layer below `module`
+            and of the part, with the sharding that its product needs.
+    """
+    for name, child in module.named_modules():
         if type(child) is nn.Linear:
             child.__class__ = XlaLinear
             child.register_buffer("transposed", None, persistent=False)
+        elif isinstance(child, QuantizedLinear):
+            child.__class__ = XlaInt8Linear if isinstance(child, Int8Linear) else XlaNf4Linear
+            child.gather = partial(gather, name)
+            if xr.device_type() == "TPU":
+                child.level = nf4.level_by_selects

@@ -16,6 +16,8 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
+from torchprime.adapters.apply import trainable
+from torchprime.adapters.quantized import placed_type
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
@@ -62,10 +64,16 @@ def load(
     dtype: torch.dtype,
     tensors: DeviceTensors,
 ) -> None:
-    """Give every parameter its storage on the mesh, in dtype, and move the constants."""
+    """Give every parameter its storage on the mesh, and move the constants.
+
+    Args:
+        dtype: of the weights; parts of quantized ones keep their own.
+    """
     for name, entry in placed.items():
-        host = host_tensor(entry, tensor_of, dtype)
-        _replace(model, name, nn.Parameter(tensors.send(host, entry.spec)))
+        old = model.get_parameter(name)
+        host = host_tensor(entry, tensor_of, placed_type(name, old, dtype))
+        moved = tensors.send(host, entry.spec)
+        _replace(model, name, nn.Parameter(moved, requires_grad=old.requires_grad))
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         moved = tensors.send(buffer, ((),) * buffer.dim())
@@ -92,8 +100,8 @@ def _replace(model: CausalLM, name: str, parameter: nn.Parameter) -> None:
 def gather(
     model: CausalLM, placed: dict[str, Placed], process_count: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights on the host one parameter at a time, by checkpoint name."""
-    for name, parameter in model.named_parameters():
+    """Yield the trained weights on the host one parameter at a time, by checkpoint name."""
+    for name, parameter in trainable(model).items():
         entry = placed[name]
         if process_count == 1:
             host = from_local_shards(parameter.detach())

@@ -16,16 +16,18 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
 import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
 from torch import Tensor, nn
-from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torch_xla.experimental.scan import _scan_impl_flat
 from torch_xla.experimental.stablehlo_custom_call import place_to_device, place_to_host
 
+from torchprime.adapters.dropout import CounterDropout, DropoutPosition, set_position
+from torchprime.errors import ConfigError
 from torchprime.models.decoder import CausalLM, LayerContext
 from torchprime.torch_xla_models.linear import XlaLinear
 
@@ -44,57 +46,6 @@ def device_loop(
     Device tensors that the body reads and that are no arguments (weights, say) become loop inputs.
     """
     return _scan_impl_flat(body, list(carry), list(xs), reverse=reverse)
-
-
-class RecordedLoop:
-    """A `device_loop` that is traced once and run again with other tensors of the same shapes.
-
-    Tracing a deep model takes as long as running it for some tokens. Values that differ between
-    runs must be in carry and xs; all others that the body reads are treated as constant.
-    """
-
-    def __init__(self, body: Callable[..., Any]) -> None:
-        self.body = body
-        self.call: tuple[str, list[Tensor], Any] | None = None  # name, constants, computation
-        self.ys: list[tuple[torch.Size, torch.dtype]] = []
-
-    def run(
-        self, carry: Sequence[Tensor], xs: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Run the loop as `device_loop` does."""
-        if self.call is None:
-            return self._record(carry, xs)
-        name, constants, computation = self.call
-        # Made again, as the first time: stored ones would become data when something syncs all
-        # tensors, and the next program would be another one.
-        device = carry[0].device
-        first = torch.tensor(0, device=device)
-        ys = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in self.ys]
-        tensors = [first, *carry, *xs, *ys, *constants]
-        _, *outputs = XLAC._xla_user_computation(name, tensors, computation)
-        skipped = len(carry) + len(xs)
-        return outputs[: len(carry)], outputs[skipped : skipped + len(ys)]
-
-    def _record(
-        self, carry: Sequence[Tensor], xs: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        run, calls = XLAC._xla_user_computation, []
-
-        def record(*call: Any) -> Any:
-            calls.append(call)
-            return run(*call)
-
-        XLAC._xla_user_computation = record
-        try:
-            carried, ys = device_loop(self.body, carry, xs)
-        finally:
-            XLAC._xla_user_computation = run
-        name, tensors, computation = calls[-1]  # loops inside the body are recorded before it
-        # The loop's own counter, carry, xs, the places of ys, then the constants.
-        given = 1 + len(carry) + len(xs) + len(ys)
-        self.call = name, list(tensors[given:]), computation
-        self.ys = [(y.shape, y.dtype) for y in ys]
-        return carried, ys
 
 
 # Outputs of a layer that its backward does not recompute: those of its matrix products. The norms,
@@ -145,7 +96,9 @@ class LayerRunner:
     ) -> None:
         self.template = template
         self.shard_gradient, self.shard_output = shard_gradient, shard_output
-        self.names = [name for name, _ in template.named_parameters()]
+        named = dict(template.named_parameters())
+        self.names = list(named)
+        self.trained = [parameter.requires_grad for parameter in named.values()]
         self.kept_names = KEPT if policy == "none" else ()
         # A CPU's virtual devices are in host memory already, and do not know the annotation.
         self.offload = policy == "offload" and xr.device_type() == "TPU"
@@ -176,20 +129,26 @@ class LayerRunner:
         context: LayerContext,
         grad: Tensor,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the gradients of the layer's input and weights, from the values that `forward`
-        stored."""
+        """Return the gradients of the layer's input and trained weights, from the values that
+        `forward` stored."""
         x = self.shard_output("", kept[0]).detach().requires_grad_()
-        weights = [w.detach().requires_grad_() for w in weights]
+        leaves = [w.detach().requires_grad_(t) for w, t in zip(weights, self.trained, strict=True)]
         values = dict(zip(self.kept_names, kept[1:], strict=True))
 
         def fetch(name: str, out: Tensor) -> Any:
             return _Fetched.apply(out, self.shard_output(name, values[name]))
 
         with torch.enable_grad(), self._on_outputs(fetch):
-            out = self.call(x, weights, context)
-            grad_x, *grad_weights = torch.autograd.grad(out, [x, *weights], grad)
-        pairs = zip(self.names, grad_weights, strict=True)
+            out = self.call(x, leaves, context)
+            trained = list(compress(leaves, self.trained))
+            grad_x, *grad_weights = torch.autograd.grad(out, [x, *trained], grad)
+        pairs = zip(compress(self.names, self.trained), grad_weights, strict=True)
         return grad_x, [self.shard_gradient(name, g) for name, g in pairs]
+
+    def for_each(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return a gradient for each weight, None for a frozen one, from those of `backward`."""
+        found = iter(gradients)
+        return [next(found) if trained else None for trained in self.trained]
 
     @contextmanager
     def _on_outputs(self, replace: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
@@ -231,7 +190,7 @@ class _Remat(torch.autograd.Function):
         grad_x, grad_weights = ctx.runner.backward([behind[0]], weights, ctx.context, behind[1])
         if ctx.barrier:
             xm.optimization_barrier_([grad_x, *grad_weights])
-        return None, None, None, grad_x, *grad_weights
+        return None, None, None, grad_x, *ctx.runner.for_each(grad_weights)
 
 
 class RematLayer(nn.Module):
@@ -256,11 +215,14 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, runner: LayerRunner, context: LayerContext, x: Tensor, *stacked: Tensor):  # type: ignore[override]
         ctx.runner = runner
-        flat = _flatten(context)
+        position = _position(runner.template)
+        flat = [*(position or ()), *_flatten(context)]
+        ctx.has_position = position is not None
 
         def body(carry: Sequence[Tensor], weights: Sequence[Tensor]):
             h, *rest = carry
-            out, kept = runner.forward(h, weights, _unflatten(rest))
+            with _positioned(runner.template, rest, ctx.has_position) as context:
+                out, kept = runner.forward(h, weights, context)
             return [out, *rest], [place_to_host(t) for t in kept] if runner.offload else kept
 
         carry, kept = device_loop(body, [x, *flat], stacked)
@@ -279,11 +241,12 @@ class _Scan(torch.autograd.Function):
             g, *rest = carry
             kept, weights = xs[:kept_size], xs[kept_size:]
             kept = [place_to_device(t) for t in kept] if runner.offload else kept
-            grad_x, grad_weights = runner.backward(kept, weights, _unflatten(rest), g)
+            with _positioned(runner.template, rest, ctx.has_position) as context:
+                grad_x, grad_weights = runner.backward(kept, weights, context, g)
             return [grad_x, *rest], grad_weights
 
         carry, grads = device_loop(body, [grad, *flat], layers, reverse=True)
-        return None, None, carry[0], *grads
+        return None, None, carry[0], *runner.for_each(grads)
 
 
 def _flatten(context: LayerContext) -> list[Tensor]:
@@ -294,17 +257,49 @@ def _unflatten(tensors: Sequence[Tensor]) -> LayerContext:
     return LayerContext(tensors[0], tensors[1], tuple(tensors[2:]))
 
 
+def _position(layer: nn.Module) -> DropoutPosition | None:
+    """Return the position of a layer's dropout; None if it is off or there is none."""
+    found = (m.position for m in layer.modules() if isinstance(m, CounterDropout))
+    return next(found, None)
+
+
+@contextmanager
+def _positioned(
+    layer: nn.Module, tensors: Sequence[Tensor], has_position: bool
+) -> Iterator[LayerContext]:
+    """Return the context from a loop's tensors; the layer's dropout has their position inside.
+
+    Args:
+        tensors: those of the position, if it has one, then those of the context.
+    """
+    if not has_position:
+        yield _unflatten(tensors)
+        return
+    count, outside = len(DropoutPosition._fields), _position(layer)
+    try:
+        set_position(layer, DropoutPosition(*tensors[:count]))
+        yield _unflatten(tensors[count:])
+    finally:
+        set_position(layer, outside)
+
+
 class ScannedLayers(nn.Module):
-    """The stack as one loop. `stacked` has a layer's parameter names, each tensor [layers, ...]."""
+    """The stack as one loop. `stacked` has a layer's parameter names, each tensor [layers, ...].
+
+    Raises:
+        ConfigError: layers with different parameters, such as an adapter on some of them.
+    """
 
     def __init__(self, layers: Sequence[nn.Module], runner: LayerRunner) -> None:
         super().__init__()
+        _check_equal(layers)
         self.depth = len(layers)
         self.stacked = copy.deepcopy(layers[0])
         for module in self.stacked.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 shape = (self.depth, *parameter.shape)
-                setattr(module, name, nn.Parameter(parameter.new_empty(shape)))
+                stack = nn.Parameter(parameter.new_empty(shape), parameter.requires_grad)
+                setattr(module, name, stack)
         # The runner is no module: its template is code, not weights.
         self.runner = runner
 
@@ -355,6 +350,21 @@ class ScannedLayers(nn.Module):
             for linear in linears:
                 linear.transposed = None
         return carry[0], [keys], [values]
+
+
+def _check_equal(layers: Sequence[nn.Module]) -> None:
+    first, *others = (
+        {name: (p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters()}
+        for layer in layers
+    )
+    for number, other in enumerate(others, start=1):
+        different = sorted(dict(first.items() ^ other.items()))
+        if different:
+            raise ConfigError(
+                "remat.scan_layers: given true, but layers differ: layer 0 and layer "
+                f"{number} in {different[0]}. A loop over layers needs equal ones: use "
+                "remat.scan_layers=false, or adapt and train all layers alike."
+            )
 
 
 @dataclass(frozen=True)
