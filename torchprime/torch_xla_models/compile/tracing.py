@@ -56,23 +56,26 @@ class Placeholders(DeviceTensors):
     def send(self, host: Tensor, spec: Spec) -> Tensor:
         """Return a tensor for a host tensor's shards; the host tensor may be without storage
         too."""
-        return self._make(host.shape, host.dtype, spec, donated=True)
+        return self._make(host.shape, host.dtype, spec)
 
     def send_batch(self, host: Sequence[Tensor], spec: Spec) -> list[Tensor]:
         """Return tensors for a batch's fields."""
-        return [self._make(t.shape, t.dtype, spec, donated=False) for t in host]
+        return [self._make(t.shape, t.dtype, spec) for t in host]
 
     def zeros(self, shape: Sequence[int], spec: Spec) -> Tensor:
         """Return a tensor for fp32 zeros."""
-        return self._make(shape, torch.float32, spec, donated=True)
+        return self._make(shape, torch.float32, spec)
 
     def widened(self, weight: Tensor, spec: Spec) -> Tensor:
         """Return a tensor for an fp32 copy of a weight."""
-        return self._make(weight.shape, torch.float32, spec, donated=True)
+        return self._make(weight.shape, torch.float32, spec)
 
     def materialize(self, state: Sequence[Tensor]) -> None:
-        """Do nothing to materialize tensors, but keep the spec of each tensor that is written."""
-        self._state = [(tensor, self._made[_identity(tensor)].spec) for tensor in state]
+        """Do nothing to materialize tensors, but note which tensors are written."""
+        for tensor in state:
+            made = self._made[_identity(tensor)]
+            self._made[_identity(tensor)] = made._replace(donated=True)
+            self._state.append((tensor, made.spec))
 
     def run(self, outputs: Sequence[Tensor]) -> None:
         """Lower the traced program of these tensors instead of executing it."""
@@ -87,13 +90,11 @@ class Placeholders(DeviceTensors):
         arguments = {position: each for position, each in made.items() if each is not None}
         self.lowered = Lowered(context.hlo(), arguments)
 
-    def _make(
-        self, shape: Sequence[int], dtype: torch.dtype, spec: Spec, *, donated: bool
-    ) -> Tensor:
+    def _make(self, shape: Sequence[int], dtype: torch.dtype, spec: Spec) -> Tensor:
         made = xb.create_placeholder_tensor(tuple(shape), dtype)
         spec = spec or ((),) * len(shape)
         sharding = hlo_sharding(self.mesh, spec)
-        self._made[_identity(made)] = Argument(tuple(shape), sharding, spec, donated)
+        self._made[_identity(made)] = Argument(tuple(shape), sharding, spec, donated=False)
         return made
 
 

@@ -1,0 +1,145 @@
+"""A plain PyTorch loop that trains an adapter, to compare the XLA backend with.
+
+The decoder and the adapters are our modules, tested against transformers and PEFT elsewhere. The
+loss is plain cross-entropy over full logits, clipping and AdamW are torch's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import reference
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig
+
+from torchprime.adapters.apply import apply_adapter, trainable
+from torchprime.adapters.axes import adapter_patterns
+from torchprime.adapters.dropout import DropoutPosition, set_position
+from torchprime.adapters.quantized import quantize_base
+from torchprime.adapters.spec import AdapterSpec
+from torchprime.config.schema import AXES
+from torchprime.data.blocks.batch import Batch
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.decoder import CausalLM
+from torchprime.sharding import ShardingTable
+from torchprime.torch_xla_models.backend import XlaBackend
+from torchprime.training.backend import StepOptions
+from torchprime.training.optim import AdamW
+
+STEPS, SEED, EPS = 10, 20_261_130, 1e-3
+LR = 1e-2
+
+# Inputs of every matrix are whole NF4 blocks on a mesh of fsdp=2 x tensor=2, whose o_proj has four.
+CONFIG = LlamaConfig(
+    vocab_size=reference.V,
+    hidden_size=128,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    attention_bias=True,
+    tie_word_embeddings=False,
+)
+
+
+@dataclass
+class Way:
+    """An adapter, and a mesh and a form of the step that train it."""
+
+    mesh: dict[str, int]
+    spec: AdapterSpec
+    accumulation: int = 1
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def groups(self, table: ShardingTable):
+        """Return the shards along the inputs of a layer, by its name."""
+
+        def of(name: str) -> int:
+            spec = table.find(table.parameters, f"{name}.weight")
+            assert spec is not None
+            count = 1
+            for axis in spec[1]:
+                count *= self.mesh.get(axis, 1)
+            return count
+
+        return of
+
+
+def make_model(way: Way, table: ShardingTable) -> CausalLM:
+    """The adapted model with random weights, also in B, large enough for every one to matter."""
+    model = CausalLM(architecture_from_hf(CONFIG.to_dict()))
+    torch.manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.data.normal_(0.0, 0.1)
+    apply_adapter(model, way.spec)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data.uniform_(0.9, 1.5)
+        elif "lora_" in name and parameter.is_floating_point():
+            parameter.data.normal_(0.0, 0.1)
+    quantize_base(model, way.spec.base_type, way.groups(table))
+    return model
+
+
+def loss_of(model: CausalLM, batch: Batch) -> Tensor:
+    ids, positions, segments = map(
+        torch.from_numpy, (batch.input_ids, batch.position_ids, batch.segment_ids)
+    )
+    logits = model.logits(ids.long(), positions.long(), segments)
+    targets = torch.from_numpy(batch.targets).long().flatten()
+    nll = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    weights = torch.from_numpy(batch.loss_weights).flatten()
+    return (nll * weights).sum() / weights.sum()
+
+
+def train(model: CausalLM, dropout: bool) -> dict[str, list[float]]:
+    """Train the model in place; return the losses and gradient norms of each step."""
+    trained = trainable(model)
+    decayed = [p for n, p in trained.items() if "norm" not in n and not n.endswith("bias")]
+    plain = [p for n, p in trained.items() if "norm" in n or n.endswith("bias")]
+    groups = [
+        {"params": decayed, "weight_decay": reference.DECAY},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LR, eps=EPS)
+    tokens = torch.arange(reference.B * reference.S, dtype=torch.int32)
+    numbers: dict[str, list[float]] = {"losses": [], "norms": []}
+    for step in range(STEPS):
+        if dropout:
+            scalars = [torch.tensor(value, dtype=torch.int32) for value in (SEED, step)]
+            position = DropoutPosition(*scalars, tokens.view(reference.B, reference.S))
+            set_position(model, position)
+        loss = loss_of(model, reference.make_batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), reference.CLIP)
+        numbers["losses"].append(loss.item())
+        numbers["norms"].append(norm.item())
+        optimizer.step()
+    set_position(model, None)
+    return numbers
+
+
+def make_backend(way: Way, start: dict[str, Tensor], shipped: ShardingTable) -> XlaBackend:
+    """A backend that is ready to train the adapted model from these weights."""
+    sizes = {axis: way.mesh.get(axis, 1) for axis in AXES}
+    backend = XlaBackend(sizes, dict.fromkeys(AXES, 1), **way.more)
+    table = ShardingTable(adapter_patterns(shipped.parameters), shipped.activations, 10**6)
+    with torch.device("meta"):
+        model = CausalLM(architecture_from_hf(CONFIG.to_dict()))
+    apply_adapter(model, way.spec)
+    quantize_base(model, way.spec.base_type, way.groups(shipped))
+    backend.place(model, table, lambda name: start[name], torch.float32)
+    options = StepOptions(
+        gradient_accumulation_steps=way.accumulation,
+        loss_chunks=3,
+        max_grad_norm=reference.CLIP,
+        dropout_seed=SEED if way.spec.dropout else None,
+    )
+    backend.prepare_training(AdamW(eps=EPS, weight_decay=reference.DECAY), options)
+    return backend
