@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torchprime.compare.entries import DataEntry, DifferenceEntry
 from torchprime.compare.logs.run import Run
 from torchprime.errors import DataError
 
@@ -83,9 +84,14 @@ class DataDifference:
     value: str | int
     moved_from: int | None = None
 
-    def to_dict(self) -> dict[str, str | int | None]:
+    def to_dict(self) -> DifferenceEntry:
         """Return the entry in parity.json."""
-        values = {name: getattr(self, name) for name in ("step", "what", "reference", "value")}
+        values: DifferenceEntry = {
+            "step": self.step,
+            "what": self.what,
+            "reference": self.reference,
+            "value": self.value,
+        }
         if self.what == "batch_hash":
             values["reference_has_it_at_step"] = self.moved_from
         return values
@@ -107,7 +113,8 @@ class DataCheck:
             return False
         return True if self.hashes else None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> DataEntry:
+        """Return the entry in parity.json."""
         return {
             "same": self.same,
             "steps_with_hashes": self.hashes,
@@ -248,20 +255,16 @@ def differences(reference: Run, run: Run) -> dict[str, tuple[Any, Any]]:
     """
     ours, theirs = {}, {}
     if reference.facts and run.facts:
-        ours |= _flat({name: reference.facts.get(name) for name in _FACTS}, "")
-        theirs |= _flat({name: run.facts.get(name) for name in _FACTS}, "")
+        ours |= dict(_leaves({name: reference.facts.get(name) for name in _FACTS}, ""))
+        theirs |= dict(_leaves({name: run.facts.get(name) for name in _FACTS}, ""))
     if reference.config and run.config:
-        ours |= _flat(reference.config, "config.")
-        theirs |= _flat(run.config, "config.")
+        ours |= dict(_leaves(reference.config, "config."))
+        theirs |= dict(_leaves(run.config, "config."))
     return {
         name: (ours.get(name), theirs.get(name))
         for name in {**ours, **theirs}
         if ours.get(name) != theirs.get(name) and name not in _OWN_KEYS
     }
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return dict(_leaves(values, prefix))
 
 
 def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
+from torchprime.compare.entries import CoverageEntry
 from torchprime.compare.logs.run import Run
 
 STRETCHES = 10
@@ -49,8 +49,15 @@ class Coverage:
         part = "" if self.steps == self.of else f"{self.steps:,} of "
         return f"{part}{self.of:,} step" + "s" * (self.of != 1)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "needed": self.needed}
+    def to_dict(self) -> CoverageEntry:
+        """Return the entry in parity.json."""
+        return {
+            "steps": self.steps,
+            "of": self.of,
+            "stretches": self.stretches,
+            "of_stretches": self.of_stretches,
+            "needed": self.needed,
+        }
 
 
 def cover(runs: Sequence[Run], windows: Iterable[range], within: range | None = None) -> Coverage:

@@ -17,9 +17,8 @@ import bisect
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torchprime.compare.align import (
     align,
@@ -29,6 +28,7 @@ from torchprime.compare.align import (
     differences,
     relative,
 )
+from torchprime.compare.entries import BandEntry, NoiseFloorFile
 from torchprime.compare.logs.run import Run
 from torchprime.errors import DataError
 from torchprime.files.atomic import read_regular_text
@@ -59,10 +59,11 @@ class Band:
         left = right if self.steps[right] == step else max(right - 1, 0)
         return max(self.least, *self.widths[left : right + 1])
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> BandEntry:
         """Return the band's entry in parity.json."""
-        name = "relative_at_least" if self.steps else "relative"
-        return {name: self.least, "from": self.origin}
+        if self.steps:
+            return {"relative_at_least": self.least, "from": self.origin}
+        return {"relative": self.least, "from": self.origin}
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,16 @@ class NoiseFloor:
             widths = [max(w, loss.at(step)) for step, w in zip(steps, widths, strict=True)]
         return Band(origin, least, steps, tuple(widths))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> NoiseFloorFile:
         """Return the file's content."""
         return {
             "kind": KIND,
             "dtype": self.dtype,
             "factor": self.factor,
             "window": self.window,
-            "runs": [asdict(run) for run in self.runs],
+            "runs": [
+                {"label": run.label, "path": run.path, "steps": run.steps} for run in self.runs
+            ],
             "differences": list(self.differences),
             "spreads": {
                 name: {str(step): spread for step, spread in spreads.items()}

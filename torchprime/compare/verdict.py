@@ -14,6 +14,13 @@ from typing import Any
 
 from torchprime.compare.align import DataCheck, relative
 from torchprime.compare.coverage import Coverage
+from torchprime.compare.entries import (
+    PairEntry,
+    ParityFile,
+    PointEntry,
+    QuantityEntry,
+    RunEntry,
+)
 from torchprime.compare.logs.run import Run
 from torchprime.compare.noise_floor import Band
 
@@ -53,9 +60,15 @@ class Point:
             return True
         return self.relative > self.band
 
-    def to_dict(self) -> dict[str, Any]:
-        values = {"step": self.step, "reference": self.reference, "value": self.value}
-        return values | {"relative": self.relative, "band": self.band}
+    def to_dict(self) -> PointEntry:
+        """Return the entry in parity.json."""
+        return {
+            "step": self.step,
+            "reference": self.reference,
+            "value": self.value,
+            "relative": self.relative,
+            "band": self.band,
+        }
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,8 @@ class Judged:
     def has_band(self) -> bool:
         return self.points[0].band is not None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> QuantityEntry:
+        """Return the entry in parity.json."""
         first = self.first_beyond
         return {
             "steps": len(self.points),
@@ -107,14 +121,15 @@ class Pair:
         found = [(n, p) for n, q in self.quantities.items() if (p := q.first_beyond) is not None]
         return min(found, key=lambda each: each[1].step, default=None)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> PairEntry:
+        """Return the entry in parity.json."""
         first = self.first_beyond
         return {
             "run": self.run.label,
             "verdict": self.verdict,
             "data": self.data.to_dict(),
             "coverage": self.coverage and self.coverage.to_dict(),
-            "first_beyond": first and {"quantity": first[0], **first[1].to_dict()},
+            "first_beyond": first and {**first[1].to_dict(), "quantity": first[0]},
             "quantities": {name: each.to_dict() for name, each in self.quantities.items()},
             "differences": {name: list(both) for name, both in self.differences.items()},
             "notes": list(self.notes),
@@ -143,27 +158,26 @@ class Comparison:
         found = [pair.coverage for pair in self.pairs if pair.coverage is not None]
         return min(found, key=lambda each: each.steps / each.of).told
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ParityFile:
         """Return the content of parity.json."""
-        return _plain(
-            {
-                "verdict": self.verdict,
-                "reference": self.reference.label,
-                "steps": {
-                    "common": self.common,
-                    "judged": len(self.steps),
-                    "first": self.steps[0],
-                    "last": self.steps[-1],
-                },
-                "tolerances": {name: band and band.to_dict() for name, band in self.bands.items()},
-                "runs": [_run_facts(run) for run in self.runs],
-                "pairs": [pair.to_dict() for pair in self.pairs],
-                "notes": list(self.notes),
-            }
-        )
+        content: ParityFile = {
+            "verdict": self.verdict,
+            "reference": self.reference.label,
+            "steps": {
+                "common": self.common,
+                "judged": len(self.steps),
+                "first": self.steps[0],
+                "last": self.steps[-1],
+            },
+            "tolerances": {name: band and band.to_dict() for name, band in self.bands.items()},
+            "runs": [_run_entry(run) for run in self.runs],
+            "pairs": [pair.to_dict() for pair in self.pairs],
+            "notes": list(self.notes),
+        }
+        return _plain(content)
 
 
-def _run_facts(run: Run) -> dict[str, Any]:
+def _run_entry(run: Run) -> RunEntry:
     return {
         "label": run.label,
         "path": run.path,
@@ -172,7 +186,10 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "first_step": min(run.steps),
         "last_step": max(run.steps),
         "dtype": run.dtype,
-        **{name: run.facts.get(name) for name in ("backend", "device", "mesh", "versions")},
+        "backend": run.facts.get("backend"),
+        "device": run.facts.get("device"),
+        "mesh": run.facts.get("mesh"),
+        "versions": run.facts.get("versions"),
         "supervised_tokens_per_s": usual_speed(run),
         "notes": list(run.notes),
     }

@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
@@ -37,6 +37,11 @@ from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
 from torchprime.checkpoint.hf.served_template import TrainedTemplate, check_served_template
 from torchprime.checkpoint.hf.weight_names import HEAD
 from torchprime.checkpoint.proof.base_changes import changes_from, told_changes
+from torchprime.checkpoint.proof.entries import (
+    CertificateFile,
+    LogitsValues,
+    WeightsValues,
+)
 from torchprime.checkpoint.proof.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
 from torchprime.checkpoint.proof.verify import NotChecked, compare_logits, read_back
 from torchprime.errors import CheckpointError
@@ -133,11 +138,29 @@ class Certificate:
                 f"checks; `torchprime verify {where}` makes them again."
             )
 
-    def to_dict(self) -> dict[str, Any]:
-        content = asdict(self)
-        content["metrics"] = {key: _plain(value) for key, value in self.metrics.items()}
-        content["checks"] = [asdict(check) for check in self.checks]
-        return {"format_version": FORMAT_VERSION, "passed": not self.failed, **content}
+    def to_dict(self) -> CertificateFile:
+        """Return the content of certificate.json."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "passed": not self.failed,
+            "origin": self.origin,
+            "base_model": self.base_model,
+            "step": self.step,
+            "dtype": self.dtype,
+            "fingerprints": dict(self.fingerprints),
+            "metrics": {key: _plain(value) for key, value in self.metrics.items()},
+            "versions": self.versions,
+            "checks": [
+                {
+                    "name": check.name,
+                    "passed": check.passed,
+                    "detail": check.detail,
+                    "values": check.values,
+                }
+                for check in self.checks
+            ],
+            "files": self.files,
+        }
 
 
 def tally(checks: tuple[Check, ...] | list[Check]) -> str:
@@ -282,16 +305,6 @@ def _same_bytes(folder: Path, hashes: Mapping[str, str]) -> Found:
     return f"{len(hashes)} tensors read back equal the trained weights", values
 
 
-class WeightsValues(TypedDict):
-    """The numbers of the check "weights": counts of tensors and of values in them, tensors by
-    dtype, and one hash of all."""
-
-    tensors: int
-    parameters: int
-    dtypes: dict[str, int]
-    sha256: str
-
-
 def weights_values(reader: SafetensorsReader, hashes: Mapping[str, str]) -> WeightsValues:
     """Return the number of tensors and values, the dtypes, and one hash of all weights that does
     not depend on how they are split into files."""
@@ -340,29 +353,6 @@ def check_base(folder: Path, base: Path | str | None, facts: ExportFacts) -> Fou
             f"{same} after {facts.step} updates: these are the base's weights, not trained ones"
         )
     return told_changes(values), values
-
-
-class ProvedPrompt(TypedDict):
-    """A prompt of the check "logits", cut to `tokens` tokens, and the logits of the likeliest next
-    tokens by id."""
-
-    text: str
-    tokens: int
-    likeliest_next: dict[str, float]
-
-
-class LogitsValues(TypedDict):
-    """The numbers of the check "logits"; the last three are fractions of the largest logit.
-
-    `rounding_floor` is the difference that rounding alone makes, and null where it was not
-    needed.
-    """
-
-    computed_by: str
-    prompts: list[ProvedPrompt]
-    tolerance: float
-    rounding_floor: float | None
-    max_difference: float
 
 
 def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) -> Found:
