@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     **{name: set(BELOW[:place]) for place, name in enumerate(BELOW)},
     "config": set(),
     **{leaf: {"config"} for leaf in LEAVES},
-    "checkpoint": {"config", "models"},
+    "checkpoint": {"config", "models", "adapters"},
     "compare": {"config", "metrics"},
     "generation": BELOW_GENERATION,
     "evaluation": BELOW_EVALUATION,

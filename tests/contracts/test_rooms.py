@@ -24,7 +24,7 @@ MANY_ARGUMENTS = {
 }
 # The rooms of a folder, the lowest first: each may import those before it.
 ROOMS = {
-    "checkpoint": ["hf", "proof", "run"],
+    "checkpoint": ["hf", "proof", "run", "adapter"],
     "cli": ["shared"],
     "compare": ["logs"],
     "data": [

@@ -12,17 +12,21 @@ from typing import Any
 
 from torch import Tensor
 
-from torchprime.adapters.spec import AdapterSpec
+from torchprime.adapters.spec import ALL_LINEAR, AdapterSpec
+from torchprime.adapters.targets import LAYER_NUMBER
 from torchprime.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# Set: a tied output projection follows a trained embedding. Not set: it stays the base's.
+TYING = "ensure_weight_tying"
+EMBEDDING = "embed_tokens"
 
 # Settings that are read.
 _READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules"),
-    *("layers_to_transform", "modules_to_save", "init_lora_weights"),
+    *("layers_to_transform", "modules_to_save", "init_lora_weights", TYING),
 }
 # Settings that change what an adapter computes, with the value at which they change nothing.
 _PLAIN: dict[str, Any] = {
@@ -30,7 +34,6 @@ _PLAIN: dict[str, Any] = {
     "alpha_pattern": {},
     "arrow_config": None,
     "bias": "none",
-    "ensure_weight_tying": False,
     "exclude_modules": None,
     "fan_in_fan_out": False,
     "kasa_config": None,
@@ -56,7 +59,12 @@ _INITS = (True, False, "gaussian", "kaiming")
 
 
 def config_of(
-    spec: AdapterSpec, *, base: str, targets: Sequence[str], whole: Sequence[str]
+    spec: AdapterSpec,
+    *,
+    base: str,
+    targets: Sequence[str],
+    whole: Sequence[str],
+    tied: bool = False,
 ) -> dict[str, Any]:
     """Return the contents of adapter_config.json.
 
@@ -65,24 +73,53 @@ def config_of(
         targets: the full names of the adapted layers.
         whole: the full names of the modules that are trained whole: PEFT also takes the end of a
             name, and `norm` would be `input_layernorm` too.
+        tied: the output projection is the embedding.
     """
-    return {
+    names, layers = _selection(spec, targets)
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": spec.rank,
-        "lora_alpha": spec.alpha,
+        "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
         "lora_dropout": spec.dropout,
         "use_rslora": spec.scaling == "rslora",
         "use_dora": spec.dora,
         "init_lora_weights": "gaussian" if spec.init == "gaussian" else True,
-        "target_modules": sorted({name.rpartition(".")[2] for name in targets}),
-        "layers_to_transform": None if spec.layers is None else list(spec.layers),
+        "target_modules": names,
+        "layers_to_transform": layers,
         "modules_to_save": list(whole) or None,
         "bias": "none",
         "fan_in_fan_out": False,
     }
+    if ties_head(whole, tied):
+        config[TYING] = True
+    return config
+
+
+def ties_head(whole: Sequence[str], tied: bool) -> bool:
+    """Return True if the output projection has to follow a trained embedding.
+
+    Args:
+        whole: the names of the modules that are trained whole.
+        tied: the output projection is the embedding.
+    """
+    return tied and any(name.rpartition(".")[2] == EMBEDDING for name in whole)
+
+
+def _selection(spec: AdapterSpec, targets: Sequence[str]) -> tuple[list[str], list[int] | None]:
+    """Return target_modules and layers_to_transform, which select these layers and no other.
+
+    Last parts of names say it where they can, as most tools write it; else full names.
+    """
+    last = sorted({name.rpartition(".")[2] for name in targets})
+    if all(pattern == ALL_LINEAR or pattern in last for pattern in spec.targets):
+        return last, None if spec.layers is None else list(spec.layers)
+    numbers = sorted({int(m[1]) for name in targets if (m := LAYER_NUMBER.search(name))})
+    if len(targets) == len(last) * len(numbers):
+        return last, numbers
+    return list(targets), None
 
 
 def spec_of(config: Mapping[str, Any], where: str) -> AdapterSpec:

@@ -14,7 +14,7 @@ from torchprime.errors import ConfigError
 
 # The output projection is multiplied chunk by chunk by the loss, not called as a layer.
 _OUTPUT = "lm_head"
-_LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
+LAYER_NUMBER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def target_names(model: nn.Module, spec: AdapterSpec) -> list[str]:
@@ -81,7 +81,7 @@ def _nothing_found(pattern: str, names: Sequence[str]) -> str:
 def _in_layers(names: set[str], layers: tuple[int, ...] | None) -> set[str]:
     if layers is None:
         return names
-    numbers = {name: int(m[1]) for name in names if (m := _LAYER_NUMBER.search(name))}
+    numbers = {name: int(m[1]) for name in names if (m := LAYER_NUMBER.search(name))}
     missing = sorted(set(layers) - set(numbers.values()))
     if missing:
         most = max(numbers.values(), default=-1)

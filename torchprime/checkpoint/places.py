@@ -37,7 +37,8 @@ from torchprime.files.foreign_names import path_fault_of
 from torchprime.files.hashing import FileFacts, hash_file, sha256_of
 
 INCOMPLETE = ".incomplete"
-CONFIG = "config.json"  # without this file no reader recognizes the folder as a model
+# Without one of these no reader recognizes the folder as a model or an adapter.
+CONFIGS = ("config.json", "adapter_config.json")
 SENDERS = 4  # files that are uploaded at the same time
 
 
@@ -246,7 +247,7 @@ class UrlPlace(ExportPlace):
         self._remove_leftover()
         files = hash_folder(folder)
         certificate = {CERTIFICATE: hash_file(folder / CERTIFICATE)}
-        config = {name: files.pop(name) for name in (CONFIG,) if name in files}
+        config = {name: files.pop(name) for name in CONFIGS if name in files}
         names = [*files, *config, *certificate]
         self._storage.write_bytes(INCOMPLETE, json.dumps({"files": names}).encode())
         try:

@@ -1,6 +1,7 @@
-"""`torchprime export CHECKPOINT --out DIR`: a Hugging Face folder of a run's checkpoint.
+"""`torchprime export`: a Hugging Face folder of a run's checkpoint, or of a merged adapter.
 
-It needs no accelerator. torchprime/checkpoint/from_checkpoint.py makes it.
+It needs no accelerator. torchprime/checkpoint/from_checkpoint.py and
+torchprime/checkpoint/adapter/merged_export.py make the folders.
 """
 
 from __future__ import annotations
@@ -10,32 +11,57 @@ from pathlib import Path
 
 import torch
 
+from torchprime.checkpoint.adapter.merged_export import Merge, export_merged
+from torchprime.checkpoint.adapter.read import read_adapter
 from torchprime.checkpoint.from_checkpoint import export_checkpoint, find_checkpoint, send_export
+from torchprime.checkpoint.hf.source import resolve_pretrained
 from torchprime.checkpoint.proof.certificate import CERTIFICATE
 from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.cli.shared.base import base_weights
-from torchprime.config.paths import is_url, place
+from torchprime.config.paths import is_url, name_or_folder, place
 from torchprime.errors import ConfigError
 from torchprime.text.terminal import print_lines
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+USAGES = (
+    "expected CHECKPOINT --out DIR, or --adapter ADAPTER --merge [--base BASE] --out DIR to merge "
+    "a PEFT folder into its base"
+)
 EPILOG = """\
 CHECKPOINT is a folder or URL: RUN/checkpoints/step_00000600, RUN/checkpoints/best, or RUN for the
-newest whole one. The folder of an export is copied as it is. Exit code: 0; 2 if nothing was
-exported, or a check of the certificate failed.
+newest whole one. The folder of an export is copied as it is.
+
+With --adapter and --merge, a PEFT folder is merged into its base, one tensor at a time:
+  torchprime export --adapter RUN/export --base BASE --merge --out DIR
+
+Exit code: 0; 2 if nothing was exported, or a check of the certificate failed.
 """
 
 
 def export_main(argv: list[str]) -> int:
     """Run `export` with the arguments after it; return the exit code."""
     parser = make_parser(
-        "torchprime export", "Export a run's checkpoint as a Hugging Face folder.", EPILOG
+        "torchprime export",
+        "Export a run's checkpoint, or merge an adapter, as a Hugging Face folder.",
+        EPILOG,
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT")
+    add("checkpoint", metavar="CHECKPOINT", nargs="?")
     add("--out", metavar="DIR", required=True, help="new or empty folder or URL")
     add("--dtype", choices=list(DTYPES), help="dtype of the weights (default: as trained)")
-    add("--base", metavar="FOLDER", help="the base's weights, if they were moved")
+    add(
+        "--base",
+        metavar="BASE",
+        help="the base's weights (folder or hub name), if they were moved",
+    )
+    add("--adapter", metavar="ADAPTER", help="a PEFT folder or hub name, instead of CHECKPOINT")
+    add("--merge", action="store_true", help="merge the adapter into the base's weights")
+    add(
+        "--base-dtype",
+        choices=["run", "int8", "nf4"],
+        help="values of the base that the adapter is merged into: run its own, int8 or nf4 the "
+        "quantized ones (default: those that it was trained on, if its certificate names them)",
+    )
     return run_command(parser, argv, _export)
 
 
@@ -44,6 +70,43 @@ def _say(line: str) -> None:
 
 
 def _export(given: argparse.Namespace) -> int:
+    _check_usage(given)
+    return _export_merged(given) if given.adapter is not None else _export_checkpoint(given)
+
+
+def _check_usage(given: argparse.Namespace) -> None:
+    """Raise a ConfigError for arguments that do not go together."""
+    wrong = None
+    if given.adapter is None and given.checkpoint is None:
+        wrong = "CHECKPOINT: not given"
+    elif given.adapter is not None and given.checkpoint is not None:
+        wrong = f"--adapter: given with CHECKPOINT {given.checkpoint}"
+    elif given.adapter is not None and not given.merge:
+        wrong = "--adapter: given without --merge"
+    elif given.adapter is None and given.merge:
+        wrong = "--merge: given without --adapter"
+    elif given.adapter is None and given.base_dtype is not None:
+        wrong = "--base-dtype: given without --adapter"
+    if wrong is not None:
+        raise ConfigError(f"{wrong}; {USAGES}. A PEFT folder itself is copied as CHECKPOINT.")
+
+
+def _export_merged(given: argparse.Namespace) -> int:
+    out = place("--out", given.out)
+    adapter = read_adapter(name_or_folder("--adapter", given.adapter))
+    name = adapter.base if given.base is None else name_or_folder("--base", given.base)
+    if name is None:
+        raise ConfigError(
+            f"--base: not given, and {adapter.where} does not name its base. Expected the folder "
+            "or hub name of the model that the adapter was trained on."
+        )
+    base = resolve_pretrained(name, cache_dir=None, weights=True)
+    dtype = None if given.dtype is None else DTYPES[given.dtype]
+    export_merged(Merge(adapter, base, name, dtype, given.base_dtype), out, _say)
+    return 0
+
+
+def _export_checkpoint(given: argparse.Namespace) -> int:
     out = place("--out", given.out)
     source = place("CHECKPOINT", given.checkpoint)
     if not is_url(source) and (Path(source) / CERTIFICATE).is_file():

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 
+from torchprime.checkpoint.adapter.recheck import recheck_any
 from torchprime.checkpoint.proof.certificate import Certificate, Check, tally
-from torchprime.checkpoint.proof.recheck import recheck
 from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.cli.shared.base import base_weights
 from torchprime.config.paths import local_path
@@ -31,7 +31,7 @@ def verify_main(argv: list[str]) -> int:
 
 
 def _verify(given: argparse.Namespace) -> int:
-    certificate, checks = recheck(local_path("DIR", given.folder), base_weights(given.base))
+    certificate, checks = recheck_any(local_path("DIR", given.folder), base_weights(given.base))
     print_lines(_report(given.folder, certificate, checks), "backslashreplace")
     return 1 if any(check.passed is False for check in checks) else 0
 

@@ -117,6 +117,36 @@ def test_what_we_do_not_have_is_refused_by_name(changed: dict[str, Any], message
     assert message in str(error.value) and "folder" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (AdapterSpec(1, 1), (7, None)),
+        (AdapterSpec(1, 1, layers=(1,)), (7, [1])),
+        (AdapterSpec(1, 1, targets=("q_proj", "up_proj")), (2, None)),
+        (AdapterSpec(1, 1, targets=("model.layers.1.*.q_proj",)), (1, [1])),
+        (AdapterSpec(1, 1, targets=("model.layers.1.*.q_proj", "*.0.mlp.up_proj")), (2, None)),
+    ],
+)
+def test_no_other_layer_is_selected(
+    spec: AdapterSpec,
+    expected: tuple[int, list[int] | None],
+    ours: CausalLM,
+    make_theirs: Callable[[], PreTrainedModel],
+) -> None:
+    """PEFT takes the end of a name in every layer: full names where that would be too many."""
+    targets = apply_adapter(ours, spec)
+    config = config_of(spec, base="b", targets=targets, whole=[])
+    assert (len(config["target_modules"]), config["layers_to_transform"]) == expected
+    kept = {key: config[key] for key in ("target_modules", "layers_to_transform")}
+    theirs = peft.get_peft_model(make_theirs(), peft.LoraConfig(**kept))
+    adapted = {
+        n.removeprefix("base_model.model.")
+        for n, m in theirs.named_modules()
+        if isinstance(m, LoraLayer)
+    }
+    assert adapted == set(targets)
+
+
 def test_every_setting_of_peft_is_known() -> None:
     """A setting that a new release adds is looked at before it is ignored."""
     assert set(peft.LoraConfig().to_dict()) <= KNOWN

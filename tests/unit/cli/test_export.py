@@ -325,6 +325,98 @@ def test_an_export_is_copied_as_its_certificate_has_it(
     assert code == 2 and "(model.safetensors)" in said and not (tmp_path / "spoilt").exists()
 
 
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    """A PEFT folder of the base."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base),
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["o_proj"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    module = "base_model.model.model.layers.0.self_attn.o_proj"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{module}.lora_A.weight": torch.randn(2, 16, generator=generator),
+        f"{module}.lora_B.weight": torch.randn(16, 2, generator=generator),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_is_merged(say: Say, adapter: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    code, said = say("export", "--adapter", adapter, "--merge", "--out", out)
+    assert code == 0 and f"merged {adapter} into {base}: {out}: " in said
+    lora = load_file(adapter / "adapter_model.safetensors")
+    b, a = (lora[name] for name in sorted(lora, reverse=True))
+    before, after = (load_file(each / "model.safetensors") for each in (base, out))
+    name = "model.layers.0.self_attn.o_proj.weight"
+    torch.testing.assert_close(after.pop(name), before.pop(name) + 2 * b @ a)
+    assert all(torch.equal(before[other], tensor) for other, tensor in after.items())
+    code, said = say("verify", out, "--base", base)
+    assert code == 0 and "VERIFIED" in said
+    code, said = say(
+        *("export", "--adapter", adapter, "--merge", "--base", base),
+        *("--dtype", "bf16", "--out", tmp_path / "narrow"),
+    )
+    assert code == 0
+    narrow = load_file(tmp_path / "narrow" / "model.safetensors")
+    assert {tensor.dtype for tensor in narrow.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "CHECKPOINT: not given; expected CHECKPOINT --out DIR, or --adapter"),
+        (["--merge"], "CHECKPOINT: not given"),
+        (["RUN", "--merge"], "--merge: given without --adapter"),
+        (["RUN", "--base-dtype", "nf4"], "--base-dtype: given without --adapter"),
+        (["--adapter", "A"], "--adapter: given without --merge"),
+        (["RUN", "--adapter", "A", "--merge"], "--adapter: given with CHECKPOINT RUN"),
+        (["--adapter", "./none", "--merge"], "There is no local folder ./none"),
+        (["--adapter", "BASE", "--merge"], "is no PEFT folder: it has no adapter_config.json"),
+        (["--adapter", "ADAPTER", "--merge", "--base", "ADAPTER"], "There is a PEFT adapter"),
+    ],
+)
+def test_arguments_that_do_not_go_together(
+    arguments: list[str], message: str, say: Say, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    real = {"ADAPTER": str(adapter), "BASE": str(base)}
+    given = [real.get(each, each) for each in arguments]
+    code, said = say("export", *given, "--out", tmp_path / "out")
+    assert code == 2 and message in said and not (tmp_path / "out").exists()
+    assert said.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("adapter", {"peft_type": "LOHA"}, "peft_type: given 'LOHA', expected 'LORA'"),
+        ("adapter", {"use_qalora": True}, "use_qalora: given True"),
+        ("adapter", {"target_modules": ["c_attn"]}, "is no adapter for this model"),
+        ("adapter", {"base_model_name_or_path": None}, "--base: not given, and"),
+        ("base", {"quantization_config": {"quant_method": "awq"}}, "holds quantized weights"),
+        ("base", {"num_hidden_layers": 2}, "missing: model.layers.1.self_attn.o_proj"),
+        ("base", {"hidden_size": 32}, "o_proj.lora_B.weight is [16, 2], in the model [32, 2]"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_in_one_message(
+    file: str, changes: dict, message: str, say: Say, adapter: Path, base: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(base, tmp_path / "base"))
+    path = adapter / "adapter_config.json" if file == "adapter" else copy / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    chosen = [] if "base_model_name_or_path" in changes else ["--base", copy]
+    code, said = say("export", "--adapter", adapter, "--merge", *chosen, "--out", tmp_path / "out")
+    assert code == 2 and message in said and not (tmp_path / "out").exists()
+    assert said.count("error:") == 1
+
+
 def test_help_says_the_exit_codes(say: Say) -> None:
     for command in ("export", "verify"):
         code, said = say(command, "--help")
@@ -335,5 +427,5 @@ def test_interrupted_is_130(say: Say, exported: Path, monkeypatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torchprime.cli.verify.recheck", interrupt)
+    monkeypatch.setattr("torchprime.cli.verify.recheck_any", interrupt)
     assert say("verify", exported) == (130, "interrupted\n")

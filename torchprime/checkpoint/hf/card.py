@@ -101,10 +101,10 @@ def model_card(
     sections = [
         _front_matter(facts),
         f"# {inline(name)}\n\n{_summary(facts)}",
-        _table("Training", {key: value for key, value in rows.items() if value is not None}),
-        _table("Final metrics", metrics or {}),
-        _command(facts.command),
-        _table("Versions", facts.versions),
+        table_section("Training", {key: value for key, value in rows.items() if value is not None}),
+        table_section("Final metrics", metrics or {}),
+        command_section(facts.command),
+        table_section("Versions", facts.versions),
         _usage(name, facts.chat, template_options or {}),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -114,13 +114,13 @@ def _front_matter(facts: CardFacts) -> str:
     """Return the YAML front matter, which hubs read. It names only models and datasets from the
     hub: a hub links each name, and a local path would be a broken link or somebody else's model."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines += [f"base_model: {name}" for name in _hub_names([facts.hub_model or ""])]
-    if names := _hub_names(facts.hub_datasets):
+    lines += [f"base_model: {name}" for name in hub_names([facts.hub_model or ""])]
+    if names := hub_names(facts.hub_datasets):
         lines += ["datasets:", *(f"- {name}" for name in names)]
     return "\n".join([*lines, "tags:", "- torchprime", "---"])
 
 
-def _hub_names(given: Iterable[str]) -> list[str]:
+def hub_names(given: Iterable[str]) -> list[str]:
     """Return the names that have the form of a hub name, quoted for YAML."""
     return [json.dumps(name) for name in given if HUB_NAME.fullmatch(name)]
 
@@ -132,7 +132,8 @@ def _summary(facts: CardFacts) -> str:
     return f"{start}{data} with torchprime (PyTorch/XLA)."
 
 
-def _table(title: str, rows: Mapping[str, Any]) -> str:
+def table_section(title: str, rows: Mapping[str, Any]) -> str:
+    """Return a section with a table of names and values; empty without rows."""
     if not rows:
         return ""
     cells = [[str(key), _cell(value)] for key, value in rows.items()]
@@ -145,7 +146,8 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
-def _command(command: str | None) -> str:
+def command_section(command: str | None) -> str:
+    """Return the section with the run's command line; empty without one."""
     return "\n".join(["## Command", "", *block(command, "bash")]) if command else ""
 
 

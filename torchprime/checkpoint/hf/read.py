@@ -90,11 +90,12 @@ class SafetensorsReader:
 
     def _open(self, file: str) -> safe_open:
         if file not in self._handles:
-            self._handles[file] = _open_checked(self.folder / file)
+            self._handles[file] = open_checked(self.folder / file)
         return self._handles[file]
 
 
-def _open_checked(path: Path) -> safe_open:
+def open_checked(path: Path) -> safe_open:
+    """Open a safetensors file; raise a CheckpointError if it is not whole."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -121,7 +122,7 @@ def _locate(folder: Path) -> list[tuple[str, str]]:
             f"{folder} holds {len(files)} *.safetensors files and no {INDEX}"
             + (f" ({', '.join(files[:4])}): fetch the index, too." if files else ".")
         )
-    return [(files[0], name) for name in _open_checked(folder / files[0]).keys()]  # noqa: SIM118
+    return [(files[0], name) for name in open_checked(folder / files[0]).keys()]  # noqa: SIM118
 
 
 def _locate_by_index(folder: Path) -> list[tuple[str, str]]:
@@ -145,7 +146,7 @@ def _locate_by_index(folder: Path) -> list[tuple[str, str]]:
             f"{folder} holds two checkpoints: {SINGLE} and the shards of {INDEX} (an export over "
             "an older one?). Readers disagree on which counts: remove the one that is not meant."
         )
-    there = {file: set(_open_checked(folder / file).keys()) for file in files}
+    there = {file: set(open_checked(folder / file).keys()) for file in files}
     wrong = [f"{name} ({file})" for file, name in items if name not in there[file]]
     listed = {name for _, name in items}
     stray = [f"{name} ({file})" for file in files for name in sorted(there[file] - listed)]

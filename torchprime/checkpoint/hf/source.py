@@ -48,6 +48,7 @@ SMALL_PATTERNS = [
     "additional_chat_templates/*.jinja",
 ]
 ADAPTER_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 QUANTIZER_FILES = ("quantize_config.json", "quant_config.json")  # of AutoGPTQ and AutoAWQ
 PICKLES = ("*.bin", "*.pth", "*.pt")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -79,11 +80,48 @@ def resolve_pretrained(name_or_path: str, *, cache_dir: str | None, weights: boo
         raise CheckpointError(_no_such_folder(name_or_path, folder))
     else:
         source = f"the hub repository {name_or_path}"
-        folder = _fetch(name_or_path, cache_dir, weights)
+        patterns = SMALL_PATTERNS + (WEIGHT_PATTERNS if weights else [])
+        folder = _fetch(name_or_path, cache_dir, patterns)
     folder = folder.resolve()
     _require_regular(folder)
     if weights:
         _require_checkpoint(folder, source)
+    return folder
+
+
+def resolve_adapter(name_or_path: str, *, cache_dir: str | None) -> Path:
+    """Find or download the folder of a PEFT adapter.
+
+    Args:
+        name_or_path: a local folder, or the name of a hub repository (`owner/name`).
+        cache_dir: where hub files are kept; None for the library's own place (HF_HOME).
+
+    Raises:
+        CheckpointError: no such folder or repository, no access, no network, no adapter in it, or
+            its weights are no safetensors.
+    """
+    folder = Path(name_or_path).expanduser()
+    if not folder.is_dir():
+        if not HUB_NAME.fullmatch(name_or_path):
+            raise CheckpointError(_no_such_folder(name_or_path, folder))
+        folder = _fetch(name_or_path, cache_dir, [*SMALL_PATTERNS, ADAPTER_WEIGHTS])
+    folder = folder.resolve()
+    _require_regular(folder)
+    if not os.path.lexists(folder / ADAPTER_FILE):
+        inside = folder / "export"  # the folder of a run
+        hint = f" Did you mean {inside}?" if (inside / ADAPTER_FILE).is_file() else ""
+        raise CheckpointError(
+            f"{name_or_path} is no PEFT folder: it has no {ADAPTER_FILE}. Expected a folder with "
+            f"{ADAPTER_FILE} and {ADAPTER_WEIGHTS}, as PEFT's save_pretrained writes it.{hint}"
+        )
+    if not os.path.lexists(folder / ADAPTER_WEIGHTS):
+        pickles = sorted(path.name for path in folder.glob("adapter_model.*"))
+        found = f"only {', '.join(pickles)}" if pickles else "no weights"
+        raise CheckpointError(
+            f"There is {found} and no {ADAPTER_WEIGHTS} in {name_or_path}; only safetensors are "
+            "read, since pickled weights can run code. Load an adapter that you trust in PEFT and "
+            "save it again (save_pretrained with safe_serialization=True)."
+        )
     return folder
 
 
@@ -116,8 +154,7 @@ def hub_name(name_or_path: str | None) -> str | None:
     return name_or_path if HUB_NAME.fullmatch(name_or_path) else None
 
 
-def _fetch(name: str, cache_dir: str | None, weights: bool) -> Path:
-    patterns = SMALL_PATTERNS + (WEIGHT_PATTERNS if weights else [])
+def _fetch(name: str, cache_dir: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns))
     except GatedRepoError as error:

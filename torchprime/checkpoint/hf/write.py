@@ -44,11 +44,13 @@ class WeightLayout:
         spec: name -> shape of every weight, in the order wanted in the files. Tied: no lm_head.
         dtype: of the exported weights.
         max_shard_bytes: the limit above which files are split.
+        file: the name of the only file, if they are not split.
     """
 
     spec: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
     max_shard_bytes: int
+    file: str = SINGLE
 
     def __post_init__(self) -> None:
         if self.max_shard_bytes <= 0:
@@ -78,7 +80,7 @@ class WeightLayout:
             groups[-1][name] = (used, used + size)
             used += size
         if len(groups) == 1:
-            return [Shard(SINGLE, groups[0])]
+            return [Shard(self.file, groups[0])]
         total = len(groups)
         return [
             Shard(f"model-{number:05d}-of-{total:05d}.safetensors", places)

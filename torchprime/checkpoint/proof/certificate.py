@@ -43,7 +43,7 @@ from torchprime.checkpoint.proof.entries import (
     WeightsValues,
 )
 from torchprime.checkpoint.proof.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
-from torchprime.checkpoint.proof.verify import NotChecked, compare_logits, read_back
+from torchprime.checkpoint.proof.verify import LogitsMatch, NotChecked, compare_logits, read_back
 from torchprime.errors import CheckpointError
 from torchprime.files.atomic import write_json
 from torchprime.files.hashing import FileFacts, hash_files
@@ -361,7 +361,16 @@ def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) 
     least = LOGIT_TOLERANCE[dtype]
     match = compare_logits(folder, trained.ids, trained.logits, least=least)
     rows, length = trained.ids.shape
-    values: LogitsValues = {
+    return (
+        f"logits of transformers match the trainer's to {match.difference:.0e} of the largest "
+        f"({rows} prompts of {length} tokens, {match.allowed()})"
+    ), logits_values(trained, match)
+
+
+def logits_values(trained: PromptLogits, match: LogitsMatch) -> LogitsValues:
+    """Return the numbers of the check "logits"."""
+    length = trained.ids.shape[1]
+    return {
         "computed_by": trained.computed_by,
         "prompts": [
             {"text": text, "tokens": length, "likeliest_next": likeliest(logits[-1])}
@@ -371,10 +380,6 @@ def _same_logits(folder: Path, trained: PromptLogits | str, dtype: torch.dtype) 
         "rounding_floor": match.floor,
         "max_difference": match.difference,
     }
-    return (
-        f"logits of transformers match the trainer's to {match.difference:.0e} of the largest "
-        f"({rows} prompts of {length} tokens, {match.allowed()})"
-    ), values
 
 
 def check_template(folder: Path, trained: TrainedTemplate | None) -> Found:

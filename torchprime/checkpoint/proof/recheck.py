@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from torchprime.checkpoint.hf.read import SafetensorsReader
@@ -59,30 +60,32 @@ def recheck(folder: Path, base: Path | None = None) -> tuple[Certificate, list[C
     """
     certificate = read_certificate(folder)
     again: list[tuple[str, Callable[[], Found]]] = [
-        ("when written", lambda: _when_written(certificate)),
-        ("files", lambda: _files(folder, certificate)),
-        ("weights", lambda: _weights(folder, _values(certificate, "weights"))),
+        ("when written", lambda: check_when_written(certificate)),
+        ("files", lambda: check_files(folder, certificate)),
+        ("weights", lambda: check_weights(folder, recorded_values(certificate, "weights"))),
         ("tied weights", lambda: check_tied(folder)),
         ("base", lambda: _base(folder, base, certificate)),
-        ("logits", lambda: _logits(folder, _values(certificate, "logits"), certificate)),
+        ("logits", lambda: _logits(folder, recorded_values(certificate, "logits"), certificate)),
         (
             "chat template",
             lambda: check_template(
-                folder, TrainedTemplate.from_values(_values(certificate, "chat template"))
+                folder, TrainedTemplate.from_values(recorded_values(certificate, "chat template"))
             ),
         ),
         (
             "stop tokens",
-            lambda: check_stops(folder, tuple(_values(certificate, "stop tokens")["stop_ids"])),
+            lambda: check_stops(
+                folder, tuple(recorded_values(certificate, "stop tokens")["stop_ids"])
+            ),
         ),
         ("tokenizer", lambda: check_ids(folder)),
-        ("fingerprints", lambda: _not_here(certificate.fingerprints, "rows and config")),
-        ("metrics", lambda: _not_here(certificate.metrics, "the run and its held-out rows")),
+        ("fingerprints", lambda: not_repeated(certificate.fingerprints, "rows and config")),
+        ("metrics", lambda: not_repeated(certificate.metrics, "the run and its held-out rows")),
     ]
     return certificate, [judge(name, check, folder) for name, check in again]
 
 
-def _values(certificate: Certificate, name: str) -> Mapping[str, Any]:
+def recorded_values(certificate: Certificate, name: str) -> Mapping[str, Any]:
     """Return a recorded check's numbers; raise NotChecked if it was not made, or failed without
     numbers."""
     recorded = certificate.check(name)
@@ -93,14 +96,16 @@ def _values(certificate: Certificate, name: str) -> Mapping[str, Any]:
     return recorded.values
 
 
-def _when_written(certificate: Certificate) -> Found:
+def check_when_written(certificate: Certificate) -> Found:
+    """Check that no check had failed when the certificate was written."""
     if certificate.failed:
         told = "; ".join(f"{check.name}: {check.detail}" for check in certificate.failed)
         raise CheckpointError(f"it was written with failed checks: {told}")
     return certificate.tally(), {}
 
 
-def _files(folder: Path, certificate: Certificate) -> Found:
+def check_files(folder: Path, certificate: Certificate) -> Found:
+    """Check that the folder holds the certified files, and no other that a reader would open."""
     found, expected = hash_folder(folder), certificate.files
     wrong = [f"{name} is missing" for name in expected if name not in found]
     for name, facts in expected.items():
@@ -123,7 +128,12 @@ def _hidden(name: str) -> bool:
     return any(part.startswith(".") for part in Path(name).parts)
 
 
-def _weights(folder: Path, recorded: Mapping[str, Any]) -> Found:
+def check_weights(folder: Path, recorded: Mapping[str, Any]) -> Found:
+    """Check that the tensors are finite, and those of the certificate.
+
+    Args:
+        recorded: the numbers of the certificate's check.
+    """
     reader = SafetensorsReader(folder)
     hashes = {}
     for name in reader.names():
@@ -164,22 +174,32 @@ def _base(folder: Path, base: Path | None, certificate: Certificate) -> Found:
     return told_changes(values), values
 
 
+def recorded_prompts(folder: Path, recorded: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    """Return the ids [B, S] of the certified prompts."""
+    prompts = recorded["prompts"]
+    texts = [prompt["text"] for prompt in prompts]
+    return encode_prompts(folder / "tokenizer.json", texts, longest=prompts[0]["tokens"])
+
+
+def distance_from(recorded: Mapping[str, Any], logits: npt.NDArray[np.float32]) -> float:
+    """Return the largest difference of logits [B, S, V] from the certified ones, relative to the
+    largest logit."""
+    largest = float(np.abs(logits).max())
+    return max(
+        abs(float(row[-1][int(token)]) - value) / largest
+        for row, prompt in zip(logits, recorded["prompts"], strict=True)
+        for token, value in prompt["likeliest_next"].items()
+    )
+
+
 def _logits(folder: Path, recorded: Mapping[str, Any], certificate: Certificate) -> Found:
     parameters = certificate.check("weights").values["parameters"]
     if reason := no_room(parameters, getattr(torch, certificate.dtype)):
         raise NotChecked(reason)
-    prompts = recorded["prompts"]
-    ids = encode_prompts(
-        folder / "tokenizer.json", [p["text"] for p in prompts], longest=prompts[0]["tokens"]
-    )
+    ids = recorded_prompts(folder, recorded)
     model = load_transformers(folder)
     logits = logits_of(model, ids)
-    largest = float(np.abs(logits).max())
-    worst = max(
-        abs(float(row[-1][int(token)]) - value) / largest
-        for row, prompt in zip(logits, prompts, strict=True)
-        for token, value in prompt["likeliest_next"].items()
-    )
+    worst = distance_from(recorded, logits)
     match = judge_logits(model, ids, logits, worst, recorded["tolerance"])
     if not match.within:
         raise CheckpointError(
@@ -187,12 +207,13 @@ def _logits(folder: Path, recorded: Mapping[str, Any], certificate: Certificate)
             f"{match.allowed()}"
         )
     return (
-        f"after {len(prompts)} prompts transformers' logits are the certified ones to {worst:.0e} "
+        f"after {len(ids)} prompts transformers' logits are the certified ones to {worst:.0e} "
         f"of the largest (computed by {recorded['computed_by']})"
     ), {}
 
 
-def _not_here(recorded: Mapping[str, object], what: str) -> Found:
+def not_repeated(recorded: Mapping[str, object], what: str) -> Found:
+    """Raise NotChecked with the recorded values; `what` names the inputs that a check needs."""
     told = ", ".join(
         f"{key} {_short(value)}" for key, value in recorded.items() if value is not None
     )

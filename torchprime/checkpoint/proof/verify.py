@@ -94,9 +94,11 @@ def _no_progress_bar() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def load_transformers(folder: Path) -> Any:
-    """Load the folder's model in transformers, on the CPU, in its own dtype, and check for missing
-    weights.
+def load_transformers(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """Load the folder's model in transformers, on the CPU, and check for missing weights.
+
+    Args:
+        dtype: of its weights; None for the folder's own.
 
     Raises:
         CheckpointError: transformers reports missing, unexpected or mismatched weights (left to
@@ -110,7 +112,7 @@ def load_transformers(folder: Path) -> Any:
         with _no_progress_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=getattr(torch, name),
+                dtype=dtype or getattr(torch, name),
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,

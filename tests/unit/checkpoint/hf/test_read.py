@@ -39,8 +39,8 @@ def test_listing_reads_no_tensor(llama, monkeypatch):
 
     from torchprime.checkpoint.hf import read as hf_read
 
-    real = hf_read._open_checked
-    monkeypatch.setattr(hf_read, "_open_checked", lambda path: HeaderOnly(real(path)))
+    real = hf_read.open_checked
+    monkeypatch.setattr(hf_read, "open_checked", lambda path: HeaderOnly(real(path)))
     reader = SafetensorsReader(llama.folder)
     check_names(llama.spec, reader, tied=False)
 

@@ -1,0 +1,75 @@
+"""The export of a trained adapter to a PEFT folder that `peft` and vLLM load unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from torchprime.checkpoint.adapter.certificate import certify_adapter
+from torchprime.checkpoint.adapter.folder import AdapterFolder
+from torchprime.checkpoint.export import ExportResult, export_need, write_export
+from torchprime.checkpoint.hf.export_facts import ExportFacts
+from torchprime.checkpoint.places import ExportPlace
+from torchprime.checkpoint.proof.logits import PromptLogits
+from torchprime.checkpoint.room import require_room
+
+
+def check_adapter_export(out: Path | str | ExportPlace, adapter: AdapterFolder) -> list[str]:
+    """Raise the errors that `export_adapter` would raise, without weights; takes a second.
+
+    Returns:
+        The repairs that the export makes in the source's files, as lines for the user.
+    """
+    place = ExportPlace.of(out)
+    place.require_new()
+    require_room([export_need(place, adapter.layout)])
+    return adapter.check()
+
+
+def export_adapter(
+    out: Path | str | ExportPlace,
+    adapter: AdapterFolder,
+    *,
+    facts: ExportFacts,
+    weights: Iterable[tuple[str, Tensor]],
+    origin: str,
+    trained: PromptLogits | str,
+    base: Path | str | None,
+) -> ExportResult:
+    """Write an adapter's PEFT folder at `out`, whole or not at all, with its certificate.
+
+    The folder holds adapter_config.json, adapter_model.safetensors, tokenizer and chat template,
+    generation_config.json with the trained stop tokens, README.md and certificate.json.
+
+    Args:
+        out: a folder or URL; must be new or empty.
+        facts: of the run, as for an export of all weights. Of them `dtype` (the run's, and that of
+            the files), `step`, `stop_ids`, the template, `card`, `metrics` and `fingerprints` are
+            used.
+        weights: (name in the adapted model, tensor) of every trained tensor, in any order, as
+            `Backend.weights()` yields them; taken one at a time and not kept.
+        origin: where the tensors come from, for people: "a run from NAME after 600 updates".
+        trained: the trainer's logits for the prompts, or the reason why there are none.
+        base: the folder of the base's weights, or the reason why it can't be read; None if
+            training began from random weights. With a folder, its weights are read and hashed
+            once, and loaded in transformers if host memory holds them twice.
+
+    Returns:
+        The result, whose certificate may have failed checks: call `certificate.require(place)`.
+
+    Raises:
+        CheckpointError: used target, a tensor missing, unknown, of another shape or not finite, a
+            target that refuses.
+    """
+    return write_export(
+        out,
+        small_files=partial(adapter.write_small_files, facts=facts),
+        weights=adapter.renamed(weights),
+        layout=adapter.layout,
+        certify=partial(
+            certify_adapter, adapter=adapter, facts=facts, origin=origin, trained=trained, base=base
+        ),
+    )

@@ -1,0 +1,107 @@
+"""The PEFT folder that a run exports: its facts, and all its files except the weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from torchprime.adapters.peft_format import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    config_of,
+    file_name,
+    ties_head,
+)
+from torchprime.adapters.spec import AdapterSpec
+from torchprime.checkpoint.adapter.card import adapter_card
+from torchprime.checkpoint.adapter.parts import AdapterParts, adapter_parts
+from torchprime.checkpoint.hf.export_facts import ExportFacts
+from torchprime.checkpoint.hf.folder import HfFolder
+from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
+from torchprime.checkpoint.hf.write import WeightLayout
+from torchprime.files.atomic import write_json
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A PEFT folder to be written.
+
+    Attributes:
+        hf: the folder that an export of the merged model would be; its `layout` is of the whole
+            model's weights. Tokenizer, chat templates and stop tokens are taken from it.
+        spec: of the adapter, with the run's `base_type`.
+        base: the base's hub name or folder, written as base_model_name_or_path.
+        base_sha256: of the base's weights when the run began (`base_fingerprint`), to be compared
+            with the files at the end; None if it was not computed.
+    """
+
+    hf: HfFolder
+    spec: AdapterSpec
+    base: str
+    base_sha256: str | None = None
+
+    @cached_property
+    def parts(self) -> AdapterParts:
+        """The adapted layers and the trained tensors' shapes."""
+        return adapter_parts(self.hf.config, self.spec)
+
+    @property
+    def layout(self) -> WeightLayout:
+        """The tensors of adapter_model.safetensors, by PEFT's names."""
+        trained = self.parts.shapes
+        if self._head_twice:
+            trained = {**trained, HEAD: trained[EMBEDDING]}
+        shapes = {file_name(name): shape for name, shape in sorted(trained.items())}
+        # PEFT reads one file.
+        return WeightLayout(shapes, self.hf.layout.dtype, sys.maxsize, WEIGHTS_NAME)
+
+    def check(self) -> list[str]:
+        """Find every contradiction that writing the folder would find, without weights.
+
+        Returns:
+            The repairs made in the source's files, as lines for the user.
+
+        Raises:
+            CheckpointError: contradicting or incomplete input.
+            ConfigError: the adapter does not fit the model.
+        """
+        assert self.parts.shapes
+        return self.hf.check()
+
+    def write_small_files(self, folder: Path, facts: ExportFacts) -> None:
+        """Write all files except the weights: adapter config, generation config, tokenizer, chat
+        templates and card.
+
+        There is no config.json: a reader would take the folder for a whole model.
+
+        Raises:
+            CheckpointError: contradicting or incomplete input.
+        """
+        card = adapter_card(facts, self.spec, self.parts, self.base)
+        self.hf.write_small_files(folder, card)
+        (folder / "config.json").unlink()
+        config = config_of(
+            self.spec,
+            base=self.base,
+            targets=self.parts.targets,
+            whole=self.parts.whole,
+            tied=self.parts.tied,
+        )
+        write_json(folder / CONFIG_NAME, config)
+
+    def renamed(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield trained tensors, given by their names in the adapted model, by PEFT's names."""
+        for name, tensor in weights:
+            yield file_name(name), tensor
+            if name == EMBEDDING and self._head_twice:
+                yield file_name(HEAD), tensor
+
+    @property
+    def _head_twice(self) -> bool:
+        """True for a tied embedding that was trained: PEFT reads it as output projection, too."""
+        return ties_head(self.parts.whole, self.parts.tied)

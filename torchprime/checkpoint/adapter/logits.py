@@ -1,0 +1,57 @@
+"""Logits of an adapted model that is not merged, by our own decoder on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from torchprime.adapters.apply import apply_adapter, base_name
+from torchprime.adapters.spec import AdapterSpec
+from torchprime.checkpoint.adapter.merge import TensorOf, base_in_run
+from torchprime.checkpoint.adapter.parts import plain_decoder
+from torchprime.checkpoint.proof.logits import Logits
+
+
+def adapted_logits(
+    config: Mapping[str, Any],
+    base_tensor_of: TensorOf,
+    trained: Mapping[str, Tensor],
+    spec: AdapterSpec,
+    dtype: torch.dtype,
+    ids: npt.NDArray[np.int64],
+    run_dtype: torch.dtype | None = None,
+) -> Logits:
+    """Return the logits [B, S, V] that base and adapter compute together, without dropout.
+
+    Args:
+        config: the content of config.json.
+        base_tensor_of: gives a tensor of the base's files by its name.
+        trained: the trained tensors by their names in the adapted model.
+        spec: with `base_type` int8 or nf4 the base's layers have their dequantized values.
+        dtype: of the computation.
+        ids: [B, S], rows without padding.
+        run_dtype: of the run that trained the adapter; None is `dtype`.
+    """
+    model = plain_decoder(config)
+    apply_adapter(model, spec)
+
+    def value(name: str, parameter: Tensor) -> Tensor:
+        if name in trained:
+            return trained[name].to(dtype)
+        if not parameter.is_meta:  # the layers' numbers, which only dropout reads
+            return parameter
+        plain = base_name(name)
+        run = run_dtype or dtype
+        return base_in_run(plain, base_tensor_of(plain), spec.base_type, run).to(dtype)
+
+    values = {name: value(name, parameter) for name, parameter in model.named_parameters()}
+    model.load_state_dict(values, assign=True)
+    rows = torch.as_tensor(ids)
+    positions = torch.arange(rows.shape[1]).expand_as(rows)
+    with torch.no_grad():
+        return model.logits(rows, positions, torch.ones_like(rows)).numpy()
