@@ -47,6 +47,29 @@ def test_equals_the_plain_loss_and_its_gradients(chunks: int, groups: int) -> No
     torch.testing.assert_close(w.grad.double() * 2, grad_w, rtol=1e-5, atol=1e-5)
 
 
+def test_a_frozen_output_weight_has_no_gradient() -> None:
+    """Loss and the gradient of hidden states stay; one product of three is spared."""
+    hidden, weight, targets, loss_weights = _case()
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            products[-1] += func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    for trained in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        products.append(0)
+        with Products():
+            loss = chunked_cross_entropy(h, w, targets, loss_weights, 4)[0]
+        loss.backward()
+        assert h.grad is not None and (w.grad is not None) == trained
+        found.append((loss.detach(), h.grad))
+    assert products == [4 * 3, 4 * 2]
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_never_makes_the_full_logits() -> None:
     """No tensor of B x S x V elements, in either direction."""
     hidden, weight, targets, loss_weights = _case()

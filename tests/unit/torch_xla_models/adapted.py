@@ -7,7 +7,7 @@ loss is plain cross-entropy over full logits, clipping and AdamW are torch's.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import reference
 import torch
@@ -20,13 +20,15 @@ from torchprime.adapters.axes import adapter_patterns
 from torchprime.adapters.dropout import DropoutPosition, set_position
 from torchprime.adapters.quantized import quantize_base
 from torchprime.adapters.spec import AdapterSpec
+from torchprime.config.compose import compose_config
 from torchprime.config.schema import AXES
 from torchprime.data.blocks.batch import Batch
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models.backend import XlaBackend
-from torchprime.training.backend import StepOptions
+from torchprime.torch_xla_models.remat import Remat
+from torchprime.training.backend import StepNumbers, StepOptions
 from torchprime.training.optim import AdamW
 
 STEPS, SEED, EPS = 10, 20_261_130, 1e-3
@@ -67,6 +69,54 @@ class Way:
             return count
 
         return of
+
+
+_SCAN = Remat("full", scan_layers=True)
+_FEW = ("q_proj", "down_proj")  # a mask's operations take long to compile
+
+WAYS = {
+    "dropout-scan-remat-accumulate2": Way(
+        {"fsdp": 4},
+        AdapterSpec(rank=4, alpha=8, dropout=0.1, targets=_FEW),
+        accumulation=2,
+        more={"remat": _SCAN},
+    ),
+    "nf4-dora-scan-tensor": Way(
+        {"fsdp": 2, "tensor": 2},
+        AdapterSpec(rank=4, alpha=8, dora=True, targets=_FEW, base_type="nf4"),
+        more={"remat": Remat(scan_layers=True)},
+    ),
+    "nf4-dora-tensor": Way(
+        {"fsdp": 2, "tensor": 2}, AdapterSpec(rank=4, alpha=8, dora=True, base_type="nf4")
+    ),
+    "rslora-whole-modules": Way(
+        {"fsdp": 4},
+        AdapterSpec(
+            rank=4, alpha=4, scaling="rslora", modules_to_train=("lm_head", "input_layernorm")
+        ),
+    ),
+    "lora-scan-tensor": Way(
+        {"fsdp": 2, "tensor": 2},
+        AdapterSpec(rank=4, alpha=8),
+        more={"remat": Remat(scan_layers=True)},
+    ),
+    "int8-dora-dropout-accumulate2": Way(
+        {"data": 2, "fsdp": 2},
+        AdapterSpec(rank=4, alpha=8, dora=True, dropout=0.1, base_type="int8"),
+        accumulation=2,
+    ),
+    "nf4-scan-remat-accumulate2": Way(
+        {"data": 2, "fsdp": 2},
+        AdapterSpec(rank=4, alpha=8, base_type="nf4"),
+        accumulation=2,
+        more={"remat": _SCAN},
+    ),
+    "some-layers-remat-barrier": Way(
+        {"fsdp": 4},
+        AdapterSpec(rank=4, alpha=8, dropout=0.1, layers=(1,), modules_to_train=("embed_tokens",)),
+        more={"remat": Remat("full", optimization_barrier=True)},
+    ),
+}
 
 
 def make_model(way: Way, table: ShardingTable) -> CausalLM:
@@ -143,3 +193,64 @@ def make_backend(way: Way, start: dict[str, Tensor], shipped: ShardingTable) -> 
     )
     backend.prepare_training(AdamW(eps=EPS, weight_decay=reference.DECAY), options)
     return backend
+
+
+class Trained(NamedTuple):
+    """The same training by plain PyTorch and on a backend."""
+
+    plain: CausalLM
+    expected: dict[str, list[float]]
+    start: dict[str, Tensor]
+    backend: XlaBackend
+    numbers: list[StepNumbers]
+    compiles: list[int]  # of each step
+
+
+def train_both(way: Way, shipped: ShardingTable) -> Trained:
+    plain = make_model(way, shipped)
+    start = {n: p.detach().clone() for n, p in plain.named_parameters()}
+    # First, as autograd looks for devices once in a process, at its first backward.
+    backend = make_backend(way, start, shipped)
+    expected = train(plain, way.spec.dropout > 0)
+    numbers, compiles = [], []
+    for step in range(STEPS):
+        before = backend.compiles()
+        batch = backend.put(reference.make_batch(step), way.accumulation)
+        numbers.append(backend.read(backend.train_step(batch, LR)))
+        compiles.append(backend.compiles() - before)
+    return Trained(plain, expected, start, backend, numbers, compiles)
+
+
+def greedy(model: CausalLM, prompt: list[int], count: int) -> list[int]:
+    """Return so many tokens, each the likeliest after all before it; no cache."""
+    ids = list(prompt)
+    for _ in range(count):
+        given = torch.tensor([ids])
+        with torch.no_grad():
+            logits = model.logits(given, torch.arange(len(ids))[None], torch.ones_like(given))
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def shipped_table() -> ShardingTable:
+    config = compose_config(["model.pretrained_model=x", "task.max_steps=1"])
+    return ShardingTable(config.sharding.parameters, config.sharding.activations, 100)
+
+
+def check_one_device() -> None:
+    """Train on one device with dropout, scan and NF4, and compare with plain PyTorch."""
+    spec = AdapterSpec(rank=4, alpha=8, dropout=0.1, targets=_FEW, base_type="nf4")
+    done = train_both(Way({}, spec, more={"remat": _SCAN}), shipped_table())
+    losses = torch.tensor([n.loss for n in done.numbers])
+    torch.testing.assert_close(losses, torch.tensor(done.expected["losses"]), rtol=1e-5, atol=0)
+    ours = dict(done.backend.weights())
+    for name, weight in trainable(done.plain).items():
+        torch.testing.assert_close(ours[name], weight.detach(), rtol=1e-5, atol=1e-5)
+
+
+def one_step(name: str) -> None:
+    """Train one step."""
+    way, table = WAYS[name], shipped_table()
+    start = {n: p.detach() for n, p in make_model(way, table).named_parameters()}
+    backend = make_backend(way, start, table)
+    backend.read(backend.train_step(backend.put(reference.make_batch(0), way.accumulation), LR))

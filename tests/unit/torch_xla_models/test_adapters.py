@@ -1,75 +1,172 @@
-"""Adapters on 4 virtual devices against a plain PyTorch loop: losses, weights after ten steps."""
+"""Adapters on virtual devices against a plain PyTorch loop: losses, weights after ten steps.
+
+The common cases are quick. The others, one device among them, take a compile each.
+"""
 
 from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import adapted
 import pytest
 import reference
 import torch
-from adapted import Way
+import torch_xla
 
+from torchprime.adapters import int8, nf4
 from torchprime.adapters.apply import trainable
+from torchprime.adapters.counter_bits import kept
 from torchprime.adapters.spec import AdapterSpec
+from torchprime.errors import ConfigError
+from torchprime.generation.decode import GenerateOptions
 from torchprime.torch_xla_models import placement
-from torchprime.torch_xla_models.remat import Remat
+from torchprime.torch_xla_models.remat import Remat, ScannedLayers
 
-SCAN = {"remat": Remat("full", scan_layers=True)}
-LORA = AdapterSpec(rank=4, alpha=8)
+QUICK = ["dropout-scan-remat-accumulate2", "nf4-dora-scan-tensor"]
 
-WAYS = {
-    "lora-dropout-scan-remat-accumulate2": Way(
-        {"fsdp": 4}, AdapterSpec(rank=4, alpha=8, dropout=0.1), 2, SCAN
-    ),
-    "nf4-dora-tensor": Way(
-        {"fsdp": 2, "tensor": 2}, AdapterSpec(rank=4, alpha=8, dora=True, base_type="nf4")
-    ),
-}
+
+def cases(names: list[str]) -> list:
+    """The names as parameters of a test, slow if they are not quick."""
+    marks = {False: [pytest.mark.slow], True: []}
+    return [pytest.param(name, marks=marks[name in QUICK]) for name in names]
 
 
 @pytest.fixture(scope="module")
 def trained(shipped_table):
-    """Each way, trained once: the plain model, its numbers, start, the backend, its numbers."""
-    done: dict[str, tuple] = {}
+    """Each way, trained once."""
+    done: dict[str, adapted.Trained] = {}
 
-    def get(way: str):
+    def get(way: str) -> adapted.Trained:
         if way not in done:
-            chosen = WAYS[way]
-            plain = adapted.make_model(chosen, shipped_table)
-            start = {n: p.detach().clone() for n, p in plain.named_parameters()}
-            expected = adapted.train(plain, chosen.spec.dropout > 0)
-            backend = adapted.make_backend(chosen, start, shipped_table)
-            numbers, compiles = [], []
-            for step in range(adapted.STEPS):
-                before = backend.compiles()
-                batch = backend.put(reference.make_batch(step), chosen.accumulation)
-                numbers.append(backend.read(backend.train_step(batch, adapted.LR)))
-                compiles.append(backend.compiles() - before)
-            done[way] = plain, expected, start, backend, numbers, compiles
+            done[way] = adapted.train_both(adapted.WAYS[way], shipped_table)
         return done[way]
 
     return get
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", cases([*adapted.WAYS]))
 def test_losses_norms_and_weights_are_those_of_plain_pytorch(way: str, trained) -> None:
-    plain, expected, start, backend, numbers, compiles = trained(way)
-    assert [n.loss for n in numbers] == pytest.approx(expected["losses"], rel=1e-5)
-    assert [n.grad_norm for n in numbers] == pytest.approx(expected["norms"], rel=1e-5)
-    assert compiles == [1] + [0] * (adapted.STEPS - 1)
-    ours = dict(backend.weights())
-    assert ours.keys() == trainable(plain).keys()
-    for name, weight in trainable(plain).items():
-        assert (weight - start[name]).abs().max() > 1e-2, name
+    done = trained(way)
+    assert [n.loss for n in done.numbers] == pytest.approx(done.expected["losses"], rel=1e-5)
+    assert [n.grad_norm for n in done.numbers] == pytest.approx(done.expected["norms"], rel=1e-5)
+    assert done.compiles == [1] + [0] * (adapted.STEPS - 1)
+    ours = dict(done.backend.weights())
+    assert ours.keys() == trainable(done.plain).keys()
+    for name, weight in trainable(done.plain).items():
+        assert (weight - done.start[name]).abs().max() > 1e-2, name
         torch.testing.assert_close(ours[name], weight.detach(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", cases([*adapted.WAYS]))
 def test_the_base_stays_bit_for_bit(way: str, trained) -> None:
-    _, _, start, backend, _, _ = trained(way)
-    frozen = {n: p for n, p in backend.model.named_parameters() if not p.requires_grad}
-    assert len(frozen) + len(backend.state.parameters) == len(backend.placed)
+    done = trained(way)
+    model, placed = done.backend.model, done.backend.placed
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    assert len(frozen) + len(done.backend.state.parameters) == len(placed)
     for name, parameter in frozen.items():
-        entry = backend.placed[name]
-        first = [start[hf_name] for hf_name in entry.hf_names]
+        entry = placed[name]
+        first = [done.start[hf_name] for hf_name in entry.hf_names]
         host = placement.from_local_shards(parameter.detach())
         assert torch.equal(host, torch.stack(first) if entry.stacked else first[0]), name
+
+
+@pytest.mark.parametrize("way", cases([*adapted.WAYS]))
+def test_a_checkpoint_has_the_trained_weights_alone(way: str, trained) -> None:
+    done = trained(way)
+    found = {each.name for each in done.backend.checkpoint_tensors()}
+    prefixes = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
+    assert found == {f"{prefix}.{name}" for prefix in prefixes for name in trainable(done.plain)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", adapted.WAYS)
+def test_held_out_loss_and_greedy_answers(way: str, trained) -> None:
+    """Without dropout, with adapters and quantized weights, also through the static cache."""
+    done = trained(way)
+    batch = done.backend.put(reference.make_batch(99), 1)
+    loss, weight = done.backend.read_eval([done.backend.eval_step(batch)])
+    with torch.no_grad():
+        expected = adapted.loss_of(done.plain, reference.make_batch(99)).item()
+    assert loss / weight == pytest.approx(expected, rel=1e-5)
+    prompts = [[5, 9, 3], [7, 1, 1, 8, 20], [30], [2, 4]]
+    options = GenerateOptions(max_new_tokens=6, stop_ids=(), max_length=64)
+    found = done.backend.generate(prompts, options)
+    assert [list(a.ids) for a in found] == [adapted.greedy(done.plain, p, 6) for p in prompts]
+
+
+@pytest.mark.slow
+def test_one_device(tmp_path: Path) -> None:
+    """In a process of its own, which has one device."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from torchprime.torch_xla_models.runtime import prepare_environment\n"
+        "prepare_environment(1)\n"
+        "import adapted; adapted.check_one_device()"
+    )
+    environment = {**os.environ, "CPU_NUM_DEVICES": "1"}
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_loops_gather_stored_bytes_and_copy_no_frozen_stack(tmp_path: Path) -> None:
+    """In the compiled program of a scanned, accumulated step over an NF4 base."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from torchprime.torch_xla_models.runtime import prepare_environment\n"
+        "prepare_environment(4)\n"
+        "import adapted; adapted.one_step('nf4-scan-remat-accumulate2')"
+    )
+    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"
+    environment = {**os.environ, "CPU_NUM_DEVICES": "4", "XLA_FLAGS": flags}
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    programs = list(tmp_path.glob("*after_optimizations.txt"))
+    program = max(programs, key=lambda path: path.stat().st_size).read_text()
+    results = re.findall(r"= (\w+\[[\d,]*)\]\S* (all-gather|copy)\(", program)
+    found = {kind: Counter(r for r, k in results if k == kind) for kind in ("all-gather", "copy")}
+    # Two shards of the inputs of each of a layer's seven weights, forward and backward.
+    packed = [n for shape, n in found["all-gather"].items() if re.match(r"u8\[\d+,2,\d+$", shape)]
+    assert sum(packed) >= 2 * 7, found["all-gather"]
+    dequantized = {f"f32[{o},{i}" for o in (128, 256) for i in (128, 256)}
+    assert not dequantized & found["all-gather"].keys(), found["all-gather"]
+    layers = adapted.CONFIG.num_hidden_layers
+    assert not [s for s in found["copy"] if re.match(rf"u8\[{layers},", s)], found["copy"]
+
+
+def test_a_scan_over_layers_that_differ(shipped_table) -> None:
+    spec = AdapterSpec(rank=4, alpha=8, layers=(1,))
+    way = adapted.Way({"fsdp": 4}, spec, more={"remat": Remat(scan_layers=True)})
+    model = adapted.make_model(way, shipped_table)
+    message = r"remat.scan_layers: .*layer 0 and layer 1 in mlp.down_proj.*scan_layers=false"
+    with pytest.raises(ConfigError, match=message):
+        ScannedLayers(list(model.model.layers), None)  # type: ignore
+
+
+def test_dropout_masks_are_equal_to_the_bit() -> None:
+    numbers = torch.arange(40, dtype=torch.int32).view(4, 10)
+    key = [torch.tensor(value, dtype=torch.int32) for value in (123_456_789, -77)]
+    device = torch_xla.device()
+    expected = kept((key[0], key[1]), numbers, 33, 0.3)
+    found = kept((key[0].to(device), key[1].to(device)), numbers.to(device), 33, 0.3)
+    assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantized_weights_are_equal_to_the_bit(dtype: torch.dtype) -> None:
+    """By both ways to find a level: XLA may not join operations that round apart."""
+    weight = torch.randn(48, 256, generator=torch.Generator().manual_seed(1))
+    w, whole = nf4.quantize(weight, groups=2), int8.quantize(weight)
+    on_device = nf4.Nf4(*(t.to(torch_xla.device()) for t in w))
+    for level in (nf4.level_by_lookup, nf4.level_by_selects):
+        found = nf4.dequantize(on_device, dtype, level).cpu()
+        assert torch.equal(found, nf4.dequantize(w, dtype))
+    found = int8.dequantize(int8.Int8(*(t.to(torch_xla.device()) for t in whole)), dtype)
+    assert torch.equal(found.cpu(), int8.dequantize(whole, dtype))
