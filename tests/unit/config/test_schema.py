@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from typing import Any
 
 import pytest
@@ -110,7 +109,6 @@ def test_what_is_written_is_read_back() -> None:
         ("seed", None, ["seed", "null", "whole number"]),
         ("logging_steps", 0, ["logging_steps", "at least 1"]),
         ("profile_start_step", 3, ["profile_end_step", "both or neither"]),
-        ("dataset__block_size", 1, ["dataset.block_size", "1", "at least 2"]),
         ("dataset__max_rejected_fraction", 1.5, ["max_rejected_fraction", "1.5"]),
         ("dataset__packing", "best_fit", ["dataset.packing", "none, bfd", "=none"]),
         ("dataset__packing", "best", ["'best'", "none, bfd, bfd_split, wrapped"]),
@@ -120,15 +118,7 @@ def test_what_is_written_is_read_back() -> None:
         ("dataset__turns", "wholes", ["dataset.turns", "'wholes'", "dataset.turns=whole"]),
         ("dataset__reasoning", "inlined", ["'inlined'", "dataset.reasoning=inline"]),
         ("dataset__answer_form", "think", ["'think'", "as_is, think_answer"]),
-        ("dataset__mixture", [{"name": "a"}], ["dataset.mixture", "expected one of them"]),
-        ("dataset__mixture", {"a": 1}, ["dataset.mixture", "a list of sections"]),
-        ("dataset__replay_share", 0.1, ["dataset.replay_share", "dataset.mixture is empty"]),
-        ("dataset__time_key", "when", ["dataset.time_key", "nothing is split"]),
-        ("dataset__eval_fraction", 1, ["dataset.eval_fraction", "less than 1"]),
-        ("dataset__eval_fraction", 0, ["dataset.eval_fraction", "above 0"]),
-        ("dataset__leak_threshold", 1.5, ["dataset.leak_threshold", "fraction"]),
         ("dataset__columns", {"question": 3}, ["dataset.columns['question']", "3", "text"]),
-        ("dataset__num_proc", 0, ["dataset.num_proc", "at least 1"]),
         ("dataset__hf_dataset_name", "a/b", ["only one", "hf_dataset_name=null"]),
         ("dataset__hf_dataset_config_name", "main", ["dataset.hf_dataset_config_name", "null"]),
         ("dataset__file_dataset_path", None, ["one of the two", "dataset=gsm8k"]),
@@ -278,39 +268,3 @@ def test_nearest_prefers_the_same_last_part() -> None:
     assert nearest("optimizer.max_steps", keys) == "task.max_steps"
     assert nearest("sed", keys) == "seed"
     assert nearest("qqqqq", keys) is None
-
-
-def test_text_has_no_completion() -> None:
-    message = message_of(dataset__format="text", dataset__compute_loss_on="completion")
-    assert "dataset.compute_loss_on" in message and "no completion" in message
-
-
-def mixture(*parts: dict[str, Any], **values: Any) -> dict[str, Any]:
-    tree = with_values(dataset__mixture=list(parts), dataset__file_dataset_path=None, **values)
-    return tree
-
-
-def test_a_mixture_is_read() -> None:
-    parts = (
-        {"name": "a", "file_dataset_path": "a.jsonl", "weight": 2},
-        {"name": "b", "hf_dataset_name": "x/y", "replay": True, "columns": {"prompt": "q"}},
-    )
-    config = load_config(mixture(*parts, dataset__replay_share=0.2))
-    assert [part.name for part in config.dataset.mixture] == ["a", "b"]
-    assert config.dataset.mixture[0].weight == 2.0
-    assert config.dataset.mixture[1].columns == {"prompt": "q"}
-    assert load_config(config.to_dict()) == config, "what a run writes down can be read again"
-
-
-@pytest.mark.parametrize(
-    ("parts", "said"),
-    [
-        ([{"name": "a"}], "dataset.mixture[0].file_dataset_path: given null"),
-        ([{"name": "a", "file_dataset_path": "a", "wieght": 1}], "dataset.mixture[0].wieght"),
-        ([{"name": "a", "file_dataset_path": "a", "weight": 0}], "dataset.mixture[0].weight"),
-        ([{"name": "a", "file_dataset_path": "a"}] * 2, "a name of its own for each part"),
-    ],
-)
-def test_a_mixture_that_cannot_be(parts: list[dict[str, Any]], said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        load_config(mixture(*parts))
