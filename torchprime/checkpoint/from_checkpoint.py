@@ -19,9 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchprime.checkpoint.adapter.certificate import certify_adapter
+from torchprime.checkpoint.adapter.folder import AdapterFolder
+from torchprime.checkpoint.adapter.logits import adapted_logits
 from torchprime.checkpoint.export import ExportResult, write_export, write_weights
 from torchprime.checkpoint.hf.export_facts import FACTS, ExportFacts, read_facts
-from torchprime.checkpoint.hf.folder import CARD
+from torchprime.checkpoint.hf.folder import CARD, HfFolder
 from torchprime.checkpoint.hf.portable_config import both_dtype_spellings
 from torchprime.checkpoint.hf.read import INDEX, SafetensorsReader
 from torchprime.checkpoint.places import ExportPlace
@@ -125,6 +128,10 @@ def export_checkpoint(
         kept = Path(temporary)
         _fetch_small_files(reader, kept)
         written = read_facts(kept / FACTS)
+        if written.adapter is not None:
+            _refuse_dtype(dtype)
+            result = _export_adapter(reader, kept, place, written, base)
+            return _told(result, place, name, say)
         facts = replace(written, dtype=dtype or written.dtype)
         tensor_of = partial(_tensor, reader, _prefixes(reader, facts))
         result = write_export(
@@ -141,12 +148,67 @@ def export_checkpoint(
                 base=_base(facts, base),
             ),
         )
+    return _told(result, place, name, say)
+
+
+def _told(
+    result: ExportResult, place: ExportPlace, name: str, say: Callable[[str], None]
+) -> ExportResult:
+    """Say what was exported; raise the CheckpointError of a failed certificate."""
     assert result.certificate is not None
     result.certificate.require(place)
     proofs = (result.certificate.check(part).detail for part in ("weights", "logits"))
     tally = result.certificate.tally()
     say(f"exported {name} to {place}: {'; '.join(proofs)}; certificate: {tally}")
     return result
+
+
+def _export_adapter(
+    reader: CheckpointReader,
+    kept: Path,
+    place: ExportPlace,
+    facts: ExportFacts,
+    base: Path | None,
+) -> ExportResult:
+    """Export the adapter of a checkpoint as a PEFT folder.
+
+    Args:
+        kept: the small files of the checkpoint's hf/.
+        base: as for `export_checkpoint`.
+    """
+    assert facts.adapter is not None
+    config = read_json(kept / "config.json")
+    hf = HfFolder(facts.layout, config, None, kept, facts.stop_ids[0])
+    adapter = AdapterFolder.of(hf, facts)
+    names = adapter.parts.shapes
+    trained = {name: reader.get(f"model.{name}") for name in names}
+
+    def small_files(folder: Path) -> None:
+        _copy_small_files(kept, facts, facts, folder)
+        adapter.replace_files(folder, facts)
+
+    return write_export(
+        place,
+        small_files=small_files,
+        weights=adapter.renamed(trained.items()),
+        layout=adapter.layout,
+        certify=partial(
+            certify_adapter,
+            adapter=adapter,
+            facts=facts,
+            origin=f"{reader.name} of {facts.source}",
+            trained=_adapted_logits(kept, facts, trained, base),
+            base=_base(facts, base),
+        ),
+    )
+
+
+def _refuse_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        raise CheckpointError(
+            "--dtype: given for the checkpoint of an adapter, which is exported in the type it was "
+            "trained in. Leave it out; give it when the adapter is merged (--adapter DIR --merge)."
+        )
 
 
 def send_export(folder: Path, out: str, say: Callable[[str], None]) -> None:
@@ -255,6 +317,25 @@ def _decoder_logits(
     longest = min(PROMPT_TOKENS, architecture.max_position_embeddings)
     ids = encode_prompts(folder / "tokenizer.json", longest=longest)
     logits = decoder_logits(config, tensor_of, facts.dtype, ids)
+    return PromptLogits(ids, logits, "torchprime's decoder on the CPU, from the checkpoint")
+
+
+def _adapted_logits(
+    kept: Path, facts: ExportFacts, trained: Mapping[str, Tensor], given: Path | None
+) -> PromptLogits | str:
+    """Return the logits that our decoder computes from the base and a checkpoint's adapter, or the
+    reason why it can't."""
+    assert facts.adapter is not None
+    base = _base(facts, given)
+    if not isinstance(base, Path):
+        return base or "training began from random weights"
+    if reason := no_room(facts.layout.num_parameters, facts.dtype):
+        return reason
+    config = read_json(kept / "config.json")
+    longest = min(PROMPT_TOKENS, architecture_from_hf(config).max_position_embeddings)
+    ids = encode_prompts(kept / "tokenizer.json", longest=longest)
+    tensor_of = SafetensorsReader(base).get
+    logits = adapted_logits(config, tensor_of, trained, facts.adapter, facts.dtype, ids)
     return PromptLogits(ids, logits, "torchprime's decoder on the CPU, from the checkpoint")
 
 

@@ -14,6 +14,11 @@ import pytest
 import torch
 import transformers
 
+from torchprime.adapters.spec import AdapterSpec
+from torchprime.checkpoint.adapter.certificate import base_fingerprint
+from torchprime.checkpoint.adapter.export import export_adapter
+from torchprime.checkpoint.adapter.folder import AdapterFolder
+from torchprime.checkpoint.adapter.parts import adapter_parts
 from torchprime.checkpoint.export import export_hf
 from torchprime.checkpoint.from_checkpoint import add_weights, export_checkpoint, find_checkpoint
 from torchprime.checkpoint.hf.card import CardFacts
@@ -331,6 +336,55 @@ def test_a_checkpoint_without_what_an_export_needs(local, run_checkpoint, tmp_pa
     with pytest.raises(CheckpointError, match="has no hf/export.json"):
         export_checkpoint(local, NAME, tmp_path / "out", say=lambda line: None)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def adapter_facts(llama) -> ExportFacts:
+    spec = AdapterSpec(
+        rank=2, alpha=4.5, targets=("q_proj", "up_proj"), modules_to_train=("*.norm",)
+    )
+    return facts_of(llama, adapter=spec, base_sha256=base_fingerprint(llama.folder)["sha256"])
+
+
+def test_an_adapter_from_a_checkpoint_is_the_runs_to_the_byte(
+    local, llama, adapter_facts, save, tokenizer_folder, tmp_path
+) -> None:
+    hf = hf_folder(llama, adapter_facts, tokenizer_folder)
+    adapter = AdapterFolder.of(hf, adapter_facts)
+    generator = torch.Generator().manual_seed(0)
+    shapes = adapter.parts.shapes
+    weights = {n: torch.randn(shape, generator=generator) * 0.3 for n, shape in shapes.items()}
+    save(local, llama, weights, facts=adapter_facts)
+    at_end = export_adapter(
+        tmp_path / "end",
+        adapter,
+        facts=adapter_facts,
+        weights=weights.items(),
+        origin="a test",
+        trained="not here",
+        base="not here",
+    )
+    with pytest.raises(CheckpointError, match="--dtype: given for the checkpoint of an adapter"):
+        export_checkpoint(local, NAME, tmp_path / "no", dtype=torch.bfloat16, say=print)
+    result = export_checkpoint(local, NAME, tmp_path / "out", say=lambda line: None)
+    wanted, found = contents(at_end.folder), contents(result.folder)
+    del wanted["certificate.json"], found["certificate.json"]
+    assert found == wanted and "adapter_config.json" in found and "config.json" not in found
+    assert result.certificate is not None
+    passed = {check.name for check in result.certificate.checks if check.passed}
+    assert {"weights", "adapter", "trained", "base", "logits", "merged"} <= passed
+
+
+def test_an_adapter_without_its_base_is_exported(
+    local, llama, adapter_facts, save, tmp_path
+) -> None:
+    facts = dataclasses.replace(adapter_facts, base_folder=str(tmp_path / "gone"))
+    shapes = adapter_parts(llama.config, adapter_facts.adapter).shapes
+    save(local, llama, {n: torch.ones(shape) for n, shape in shapes.items()}, facts=facts)
+    result = export_checkpoint(local, NAME, tmp_path / "out", say=lambda line: None)
+    assert result.certificate is not None
+    assert result.certificate.check("logits").passed is None
+    assert "--base FOLDER" in result.certificate.check("logits").detail
 
 
 def test_a_missing_weight_is_named(local, llama, save, tmp_path) -> None:

@@ -27,7 +27,6 @@ from torchprime.checkpoint.adapter.read import StoredAdapter, read_adapter
 from torchprime.checkpoint.adapter.with_peft import PeftOverBase
 from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.read import SafetensorsReader
-from torchprime.checkpoint.hf.weight_names import EMBEDDING
 from torchprime.checkpoint.hf.write import tensor_hash
 from torchprime.checkpoint.proof.certificate import (
     CERTIFICATE,
@@ -55,6 +54,7 @@ from torchprime.checkpoint.proof.verify import NotChecked, read_back
 from torchprime.errors import CheckpointError
 from torchprime.files.atomic import write_json
 from torchprime.files.json_files import read_json
+from torchprime.models.architecture import architecture_from_hf
 
 B = ".lora_B.weight"
 
@@ -161,10 +161,8 @@ class OverBase:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The base's config.json, with the vocabulary of a trained embedding."""
-        config = read_json(self.base_folder / "config.json")
-        embedding = self.stored.tensors.get(EMBEDDING)
-        return config if embedding is None else {**config, "vocab_size": embedding.shape[0]}
+        """The base's config.json, with the vocabulary of the adapted model."""
+        return self.stored.config_for(read_json(self.base_folder / "config.json"))
 
     @cached_property
     def parts(self) -> AdapterParts:
@@ -272,7 +270,8 @@ class OverBase:
 
     @cached_property
     def _ids(self) -> np.ndarray:
-        longest = min(PROMPT_TOKENS, self.config["max_position_embeddings"])
+        most = architecture_from_hf(self.config).max_position_embeddings
+        longest = min(PROMPT_TOKENS, most)
         return encode_prompts(self.folder / "tokenizer.json", longest=longest)
 
     @cached_property

@@ -21,10 +21,10 @@ from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.adapter.card import adapter_card
 from torchprime.checkpoint.adapter.parts import AdapterParts, adapter_parts
 from torchprime.checkpoint.hf.export_facts import ExportFacts
-from torchprime.checkpoint.hf.folder import HfFolder
+from torchprime.checkpoint.hf.folder import CARD, HfFolder
 from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
 from torchprime.checkpoint.hf.write import WeightLayout
-from torchprime.files.atomic import write_json
+from torchprime.files.atomic import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,15 @@ class AdapterFolder:
     spec: AdapterSpec
     base: str
     base_sha256: str | None = None
+
+    @classmethod
+    def of(cls, hf: HfFolder, facts: ExportFacts) -> AdapterFolder:
+        """Return the folder of a run that trained an adapter (`facts.adapter`).
+
+        The base is named as the config names it.
+        """
+        assert facts.adapter is not None and facts.base_model is not None
+        return cls(hf, facts.adapter, facts.base_model, facts.base_sha256)
 
     @cached_property
     def parts(self) -> AdapterParts:
@@ -82,8 +91,13 @@ class AdapterFolder:
         Raises:
             CheckpointError: contradicting or incomplete input.
         """
-        card = adapter_card(facts, self.spec, self.parts, self.base)
-        self.hf.write_small_files(folder, card)
+        self.hf.write_small_files(folder, card="")
+        self.replace_files(folder, facts)
+
+    def replace_files(self, folder: Path, facts: ExportFacts) -> None:
+        """Make of the small files of a whole model those of an adapter: its config instead of
+        config.json, and its card."""
+        write_text(folder / CARD, adapter_card(facts, self.spec, self.parts, self.base))
         (folder / "config.json").unlink()
         config = config_of(
             self.spec,

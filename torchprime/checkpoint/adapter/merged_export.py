@@ -46,6 +46,7 @@ from torchprime.checkpoint.proof.logits import (
 )
 from torchprime.errors import CheckpointError
 from torchprime.files.json_files import read_json, read_json_if_there, token_ids
+from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.unsupported import DEQUANTIZE
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -86,7 +87,7 @@ class Merge:
                 f"For a merge into the original weights, {DEQUANTIZE}."
             )
         self.adapter.fit(self.config)
-        check_names(self.shapes, self.reader, tied=self.tied)
+        check_names(self._base_shapes, self.reader, tied=self.tied)
         if self.out_dtype not in LOGIT_TOLERANCE:
             raise CheckpointError(
                 f"{self.base_name} holds weights of type {self.out_dtype}; give the type of the "
@@ -95,8 +96,9 @@ class Merge:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The base's config.json."""
-        return read_json(self.base / "config.json")
+        """The base's config.json, with the vocabulary of the adapted model."""
+        config = read_json(self.base / "config.json")
+        return config if config.get("quantization_config") else self.adapter.config_for(config)
 
     @cached_property
     def reader(self) -> SafetensorsReader:
@@ -107,6 +109,15 @@ class Merge:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The merged model's weights."""
         return {n: tuple(p.shape) for n, p in plain_decoder(self.config).named_parameters()}
+
+    @property
+    def _base_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes expected in the base's files; a trained embedding may have more rows."""
+        found = self.reader.names()
+        return {
+            name: found[name][0] if name in self.adapter.tensors and name in found else shape
+            for name, shape in self.shapes.items()
+        }
 
     @property
     def tied(self) -> bool:
@@ -157,7 +168,8 @@ class Merge:
         count = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         if reason := no_room(count, self.out_dtype):
             return reason
-        longest = min(PROMPT_TOKENS, self.config["max_position_embeddings"])
+        most = architecture_from_hf(self.config).max_position_embeddings
+        longest = min(PROMPT_TOKENS, most)
         ids = encode_prompts(folder / "tokenizer.json", longest=longest)
         spec = replace(self.adapter.spec, base_type=self.into)
         logits = adapted_logits(

@@ -26,6 +26,7 @@ from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD, PLAIN_DTYPES
 from torchprime.checkpoint.hf.write import is_finite
 from torchprime.errors import CheckpointError, ConfigError
 from torchprime.files.json_files import read_json
+from torchprime.models.architecture import architecture_from_hf
 
 SHOWN = 3  # names in a message
 
@@ -49,6 +50,14 @@ class StoredAdapter:
     base: str | None
     tensors: Mapping[str, Tensor]
     tying: bool
+
+    def config_for(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the base's config.json with the vocabulary of a trained embedding that has more
+        rows."""
+        embedding = self.tensors.get(EMBEDDING)
+        rows = 0 if embedding is None else embedding.shape[0]
+        grown = rows > architecture_from_hf(config).vocab_size
+        return {**config, "vocab_size": rows} if grown else dict(config)
 
     def fit(self, config: Mapping[str, Any]) -> AdapterParts:
         """Check that the adapter is one for the model of a config.json; return its parts there.

@@ -69,8 +69,11 @@ class PeftOverBase:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # its names are compared below
-                loaded = peft.PeftModel.from_pretrained(model, str(self.folder)).eval()
-                names = set(peft.get_peft_model_state_dict(loaded))
+                loaded = peft.PeftModel.from_pretrained(
+                    model, str(self.folder), torch_device="cpu"
+                ).eval()
+                # Not "auto", which may ask the hub for the base's config.
+                names = set(peft.get_peft_model_state_dict(loaded, save_embedding_layers=False))
         except Exception as error:  # libraries raise nearly anything
             first = (str(error).splitlines() or ["no text"])[0]
             raise CheckpointError(

@@ -11,11 +11,13 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from torchprime.adapters.spec import AdapterSpec, BaseType, Init, Scaling
 from torchprime.checkpoint.field_kinds import (
+    MOST_COUNT,
     OBJECT,
     TEXT,
     Kind,
@@ -54,6 +56,22 @@ FIELDS: Table = {
     "card": OBJECT,
     "metrics": OBJECT,
     "fingerprints": texts_to(or_null(TEXT)),
+    "adapter": or_null(OBJECT),
+    "base_sha256": or_null(TEXT),
+}
+NAMES = list_of(TEXT, "a list of names")
+NUMBER = Kind("a number from 0", lambda v: type(v) in (int, float) and 0 <= v < MOST_COUNT)
+ADAPTER: Table = {
+    "rank": count(1),
+    "alpha": NUMBER,
+    "scaling": Kind("lora or rslora", lambda v: v in get_args(Scaling)),
+    "dropout": NUMBER,
+    "targets": NAMES,
+    "layers": or_null(list_of(count(), "a list of numbers")),
+    "modules_to_train": NAMES,
+    "init": Kind("kaiming or gaussian", lambda v: v in get_args(Init)),
+    "dora": Kind("true or false", lambda v: isinstance(v, bool)),
+    "base_type": Kind("run, int8 or nf4", lambda v: v in get_args(BaseType)),
 }
 
 
@@ -76,6 +94,8 @@ class ExportFacts:
         card: facts for the model card.
         metrics: the last values.
         fingerprints: of data, config, tokenizer, ...
+        adapter: what was trained, if not all weights: then `spec` is of the model without it.
+        base_sha256: of the weights that an adapter's run began with; None if not computed.
     """
 
     spec: dict[str, tuple[int, ...]]
@@ -92,6 +112,8 @@ class ExportFacts:
     card: CardFacts = field(default_factory=CardFacts)
     metrics: Mapping[str, object] = field(default_factory=dict)
     fingerprints: dict[str, str | None] = field(default_factory=dict)
+    adapter: AdapterSpec | None = None
+    base_sha256: str | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -152,9 +174,18 @@ def read_facts(path: Path) -> ExportFacts:
         content["stop_ids"] = tuple(content["stop_ids"])
         content["unused_rows"] = tuple(content["unused_rows"])
         content["card"] = CardFacts.from_json(content["card"], "card")
+        if content["adapter"] is not None:
+            content["adapter"] = _adapter(content["adapter"])
         return ExportFacts(**content)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not hold an export's facts: {error}.") from error
+
+
+def _adapter(content: Mapping[str, Any]) -> AdapterSpec:
+    """Return the description of an adapter; a ValueError is raised for wrong fields."""
+    check_fields(content, ADAPTER, "adapter")
+    fields = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
+    return AdapterSpec(**fields)
 
 
 def _defaults() -> dict[str, Any]:

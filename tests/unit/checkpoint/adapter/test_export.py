@@ -150,6 +150,23 @@ def test_the_base_is_compared_with_the_one_at_the_start(by_peft, tmp_path: Path)
     assert "as in training" in told and "unchanged in PEFT's model" in told
 
 
+def test_rows_for_new_tokens(by_peft, tmp_path: Path) -> None:
+    case = Case(by_peft("whole modules"))
+    generator = torch.Generator().manual_seed(0)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        more = torch.randn(8, 64, generator=generator) * 0.1
+        case.tensors[name] = torch.cat([case.tensors[name], more])
+    case.config = {**case.config, "vocab_size": 328}
+    shapes = {n: (328, *s[1:]) if s[0] == 320 else s for n, s in case.facts.spec.items()}
+    hf = replace(
+        case.adapter.hf, layout=WeightLayout(shapes, torch.float32, 10**9), config=case.config
+    )
+    case.adapter = replace(case.adapter, hf=hf)
+    result = case.export(tmp_path / "out")
+    assert result.certificate is not None and not result.certificate.failed
+    assert checks_of(result)["logits"] and checks_of(result)["base"]
+
+
 def test_a_spoilt_folder_is_found(by_peft, make_base: Callable[..., Path], tmp_path: Path) -> None:
     case = Case(by_peft("lora"))
     case.export(tmp_path / "out")

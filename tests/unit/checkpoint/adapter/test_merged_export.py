@@ -52,6 +52,23 @@ def test_a_quantized_base_is_merged_as_it_was_trained(by_peft, tmp_path: Path) -
     assert away > 0.01  # the quantization's error
 
 
+def test_rows_for_new_tokens_are_merged_too(by_peft, tmp_path: Path) -> None:
+    made = by_peft("whole modules")
+    folder = Path(shutil.copytree(made.folder, tmp_path / "adapter"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[f"base_model.model.{name}"] = torch.randn(328, 64)
+    (folder / "adapter_model.safetensors").unlink()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    merge = Merge(read_adapter(folder), made.base, str(made.base))
+    result = export_merged(merge, tmp_path / "out", lambda line: None)
+    assert result.certificate is not None and not result.certificate.failed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size == 328
+    theirs = tensors["base_model.model.lm_head.weight"]
+    assert torch.equal(model.lm_head.weight, theirs)
+
+
 def test_a_base_of_half_precision_needs_a_type(by_peft, tmp_path: Path) -> None:
     made = by_peft("lora")
     base = Path(shutil.copytree(made.base, tmp_path / "base"))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.hf.card import CardFacts
 from torchprime.checkpoint.hf.export_facts import FACTS, ExportFacts, read_facts
 from torchprime.errors import CheckpointError
 from torchprime.files.atomic import write_json
+
+GOOD = asdict(AdapterSpec(rank=2, alpha=1))
 
 
 @pytest.fixture
@@ -29,6 +33,8 @@ def facts() -> ExportFacts:
         card=CardFacts(name="tuned", hub_datasets=("a/b",), versions={"torch": "2"}, chat=True),
         metrics={"train loss of the last step": 1.25},
         fingerprints={"data": "d" * 64, "heldout": None},
+        adapter=AdapterSpec(rank=2, alpha=0.5, layers=(0, 3), modules_to_train=("norm",)),
+        base_sha256="e" * 64,
     )
 
 
@@ -60,6 +66,13 @@ def test_facts_survive_being_written(tmp_path: Path, facts: ExportFacts) -> None
         ({"card": "x"}, r"card: given 'x', expected an object"),
         ({"card": {"hub_model": ["a/b"]}}, "card.hub_model: given list, expected text, or null"),
         ({"dtype": "complex64"}, "dtype: given 'complex64', expected a type of weights"),
+        ({"adapter": {}}, "adapter lacks rank"),
+        ({"adapter": {"rank": 2, "more": 1}}, "adapter"),
+        (
+            {"adapter": {**GOOD, "base_type": "int3"}},
+            "adapter.base_type: given 'int3', expected run",
+        ),
+        ({"adapter": {**GOOD, "layers": [-1]}}, "adapter.layers"),
         ({"max_shard_bytes": 0}, "max_shard_bytes: given 0, expected a whole number from 1"),
     ],
 )
