@@ -34,10 +34,10 @@ class BaseChanges(TypedDict):
 
 def told_changes(values: Mapping[str, Any]) -> str:
     """Return the numbers of `changes_from` in words."""
-    new = values.get("new_rows")
+    new, largest = values.get("new_rows"), float(values["largest_change"])
     return (
         f"{values['changed']} of {values['tensors']} tensors differ from the base, the largest "
-        f"change is {values['largest_change']:.3g} in {values['largest_change_in']}"
+        f"change is {largest:.3g} in {values['largest_change_in']}"
     ) + (f"; {new:,} rows are new and not compared" if new else "")
 
 
