@@ -137,7 +137,7 @@ class Clock:
 
 def run_ours(args: argparse.Namespace, data: str, name: str) -> dict[str, Any]:
     """Our preparation; `ours, second start` finds what `ours, kept on disk` left."""
-    from torchprime.config.dataset import DatasetConfig
+    from torchprime.config.sections.dataset import DatasetConfig
     from torchprime.data.files.source import SourceSpec
     from torchprime.data.prepare import Part, prepare_dataset
     from torchprime.data.templates.choose import resolve_template

@@ -86,7 +86,7 @@ def train_tokenizer(rows: Path, folder: Path) -> None:
 
 def prepare(rows: Path, folder: Path, packed: bool) -> tuple[Any, float]:
     """Blocks of the rows, packed or one row each, and the seconds it took."""
-    from torchprime.config.dataset import DatasetConfig
+    from torchprime.config.sections.dataset import DatasetConfig
     from torchprime.data.files.source import SourceSpec
     from torchprime.data.prepare import Part, prepare_dataset
     from torchprime.data.tokenizer.load import load_tokenizer

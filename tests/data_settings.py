@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torchprime.config.dataset import DatasetConfig
+from torchprime.config.sections.dataset import DatasetConfig
 from torchprime.data.blocks.chunks import Settings
 from torchprime.training.setup.datasets import settings_of
 

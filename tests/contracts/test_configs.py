@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from torchprime.config.compose import assets_dir, compose_config, configs_dir
-from torchprime.config.evaluation import LOSSES
 from torchprime.config.load import schema_defaults
+from torchprime.config.sections.evaluation import LOSSES
 from torchprime.data.leaks.find import find_leaks
 from torchprime.evaluation.graders.samples import Sample
 from torchprime.models.architecture import architecture_from_hf
@@ -23,7 +23,7 @@ from torchprime.sharding import ShardingTable
 from torchprime.training.evaluating import make_choosing, make_graders
 
 CONFIGS = configs_dir()
-GROUPS = ("dataset", "eval", "mesh", "model", "remat", "sharding", "task")
+GROUPS = ("adapter", "dataset", "eval", "mesh", "model", "remat", "sharding", "task")
 RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 OPTIONS = sorted(
     (group, path.stem) for group in GROUPS for path in (CONFIGS / group).glob("*.yaml")

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 import transformers
 import yaml
 
-from torchprime.config.dataset import Format
-from torchprime.config.evaluation import EvalConfig, GenerateConfig
+from torchprime.config.sections.dataset import Format
+from torchprime.config.sections.evaluation import EvalConfig, GenerateConfig
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.files.record import Rejection
 from torchprime.data.files.source import SourceSpec

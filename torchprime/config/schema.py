@@ -14,25 +14,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from torchprime.config.checks import (
-    at_least,
-    fraction,
-    not_empty,
-    positive,
-    refuse,
-    shown,
-    special_tokens,
-)
-from torchprime.config.dataset import DatasetConfig
-from torchprime.config.evaluation import EvalConfig, ExportConfig, SelectionConfig
-from torchprime.config.paths import (
-    CompileCache,
-    HubNameOrFolder,
-    LocalFolder,
-    PathOrUrl,
-    RunFolders,
-    is_url,
-)
+from torchprime.config.checks import at_least, not_empty, positive, refuse, shown
+from torchprime.config.paths import CompileCache, LocalFolder, PathOrUrl, RunFolders
+from torchprime.config.sections.adapter import AdapterConfig
+from torchprime.config.sections.dataset import DatasetConfig
+from torchprime.config.sections.evaluation import EvalConfig, ExportConfig, SelectionConfig
+from torchprime.config.sections.model import ModelConfig
+from torchprime.config.sections.task import TaskConfig
 from torchprime.config.topologies import check_devices, topology
 from torchprime.errors import ConfigError
 from torchprime.files.foreign_names import fault_of
@@ -44,132 +32,6 @@ AXES: tuple[str, ...] = get_args(Axis)
 
 # One entry per dim of a tensor: an axis, several axes (the first is the major one) or null.
 AxisSpec = list[str | list[str] | None]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The model's weights or its architecture; a checkpoint's own config.json takes precedence."""
-
-    pretrained_model: HubNameOrFolder | None = None
-    tokenizer_name: HubNameOrFolder | None = None
-    attention_kernel: Literal["auto", "splash", "flash", "flex", "reference"] = "auto"
-    # HF config.json keys, to train from scratch or plan without the weights.
-    architecture: dict[str, Any] | None = None
-    add_special_tokens: list[str] = field(default_factory=list)
-    # Initialization of rows for tokens without one; null: a larger tokenizer is refused.
-    resize_embeddings: Literal["mean", "zeros"] | None = None
-    pad_vocab_to_multiple: int | None = None  # null: 128 if rows are added
-
-    def __post_init__(self) -> None:
-        not_empty("model.pretrained_model", self.pretrained_model)
-        not_empty("model.tokenizer_name", self.tokenizer_name)
-        special_tokens("model.add_special_tokens", self.add_special_tokens)
-        at_least("model.pad_vocab_to_multiple", self.pad_vocab_to_multiple, 1)
-
-    @property
-    def new_rows(self) -> Literal["mean", "zeros"] | None:
-        """The initialization of new rows; adding tokens or padding requires one, too."""
-        asked = self.add_special_tokens or self.pad_vocab_to_multiple is not None
-        return self.resize_embeddings or ("mean" if asked else None)
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    name: Literal["adamw", "adafactor"] = "adamw"
-    learning_rate: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float | None = None  # None: the method's own, 1e-8 for adamw, 1e-30 for adafactor
-    weight_decay: float = 0.0
-    # fp32 copies of bf16 weights: without them small updates are rounded away.
-    master_weights: bool = True
-
-    def __post_init__(self) -> None:
-        positive("task.optimizer.learning_rate", self.learning_rate)
-        for i, beta in enumerate(self.betas):
-            fraction(f"task.optimizer.betas[{i}]", beta, one_allowed=False)
-        positive("task.optimizer.eps", self.eps)
-        at_least("task.optimizer.weight_decay", self.weight_decay, 0)
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Linear warm-up, then decay of this shape to `min_lr_ratio` of the peak."""
-
-    name: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int | None = None
-    warmup_ratio: float | None = None
-    min_lr_ratio: float = 0.0
-
-    def __post_init__(self) -> None:
-        steps_key, ratio_key = "task.lr_scheduler.warmup_steps", "task.lr_scheduler.warmup_ratio"
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ConfigError(
-                f"{steps_key} and {ratio_key}: given {self.warmup_steps} and {self.warmup_ratio}, "
-                f"expected at most one of the two. Add {ratio_key}=null or {steps_key}=null."
-            )
-        at_least(steps_key, self.warmup_steps, 0)
-        fraction(ratio_key, self.warmup_ratio)
-        fraction("task.lr_scheduler.min_lr_ratio", self.min_lr_ratio)
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """The size of a step, the number of steps, and the export at the end."""
-
-    name: Literal["train", "sft"]
-    global_batch_size: int  # blocks per step, over all devices and micro-batches
-    gradient_accumulation_steps: int = 1
-    max_steps: int | None = None
-    num_epochs: float | None = None
-    max_grad_norm: float | None = 1.0
-    max_grad_value: float | None = None
-    loss_chunks: int = 8
-    loss_kernel: Literal["auto", "liger", "chunked"] = "auto"
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    lr_scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    # Relative: inside the run's folder; or a URL (gs://, s3://).
-    export_checkpoint_path: PathOrUrl | None = None
-    convert_to_safetensors: bool = True
-    max_shard_size_gb: float = 5.0
-    sample_prompts: int = 0
-
-    def __post_init__(self) -> None:
-        at_least("task.global_batch_size", self.global_batch_size, 1)
-        at_least("task.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
-        self._check_length()
-        positive("task.max_grad_norm", self.max_grad_norm)
-        positive("task.max_grad_value", self.max_grad_value)
-        at_least("task.loss_chunks", self.loss_chunks, 1)
-        if is_url(self.export_checkpoint_path or "") and not self.convert_to_safetensors:
-            refuse(
-                "task.export_checkpoint_path",
-                self.export_checkpoint_path,
-                "a folder, since task.convert_to_safetensors=false leaves shards that are not "
-                "proved, and only a proved export is sent to a URL",
-                "Set task.convert_to_safetensors=true, or a folder.",
-            )
-        positive("task.max_shard_size_gb", self.max_shard_size_gb)
-        at_least("task.sample_prompts", self.sample_prompts, 0)
-
-    @property
-    def micro_batch_size(self) -> int:
-        """Blocks per forward pass, over all devices."""
-        return self.global_batch_size // self.gradient_accumulation_steps
-
-    def _check_length(self) -> None:
-        if self.max_steps is None and self.num_epochs is None:
-            raise ConfigError(
-                "task.max_steps and task.num_epochs: given null and null, expected one of the two. "
-                "Set task.max_steps=100 or task.num_epochs=3."
-            )
-        if self.max_steps is not None and self.num_epochs is not None:
-            raise ConfigError(
-                f"task.max_steps and task.num_epochs: given {self.max_steps} and "
-                f"{self.num_epochs}, expected only one of the two. Add task.num_epochs=null or "
-                "task.max_steps=null."
-            )
-        at_least("task.max_steps", self.max_steps, 1)
-        positive("task.num_epochs", self.num_epochs)
 
 
 @dataclass(frozen=True)
@@ -299,6 +161,7 @@ class TrainConfig:
     dcn_mesh: MeshConfig
     sharding: ShardingConfig
     remat: RematConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -339,6 +202,7 @@ class TrainConfig:
         self.dcn_mesh.check("dcn_mesh")
         self._check_batch()
         self._check_eval()
+        self._check_adapter()
         if self.task.sample_prompts > 0 and not self.holds_out:
             refuse(
                 "task.sample_prompts",
@@ -351,6 +215,45 @@ class TrainConfig:
     def holds_out(self) -> bool:
         """Return True if held-out rows have their own source or are split from training rows."""
         return self.eval.enabled or self.dataset.eval_fraction is not None
+
+    def _check_adapter(self) -> None:
+        a, asked = self.adapter, self.export.adapter
+        if not a.enabled:
+            if asked != "merged":
+                refuse(
+                    "export.adapter",
+                    asked,
+                    "merged, since adapter=none trains all weights",
+                    "Set adapter=lora, or export.adapter=merged.",
+                )
+            return
+        if self.model.pretrained_model is None:
+            refuse(
+                "model.pretrained_model",
+                None,
+                "the base of the adapter",
+                "Name a checkpoint, or set adapter=none to train all weights.",
+            )
+        if self.model.new_rows is not None and not a.trains_whole("embed_tokens"):
+            refuse(
+                "adapter.modules_to_train",
+                a.modules_to_train,
+                "embed_tokens among them, since the vocabulary gets new rows (model."
+                "add_special_tokens, resize_embeddings or pad_vocab_to_multiple)",
+                "Set adapter.modules_to_train=[embed_tokens], and lm_head if the model has one.",
+            )
+        for key, given, expected in (
+            ("task.convert_to_safetensors", self.task.convert_to_safetensors, True),
+            ("checkpoint.hf", self.checkpoint.hf, False),
+        ):
+            if given != expected:
+                refuse(
+                    key,
+                    given,
+                    f"{shown(expected)}, since a run with an adapter keeps the adapter only",
+                    f"Set {key}={shown(expected)}; `torchprime export` makes a Hugging Face folder "
+                    "of a checkpoint.",
+                )
 
     def _check_eval(self) -> None:
         if self.eval.enabled and self.dataset.eval_fraction is not None:

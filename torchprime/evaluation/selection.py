@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torchprime.config.checks import refuse
-from torchprime.config.evaluation import LOSSES
 from torchprime.config.load import nearest
+from torchprime.config.sections.evaluation import LOSSES
 from torchprime.metrics.record import GradedScore
 
 RELATIONS: dict[str, Callable[[float, float], bool]] = {

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from torchprime.checkpoint.proof.certificate import CERTIFICATE, Certificate, read_certificate
-from torchprime.config.evaluation import LOSSES
+from torchprime.config.sections.evaluation import LOSSES
 from torchprime.data.leaks.report import LeakReport
 from torchprime.data.report import DataReport
 from torchprime.errors import DataError

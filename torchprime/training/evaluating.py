@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from torchprime.config.evaluation import EvalConfig, SelectionConfig
+from torchprime.config.sections.evaluation import EvalConfig, SelectionConfig
 from torchprime.evaluation.behaviour import Prompt, check_prompts
 from torchprime.evaluation.graders.make import MEASURES, make_grader
 from torchprime.evaluation.graders.samples import Grader

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 
-from torchprime.config.dataset import Packing
+from torchprime.config.sections.dataset import Packing
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.tokens.completions import Example
 from torchprime.errors import IsolationError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from torchprime.config.dataset import (
+from torchprime.config.sections.dataset import (
     LossOn,
     MixtureBy,
     Packing,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from torchprime.config.dataset import Packing
+from torchprime.config.sections.dataset import Packing
 from torchprime.data.blocks.batch import Batch
 from torchprime.data.blocks.pack import Plan, pack
 from torchprime.data.blocks.store import ExampleStore

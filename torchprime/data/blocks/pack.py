@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from torchprime.config.dataset import Packing
+from torchprime.config.sections.dataset import Packing
 
 Ints = npt.NDArray[np.int64]
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from torchprime.config.dataset import DatasetConfig
+from torchprime.config.sections.dataset import DatasetConfig
 from torchprime.data.files.hub import load_hub, read_hub
 from torchprime.data.files.listing import SourceFile, find_files, is_saved_folder, protocols
 from torchprime.data.files.readers import DELIMITERS, LINE_EXTENSIONS, read_records, split_name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchprime.config.dataset import DatasetConfig
+from torchprime.config.sections.dataset import DatasetConfig
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-from torchprime.config.dataset import DatasetConfig
+from torchprime.config.sections.dataset import DatasetConfig
 from torchprime.errors import DataError
 
 KEYWORDS = {

@@ -28,7 +28,7 @@ from itertools import chain, islice
 import numpy as np
 from datasketch import MinHashLSH
 
-from torchprime.config.dataset import DatasetConfig
+from torchprime.config.sections.dataset import DatasetConfig
 from torchprime.data.leaks.minhash import (
     NUM_PERM,
     Signer,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torchprime.config.dataset import AnswerForm, DatasetConfig, Format
+from torchprime.config.sections.dataset import AnswerForm, DatasetConfig, Format
 from torchprime.data.messages.read import Message
 
 

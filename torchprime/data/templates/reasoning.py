@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from torchprime.config.dataset import Reasoning
+from torchprime.config.sections.dataset import Reasoning
 from torchprime.data.files.record import Rejection
 from torchprime.data.messages.read import Message
 from torchprime.data.rows.read import Row

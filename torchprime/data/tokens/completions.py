@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from torchprime.config.dataset import LossOn, Truncation
+from torchprime.config.sections.dataset import LossOn, Truncation
 from torchprime.data.files.record import Rejection
 from torchprime.data.rows.read import Row
 from torchprime.data.tokenizer.load import Tokenizer

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchprime.config.dataset import DatasetConfig, LossOn, Reasoning, SpecialTokensInText
+from torchprime.config.sections.dataset import DatasetConfig, LossOn, Reasoning, SpecialTokensInText
 from torchprime.data.files.record import Rejection
 from torchprime.data.rows.limits import one_row
 from torchprime.data.rows.read import Row

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchprime.config.dataset import LossOn
+from torchprime.config.sections.dataset import LossOn
 from torchprime.data.files.record import Rejection
 from torchprime.data.rows.read import Row
 from torchprime.data.tokenizer.load import Tokenizer

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import NotRequired, TypedDict
 
 from torchprime.checkpoint.run.manifest import Manifest
-from torchprime.config.evaluation import LOSSES
+from torchprime.config.sections.evaluation import LOSSES
 from torchprime.evaluation.selection import Evaluated
 from torchprime.training.optim import Parameter
 from torchprime.training.prepare import Prepared

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from torchprime.checkpoint.hf.source import hub_name
-from torchprime.config.dataset import DatasetConfig, Format, MixturePart
-from torchprime.config.evaluation import EvalConfig
 from torchprime.config.schema import TrainConfig
+from torchprime.config.sections.dataset import DatasetConfig, Format, MixturePart
+from torchprime.config.sections.evaluation import EvalConfig
 from torchprime.data.blocks.chunks import Settings
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.files.source import SourceSpec

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from torchprime.config.dataset import Packing
+from torchprime.config.sections.dataset import Packing
 from torchprime.data.blocks.batch import FIELDS, Batch
 from torchprime.data.blocks.budget import batch_budget
 from torchprime.data.blocks.dataset import PackedDataset

@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from torchprime.config.dataset import Packing
+from torchprime.config.sections.dataset import Packing
 from torchprime.data.blocks.pack import Plan, pack
 from torchprime.data.rows.read import QUESTION_PROMPT
 from torchprime.data.tokenizer.load import load_tokenizer

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from torchprime.config.dataset import Format
+from torchprime.config.sections.dataset import Format
 from torchprime.data.files.record import Rejection
 from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.formats import FIELDS, decide_format

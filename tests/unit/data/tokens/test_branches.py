@@ -20,7 +20,7 @@ import pytest
 import tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from torchprime.config.dataset import Reasoning
+from torchprime.config.sections.dataset import Reasoning
 from torchprime.data.blocks.chunks import Work
 from torchprime.data.files.record import Rejection
 from torchprime.data.messages.read import Message

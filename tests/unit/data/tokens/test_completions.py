@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from torchprime.config.dataset import LossOn
+from torchprime.config.sections.dataset import LossOn
 from torchprime.data.files.record import Rejection
 from torchprime.data.rows.read import QUESTION_PROMPT, Row
 from torchprime.data.tokenizer.load import Tokenizer

@@ -156,3 +156,5 @@ class ExportConfig:
 
     # best: by `selection`; an evaluated step that is the best so far is then saved as a checkpoint.
     which: Literal["best", "last"] = "last"
+    # Under an adapter: its PEFT folder, a Hugging Face folder of base and adapter merged, or both.
+    adapter: Literal["adapter", "merged", "both"] = "merged"

@@ -1,0 +1,109 @@
+"""The section `task`: the kind of training, its length, batch size, optimizer and export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torchprime.config.checks import at_least, fraction, positive, refuse
+from torchprime.config.paths import PathOrUrl, is_url
+from torchprime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: Literal["adamw", "adafactor"] = "adamw"
+    learning_rate: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float | None = None  # None: the method's own, 1e-8 for adamw, 1e-30 for adafactor
+    weight_decay: float = 0.0
+    # fp32 copies of bf16 weights: without them small updates are rounded away.
+    master_weights: bool = True
+
+    def __post_init__(self) -> None:
+        positive("task.optimizer.learning_rate", self.learning_rate)
+        for i, beta in enumerate(self.betas):
+            fraction(f"task.optimizer.betas[{i}]", beta, one_allowed=False)
+        positive("task.optimizer.eps", self.eps)
+        at_least("task.optimizer.weight_decay", self.weight_decay, 0)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Linear warm-up, then decay of this shape to `min_lr_ratio` of the peak."""
+
+    name: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int | None = None
+    warmup_ratio: float | None = None
+    min_lr_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        steps_key, ratio_key = "task.lr_scheduler.warmup_steps", "task.lr_scheduler.warmup_ratio"
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ConfigError(
+                f"{steps_key} and {ratio_key}: given {self.warmup_steps} and {self.warmup_ratio}, "
+                f"expected at most one of the two. Add {ratio_key}=null or {steps_key}=null."
+            )
+        at_least(steps_key, self.warmup_steps, 0)
+        fraction(ratio_key, self.warmup_ratio)
+        fraction("task.lr_scheduler.min_lr_ratio", self.min_lr_ratio)
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """The size of a step, the number of steps, and the export at the end."""
+
+    name: Literal["train", "sft"]
+    global_batch_size: int  # blocks per step, over all devices and micro-batches
+    gradient_accumulation_steps: int = 1
+    max_steps: int | None = None
+    num_epochs: float | None = None
+    max_grad_norm: float | None = 1.0
+    max_grad_value: float | None = None
+    loss_chunks: int = 8
+    loss_kernel: Literal["auto", "liger", "chunked"] = "auto"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lr_scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    # Relative: inside the run's folder; or a URL (gs://, s3://).
+    export_checkpoint_path: PathOrUrl | None = None
+    convert_to_safetensors: bool = True
+    max_shard_size_gb: float = 5.0
+    sample_prompts: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("task.global_batch_size", self.global_batch_size, 1)
+        at_least("task.gradient_accumulation_steps", self.gradient_accumulation_steps, 1)
+        self._check_length()
+        positive("task.max_grad_norm", self.max_grad_norm)
+        positive("task.max_grad_value", self.max_grad_value)
+        at_least("task.loss_chunks", self.loss_chunks, 1)
+        if is_url(self.export_checkpoint_path or "") and not self.convert_to_safetensors:
+            refuse(
+                "task.export_checkpoint_path",
+                self.export_checkpoint_path,
+                "a folder, since task.convert_to_safetensors=false leaves shards that are not "
+                "proved, and only a proved export is sent to a URL",
+                "Set task.convert_to_safetensors=true, or a folder.",
+            )
+        positive("task.max_shard_size_gb", self.max_shard_size_gb)
+        at_least("task.sample_prompts", self.sample_prompts, 0)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Blocks per forward pass, over all devices."""
+        return self.global_batch_size // self.gradient_accumulation_steps
+
+    def _check_length(self) -> None:
+        if self.max_steps is None and self.num_epochs is None:
+            raise ConfigError(
+                "task.max_steps and task.num_epochs: given null and null, expected one of the two. "
+                "Set task.max_steps=100 or task.num_epochs=3."
+            )
+        if self.max_steps is not None and self.num_epochs is not None:
+            raise ConfigError(
+                f"task.max_steps and task.num_epochs: given {self.max_steps} and "
+                f"{self.num_epochs}, expected only one of the two. Add task.num_epochs=null or "
+                "task.max_steps=null."
+            )
+        at_least("task.max_steps", self.max_steps, 1)
+        positive("task.num_epochs", self.num_epochs)
