@@ -76,7 +76,8 @@ def _check(given: argparse.Namespace) -> int:
         return 0
     manifest = point.reader.manifest
     now = load(config)  # prepares the data, or finds it in the cache
-    identity = {"model": now.files.fingerprint(), **now.data.fingerprints()}
+    base = None if now.files.adapter is None else now.files.base_fingerprint()
+    identity = {"model": now.files.fingerprint(), "base": base, **now.data.fingerprints()}
     older = {"model": now.files.older_fingerprint()}
     changes = find_changes(manifest, config.to_dict(), identity, older)
     _say(f"{point.where}: step {manifest.step}, written by {manifest.backend} on {manifest.mesh}")

@@ -46,10 +46,13 @@ def peak_bf16_flops(device_kind: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """The sizes of a decoder on which its operations per token depend; `num_parameters` counts tied
-    ones once."""
+    """The sizes of a decoder on which its operations per token depend.
+
+    `num_parameters` counts tied ones once; `trained_parameters` are those of them with a gradient.
+    """
 
     num_parameters: int
+    trained_parameters: int
     vocab_size: int
     hidden_size: int
     tied_embeddings: bool
@@ -61,12 +64,14 @@ class ModelSizes:
 def model_flops_per_token(model: ModelSizes, block_size: int) -> int:
     """Return the forward and backward operations per token of a block.
 
-    A tied embedding is also the output head's matrix and so is part of N; an untied one is only
-    looked up and is subtracted.
+    Every parameter of a product takes 2 forward and 2 for the gradient of the product's input; a
+    trained one takes 2 more for its own gradient. A tied embedding is also the output head's matrix
+    and so is part of N; an untied one is only looked up and is subtracted.
     """
     looked_up_only = 0 if model.tied_embeddings else model.vocab_size * model.hidden_size
     attention = 12 * model.num_layers * model.num_heads * model.head_size * block_size
-    return 6 * (model.num_parameters - looked_up_only) + attention
+    multiplied = model.num_parameters - looked_up_only
+    return 4 * multiplied + 2 * min(multiplied, model.trained_parameters) + attention
 
 
 def mfu(

@@ -48,6 +48,8 @@ from torchprime.training.step import (
     StepSums,
     TrainState,
     Update,
+    dropout_at,
+    dropout_position,
     eval_sums,
     finish_step,
     forward_sums,
@@ -122,6 +124,7 @@ class NativeBackend:
         """
         size = self.mesh["tensor"].size()
         if size > 1:
+            placement.check_adapter(model, size)
             layer = model.model.layers.get_submodule("0")
             placement.tensor_styles(layer, model.architecture, table, size)
 
@@ -147,12 +150,12 @@ class NativeBackend:
         placement.load(self.root, model, table, self.mesh, tensor_of, dtype, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Return an iterator over whole weights on the host, by Hugging Face name.
+        """Return an iterator over whole trained weights on the host, by their names in the model.
 
         Each is gathered on every process by a collective, which waits for the device.
         """
         self._reshard()
-        return placement.gather(self.model)
+        return placement.gather(self._trained())
 
     def _reshard(self) -> None:
         """Reshard the root's own weights, which a forward leaves gathered. A tensor passed out
@@ -181,7 +184,7 @@ class NativeBackend:
             self.root.cross_entropy = partial(chunked_cross_entropy, chunks=options.loss_chunks)
         make = self._new_state if resumed is None else partial(self._resumed_state, resumed)
         parameters = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained():
             shard = placement.local(parameter)
             mean = placement.mean_of(parameter)
             info = Parameter(tuple(shard.shape), shard.dtype, decays(name), False, mean)
@@ -190,7 +193,10 @@ class NativeBackend:
         self.state = TrainState(
             parameters, *(torch.tensor(float(n), device=self.device) for n in counts)
         )
-        self.copies = [placement.copies(p, self.mesh) for p in self.model.parameters()]
+        self.copies = [placement.copies(p, self.mesh) for _, p in self._trained()]
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def _has_master(self, shard: Tensor) -> bool:
         return shard.dtype != torch.float32 and self.options.master_weights
@@ -235,7 +241,7 @@ class NativeBackend:
         """
         self._reshard()
         found = []
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained():
             state, (offsets, sizes) = self.state.parameters[name], placement.region(parameter)
             here = placement.writes(parameter, self.mesh) and 0 not in sizes
             kept = self.optimizer.slots(state.info)
@@ -310,16 +316,18 @@ class NativeBackend:
         o = self.options
         sums = torch.zeros(sums_length(o.num_sources), device=self.device)
         count = batch[0].shape[0]
+        update = Update(self.state, self.optimizer, o)
         for index in range(count):
             fields = [field[index] for field in batch]
             root.set_requires_gradient_sync(index == count - 1)
-            loss = root(*fields)
-            loss.loss_sum.backward()
+            with dropout_at(self.model, dropout_position(update, fields)):
+                loss = root(*fields)
+                loss.loss_sum.backward()
             sums += micro_sums(loss, fields, o.num_sources)
         with torch.no_grad():
             totals = self._over_batch(torch.cat([sums, supervised_weight(batch)[None]]))
             numbers = finish_step(
-                Update(self.state, self.optimizer, o),
+                update,
                 StepSums(totals[:-1], totals[-1], self._gradients()),
                 # Filled on the device: a copy of a number from the host would wait for it.
                 torch.full((), lr, dtype=torch.float32, device=self.device),
@@ -333,7 +341,7 @@ class NativeBackend:
         """Return this process's shards of the gradients: the mean over processes, as FSDP2 leaves
         it."""
         gradients = []
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._trained():
             assert parameter.grad is not None
             gradient = placement.local(parameter.grad)
             if self.mesh["tensor"].size() > 1 and any(part in name for part in PER_HEAD):

@@ -97,13 +97,14 @@ class _FusedCrossEntropy(torch.autograd.Function):
             accum_dtype=torch.float32,  # of the weight's gradient, over chunks
             token_grad_output=weight_BS.flatten(),
             compute_gradients=need_grad,
-            weight_requires_grad=need_grad,
+            weight_requires_grad=ctx.needs_input_grad[1],
         )
         # Loss per token first; at the end the gradients to input, weight and bias.
         each = found[0].view_as(weight_BS) * weight_BS
         if need_grad:
-            grad_x, grad_w = found[-3], found[-2]
-            ctx.save_for_backward(grad_x.view_as(x_BSD), grad_w.to(w_VD.dtype))
+            grad_x, grad_w = found[-3], found[-2]  # None for a frozen weight
+            grad_w = None if grad_w is None else grad_w.to(w_VD.dtype)
+            ctx.save_for_backward(grad_x.view_as(x_BSD), grad_w)
         ctx.mark_non_differentiable(each)
         return each.sum(), each
 
@@ -113,7 +114,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx: Any, grad: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
         grad_x, grad_w = ctx.saved_tensors
-        return grad * grad_x, grad * grad_w, None, None, None, None
+        return grad * grad_x, None if grad_w is None else grad * grad_w, None, None, None, None
 
 
 def on_supervised_tokens(

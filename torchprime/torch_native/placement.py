@@ -15,7 +15,7 @@ whole vocabulary; along fsdp FSDP2 shards dim 0 of every parameter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from torchprime.adapters.lora import AdaptedLinear
+from torchprime.adapters.quantized import QuantizedLinear, placed_type
 from torchprime.errors import ConfigError
 from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import CausalLM
@@ -60,7 +62,7 @@ def tensor_styles(
     whole = KV_PROJECTIONS if architecture.num_key_value_heads % size else ()
     styles: dict[str, ParallelStyle] = {}
     for name, module in layer.named_modules():
-        if not isinstance(module, nn.Linear) or name in whole:
+        if not isinstance(module, nn.Linear) or name.startswith(whole):
             continue
         spec = table.find(table.parameters, f"model.layers.0.{name}.weight") or ((), ())
         cut = [dim for dim, axes in enumerate(spec) if TENSOR in axes]
@@ -75,6 +77,25 @@ def tensor_styles(
     return styles
 
 
+def check_adapter(model: CausalLM, size: int) -> None:
+    """Check that the tensor axis can shard the adapters and the form of the base's weights.
+
+    Raises:
+        ConfigError: it can't shard DoRA, whose norms are of whole rows, nor quantized weights.
+    """
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            key, given = "adapter.base_dtype", "a quantized base"
+        elif isinstance(module, AdaptedLinear) and module.dora:
+            key, given = "adapter.dora", "true"
+        else:
+            continue
+        raise ConfigError(
+            f"{key}: given {given} with ici_mesh.tensor={size}, expected ici_mesh.tensor=1: the "
+            "GPU backend does not shard it along the tensor axis. Use the fsdp axis instead."
+        )
+
+
 def load(
     root: nn.Module,
     model: CausalLM,
@@ -86,12 +107,15 @@ def load(
 ) -> None:
     """Give every parameter its storage and shard it; `root` is the module that the step calls."""
     # Shards are gathered and used in the parameters' dtype; gradients are summed in fp32.
-    options = {
+    options: dict[str, Any] = {
         "mesh": mesh["data", "fsdp"],
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
     }
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)  # no storage yet
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(placed_type(name, parameter, dtype))  # no storage yet
+    # FSDP2 shards dim 0; a number has none, and every process holds it.
+    numbers = {parameter for parameter in model.parameters() if not parameter.dim()}
+    options["ignored_params"] = numbers
     layers = model.model.layers
     assert isinstance(layers, nn.ModuleList)
     for layer in layers:
@@ -102,7 +126,7 @@ def load(
                 _share_kv_heads(layer, model.architecture, mesh[TENSOR])
         fully_shard(layer, **options)
     fully_shard(root, **options)
-    _fill(model, tensor_of, dtype, device)
+    _fill(model, tensor_of, device)
     root.to(device)  # no conversion, but FSDP2 then uses the new shards
 
 
@@ -133,35 +157,35 @@ def own_kv_heads(a: Architecture, size: int, rank: int) -> list[int]:
     return distinct if even else needed
 
 
-def _fill(
-    model: CausalLM, tensor_of: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device
-) -> None:
+def _fill(model: CausalLM, tensor_of: Callable[[str], Tensor], device: torch.device) -> None:
     """Load each parameter's shard, and move constants.
 
     If nothing has to be converted (one process on a CPU, the files' own type) the shard is the
     mapped file: private to this process, copied page by page as updates write to it.
     """
     for name, parameter in list(model.named_parameters()):
-        assert isinstance(parameter, DTensor)
         cut = tuple(slice(at, at + size) for at, size in zip(*region(parameter), strict=True))
-        shard = DTensor.from_local(
-            tensor_of(name)[cut].to(device=device, dtype=dtype).contiguous(),
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+        value = tensor_of(name)[cut].to(device=device, dtype=parameter.dtype).contiguous()
+        if isinstance(parameter, DTensor):
+            value = DTensor.from_local(
+                value,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(shard))
+        placed = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        setattr(model.get_submodule(owner), leaf, placed)
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_buffer(leaf, buffer.to(device), persistent=False)
 
 
-def gather(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+def gather(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield whole weights on the host, one at a time; every process takes part in each."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         value = parameter.detach()
         with waiting(f"gathering {name}"):
             whole = (value.full_tensor() if isinstance(value, DTensor) else value).cpu()

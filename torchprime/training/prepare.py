@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -133,7 +133,8 @@ def prepare(
     say = say if backend.processes.index == 0 else _silent
     optimizer = optimizer_of(config)
     table, plan = plan_run(inputs.config, inputs.files, inputs.rows, optimizer)
-    backend.check(inputs.files.build(), table)
+    backend.check(inputs.model(), table)
+    inputs = _with_base(inputs, backend.processes)
     point = None if config.dry_run else _find_point(inputs, backend.processes, catalog, lock, say)
     past = Past() if point is None else point.past()
     to_export = export_place(config, lock.folder, backend.processes.count)
@@ -185,6 +186,14 @@ def _read(
         )
     inputs = RunInputs.read(c, files, resuming.recorded_date(c.resume.source, catalog), say)
     return inputs, make_evaluation(inputs, choosing, graders, folder), catalog
+
+
+def _with_base(inputs: RunInputs, processes: Processes) -> RunInputs:
+    """Return the inputs with the fingerprint of an adapter's base, which the first process
+    computes: its checkpoints are worth nothing with another one."""
+    if inputs.files.adapter is None or inputs.config.dry_run:
+        return inputs
+    return replace(inputs, base=processes.first_does(inputs.files.base_fingerprint))
 
 
 def _find_point(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+
+from torch import Tensor
 
 from torchprime.evaluation.behaviour import EVALUATIONS
 from torchprime.files.atomic import clear_temporary, write_json
@@ -22,6 +25,7 @@ from torchprime.training.run import folder as run_folder
 from torchprime.training.run import resume as resuming
 from torchprime.training.run.facts import run_facts
 from torchprime.training.run.saver import Retention, Saver
+from torchprime.training.setup.adapter import AdaptedTensors
 from torchprime.training.setup.plan import flops_per_token
 from torchprime.training.setup.probe import probe_isolation
 from torchprime.training.setup.recipe import step_options
@@ -65,8 +69,7 @@ def _place_weights(prepared: Prepared) -> None:
     p, point = prepared, prepared.point
     config, inputs, backend = p.config, p.inputs, p.backend
     # Its mapped files are closed at the end of this function.
-    tensor_of = p.open_weights() if point is None else point.weight
-    backend.place(inputs.files.build(), p.table, tensor_of, inputs.dtype)
+    backend.place(inputs.model(), p.table, _values(p), inputs.dtype)
     backend.prepare_training(
         p.optimizer,
         step_options(config, len(inputs.rows.train.source_names)),
@@ -76,6 +79,23 @@ def _place_weights(prepared: Prepared) -> None:
         vocab = inputs.files.architecture.vocab_size
         told = probe_isolation(backend, inputs.rows.train, inputs.micro_batch_size, vocab)
         p.say(f"  {told}")
+
+
+def _values(prepared: Prepared) -> Callable[[str], Tensor]:
+    """Return the source of the parameters' values by name: checkpoint, base and new ones."""
+    p, inputs, point = prepared, prepared.inputs, prepared.point
+    trained = None if point is None else point.weight
+    adapter = inputs.files.adapter
+    if adapter is None:
+        return trained or p.open_weights()
+    return AdaptedTensors(
+        inputs.model(),
+        adapter.spec,
+        p.open_weights(),
+        trained=trained,
+        seed=p.config.seed,
+        dtype=inputs.dtype,
+    )
 
 
 def _seed(prepared: Prepared) -> None:
@@ -139,7 +159,7 @@ def _make_run(prepared: Prepared) -> Run:
         learning_rate=p.learning_rate(),
         logging_steps=config.logging_steps,
         flops_per_token=flops_per_token(
-            files.architecture, files.num_parameters, config.dataset.block_size
+            files.architecture, p.plan.parameters, config.dataset.block_size
         ),
         hooks=hooks,
         control=control,

@@ -103,6 +103,12 @@ def tensor_hash(tensor: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def hash_of_all(hashes: Mapping[str, str]) -> str:
+    """Return one sha256 of all tensors' hashes by name, in any order."""
+    lines = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
 def is_finite(tensor: torch.Tensor) -> bool:
     """Return True if no value is NaN or infinite. Minimum and maximum suffice (they propagate NaN),
     need no copy of the tensor and are several times faster than torch.isfinite."""

@@ -11,7 +11,6 @@ run are kept until someone has found the cause. The caller refuses the certifica
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from torchprime.checkpoint.hf.portable import check_tokenizer
 from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
 from torchprime.checkpoint.hf.served_template import TrainedTemplate, check_served_template
 from torchprime.checkpoint.hf.weight_names import HEAD
+from torchprime.checkpoint.hf.write import hash_of_all
 from torchprime.checkpoint.proof.base_changes import changes_from, told_changes
 from torchprime.checkpoint.proof.entries import (
     CertificateFile,
@@ -313,12 +313,11 @@ def weights_values(reader: SafetensorsReader, hashes: Mapping[str, str]) -> Weig
     for _, dtype in listing.values():
         name = str(dtype).removeprefix("torch.")
         dtypes[name] = dtypes.get(name, 0) + 1
-    lines = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
     return {
         "tensors": len(listing),
         "parameters": sum(math.prod(shape) for shape, _ in listing.values()),
         "dtypes": dtypes,
-        "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+        "sha256": hash_of_all(hashes),
     }
 
 

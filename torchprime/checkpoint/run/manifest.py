@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from torchprime.checkpoint.field_kinds import (
     NUMBER,
@@ -77,12 +77,14 @@ FILE: Table = {"bytes": count(), "sha256": SHA256}
 
 class ModelFacts(TypedDict):
     """The weights in a checkpoint. `names` and `parameters` are counts; `hash` is of all names and
-    shapes."""
+    shapes. `base` is the fingerprint of an adapter's base: then the checkpoint holds the adapter
+    only."""
 
     names: int
     dtype: str
     parameters: int
     hash: str | None
+    base: NotRequired[str | None]
 
 
 class OptimizerFacts(TypedDict):

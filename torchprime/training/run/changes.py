@@ -26,16 +26,19 @@ HARMLESS_KEYS = (
     "profile_",
     "dataset", "eval", "model", "task.name", "task.gradient_accumulation_steps", "task.loss_chunks",
     "task.export_checkpoint_path", "task.convert_to_safetensors", "task.max_shard_size_gb",
-    "task.sample_prompts", "selection", "export",
+    "task.sample_prompts", "selection", "export", "adapter.init", "adapter.pretrained",
 )  # fmt: skip
 REFUSED_KEYS = (
     "seed", "torch_dtype", "task.global_batch_size", "task.optimizer.name",
     "task.optimizer.master_weights", "model.add_special_tokens", "model.resize_embeddings",
-    "model.pad_vocab_to_multiple",
+    "model.pad_vocab_to_multiple", "adapter.rank", "adapter.alpha", "adapter.scaling",
+    "adapter.targets", "adapter.layers", "adapter.modules_to_train", "adapter.dora",
+    "adapter.base_dtype",
 )  # fmt: skip
 # Fingerprints: the severity of a difference, and the thing that is fingerprinted.
 IDENTITIES = {
     "model": (REFUSED, "names, shapes and new rows of the weights"),
+    "base": (REFUSED, "the frozen weights of the adapter's base"),
     "tokenizer": (REFUSED, "tokenizer.json and its special tokens"),
     "template": (REFUSED, "the chat template"),
     "data": (REFUSED, "the packed training rows"),
@@ -72,7 +75,7 @@ def find_changes(
         identity: a fingerprint for each of IDENTITIES, as the run to come has it.
         older: fingerprints that an older version gave the same inputs, by name.
     """
-    old, new = dict(_flat(manifest.config)), dict(_flat(config))
+    old, new = _settings(manifest.config), _settings(config)
     changes = [
         Change(key, old.get(key), new.get(key), _kind(key))
         for key in sorted(old.keys() | new.keys())
@@ -93,6 +96,7 @@ def identity_of(manifest: Manifest) -> dict[str, str | None]:
     held_out = manifest.eval_manifest or {}
     return {
         "model": manifest.model["hash"],
+        "base": manifest.model.get("base"),
         "tokenizer": manifest.tokenizer_fingerprint,
         "template": manifest.template_fingerprint,
         "data": manifest.data_manifest.get("fingerprint"),
@@ -149,6 +153,14 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _flat(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys that have an effect, by dotted name."""
+    flat = dict(_flat(config))
+    if flat.get("adapter.rank") is not None:
+        return flat
+    return {key: value for key, value in flat.items() if not key.startswith("adapter.")}
 
 
 def _given(config: Mapping[str, Any], key: str) -> Any:

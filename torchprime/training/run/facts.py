@@ -105,6 +105,7 @@ def make_manifest(
             "dtype": config.torch_dtype,
             "parameters": inputs.files.num_parameters,
             "hash": identity["model"],
+            "base": identity["base"],
         },
         optimizer={"name": config.task.optimizer.name, "slots": sorted(slots)},
         scheduler={

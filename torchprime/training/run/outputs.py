@@ -20,7 +20,7 @@ from torchprime.training.run import folder as run_folder
 from torchprime.training.run import resume as resuming
 from torchprime.training.run.export import Exporter
 from torchprime.training.setup.inputs import RunInputs
-from torchprime.training.setup.plan import checkpoint_bytes
+from torchprime.training.setup.plan import checkpoint_bytes, stored_parameters
 
 
 def make_exporter(inputs: RunInputs, say: Callable[[str], None]) -> Exporter:
@@ -103,7 +103,7 @@ def try_places(
 
 def _checkpoint_need(inputs: RunInputs, root: Path, optimizer: Optimizer) -> Need:
     """Return the disk space that one checkpoint needs, beside the existing ones."""
-    size = checkpoint_bytes(inputs.config, inputs.files.shapes, optimizer)
+    size = checkpoint_bytes(inputs.config, stored_parameters(inputs.model()), optimizer)
     if inputs.config.checkpoint.hf:
         size += inputs.files.num_parameters * inputs.dtype.itemsize
     return Need("a checkpoint", root, size, 40, "checkpoint.folder")

@@ -10,6 +10,7 @@ import torch
 
 from torchprime.config.schema import TrainConfig
 from torchprime.data.templates.render import ChatTemplate
+from torchprime.models.decoder import CausalLM
 from torchprime.training.setup.datasets import RunData, prepare_run_data, template_of
 from torchprime.training.setup.model_files import ModelFiles
 
@@ -21,12 +22,15 @@ class RunInputs:
     Attributes:
         config: with the date that the template writes, so that a resumed run has the same one.
         template: the chat template; None for a tokenizer without one.
+        base: the fingerprint of an adapter's base (`ModelFiles.base_fingerprint`); None if all
+            weights are trained, and before it was computed.
     """
 
     config: TrainConfig
     files: ModelFiles
     template: ChatTemplate | None
     rows: RunData
+    base: str | None = None
 
     @classmethod
     def read(
@@ -52,6 +56,10 @@ class RunInputs:
         """The type of the weights."""
         return getattr(torch, self.config.torch_dtype)
 
+    def model(self) -> CausalLM:
+        """Return the model without storage, with its adapter."""
+        return self.files.build(self.dtype)
+
     @property
     def micro_batch_size(self) -> int:
         """Blocks per forward pass, over all devices."""
@@ -64,4 +72,5 @@ class RunInputs:
 
     def identity(self) -> dict[str, str | None]:
         """Return the fingerprints of the inputs of a run's steps."""
-        return {"model": self.files.fingerprint(), **self.rows.fingerprints()}
+        model = {"model": self.files.fingerprint(), "base": self.base}
+        return {**model, **self.rows.fingerprints()}

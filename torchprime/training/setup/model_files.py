@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from torch import Tensor
 from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
 from torchprime.checkpoint.hf.source import resolve_pretrained
 from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
+from torchprime.checkpoint.hf.write import hash_of_all, tensor_hash
+from torchprime.checkpoint.run.storage import HASHERS
 from torchprime.config.compose import configs_dir
 from torchprime.data.tokenizer.load import Tokenizer
 from torchprime.files.json_files import read_json, read_json_if_there
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.decoder import CausalLM, initial_tensor
 from torchprime.models.new_rows import NewRows
+from torchprime.training.setup.adapter import Adapter, build_model
 from torchprime.training.setup.vocabulary import Vocabulary, VocabularyRequest, fit_vocabulary
 
 Shape = tuple[int, ...]
@@ -41,8 +45,9 @@ class ModelFiles:
     hf_config: Mapping[str, Any]
     architecture: Architecture
     tokenizer: Tokenizer
-    shapes: Mapping[str, Shape]  # of every weight, by Hugging Face name
+    shapes: Mapping[str, Shape]  # of every weight but an adapter's, by Hugging Face name
     vocabulary: Vocabulary | None = None  # if the config changes the vocabulary
+    adapter: Adapter | None = None  # None: all weights are trained
 
     @property
     def new_rows(self) -> NewRows | None:
@@ -53,10 +58,9 @@ class ModelFiles:
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
-    def build(self) -> CausalLM:
-        """Return the model without storage."""
-        with torch.device("meta"):
-            return CausalLM(self.architecture)
+    def build(self, dtype: torch.dtype) -> CausalLM:
+        """Return the model without storage, with its adapter; its weights are of type dtype."""
+        return build_model(self.architecture, self.adapter, dtype)
 
     def fingerprint(self) -> str:
         """Return the sha256 of the architecture, the weights' names and shapes and their new rows:
@@ -78,6 +82,16 @@ class ModelFiles:
         if self.new_rows is not None:
             described["new_rows"] = asdict(self.new_rows)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def base_fingerprint(self) -> str:
+        """Return one hash of all weights in the checkpoint's folder, however they are split into
+        files: that of the check "weights" in an export's certificate. It reads them all."""
+        assert self.folder is not None
+        reader = SafetensorsReader(self.folder)
+        with ThreadPoolExecutor(HASHERS) as pool:  # hashing leaves the other threads running
+            names = list(reader.names())
+            hashes = pool.map(lambda name: tensor_hash(reader.get(name)), names)
+            return hash_of_all(dict(zip(names, hashes, strict=True)))
 
     def generation_config(self) -> dict[str, Any] | None:
         """Return the checkpoint's generation_config.json, if it has one."""
@@ -126,8 +140,7 @@ def find_model(
 
 
 def _shapes(architecture: Architecture) -> dict[str, Shape]:
-    with torch.device("meta"):
-        model = CausalLM(architecture)
+    model = build_model(architecture, None, torch.float32)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from torchprime.config.schema import TrainConfig
 from torchprime.data.blocks.budget import Budget, Spread, batch_budget
@@ -31,56 +32,110 @@ class Memory:
     chunk of logits with its gradient.
     """
 
-    weights: int
+    weights: int  # that are trained
     optimizer: int
     gradients: int
     activations: int
+    frozen: int = 0  # weights that an adapter leaves as they are
 
     @property
     def total(self) -> int:
-        return self.weights + self.optimizer + self.gradients + self.activations
+        return self.weights + self.frozen + self.optimizer + self.gradients + self.activations
+
+
+class StoredParameter(NamedTuple):
+    """A parameter as a device stores it."""
+
+    shape: Shape
+    dtype: torch.dtype
+    trained: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def stored_parameters(model: nn.Module) -> dict[str, StoredParameter]:
+    """Return the parameters of a model, which may be without storage, by name."""
+    return {
+        name: StoredParameter(tuple(p.shape), p.dtype, p.requires_grad)
+        for name, p in model.named_parameters()
+    }
+
+
+class ParameterCounts(NamedTuple):
+    """Counts of a model's parameters."""
+
+    trained: int
+    frozen: int  # before their quantization
+
+    @property
+    def total(self) -> int:
+        return self.trained + self.frozen
+
+
+def count_parameters(
+    stored: Mapping[str, StoredParameter], base_shapes: Mapping[str, Shape]
+) -> ParameterCounts:
+    """Count trained and frozen parameters.
+
+    Args:
+        base_shapes: of the weights without an adapter and unquantized.
+    """
+    trained = {name: p.size for name, p in stored.items() if p.trained}
+    frozen = sum(math.prod(s) for name, s in base_shapes.items() if name not in trained)
+    return ParameterCounts(sum(trained.values()), frozen)
 
 
 def estimate_memory(
     config: TrainConfig,
     architecture: Architecture,
-    shapes: Mapping[str, Shape],
+    stored: Mapping[str, StoredParameter],
     specs: Mapping[str, Spec],
     optimizer: Optimizer,
 ) -> Memory:
     """Return the estimated share of one device of the config's mesh.
 
     Args:
-        shapes: of the parameters, and `specs` their sharding, by name.
+        stored: the parameters, and `specs` their sharding, by name.
     """
-    weights, state = _stored_bytes(config, shapes, specs, optimizer)
-    dtype = getattr(torch, config.torch_dtype)
+    mesh, dtype = config.mesh_shape(), getattr(torch, config.torch_dtype)
+    trained = {name: p for name, p in stored.items() if p.trained}
+    weights, state = _trained_bytes(config, trained, specs, optimizer)
     # Summed in fp32 when there are several micro-batches, in the weights' type otherwise.
     summed = 4 if config.task.gradient_accumulation_steps > 1 else dtype.itemsize
-    gradients = weights // dtype.itemsize * summed
-    return Memory(weights, state, gradients, _activation_bytes(config, architecture))
+    return Memory(
+        weights=weights,
+        optimizer=state,
+        gradients=weights // dtype.itemsize * summed,
+        activations=_activation_bytes(config, architecture),
+        frozen=sum(
+            p.size // shard_count(specs[name], mesh) * p.dtype.itemsize
+            for name, p in stored.items()
+            if not p.trained
+        ),
+    )
 
 
-def _stored_bytes(
+def _trained_bytes(
     config: TrainConfig,
-    shapes: Mapping[str, Shape],
+    trained: Mapping[str, StoredParameter],
     specs: Mapping[str, Spec],
     optimizer: Optimizer,
 ) -> tuple[int, int]:
     """Return one device's bytes of weights, and of the optimizer's state with master copies."""
-    mesh, dtype = config.mesh_shape(), getattr(torch, config.torch_dtype)
-    has_master = dtype.itemsize < 4 and config.task.optimizer.master_weights
+    mesh = config.mesh_shape()
     weights = state = 0
-    for name, shape in shapes.items():
+    for name, p in trained.items():
         spec = specs[name]
-        share = math.prod(shape) // shard_count(spec, mesh)
-        weights += share * dtype.itemsize
-        facts = Parameter(shape, dtype, decays(name), stacked=False)
+        share = p.size // shard_count(spec, mesh)
+        weights += share * p.dtype.itemsize
+        facts = Parameter(p.shape, p.dtype, decays(name), stacked=False)
         for slot in optimizer.slots(facts).values():
             kept = tuple(spec[d] for d in slot.dims)
-            elements = math.prod(shape[d] for d in slot.dims)
+            elements = math.prod(p.shape[d] for d in slot.dims)
             state += elements // shard_count(kept, mesh) * 4
-        if has_master:
+        if p.dtype.itemsize < 4 and config.task.optimizer.master_weights:
             state += share * 4
     return weights, state
 
@@ -95,11 +150,14 @@ def _activation_bytes(config: TrainConfig, architecture: Architecture) -> int:
     return hidden * tensors[c.remat.policy] * a.num_hidden_layers + logits
 
 
-def checkpoint_bytes(config: TrainConfig, shapes: Mapping[str, Shape], optimizer: Optimizer) -> int:
-    """Return the size of a checkpoint's tensors: weights, master copies and the optimizer's
+def checkpoint_bytes(
+    config: TrainConfig, stored: Mapping[str, StoredParameter], optimizer: Optimizer
+) -> int:
+    """Return the size of a checkpoint's tensors: trained weights, master copies and the optimizer's
     state."""
-    whole: dict[str, Spec] = {name: ((),) * len(shape) for name, shape in shapes.items()}
-    return sum(_stored_bytes(config, shapes, whole, optimizer))
+    trained = {name: p for name, p in stored.items() if p.trained}
+    whole: dict[str, Spec] = {name: ((),) * len(p.shape) for name, p in trained.items()}
+    return sum(_trained_bytes(config, trained, whole, optimizer))
 
 
 @dataclass(frozen=True)
@@ -111,18 +169,24 @@ class Plan:
     epochs: float
     budget: Budget
     eval_budget: Mapping[str, int] | None
-    parameters: int
+    parameters: ParameterCounts
     mesh: Mapping[str, int]
     memory: Memory
 
     def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "estimated_bytes_per_device": self.memory.total}
+        return {
+            **asdict(self),
+            "parameters": self.parameters.total,
+            "trained_parameters": self.parameters.trained,
+            "estimated_bytes_per_device": self.memory.total,
+        }
 
     def describe(self) -> str:
         """Return lines for the user."""
         b = self.budget
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1)
         m = self.memory
+        frozen = f"frozen {m.frozen / GIB:.2f}, " if m.frozen else ""
         lines = [
             f"steps        {self.total_steps:,} ({self.epochs:.2f} epochs of "
             f"{b['steps_per_epoch']:,} steps, {self.warmup_steps:,} of them warm-up)",
@@ -132,10 +196,10 @@ class Plan:
             f"slot         {_spread(b['slot_tokens_per_update'])} tokens per update",
             f"real         {_spread(b['real_tokens_per_update'])} tokens per update",
             f"supervised   {_spread(b['supervised_tokens_per_update'])} tokens per update",
-            f"parameters   {self.parameters:,}",
+            f"parameters   {self._told_parameters()}",
             f"mesh         {mesh or 'one device'}",
             f"memory       about {m.total / GIB:.2f} GiB per device (estimate): weights "
-            f"{m.weights / GIB:.2f}, optimizer {m.optimizer / GIB:.2f}, gradients "
+            f"{m.weights / GIB:.2f}, {frozen}optimizer {m.optimizer / GIB:.2f}, gradients "
             f"{m.gradients / GIB:.2f}, activations {m.activations / GIB:.2f}",
         ]
         if self.eval_budget is not None:
@@ -144,6 +208,13 @@ class Plan:
                 f"{self.eval_budget['blocks']:,} blocks"
             )
         return "\n".join(f"  {line}" for line in lines)
+
+    def _told_parameters(self) -> str:
+        counts = self.parameters
+        if not counts.frozen:
+            return f"{counts.total:,}"
+        share = f"{counts.trained / counts.total:.2%}"
+        return f"{counts.total:,}: {counts.trained:,} trained ({share}), {counts.frozen:,} frozen"
 
 
 def _spread(numbers: Spread) -> str:
@@ -193,10 +264,11 @@ def count_warmup(*, warmup_steps: int | None, warmup_ratio: float | None, total_
     return math.ceil(round((warmup_ratio or 0.0) * total_steps, 6))
 
 
-def flops_per_token(a: Architecture, num_parameters: int, block_size: int) -> int:
+def flops_per_token(a: Architecture, counts: ParameterCounts, block_size: int) -> int:
     """Return the FLOPs of a training step per slot token of a block (metrics/throughput.py)."""
     sizes = ModelSizes(
-        num_parameters=num_parameters,
+        num_parameters=counts.total,
+        trained_parameters=counts.trained,
         vocab_size=a.vocab_size,
         hidden_size=a.hidden_size,
         tied_embeddings=a.tie_word_embeddings,

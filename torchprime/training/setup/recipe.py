@@ -6,8 +6,13 @@ the plan and the compiled program are those of the training.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from torchprime.adapters.axes import adapter_patterns
+from torchprime.adapters.spec import AdapterSpec
 from torchprime.config.schema import TrainConfig
 from torchprime.data.shared import cache
 from torchprime.errors import ConfigError
@@ -15,16 +20,23 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim import Optimizer, make_optimizer
+from torchprime.training.setup.adapter import Adapter
 from torchprime.training.setup.datasets import RunData
 from torchprime.training.setup.model_files import ModelFiles, find_model
-from torchprime.training.setup.plan import Plan, estimate_memory, plan_steps
+from torchprime.training.setup.plan import (
+    Plan,
+    count_parameters,
+    estimate_memory,
+    plan_steps,
+    stored_parameters,
+)
 from torchprime.training.setup.vocabulary import VocabularyRequest
 
 
 def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
     """Return the config's model files; with `weights`, those of a checkpoint must be there, too."""
     m = config.model
-    return find_model(
+    found = find_model(
         pretrained_model=m.pretrained_model,
         tokenizer_name=m.tokenizer_name,
         architecture=m.architecture,
@@ -32,6 +44,27 @@ def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
         weights=weights and m.pretrained_model is not None,
         vocabulary=vocabulary_of(config),
     )
+    return replace(found, adapter=adapter_of(config))
+
+
+def adapter_of(config: TrainConfig) -> Adapter | None:
+    """Return the config's adapter; None if all weights are trained."""
+    a, s = config.adapter, config.sharding
+    if a.rank is None:
+        return None
+    spec = AdapterSpec(
+        rank=a.rank,
+        alpha=a.alpha,
+        scaling=a.scaling,
+        dropout=a.dropout,
+        targets=tuple(a.targets),
+        layers=None if a.layers is None else tuple(a.layers),
+        modules_to_train=tuple(a.modules_to_train),
+        init=a.init,
+        dora=a.dora,
+        base_type=a.base_dtype,
+    )
+    return Adapter(spec, ShardingTable(s.parameters, s.activations), config.mesh_shape())
 
 
 def vocabulary_of(config: TrainConfig) -> VocabularyRequest:
@@ -50,7 +83,8 @@ def vocabulary_of(config: TrainConfig) -> VocabularyRequest:
 def sharding_table(config: TrainConfig) -> ShardingTable:
     """Return the config's table, not yet checked against a model."""
     s = config.sharding
-    return ShardingTable(s.parameters, s.activations, s.max_unsharded_params)
+    parameters = adapter_patterns(s.parameters) if config.adapter.enabled else s.parameters
+    return ShardingTable(parameters, s.activations, s.max_unsharded_params)
 
 
 def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, dict[str, Spec]]:
@@ -90,7 +124,16 @@ def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
         max_grad_value=task.max_grad_value,
         master_weights=task.optimizer.master_weights,
         num_sources=num_sources,
+        dropout_seed=_dropout_seed(config),
     )
+
+
+def _dropout_seed(config: TrainConfig) -> int | None:
+    """Return the run's seed in 32 bits with a sign; None without dropout."""
+    if not (config.adapter.enabled and config.adapter.dropout):
+        return None
+    folded = (config.seed ^ config.seed >> 32) & 0xFFFFFFFF
+    return folded - (1 << 32 if folded >= 1 << 31 else 0)
 
 
 def plan_run(
@@ -105,13 +148,14 @@ def plan_run(
         ConfigError: names or shapes that the sharding table does not fit, a scan over layers that
             differ.
     """
-    table, specs = checked_table(config, files.build())
-    held_out = rows.heldout
+    model = files.build(getattr(torch, config.torch_dtype))
+    table, specs = checked_table(config, model)
+    stored, held_out = stored_parameters(model), rows.heldout
     plan = Plan(
         **plan_steps(config, rows.train)._asdict(),
         eval_budget=held_out and {"examples": held_out.num_examples, "blocks": held_out.num_blocks},
-        parameters=files.num_parameters,
+        parameters=count_parameters(stored, files.shapes),
         mesh=config.mesh_shape(),
-        memory=estimate_memory(config, files.architecture, files.shapes, specs, optimizer),
+        memory=estimate_memory(config, files.architecture, stored, specs, optimizer),
     )
     return table, plan
