@@ -19,6 +19,8 @@ from torchprime.adapters.spec import BaseType
 from torchprime.errors import ConfigError
 
 OUTPUT = "lm_head"
+# A type of one byte under which codes may be stored, where parameters can't be integers (FSDP2).
+AS_FLOAT = torch.float8_e4m3fn
 
 
 class QuantizedLinear(nn.Module):
@@ -31,6 +33,7 @@ class QuantizedLinear(nn.Module):
     in_features: int
     out_features: int
     parts: ClassVar[tuple[str, ...]]  # the names of the stored tensors
+    integers: ClassVar[torch.dtype]  # of those that hold codes
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -49,7 +52,8 @@ class QuantizedLinear(nn.Module):
 
     def stored(self) -> list[Tensor]:
         """Return the stored tensors, in the order of `parts`."""
-        return [getattr(self, name) for name in self.parts]
+        found = [getattr(self, name) for name in self.parts]
+        return [t.view(self.integers) if t.dtype == AS_FLOAT else t for t in found]
 
     def dequantized(self) -> Tensor:
         """Return the weight [O, I] in the type of the unquantized layer."""
@@ -89,6 +93,7 @@ class Int8Linear(QuantizedLinear):
     codes: Tensor
     scales: Tensor
     parts = int8.Int8._fields
+    integers = torch.int8
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -110,6 +115,7 @@ class Nf4Linear(QuantizedLinear):
     scale_scales: Tensor
     offset: Tensor
     parts = nf4.Nf4._fields
+    integers = torch.uint8
     level: nf4.Level = staticmethod(nf4.level_by_lookup)
 
     def __init__(self, linear: nn.Linear, groups: int = 1) -> None:

@@ -33,7 +33,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from torchprime.adapters.lora import AdaptedLinear
-from torchprime.adapters.quantized import QuantizedLinear, placed_type
+from torchprime.adapters.quantized import AS_FLOAT, QuantizedLinear, placed_type
 from torchprime.errors import ConfigError
 from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import CausalLM
@@ -113,6 +113,8 @@ def load(
     }
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(placed_type(name, parameter, dtype))  # no storage yet
+        if parameter.dim() and not parameter.dtype.is_floating_point:
+            parameter.data = parameter.data.view(AS_FLOAT)
     # FSDP2 shards dim 0; a number has none, and every process holds it.
     numbers = {parameter for parameter in model.parameters() if not parameter.dim()}
     options["ignored_params"] = numbers
@@ -165,7 +167,9 @@ def _fill(model: CausalLM, tensor_of: Callable[[str], Tensor], device: torch.dev
     """
     for name, parameter in list(model.named_parameters()):
         cut = tuple(slice(at, at + size) for at, size in zip(*region(parameter), strict=True))
-        value = tensor_of(name)[cut].to(device=device, dtype=parameter.dtype).contiguous()
+        value = tensor_of(name)[cut]
+        value = value.view(AS_FLOAT) if parameter.dtype == AS_FLOAT else value.to(parameter.dtype)
+        value = value.to(device).contiguous()
         if isinstance(parameter, DTensor):
             value = DTensor.from_local(
                 value,
