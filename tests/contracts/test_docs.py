@@ -166,7 +166,9 @@ def described(hint: Any) -> str:
     if get_origin(hint) is dict:
         return "mapping"
     if get_origin(hint) is list:
-        return "list of texts" if get_args(hint) == (str,) else "list of sections"
+        return {(str,): "list of texts", (int,): "list of whole numbers"}.get(
+            get_args(hint), "list of sections"
+        )
     words = {int: "whole number", float: "number", bool: "true or false", str: "text"}
     return {**words, type(None): "null"}[hint]
 

@@ -86,10 +86,15 @@ def schema_defaults(cls: type[Any] = TrainConfig) -> dict[str, Any]:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """Return the candidate closest to a misspelt name; the last part of a dotted name decides."""
+    """Return the candidate closest to a misspelt name; the last part of a dotted name decides. A
+    key of the same section that begins so is the one."""
     # A section above the misspelt key is never the intended name.
     candidates = [key for key in candidates if not name.startswith(f"{key}.")]
     same_leaf = [key for key in candidates if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    section, _, leaf = name.rpartition(".")
+    longer = [key for key in candidates if section and key.startswith(f"{section}.{leaf}")]
+    if len(longer) == 1:
+        return longer[0]
     pools = [same_leaf, candidates] if same_leaf else [candidates]
     for pool, cutoff in zip(pools, (0.3 if same_leaf else 0.6, 0.6), strict=False):
         close = difflib.get_close_matches(name, pool, n=1, cutoff=cutoff)

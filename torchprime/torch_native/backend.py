@@ -40,11 +40,11 @@ from torchprime.torch_native.processes import make_processes
 from torchprime.torch_native.remat import apply_remat
 from torchprime.torch_native.root import Root
 from torchprime.torch_native.runtime import start_processes, watched
+from torchprime.torch_native.state import StateMaker, state_shards
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
-from torchprime.training.optim import Optimizer, Parameter, decays
+from torchprime.training.optim import Optimizer
 from torchprime.training.step import (
     CrossEntropy,
-    ParameterState,
     StepSums,
     TrainState,
     Update,
@@ -182,13 +182,8 @@ class NativeBackend:
         self.optimizer, self.options = optimizer, options
         if self.loss == "chunked":
             self.root.cross_entropy = partial(chunked_cross_entropy, chunks=options.loss_chunks)
-        make = self._new_state if resumed is None else partial(self._resumed_state, resumed)
-        parameters = {}
-        for name, parameter in self._trained():
-            shard = placement.local(parameter)
-            mean = placement.mean_of(parameter)
-            info = Parameter(tuple(shard.shape), shard.dtype, decays(name), False, mean)
-            parameters[name] = make(name, parameter, info, shard)
+        maker = StateMaker(optimizer, options, self.device, resumed)
+        parameters = {name: maker.make(name, parameter) for name, parameter in self._trained()}
         counts = (0 if resumed is None else resumed.updates, 0)
         self.state = TrainState(
             parameters, *(torch.tensor(float(n), device=self.device) for n in counts)
@@ -198,66 +193,20 @@ class NativeBackend:
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
-    def _has_master(self, shard: Tensor) -> bool:
-        return shard.dtype != torch.float32 and self.options.master_weights
-
-    def _new_state(
-        self, name: str, parameter: Tensor, info: Parameter, shard: Tensor
-    ) -> ParameterState:
-        slots = {
-            slot: torch.zeros([shard.shape[d] for d in keeps.dims], device=self.device)
-            for slot, keeps in self.optimizer.slots(info).items()
-        }
-        return ParameterState(
-            info, shard, slots, shard.float() if self._has_master(shard) else None
-        )
-
-    def _resumed_state(
-        self, resumed: ResumedState, name: str, parameter: Tensor, info: Parameter, shard: Tensor
-    ) -> ParameterState:
-        offsets, sizes = placement.region(parameter)
-
-        def own(full_name: str, dims: Sequence[int]) -> Tensor:
-            """Return this process's shard of a state that keeps these dims of its parameter."""
-            region = [offsets[d] for d in dims], [sizes[d] for d in dims]
-            if 0 in region[1]:  # more processes than rows: this process holds none of it
-                return torch.zeros(region[1], device=self.device)
-            part = resumed.tensor_of(full_name, region)
-            return part.to(device=self.device, dtype=torch.float32, copy=True)
-
-        slots = {
-            slot: own(f"optimizer.{slot}.{name}", keeps.dims)
-            for slot, keeps in self.optimizer.slots(info).items()
-        }
-        every = range(parameter.dim())
-        master = own(f"master.{name}", every) if self._has_master(shard) else None
-        return ParameterState(info, shard, slots, master)
-
     def checkpoint_tensors(self) -> list[TensorShards]:
-        """Return weights and optimizer state by their names in a checkpoint.
+        """Return trained weights and optimizer state by their names in a checkpoint.
 
         Of the processes that hold the same shard, one lists it. Tensors are the training's own
         memory, not copies; nothing waits for the device before they are read.
         """
         self._reshard()
-        found = []
-        for name, parameter in self._trained():
-            state, (offsets, sizes) = self.state.parameters[name], placement.region(parameter)
-            here = placement.writes(parameter, self.mesh) and 0 not in sizes
-            kept = self.optimizer.slots(state.info)
-            every = tuple(range(parameter.dim()))
-            tensors = {f"model.{name}": (state.weight, every)}
-            tensors |= {
-                f"optimizer.{slot}.{name}": (tensor, kept[slot].dims)
-                for slot, tensor in state.slots.items()
-            }
-            tensors |= {} if state.master is None else {f"master.{name}": (state.master, every)}
-            for full, (tensor, dims) in tensors.items():
-                chunk = tuple(offsets[d] for d in dims), tuple(sizes[d] for d in dims)
-                shape = tuple(parameter.shape[d] for d in dims)
-                chunks, read = ([chunk], partial(list, [tensor])) if here else ([], list)
-                found.append(TensorShards(full, shape, tensor.dtype, chunks, read, live=True))
-        return found
+        return [
+            shards
+            for name, parameter in self._trained()
+            for shards in state_shards(
+                name, parameter, self.state.parameters[name], self.optimizer, self.mesh
+            )
+        ]
 
     @watched
     def progress(self) -> tuple[int, int]:

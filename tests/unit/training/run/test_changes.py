@@ -34,7 +34,7 @@ def changes(
     config["model"] = {k: v for k, v in config["model"].items() if k not in unknown}
     manifest: Any = SimpleNamespace(
         config=config,
-        model={"hash": SAME["model"]},
+        model={"hash": SAME["model"], "base": SAME["base"]},
         tokenizer_fingerprint=SAME["tokenizer"],
         template_fingerprint=SAME["template"],
         data_manifest={"fingerprint": SAME["data"]},

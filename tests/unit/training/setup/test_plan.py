@@ -10,10 +10,10 @@ import torch
 
 from torchprime.config.compose import compose_config
 from torchprime.models.architecture import architecture_from_hf
-from torchprime.models.decoder import CausalLM
+from torchprime.training.setup.adapter import build_model
 from torchprime.training.setup.model_files import find_architecture
-from torchprime.training.setup.plan import Memory, estimate_memory
-from torchprime.training.setup.recipe import checked_table, optimizer_of
+from torchprime.training.setup.plan import Memory, estimate_memory, stored_parameters
+from torchprime.training.setup.recipe import adapter_of, checked_table, optimizer_of
 
 RESULTS = Path(__file__).parents[4] / "experimental" / "tpu_report" / "results.json"
 CASES = ["8b-v5e-16", "8b-v6e-8-adafactor", "8b-v6e-8-8192-bf16-offload", "14b-v6e-8"]
@@ -28,11 +28,10 @@ def estimate(argv: list[str]) -> Memory:
         cache_dir=None,
     )
     architecture = architecture_from_hf(found)
-    with torch.device("meta"):
-        model = CausalLM(architecture)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    model = build_model(architecture, adapter_of(config), getattr(torch, config.torch_dtype))
     _, specs = checked_table(config, model)
-    return estimate_memory(config, architecture, shapes, specs, optimizer_of(config))
+    stored = stored_parameters(model)
+    return estimate_memory(config, architecture, stored, specs, optimizer_of(config))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -215,8 +215,8 @@ def test_sharded_on_xla_and_back(tiny: Path, config_of, mesh: tuple[str, ...]) -
     tensor_of = pretrained_tensors(files, torch.float32)
     expected: dict[str, Tensor] = {name: tensor_of(name).clone() for name in files.shapes}
     backend = make_backend(config)
-    table, _ = checked_table(config, files.build())
-    backend.place(files.build(), table, tensor_of, torch.float32)
+    table, _ = checked_table(config, files.build(torch.float32))
+    backend.place(files.build(torch.float32), table, tensor_of, torch.float32)
     found = dict(backend.weights())
     assert found.keys() == expected.keys() and found[HEAD].shape == (384, 16)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
