@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 import pytest
-
 from torchprime.config.dataset import DatasetConfig, MixturePart
+
 from torchprime.config.load import load_config
 from torchprime.errors import ConfigError
 
