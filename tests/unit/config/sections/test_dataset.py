@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 import pytest
-from torchprime.config.dataset import DatasetConfig, MixturePart
 
 from torchprime.config.load import load_config
+from torchprime.config.sections.dataset import DatasetConfig, MixturePart
 from torchprime.errors import ConfigError
 
 ROWS = {"file_dataset_path": "rows.jsonl"}
