@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from torchprime.checkpoint.hf.source import resolve_pretrained
+from torchprime.checkpoint.adapter.load import resolve_model
 from torchprime.checkpoint.proof.certificate import CERTIFICATE, read_certificate
 from torchprime.cli.shared.arguments import make_parser, positive, run_command
 from torchprime.cli.shared.columns import beside, column_width, wrap
@@ -104,10 +104,7 @@ def _chat(given: argparse.Namespace) -> int:
     device = choose_device(given.device)
     folders = {} if given.base is None else {BASE: name_or_folder("--base", given.base)}
     folders[TUNED] = name_or_folder("--model", given.model)
-    found = {
-        title: resolve_pretrained(name, cache_dir=None, weights=True)
-        for title, name in folders.items()
-    }
+    found = {title: resolve_model(name) for title, name in folders.items()}
     _tell_certificate(found[TUNED], given.base)
     speakers = {title: Speaker(folder, device) for title, folder in found.items()}
     if given.system is not None and all(s.template is None for s in speakers.values()):

@@ -18,10 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict
 
+from torchprime.checkpoint.adapter.load import load_model, resolve_model
 from torchprime.checkpoint.hf.portable import auto_tokenizer
-from torchprime.checkpoint.hf.source import resolve_pretrained
 from torchprime.checkpoint.proof.certificate import CERTIFICATE, read_certificate
-from torchprime.checkpoint.proof.verify import load_transformers
 from torchprime.cli.chat import DEVICES, choose_device
 from torchprime.cli.shared.arguments import make_parser, positive, run_command
 from torchprime.config.paths import local_path, name_or_folder
@@ -66,16 +65,14 @@ def lm_eval_main(argv: list[str]) -> int:
 def _evaluate(given: argparse.Namespace) -> int:
     harness = load_harness()
     tasks = [name.strip() for name in given.tasks.split(",") if name.strip()]
-    folder = resolve_pretrained(
-        name_or_folder("EXPORT", given.export), cache_dir=None, weights=True
-    )
+    folder = resolve_model(name_or_folder("EXPORT", given.export))
     beside = folder.resolve().parent / RESULT
     out = beside if given.out is None else local_path("--out", given.out)
     _require_new(out)
     manager = _task_manager(tasks, given.include_path)
     chat = _wants_template(given.chat_template, folder)
     device = choose_device(given.device)
-    model = load_transformers(folder).to(device)
+    model = load_model(folder).to(device)
     # late: as below; load_harness has checked that it is installed
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from torchprime.checkpoint.adapter.load import load_model
 from torchprime.checkpoint.proof.certificate import trained_options
-from torchprime.checkpoint.proof.verify import load_transformers
 from torchprime.data.templates.choose import resolve_template
 from torchprime.data.templates.render import ChatTemplate, TemplateRefusal, render
 from torchprime.data.tokenizer.load import REPLACEMENT, load_tokenizer
@@ -77,7 +77,7 @@ class Speaker:
         self.stops = tuple(
             dict.fromkeys([self.tokenizer.eos_id, *self.tokenizer.generation_eos_ids])
         )
-        model = load_transformers(folder)
+        model = load_model(folder)
         try:
             self.model: Any = model.to(device)
         except torch.OutOfMemoryError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from torchprime.checkpoint.proof.verify import load_transformers
+from torchprime.checkpoint.adapter.load import load_model
 from torchprime.errors import DataError
 
 ROWS_AT_ONCE = 32
@@ -24,7 +24,7 @@ def generation_samples(
     """Continue each prompt with the most likely token until a stop token or the limit.
 
     Args:
-        folder: a Hugging Face folder with weights.
+        folder: a Hugging Face folder with weights, or a PEFT folder.
         prompts: token ids, of any lengths.
         eos_ids: where to stop.
         max_new_tokens: the limit of new tokens.
@@ -37,7 +37,7 @@ def generation_samples(
     if empty:
         raise DataError(f"Prompts {empty} are empty; a prompt needs at least one token.")
     stops = list(eos_ids)
-    model = load_transformers(folder)
+    model = load_model(folder)
     model.generation_config = generation_settings(stops, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, list[int]] = {}

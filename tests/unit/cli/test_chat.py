@@ -80,6 +80,40 @@ def greedy(folder: Path, text: str) -> str:
     return tokenizer.decode(ids)
 
 
+@pytest.fixture(scope="module")
+def adapter(tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A PEFT folder of `tuned`, and a copy of `tuned` that has it merged."""
+    merged = Path(shutil.copytree(tuned, tmp_path_factory.mktemp("merged") / "merged"))
+    folder = Path(shutil.copytree(tuned, tmp_path_factory.mktemp("adapter") / "adapter"))
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    weights = load_file(tuned / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    outputs, inputs = weights[f"{name}.weight"].shape
+    generator = torch.Generator().manual_seed(2)
+    b = torch.randn(outputs, 2, generator=generator)
+    a = torch.randn(2, inputs, generator=generator)
+    weights[f"{name}.weight"] += b @ a
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    module = f"base_model.model.{name}"
+    stored = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    save_file(stored, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [name]}
+    config["base_model_name_or_path"] = str(tuned)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder, merged
+
+
+def test_an_adapter_answers_with_its_base(
+    chat: Chat, adapter: tuple[Path, Path], tuned: Path
+) -> None:
+    folder, merged = adapter
+    code, answered, _ = chat("--model", folder, "--prompt", PROMPTS[0], "--json")
+    wanted = greedy(merged, rendered(PROMPTS[0]))
+    assert code == 0 and json.loads(answered)["model"]["text"] == wanted
+    assert wanted != greedy(tuned, rendered(PROMPTS[0]))
+
+
 def rendered(*turns: str) -> str:
     """CHAT written out for user and assistant in turns."""
     roles = ("user", "assistant")

@@ -184,7 +184,9 @@ def read_facts(path: Path) -> ExportFacts:
 def _adapter(content: Mapping[str, Any]) -> AdapterSpec:
     """Return the description of an adapter; a ValueError is raised for wrong fields."""
     check_fields(content, ADAPTER, "adapter")
-    fields = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+    }
     return AdapterSpec(**fields)
 
 
