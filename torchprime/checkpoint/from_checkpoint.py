@@ -334,8 +334,9 @@ def _adapted_logits(
     config = read_json(kept / "config.json")
     longest = min(PROMPT_TOKENS, architecture_from_hf(config).max_position_embeddings)
     ids = encode_prompts(kept / "tokenizer.json", longest=longest)
-    tensor_of = SafetensorsReader(base).get
-    logits = adapted_logits(config, tensor_of, trained, facts.adapter, facts.dtype, ids)
+    found = SafetensorsReader(base)
+    found.share_head()
+    logits = adapted_logits(config, found.get, trained, facts.adapter, facts.dtype, ids)
     return PromptLogits(ids, logits, "torchprime's decoder on the CPU, from the checkpoint")
 
 

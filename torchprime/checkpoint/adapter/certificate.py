@@ -110,10 +110,10 @@ def certify_adapter(
     return certificate
 
 
-def base_fingerprint(base: Path | SafetensorsReader) -> dict[str, Any]:
+def base_fingerprint(base: Path) -> dict[str, Any]:
     """Return the number of a base's tensors and values, its types, and `sha256`, one hash of all
     its weights; it reads all of them once."""
-    reader = base if isinstance(base, SafetensorsReader) else SafetensorsReader(base)
+    reader = SafetensorsReader(base)
     hashes = {name: tensor_hash(reader.get(name)) for name in reader.names()}
     return dict(weights_values(reader, hashes))
 
@@ -156,8 +156,10 @@ class OverBase:
 
     @cached_property
     def reader(self) -> SafetensorsReader:
-        """The base's tensors."""
-        return SafetensorsReader(self.base_folder)
+        """The base's tensors, by the names of the model."""
+        reader = SafetensorsReader(self.base_folder)
+        reader.share_head()
+        return reader
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -184,7 +186,7 @@ class OverBase:
     def check_base(self) -> Found:
         """Check that the base's weights are those that the run began with, in the files and, after
         the adapter was loaded over them, in PEFT."""
-        values = base_fingerprint(self.reader)
+        values = base_fingerprint(self.base_folder)
         sha = values["sha256"]
         if self.base_sha256 is not None and sha != self.base_sha256:
             raise CheckpointError(
@@ -195,7 +197,7 @@ class OverBase:
         if self.base_sha256 is not None:
             told.append("as in training")
         try:
-            changed = self.in_peft.changed_base(self.reader)
+            changed = self.in_peft.changed_base()
         except NotChecked as reason:
             told.append(f"not compared in PEFT: {reason}")
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from torchprime.checkpoint.adapter.certificate import certify_adapter
 from torchprime.checkpoint.adapter.folder import AdapterFolder
+from torchprime.checkpoint.adapter.merge import merged_tensors
 from torchprime.checkpoint.export import ExportResult, export_need, write_export
 from torchprime.checkpoint.hf.export_facts import ExportFacts
+from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.logits import PromptLogits
 from torchprime.checkpoint.room import require_room
@@ -27,6 +29,25 @@ def check_adapter_export(out: Path | str | ExportPlace, adapter: AdapterFolder) 
     place.require_new()
     require_room([export_need(place, adapter.layout)])
     return adapter.check()
+
+
+def merged_weights(
+    adapter: AdapterFolder, trained: Mapping[str, Tensor], base: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the merged model's weights, one at a time, for `export_hf`.
+
+    An adapter of a quantized base is merged into the dequantized values, which it was trained on;
+    so the merged model computes the trainer's logits, and `certify` can compare them.
+
+    Args:
+        trained: the trained tensors by their names in the adapted model.
+        base: the folder of the base's weights.
+    """
+    reader, layout = SafetensorsReader(base), adapter.hf.layout
+    reader.share_head()
+    tensor_of = merged_tensors(reader.get, trained, adapter.spec, layout.dtype)
+    for name in layout.spec:
+        yield name, tensor_of(name)
 
 
 def export_adapter(

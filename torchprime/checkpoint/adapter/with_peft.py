@@ -108,10 +108,10 @@ class PeftOverBase:
         with self.model.disable_adapter():
             return judge_logits(self.model, ids, logits_of(self.model, ids), difference, least)
 
-    def changed_base(self, reader: SafetensorsReader) -> list[str]:
+    def changed_base(self) -> list[str]:
         """Return the names of the base's tensors that differ in PEFT's model from the files."""
         self._set_base(False)
-        held = self._held()
+        held, reader = self._held(), SafetensorsReader(self.base)
         grown = self.parts.shapes.get(EMBEDDING, (0,))[0]
 
         def differs(name: str) -> bool:

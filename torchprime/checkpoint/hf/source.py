@@ -197,10 +197,15 @@ def _refuse_foreign(folder: Path, source: str) -> None:
         base = read_json(folder / ADAPTER_FILE).get("base_model_name_or_path")
         beside = any(folder.glob("model*.safetensors"))
         what = "a model with a PEFT adapter beside it, which transformers would apply to it;"
-        what = what if beside else f"a PEFT adapter of {base!r:.200}, not a model;"
+        if not beside:
+            raise CheckpointError(
+                f"There is a PEFT adapter of {base!r:.200}, not a model; see {ADAPTER_FILE} in "
+                f"{source}. Merge it into its base: torchprime export --adapter DIR --merge --out "
+                "NEW. Or train it further: adapter.pretrained=DIR and model.pretrained_model=BASE."
+            )
         raise CheckpointError(
-            f"There is {what} see {ADAPTER_FILE} in {source}. Merge it: {MERGE}."
-            + (f" Or remove {ADAPTER_FILE} to train the model alone." if beside else "")
+            f"There is {what} see {ADAPTER_FILE} in {source}. Merge it: {MERGE}. Or remove "
+            f"{ADAPTER_FILE} to train the model alone."
         )
     for name in QUANTIZER_FILES:
         if os.path.lexists(folder / name):

@@ -12,13 +12,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.adapter.certificate import base_fingerprint
-from torchprime.checkpoint.adapter.export import check_adapter_export, export_adapter
+from torchprime.checkpoint.adapter.export import (
+    check_adapter_export,
+    export_adapter,
+    merged_weights,
+)
 from torchprime.checkpoint.adapter.folder import AdapterFolder
 from torchprime.checkpoint.adapter.logits import adapted_logits
 from torchprime.checkpoint.adapter.read import read_adapter
@@ -30,6 +34,7 @@ from torchprime.checkpoint.hf.folder import HfFolder
 from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.checkpoint.proof.logits import PromptLogits, encode_prompts
+from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.errors import CheckpointError
 
 FILES = {
@@ -69,7 +74,7 @@ class Case:
         found = adapted_logits(self.config, reader.get, tensors, self.spec, self.dtype, ids)
         return PromptLogits(ids, found, "a test")
 
-    def export(self, out: Path, **changes: Any) -> ExportResult:
+    def export(self, out: Path | str, **changes: Any) -> ExportResult:
         given = {
             "facts": self.facts,
             "weights": list(self.tensors.items()),
@@ -165,6 +170,34 @@ def test_rows_for_new_tokens(by_peft, tmp_path: Path) -> None:
     result = case.export(tmp_path / "out")
     assert result.certificate is not None and not result.certificate.failed
     assert checks_of(result)["logits"] and checks_of(result)["base"]
+
+
+def test_a_tied_base_that_stores_its_output_projection(by_peft, tmp_path: Path) -> None:
+    made = by_peft("tied embedding")
+    base = Path(shutil.copytree(made.base, tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    result = Case(made).export(tmp_path / "out", base=base)
+    found = checks_of(result)
+    assert found["merged"] and found["adapter"] and found["trained"]
+
+
+@pytest.mark.parametrize("name", ["lora", "tied embedding"])
+def test_merged_weights_are_exported_beside_the_adapter(name: str, by_peft) -> None:
+    case = Case(by_peft(name))
+    merged = dict(merged_weights(case.adapter, case.tensors, case.made.base))
+    assert list(merged) == list(case.facts.spec)
+    for each, tensor in merged.items():
+        theirs = case.made.merged[each]
+        assert (tensor - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+
+
+def test_a_url_gets_the_folder(by_peft, tmp_path: Path) -> None:
+    url = f"memory://adapters/{tmp_path.name}/out"
+    result = Case(by_peft("lora")).export(url, trained="no", base="not here")
+    assert set(open_storage(url).files()) == set(result.files) == FILES
 
 
 def test_a_spoilt_folder_is_found(by_peft, make_base: Callable[..., Path], tmp_path: Path) -> None:

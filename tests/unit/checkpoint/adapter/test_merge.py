@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -76,3 +77,22 @@ def test_linear_layers_without_adapter_are_quantized_too(by_peft) -> None:
     assert torch.equal(tensor_of(other), by_bitsandbytes(base.get(other)))
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(tensor_of(name), base.get(name))
+
+
+def test_one_tensor_of_the_base_in_memory_at_a_time(by_peft) -> None:
+    made = by_peft("lora")
+    stored, base = read_adapter(made.folder), SafetensorsReader(made.base)
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal most
+        most = max(most, sum(ref() is not None for ref in alive))
+        tensor = base.get(name).clone()
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    tensor_of = merged_tensors(read, stored.tensors, stored.spec, torch.bfloat16)
+    for name in base.names():
+        tensor_of(name)
+    assert most == 0 and len(alive) == len(base.names())

@@ -152,7 +152,7 @@ def test_an_adapters_folder_is_named(tmp_path: Path, llama) -> None:
     adapter = {"base_model_name_or_path": "owner/base", "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    message = "a PEFT adapter of 'owner/base', not a model; .*merge_and_unload"
+    message = "a PEFT adapter of 'owner/base', not a model; .*export --adapter DIR --merge"
     with pytest.raises(CheckpointError, match=message):
         resolve_pretrained(str(tmp_path), cache_dir=None, weights=True)
     shutil.copy(llama.folder / "config.json", tmp_path)
