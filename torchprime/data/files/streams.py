@@ -51,7 +51,7 @@ class PlainStream(io.RawIOBase):
 
         The size may come from a damaged file: no memory is taken before the bytes are there.
         """
-        if size <= READ_BYTES:
+        if size < 0 or (size <= READ_BYTES and self.seekable()):
             return super().read(size)
         if self.seekable():
             here = self.tell()
