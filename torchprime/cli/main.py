@@ -59,7 +59,7 @@ def resume_check(argv: list[str]) -> int:
 
 
 def export(argv: list[str]) -> int:
-    """Make a Hugging Face folder of a run's checkpoint, without an accelerator."""
+    """Make a Hugging Face folder of a checkpoint, or merge an adapter; no accelerator needed."""
     os.environ["USE_TORCH_XLA"] = "0"
     # late: as above
     from torchprime.cli.export import export_main
@@ -139,7 +139,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "report": "RUN [--out DIR]",
         "chat": "--model DIR [--base DIR]",
         "verify": "DIR",
-        "export": "CHECKPOINT --out DIR",
+        "export": "CHECKPOINT --out DIR, or --adapter DIR --merge --out DIR",
         "lm-eval": "DIR --tasks NAME[,NAME ...]",
         "resume-check": "RUN [--config-name NAME] [key=value ...]",
     },

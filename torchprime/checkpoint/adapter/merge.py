@@ -15,6 +15,7 @@ from torchprime.adapters import int8, nf4
 from torchprime.adapters.lora import merged_weight
 from torchprime.adapters.spec import AdapterSpec, BaseType
 from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
+from torchprime.errors import CheckpointError
 
 TensorOf = Callable[[str], Tensor]
 
@@ -38,6 +39,22 @@ def base_in_run(name: str, tensor: Tensor, base_type: BaseType, dtype: torch.dty
     if base_type == "nf4":
         return nf4.dequantize(nf4.quantize(tensor), dtype)
     return tensor
+
+
+def require_blocks(shapes: Mapping[str, tuple[int, ...]], base_type: BaseType) -> None:
+    """Raise a CheckpointError if a model's linear layers can't be stored in the base's type.
+
+    Args:
+        shapes: of the model's weights, by name.
+    """
+    if base_type != "nf4":
+        return
+    for name, shape in shapes.items():
+        if len(shape) == 2 and name not in (EMBEDDING, HEAD) and shape[1] % nf4.BLOCK:
+            raise CheckpointError(
+                f"--base-dtype: given nf4, whose blocks have {nf4.BLOCK} inputs, but {name} has "
+                f"{shape[1]} inputs, so no run had this base in nf4. Expected int8 or run."
+            )
 
 
 def merged_tensors(

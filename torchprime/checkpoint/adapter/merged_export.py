@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torchprime.adapters.spec import BaseType
 from torchprime.checkpoint.adapter.logits import adapted_logits
-from torchprime.checkpoint.adapter.merge import merged_tensors
+from torchprime.checkpoint.adapter.merge import merged_tensors, require_blocks
 from torchprime.checkpoint.adapter.parts import plain_decoder
 from torchprime.checkpoint.adapter.read import StoredAdapter
 from torchprime.checkpoint.adapter.recheck import trained_base_type
@@ -77,8 +77,8 @@ class Merge:
         """Check that the adapter fits the base.
 
         Raises:
-            CheckpointError: a quantized base, one of other shapes, an incomplete one, or weights of
-                a type that is not exported.
+            CheckpointError: a quantized base, an incomplete one, one of other shapes or that can't
+                have been in `into`, or weights of a type that is not exported.
         """
         if self.config.get("quantization_config"):
             raise CheckpointError(
@@ -88,6 +88,7 @@ class Merge:
             )
         self.adapter.fit(self.config)
         check_names(self._base_shapes, self.reader, tied=self.tied)
+        require_blocks(self.shapes, self.into)
         if self.out_dtype not in LOGIT_TOLERANCE:
             raise CheckpointError(
                 f"{self.base_name} holds weights of type {self.out_dtype}; give the type of the "

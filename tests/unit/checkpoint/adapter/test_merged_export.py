@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from torchprime.checkpoint.adapter.merged_export import Merge, export_merged
+from torchprime.checkpoint.adapter.parts import adapter_parts
 from torchprime.checkpoint.adapter.read import read_adapter
 from torchprime.checkpoint.proof.recheck import recheck
 from torchprime.errors import CheckpointError
@@ -92,6 +93,19 @@ def test_a_quantized_base_is_refused_with_the_fix(by_peft, tmp_path: Path) -> No
     ):
         export_merged(Merge(read_adapter(made.folder), base, "b"), tmp_path / "out", print)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_nf4_cannot_store(by_peft, make_base, tmp_path: Path) -> None:
+    made = by_peft("lora")
+    adapter = read_adapter(made.folder)
+    spec = replace(adapter.spec, targets=("v_proj",), rank=1)
+    small = make_base(hidden=32)
+    shapes = adapter_parts(json.loads((small / "config.json").read_text()), spec).shapes
+    ones = {name: torch.ones(shape) for name, shape in shapes.items()}
+    stored = replace(adapter, spec=spec, tensors=ones)
+    Merge(stored, small, "small", base_type="int8").check()
+    with pytest.raises(CheckpointError, match=r"--base-dtype: given nf4.*has 32 inputs"):
+        export_merged(Merge(stored, small, "small", base_type="nf4"), tmp_path / "out", print)
 
 
 def test_a_base_without_stop_token(by_peft, tmp_path: Path) -> None:
