@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from torchprime.checkpoint.from_checkpoint import export_checkpoint
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.errors import UserError
 from torchprime.evaluation.before_after import table_lines
@@ -69,7 +68,7 @@ def _export_checkpoint(prepared: Prepared, place: ExportPlace, step: int) -> Non
     name = p.catalog.name_of(step)
     p.say(f"the best step is {step}: exporting {storage.describe(name)}")
     p.catalog.check(name)
-    export_checkpoint(storage, name, place, base=p.inputs.files.folder, say=p.say)
+    p.exporter.write_checkpoint(place, storage, name, p.inputs.files.folder)
 
 
 def _saved(run: Run, step: int) -> str | None:

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from torchprime.checkpoint.export import ExportResult, check_export, export_hf, export_need
-from torchprime.checkpoint.from_checkpoint import HF, add_weights
+from torchprime.checkpoint.from_checkpoint import HF, add_weights, export_checkpoint
 from torchprime.checkpoint.hf.card import CardFacts
 from torchprime.checkpoint.hf.export_facts import FACTS, ExportFacts
 from torchprime.checkpoint.hf.folder import HfFolder
@@ -29,13 +29,16 @@ from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import certify
 from torchprime.checkpoint.proof.logits import PROMPT_TOKENS, PromptLogits, encode_prompts, no_room
 from torchprime.checkpoint.room import Need
-from torchprime.checkpoint.run.reader import TensorReader
-from torchprime.checkpoint.run.storage import FolderWriter
+from torchprime.checkpoint.run.reader import CheckpointReader, TensorReader
+from torchprime.checkpoint.run.storage import FolderWriter, Storage
 from torchprime.data.templates.render import ChatTemplate, text_hash
 from torchprime.files.atomic import write_json
 from torchprime.files.json_files import token_ids
 from torchprime.training.backend import Backend
-from torchprime.training.setup.model_files import ModelFiles
+from torchprime.training.run.adapter_export import AdapterExport
+from torchprime.training.setup.model_files import ModelFiles, pretrained_tensors
+
+BASE = "base"  # the fingerprint of an adapter's base
 
 
 class Exporter:
@@ -58,6 +61,8 @@ class Exporter:
 
     def need(self, place: ExportPlace) -> Need:
         """Return the disk space that an export there needs."""
+        if (adapted := self._adapted(self.facts(None, {}))) is not None:
+            return adapted.need(place)
         return export_need(place, self.layout)
 
     def check(self, out: Path | ExportPlace) -> None:
@@ -65,7 +70,9 @@ class Exporter:
 
         What the export repairs in the source's files is said, once.
         """
-        for line in check_export(out, self.hf_folder()):
+        adapted = self._adapted(self.facts(None, {}))
+        lines = check_export(out, self.hf_folder()) if adapted is None else adapted.check(out)
+        for line in lines:
             self.say(f"note: {line}")
 
     @staticmethod
@@ -93,7 +100,18 @@ class Exporter:
             card=replace(self.card, chat=template is not None),
             metrics=dict(metrics),
             fingerprints=dict(self.fingerprints),
+            adapter=self.files.adapter and self.files.adapter.spec,
+            base_sha256=self.fingerprints.get(BASE),
         )
+
+    def _adapted(self, facts: ExportFacts) -> AdapterExport | None:
+        """Return the export of the run's adapter; None if it trains all weights."""
+        adapter, base = self.files.adapter, self.files.folder
+        if adapter is None:
+            return None
+        assert base is not None  # the schema guarantees it
+        base_of = pretrained_tensors(self.files, self.layout.dtype)
+        return AdapterExport(adapter.form, self.hf_folder(), facts, base, base_of)
 
     def write_small_files(self, folder: Path, *, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the part of an export that a checkpoint stores: the facts and all files but the
@@ -158,20 +176,50 @@ class Exporter:
         weights = backend.weights()
         if backend.processes.index == 0:
             weights = _then(weights, others_wait)
+        facts = self.facts(step, metrics)
+        adapted = self._adapted(facts)
         try:
             if backend.processes.index != 0:
                 return None
-            result = self._export(place, weights, self.facts(step, metrics), trained)
+            if adapted is None:
+                result = self._export(place, weights, facts, trained)
+            else:
+                origin = f"{facts.source}, at its end"
+                result = adapted.write(place, dict(weights), trained, origin)
         finally:
             if backend.processes.count > 1:
                 for _ in weights:  # the rest of this process's part in gathering the weights
                     pass
+        self._told(place, result)
+        return result
+
+    def write_checkpoint(
+        self, place: ExportPlace, storage: Storage, name: str, base: Path | None
+    ) -> None:
+        """Export a checkpoint of the run and verify it, without a device.
+
+        Args:
+            base: the folder of the base's weights; None if training began from random ones.
+
+        Raises:
+            CheckpointError: see `write`.
+        """
+        if self.files.adapter is None:
+            export_checkpoint(storage, name, place, base=base, say=self.say)
+            return
+        with CheckpointReader(storage, name) as reader:
+            manifest = reader.manifest
+            adapted = self._adapted(self.facts(manifest.step, manifest.metrics))
+            assert adapted is not None
+            self._told(place, adapted.write_checkpoint(place, reader))
+
+    def _told(self, place: ExportPlace, result: ExportResult) -> None:
+        """Say what was exported; raise the error of a failed certificate."""
         certificate = result.certificate
         assert certificate is not None
         certificate.require(place)
         proofs = (certificate.check(name).detail for name in ("weights", "logits"))
         self.say(f"exported to {place}: {'; '.join(proofs)}; certificate: {certificate.tally()}")
-        return result
 
     def _export(
         self,

@@ -18,7 +18,7 @@ from torchprime.errors import ConfigError
 from torchprime.training.optim import Optimizer
 from torchprime.training.run import folder as run_folder
 from torchprime.training.run import resume as resuming
-from torchprime.training.run.export import Exporter
+from torchprime.training.run.export import BASE, Exporter
 from torchprime.training.setup.inputs import RunInputs
 from torchprime.training.setup.plan import checkpoint_bytes, stored_parameters
 
@@ -44,6 +44,7 @@ def make_exporter(inputs: RunInputs, say: Callable[[str], None]) -> Exporter:
         stop_ids=inputs.stop_ids,
         fingerprints={
             **rows.fingerprints(),
+            **({} if inputs.base is None else {BASE: inputs.base}),
             "config": run_folder.config_fingerprint(c.to_dict()),
         },
         say=say,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torchprime.models.decoder import CausalLM, hash_name
 from torchprime.sharding import ShardingTable, shard_count
 
 TensorOf = Callable[[str], Tensor]
+# A PEFT folder, a Hugging Face folder of base and adapter merged, or both.
+ExportForm = Literal["adapter", "merged", "both"]
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,13 @@ class Adapter:
     Attributes:
         table: of the model without adapters.
         mesh: the number of devices along each axis.
+        form: of its export.
     """
 
     spec: AdapterSpec
     table: ShardingTable
     mesh: Mapping[str, int]
+    form: ExportForm
 
     def apply(self, model: CausalLM) -> None:
         """Put the adapter into a model, in place, and store the base in its type.

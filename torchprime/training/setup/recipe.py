@@ -64,7 +64,8 @@ def adapter_of(config: TrainConfig) -> Adapter | None:
         dora=a.dora,
         base_type=a.base_dtype,
     )
-    return Adapter(spec, ShardingTable(s.parameters, s.activations), config.mesh_shape())
+    table = ShardingTable(s.parameters, s.activations)
+    return Adapter(spec, table, config.mesh_shape(), config.export.adapter)
 
 
 def vocabulary_of(config: TrainConfig) -> VocabularyRequest:

@@ -1,0 +1,198 @@
+"""The export of a trained adapter: a PEFT folder, a merged Hugging Face folder, or both.
+
+Of both, the PEFT folder lies in `adapter/` of the merged one, so that one rename makes all of it
+visible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from torchprime.checkpoint.adapter.certificate import certify_adapter
+from torchprime.checkpoint.adapter.export import check_adapter_export, export_adapter
+from torchprime.checkpoint.adapter.folder import AdapterFolder
+from torchprime.checkpoint.adapter.logits import adapted_logits
+from torchprime.checkpoint.adapter.merge import merged_tensors
+from torchprime.checkpoint.export import (
+    ExportResult,
+    check_export,
+    export_need,
+    write_export,
+    write_weights,
+)
+from torchprime.checkpoint.hf.export_facts import ExportFacts
+from torchprime.checkpoint.hf.folder import HfFolder
+from torchprime.checkpoint.places import ExportPlace
+from torchprime.checkpoint.proof.certificate import Certificate, certify
+from torchprime.checkpoint.proof.logits import (
+    PROMPT_TOKENS,
+    PromptLogits,
+    encode_prompts,
+    no_room,
+)
+from torchprime.checkpoint.room import Need
+from torchprime.checkpoint.run.reader import CheckpointReader
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.training.setup.adapter import ExportForm, TensorOf
+
+INSIDE = "adapter"  # the PEFT folder in a merged one
+
+
+@dataclass(frozen=True)
+class AdapterExport:
+    """An adapter's export, before its tensors are known.
+
+    Attributes:
+        hf: the folder that an export of the merged model is.
+        facts: of the run, with `facts.adapter`.
+        base: the folder of the base's weights.
+        base_of: gives a weight of the base by name, with rows for new tokens.
+    """
+
+    form: ExportForm
+    hf: HfFolder
+    facts: ExportFacts
+    base: Path
+    base_of: TensorOf
+
+    @property
+    def peft(self) -> AdapterFolder:
+        """The PEFT folder."""
+        return AdapterFolder.of(self.hf, self.facts)
+
+    def check(self, out: Path | ExportPlace) -> list[str]:
+        """Raise the errors that `write` would raise, without weights; return the repairs made in
+        the source's files, as lines for the user."""
+        if self.form == "adapter":
+            return check_adapter_export(out, self.peft)
+        lines = check_export(out, self.hf)
+        if self.form == "both":
+            self.peft.check()
+        return lines
+
+    def need(self, place: ExportPlace) -> Need:
+        """Return the disk space that an export there needs."""
+        if self.form == "merged":
+            return export_need(place, self.hf.layout)
+        small = export_need(place, self.peft.layout)
+        if self.form == "adapter":
+            return small
+        merged = export_need(place, self.hf.layout)
+        return merged._replace(bytes=merged.bytes + small.bytes, files=merged.files + small.files)
+
+    def write(
+        self,
+        place: ExportPlace,
+        trained: Mapping[str, Tensor],
+        logits: PromptLogits | str,
+        origin: str,
+    ) -> ExportResult:
+        """Write and prove the export.
+
+        Args:
+            trained: the trained tensors by their names in the adapted model.
+            logits: the trainer's, or the reason why there are none.
+            origin: where the tensors come from, for people.
+
+        Raises:
+            CheckpointError: it could not be written, or a check failed; in the latter case the
+                folder is there, with the failed certificate.
+        """
+        proof = _Proof(self, logits, origin)
+        if self.form == "adapter":
+            result = export_adapter(
+                place,
+                self.peft,
+                facts=self.facts,
+                weights=trained.items(),
+                origin=origin,
+                trained=logits,
+                base=self.base,
+            )
+        else:
+            result = write_export(
+                place,
+                small_files=partial(self._small_files, trained, proof),
+                weights=self._merged(trained),
+                layout=self.hf.layout,
+                certify=proof.certify_merged,
+            )
+        for certificate in (proof.inside, result.certificate):
+            if certificate is not None:
+                certificate.require(place)
+        return result
+
+    def write_checkpoint(self, place: ExportPlace, reader: CheckpointReader) -> ExportResult:
+        """Write and prove the export of a checkpoint of the run, without a device.
+
+        Raises:
+            CheckpointError: see `write`.
+        """
+        trained = {name: reader.get(f"model.{name}") for name in self.peft.parts.shapes}
+        return self.write(
+            place, trained, self._logits(trained), f"{reader.name} of {self.facts.source}"
+        )
+
+    def _logits(self, trained: Mapping[str, Tensor]) -> PromptLogits | str:
+        """Return the logits that our decoder computes on the CPU, or the reason why there are
+        none."""
+        facts, config = self.facts, self.hf.config
+        if reason := no_room(facts.layout.num_parameters, facts.dtype):
+            return reason
+        assert facts.adapter is not None
+        longest = min(PROMPT_TOKENS, architecture_from_hf(config).max_position_embeddings)
+        ids = encode_prompts(self.hf.tokenizer_folder / "tokenizer.json", longest=longest)
+        logits = adapted_logits(config, self.base_of, trained, facts.adapter, facts.dtype, ids)
+        return PromptLogits(ids, logits, "torchprime's decoder on the CPU, from the checkpoint")
+
+    def _merged(self, trained: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the merged weights. A quantized base is merged with the values it was trained on,
+        so the merged model is the one that was evaluated."""
+        assert self.facts.adapter is not None
+        merged = merged_tensors(self.base_of, trained, self.facts.adapter, self.facts.dtype)
+        return ((name, merged(name)) for name in self.facts.spec)
+
+    def _small_files(self, trained: Mapping[str, Tensor], proof: _Proof, folder: Path) -> None:
+        self.hf.write_small_files(folder, card=self.facts.card_text())
+        if self.form == "both":
+            inside = folder / INSIDE
+            inside.mkdir()
+            self.peft.write_small_files(inside, self.facts)
+            hashes = write_weights(inside, self.peft.renamed(trained.items()), self.peft.layout)
+            proof.certify_inside(inside, hashes)
+
+
+class _Proof:
+    """The certificates of one export."""
+
+    def __init__(self, export: AdapterExport, logits: PromptLogits | str, origin: str) -> None:
+        self.export, self.logits, self.origin = export, logits, origin
+        self.inside: Certificate | None = None
+
+    def certify_inside(self, folder: Path, hashes: Mapping[str, str]) -> None:
+        """Certify the PEFT folder in a merged one."""
+        self.inside = certify_adapter(
+            folder,
+            hashes,
+            adapter=self.export.peft,
+            facts=self.export.facts,
+            origin=self.origin,
+            trained=self.logits,
+            base=self.export.base,
+        )
+
+    def certify_merged(self, folder: Path, hashes: Mapping[str, str]) -> Certificate:
+        """Certify the merged folder."""
+        return certify(
+            folder,
+            hashes,
+            facts=self.export.facts,
+            origin=self.origin,
+            trained=self.logits,
+            base=self.export.base,
+        )
