@@ -65,7 +65,7 @@ class AdaptedLinear(nn.Module):
     def forward(self, x_BSI: Tensor) -> Tensor:
         out = self.base_layer(x_BSI)
         dropped = self.lora_dropout(x_BSI)
-        low_rank = self.lora_B(self.lora_A(dropped)) * self.scale
+        low_rank = self.lora_B(self.lora_A(dropped) * self.scale)
         if not self.dora:
             return out + low_rank
         return out + self._dora(x_BSI, dropped, out, low_rank)

@@ -412,11 +412,13 @@ def apply_remat(
     if remat.scan_layers:
         model.model.layers = ScannedLayers(list(layers), runner(layers[0]))
         return
+    input_has_gradient = model.model.embed_tokens.weight.requires_grad
     for index, layer in enumerate(layers):
         if remat.policy != "none":
             layers[index] = RematLayer(layer, runner(layer), remat.optimization_barrier)
-        elif remat.optimization_barrier:
+        elif remat.optimization_barrier and input_has_gradient:
             layer.register_full_backward_hook(_barrier_after)
+        input_has_gradient |= any(p.requires_grad for p in layer.parameters())
 
 
 def _barrier_after(_: nn.Module, grad_input: Any, __: Any) -> None:

@@ -28,7 +28,7 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.remat import Remat
-from torchprime.training.backend import StepNumbers, StepOptions
+from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim import AdamW
 
 STEPS, SEED, EPS = 10, 20_261_130, 1e-3
@@ -94,6 +94,11 @@ WAYS = {
         AdapterSpec(
             rank=4, alpha=4, scaling="rslora", modules_to_train=("lm_head", "input_layernorm")
         ),
+    ),
+    "lora-barrier": Way(
+        {"fsdp": 4},
+        AdapterSpec(rank=4, alpha=8, targets=_FEW),
+        more={"remat": Remat(optimization_barrier=True)},
     ),
     "lora-scan-tensor": Way(
         {"fsdp": 2, "tensor": 2},
@@ -175,24 +180,39 @@ def train(model: CausalLM, dropout: bool) -> dict[str, list[float]]:
     return numbers
 
 
-def make_backend(way: Way, start: dict[str, Tensor], shipped: ShardingTable) -> XlaBackend:
+def make_backend(
+    way: Way,
+    start: dict[str, Tensor],
+    shipped: ShardingTable,
+    resumed: ResumedState | None = None,
+) -> XlaBackend:
     """A backend that is ready to train the adapted model from these weights."""
     sizes = {axis: way.mesh.get(axis, 1) for axis in AXES}
     backend = XlaBackend(sizes, dict.fromkeys(AXES, 1), **way.more)
-    table = ShardingTable(adapter_patterns(shipped.parameters), shipped.activations, 10**6)
+    model, table = storage_less(way, shipped)
+    backend.place(model, table, lambda name: start[name], torch.float32)
+    options = step_options(way)
+    backend.prepare_training(AdamW(eps=EPS, weight_decay=reference.DECAY), options, resumed)
+    return backend
+
+
+def storage_less(way: Way, shipped: ShardingTable) -> tuple[CausalLM, ShardingTable]:
+    """Return the adapted model on meta, and the table of its parameters."""
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(CONFIG.to_dict()))
     apply_adapter(model, way.spec)
     quantize_base(model, way.spec.base_type, way.groups(shipped))
-    backend.place(model, table, lambda name: start[name], torch.float32)
-    options = StepOptions(
+    patterns = adapter_patterns(shipped.parameters)
+    return model, ShardingTable(patterns, shipped.activations, 10**6)
+
+
+def step_options(way: Way) -> StepOptions:
+    return StepOptions(
         gradient_accumulation_steps=way.accumulation,
         loss_chunks=3,
         max_grad_norm=reference.CLIP,
         dropout_seed=SEED if way.spec.dropout else None,
     )
-    backend.prepare_training(AdamW(eps=EPS, weight_decay=reference.DECAY), options)
-    return backend
 
 
 class Trained(NamedTuple):
@@ -215,10 +235,24 @@ def train_both(way: Way, shipped: ShardingTable) -> Trained:
     numbers, compiles = [], []
     for step in range(STEPS):
         before = backend.compiles()
-        batch = backend.put(reference.make_batch(step), way.accumulation)
-        numbers.append(backend.read(backend.train_step(batch, LR)))
+        numbers += run(backend, way, range(step, step + 1))
         compiles.append(backend.compiles() - before)
     return Trained(plain, expected, start, backend, numbers, compiles)
+
+
+def run(backend: XlaBackend, way: Way, steps: range) -> list[StepNumbers]:
+    batches = (backend.put(reference.make_batch(step), way.accumulation) for step in steps)
+    return [backend.read(backend.train_step(batch, LR)) for batch in batches]
+
+
+def whole(backend: XlaBackend) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors, put together from their shards."""
+    found: dict[str, Tensor] = {}
+    for shards in backend.checkpoint_tensors():
+        tensor = found[shards.name] = torch.full(shards.shape, torch.nan, dtype=shards.dtype)
+        for (offsets, sizes), chunk in zip(shards.chunks, shards.read(), strict=True):
+            tensor[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))] = chunk
+    return found
 
 
 def greedy(model: CausalLM, prompt: list[int], count: int) -> list[int]:
@@ -253,4 +287,4 @@ def one_step(name: str) -> None:
     way, table = WAYS[name], shipped_table()
     start = {n: p.detach() for n, p in make_model(way, table).named_parameters()}
     backend = make_backend(way, start, table)
-    backend.read(backend.train_step(backend.put(reference.make_batch(0), way.accumulation), LR))
+    run(backend, way, range(1))

@@ -22,10 +22,15 @@ from torchprime.adapters import int8, nf4
 from torchprime.adapters.apply import trainable
 from torchprime.adapters.counter_bits import kept
 from torchprime.adapters.spec import AdapterSpec
+from torchprime.config.schema import AXES
 from torchprime.errors import ConfigError
 from torchprime.generation.decode import GenerateOptions
 from torchprime.torch_xla_models import placement
+from torchprime.torch_xla_models.backend import XlaBackend
+from torchprime.torch_xla_models.compile.tracing import BatchShape, Placeholders, trace_step
 from torchprime.torch_xla_models.remat import Remat, ScannedLayers
+from torchprime.training.backend import ResumedState
+from torchprime.training.optim import AdamW
 
 QUICK = ["dropout-scan-remat-accumulate2", "nf4-dora-scan-tensor"]
 
@@ -100,6 +105,27 @@ def test_held_out_loss_and_greedy_answers(way: str, trained) -> None:
 
 
 @pytest.mark.slow
+def test_resume_with_dropout(trained, shipped_table) -> None:
+    """Bit for bit in the same form; on another mesh, without scan, as plain PyTorch."""
+    name, half = "dropout-scan-remat-accumulate2", adapted.STEPS // 2
+    done, way = trained(name), adapted.WAYS[name]
+    first = adapted.make_backend(way, done.start, shipped_table)
+    adapted.run(first, way, range(half))
+    saved = adapted.whole(first)
+    state = ResumedState(saved.__getitem__, half)
+    weights = {n.removeprefix("model."): t for n, t in saved.items() if n.startswith("model.")}
+    unbroken = dict(done.backend.weights())
+    for other in (way, adapted.Way({"fsdp": 2, "tensor": 2}, way.spec)):
+        second = adapted.make_backend(other, {**done.start, **weights}, shipped_table, state)
+        adapted.run(second, other, range(half, adapted.STEPS))
+        for name, weight in second.weights():
+            if other is way:
+                assert torch.equal(weight, unbroken[name]), name
+            expected = done.plain.get_parameter(name).detach()
+            torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_one_device(tmp_path: Path) -> None:
     """In a process of its own, which has one device."""
     code = (
@@ -139,6 +165,28 @@ def test_loops_gather_stored_bytes_and_copy_no_frozen_stack(tmp_path: Path) -> N
     assert not dequantized & found["all-gather"].keys(), found["all-gather"]
     layers = adapted.CONFIG.num_hidden_layers
     assert not [s for s in found["copy"] if re.match(rf"u8\[{layers},", s)], found["copy"]
+
+
+def test_a_step_compiled_ahead_holds_every_weight_and_writes_over_state_alone(
+    shipped_table,
+) -> None:
+    """Arguments that the update may write over are those of trained weights and their state."""
+    way = adapted.WAYS["nf4-scan-remat-accumulate2"]
+    sizes = {axis: way.mesh.get(axis, 1) for axis in AXES}
+    backend = XlaBackend(sizes, dict.fromkeys(AXES, 1), make_tensors=Placeholders, **way.more)
+    model, table = adapted.storage_less(way, shipped_table)
+    shape = BatchShape(reference.B, reference.S)
+    lowered = trace_step(
+        backend, model, table, torch.float32, AdamW(), adapted.step_options(way), shape
+    )
+    arguments = lowered.arguments.values()
+    donated = Counter(each.shape for each in arguments if each.donated)
+    assert donated == Counter(tuple(t.shape) for t in backend.state.tensors())
+    kept = Counter(each.shape for each in arguments if not each.donated)
+    frozen = [p for p in backend.model.parameters() if not p.requires_grad]
+    # Numbers for dropout are no part of a step without it.
+    used = Counter(tuple(p.shape) for p in frozen if p.dtype != torch.int32)
+    assert len(used) > 5 and not used - kept
 
 
 def test_a_scan_over_layers_that_differ(shipped_table) -> None:
