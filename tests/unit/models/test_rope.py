@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -24,11 +26,11 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_tables_are_those_of_transformers(way: str) -> None:
     rope, scaling = WAYS[way]
-    config = transformers.LlamaConfig(
+    values: dict[str, Any] = {
         **{"hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 512},
-        rope_theta=rope.theta,
-        rope_scaling=scaling,
-    )
+        **{"rope_theta": rope.theta, "rope_scaling": scaling},
+    }
+    config = transformers.LlamaConfig(**values)
     positions = torch.tensor([[0, 1, 2, 300], [0, 1, 0, 511]])
     expected_cos, expected_sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
     speeds = torch.tensor(inverse_frequencies(rope, 16))
