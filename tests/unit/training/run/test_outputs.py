@@ -22,7 +22,6 @@ from torchprime.training.run.export import Exporter
 from torchprime.training.run.outputs import export_place, try_places
 from torchprime.training.setup.inputs import RunInputs
 
-SHAPES = {"model.embed_tokens.weight": (10, 4), "model.norm.weight": (4,)}
 VALUES = 10 * 4 + 4
 
 
@@ -60,10 +59,15 @@ def needs(monkeypatch: pytest.MonkeyPatch) -> list[Need]:
 
 
 def try_with(config: TrainConfig, folder: Path, place: Any = None) -> Exports:
+    dtype = getattr(torch, config.torch_dtype)
+    model = torch.nn.ModuleDict(
+        {"embed_tokens": torch.nn.Embedding(10, 4), "norm": torch.nn.RMSNorm(4)}
+    )
     inputs = SimpleNamespace(
         config=config,
-        files=SimpleNamespace(shapes=SHAPES, num_parameters=VALUES),
-        dtype=getattr(torch, config.torch_dtype),
+        files=SimpleNamespace(num_parameters=VALUES),
+        dtype=dtype,
+        model=lambda: model.to(dtype),
     )
     exports = Exports()
     storage = LocalStorage(folder / "checkpoints")
