@@ -142,7 +142,7 @@ class XlaBackend:
         self.batch_spec = ((), table.batch_axes(), ())
         inject_attention(model, self.attention, self.mesh, table.batch_axes())
         self._constrain_activations()
-        replace_linears(model.model, self._gather_quantized)
+        replace_linears(model.model, self._gather_quantized, apart=not self.remat.scan_layers)
         apply_remat(
             model,
             self.remat,

@@ -14,7 +14,7 @@ A quantized weight is gathered as it is stored, and each device dequantizes what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -77,27 +77,40 @@ class _Dequantized(torch.autograd.Function):
     def forward(ctx, x: Tensor, layer: XlaQuantized, *stored: Tensor) -> Tensor:  # type: ignore[override]
         ctx.layer = layer
         ctx.save_for_backward(*stored)
-        return torch.einsum("bsn,mn->bsm", x, layer.weight_from(*stored).to(x.dtype))
+        x, weight = layer.weight_for(x, stored)
+        return torch.einsum("bsn,mn->bsm", x, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        # Behind the barrier the compiler can't recognize that this weight was dequantized before,
-        # and so does not keep the first one in memory to reuse it.
-        grad, *stored = behind = [t.clone() for t in (grad, *ctx.saved_tensors)]
-        xm.optimization_barrier_(behind)
-        weight = ctx.layer.weight_from(*stored).to(grad.dtype)
-        grad_x = torch.einsum("bsm,mn->bsn", grad, weight)
-        return grad_x, None, *(None for _ in stored)
+        stored = ctx.saved_tensors
+        grad, weight = ctx.layer.weight_for(grad, stored)
+        return torch.einsum("bsm,mn->bsn", grad, weight), None, *(None for _ in stored)
 
 
 class XlaQuantized(QuantizedLinear):
-    """The part of quantized layers that XLA has in another form, for [B, S, D] inputs."""
+    """The part of quantized layers that XLA has in another form, for [B, S, D] inputs.
+
+    Attributes:
+        gather: annotates a stored tensor with the sharding that the product needs.
+        apart: each product has a dequantized weight of its own. Left to itself, the compiler would
+            recognize that the backward dequantizes what the forward has, and would keep the weights
+            of all layers in memory. In a loop over layers it can't, and there it may share the
+            weight between the recomputed forward of a layer and its backward.
+    """
 
     gather: Gather
+    apart: bool
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = _Dequantized.apply(x, self, *self.stored())  # type: ignore
         return out if self.bias is None else out + self.bias
+
+    def weight_for(self, factor: Tensor, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the other factor of a product, unchanged, and the weight in its type."""
+        if self.apart:
+            factor, *stored = behind = [t.clone() for t in (factor, *stored)]
+            xm.optimization_barrier_(behind)
+        return factor, self.weight_from(*stored).to(factor.dtype)
 
     def weight_from(self, *stored: Tensor) -> Tensor:
         pairs = zip(self.parts, stored, strict=True)
@@ -112,12 +125,15 @@ class XlaNf4Linear(XlaQuantized, Nf4Linear):
     """Nf4Linear with the products above."""
 
 
-def replace_linears(module: nn.Module, gather: Callable[[str, str, Tensor], Tensor]) -> None:
+def replace_linears(
+    module: nn.Module, gather: Callable[[str, str, Tensor], Tensor], *, apart: bool
+) -> None:
     """Replace every linear layer below by its form for XLA; parameters, names and hooks stay.
 
     Args:
         gather: annotates a part of a quantized weight, given the names of the layer below `module`
             and of the part, with the sharding that its product needs.
+        apart: `XlaQuantized.apart`.
     """
     for name, child in module.named_modules():
         if type(child) is nn.Linear:
@@ -125,6 +141,6 @@ def replace_linears(module: nn.Module, gather: Callable[[str, str, Tensor], Tens
             child.register_buffer("transposed", None, persistent=False)
         elif isinstance(child, QuantizedLinear):
             child.__class__ = XlaInt8Linear if isinstance(child, Int8Linear) else XlaNf4Linear
-            child.gather = partial(gather, name)
+            child.gather, child.apart = partial(gather, name), apart
             if xr.device_type() == "TPU":
                 child.level = nf4.level_by_selects

@@ -116,6 +116,11 @@ WAYS = {
         accumulation=2,
         more={"remat": _SCAN},
     ),
+    "nf4-remat": Way(
+        {"data": 2, "fsdp": 2},
+        AdapterSpec(rank=4, alpha=8, targets=_FEW, base_type="nf4"),
+        more={"remat": Remat("full")},
+    ),
     "some-layers-remat-barrier": Way(
         {"fsdp": 4},
         AdapterSpec(rank=4, alpha=8, dropout=0.1, layers=(1,), modules_to_train=("embed_tokens",)),

@@ -140,27 +140,37 @@ def test_one_device(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.slow
-def test_loops_gather_stored_bytes_and_copy_no_frozen_stack(tmp_path: Path) -> None:
-    """In the compiled program of a scanned, accumulated step over an NF4 base."""
+def results(folder: Path, way: str) -> dict[str, Counter[str]]:
+    """Return the shapes of the results of gathers and copies in the compiled step of a way."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from torchprime.torch_xla_models.runtime import prepare_environment\n"
         "prepare_environment(4)\n"
-        "import adapted; adapted.one_step('nf4-scan-remat-accumulate2')"
+        f"import adapted; adapted.one_step({way!r})"
     )
-    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text"
+    flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
     environment = {**os.environ, "CPU_NUM_DEVICES": "4", "XLA_FLAGS": flags}
     command = [sys.executable, "-c", code, str(Path(__file__).parent)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    programs = list(tmp_path.glob("*after_optimizations.txt"))
+    programs = list(folder.glob("*after_optimizations.txt"))
     program = max(programs, key=lambda path: path.stat().st_size).read_text()
-    results = re.findall(r"= (\w+\[[\d,]*)\]\S* (all-gather|copy)\(", program)
-    found = {kind: Counter(r for r, k in results if k == kind) for kind in ("all-gather", "copy")}
-    # Two shards of the inputs of each of a layer's seven weights, forward and backward.
-    packed = [n for shape, n in found["all-gather"].items() if re.match(r"u8\[\d+,2,\d+$", shape)]
-    assert sum(packed) >= 2 * 7, found["all-gather"]
+    found = re.findall(r"= (\w+\[[\d,]*)\]\S* (all-gather|copy)\(", program)
+    return {kind: Counter(r for r, k in found if k == kind) for kind in ("all-gather", "copy")}
+
+
+# Gathers of a layer's seven weights. In a loop over layers: forward, and backward, which uses twice
+# what it gathers. Unrolled, of two layers: forward, recomputed forward and backward. The output of
+# down_proj is not recomputed, and the input of the first q, k and v has no gradient.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "gathers"), [("nf4-scan-remat-accumulate2", 2 * 7), ("nf4-remat", 3 * 7 * 2 - 2 - 3)]
+)
+def test_what_is_gathered_is_what_is_stored(way: str, gathers: int, tmp_path: Path) -> None:
+    """Never a dequantized weight, and no stack of frozen weights is copied."""
+    found = results(tmp_path, way)
+    packed = [n for shape, n in found["all-gather"].items() if re.match(r"u8\[\d+,\d,\d+$", shape)]
+    assert sum(packed) == gathers, found["all-gather"]
     dequantized = {f"f32[{o},{i}" for o in (128, 256) for i in (128, 256)}
     assert not dequantized & found["all-gather"].keys(), found["all-gather"]
     layers = adapted.CONFIG.num_hidden_layers
