@@ -59,16 +59,16 @@ class Nf4(NamedTuple):
 
 @cache
 def scale_levels() -> Tensor:
-    """Return the 256 values of a quantized scale, fp32, in rising order.
+    """Return the 256 values of a quantized scale, fp32, in rising order, on the CPU.
 
     Each of seven powers of ten, from 1e-6 to 1, has twice as many values as the one below it.
     """
     positive: list[float] = []
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         positive += (10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
     values = [*positive, *(-value for value in positive), 0.0, 1.0]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 def _nearest(values: Tensor, levels: Tensor) -> Tensor:

@@ -55,6 +55,13 @@ def test_equal_to_bitsandbytes(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(nf4.dequantize(ours, dtype), expected)
 
 
+def test_a_model_on_meta_leaves_the_scales_levels_on_the_cpu() -> None:
+    """They are made once in a process, maybe while such a model is built."""
+    with torch.device("meta"):
+        made = nf4.scale_levels.__wrapped__()
+    torch.testing.assert_close(made, nf4.scale_levels(), rtol=0, atol=0)
+
+
 def test_the_scales_levels_are_those_of_bitsandbytes() -> None:
     assert torch.equal(nf4.scale_levels(), reference.create_dynamic_map())
 

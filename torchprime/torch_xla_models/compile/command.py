@@ -28,21 +28,23 @@ from torchprime.errors import RuntimeSetupError, UserError
 from torchprime.files.atomic import make_folder, open_new, write_json, write_text
 from torchprime.files.private_folders import require_private
 from torchprime.models.architecture import Architecture, architecture_from_hf
-from torchprime.models.decoder import CausalLM
 from torchprime.sharding import shard_count
 from torchprime.text.terminal import print_lines
-from torchprime.torch_xla_models.compile.fitting import find_nearest
+from torchprime.torch_xla_models.compile.fitting import find_nearest, weights_per_chip
 from torchprime.torch_xla_models.compile.hlo import Program
 from torchprime.torch_xla_models.compile.library import Library, find_library
-from torchprime.torch_xla_models.compile.report import Sizes, describe, judge, read_shortage
+from torchprime.torch_xla_models.compile.report import describe, judge, read_shortage
+from torchprime.torch_xla_models.compile.theory import Sizes, Weight
 from torchprime.torch_xla_models.runtime import (
     TORCH_XLA_FLAGS,
     TORCH_XLA_V5_FLAGS,
     TPU_FLAGS,
     with_flags,
 )
+from torchprime.training.setup.adapter import build_model
 from torchprime.training.setup.model_files import find_architecture
-from torchprime.training.setup.recipe import checked_table, vocabulary_of
+from torchprime.training.setup.plan import stored_parameters
+from torchprime.training.setup.recipe import adapter_of, checked_table, vocabulary_of
 
 REPORT = "compile_report.json"
 # Autograd counts an XLA client's devices in a signed byte, and fails from 128 on.
@@ -116,12 +118,15 @@ def compile_report(
         config.compile_time_limit * 60,
         say,
     )
+    trained, frozen = sizes.counts()
     report = {
         "topology": slice_.name,
         "chips": slice_.chips * slices,
         "mesh": config.mesh_shape(),
         "settings": settings(config),
-        "parameters": sum(math.prod(shape) for shape in sizes.shapes.values()),
+        "parameters": trained + frozen,
+        "trained_parameters": trained,
+        "weights_per_chip": weights_per_chip(config, sizes),
         "slot_tokens_per_chip": sizes.tokens // sizes.tensor,
         **{key: result[key] for key in ("versions", "compiler", "flags", "seconds")},
         "host_memory_bytes": result["host_memory_bytes"],
@@ -155,7 +160,15 @@ def settings(config: TrainConfig) -> dict[str, Any]:
         "scan_layers": c.remat.scan_layers,
         "remat": c.remat.policy,
         "attention_kernel": c.model.attention_kernel,
+        "adapter": _adapter_settings(c),
     }
+
+
+def _adapter_settings(config: TrainConfig) -> dict[str, Any] | None:
+    if not config.adapter.enabled:
+        return None
+    keys = ("rank", "base_dtype", "dora", "dropout", "targets", "layers", "modules_to_train")
+    return {key: getattr(config.adapter, key) for key in keys}
 
 
 def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
@@ -164,18 +177,29 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
     Raises:
         ConfigError: a run of the config would be refused.
     """
-    mesh = config.mesh_shape()
-    with torch.device("meta"):
-        model = CausalLM(a)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    mesh, dtype = config.mesh_shape(), getattr(torch, config.torch_dtype)
+    model = build_model(a, adapter_of(config), dtype)
+    stored = stored_parameters(model)
     _, specs = checked_table(config, model)
-    alone = {axis: size if axis == "fsdp" else 1 for axis, size in mesh.items()}
+    along = {axis: size if axis == "fsdp" else 1 for axis, size in mesh.items()}
     return Sizes(
-        shapes=shapes,
-        pieces={name: shard_count(spec, alone) for name, spec in specs.items()},
+        shapes={
+            name: p.shape for name, p in stored_parameters(build_model(a, None, dtype)).items()
+        },
+        weights={
+            name: Weight(
+                shape=p.shape,
+                itemsize=p.dtype.itemsize,
+                trained=p.trained,
+                pieces=shard_count(specs[name], along),
+                shards=shard_count(specs[name], mesh),
+            )
+            for name, p in stored.items()
+        },
+        fsdp=mesh["fsdp"],
         tensor=mesh["tensor"],
         data=mesh["data"],
-        weight_bytes=2 if config.torch_dtype == "bfloat16" else 4,
+        weight_bytes=dtype.itemsize,
         layers=a.num_hidden_layers,
         hidden=a.hidden_size,
         ffn=a.intermediate_size,
@@ -189,6 +213,8 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
         accumulation=config.task.gradient_accumulation_steps,
         loss_chunks=config.task.loss_chunks,
         full_remat=config.remat.recomputes,
+        dora=config.adapter.enabled and config.adapter.dora,
+        dropout=config.adapter.enabled and config.adapter.dropout > 0,
     )
 
 

@@ -1,14 +1,14 @@
 """The search, by compiling, for the smallest change to a config that fits a chip.
 
 Changes that keep the mathematics come first (recomputing, weights over more chips, layer
-inputs in host memory, smaller micro-batches), then those that do not (another optimizer, no
-fp32 master weights), and at last twice as many chips. A config whose weights and optimizer
-state alone do not fit is not tried.
+inputs in host memory, smaller micro-batches), then those that do not (another optimizer, no fp32
+master weights; with an adapter, a quantized base), then twice as many chips, and at last an
+adapter instead of all weights. A config whose weights and optimizer state alone do not fit is not
+tried.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +16,7 @@ from torchprime.config.load import load_config
 from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import TOPOLOGIES, topology
 from torchprime.errors import ConfigError, UserError
-from torchprime.torch_xla_models.compile.report import Sizes
+from torchprime.torch_xla_models.compile.theory import Sizes
 
 Change = dict[str, Any]  # values by dotted key
 
@@ -47,13 +47,25 @@ def changes(config: TrainConfig, rows: int, *, scannable: bool = True) -> Iterat
         fewer = {"task.gradient_accumulation_steps": config.task.gradient_accumulation_steps * rows}
         for way in ways:
             yield {**way, **fewer}
-    for optimizer in _optimizers(config):
-        yield {**same, **optimizer}
+    last = {**ways[-1], **fewer}
+    for change in _bases(config) if config.adapter.enabled else _optimizers(config):
+        yield {**same, **change}
         if len(ways) > 1 or fewer:
-            yield {**ways[-1], **fewer, **optimizer}
+            yield {**last, **change}
     larger = _twice(config)
     if larger is not None:
         yield {**same, "compile_only": larger, "ici_mesh.fsdp": 2 * mesh.data * mesh.fsdp}
+    if not config.adapter.enabled and config.model.pretrained_model is not None:
+        yield {**last, "adapter.rank": 16}
+        yield {**last, "adapter.rank": 16, "adapter.base_dtype": "nf4"}
+
+
+def _bases(config: TrainConfig) -> Iterator[Change]:
+    """Yield smaller types of an adapter's frozen weights; its optimizer state is small anyway."""
+    if config.adapter.base_dtype == "run":
+        yield {"adapter.base_dtype": "int8"}
+    if config.adapter.base_dtype != "nf4":
+        yield {"adapter.base_dtype": "nf4"}
 
 
 def _optimizers(config: TrainConfig) -> Iterator[Change]:
@@ -89,16 +101,22 @@ def changed(config: TrainConfig, change: Change) -> TrainConfig:
     return load_config(whole)
 
 
+def weights_per_chip(config: TrainConfig, sizes: Sizes) -> dict[str, int]:
+    """Return the bytes of weights on one chip, `trained` and `frozen`, and of the `optimizer`'s
+    state with master weights. Adafactor's state is left out: it is small."""
+    trained, frozen = sizes.trained(), sizes.frozen()
+    o, narrow = config.task.optimizer, sizes.weight_bytes < 4
+    each = (8 if o.name == "adamw" else 0) + (4 if o.master_weights and narrow else 0)
+    return {
+        "trained": sum(weight.kept * weight.itemsize for weight in trained),
+        "frozen": sum(weight.kept * weight.itemsize for weight in frozen),
+        "optimizer": each * sum(weight.kept for weight in trained),
+    }
+
+
 def state_bytes(config: TrainConfig, sizes: Sizes) -> int:
     """Return the bytes of weights and optimizer state on one chip, a lower bound."""
-    each = sizes.weight_bytes
-    each += 8 if config.task.optimizer.name == "adamw" else 0
-    each += 4 if config.task.optimizer.master_weights and sizes.weight_bytes < 4 else 0
-    elements = sum(
-        math.prod(shape) // (sizes.pieces[name] * sizes.tensor)
-        for name, shape in sizes.shapes.items()
-    )
-    return each * elements
+    return sum(weights_per_chip(config, sizes).values())
 
 
 def find_nearest(

@@ -11,44 +11,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torchprime.config.topologies import GIB, Chip
 from torchprime.torch_xla_models.compile.hlo import COLLECTIVES, Program
+from torchprime.torch_xla_models.compile.theory import (
+    Sizes,
+    kernel_flops,
+    products_in_theory,
+    traffic_in_theory,
+)
 
 # A warning is given above this multiple of the theoretical traffic.
 TOLERATED = 1.25
 MEMORY_PARTS = ("argument", "temp", "generated_code")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a step's parts, per chip where noted."""
-
-    shapes: Mapping[str, tuple[int, ...]]  # of every weight, by name
-    pieces: Mapping[str, int]  # number of shards of each along fsdp
-    tensor: int  # devices along the axes
-    data: int
-    weight_bytes: int
-    layers: int
-    hidden: int
-    ffn: int
-    vocab: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    tied: bool
-    block_size: int
-    rows: int  # blocks of a micro-batch on one chip
-    accumulation: int
-    loss_chunks: int
-    full_remat: bool
-
-    @property
-    def tokens(self) -> int:
-        """The slot tokens of one update on one chip (chips along tensor share them)."""
-        return self.rows * self.accumulation * self.block_size
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -140,16 +116,19 @@ def _known_arrays(s: Sizes) -> Iterator[tuple[tuple[int, ...], str]]:
     ):
         yield (s.layers, *shape), f"{what} of all layers, kept for the backward{hint}"
         yield shape, f"{what} of one layer"
-    for name, shape in s.shapes.items():
+    for name, weight in s.weights.items():
         leaf = re.sub(r"^model\.layers\.\d+\.", "", name)
         inside = leaf != name
         what = f"{'each layer' + chr(39) + 's ' if inside else ''}{leaf}"
-        pieces = s.pieces[name] * s.tensor
-        for place in range(len(shape)):
-            cut = tuple(n // (pieces if i == place else 1) for i, n in enumerate(shape))
-            stack = (s.layers, *cut) if inside else cut
-            yield stack, f"a chip's part of {what}: weight, gradient or optimizer state"
-        yield shape, f"{'one layer' + chr(39) + 's ' if inside else ''}{leaf}, whole"
+        role = "weight, gradient or optimizer state" if weight.trained else "frozen"
+        for place in range(len(weight.shape)):
+            cut = (n // (weight.shards if i == place else 1) for i, n in enumerate(weight.shape))
+            stack = (s.layers, *cut) if inside else tuple(cut)
+            yield stack, f"a chip's part of {what}: {role}"
+        yield weight.shape, f"{'one layer' + chr(39) + 's ' if inside else ''}{leaf}, whole"
+    for name, shape in s.shapes.items():
+        if name not in s.weights:  # only its codes are stored, or it has an adapter
+            yield shape, f"one layer's {re.sub(r'^model.layers.[0-9]+.', '', name)}, dequantized"
 
 
 # Traffic ------------------------------------------------------------------------------------------
@@ -165,26 +144,6 @@ def traffic(program: Program) -> dict[str, dict[str, int]]:
         of_kind["runs"] += each.runs
         of_kind["bytes"] += each.runs * each.payload
     return {kind: numbers for kind, numbers in found.items() if numbers["runs"]}
-
-
-def traffic_in_theory(s: Sizes) -> dict[str, int]:
-    """Return the bytes of payload that the sharding needs in one step on one chip.
-
-    FSDP gathers each weight for the forward and again for the backward, and reduces and scatters
-    its gradient, for every micro-batch. Tensor parallelism sums hidden states after attention and
-    MLP, forward and backward, and with full remat after attention once more. Copies along data sum
-    their parts of the gradients.
-    """
-    cut = {name: math.prod(shape) * s.weight_bytes for name, shape in s.shapes.items()}
-    fsdp = sum(size // s.tensor for name, size in cut.items() if s.pieces[name] > 1)
-    kept = sum(size // (s.tensor * s.pieces[name]) for name, size in cut.items())
-    hidden = s.tokens * s.hidden * s.weight_bytes
-    sums = (5 if s.full_remat else 4) * s.layers * hidden if s.tensor > 1 else 0
-    return {
-        "all-gather": 2 * s.accumulation * fsdp,
-        "reduce-scatter": s.accumulation * fsdp,
-        "all-reduce": sums + (kept if s.data > 1 else 0),
-    }
 
 
 def judge_traffic(found: Mapping[str, Mapping[str, int]], theory: Mapping[str, int]) -> list[str]:
@@ -204,34 +163,6 @@ def judge_traffic(found: Mapping[str, Mapping[str, int]], theory: Mapping[str, i
         times = f"{bytes_ / wanted:.2f} times the {wanted / GIB:.2f} GiB" if wanted else "none"
         said.append(f"{kind}: {bytes_ / GIB:.2f} GiB a step, {times} that the sharding needs")
     return said
-
-
-# -- operations ------------------------------------------------------------------------------------
-
-
-def products_in_theory(s: Sizes) -> int:
-    """Return the operations of one chip in products with weights in one step, by formula: two for
-    each weight and token forward and four backward, two more for recomputation under full remat
-    (all of a layer but its last product, which is not needed)."""
-    matrices = {name: math.prod(shape) for name, shape in s.shapes.items() if len(shape) == 2}
-    looked_up = 0 if s.tied else s.vocab * s.hidden
-    layers = sum(size for name, size in matrices.items() if ".layers." in name)
-    last = sum(size for name, size in matrices.items() if name.endswith("down_proj.weight"))
-    per_token = 6 * (sum(matrices.values()) - looked_up)
-    again = 2 * (layers - last) if s.full_remat else 0
-    return (per_token + again) * s.tokens // s.tensor
-
-
-def kernel_flops(kernels: Mapping[str, int], s: Sizes) -> int:
-    """Return the operations of the attention kernels of one chip: the causal half of a block,
-    segments not subtracted. A forward kernel has two products of the scores' size, the backward one
-    five."""
-    half = s.rows * (s.heads // s.tensor) * s.head_size * s.block_size**2
-    total = 0
-    for name, calls in kernels.items():
-        products = 5 if "dkv" in name.split("_segmented")[0] else 2
-        total += calls * products * half
-    return total
 
 
 # -- time ------------------------------------------------------------------------------------------
@@ -327,10 +258,32 @@ def _settings_lines(r: Mapping[str, Any]) -> list[str]:
     return [
         f"model        {r['parameters']:,} parameters, {s['torch_dtype']}, "
         f"{s['optimizer']}{masters}",
+        *adapter_lines(r),
         f"mesh         {mesh or 'one device'} on {r['chips']} chips",
         f"step         {s['global_batch_size']} blocks of {s['block_size']} in "
         f"{s['gradient_accumulation_steps']} micro-batches, {r['slot_tokens_per_chip']:,} slot "
         f"tokens a chip; {remat}",
+    ]
+
+
+def adapter_lines(r: Mapping[str, Any]) -> list[str]:
+    """Return the lines about the adapter, none without one."""
+    adapter, kept = r["settings"]["adapter"], r["weights_per_chip"]
+    if adapter is None:
+        return []
+    base = "as the run" if adapter["base_dtype"] == "run" else adapter["base_dtype"]
+    options = ", ".join(
+        [
+            f"{'DoRA' if adapter['dora'] else 'LoRA'} rank {adapter['rank']}",
+            f"base {base}",
+            *([f"dropout {adapter['dropout']:g}"] if adapter["dropout"] else []),
+        ]
+    )
+    return [
+        f"adapter      {options}; {r['trained_parameters']:,} trained parameters, "
+        f"{r['parameters'] - r['trained_parameters']:,} frozen",
+        f"weights      a chip holds {_gib(kept['frozen'])} frozen, {_gib(kept['trained'])} trained "
+        f"and {_gib(kept['optimizer'])} of optimizer state",
     ]
 
 

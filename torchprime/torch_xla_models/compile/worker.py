@@ -49,7 +49,6 @@ from torchprime.errors import UserError
 from torchprime.files.atomic import write_text
 from torchprime.metrics.throughput import host_memory_bytes
 from torchprime.models.architecture import architecture_from_hf
-from torchprime.models.decoder import CausalLM
 from torchprime.text.terminal import print_lines
 from torchprime.torch_xla_models.compile.tracing import (
     Argument,
@@ -59,7 +58,13 @@ from torchprime.torch_xla_models.compile.tracing import (
     trace_step,
 )
 from torchprime.torch_xla_models.train import make_backend
-from torchprime.training.setup.recipe import optimizer_of, sharding_table, step_options
+from torchprime.training.setup.adapter import build_model
+from torchprime.training.setup.recipe import (
+    adapter_of,
+    optimizer_of,
+    sharding_table,
+    step_options,
+)
 
 # The newest version of the kernels' intermediate language that libtpu 0.0.21 reads; jax 0.7.1
 # writes a newer one if it has no TPU to ask.
@@ -110,13 +115,13 @@ def _attributes(ordinal: int, device: Any) -> dict[str, Any]:
 def trace(config: TrainConfig, architecture: dict[str, Any]) -> Lowered:
     """Return the config's training step."""
     backend = make_backend(config, make_tensors=Placeholders)
-    with torch.device("meta"):
-        model = CausalLM(architecture_from_hf(architecture, where="model"))
+    dtype = getattr(torch, config.torch_dtype)
+    found = architecture_from_hf(architecture, where="model")
     return trace_step(
         backend,
-        model,
+        build_model(found, adapter_of(config), dtype),
         sharding_table(config),
-        getattr(torch, config.torch_dtype),
+        dtype,
         optimizer_of(config),
         step_options(config, max(1, len(config.dataset.mixture))),
         BatchShape(config.task.global_batch_size, config.dataset.block_size),

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from torchprime.config.compose import compose_config
 from torchprime.config.topologies import CHIPS, GIB
 from torchprime.models.architecture import architecture_from_hf
-from torchprime.torch_xla_models.compile.command import step_sizes
+from torchprime.torch_xla_models.compile.command import settings, step_sizes
 from torchprime.torch_xla_models.compile.report import (
-    Sizes,
+    adapter_lines,
     allocation_in_words,
     judge_traffic,
-    kernel_flops,
     memory_use,
-    products_in_theory,
     read_shortage,
     roofline,
-    traffic_in_theory,
 )
+from torchprime.torch_xla_models.compile.theory import Sizes
 from torchprime.training.setup.model_files import find_architecture
 
 NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k"]
+
+
+@pytest.fixture(scope="module")
+def sizes() -> Sizes:
+    return sizes_of()
 
 
 def sizes_of(*argv: str) -> Sizes:
@@ -32,41 +33,6 @@ def sizes_of(*argv: str) -> Sizes:
         pretrained_model=config.model.pretrained_model, architecture=None, cache_dir=None
     )
     return step_sizes(config, architecture_from_hf(found))
-
-
-@pytest.fixture(scope="module")
-def sizes() -> Sizes:
-    return sizes_of()
-
-
-def test_sizes_of_the_named_run(sizes: Sizes) -> None:
-    assert sizes.tokens == 8 * 1024  # 64 blocks on 8 chips
-    assert sizes.pieces["lm_head.weight"] == 8 and sizes.pieces["model.norm.weight"] == 1
-
-
-def test_products_of_the_named_run(sizes: Sizes) -> None:
-    """4.52e14 by hand, and what the compiler's program had: 4.5243e14."""
-    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
-    head = 128256 * 4096
-    by_hand = 8192 * (6 * (32 * layer + head) + 2 * 32 * (layer - 4096 * 14336))
-    assert products_in_theory(sizes) == by_hand == pytest.approx(4.5243e14, rel=1e-4)
-    kept = dataclasses.replace(sizes, full_remat=False)
-    assert products_in_theory(kept) == 8192 * 6 * (32 * layer + head)
-
-
-def test_traffic_of_fsdp(sizes: Sizes) -> None:
-    theory = traffic_in_theory(sizes)
-    matrices = 2 * (8_030_261_248 - 65 * 4096)  # bf16, without the norms
-    assert theory == {"all-gather": 2 * matrices, "reduce-scatter": matrices, "all-reduce": 0}
-    four = traffic_in_theory(dataclasses.replace(sizes, accumulation=4, rows=2))
-    assert four["all-gather"] == 8 * matrices and four["reduce-scatter"] == 4 * matrices
-
-
-def test_traffic_of_tensor_parallelism() -> None:
-    sizes = sizes_of("ici_mesh.fsdp=2", "ici_mesh.tensor=4")
-    theory = traffic_in_theory(sizes)
-    assert theory["all-gather"] == 2 * 2 * (8_030_261_248 - 65 * 4096) // 4
-    assert theory["all-reduce"] == 5 * 32 * (32 * 1024) * 4096 * 2
 
 
 def test_only_what_is_too_much_is_said() -> None:
@@ -141,11 +107,28 @@ def test_allocations_in_words(dims, words: str, sizes: Sizes) -> None:
     assert allocation_in_words(dims, sizes).startswith(words)
 
 
-def test_kernels_count_the_causal_half(sizes: Sizes) -> None:
-    kernels = {"splash_mha_fwd_segmented_residuals_block": 1, "splash_mha_dkv_segmented_block": 1}
-    # Forward q k' and p v over half of 1024 x 1024, for 8 rows and 32 heads of 128; backward five.
-    half = 2 * 8 * 32 * 128 * 1024 * 1024 // 2
-    assert kernel_flops(kernels, sizes) == 2 * half + 5 * half
+QUANTIZED = {
+    (14336, 8, 256): "one layer's mlp.gate_proj.base_layer.packed, whole",
+    (32, 14336, 1, 256): "a chip's part of each layer's mlp.gate_proj.base_layer.packed: frozen",
+    (14336, 4096): "one layer's mlp.gate_proj.weight, dequantized",
+    (16, 4096): "one layer's self_attn.q_proj.lora_A.weight, whole",
+}
+
+
+def test_a_quantized_bases_allocations_in_words() -> None:
+    sizes = sizes_of("adapter=qlora")
+    assert {dims: allocation_in_words(dims, sizes) for dims in QUANTIZED} == QUANTIZED
+
+
+def test_the_users_lines_name_the_adapter() -> None:
+    config = compose_config([*NAMED, "adapter=qlora", "adapter.dropout=0.05"])
+    kept = {"trained": GIB // 4, "frozen": 5 * GIB, "optimizer": GIB}
+    report = {"settings": settings(config), "parameters": 108, "trained_parameters": 8}
+    first, second = adapter_lines({**report, "weights_per_chip": kept})
+    assert first.endswith("LoRA rank 16, base nf4, dropout 0.05; 8 trained parameters, 100 frozen")
+    assert "5.00 GiB frozen, 0.25 GiB trained and 1.00 GiB of optimizer state" in second
+    none = settings(compose_config(NAMED))
+    assert adapter_lines({**report, "settings": none, "weights_per_chip": kept}) == []
 
 
 def test_roofline() -> None:

@@ -1,0 +1,138 @@
+"""Traffic and operations against numbers worked out by hand, for Llama 3 8B on 8 chips."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from torchprime.config.compose import compose_config
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.torch_xla_models.compile.command import step_sizes
+from torchprime.torch_xla_models.compile.theory import (
+    Sizes,
+    kernel_flops,
+    products_in_theory,
+    traffic_in_theory,
+)
+from torchprime.training.setup.model_files import find_architecture
+
+NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k"]
+DOWN = 4096 * 14336
+LAYER = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * DOWN
+HEAD = 128256 * 4096
+# Inputs and outputs of a layer's seven products, times rank 16.
+LORA = 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+# The matrices that fsdp cuts: all A but down_proj's, which has the inputs of tensor, and its B.
+LORA_CUT = 16 * 7 * 4096
+
+
+def sizes_of(*argv: str) -> Sizes:
+    config = compose_config([*NAMED, *argv])
+    found, _ = find_architecture(
+        pretrained_model=config.model.pretrained_model, architecture=None, cache_dir=None
+    )
+    return step_sizes(config, architecture_from_hf(found))
+
+
+@pytest.fixture(scope="module")
+def sizes() -> Sizes:
+    return sizes_of()
+
+
+@pytest.fixture(scope="module")
+def lora() -> Sizes:
+    return sizes_of("adapter=lora")
+
+
+@pytest.fixture(scope="module")
+def qlora() -> Sizes:
+    return sizes_of("adapter=qlora")
+
+
+def test_sizes_of_the_named_run(sizes: Sizes) -> None:
+    assert sizes.tokens == 8 * 1024  # 64 blocks on 8 chips
+    assert sizes.weights["lm_head.weight"].pieces == 8
+    assert sizes.weights["model.norm.weight"].pieces == 1
+    assert sizes.counts() == (8_030_261_248, 0)
+
+
+def test_products_of_the_named_run(sizes: Sizes) -> None:
+    """4.52e14 by hand, and what the compiler's program had: 4.5243e14."""
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    head = 128256 * 4096
+    by_hand = 8192 * (6 * (32 * layer + head) + 2 * 32 * (layer - 4096 * 14336))
+    assert products_in_theory(sizes) == by_hand == pytest.approx(4.5243e14, rel=1e-4)
+    kept = dataclasses.replace(sizes, full_remat=False)
+    assert products_in_theory(kept) == 8192 * 6 * (32 * layer + head)
+
+
+def test_traffic_of_fsdp(sizes: Sizes) -> None:
+    theory = traffic_in_theory(sizes)
+    matrices = 2 * (8_030_261_248 - 65 * 4096)  # bf16, without the norms
+    assert theory == {"all-gather": 2 * matrices, "reduce-scatter": matrices, "all-reduce": 0}
+    four = traffic_in_theory(dataclasses.replace(sizes, accumulation=4, rows=2))
+    assert four["all-gather"] == 8 * matrices and four["reduce-scatter"] == 4 * matrices
+
+
+def test_traffic_of_tensor_parallelism() -> None:
+    sizes = sizes_of("ici_mesh.fsdp=2", "ici_mesh.tensor=4")
+    theory = traffic_in_theory(sizes)
+    assert theory["all-gather"] == 2 * 2 * (8_030_261_248 - 65 * 4096) // 4
+    assert theory["all-reduce"] == 5 * 32 * (32 * 1024) * 4096 * 2
+
+
+def test_counts_of_an_adapter(lora: Sizes, qlora: Sizes) -> None:
+    assert lora.counts() == qlora.counts() == (32 * LORA, 8_030_261_248)
+    whole = sizes_of("adapter=lora", "adapter.modules_to_train=[lm_head]")
+    assert whole.counts() == (32 * LORA + HEAD, 8_030_261_248 - HEAD)
+
+
+def test_frozen_weights_have_no_gradient_products(lora: Sizes, qlora: Sizes) -> None:
+    """Two operations forward, two for the input's gradient, two again but for a layer's last."""
+    frozen = 4 * (32 * LAYER + HEAD) + 2 * 32 * (LAYER - DOWN)
+    trained = 32 * (6 * LORA + 2 * (LORA - 16 * 4096))
+    assert products_in_theory(lora) == 8192 * (frozen + trained)
+    assert products_in_theory(qlora) == products_in_theory(lora)
+    kept = dataclasses.replace(lora, full_remat=False)
+    assert products_in_theory(kept) == 8192 * (4 * (32 * LAYER + HEAD) + 32 * 6 * LORA)
+    whole = sizes_of("adapter=lora", "adapter.modules_to_train=[lm_head]")
+    assert products_in_theory(whole) - products_in_theory(lora) == 8192 * 2 * HEAD
+
+
+def test_products_of_dora() -> None:
+    """The magnitude's gradient needs the last product too; the norms are of W + B A, twice."""
+    frozen = 4 * (32 * LAYER + HEAD) + 2 * 32 * LAYER
+    norms = 2 * 2 * 16 * 32 * LAYER
+    dora = sizes_of("adapter=dora")
+    assert products_in_theory(dora) == 8192 * (frozen + 32 * 8 * LORA) + norms
+    dropped = dataclasses.replace(dora, dropout=True)
+    assert products_in_theory(dropped) - products_in_theory(dora) == 8192 * 32 * 6 * LAYER
+
+
+def test_traffic_of_an_adapter(lora: Sizes) -> None:
+    """Frozen weights are gathered twice, outside the layers once, and reduced never."""
+    assert traffic_in_theory(lora) == {
+        "all-gather": 2 * (2 * 32 * (LAYER + LORA_CUT) + 2 * HEAD),
+        "reduce-scatter": 2 * 32 * LORA_CUT,
+        "all-reduce": 2 * 32 * (LORA - LORA_CUT),
+    }
+    copies = sizes_of("adapter=lora", "ici_mesh.data=2", "ici_mesh.fsdp=4")
+    reduced = traffic_in_theory(copies)["all-reduce"]
+    assert reduced == 2 * 32 * (LORA - LORA_CUT + LORA_CUT // 4)
+
+
+def test_a_quantized_base_is_gathered_in_four_bits(lora: Sizes, qlora: Sizes) -> None:
+    """Half a byte a weight, and a byte for the scale of 64."""
+    stored = 32 * (LAYER // 2 + LAYER // 64)
+    expected = 2 * stored + 2 * (2 * 32 * LORA_CUT + 2 * HEAD)
+    theory = traffic_in_theory(qlora)
+    assert theory["all-gather"] == expected
+    assert theory["reduce-scatter"] == traffic_in_theory(lora)["reduce-scatter"]
+
+
+def test_kernels_count_the_causal_half(sizes: Sizes) -> None:
+    kernels = {"splash_mha_fwd_segmented_residuals_block": 1, "splash_mha_dkv_segmented_block": 1}
+    # Forward q k' and p v over half of 1024 x 1024, for 8 rows and 32 heads of 128; backward five.
+    half = 2 * 8 * 32 * 128 * 1024 * 1024 // 2
+    assert kernel_flops(kernels, sizes) == 2 * half + 5 * half

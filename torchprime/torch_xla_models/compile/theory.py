@@ -1,0 +1,176 @@
+"""The traffic and the operations that a training step needs, by formula.
+
+Sizes of the model and the sharding go in, numbers of one chip and step come out. The report
+compares them with the compiled program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter as the devices store it.
+
+    Attributes:
+        itemsize: bytes of an element.
+        trained: it has a gradient and an optimizer state.
+        pieces: the number of its shards along fsdp.
+        shards: the number of its shards along all axes.
+    """
+
+    shape: Shape
+    itemsize: int
+    trained: bool
+    pieces: int
+    shards: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def kept(self) -> int:
+        """The elements that a chip stores."""
+        return self.size // self.shards
+
+    @property
+    def gathered(self) -> int:
+        """The bytes of a chip's part once it is gathered along fsdp."""
+        return self.kept * self.pieces * self.itemsize
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a step's parts, per chip where noted."""
+
+    shapes: Mapping[str, Shape]  # of the model's weights without adapter, not quantized, by name
+    weights: Mapping[str, Weight]  # as stored, by name
+    fsdp: int  # devices along the axes
+    tensor: int
+    data: int
+    weight_bytes: int  # of an element of activations and of weights that are not quantized
+    layers: int
+    hidden: int
+    ffn: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    tied: bool
+    block_size: int
+    rows: int  # blocks of a micro-batch on one chip
+    accumulation: int
+    loss_chunks: int
+    full_remat: bool
+    dora: bool = False
+    dropout: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """The slot tokens of one update on one chip (chips along tensor share them)."""
+        return self.rows * self.accumulation * self.block_size
+
+    def counts(self) -> tuple[int, int]:
+        """Return the numbers of trained and of frozen parameters, the latter unquantized."""
+        trained = {name for name, weight in self.weights.items() if weight.trained}
+        frozen = (math.prod(s) for name, s in self.shapes.items() if name not in trained)
+        return sum(weight.size for weight in self.trained()), sum(frozen)
+
+    def trained(self) -> list[Weight]:
+        """Return the weights that the step changes."""
+        return [weight for weight in self.weights.values() if weight.trained]
+
+    def frozen(self) -> list[Weight]:
+        """Return the weights that an adapter leaves as they are."""
+        return [weight for weight in self.weights.values() if not weight.trained]
+
+
+def traffic_in_theory(s: Sizes) -> dict[str, int]:
+    """Return the bytes of payload that the sharding needs in one step on one chip.
+
+    FSDP gathers each weight as it is stored, for the forward and again for the backward, and
+    reduces and scatters its gradient, for every micro-batch. A frozen weight has no gradient, and a
+    frozen embedding or output weight is not needed in the backward. Gradients of adapter matrices
+    that are whole on every chip are summed. Tensor parallelism sums hidden states after attention
+    and MLP, forward and backward, and with full remat after attention once more. Copies along data
+    sum their parts of the gradients.
+    """
+    cut = {name: w for name, w in s.weights.items() if w.pieces > 1}
+    once = sum(w.gathered for w in cut.values())
+    again = sum(w.gathered for name, w in cut.items() if w.trained or ".layers." in name)
+    gradients = sum(w.gathered for w in cut.values() if w.trained)
+    whole = [w for w in s.trained() if w.pieces == 1 and len(w.shape) == 2]
+    summed = s.trained() if s.data > 1 else whole if s.fsdp > 1 else []
+    hidden = s.tokens * s.hidden * s.weight_bytes
+    sums = (5 if s.full_remat else 4) * s.layers * hidden if s.tensor > 1 else 0
+    return {
+        "all-gather": s.accumulation * (once + again),
+        "reduce-scatter": s.accumulation * gradients,
+        "all-reduce": sums + sum(w.kept * w.itemsize for w in summed),
+    }
+
+
+def products_in_theory(s: Sizes) -> int:
+    """Return the operations of one chip in products with weights in one step, by formula.
+
+    Each weight and token takes two forward, two for the gradient of the product's input, and two
+    for the weight's own gradient if it is trained. Full remat recomputes all of a layer but its
+    last product, which is not needed: two more. DoRA needs that too, for the gradient of its
+    magnitude, and computes the norm of each merged weight once per pass and micro-batch.
+    """
+    per_token = sum(passes * size for size, passes in _products(s))
+    return (per_token * s.tokens + _norms(s)) // s.tensor
+
+
+def _products(s: Sizes) -> Iterator[tuple[int, int]]:
+    """Yield, for each product with a weight, the weight's elements and the operations for each of
+    them and each token."""
+    whole = {name for name, weight in s.weights.items() if weight.trained}
+    adapted = {name.partition(".lora_A.")[0] for name in s.weights if ".lora_A." in name}
+    for name, shape in s.shapes.items():
+        looked_up = name == "model.embed_tokens.weight" and not s.tied
+        if len(shape) != 2 or looked_up:
+            continue
+        layer = name.removesuffix(".weight")
+        again = s.full_remat and ".layers." in name
+        dora = s.dora and layer in adapted
+        last = name.endswith(".down_proj.weight") and not dora
+        passes = 4 + 2 * (name in whole) + 2 * (again and not last)
+        # With dropout, DoRA multiplies the base's weight by the dropped input too.
+        yield math.prod(shape), passes * (2 if dora and s.dropout else 1)
+    for name, weight in s.weights.items():
+        if ".lora_A." in name or ".lora_B." in name:
+            last = name.endswith(".down_proj.lora_B.weight") and not s.dora
+            yield weight.size, 6 + 2 * (s.full_remat and not last)
+
+
+def _norms(s: Sizes) -> int:
+    """Return the operations of the products B A whose norms DoRA needs, of the whole model."""
+    if not s.dora:
+        return 0
+    passes = 2 if s.full_remat else 1
+    ranks = {
+        name.partition(".lora_A.")[0]: weight.shape[0]
+        for name, weight in s.weights.items()
+        if ".lora_A." in name
+    }
+    sizes = (rank * math.prod(s.shapes[f"{layer}.weight"]) for layer, rank in ranks.items())
+    return 2 * passes * s.accumulation * sum(sizes)
+
+
+def kernel_flops(kernels: Mapping[str, int], s: Sizes) -> int:
+    """Return the operations of the attention kernels of one chip: the causal half of a block,
+    segments not subtracted. A forward kernel has two products of the scores' size, the backward one
+    five."""
+    half = s.rows * (s.heads // s.tensor) * s.head_size * s.block_size**2
+    total = 0
+    for name, calls in kernels.items():
+        products = 5 if "dkv" in name.split("_segmented")[0] else 2
+        total += calls * products * half
+    return total
