@@ -1,11 +1,12 @@
-"""Compile the named runs and their variants for TPU slices, and write the table of docs/tpu.md.
+"""Compile the named runs and their variants for TPU slices, and write the tables of docs/tpu.md.
 
     python experimental/tpu_report/run.py            cases that are missing or failed
     python experimental/tpu_report/run.py --fresh    all cases again
     python experimental/tpu_report/run.py 8b-v6e-8   these cases again
 
 Each case is the training command with `compile_only`. It runs in its own processes and needs
-minutes and up to 10 GB of memory. Its report goes into results.json, from which the table is made.
+minutes and up to 10 GB of memory. Its report goes into results.json, from which the tables are
+made. The cases with adapters are in adapters.py.
 """
 
 from __future__ import annotations
@@ -18,27 +19,21 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import adapters  # beside this script
+from adapters import Case
 
 REPO = Path(__file__).resolve().parents[2]
 TRAIN = REPO / "torchprime" / "torch_xla_models" / "train.py"
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = REPO / "docs" / "tpu.md"
-BEGIN, END = "<!-- table: make tpu-report -->", "<!-- end of table -->"
+END = "<!-- end of table -->"
 GIB = 2**30
 
 NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k"]
 ADAFACTOR = ["task.optimizer.name=adafactor"]
 NO_MASTERS = ["task.optimizer.master_weights=false"]
-
-
-class Case(NamedTuple):
-    """One compile."""
-
-    name: str
-    slice_: str
-    what: str
-    argv: list[str]
 
 
 def accumulate(count: int) -> list[str]:
@@ -87,6 +82,9 @@ CASES = [
     Case("math-1.5b-v6e-1", "v6e-1", "Qwen2.5 Math 1.5B, Adafactor, accumulation 4",
          [*MATH, "mesh=single", *ADAFACTOR, *accumulate(4)]),
 ]  # fmt: skip
+
+
+ALL = [*CASES, *adapters.cases()]
 
 
 def compile_case(case: Case) -> dict[str, Any]:
@@ -156,9 +154,12 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def write_page(results: dict[str, dict[str, Any]]) -> None:
     text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}", encoding="utf-8")
+    for name, rows in (("table", table(results)), ("adapters", adapters.table(results))):
+        begin = f"<!-- {name}: make tpu-report -->"
+        before, rest = text.split(begin)
+        after = rest.partition(END)[2]
+        text = f"{before}{begin}\n\n{rows}\n\n{END}{after}"
+    PAGE.write_text(text, encoding="utf-8")
 
 
 def main() -> int:
@@ -170,10 +171,10 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    by_name = {case.name: case for case in CASES}
+    by_name = {case.name: case for case in ALL}
     results = {
         case.name: results[case.name] | {"what": case.what}
-        for case in CASES
+        for case in ALL
         if results.get(case.name, {}).get("argv") == case.argv
     }
     unknown = [name for name in given.cases if name not in by_name]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -304,6 +304,8 @@ class Program:
         return total
 
     def _traffic(self, computation: str, each: Instruction) -> int:
+        if each.kind == "slice-start":  # (the whole, the slice, ...)
+            return each.arrays[1].nbytes * (1 + each.arrays[1].in_hbm)
         inside = self.computations.get(each.attribute("calls") or "", {})
         here = self.computations[computation]
         reads, updated = 0, False
@@ -312,10 +314,11 @@ class Program:
             if operand is None:
                 continue
             whole = sum(array.nbytes for array in operand.arrays if array.in_hbm)
-            part = _sliced(inside, place) if inside else None
+            inner = _parameter(inside, place)
+            part = None if inner is None else self._sliced(inside, inner)
             if each.kind in ("dynamic-slice", "dynamic-update-slice") and place == 0:
                 part = 0
-            if part is not None and part < whole and _writes_into(inside, place):
+            if part is not None and part < whole and inner and self._writes_into(inside, inner):
                 updated = True
             reads += whole if part is None else min(part, whole)
         writes = sum(array.nbytes for array in each.arrays if array.in_hbm)
@@ -323,38 +326,61 @@ class Program:
             writes = min(writes, reads)
         return reads + writes
 
+    def _sliced(self, inside: Mapping[str, Instruction], name: str) -> int | None:
+        """Return the bytes that a fusion, with those inside it, reads of an array it only slices or
+        updates; None if it reads all."""
+        total = 0
+        for user in _users(inside, name):
+            if user.kind == "dynamic-slice":
+                parts: list[int | None] = [user.nbytes]
+            elif user.kind == "dynamic-update-slice":
+                update = inside.get(user.operands[1])
+                parts = [update.nbytes if update is not None else 0]
+            elif user.kind == "bitcast":
+                parts = [self._sliced(inside, user.name)]
+            else:
+                parts = [self._sliced(*each) for each in self._nested(user, name)] or [None]
+            known = [part for part in parts if part is not None]
+            if len(known) < len(parts):
+                return None
+            total += sum(known)
+        return total
+
+    def _writes_into(self, inside: Mapping[str, Instruction], name: str) -> bool:
+        return any(
+            user.kind == "dynamic-update-slice"
+            or any(self._writes_into(*each) for each in self._nested(user, name))
+            for user in _users(inside, name)
+        )
+
+    def _nested(
+        self, user: Instruction, name: str
+    ) -> Iterator[tuple[Mapping[str, Instruction], str]]:
+        """Yield a nested fusion's computation, and in it the name of each parameter that is the
+        named array."""
+        inside = self.computations.get(user.attribute("calls") or "", {})
+        for place, operand in enumerate(user.operands):
+            inner = _parameter(inside, place)
+            if operand == name and inner is not None:
+                yield inside, inner
+
 
 _NO_TRAFFIC = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "async-done", "async-update", "copy-done",
+    "slice-done",
     "all-gather-done", "all-reduce-done", "collective-permute-done", "optimization-barrier",
 }  # fmt: skip
 
 
-def _users(inside: dict[str, Instruction], place: int) -> list[Instruction]:
-    named = [
-        i.name for i in inside.values() if i.kind == "parameter" and i.operands == (str(place),)
-    ]
-    return [i for i in inside.values() if named and named[0] in i.operands]
+def _parameter(inside: Mapping[str, Instruction], place: int) -> str | None:
+    """Return the name of a fusion's parameter."""
+    named = (i.name for i in inside.values() if i.kind == "parameter")
+    return next((name for name in named if inside[name].operands == (str(place),)), None)
 
 
-def _sliced(inside: dict[str, Instruction], place: int) -> int | None:
-    """Return the bytes that a fusion reads of a parameter it only slices or updates; None if it
-    reads all."""
-    total = 0
-    for user in _users(inside, place):
-        if user.kind == "dynamic-slice":
-            total += user.nbytes
-        elif user.kind == "dynamic-update-slice":
-            update = inside.get(user.operands[1])
-            total += update.nbytes if update is not None else 0
-        else:
-            return None
-    return total
-
-
-def _writes_into(inside: dict[str, Instruction], place: int) -> bool:
-    return any(user.kind == "dynamic-update-slice" for user in _users(inside, place))
+def _users(inside: Mapping[str, Instruction], name: str) -> list[Instruction]:
+    return [i for i in inside.values() if i.kind != "parameter" and name in i.operands]
 
 
 def _constant(computation: dict[str, Instruction], name: str) -> int | None:

@@ -1,0 +1,89 @@
+"""The cases with adapters: LoRA and QLoRA of rank 16, 8 x 1024 or 1 x 8192 tokens on each chip, and
+their table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+GIB = 2**30
+MODELS = {
+    "8b": ("Llama 3 8B", "llama-3-8b-lora-w-gsm8k"),
+    "14b": ("Qwen3 14B", "qwen3-14b-qlora-w-pirate"),
+}
+KINDS = {"lora": "LoRA", "qlora": "QLoRA"}
+SLICES = {"v6e-1": 1, "v5e-1": 1, "v6e-4": 4, "v5e-4": 4}
+# Where layer inputs have no room on the chip: 2.0 GiB of the 8B model, 3.1 of the 14B one.
+OFFLOADED = {("14b", "lora", "v6e-1"), ("14b", "qlora", "v5e-1"), ("8b", "lora", "v5e-1")}
+HEADS = (
+    "Step", "Slice", "Blocks x tokens on a chip", "Remat", "GiB per chip",
+    "frozen + trained + optimizer state", "temporaries", "gathered GiB (theory)",
+    "reduced GiB (theory)", "products / formula", "compile s",
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """One compile."""
+
+    name: str
+    slice_: str
+    what: str
+    argv: list[str]
+
+
+def cases() -> Iterator[Case]:
+    """Yield the cases in the order of the table."""
+    for model, (title, run) in MODELS.items():
+        for kind, method in KINDS.items():
+            for slice_, chips in SLICES.items():
+                for block, rows in ((1024, 8), (8192, 1)):
+                    offload = (model, kind, slice_) in OFFLOADED
+                    argv = [
+                        "--config-name", run, f"adapter={kind}", f"ici_mesh.fsdp={chips}",
+                        f"remat=scan_{'offload' if offload else 'full'}",
+                        f"dataset.block_size={block}", f"task.global_batch_size={rows * chips}",
+                        "task.gradient_accumulation_steps=1",
+                    ]  # fmt: skip
+                    name = f"{model}-{kind}-{slice_}-{block}"
+                    yield Case(name, slice_, f"{title}, {method}", argv)
+
+
+def row(case: Any, r: dict[str, Any]) -> str:
+    """Return a line of the table."""
+    cells = [case.what, case.slice_]
+    if "settings" not in r:
+        return _line([*cells, "", "", "does not compile"])
+    s, kept = r["settings"], r["weights_per_chip"]
+    rows = s["global_batch_size"] // r["chips"]
+    cells += [f"{rows} x {s['block_size']}", s["remat"]]
+    found = r.get("memory") or r.get("shortage") or {"used": 0, "limit": 0}
+    total, limit = (found.get("total") or found["used"]) / GIB, found["limit"] / GIB
+    cells.append(f"{'' if r['fits'] else '**no**: '}{total:.2f} of {limit:.2f}")
+    cells.append(" + ".join(f"{kept[k] / GIB:.2f}" for k in ("frozen", "trained", "optimizer")))
+    if "memory" not in r:
+        return _line([*cells, *[""] * 4, f"{r['seconds']['compile']:.0f}"])
+    moved, theory = r["collectives"], r["collectives_in_theory"]
+    reduced = sum(
+        moved.get(kind, {"bytes": 0})["bytes"] for kind in ("reduce-scatter", "all-reduce")
+    )
+    wanted = theory["reduce-scatter"] + theory["all-reduce"]
+    gathered = moved.get("all-gather", {"bytes": 0})["bytes"]
+    cells += [
+        f"{r['memory']['temp'] / GIB:.2f}",
+        f"{gathered / GIB:.1f} ({theory['all-gather'] / GIB:.1f})",
+        f"{reduced / GIB:.2f} ({wanted / GIB:.2f})",
+        f"{r['flops']['ratio']:.3f}",
+        f"{r['seconds']['compile']:.0f}",
+    ]
+    return _line(cells)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join([*cells, *[""] * (len(HEADS) - len(cells))]) + " |"
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Return the table, in the order of the cases."""
+    lines = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
+    lines += [row(case, results[case.name]) for case in cases() if case.name in results]
+    return "\n".join(lines)
