@@ -46,7 +46,8 @@ class Nf4(NamedTuple):
         packed: uint8 [O, G, I / G / 2]. Each of G groups of inputs is packed as halves: the first
             half in the high bits, the second in the low ones. (Neighbours in one byte, as
             bitsandbytes has them, cost a TPU more: they have to be interleaved.)
-        scale_codes: uint8 [O, I / 64], indices of `scale_levels`.
+        scale_codes: uint8 [O, I / 64], indices of `scale_levels`; [1, O * I / 64] if a shard's
+            inputs are no multiple of 64, and blocks run on from one output to the next.
         scale_scales: fp32 [ceil(O * I / 64 / 256)], one for each 256 scales.
         offset: fp32 scalar, the mean of all scales.
     """
@@ -97,7 +98,7 @@ def _normalized(values: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize(weight_OI: Tensor, groups: int = 1) -> Nf4:
-    """Quantize a weight whose inputs are a multiple of 64 * groups.
+    """Quantize a weight whose size is a multiple of 64, and its inputs of 2 * groups.
 
     Args:
         groups: of inputs that are packed apart; as many as there are shards along the inputs.
@@ -110,7 +111,8 @@ def quantize(weight_OI: Tensor, groups: int = 1) -> Nf4:
     count = centred.numel()
     padded = torch.nn.functional.pad(centred, (0, -count % SCALE_BLOCK))
     normal, scale_scales = _normalized(padded, SCALE_BLOCK)
-    scale_codes = _scale_codes(normal)[:count].view(outputs, inputs // BLOCK)
+    rows = 1 if inputs % (BLOCK * groups) else outputs
+    scale_codes = _scale_codes(normal)[:count].view(rows, -1)
     return Nf4(pack(codes.view(outputs, inputs), groups), scale_codes, scale_scales, offset)
 
 
@@ -146,12 +148,13 @@ def level_by_selects(codes: Tensor) -> Tensor:
 
 def dequantize(w: Nf4, dtype: torch.dtype, level: Level = level_by_lookup) -> Tensor:
     """Return the weight [O, I]: level times scale in fp32, rounded once."""
-    wide = level(unpack(w.packed)).unflatten(1, (-1, BLOCK)) * scales(w)[..., None]
-    return wide.flatten(1).to(dtype)
+    levels = level(unpack(w.packed))
+    blocks = levels.view(w.scale_codes.shape[0], -1, BLOCK) * scales(w)[..., None]
+    return blocks.view(levels.shape).to(dtype)
 
 
 def scales(w: Nf4) -> Tensor:
-    """Return the scale of each block, fp32 [O, I / 64]."""
+    """Return the scale of each block, fp32, shaped like `scale_codes`."""
     table = scale_levels().to(w.scale_codes.device)
     normal = table[w.scale_codes.to(torch.int32)]
     of_each = w.scale_scales.repeat_interleave(SCALE_BLOCK)[: normal.numel()]

@@ -141,17 +141,19 @@ def quantized(linear: nn.Linear, name: str, base_type: BaseType, groups: int = 1
     """Return the layer with its weight stored in the base's type.
 
     Raises:
-        ConfigError: inputs that are no multiple of NF4's block.
+        ConfigError: a size or inputs that NF4 can't store.
     """
     if base_type == "run":
         return linear
     if base_type == "int8":
         return Int8Linear(linear)
-    if linear.in_features % (nf4.BLOCK * groups):
+    size, pairs = linear.in_features * linear.out_features, 2 * groups
+    if size % nf4.BLOCK or linear.in_features % pairs:
         raise ConfigError(
-            f"adapter.base_dtype: given nf4, whose blocks have {nf4.BLOCK} inputs, but {name} has "
-            f"{linear.in_features} inputs in {groups} shards. Expected a multiple of "
-            f"{nf4.BLOCK * groups}: use base_dtype=int8, or fewer shards along this dim."
+            f"adapter.base_dtype: given nf4, which stores blocks of {nf4.BLOCK} weights and pairs "
+            f"of inputs, but {name} has the shape [{linear.out_features}, {linear.in_features}], "
+            f"in {groups} shards along its inputs. Expected a multiple of {nf4.BLOCK} weights and "
+            f"of {pairs} inputs: use base_dtype=int8, or fewer shards along this dim."
         )
     return Nf4Linear(linear, groups)
 

@@ -62,6 +62,18 @@ def test_a_model_on_meta_leaves_the_scales_levels_on_the_cpu() -> None:
     torch.testing.assert_close(made, nf4.scale_levels(), rtol=0, atol=0)
 
 
+def test_blocks_run_on_where_inputs_are_no_multiple_of_64() -> None:
+    """bitsandbytes quantizes [96, 160] so; its CPU build dequantizes only the same numbers in
+    rows of 64 with small errors."""
+    weight = torch.randn(96, 160, generator=torch.Generator().manual_seed(4))
+    packed, state = reference.quantize_4bit(
+        weight.reshape(-1, 64), blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    ours = nf4.quantize(weight, groups=4)
+    expected = reference.dequantize_4bit(packed, state).reshape(weight.shape)
+    assert torch.equal(nf4.dequantize(ours, torch.float32), expected)
+
+
 def test_the_scales_levels_are_those_of_bitsandbytes() -> None:
     assert torch.equal(nf4.scale_levels(), reference.create_dynamic_map())
 

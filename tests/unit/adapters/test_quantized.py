@@ -106,8 +106,8 @@ def test_bytes_of_a_weight(kind: BaseType, most: float) -> None:
     assert not any(p.requires_grad for p in layer.parameters())
 
 
-def test_inputs_that_are_no_multiple_of_a_block() -> None:
-    with pytest.raises(ConfigError, match=r"base_dtype: given nf4.*mlp.up_proj has 96 inputs"):
-        quantized(nn.Linear(96, 8), "mlp.up_proj", "nf4")
-    with pytest.raises(ConfigError, match=r"128 inputs in 4 shards. Expected a multiple of 256"):
-        quantized(nn.Linear(128, 8), "x", "nf4", groups=4)
+def test_sizes_that_nf4_can_not_store() -> None:
+    with pytest.raises(ConfigError, match=r"base_dtype: given nf4.*mlp.up_proj has .* \[5, 96\]"):
+        quantized(nn.Linear(96, 5), "mlp.up_proj", "nf4")
+    with pytest.raises(ConfigError, match=r"in 4 shards .* of 8 inputs: use base_dtype=int8"):
+        quantized(nn.Linear(132, 16), "x", "nf4", groups=8 // 2)

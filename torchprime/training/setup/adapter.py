@@ -62,13 +62,13 @@ def build_model(
     """
     with torch.device("meta"):
         model = CausalLM(architecture)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if adapter is not None:
+        adapter.apply(model)
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        if adapter is not None:
-            adapter.apply(model)
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.to(dtype)
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
     return model
 
 
