@@ -67,10 +67,12 @@ def row(case: Any, r: dict[str, Any]) -> str:
         moved.get(kind, {"bytes": 0})["bytes"] for kind in ("reduce-scatter", "all-reduce")
     )
     wanted = theory["reduce-scatter"] + theory["all-reduce"]
-    gathered = moved.get("all-gather", {"bytes": 0})["bytes"]
+    gather = moved.get("all-gather", {"bytes": 0})
+    codes = gather.get("types", {}).get("u8", 0)
+    in_codes = f", {codes / GIB:.1f} as codes and scales" if codes else ""
     cells += [
         f"{r['memory']['temp'] / GIB:.2f}",
-        f"{gathered / GIB:.1f} ({theory['all-gather'] / GIB:.1f})",
+        f"{gather['bytes'] / GIB:.1f} ({theory['all-gather'] / GIB:.1f}){in_codes}",
         f"{reduced / GIB:.2f} ({wanted / GIB:.2f})",
         f"{r['flops']['ratio']:.3f}",
         f"{r['seconds']['compile']:.0f}",

@@ -42,7 +42,7 @@ from torchprime.torch_xla_models.devices import (
     multiply_in_full_precision,
 )
 from torchprime.torch_xla_models.generation import Generator
-from torchprime.torch_xla_models.linear import replace_linears
+from torchprime.torch_xla_models.linear import replace_linears, turned_spec
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain, in_order, make_mesh
 from torchprime.torch_xla_models.placement import Placed
 from torchprime.torch_xla_models.processes import make_processes
@@ -184,7 +184,7 @@ class XlaBackend:
         batch = self.table.batch_axes()
         whole = tuple(tuple(axis for axis in dim if axis not in batch) for dim in spec)
         # Times 1, which the compiler removes: a tensor that holds data keeps its own sharding.
-        return constrain(tensor * 1, self.mesh, whole)
+        return constrain(tensor * 1, self.mesh, turned_spec(part, whole))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Wait for the device; return an iterator over whole trained weights on the host, by

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from torchprime.adapters import nf4
 from torchprime.adapters.quantized import Int8Linear, Nf4Linear, QuantizedLinear
+from torchprime.sharding import Spec
 
 # Shape suffixes of the products: b batch, s sequence, n inputs, m outputs.
 
@@ -114,7 +115,8 @@ class XlaQuantized(QuantizedLinear):
 
     def weight_from(self, *stored: Tensor) -> Tensor:
         pairs = zip(self.parts, stored, strict=True)
-        return super().weight_from(*(self.gather(name, tensor) for name, tensor in pairs))
+        whole = (_turn_back(name, self.gather(name, tensor)) for name, tensor in pairs)
+        return super().weight_from(*whole)
 
 
 class XlaInt8Linear(XlaQuantized, Int8Linear):
@@ -123,6 +125,37 @@ class XlaInt8Linear(XlaQuantized, Int8Linear):
 
 class XlaNf4Linear(XlaQuantized, Nf4Linear):
     """Nf4Linear with the products above."""
+
+
+# Here the outputs are the last dim of these parts: a TPU dequantizes them in that layout, and would
+# copy the stacks of all layers into it before the loop over layers.
+_TURNED = {"packed": (1, 2, 0), "scale_codes": (1, 0)}
+
+
+def _turned_dims(name: str, count: int) -> tuple[int, ...]:
+    return _TURNED.get(name.rpartition(".")[2], tuple(range(count)))
+
+
+def turned(name: str, tensor: Tensor) -> Tensor:
+    """Return a parameter's tensor with its dims in the order of this backend."""
+    dims = _turned_dims(name, tensor.dim())
+    return tensor if dims == tuple(range(tensor.dim())) else tensor.permute(dims).contiguous()
+
+
+def turned_spec(name: str, spec: Spec) -> Spec:
+    """Return the spec of a parameter's dims in the order of this backend."""
+    return tuple(spec[dim] for dim in _turned_dims(name, len(spec)))
+
+
+def original_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape outside this backend of a parameter that has a shape in it."""
+    dims = _turned_dims(name, len(shape))
+    return tuple(shape[dims.index(dim)] for dim in range(len(shape)))
+
+
+def _turn_back(name: str, tensor: Tensor) -> Tensor:
+    dims = _turned_dims(name, tensor.dim())
+    return tensor.permute([dims.index(dim) for dim in range(len(dims))])
 
 
 def replace_linears(
@@ -142,5 +175,6 @@ def replace_linears(
         elif isinstance(child, QuantizedLinear):
             child.__class__ = XlaInt8Linear if isinstance(child, Int8Linear) else XlaNf4Linear
             child.gather, child.apart = partial(gather, name), apart
+            child.keep(**{part: turned(part, getattr(child, part)) for part in child.parts})
             if xr.device_type() == "TPU":
                 child.level = nf4.level_by_selects

@@ -22,6 +22,7 @@ from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
+from torchprime.torch_xla_models.linear import original_shape, turned, turned_spec
 from torchprime.torch_xla_models.mesh import axis_sizes
 from torchprime.torch_xla_models.remat import STACKED
 
@@ -47,12 +48,12 @@ def placements(model: CausalLM, table: ShardingTable, mesh: xs.Mesh) -> dict[str
     for name, parameter in model.named_parameters():
         stacked = marker in name
         held[name] = tuple(name.replace(marker, f"layers.{i}.") for i in layers if stacked or not i)
-        shape = tuple(parameter.shape[stacked:])
+        shape = original_shape(name, parameter.shape[stacked:])
         shapes.update(dict.fromkeys(held[name], shape))
     specs = table.parameter_specs(shapes, axis_sizes(mesh))
     placed = {}
     for name, names in held.items():
-        stacked, spec = marker in name, specs[names[0]]
+        stacked, spec = marker in name, turned_spec(name, specs[names[0]])
         placed[name] = Placed(names, stacked, ((), *spec) if stacked else spec)
     return placed
 
@@ -69,9 +70,13 @@ def load(
     Args:
         dtype: of the weights; parts of quantized ones keep their own.
     """
+
+    def in_order(name: str) -> Tensor:
+        return turned(name, tensor_of(name))
+
     for name, entry in placed.items():
         old = model.get_parameter(name)
-        host = host_tensor(entry, tensor_of, placed_type(name, old, dtype))
+        host = host_tensor(entry, in_order, placed_type(name, old, dtype))
         moved = tensors.send(host, entry.spec)
         _replace(model, name, nn.Parameter(moved, requires_grad=old.requires_grad))
     for name, buffer in list(model.named_buffers()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -134,15 +135,18 @@ def _known_arrays(s: Sizes) -> Iterator[tuple[tuple[int, ...], str]]:
 # Traffic ------------------------------------------------------------------------------------------
 
 
-def traffic(program: Program) -> dict[str, dict[str, int]]:
+def traffic(program: Program) -> dict[str, dict[str, Any]]:
     """Return, by kind of collective: places in the program, runs in a step, bytes of payload in a
-    step."""
-    found = {kind: {"places": 0, "runs": 0, "bytes": 0} for kind in COLLECTIVES}
+    step, and these bytes by type of element (`types`)."""
+    found: dict[str, dict[str, Any]] = {
+        kind: {"places": 0, "runs": 0, "bytes": 0, "types": Counter()} for kind in COLLECTIVES
+    }
     for each in program.collectives():
         of_kind = found[each.kind]
         of_kind["places"] += 1
         of_kind["runs"] += each.runs
         of_kind["bytes"] += each.runs * each.payload
+        of_kind["types"][each.dtype] += each.runs * each.payload
     return {kind: numbers for kind, numbers in found.items() if numbers["runs"]}
 
 
@@ -309,7 +313,9 @@ def _traffic_lines(r: Mapping[str, Any]) -> list[str]:
             continue
         theory = r["collectives_in_theory"].get(kind, 0)
         wanted = f"; in theory {_gib(theory)}" if theory else ""
-        lines.append(f"{kind:<18} {n['runs']:,} runs, {_gib(n['bytes'])} a step{wanted}")
+        types = ", ".join(f"{_gib(size)} in {dtype}" for dtype, size in n["types"].items())
+        of_types = f" ({types})" if len(n["types"]) > 1 else ""
+        lines.append(f"{kind:<18} {n['runs']:,} runs, {_gib(n['bytes'])} a step{of_types}{wanted}")
     lines += [f"WARNING      {each}" for each in r["warnings"]]
     return lines or ["collectives  none worth counting"]
 

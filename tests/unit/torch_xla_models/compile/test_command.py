@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
 from torchprime.config.topologies import topology
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.torch_xla_models.attention import choose_kernel
 from torchprime.torch_xla_models.compile import command as compile_only
 from torchprime.torch_xla_models.compile import library as tpu_library
+from torchprime.torch_xla_models.compile.hlo import Program
 from torchprime.torch_xla_models.compile.library import Library, find_library
 from torchprime.torch_xla_models.train import main
 
@@ -95,6 +97,31 @@ def test_it_gathers_weights_and_reduces_gradients_once(report: dict) -> None:
     # The embedding's rows and their gradients go to the chips whose tokens they are, nothing else.
     hidden = report["slot_tokens_per_chip"] * 512 * 2
     assert moved.get("all-to-all", 0) <= 2 * hidden
+
+
+@pytest.mark.slow
+def test_a_quantized_base_is_gathered_as_it_is_stored(library, tmp_path) -> None:
+    """Codes of 4 bits and scales travel between chips, and no matrix of the layers in bf16."""
+    architecture = compose_config(TINY).to_dict()["model"]["architecture"]
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(architecture))
+    argv = [*TINY, "adapter=qlora", f"model.pretrained_model={base}", "model.architecture=null"]
+    assert run_main(main, [*argv, f"output_dir={tmp_path}"]) == 0
+    folder = tmp_path / "small-v5e-4"
+    found = json.loads((folder / "compile_report.json").read_text())
+    assert found["flops"]["ratio"] == pytest.approx(1.0, abs=0.02)
+    gathers = [
+        each
+        for each in Program((folder / "program.txt").read_text()).collectives()
+        if each.kind == "all-gather"
+    ]
+    codes = sum(each.runs * each.payload for each in gathers if each.dtype in ("u8", "s8"))
+    layer = 512 * (512 + 2 * 256 + 512 + 3 * 1024)
+    assert codes == pytest.approx(2 * 3 * (layer / 2 + layer / 64), rel=0.1)
+    # In bf16: embedding, output projection and the adapter's matrices, no weight of a layer.
+    in_loops = [each for each in gathers if each.runs > 1 and each.dtype == "bf16"]
+    assert all(each.payload < 512 * 256 for each in in_loops)
 
 
 # Bad input ----------------------------------------------------------------------------------------

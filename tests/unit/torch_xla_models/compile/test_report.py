@@ -8,6 +8,7 @@ from torchprime.config.compose import compose_config
 from torchprime.config.topologies import CHIPS, GIB
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.torch_xla_models.compile.command import settings, step_sizes
+from torchprime.torch_xla_models.compile.hlo import Program
 from torchprime.torch_xla_models.compile.report import (
     adapter_lines,
     allocation_in_words,
@@ -15,6 +16,7 @@ from torchprime.torch_xla_models.compile.report import (
     memory_use,
     read_shortage,
     roofline,
+    traffic,
 )
 from torchprime.torch_xla_models.compile.theory import Sizes
 from torchprime.training.setup.model_files import find_architecture
@@ -129,6 +131,14 @@ def test_the_users_lines_name_the_adapter() -> None:
     assert "5.00 GiB frozen, 0.25 GiB trained and 1.00 GiB of optimizer state" in second
     none = settings(compose_config(NAMED))
     assert adapter_lines({**report, "settings": none, "weights_per_chip": kept}) == []
+
+
+def test_a_gathers_bytes_by_type() -> None:
+    line = "  %g.{0} = {1}[{2}]{{0}} all-gather(%x), channel_id={0}, dimensions={{0}}"
+    body = [line.format(1, "u8", 1000), line.format(2, "bf16", 300), line.format(3, "u8", 24)]
+    program = Program("\n".join(["ENTRY %main (x: u8[250]) -> u8[24] {", *body, "}"]))
+    numbers = {"places": 3, "runs": 3, "bytes": 1624, "types": {"u8": 1024, "bf16": 600}}
+    assert traffic(program) == {"all-gather": numbers}
 
 
 def test_roofline() -> None:
