@@ -6,6 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from torchprime.config.compose import compose_config
+from torchprime.config.topologies import topology
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.torch_xla_models.compile.command import settings, step_sizes
+from torchprime.torch_xla_models.compile.fitting import weights_per_chip
+from torchprime.training.setup.model_files import find_architecture
+
 GIB = 2**30
 MODELS = {
     "8b": ("Llama 3 8B", "llama-3-8b-lora-w-gsm8k"),
@@ -48,6 +55,27 @@ def cases() -> Iterator[Case]:
                     yield Case(name, slice_, f"{title}, {method}", argv)
 
 
+def too_large(case: Case) -> dict[str, Any] | None:
+    """Return a case's entry for results.json if the chip can't hold its weights and optimizer state
+    alone; None if it has to be compiled."""
+    config = compose_config([*case.argv, f"compile_only={case.slice_}"])
+    found, where = find_architecture(
+        pretrained_model=config.model.pretrained_model, architecture=None, cache_dir=None
+    )
+    kept = weights_per_chip(config, step_sizes(config, architecture_from_hf(found, where=where)))
+    slice_ = topology(case.slice_)
+    if sum(kept.values()) <= slice_.chip.hbm_bytes:
+        return None
+    return {
+        "fits": False,
+        "chips": slice_.chips,
+        "settings": settings(config),
+        "weights_per_chip": kept,
+        "shortage": {"used": sum(kept.values()), "limit": slice_.chip.hbm_bytes},
+        "seconds": {"compile": 0},
+    }
+
+
 def row(case: Any, r: dict[str, Any]) -> str:
     """Return a line of the table."""
     cells = [case.what, case.slice_]
@@ -58,10 +86,11 @@ def row(case: Any, r: dict[str, Any]) -> str:
     cells += [f"{rows} x {s['block_size']}", s["remat"]]
     found = r.get("memory") or r.get("shortage") or {"used": 0, "limit": 0}
     total, limit = (found.get("total") or found["used"]) / GIB, found["limit"] / GIB
-    cells.append(f"{'' if r['fits'] else '**no**: '}{total:.2f} of {limit:.2f}")
+    alone = "" if r["seconds"]["compile"] else "over "
+    cells.append(f"{'' if r['fits'] else '**no**: '}{alone}{total:.2f} of {limit:.2f}")
     cells.append(" + ".join(f"{kept[k] / GIB:.2f}" for k in ("frozen", "trained", "optimizer")))
     if "memory" not in r:
-        return _line([*cells, *[""] * 4, f"{r['seconds']['compile']:.0f}"])
+        return _line([*cells, *[""] * 4, "not compiled" if alone else _seconds(r)])
     moved, theory = r["collectives"], r["collectives_in_theory"]
     reduced = sum(
         moved.get(kind, {"bytes": 0})["bytes"] for kind in ("reduce-scatter", "all-reduce")
@@ -75,9 +104,13 @@ def row(case: Any, r: dict[str, Any]) -> str:
         f"{gather['bytes'] / GIB:.1f} ({theory['all-gather'] / GIB:.1f}){in_codes}",
         f"{reduced / GIB:.2f} ({wanted / GIB:.2f})",
         f"{r['flops']['ratio']:.3f}",
-        f"{r['seconds']['compile']:.0f}",
+        _seconds(r),
     ]
     return _line(cells)
+
+
+def _seconds(r: dict[str, Any]) -> str:
+    return f"{r['seconds']['compile']:.0f}"
 
 
 def _line(cells: list[str]) -> str:

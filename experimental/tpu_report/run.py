@@ -84,11 +84,15 @@ CASES = [
 ]  # fmt: skip
 
 
-ALL = [*CASES, *adapters.cases()]
+ADAPTED = list(adapters.cases())
+ALL = [*CASES, *ADAPTED]
 
 
 def compile_case(case: Case) -> dict[str, Any]:
     """Run one case and return its entry for results.json."""
+    hopeless = adapters.too_large(case) if case in ADAPTED else None
+    if hopeless is not None:
+        return {"what": case.what, "argv": case.argv, "wall_s": 0, **hopeless}
     with tempfile.TemporaryDirectory(prefix="tpu-report-") as folder:
         argv = [*case.argv, f"compile_only={case.slice_}", "compile_search=false"]
         argv += [f"output_dir={folder}", "run_name=case"]
@@ -162,6 +166,16 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
     PAGE.write_text(text, encoding="utf-8")
 
 
+def read_results() -> dict[str, dict[str, Any]]:
+    """Return the results of the cases whose command is the same as when they were made."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    return {
+        case.name: found[case.name] | {"what": case.what}
+        for case in ALL
+        if found.get(case.name, {}).get("argv") == case.argv
+    }
+
+
 def main() -> int:
     """Compile the chosen cases, and write results and page after each."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -170,13 +184,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     by_name = {case.name: case for case in ALL}
-    results = {
-        case.name: results[case.name] | {"what": case.what}
-        for case in ALL
-        if results.get(case.name, {}).get("argv") == case.argv
-    }
+    results = read_results()
     unknown = [name for name in given.cases if name not in by_name]
     if unknown:
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(by_name)}")
@@ -187,7 +196,8 @@ def main() -> int:
         # Each once, in the order given.
         made = {pool.submit(compile_case, by_name[name]): name for name in dict.fromkeys(wanted)}
         for each in as_completed(made):
-            results[made[each]] = each.result()
+            # Read again: another process may have finished a case meanwhile.
+            results = {**read_results(), made[each]: each.result()}
             RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             write_page(results)
     write_page(results)

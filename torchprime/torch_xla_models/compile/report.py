@@ -313,8 +313,8 @@ def _traffic_lines(r: Mapping[str, Any]) -> list[str]:
             continue
         theory = r["collectives_in_theory"].get(kind, 0)
         wanted = f"; in theory {_gib(theory)}" if theory else ""
-        types = ", ".join(f"{_gib(size)} in {dtype}" for dtype, size in n["types"].items())
-        of_types = f" ({types})" if len(n["types"]) > 1 else ""
+        types = [f"{_gib(size)} in {t}" for t, size in n["types"].items() if size >= 2**20]
+        of_types = f" ({', '.join(types)})" if len(types) > 1 else ""
         lines.append(f"{kind:<18} {n['runs']:,} runs, {_gib(n['bytes'])} a step{of_types}{wanted}")
     lines += [f"WARNING      {each}" for each in r["warnings"]]
     return lines or ["collectives  none worth counting"]

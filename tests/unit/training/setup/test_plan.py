@@ -17,6 +17,7 @@ from torchprime.training.setup.recipe import adapter_of, checked_table, optimize
 
 RESULTS = Path(__file__).parents[4] / "experimental" / "tpu_report" / "results.json"
 CASES = ["8b-v5e-16", "8b-v6e-8-adafactor", "8b-v6e-8-8192-bf16-offload", "14b-v6e-8"]
+ADAPTED = ["8b-lora-v6e-1-1024", "8b-qlora-v5e-1-1024", "8b-qlora-v5e-4-1024"]
 
 
 def estimate(argv: list[str]) -> Memory:
@@ -34,13 +35,14 @@ def estimate(argv: list[str]) -> Memory:
     return estimate_memory(config, architecture, stored, specs, optimizer_of(config))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *ADAPTED])
 def test_weights_and_state_are_what_the_compiler_counts(case: str) -> None:
     """Its arguments are these and the batch, of less than a thousandth."""
     counted = json.loads(RESULTS.read_text())[case]
     memory = estimate(counted["argv"])
     arguments = counted["memory"]["argument"]
-    assert memory.weights + memory.optimizer == pytest.approx(arguments, rel=1e-3)
+    kept = memory.weights + memory.frozen + memory.optimizer
+    assert kept == pytest.approx(arguments, rel=1e-3)
 
 
 def test_what_the_host_keeps_is_not_on_the_chip() -> None:
