@@ -1,6 +1,7 @@
 """Train one small experiment on every backend, mesh and mode, and compare all curves.
 
     make parity    # or: python experimental/parity_matrix/run.py [--reduced] [--only NAME;...]
+                   # and: python experimental/parity_matrix/run.py --adapters [--only NAME;...]
     make noise     # or: python experimental/parity_matrix/run.py --noise
 
 One config, one data order: XLA on one device, FSDP, FSDP x tensor, scan with remat, accumulation;
@@ -9,6 +10,9 @@ witness. `torchprime compare` judges them.
 
 By default the experiment is in fp32 and the bands are fixed. It uses the weights and rows of
 ../shared if they exist, otherwise the shipped ones.
+
+With --adapters it trains adapters: each row of ADAPTED on its cases, with PEFT in the witness. The
+first case of a row is the reference of the others.
 
 With --noise it is in bf16, on the shipped ones. Runs of one backend that differ in accumulation and
 mesh give the noise floor. The other backend and the witness are judged by it. Runs that are wrong
@@ -30,6 +34,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from torchprime.cli.compare import compare_main
 from torchprime.compare.verdict import AGREE, DIFFER
@@ -69,6 +75,47 @@ REDUCED = (
     "xla, 1 device", "xla, fsdp 2 x tensor 2", "native, 1 process", "native, fsdp 2",
     "transformers.Trainer",
 )  # fmt: skip
+
+
+class Row(NamedTuple):
+    """An adapter, and the cases that train it."""
+
+    overrides: Sequence[str]
+    cases: Sequence[str]
+    random_base: bool = False  # of sizes that nf4 can store on every mesh
+
+
+# PEFT draws its dropout masks from torch's generator, so a witness has no dropout.
+ON_XLA = [name for name, case in CASES.items() if case.backend == XLA]
+SHARDED = ["native, 1 process", "native, fsdp 2", "native, data 2 x fsdp 2"]
+ALONE, PEFT = "native, 1 process", "transformers.Trainer"
+DROPOUT = "adapter.dropout=0.1"
+ADAPTED = {
+    "lora, dropout": Row(
+        ["adapter=lora", DROPOUT], [*ON_XLA, *SHARDED, "native, fsdp 2 x tensor 2"]
+    ),
+    "lora": Row(["adapter=lora", "task.optimizer.weight_decay=0.1"], [ALONE, PEFT]),
+    "rslora, one layer, whole norm and embedding": Row(
+        [
+            "adapter=lora", "adapter.scaling=rslora", "adapter.layers=[1]",
+            "adapter.modules_to_train=[model.norm,embed_tokens]",
+        ],
+        ["xla, 1 device", "xla, fsdp 2 x tensor 2", "native, fsdp 2 x tensor 2", PEFT],
+    ),
+    "dora": Row(
+        ["adapter=dora", "task.optimizer.weight_decay=0.1"], [*ON_XLA, *SHARDED, PEFT]
+    ),
+    "dora, dropout": Row(
+        ["adapter=dora", DROPOUT], ["xla, 1 device", "xla, fsdp 2 x tensor 2", *SHARDED]
+    ),
+    "int8": Row(["adapter=lora", "adapter.base_dtype=int8"], [*ON_XLA, *SHARDED, PEFT]),
+    "nf4": Row(["adapter=qlora"], [*ON_XLA, *SHARDED, PEFT], random_base=True),
+    "nf4, dora, dropout": Row(
+        ["adapter=qlora", "adapter.dora=true", DROPOUT],
+        ["xla, 1 device", "xla, fsdp 2 x tensor 2", *SHARDED],
+        random_base=True,
+    ),
+}  # fmt: skip
 
 # In bf16: runs whose spread is the floor, runs judged by it, and runs that it must reject.
 FLOOR_CASES = {
@@ -120,6 +167,34 @@ def _in_fp32(steps: int) -> list[str]:
     ]  # fmt: skip
 
 
+def adapter_experiment(row: Row, steps: int, out: Path) -> list[str]:
+    """Return the overrides that all cases of an adapter share."""
+    rate = "task.optimizer.learning_rate=1e-2"
+    if not row.random_base:
+        return [*experiment(steps), *CURVES_ALONE, rate, *row.overrides]
+    base = f"model.pretrained_model={random_base(out)}"
+    return [*on_shipped(steps), *CURVES_ALONE, rate, base, *row.overrides]
+
+
+def random_base(out: Path) -> Path:
+    """Make a base whose inputs are whole blocks of nf4 on four devices; return its folder."""
+    folder = out / "random_base"
+    if folder.is_dir():
+        return folder
+    # late: most uses of this script need no transformers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shipped = REPO / "torchprime" / "assets" / "quickstart" / "base"
+    config = LlamaConfig.from_pretrained(shipped)
+    config.update({"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2})
+    config.update({"head_dim": 64})
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in shipped.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
 def bf16_experiment(steps: int) -> list[str]:
     """Return the overrides of the experiment in bf16.
 
@@ -144,9 +219,14 @@ def command_of(backend: str, count: int) -> list[str]:
     return [*launch, f"--nproc_per_node={count}", "-m", "torchprime.torch_native.train"]
 
 
+def folder_of(name: str) -> str:
+    """Return a folder's name for a case."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def run_case(name: str, case: Case, overrides: Sequence[str], out: Path) -> str:
     """Train one case and return `NAME=FOLDER`, as compare takes it."""
-    folder = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    folder = folder_of(name)
     environment = {key: value for key, value in os.environ.items() if key != "CPU_NUM_DEVICES"}
     if case.backend == XLA:
         environment["PJRT_DEVICE"] = "CPU"
@@ -191,6 +271,20 @@ def run_matrix(cases: Mapping[str, Case], steps: int, out: Path, page: bool) -> 
         shutil.copyfile(out / "matrix.png", PAGE.parent / "figures" / "parity_matrix.png")
         write_page("matrix", matrix_lines(verdict))
     return 0 if verdict["verdict"] == AGREE else 1
+
+
+def run_adapters(rows: Mapping[str, Row], steps: int, out: Path, page: bool) -> int:
+    """Train each adapter on its cases, judge by the fixed bands and return the exit code."""
+    found = {}
+    for name, row in rows.items():
+        place = out / folder_of(name)
+        cases = {case: CASES[case] for case in row.cases}
+        print(f"{name}:", flush=True)
+        runs = run_cases(cases, adapter_experiment(row, steps, out), place)
+        found[name] = judge(runs, place, "--figure", "none")
+    if page:
+        write_page("adapters", adapter_lines(found))
+    return 0 if all(verdict["verdict"] == AGREE for verdict in found.values()) else 1
 
 
 def run_noise(steps: int, out: Path, page: bool) -> int:
@@ -248,6 +342,14 @@ def matrix_lines(verdict: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def adapter_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the page's lines on adapters."""
+    lines = ["| adapter " + TABLE[0], "|---" + TABLE[1]]
+    for name, verdict in found.items():
+        lines += [f"| {name} {line}" for line in rows_of(verdict)]
+    return lines
+
+
 def noise_lines(floor: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the page's lines on bf16."""
     spreads, factor = floor["spreads"], floor["factor"]
@@ -286,17 +388,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--reduced", action="store_true", help="what the test runs: few cases and steps"
     )
+    parser.add_argument("--adapters", action="store_true", help="train adapters")
     parser.add_argument("--noise", action="store_true", help="bf16: measure its noise, judge by it")
     parser.add_argument("--out", type=Path, help="default: outputs/parity or outputs/noise")
     parser.add_argument("--page", action="store_true", help="write what was found into docs/")
     args = parser.parse_args(argv)
-    out = args.out or REPO / "outputs" / ("noise" if args.noise else "parity")
+    kind = "noise" if args.noise else "adapter_parity" if args.adapters else "parity"
+    out = args.out or REPO / "outputs" / kind
     shutil.rmtree(out, ignore_errors=True)
     if args.noise:
         return run_noise(args.steps, out, args.page)
     if args.reduced:
         return run_reduced(out)
-    names = args.only.split(";") if args.only else list(CASES)
+    known = ADAPTED if args.adapters else CASES
+    names = args.only.split(";") if args.only else list(known)
+    if args.adapters:
+        return run_adapters({name: ADAPTED[name] for name in names}, args.steps, out, args.page)
     return run_matrix({name: CASES[name] for name in names}, args.steps, out, args.page)
 
 

@@ -11,7 +11,8 @@ spelled out below, since Trainer has no weights per token, and AdamW's fp32 copi
 It runs on the CPU, on one GPU, and under torchrun with a whole copy of the model on each GPU (DDP):
 the mesh of the config is not used. Packed blocks are kept apart by an explicit mask, [b, 1, S, S],
 which both sdpa and eager attention honour; a varlen kernel would take the place of
-`attention_mask`. There is no export, no held-out loss and no loss by source.
+`attention_mask`. There is no export, no held-out loss and no loss by source. An adapter is PEFT's
+(witness_adapter.py), without dropout.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.utils import logging
+from witness_adapter import adapted, check_adapter
 
 from torchprime.checkpoint.hf.read import EMBEDDING, HEAD
 from torchprime.config.checks import refuse
@@ -63,7 +65,12 @@ from torchprime.training.loop import DataOrder
 from torchprime.training.run import folder as run_folder
 from torchprime.training.setup.datasets import RunData, prepare_run_data, template_of
 from torchprime.training.setup.model_files import ModelFiles, pretrained_tensors
-from torchprime.training.setup.plan import flops_per_token, plan_steps
+from torchprime.training.setup.plan import (
+    count_parameters,
+    flops_per_token,
+    plan_steps,
+    stored_parameters,
+)
 from torchprime.training.setup.recipe import files_of
 
 Inputs = dict[str, Any]
@@ -276,6 +283,7 @@ def check_supported(c: TrainConfig, processes: int) -> None:
     Raises:
         ConfigError, RuntimeSetupError: with the key and what to set instead.
     """
+    check_adapter(c)
     if c.model.pretrained_model is None:
         refuse("model.pretrained_model", None, "a checkpoint to start from", "Name one.")
     if c.task.optimizer.name != "adamw":
@@ -497,6 +505,7 @@ def train(
     dtype = getattr(torch, c.torch_dtype)
     model = load_model(files.folder, dtype, attention)
     resize(model, files, dtype)
+    model = adapted(model, files, dtype, c.seed)
     if c.remat.recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     args = training_arguments(
@@ -511,14 +520,13 @@ def train(
         metrics = JsonlWriter(folder / "metrics.jsonl")
         writers = [metrics, TensorBoardWriter(folder), ConsoleWriter(total)]
     order = DataOrder(data.train, c.seed, c.task.global_batch_size)
+    counts = count_parameters(stored_parameters(files.build(dtype)), files.shapes)
     recorder = Recorder(
         order,
         writers,
         total_steps=total,
         logging_steps=c.logging_steps,
-        flops_per_token=flops_per_token(
-            files.architecture, files.num_parameters, c.dataset.block_size
-        ),
+        flops_per_token=flops_per_token(files.architecture, counts, c.dataset.block_size),
         device_kind=device_kind(),
         device_count=args.world_size,
     )
