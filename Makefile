@@ -97,12 +97,14 @@ docs: setup
 
 parity: setup
 	$(BIN)/python experimental/parity_matrix/run.py --page
+	$(BIN)/python experimental/parity_matrix/run.py --adapters --page
 
 noise: setup
 	$(BIN)/python experimental/parity_matrix/run.py --noise --page
 
 chaos: setup
 	$(BIN)/python experimental/chaos/run.py --kills 150
+	$(BIN)/python experimental/chaos/run.py --adapter dora --kills 20
 	$(BIN)/python experimental/chaos/run.py --backend xla --kills 20
 	$(BIN)/python experimental/chaos/run.py --cold --kills 6
 	$(BIN)/python experimental/chaos/ranks.py

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from torchprime.checkpoint.hf.read import SafetensorsReader
@@ -16,6 +20,9 @@ from torchprime.checkpoint.run.reader import CheckpointReader
 STEPS, EVERY = 12, 3  # the data has fewer blocks than that: an epoch ends in between
 TIMES = ("step_seconds", "supervised_tokens_per_s", "slot_tokens_per_s", "mfu", "seconds",
          "share_of_run", "generate_seconds")  # fmt: skip
+# Overrides for one process.
+ALONE = ("ici_mesh.fsdp=1", "ici_mesh.tensor=1", "task.gradient_accumulation_steps=2")
+REPO = Path(__file__).parents[1]
 HOST = ("host_memory_bytes", "device_memory_bytes", "compiles")
 
 
@@ -59,6 +66,22 @@ def assert_same_run(folder: Path, other: Path) -> None:
     assert names == sorted(last[1].tensor_names()) and len(names) > 60
     assert all(torch.equal(last[0].get(name), last[1].get(name)) for name in names)
     assert last[0].manifest.rng == last[1].manifest.rng
+
+
+def agree(folder: Path, other: Path) -> None:
+    """The same batches, losses to fp32's rounding."""
+    for ours, theirs in zip(records(folder), records(other), strict=True):
+        assert ours["batch_hash"] == theirs["batch_hash"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+def torchrun(processes: int, argv: list[str]) -> tuple[int, str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launch, f"--nproc_per_node={processes}", "-m", "torchprime.torch_native.train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
 
 
 class Killed(Exception):

@@ -2,6 +2,7 @@
 had happened.
 
     make chaos    # or: python experimental/chaos/run.py [--backend xla] [--kills 100] [--cold]
+                  # [--adapter lora]
 
 A small run of the real entry point writes a checkpoint after every step, keeps one, and exports at
 the end. It is killed and started again by the same command, over and over, until it is complete.
@@ -15,6 +16,9 @@ that a short phase has begun (writing, removing, exporting) and come a random mo
 
 Importing takes longer than such a run. So each attempt is forked from a process that has imported
 all the run needs and computed nothing. With --cold each is a new process started by the command.
+
+With --adapter the run trains an adapter with dropout on a base in int8, and exports both the
+adapter and the merged model.
 """
 
 from __future__ import annotations
@@ -45,14 +49,17 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 os.environ.pop("CPU_NUM_DEVICES", None)
 
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from torchprime.adapters.peft_format import WEIGHTS_NAME  # noqa: E402
 from torchprime.checkpoint.hf.read import SafetensorsReader  # noqa: E402
 from torchprime.checkpoint.run.catalog import BEST, Catalog  # noqa: E402
 from torchprime.checkpoint.run.open_storage import open_storage  # noqa: E402
 from torchprime.checkpoint.run.reader import CheckpointReader  # noqa: E402
 from torchprime.config.entry import run_main  # noqa: E402
 from torchprime.errors import CheckpointError  # noqa: E402
+from torchprime.training.run.adapter_export import INSIDE  # noqa: E402
 from torchprime.training.run.folder import versions  # noqa: E402
 
 ENTRIES = {"native": "torchprime.torch_native.train", "xla": "torchprime.torch_xla_models.train"}
@@ -91,6 +98,18 @@ def write_rows(work: Path) -> None:
         (work / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
+def adapter_overrides(name: str | None) -> list[str]:
+    """Return the overrides of a run that trains an adapter; none without a name."""
+    if name is None:
+        return []
+    return [
+        f"adapter={name}",
+        "adapter.dropout=0.1",
+        "adapter.base_dtype=int8",
+        "export.adapter=both",
+    ]
+
+
 def command_line(folder: Path) -> list[str]:
     """Return the arguments that a person would type for this run."""
     return [
@@ -113,14 +132,19 @@ def command_line(folder: Path) -> list[str]:
 
 
 class Starter:
-    """Starts processes that run a command line; all that they print goes into one file."""
+    """Starts processes that run a command line; all that they print goes into one file.
 
-    def __init__(self, entry: str, cold: bool, work: Path) -> None:
-        self.entry, self.cold = entry, cold
+    Args:
+        overrides: that follow each command line.
+    """
+
+    def __init__(self, entry: str, cold: bool, work: Path, overrides: Sequence[str] = ()) -> None:
+        self.entry, self.cold, self.overrides = entry, cold, list(overrides)
         self.log, self.listing = work / "log.txt", work / "modules.txt"
 
     def start(self, argv: Sequence[str]) -> int:
         """Return the id of the new process."""
+        argv = [*argv, *self.overrides]
         with self.log.open("ab") as log:
             if self.cold:
                 given = [sys.executable, "-m", self.entry, *argv]
@@ -132,7 +156,7 @@ class Starter:
             try:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-                code = run_main(importlib.import_module(self.entry).main, list(argv))
+                code = run_main(importlib.import_module(self.entry).main, argv)
                 if not self.listing.exists():
                     self.listing.write_text("\n".join(sys.modules))
             finally:  # never back into the parent's code, whatever happened
@@ -245,6 +269,9 @@ def check_same(folder: Path, whole: Path) -> None:
         )
     mine, other = (SafetensorsReader(f / "export") for f in (folder, whole))
     check_tensors(dict(mine.weights(mine.names())), dict(other.weights(other.names())), folder)
+    inside = Path("export") / INSIDE / WEIGHTS_NAME
+    if (whole / inside).exists():
+        check_tensors(load_file(folder / inside), load_file(whole / inside), folder)
 
 
 def check_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor], folder: Path) -> None:
@@ -325,6 +352,7 @@ def storm(starter: Starter, work: Path, kills: int, seed: int) -> dict[str, Any]
         sys.exit(f"{skipped} times a checkpoint that could be seen was damaged, see {starter.log}")
     return {
         "entry": starter.entry,
+        "overrides": starter.overrides,
         "attempts": "new processes" if starter.cold else "forked after the imports",
         "kills": sum(hit.values()),
         "phases": {phase: hit[phase] for phase in PHASES},
@@ -342,6 +370,7 @@ def main() -> None:
     parser.add_argument("--backend", choices=list(ENTRIES), default="native")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--cold", action="store_true", help="a new process for every attempt")
+    parser.add_argument("--adapter", help="an option of the config group adapter")
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="kept; a temporary one if not given")
     args = parser.parse_args()
@@ -353,7 +382,8 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = str(work / "cache")
         write_rows(work)
         try:
-            starter = Starter(ENTRIES[args.backend], args.cold, work)
+            overrides = adapter_overrides(args.adapter)
+            starter = Starter(ENTRIES[args.backend], args.cold, work, overrides)
             report = storm(starter, work, args.kills, args.seed)
         except CheckpointError as error:
             sys.exit(f"a checkpoint that can be seen is not whole: {error}")

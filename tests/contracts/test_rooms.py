@@ -41,6 +41,7 @@ TOGETHER = {
     "test_gpu_benchmark.py",
     "test_quickstart_assets.py",
     "test_vllm_deployment.py",
+    "torch_native/test_adapters.py",
     "torch_xla_models/test_adapters.py",
     "torch_xla_models/test_checkpoint.py",
     "torch_xla_models/test_collectives.py",

@@ -187,6 +187,31 @@ def test_our_job_and_the_witness_agree(job: Path, witnessed: Path, order: DataOr
     assert {0.5, 1.0, 2.0} <= set(weights.flatten().tolist())
 
 
+# An adapter with most options at once.
+ADAPTED = (
+    "adapter=dora",
+    "adapter.base_dtype=int8",
+    "adapter.scaling=rslora",
+    "adapter.modules_to_train=[model.norm]",
+    "task.optimizer.learning_rate=1e-2",
+    "task.optimizer.weight_decay=0.1",
+    "task.max_steps=3",
+    "task.lr_scheduler.warmup_steps=0",
+)
+
+
+def test_an_adapter_trains_as_in_peft(
+    run: Callable[..., Path], argv: list[str], fork_server: ForkServer
+) -> None:
+    pytest.importorskip("peft")
+    place = Path(argv[-1].removeprefix("output_dir="))
+    ended = fork_server.start(NATIVE_JOB, *argv, *ADAPTED, "run_name=adapted").end(250)
+    assert ended.code == 0, ended.printed
+    theirs = steps_of(run(WITNESS, "witness-adapted", *ADAPTED))
+    assert_agree(steps_of(place / "adapted"), theirs)
+    assert theirs[-1]["step"] == 3 and theirs[-1]["loss"] < 0.9 * theirs[0]["loss"]
+
+
 @pytest.mark.slow
 def test_they_agree_with_other_options(run: Callable[..., Path]) -> None:
     """Another schedule and length, no clipping, weight decay, eager attention, recomputation."""
@@ -353,13 +378,15 @@ def test_every_schedule_has_its_name_in_transformers(
         ("task.max_grad_value=1.0", 1, "task.max_grad_value"),
         ("task.global_batch_size=10", 4, "a multiple of 8 = 4 processes"),
         ("task.optimizer.master_weights=false", 1, "task.optimizer.master_weights"),
+        ("adapter.dropout=0.1", 1, "adapter.dropout: given 0.1, expected 0"),
     ],
 )
 def test_what_trainer_does_otherwise_is_refused(
     witness: ModuleType, argv: list[str], override: str, processes: int, message: str
 ) -> None:
     dtype = "bfloat16" if "master" in override else "float32"
-    c = compose_config([*argv, override, f"torch_dtype={dtype}"])
+    adapter = ["adapter=lora"] if "adapter" in override else []
+    c = compose_config([*argv, *adapter, override, f"torch_dtype={dtype}"])
     with pytest.raises(ConfigError, match=message):
         witness.check_supported(c, processes)
 

@@ -21,18 +21,23 @@ def run_chaos(repo_dir: Path, script: str, folder: Path, *arguments: str) -> dic
     return json.loads(done.stdout)
 
 
+SLOW = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
 @pytest.mark.parametrize(
-    ("backend", "kills"),
+    ("backend", "kills", "options"),
     [
-        ("native", 8),
-        pytest.param("native", 100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
-        pytest.param("xla", 12, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+        ("native", 8, ()),
+        pytest.param("native", 100, (), marks=SLOW),
+        pytest.param("native", 20, ("--adapter", "dora"), marks=SLOW),
+        pytest.param("xla", 12, (), marks=SLOW),
     ],
 )
 def test_a_killed_run_is_the_run_that_nothing_killed(
-    backend: str, kills: int, repo_dir: Path, tmp_path: Path
+    backend: str, kills: int, options: tuple[str, ...], repo_dir: Path, tmp_path: Path
 ) -> None:
-    report = run_chaos(repo_dir, "run.py", tmp_path, "--backend", backend, "--kills", str(kills))
+    given = ("--backend", backend, "--kills", str(kills), *options)
+    report = run_chaos(repo_dir, "run.py", tmp_path, *given)
     assert report["kills"] == sum(report["phases"].values()) == kills
     assert report["runs"] >= 1, "no run was brought to its end"
     hit = [phase for phase, count in report["phases"].items() if count]

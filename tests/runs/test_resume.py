@@ -7,15 +7,23 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from interrupted import EVERY, STEPS, Killed, assert_same_run, overrides, records
+from interrupted import (
+    ALONE,
+    EVERY,
+    STEPS,
+    Killed,
+    agree,
+    assert_same_run,
+    overrides,
+    records,
+    torchrun,
+)
 
 from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.proof.certificate import hash_folder
@@ -28,7 +36,6 @@ from torchprime.torch_native.train import main as native
 from torchprime.training.hooks.checkpoint import NOW_FILE, CheckpointHook
 from torchprime.training.run import saver as saving
 
-REPO = Path(__file__).parents[2]
 Run = Callable[[list[str]], int]
 Command = Callable[..., list[str]]
 
@@ -88,16 +95,6 @@ def test_another_mesh_and_accumulation_go_on_to_rounding(
 
 # The other backend -------------------------------------------------------------------------------
 
-ALONE = ("ici_mesh.fsdp=1", "ici_mesh.tensor=1", "task.gradient_accumulation_steps=2")
-
-
-def agree(folder: Path, other: Path) -> None:
-    """The same batches, losses to fp32's rounding."""
-    for ours, theirs in zip(records(folder), records(other), strict=True):
-        assert ours["batch_hash"] == theirs["batch_hash"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-
 
 @pytest.fixture(scope="module")
 def native_whole(
@@ -139,14 +136,6 @@ def test_from_xla_to_native_and_back(
     assert run(argv) == 0
     assert "step_00000006" in capsys.readouterr().err
     agree(folder, whole)
-
-
-def torchrun(processes: int, argv: list[str]) -> tuple[int, str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launch, f"--nproc_per_node={processes}", "-m", "torchprime.torch_native.train"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True)
-    return done.returncode, done.stderr
 
 
 @pytest.mark.slow

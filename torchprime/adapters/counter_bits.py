@@ -42,7 +42,7 @@ def threefry(key: Words, counter: Words) -> Words:
     return x, y
 
 
-def kept(key: Words, rows: Tensor, width: int, probability: float) -> Tensor:
+def kept(key: Words, rows: Tensor, width: int, probability: float, first: int = 0) -> Tensor:
     """Return a dropout mask, True where an entry is kept.
 
     Args:
@@ -50,12 +50,14 @@ def kept(key: Words, rows: Tensor, width: int, probability: float) -> Tensor:
         rows: int32, the number of each token; any shape.
         width: entries of a token; entry i of a token has the counter (token, i // 2).
         probability: that an entry is dropped, in steps of 2^-24.
+        first: the number of the first entry, if these are only a part of each token's.
 
     Returns:
         bool [*rows.shape, width].
     """
-    pairs = torch.arange((width + 1) // 2, dtype=torch.int32, device=rows.device)
+    end = (first + width + 1) // 2
+    pairs = torch.arange(first // 2, end, dtype=torch.int32, device=rows.device)
     words = torch.stack(threefry(key, (rows[..., None], pairs)), dim=-1)
-    bits = words.flatten(-2)[..., :width]
+    bits = words.flatten(-2)[..., first % 2 :][..., :width]
     fraction = _shifted_right(bits, 32 - _FRACTION_BITS)
     return fraction >= round(probability * (1 << _FRACTION_BITS))

@@ -35,6 +35,10 @@ class CounterDropout(nn.Module):
         probability: that an entry is set to 0; the others are divided by 1 - probability.
         number: of the layer in the model, int32 scalar; kept as a frozen parameter, so that a scan
             over stacked layers gives each layer its own.
+
+    Attributes:
+        position: of the next forward; None turns dropout off.
+        first: the number of the first entry of each token, if the input is a part of each.
     """
 
     def __init__(self, probability: float, number: int) -> None:
@@ -43,13 +47,14 @@ class CounterDropout(nn.Module):
         value = torch.tensor(number, dtype=torch.int32)
         self.number = nn.Parameter(value, requires_grad=False)
         self.position: DropoutPosition | None = None
+        self.first = 0
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         if self.position is None or self.probability == 0:
             return x_BSD
         seed, step, tokens = self.position
         key = threefry((seed, self.number), (step, torch.zeros_like(step)))
-        mask = kept(key, tokens, x_BSD.shape[-1], self.probability)
+        mask = kept(key, tokens, x_BSD.shape[-1], self.probability, self.first)
         return torch.where(mask, x_BSD / (1 - self.probability), 0.0)
 
 

@@ -123,13 +123,29 @@ def load(
     for layer in layers:
         if mesh[TENSOR].size() > 1:
             styles = tensor_styles(layer, model.architecture, table, mesh[TENSOR].size())
-            parallelize_module(layer, mesh[TENSOR], styles, src_data_rank=None)
+            _shard_along_tensor(layer, mesh[TENSOR], styles)
             if model.architecture.num_key_value_heads % mesh[TENSOR].size():
                 _share_kv_heads(layer, model.architecture, mesh[TENSOR])
         fully_shard(layer, **options)
     fully_shard(root, **options)
     _fill(model, tensor_of, device)
     root.to(device)  # no conversion, but FSDP2 then uses the new shards
+
+
+def _shard_along_tensor(
+    layer: nn.Module, mesh: DeviceMesh, styles: dict[str, ParallelStyle]
+) -> None:
+    """Shard a layer by its styles; frozen weights stay frozen, and each process drops the inputs
+    that the whole layer would drop."""
+    frozen = [name for name, p in layer.named_parameters() if not p.requires_grad]
+    parallelize_module(layer, mesh, styles, src_data_rank=None)
+    for name in frozen:  # torch replaces sharded parameters by ones that require a gradient
+        layer.get_parameter(name).requires_grad_(False)
+    for name, module in layer.named_modules():
+        if isinstance(module, AdaptedLinear):
+            part = module.lora_A.in_features // mesh.size()
+            shared_out = isinstance(styles.get(f"{name}.lora_A"), RowwiseParallel)
+            module.lora_dropout.first = mesh.get_local_rank() * part if shared_out else 0
 
 
 def _share_kv_heads(layer: nn.Module, a: Architecture, mesh: DeviceMesh) -> None:

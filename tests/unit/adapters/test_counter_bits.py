@@ -64,3 +64,11 @@ def test_the_share_of_dropped_entries(probability: float) -> None:
 
 def test_nothing_is_dropped_at_0() -> None:
     assert kept((word(1), word(2)), torch.arange(100, dtype=torch.int32), 64, 0.0).all()
+
+
+@pytest.mark.parametrize(("first", "width"), [(0, 8), (4, 5), (5, 7), (12, 1)])
+def test_a_part_of_each_token_has_the_mask_of_the_whole(first: int, width: int) -> None:
+    key = (torch.tensor(7, dtype=torch.int32), torch.tensor(-3, dtype=torch.int32))
+    rows = torch.arange(6, dtype=torch.int32).view(2, 3)
+    whole = kept(key, rows, 13, 0.4)
+    assert torch.equal(kept(key, rows, width, 0.4, first), whole[..., first : first + width])
