@@ -23,7 +23,7 @@ SLICES = {"v6e-1": 1, "v5e-1": 1, "v6e-4": 4, "v5e-4": 4}
 # Where layer inputs have no room on the chip: 2.0 GiB of the 8B model, 3.1 of the 14B one.
 OFFLOADED = {("14b", "lora", "v6e-1"), ("14b", "qlora", "v5e-1"), ("8b", "lora", "v5e-1")}
 HEADS = (
-    "Step", "Slice", "Blocks x tokens on a chip", "Remat", "GiB per chip",
+    "Step", "Slice", "Micro-batches x blocks x tokens on a chip", "Remat", "GiB per chip",
     "frozen + trained + optimizer state", "temporaries", "gathered GiB (theory)",
     "reduced GiB (theory)", "products / formula", "compile s",
 )  # fmt: skip
@@ -41,12 +41,14 @@ class Case(NamedTuple):
 def cases() -> Iterator[Case]:
     """Yield the cases in the order of the table."""
     for model, (title, run) in MODELS.items():
+        named = ["--config-name", run]
+        yield Case(f"{model}-named-v6e-1", "v6e-1", f"{title}, the named run", named)
         for kind, method in KINDS.items():
             for slice_, chips in SLICES.items():
                 for block, rows in ((1024, 8), (8192, 1)):
                     offload = (model, kind, slice_) in OFFLOADED
                     argv = [
-                        "--config-name", run, f"adapter={kind}", f"ici_mesh.fsdp={chips}",
+                        *named, f"adapter={kind}", f"ici_mesh.fsdp={chips}",
                         f"remat=scan_{'offload' if offload else 'full'}",
                         f"dataset.block_size={block}", f"task.global_batch_size={rows * chips}",
                         "task.gradient_accumulation_steps=1",
@@ -82,8 +84,9 @@ def row(case: Any, r: dict[str, Any]) -> str:
     if "settings" not in r:
         return _line([*cells, "", "", "does not compile"])
     s, kept = r["settings"], r["weights_per_chip"]
-    rows = s["global_batch_size"] // r["chips"]
-    cells += [f"{rows} x {s['block_size']}", s["remat"]]
+    batches = s["gradient_accumulation_steps"]
+    rows = s["global_batch_size"] // (batches * r["chips"])
+    cells += [f"{batches} x {rows} x {s['block_size']}", s["remat"]]
     found = r.get("memory") or r.get("shortage") or {"used": 0, "limit": 0}
     total, limit = (found.get("total") or found["used"]) / GIB, found["limit"] / GIB
     alone = "" if r["seconds"]["compile"] else "over "

@@ -336,7 +336,7 @@ class Program:
             elif user.kind == "dynamic-update-slice":
                 update = inside.get(user.operands[1])
                 parts = [update.nbytes if update is not None else 0]
-            elif user.kind == "bitcast":
+            elif user.kind == "bitcast" or "calls=%copy_fusion" in user.rest:  # another tiling
                 parts = [self._sliced(inside, user.name)]
             else:
                 parts = [self._sliced(*each) for each in self._nested(user, name)] or [None]
