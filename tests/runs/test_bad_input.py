@@ -416,3 +416,22 @@ def test_weights_that_are_nan_from_the_start(
     left = [path.name for path in (tmp_path / "out").rglob("*.safetensors")]
     assert left == []
     assert not (tmp_path / "out" / "mine" / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adapter.targets=[q_prj]"], "'q_prj', which matches no linear layer.* q_proj"),
+        (
+            ["adapter.targets=[lm_head]"],
+            "adapter.targets: given lm_head, which the loss multiplies",
+        ),
+        (["adapter.rank=17"], "adapter.rank: given 17, expected at most 16|at most 8"),
+        (["adapter.layers=[2]"], "adapter.layers: given 2, expected numbers from 0 to 1"),
+        (["adapter.modules_to_train=[nrm]"], "'nrm', which is no module"),
+        (["adapter.modules_to_train=[q_proj]"], "is also in adapter.targets"),
+        (["adapter.pretrained=."], "adapter_config.json"),
+    ],
+)
+def test_an_adapter_that_does_not_fit(refused: Refused, overrides: list[str], message: str) -> None:
+    assert re.search(message, refused("adapter=lora", "adapter.rank=4", *overrides))

@@ -216,8 +216,15 @@ def initial_tensor(name: str, shape: torch.Size, std: float, seed: int) -> Tenso
         return torch.ones(shape)
     if name.endswith("bias"):
         return torch.zeros(shape)
-    generator = torch.Generator().manual_seed((seed * 2**32 + hash_name(name)) % 2**63)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.empty(shape).normal_(0.0, std, generator=generator_for(seed, name))
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """Return a generator on the CPU for one tensor's values.
+
+    Both are hashed together into 32 bits, since the generator reads no more of its seed.
+    """
+    return torch.Generator().manual_seed(hash_name(f"{seed} {name}"))
 
 
 def hash_name(name: str) -> int:

@@ -84,10 +84,11 @@ def _place_weights(prepared: Prepared) -> None:
 def _values(prepared: Prepared) -> Callable[[str], Tensor]:
     """Return the source of the parameters' values by name: checkpoint, base and new ones."""
     p, inputs, point = prepared, prepared.inputs, prepared.point
-    trained = None if point is None else point.weight
     adapter = inputs.files.adapter
     if adapter is None:
-        return trained or p.open_weights()
+        return p.open_weights() if point is None else point.weight
+    started = None if adapter.start is None else adapter.start.tensors.__getitem__
+    trained = started if point is None else point.weight
     return AdaptedTensors(
         inputs.model(),
         adapter.spec,

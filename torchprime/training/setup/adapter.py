@@ -13,8 +13,9 @@ from torchprime.adapters.apply import apply_adapter, base_name
 from torchprime.adapters.lora import AdaptedLinear, initial_values
 from torchprime.adapters.quantized import QuantizedLinear, quantize_base, quantized
 from torchprime.adapters.spec import AdapterSpec
+from torchprime.checkpoint.adapter.read import StoredAdapter
 from torchprime.models.architecture import Architecture
-from torchprime.models.decoder import CausalLM, hash_name
+from torchprime.models.decoder import CausalLM, generator_for
 from torchprime.sharding import ShardingTable, shard_count
 
 TensorOf = Callable[[str], Tensor]
@@ -30,12 +31,14 @@ class Adapter:
         table: of the model without adapters.
         mesh: the number of devices along each axis.
         form: of its export.
+        start: the adapter to start from; None makes new values.
     """
 
     spec: AdapterSpec
     table: ShardingTable
     mesh: Mapping[str, int]
     form: ExportForm
+    start: StoredAdapter | None = None
 
     def apply(self, model: CausalLM) -> None:
         """Put the adapter into a model, in place, and store the base in its type.
@@ -145,7 +148,7 @@ class AdaptedTensors:
         weight = layer.lora_B.weight.new_empty(layer.lora_B.out_features, layer.lora_A.in_features)
         if part == "magnitude_vector":
             weight = self._dequantized(owner, layer)
-        generator = torch.Generator().manual_seed((self.seed * 2**32 + hash_name(name)) % 2**63)
+        generator = generator_for(self.seed, name)
         return initial_values(self.spec, weight, generator)[f"lora_{part}"]
 
     def _dequantized(self, owner: str, layer: AdaptedLinear) -> Tensor:

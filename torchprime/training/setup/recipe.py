@@ -13,7 +13,9 @@ import torch
 
 from torchprime.adapters.axes import adapter_patterns
 from torchprime.adapters.spec import AdapterSpec
+from torchprime.checkpoint.adapter.read import read_adapter
 from torchprime.config.schema import TrainConfig
+from torchprime.config.sections.adapter import AdapterConfig
 from torchprime.data.shared import cache
 from torchprime.errors import ConfigError
 from torchprime.models.decoder import CausalLM
@@ -44,14 +46,26 @@ def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
         weights=weights and m.pretrained_model is not None,
         vocabulary=vocabulary_of(config),
     )
-    return replace(found, adapter=adapter_of(config))
+    adapter = adapter_of(config)
+    if adapter is not None and adapter.start is not None:
+        adapter.start.fit(found.hf_config)
+    return replace(found, adapter=adapter)
 
 
 def adapter_of(config: TrainConfig) -> Adapter | None:
-    """Return the config's adapter; None if all weights are trained."""
+    """Return the config's adapter; None if all weights are trained.
+
+    Raises:
+        CheckpointError: `adapter.pretrained` is no PEFT folder, or one of another method.
+    """
     a, s = config.adapter, config.sharding
-    if a.rank is None:
+    if not a.enabled:
         return None
+    start = None
+    if a.pretrained is not None:
+        start = read_adapter(a.pretrained, cache_dir=config.dataset.cache_dir)
+        a = as_in(a, start.spec)
+    assert a.rank is not None
     spec = AdapterSpec(
         rank=a.rank,
         alpha=a.alpha,
@@ -65,7 +79,22 @@ def adapter_of(config: TrainConfig) -> Adapter | None:
         base_type=a.base_dtype,
     )
     table = ShardingTable(s.parameters, s.activations)
-    return Adapter(spec, table, config.mesh_shape(), config.export.adapter)
+    return Adapter(spec, table, config.mesh_shape(), config.export.adapter, start)
+
+
+def as_in(section: AdapterConfig, spec: AdapterSpec) -> AdapterConfig:
+    """Return the section with the keys that describe an adapter. How it is trained stays: dropout,
+    and the base's type."""
+    return replace(
+        section,
+        rank=spec.rank,
+        alpha=spec.alpha,
+        scaling=spec.scaling,
+        targets=list(spec.targets),
+        layers=None if spec.layers is None else list(spec.layers),
+        modules_to_train=list(spec.modules_to_train),
+        dora=spec.dora,
+    )
 
 
 def vocabulary_of(config: TrainConfig) -> VocabularyRequest:
