@@ -178,14 +178,14 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
         ConfigError: a run of the config would be refused.
     """
     mesh, dtype = config.mesh_shape(), getattr(torch, config.torch_dtype)
-    model = build_model(a, adapter_of(config), dtype)
+    adapter = adapter_of(config)
+    model = build_model(a, adapter, dtype)
     stored = stored_parameters(model)
+    plain = stored if adapter is None else stored_parameters(build_model(a, None, dtype))
     _, specs = checked_table(config, model)
     along = {axis: size if axis == "fsdp" else 1 for axis, size in mesh.items()}
     return Sizes(
-        shapes={
-            name: p.shape for name, p in stored_parameters(build_model(a, None, dtype)).items()
-        },
+        shapes={name: p.shape for name, p in plain.items()},
         weights={
             name: Weight(
                 shape=p.shape,
