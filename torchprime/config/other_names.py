@@ -10,6 +10,12 @@ SAME = {
     "cutoff_len": "dataset.block_size",
     "dataset_name": "dataset.hf_dataset_name",
     "eval_steps": "eval.every_steps",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_rank": "adapter.rank",
+    "lora_r": "adapter.rank",
+    "lora_target_modules": "adapter.targets",
+    "modules_to_save": "adapter.modules_to_train",
     "lr": "task.optimizer.learning_rate",
     "lr_scheduler_type": "task.lr_scheduler.name",
     "max_length": "dataset.block_size",
@@ -33,10 +39,11 @@ _BATCH = (
     "Set task.global_batch_size: blocks per update over all devices and micro-batches; "
     "task.gradient_accumulation_steps says in how many micro-batches."
 )
-_DTYPE = "Set torch_dtype=bfloat16 (fp16 is not there)."
+_DTYPE = "Set torch_dtype=bfloat16 (fp16 is not supported)."
 _LOSS = "Set dataset.compute_loss_on=completion or assistant; auto does so already."
 _MESH = "Choose a mesh: mesh=fsdp4, or ici_mesh.fsdp=4."
-_LORA = "All weights are trained; adapters are not there yet."
+_LORA = "Choose an adapter: adapter=lora adapter.rank=16."
+_QUANTIZED = "Choose adapter=qlora, or adapter=lora adapter.base_dtype=int8."
 # Another trainer's name -> advice.
 ADVICE = {
     "adam_beta1": "Set task.optimizer.betas=[0.9,0.999].",
@@ -49,14 +56,18 @@ ADVICE = {
     "gradient_checkpointing": "Choose remat=full, or remat=scan_full.",
     "load_best_model_at_end": "Set export.which=best.",
     "logging_dir": _RECORDS,
-    "lora_r": _LORA,
+    "load_in_4bit": _QUANTIZED,
+    "load_in_8bit": _QUANTIZED,
+    "lora_target": "Set adapter.targets=[q_proj,v_proj], or [all-linear].",
     "micro_batch_size": _BATCH,
     "per_device_eval_batch_size": _BATCH,
     "per_device_train_batch_size": _BATCH,
     "push_to_hub": "Leave it out; afterwards: hf upload OWNER/NAME outputs/RUN/export.",
     "report_to": _RECORDS,
     "train_batch_size": _BATCH,
+    "use_dora": "Choose adapter=dora.",
     "use_peft": _LORA,
+    "use_rslora": "Set adapter.scaling=rslora.",
 }
 
 

@@ -23,7 +23,7 @@ class NativeProcesses(Processes):
     def gather(self, value: Any) -> list[Any]:
         """Return on every process the values of all.
 
-        The call is not watched: gloo raises by itself, and listening for signs of life
+        The call is not watched: gloo raises by itself, and listening for those messages
         (training/processes.py) must not end this process.
         """
         gathered: list[Any] = [None] * self.count

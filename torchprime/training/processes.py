@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torchprime.errors import RuntimeSetupError, UserError
 
 Made = TypeVar("Made")
-PULSE = 1.0  # seconds between two signs of life of a first process that works while others wait
+PULSE = 1.0  # seconds between two messages of a first process that works while others wait
 
 
 class Processes(ABC):
@@ -45,7 +45,7 @@ class Processes(ABC):
     def first_does(self, action: Callable[[], Made]) -> Made:
         """Run `action` on the first process and return its result on every process.
 
-        The action may take longer than a collective: the others get signs of life meanwhile.
+        The action may take longer than a collective: it sends the others a message every second.
 
         Raises:
             Exception: what `action` raised, on every process; see `_travelling`.
@@ -104,7 +104,7 @@ class OneProcess(Processes):
 class LongWork:
     """Work of the first process that may take longer than a collective, such as an export.
 
-    The other processes wait for its end and receive signs of life meanwhile. If it dies or hangs,
+    The other processes wait for its end and receive a message every second. If it dies or hangs,
     their next exchange fails like any other. All processes call `end`; only the first calls
     `others_wait`, when the others have no further part in the work.
 
@@ -120,10 +120,10 @@ class LongWork:
         self._thread: threading.Thread | None = None
 
     def others_wait(self) -> None:
-        """Start to send signs of life, from a thread."""
+        """Start to send messages, from a thread."""
         # On another process the thread and `end` would exchange objects at the same time, in any
         # order.
-        assert self.processes.index == 0, "only the first process gives signs of life"
+        assert self.processes.index == 0, "only the first process sends them"
         if self._thread is None and self.processes.count > 1:
             self._thread = threading.Thread(target=self._beat, name="long-work", daemon=True)
             self._thread.start()

@@ -57,7 +57,7 @@ def find_library() -> Library:
     if version != VERSION:
         raise RuntimeSetupError(
             f"{path} is of version {version or 'unknown'}; torch_xla 2.9.0 goes with {VERSION}, "
-            "and what another one says of memory is not what this one does. "
+            "and another version needs other amounts of memory. "
             f"Install it with: {INSTALL}"
         )
     places = [place for place in (sys.path, [str(folder)]) if _version("torchax", place)]

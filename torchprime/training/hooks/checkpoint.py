@@ -56,7 +56,7 @@ class StopSignals:
             os.write(2, f"\n{name} again: stopping at once, unsaved\n".encode())
             os._exit(128 + number)
         self.received = name
-        text = f"\n{name}: finishing the step, then a checkpoint; once more stops at once\n"
+        text = f"\n{name}: finishing the step, then a checkpoint; press again to stop at once\n"
         os.write(2, text.encode())  # print is not safe in signal handlers
 
 

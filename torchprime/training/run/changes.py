@@ -119,7 +119,7 @@ def refuse_changes(changes: Sequence[Change], allowed: Sequence[str], point: str
         )
     if asked:
         keys = ",".join(change.key for change in asked)
-        advice.append(f"If the questionable ones are meant: resume.allow_changes=[{keys}].")
+        advice.append(f"To allow the questionable ones: resume.allow_changes=[{keys}].")
     raise ConfigError(
         f"resume: this run differs from {point}:\n  " + "\n  ".join(lines) + "\n" + " ".join(advice)
     )

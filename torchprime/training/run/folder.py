@@ -91,7 +91,7 @@ def check(folder: Path) -> None:
         raise RuntimeSetupError(
             f"{KEY}: {folder} already holds another run. Give this one its own name "
             "(run_name=NAME) or another output_dir, or remove that folder. (Only a run that writes "
-            "checkpoints, checkpoint.every_steps=N, can go on where it ended.)"
+            "checkpoints, checkpoint.every_steps=N, can resume from its last one.)"
         )
     place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not place.is_dir():

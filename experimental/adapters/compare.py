@@ -1,0 +1,192 @@
+"""Compare what is trained: all weights, LoRA of several ranks, DoRA and QLoRA, over several seeds.
+
+    python experimental/adapters/compare.py quickstart --out outputs/adapters
+    python experimental/adapters/compare.py rows --model DIR --rows FILE --out outputs/adapters
+
+Each run is the main job in a process of its own. `rows` splits a file of prompts and completions by
+passage (the text before the first line break), and asks for exact answers. A run that is complete
+is not repeated. The table goes to stdout, all numbers to results.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+
+class Variant(NamedTuple):
+    """A choice of the weights to train.
+
+    Attributes:
+        rate: the learning rate, as a multiple of that of all weights.
+    """
+
+    name: str
+    overrides: Sequence[str]
+    rate: float
+
+
+VARIANTS = (
+    Variant("all weights", ["adapter=none"], 1),
+    Variant("LoRA, rank 4", ["adapter=lora", "adapter.rank=4", "adapter.alpha=8"], 10),
+    Variant("LoRA, rank 16", ["adapter=lora"], 10),
+    Variant("LoRA, rank 64", ["adapter=lora", "adapter.rank=64", "adapter.alpha=128"], 10),
+    Variant("DoRA, rank 16", ["adapter=dora"], 10),
+    Variant("QLoRA, rank 16", ["adapter=qlora"], 10),
+)
+COMMON = ["logging_steps=50", "task.sample_prompts=0", "export.which=last", "mesh=single"]
+
+
+class Result(TypedDict):
+    """One run. `right` of `asked` answers were right; `bytes` are those of a checkpoint."""
+
+    variant: str
+    seed: int
+    right: int
+    asked: int
+    eval_loss: float
+    trained: int
+    parameters: int
+    bytes: int
+    seconds: float
+
+
+def quickstart() -> tuple[list[str], float, str]:
+    """Return overrides, learning rate of all weights, and the grader, on the shipped model."""
+    overrides = ["--config-name", "quickstart", "eval.every_steps=150", "task.max_steps=150"]
+    return overrides, 1e-3, "answer_accuracy"
+
+
+def own_rows(model: Path, rows: Path, out: Path) -> tuple[list[str], float, str]:
+    """Return the same for a model and a file of rows, a quarter of whose passages are held out."""
+    sides: dict[bool, list[str]] = {True: [], False: []}
+    for line in rows.read_text().splitlines():
+        passage = json.loads(line)["prompt"].split("\n")[0]
+        sides[int(hashlib.sha256(passage.encode()).hexdigest(), 16) % 4 == 0].append(line)
+    for name, held_out in (("train", False), ("test", True)):
+        (out / f"{name}.jsonl").write_text("\n".join(sides[held_out]) + "\n")
+    overrides = [
+        f"model.pretrained_model={model}",
+        "dataset=file",
+        f"dataset.file_dataset_path={out / 'train.jsonl'}",
+        "dataset.block_size=256",
+        "eval=file",
+        f"eval.file_dataset_path={out / 'test.jsonl'}",
+        "eval.every_steps=84",
+        f"eval.generate.max_examples={len(sides[True])}",
+        "eval.generate.max_new_tokens=12",
+        "eval.graders=[{name: answer_accuracy, kind: exact_match}]",
+        "task.global_batch_size=4",
+        "task.max_steps=84",
+        "task.lr_scheduler.name=cosine",
+        "task.lr_scheduler.warmup_steps=5",
+    ]
+    return overrides, 1e-3, "answer_accuracy"
+
+
+def run(variant: Variant, seed: int, case: tuple[list[str], float, str], out: Path) -> Result:
+    """Train once, unless it was done, and return the result."""
+    overrides, rate, grader = case
+    name = f"{variant.name.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
+    folder, started = out / name, time.monotonic()
+    if not (folder / "report.md").is_file():
+        argv = [
+            *(sys.executable, "-m", "torchprime.cli.main", "train", *overrides, *COMMON),
+            *variant.overrides,
+            f"task.optimizer.learning_rate={rate * variant.rate}",
+            *("checkpoint.every_steps=1000000", "task.export_checkpoint_path=null"),
+            *(f"seed={seed}", f"output_dir={out}", f"run_name={name}"),
+        ]
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
+        (out / f"{name}.seconds").write_text(str(time.monotonic() - started))
+    return read(folder, variant.name, seed, grader, float((out / f"{name}.seconds").read_text()))
+
+
+def read(folder: Path, variant: str, seed: int, grader: str, seconds: float) -> Result:
+    """Return a finished run's result, from its records."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [r for r in records if r.get("kind") == "eval"][-1]
+    saved = [r["bytes"] for r in records if r.get("kind") == "checkpoint"]
+    plan = json.loads((folder / "run.json").read_text())["plan"]
+    score = last["scores"][grader]
+    return {
+        "variant": variant,
+        "seed": seed,
+        "right": round(score["value"] * score["count"]),
+        "asked": score["count"],
+        "eval_loss": last["eval_loss"],
+        "trained": plan["trained_parameters"],
+        "parameters": plan["parameters"],
+        "bytes": saved[-1] if saved else 0,
+        "seconds": seconds,
+    }
+
+
+def interval(right: int, asked: int) -> tuple[float, float]:
+    """Return Wilson's 95% interval of a share (Wilson 1927)."""
+    z, share = 1.96, right / asked
+    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
+    half = (
+        z
+        / (1 + z * z / asked)
+        * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
+    )
+    return middle - half, middle + half
+
+
+def table(results: Sequence[Result]) -> list[str]:
+    """Return a Markdown table: each variant's answers over all seeds."""
+    lines = [
+        "| Trained | right answers | 95% interval | by seed | held-out loss | share trained "
+        "| checkpoint, MB | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for variant in dict.fromkeys(result["variant"] for result in results):
+        own = [result for result in results if result["variant"] == variant]
+        right, asked = sum(r["right"] for r in own), sum(r["asked"] for r in own)
+        low, high = interval(right, asked)
+        seeds = ", ".join(f"{r['right'] / r['asked']:.1%}" for r in own)
+        loss = sum(r["eval_loss"] for r in own) / len(own)
+        seconds = sum(r["seconds"] for r in own) / len(own)
+        lines.append(
+            f"| {variant} | {right / asked:.1%} | {low:.1%} to {high:.1%} | {seeds} | {loss:.3f} "
+            f"| {own[0]['trained'] / own[0]['parameters']:.1%} | {own[0]['bytes'] / 1e6:.1f} "
+            f"| {seconds:.0f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    """Train all variants with all seeds, and print the table after each round of seeds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("case", choices=["quickstart", "rows"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    given = parser.parse_args()
+    out = given.out.absolute() / given.case
+    out.mkdir(parents=True, exist_ok=True)
+    if given.case == "quickstart":
+        case = quickstart()
+    elif given.model is None or given.rows is None:
+        parser.error("rows needs --model and --rows")
+    else:
+        case = own_rows(given.model.absolute(), given.rows, out)
+    results: list[Result] = []
+    for seed in range(1, given.seeds + 1):
+        results += [run(variant, seed, case, out) for variant in VARIANTS]
+        (out / "results.json").write_text(json.dumps(results, indent=1))
+        print("\n".join(table(results)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
