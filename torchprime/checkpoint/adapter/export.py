@@ -10,10 +10,9 @@ from torch import Tensor
 
 from torchprime.checkpoint.adapter.certificate import certify_adapter
 from torchprime.checkpoint.adapter.folder import AdapterFolder
-from torchprime.checkpoint.adapter.merge import merged_tensors
+from torchprime.checkpoint.adapter.merge import TensorOf, merged_tensors
 from torchprime.checkpoint.export import ExportResult, export_need, write_export
 from torchprime.checkpoint.hf.export_facts import ExportFacts
-from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.logits import PromptLogits
 from torchprime.checkpoint.room import require_room
@@ -32,7 +31,7 @@ def check_adapter_export(out: Path | str | ExportPlace, adapter: AdapterFolder) 
 
 
 def merged_weights(
-    adapter: AdapterFolder, trained: Mapping[str, Tensor], base: Path
+    adapter: AdapterFolder, trained: Mapping[str, Tensor], base_of: TensorOf
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the merged model's weights, one at a time, for `export_hf`.
 
@@ -41,11 +40,10 @@ def merged_weights(
 
     Args:
         trained: the trained tensors by their names in the adapted model.
-        base: the folder of the base's weights.
+        base_of: gives a weight of the base by its name.
     """
-    reader, layout = SafetensorsReader(base), adapter.hf.layout
-    reader.share_head()
-    tensor_of = merged_tensors(reader.get, trained, adapter.spec, layout.dtype)
+    layout = adapter.hf.layout
+    tensor_of = merged_tensors(base_of, trained, adapter.spec, layout.dtype)
     for name in layout.spec:
         yield name, tensor_of(name)
 

@@ -6,7 +6,7 @@ visible.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,13 @@ from pathlib import Path
 from torch import Tensor
 
 from torchprime.checkpoint.adapter.certificate import certify_adapter
-from torchprime.checkpoint.adapter.export import check_adapter_export, export_adapter
+from torchprime.checkpoint.adapter.export import (
+    check_adapter_export,
+    export_adapter,
+    merged_weights,
+)
 from torchprime.checkpoint.adapter.folder import AdapterFolder
 from torchprime.checkpoint.adapter.logits import adapted_logits
-from torchprime.checkpoint.adapter.merge import merged_tensors
 from torchprime.checkpoint.export import (
     ExportResult,
     check_export,
@@ -118,7 +121,7 @@ class AdapterExport:
             result = write_export(
                 place,
                 small_files=partial(self._small_files, trained, proof),
-                weights=self._merged(trained),
+                weights=merged_weights(self.peft, trained, self.base_of),
                 layout=self.hf.layout,
                 certify=proof.certify_merged,
             )
@@ -149,13 +152,6 @@ class AdapterExport:
         ids = encode_prompts(self.hf.tokenizer_folder / "tokenizer.json", longest=longest)
         logits = adapted_logits(config, self.base_of, trained, facts.adapter, facts.dtype, ids)
         return PromptLogits(ids, logits, "torchprime's decoder on the CPU, from the checkpoint")
-
-    def _merged(self, trained: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the merged weights. A quantized base is merged with the values it was trained on,
-        so the merged model is the one that was evaluated."""
-        assert self.facts.adapter is not None
-        merged = merged_tensors(self.base_of, trained, self.facts.adapter, self.facts.dtype)
-        return ((name, merged(name)) for name in self.facts.spec)
 
     def _small_files(self, trained: Mapping[str, Tensor], proof: _Proof, folder: Path) -> None:
         self.hf.write_small_files(folder, card=self.facts.card_text())

@@ -88,6 +88,8 @@ class ModelFiles:
         files: that of the check "weights" in an export's certificate. It reads them all."""
         assert self.folder is not None
         reader = SafetensorsReader(self.folder)
+        if self.architecture.tie_word_embeddings:
+            reader.share_head()
         with ThreadPoolExecutor(HASHERS) as pool:  # hashing leaves the other threads running
             names = list(reader.names())
             hashes = pool.map(lambda name: tensor_hash(reader.get(name)), names)

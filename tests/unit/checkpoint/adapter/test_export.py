@@ -187,7 +187,9 @@ def test_a_tied_base_that_stores_its_output_projection(by_peft, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["lora", "tied embedding"])
 def test_merged_weights_are_exported_beside_the_adapter(name: str, by_peft) -> None:
     case = Case(by_peft(name))
-    merged = dict(merged_weights(case.adapter, case.tensors, case.made.base))
+    reader = SafetensorsReader(case.made.base)
+    reader.share_head()
+    merged = dict(merged_weights(case.adapter, case.tensors, reader.get))
     assert list(merged) == list(case.facts.spec)
     for each, tensor in merged.items():
         theirs = case.made.merged[each]
