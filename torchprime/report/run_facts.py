@@ -9,6 +9,12 @@ from typing import Any
 FINGERPRINTS = ("data", "eval", "tokenizer", "template", "data_version")
 
 
+def _adapted(plan: Mapping[str, Any]) -> int | None:
+    """Return the count of trained parameters; None if it is that of all, and in older runs."""
+    trained = plan.get("trained_parameters")
+    return None if trained in (None, plan["parameters"]) else trained
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """The part of run.json that a report shows.
@@ -18,6 +24,7 @@ class RunFacts:
         starts: the step before each start of the run.
         pretrained: the model's folder or name; None if training began from random weights.
         mesh: the size of each axis.
+        trained: parameters that an adapter's run trained, of its own and of the model's.
         versions: of packages, by name.
         fingerprints: those of FINGERPRINTS that the run has.
     """
@@ -27,6 +34,7 @@ class RunFacts:
     command: str
     pretrained: str | None
     parameters: int
+    trained: int | None  # None: all of them
     dtype: str
     backend: str
     attention: str
@@ -47,6 +55,7 @@ class RunFacts:
             command=content["command"],
             pretrained=model["pretrained"],
             parameters=model["parameters"],
+            trained=_adapted(plan),
             dtype=model["dtype"],
             backend=content["backend"],
             attention=content["attention"],
@@ -67,6 +76,8 @@ class RunFacts:
     def rows(self) -> dict[str, str]:
         """Return the rows of the report's table: the model, data and devices of the run."""
         weights = f"{self.parameters:,} parameters in {self.dtype}"
+        if self.trained is not None:
+            weights += f"; an adapter trained {self.trained:,}"
         return {
             "command": self.command,
             "model": f"{self.pretrained or 'from random weights'}: {weights}",

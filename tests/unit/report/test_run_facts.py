@@ -29,6 +29,14 @@ def test_every_part_is_the_files(content: dict[str, Any]) -> None:
     assert f"{content['model']['parameters']:,} parameters" in facts.rows()["model"]
 
 
+def test_an_adapters_parameters_are_counted(content: dict[str, Any]) -> None:
+    assert "adapter" not in RunFacts.from_dict(content).rows()["model"]
+    content["plan"] |= {"parameters": 1100, "trained_parameters": 1100}
+    assert "adapter" not in RunFacts.from_dict(content).rows()["model"]
+    content["plan"]["trained_parameters"] = 100
+    assert RunFacts.from_dict(content).rows()["model"].endswith("an adapter trained 100")
+
+
 def test_a_fingerprint_that_the_run_has_not_is_left_out(content: dict[str, Any]) -> None:
     content["fingerprints"] |= {"eval": None, "template": None}
     assert not {"eval", "template"} & RunFacts.from_dict(content).fingerprints.keys()
