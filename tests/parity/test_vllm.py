@@ -3,26 +3,33 @@ answers comes out.
 
 vLLM pins another torch, so it has an environment of its own (`make test-vllm` makes it) and is
 reached through experimental/vllm_tpu_deployment/deploy.py alone, as users reach it. The export is
-made here by the real command: the shipped model, fine-tuned for some steps on conversations.
+made here by the real command: the shipped model, fine-tuned for some steps on conversations. An
+adapter is served by the command that its own card gives; PEFT's answers are the reference.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from torchprime.checkpoint.adapter.card import VLLM_RANKS
 from torchprime.config.compose import assets_dir
 from torchprime.data.files.source import SourceSpec
 from torchprime.data.rows.read import Row, load_rows
@@ -30,17 +37,19 @@ from torchprime.data.templates.choose import resolve_template
 from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.data.tokens.completions import Example
 from torchprime.data.tokens.conversations import ChatRules, tokenize_chat
-from torchprime.generation.with_transformers import generation_samples
+from torchprime.generation.with_transformers import generation_samples, generation_settings
 from torchprime.training.setup.datasets import question_of
 
 REPO = Path(__file__).resolve().parents[2]
 DEPLOY = REPO / "experimental" / "vllm_tpu_deployment" / "deploy.py"
 PYTHON = Path(os.environ.get("TORCHPRIME_VLLM_PYTHON") or REPO / ".venv-vllm" / "bin" / "python")
 BASE = assets_dir() / "quickstart" / "base"
+ENGINE = DEPLOY.parent / "engine.py"
 EOS, LIMIT, STEPS = 1, 64, 60
 NEW_TOKENS = ["<|im_start|>", "<|im_end|>"]
 NEW_IDS = (512, 513)
 NAME = "word-problems"
+TUNED = "run"  # what an adapter's card calls it: its run
 
 pytestmark = [
     pytest.mark.vllm,
@@ -105,6 +114,19 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         tmp_path_factory.mktemp("extended"),
         "dataset.chat_template=chatml",
         f"model.add_special_tokens={tokens}",
+    )
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """The merged model, with the PEFT folder inside."""
+    return train_on_conversations(
+        tmp_path_factory.mktemp("adapted"),
+        "dataset.chat_template=zephyr",
+        "adapter=lora",
+        "adapter.rank=8",
+        "export.adapter=both",
+        "task.optimizer.learning_rate=1e-2",
     )
 
 
@@ -233,15 +255,26 @@ class Server(NamedTuple):
 
 @pytest.fixture(scope="module")
 def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    command = [str(DEPLOY), "--model", str(trained.folder), "--serve", "--name", NAME]
+    with running(command, tmp_path_factory.mktemp("server"), environment()) as served:
+        yield served
+
+
+@contextmanager
+def running(command: list[str], cwd: Path, settings: dict[str, str]) -> Iterator[Server]:
+    """Run a script of vLLM's environment as a server on a free port, until the block ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    served = Server(port, tmp_path_factory.mktemp("server") / "log")
-    command = [str(PYTHON), str(DEPLOY), "--model", str(trained.folder), "--serve"]
-    command += ["--port", str(port), "--name", NAME]
+    served = Server(port, cwd / f"{port}.log")
     with served.log.open("wb") as log:
         process = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment(), start_new_session=True
+            [str(PYTHON), *command, "--port", str(port)],
+            stdout=log,
+            stderr=log,
+            env=settings,
+            cwd=cwd,
+            start_new_session=True,
         )
     try:
         _wait_for(served, process)
@@ -311,3 +344,103 @@ def test_served_answers_are_the_offline_ones(
         (choice,) = told["choices"]
         assert choice["message"]["content"] == record["model"]["text"]
         assert choice["finish_reason"] == record["model"]["ended"]
+
+
+# Adapters -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter_server(adapted: Trained, tmp_path_factory) -> Iterator[Server]:
+    """`vllm serve` as the adapter's card has it, in a copy of the adapter's folder alone."""
+    folder = tmp_path_factory.mktemp("served-adapter") / "adapter"
+    shutil.copytree(adapted.folder / "adapter", folder)
+    card = (folder / "README.md").read_text()
+    line = card[card.index("vllm serve ") :].split("\n```")[0].replace("\\\n", " ")
+    settings = environment() | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    command = [str(ENGINE), *shlex.split(line)[1:]]
+    assert command[1:3] == ["serve", str(BASE)] and "--enable-lora" in command
+    with running(command, folder, settings) as served:
+        yield served
+
+
+def ask_ids(server: Server, model: str, questions: list[str]) -> list[dict[str, Any]]:
+    """Return prompts and greedy answers, as token ids."""
+    found, settings = [], {"max_tokens": LIMIT, "temperature": 0, "return_token_ids": True}
+    for text in questions:
+        asked = [{"role": "user", "content": text}]
+        told = server.ask("/v1/chat/completions", model=model, messages=asked, **settings)
+        (choice,) = told["choices"]
+        found.append({"prompt_ids": told["prompt_token_ids"], "ids": choice["token_ids"]})
+    return found
+
+
+def peft_answers(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Return the greedy tokens of PEFT's model, a prompt at a time."""
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(folder))
+    assert model.peft_config["default"].r == 8
+    model.generation_config = generation_settings([EOS], LIMIT)
+    with torch.no_grad():
+        outputs = [model.generate(input_ids=torch.tensor([ids])) for ids in prompts]
+    return [output[0, len(ids) :].tolist() for output, ids in zip(outputs, prompts, strict=True)]
+
+
+def test_an_adapter_served_as_its_card_says_gives_the_tokens_of_peft(
+    adapter_server: Server, adapted: Trained, questions: list[str]
+) -> None:
+    """The base answers beside it, as it is without an adapter."""
+    folder = adapted.folder / "adapter"
+    prompts = chat_prompts(folder, questions)
+    ids = peft_answers(folder, prompts)
+    expected = [{"prompt_ids": p, "ids": each} for p, each in zip(prompts, ids, strict=True)]
+    assert ask_ids(adapter_server, TUNED, questions) == expected
+    of_base = [told["ids"] for told in ask_ids(adapter_server, str(BASE), questions)]
+    assert of_base == generation_samples(BASE, prompts, (EOS,), LIMIT)
+    assert all(one != other for one, other in zip(of_base, ids, strict=True))
+
+
+def test_a_merged_adapter_gives_the_tokens_of_transformers(
+    adapted: Trained, questions: list[str], tmp_path: Path
+) -> None:
+    records = ask_offline(adapted.folder, questions, tmp_path)
+    prompts = chat_prompts(adapted.folder, questions)
+    found = [record["model"] for record in records]
+    assert found == transformers_answers(adapted.folder, prompts)
+    assert [told["ids"] for told in found] == peft_answers(adapted.folder / "adapter", prompts)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"use_dora": True}, "does not yet support DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "only supports modules_to_save being either None"),
+        ({"r": 9}, "LoRA rank 9 is greater than max_lora_rank 8"),
+    ],
+)
+def test_an_adapter_that_the_card_says_is_not_served_is_refused(
+    adapter_server: Server,
+    adapted: Trained,
+    tmp_path: Path,
+    changed: dict[str, Any],
+    expected: str,
+) -> None:
+    shutil.copytree(adapted.folder / "adapter", tmp_path / "other")
+    path = tmp_path / "other" / "adapter_config.json"
+    content = json.loads(path.read_text())
+    assert set(changed) <= set(content)
+    path.write_text(json.dumps(content | changed))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        adapter_server.ask(
+            "/v1/load_lora_adapter", lora_name="other", lora_path=str(tmp_path / "other")
+        )
+    assert expected in refused.value.read().decode()
+
+
+def test_the_ranks_of_adapters_cards_are_those_of_vllm() -> None:
+    code = "from vllm.config.lora import MaxLoRARanks as R; print(*R.__args__)"
+    command = [str(PYTHON), "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    ranks = [int(rank) for rank in ended.stdout.splitlines()[-1].split()]
+    assert [rank for rank in ranks if rank > 1] == list(VLLM_RANKS)

@@ -11,8 +11,10 @@ from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.source import hub_name
 from torchprime.text.markdown_text import block, code, inline
 
-# Ranks that vLLM's --max-lora-rank accepts.
+# Values of vLLM's --max-lora-rank (MaxLoRARanks in its config/lora.py). It also has 1; 8 serves
+# that rank too.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+UNNAMED = "adapter"
 STORED = {
     "int8": "int8, a scale for each output",
     "nf4": "NF4 in blocks of 64, double quantization",
@@ -26,7 +28,7 @@ def adapter_card(facts: ExportFacts, spec: AdapterSpec, parts: AdapterParts, bas
         facts: of the run; unknown ones are left out.
         base: name or folder of the base, as adapter_config.json has it.
     """
-    name = facts.card.name or "adapter"
+    name = facts.card.name or UNNAMED
     count = sum(_size(shape) for shape in parts.shapes.values())
     rows = {
         "base model": base,
@@ -50,7 +52,7 @@ def adapter_card(facts: ExportFacts, spec: AdapterSpec, parts: AdapterParts, bas
         table_section("Final metrics", facts.metrics),
         command_section(facts.card.command),
         table_section("Versions", facts.card.versions),
-        _usage(name, spec, parts, base, facts.card.chat),
+        _usage(facts, spec, parts, base),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -83,7 +85,7 @@ def _summary(facts: ExportFacts, spec: AdapterSpec, base: str) -> str:
     )
 
 
-def _usage(name: str, spec: AdapterSpec, parts: AdapterParts, base: str, chat: bool) -> str:
+def _usage(facts: ExportFacts, spec: AdapterSpec, parts: AdapterParts, base: str) -> str:
     python = f"""\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -92,7 +94,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="auto")
 model = PeftModel.from_pretrained(base, ".")"""
     merge = f"torchprime export --adapter . --base {shlex.quote(base)} --merge --out MERGED"
-    served = _served(name, spec, base, chat)
+    served = _served(facts, spec, base)
     return "\n".join(
         [
             "## Use\n\nWith PEFT, in this folder:\n",
@@ -104,15 +106,16 @@ model = PeftModel.from_pretrained(base, ".")"""
     )
 
 
-def _served(name: str, spec: AdapterSpec, base: str, chat: bool) -> str:
+def _served(facts: ExportFacts, spec: AdapterSpec, base: str) -> str:
     """Return vLLM's command line. The template and the stop tokens are the adapter's, not the
-    base's."""
+    base's; the dtype is the run's, since vLLM would take 16 bits for a base in float32."""
+    name = facts.card.name or UNNAMED
     rank = next((rank for rank in VLLM_RANKS if rank >= spec.rank), VLLM_RANKS[-1])
-    template = " --chat-template chat_template.jinja" if chat else ""
+    template = " --chat-template chat_template.jinja" if facts.card.chat else ""
     return (
         f"vllm serve {shlex.quote(base)} --host 127.0.0.1 --enable-lora --max-lora-rank {rank} \\\n"
         f"  --lora-modules {shlex.quote(f'{name}=.')} --tokenizer .{template} \\\n"
-        "  --generation-config ."
+        f"  --generation-config . --dtype {facts.dtype_name}"
     )
 
 

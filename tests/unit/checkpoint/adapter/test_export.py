@@ -237,7 +237,8 @@ def test_the_card_says_how_to_use_it(by_peft, tmp_path: Path) -> None:
     result = Case(by_peft("rslora")).export(tmp_path / "plain", trained="no", base="not here")
     card = (result.folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft\n") and "\n- lora\n" in card
-    assert "--enable-lora --max-lora-rank 8" in card and "torchprime export --adapter ." in card
+    assert "--enable-lora --max-lora-rank 8" in card and "--dtype float32\n" in card
+    assert "torchprime export --adapter ." in card
     assert "| rank | 4 |" in card and "alpha / sqrt\\(rank\\)" in card.replace(
         "(rank)", "\\(rank\\)"
     )
