@@ -9,9 +9,6 @@ left to lose.
 On few rows XLA on the CPU is several times faster with the weight as [in, out]; generation passes
 such a copy.
 
-On a CPU, an adapter is added to its fp32 weight before the product with many tokens. Products with
-each token of a rank of 16 take as long there as the whole gradient of a narrow weight.
-
 A quantized weight is gathered as it is stored, and each device dequantizes what it multiplies by.
 """
 
@@ -19,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch_xla.core.xla_model as xm
@@ -27,7 +23,6 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 
 from torchprime.adapters import nf4
-from torchprime.adapters.lora import AdaptedLinear
 from torchprime.adapters.quantized import Int8Linear, Nf4Linear, QuantizedLinear
 from torchprime.sharding import Spec
 
@@ -69,66 +64,6 @@ class XlaLinear(nn.Linear):
             out = torch.einsum("bsn,nm->bsm", input, self.transposed)
             return out if self.bias is None else out + self.bias
         return _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-any-return]
-
-
-class _Adapted(torch.autograd.Function):
-    """The product with a frozen weight, to which scale * B A is added in the forward and again in
-    the backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, layer: XlaAdapted) -> Tensor:  # type: ignore[override]
-        ctx.layer = layer
-        ctx.save_for_backward(x, weight, a, b)
-        return torch.einsum("bsn,mn->bsm", x, weight + (b * layer.scale) @ a)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        x, weight, a, b = ctx.saved_tensors
-        of_x = ctx.needs_input_grad[0]
-        if ctx.layer.apart:
-            grad, b = behind = [grad.clone(), b.clone()]
-            xm.optimization_barrier_(behind)
-        scaled = b * ctx.layer.scale
-        low = torch.einsum("bsn,rn->bsr", x, a) * ctx.layer.scale
-        of_low = torch.einsum("bsm,mr->bsr", grad, scaled)
-        return (
-            torch.einsum("bsm,mn->bsn", grad, weight + scaled @ a) if of_x else None,
-            None,
-            _weight_gradient(x.flatten(0, 1), of_low.flatten(0, 1)),
-            _weight_gradient(low.flatten(0, 1), grad.flatten(0, 1)),
-            None,
-        )
-
-
-class XlaAdapted(AdaptedLinear):
-    """AdaptedLinear for a CPU and [B, S, D] inputs.
-
-    Attributes:
-        apart: as `XlaQuantized.apart`, for the sum of weight and adapter.
-    """
-
-    apart: bool
-
-    def forward(self, x_BSI: Tensor) -> Tensor:
-        base = self.base_layer
-        if not isinstance(base, XlaLinear) or not self.adds_up(base, x_BSI):
-            return super().forward(x_BSI)
-        out: Tensor = _Adapted.apply(  # type: ignore
-            x_BSI, base.weight, self.lora_A.weight, self.lora_B.weight, self
-        )
-        return out if base.bias is None else out + base.bias
-
-    def adds_up(self, base: XlaLinear, x_BSI: Tensor) -> bool:
-        """Return True if the adapter is to be added to the weight.
-
-        In a narrower type than fp32 the sum would round the adapter away. For few tokens the two
-        sums, of forward and backward, take longer than the products that they replace.
-        """
-        drops = self.lora_dropout.position is not None and self.lora_dropout.probability > 0
-        if self.dora or drops or base.transposed is not None or base.weight.dtype != torch.float32:
-            return False
-        outputs, inputs = base.weight.shape
-        return x_BSI.shape[:2].numel() * (inputs + outputs) >= 2 * inputs * outputs
 
 
 # (name of a quantized layer's part, its tensor) -> the tensor as each device dequantizes it.
@@ -231,19 +166,15 @@ def replace_linears(
     Args:
         gather: annotates a part of a quantized weight, given the names of the layer below `module`
             and of the part, with the sharding that its product needs.
-        apart: `XlaQuantized.apart`, also for adapted layers.
+        apart: `XlaQuantized.apart`.
     """
     for name, child in module.named_modules():
-        layer: Any = child  # whose class changes
         if type(child) is nn.Linear:
-            layer.__class__ = XlaLinear
-            layer.register_buffer("transposed", None, persistent=False)
-        elif type(child) is AdaptedLinear and xr.device_type() == "CPU":
-            layer.__class__ = XlaAdapted
-            layer.apart = apart
+            child.__class__ = XlaLinear
+            child.register_buffer("transposed", None, persistent=False)
         elif isinstance(child, QuantizedLinear):
-            layer.__class__ = XlaInt8Linear if isinstance(child, Int8Linear) else XlaNf4Linear
-            layer.gather, layer.apart = partial(gather, name), apart
-            layer.keep(**{part: turned(part, getattr(layer, part)) for part in layer.parts})
+            child.__class__ = XlaInt8Linear if isinstance(child, Int8Linear) else XlaNf4Linear
+            child.gather, child.apart = partial(gather, name), apart
+            child.keep(**{part: turned(part, getattr(child, part)) for part in child.parts})
             if xr.device_type() == "TPU":
-                layer.level = nf4.level_by_selects
+                child.level = nf4.level_by_selects
