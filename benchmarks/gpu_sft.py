@@ -396,14 +396,14 @@ def mfu_of(job: Job, slot_tokens_per_s: float) -> float | None:
     from torchprime.metrics.throughput import mfu
     from torchprime.models.architecture import architecture_from_hf
     from torchprime.models.decoder import CausalLM
-    from torchprime.training.setup.plan import flops_per_token
+    from torchprime.training.setup.plan import ParameterCounts, flops_per_token
 
     a = architecture_from_hf(job.architecture)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in CausalLM(a).parameters())
     return mfu(
         slot_tokens_per_s=slot_tokens_per_s,
-        flops_per_token=flops_per_token(a, parameters, job.block_size),
+        flops_per_token=flops_per_token(a, ParameterCounts(parameters, 0), job.block_size),
         device_kind=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         num_chips=job.processes,
     )

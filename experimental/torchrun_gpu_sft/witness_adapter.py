@@ -55,10 +55,11 @@ def adapted(model: Any, files: ModelFiles, dtype: torch.dtype, seed: int) -> Any
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(base_in_run(name, weight, spec.base_type, dtype))
-    given = config_of(
+    given: dict[str, Any] = config_of(
         spec, base=str(files.folder), targets=parts.targets, whole=parts.whole, tied=parts.tied
     )
-    config = peft.LoraConfig(**(given | {"inference_mode": False}))
+    given["inference_mode"] = False
+    config = peft.LoraConfig(**given)
     made = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     _copy_first_values(made, files, spec, dtype, seed)
     return made

@@ -379,7 +379,7 @@ def peft_answers(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
     from peft import PeftModel
 
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, str(folder))
+    model: Any = PeftModel.from_pretrained(base, str(folder))
     assert model.peft_config["default"].r == 8
     model.generation_config = generation_settings([EOS], LIMIT)
     with torch.no_grad():

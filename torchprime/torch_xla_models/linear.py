@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch_xla.core.xla_model as xm
@@ -168,11 +169,12 @@ def replace_linears(
             and of the part, with the sharding that its product needs.
         apart: `XlaQuantized.apart`.
     """
-    for name, child in module.named_modules():
+    for name, found in module.named_modules():
+        child: Any = found  # whose class changes
         if type(child) is nn.Linear:
             child.__class__ = XlaLinear
             child.register_buffer("transposed", None, persistent=False)
-        elif isinstance(child, QuantizedLinear):
+        elif isinstance(found, QuantizedLinear):
             child.__class__ = XlaInt8Linear if isinstance(child, Int8Linear) else XlaNf4Linear
             child.gather, child.apart = partial(gather, name), apart
             child.keep(**{part: turned(part, getattr(child, part)) for part in child.parts})

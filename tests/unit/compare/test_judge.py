@@ -378,6 +378,7 @@ def test_agreement_at_few_steps_is_none(steps: Iterable[int], verdict: str, told
         result = compare(runs)
         assert result.verdict == verdict and result.told_steps == told
     found = result.to_dict()["pairs"][0]["coverage"]
+    assert found is not None
     assert (found["of"], found["of_stretches"], found["needed"]) == (60, 10, 3)
     # Asked for by name, the first steps are judged for themselves; and a difference is one.
     assert judge(only(steps), steps=len(list(steps))).verdict != DIFFER

@@ -171,8 +171,8 @@ def train(model: CausalLM, dropout: bool) -> dict[str, list[float]]:
     numbers: dict[str, list[float]] = {"losses": [], "norms": []}
     for step in range(STEPS):
         if dropout:
-            scalars = [torch.tensor(value, dtype=torch.int32) for value in (SEED, step)]
-            position = DropoutPosition(*scalars, tokens.view(reference.B, reference.S))
+            seed, done = (torch.tensor(value, dtype=torch.int32) for value in (SEED, step))
+            position = DropoutPosition(seed, done, tokens.view(reference.B, reference.S))
             set_position(model, position)
         loss = loss_of(model, reference.make_batch(step))
         optimizer.zero_grad()
