@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch_xla.core.xla_model as xm
@@ -170,12 +170,12 @@ def replace_linears(
         apart: `XlaQuantized.apart`.
     """
     for name, found in module.named_modules():
-        child: Any = found  # whose class changes
-        if type(child) is nn.Linear:
+        child = cast(Any, found)  # whose class changes
+        if type(found) is nn.Linear:
             child.__class__ = XlaLinear
             child.register_buffer("transposed", None, persistent=False)
         elif isinstance(found, QuantizedLinear):
-            child.__class__ = XlaInt8Linear if isinstance(child, Int8Linear) else XlaNf4Linear
+            child.__class__ = XlaInt8Linear if isinstance(found, Int8Linear) else XlaNf4Linear
             child.gather, child.apart = partial(gather, name), apart
             child.keep(**{part: turned(part, getattr(child, part)) for part in child.parts})
             if xr.device_type() == "TPU":
