@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 
 from torchprime.adapters.spec import AdapterSpec
@@ -29,7 +30,7 @@ def adapter_card(facts: ExportFacts, spec: AdapterSpec, parts: AdapterParts, bas
         base: name or folder of the base, as adapter_config.json has it.
     """
     name = facts.card.name or UNNAMED
-    count = sum(_size(shape) for shape in parts.shapes.values())
+    count = sum(math.prod(shape) for shape in parts.shapes.values())
     rows = {
         "base model": base,
         "dataset": facts.card.dataset,
@@ -55,13 +56,6 @@ def adapter_card(facts: ExportFacts, spec: AdapterSpec, parts: AdapterParts, bas
         _usage(facts, spec, parts, base),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for dim in shape:
-        count *= dim
-    return count
 
 
 def _front_matter(facts: ExportFacts, base: str) -> str:

@@ -27,19 +27,17 @@ from torchprime.checkpoint.adapter.read import StoredAdapter, read_adapter
 from torchprime.checkpoint.adapter.with_peft import PeftOverBase
 from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.read import SafetensorsReader
-from torchprime.checkpoint.hf.write import tensor_hash
+from torchprime.checkpoint.hf.write import weight_hashes
 from torchprime.checkpoint.proof.certificate import (
-    CERTIFICATE,
     FIRST_CHANGE,
     Certificate,
     Found,
     check_ids,
     check_stops,
     check_template,
-    hash_folder,
-    judge,
     logits_values,
     weights_values,
+    write_certificate,
 )
 from torchprime.checkpoint.proof.logits import (
     LOGIT_TOLERANCE,
@@ -52,7 +50,6 @@ from torchprime.checkpoint.proof.logits import (
 )
 from torchprime.checkpoint.proof.verify import NotChecked, read_back
 from torchprime.errors import CheckpointError
-from torchprime.files.atomic import write_json
 from torchprime.files.json_files import read_json
 from torchprime.models.architecture import architecture_from_hf
 
@@ -95,27 +92,14 @@ def certify_adapter(
         ("stop tokens", lambda: check_stops(folder, facts.stop_ids)),
         ("tokenizer", lambda: check_ids(folder)),
     ]
-    certificate = Certificate(
-        origin=origin,
-        base_model=adapter.base,
-        step=facts.step,
-        dtype=facts.dtype_name,
-        fingerprints=dict(facts.fingerprints),
-        metrics=dict(facts.metrics),
-        versions=dict(facts.card.versions),
-        checks=tuple(judge(name, check, folder) for name, check in proofs),
-        files=hash_folder(folder),
-    )
-    write_json(folder / CERTIFICATE, certificate.to_dict())
-    return certificate
+    return write_certificate(folder, proofs, facts, origin, adapter.base)
 
 
 def base_fingerprint(base: Path) -> dict[str, Any]:
     """Return the number of a base's tensors and values, its types, and `sha256`, one hash of all
     its weights; it reads all of them once."""
     reader = SafetensorsReader(base)
-    hashes = {name: tensor_hash(reader.get(name)) for name in reader.names()}
-    return dict(weights_values(reader, hashes))
+    return dict(weights_values(reader, weight_hashes(reader)))
 
 
 @dataclass(frozen=True)

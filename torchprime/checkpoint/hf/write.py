@@ -11,15 +11,17 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from torchprime.checkpoint.hf.read import DTYPES, INDEX, SINGLE
+from torchprime.checkpoint.hf.read import DTYPES, INDEX, SINGLE, SafetensorsReader
 from torchprime.errors import CheckpointError
 from torchprime.files.atomic import open_new, write_text
+from torchprime.files.hashing import THREADS
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -101,6 +103,14 @@ def tensor_hash(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(_raw_bytes(tensor))
     return digest.hexdigest()
+
+
+def weight_hashes(reader: SafetensorsReader) -> dict[str, str]:
+    """Return the hash of every tensor in a folder by name, after reading all of them once."""
+    names = list(reader.names())
+    with ThreadPoolExecutor(THREADS) as pool:  # hashing leaves the other threads running
+        hashes = pool.map(lambda name: tensor_hash(reader.get(name)), names)
+        return dict(zip(names, hashes, strict=True))
 
 
 def hash_of_all(hashes: Mapping[str, str]) -> str:

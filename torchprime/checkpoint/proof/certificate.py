@@ -12,7 +12,7 @@ run are kept until someone has found the cause. The caller refuses the certifica
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -254,9 +254,25 @@ def certify(
         ("stop tokens", lambda: check_stops(folder, facts.stop_ids)),
         ("tokenizer", lambda: check_ids(folder)),
     ]
+    return write_certificate(folder, proofs, facts, origin, facts.base_model)
+
+
+def write_certificate(
+    folder: Path,
+    proofs: Sequence[tuple[str, Callable[[], Found]]],
+    facts: ExportFacts,
+    origin: str,
+    base_model: str | None,
+) -> Certificate:
+    """Make the checks and write the certificate of a folder that is complete but for it.
+
+    Args:
+        proofs: a check's name, and the check.
+        base_model: name or folder of the base; None if training began from random weights.
+    """
     certificate = Certificate(
         origin=origin,
-        base_model=facts.base_model,
+        base_model=base_model,
         step=facts.step,
         dtype=facts.dtype_name,
         fingerprints=dict(facts.fingerprints),

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from torch import Tensor
 from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
 from torchprime.checkpoint.hf.source import resolve_pretrained
 from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
-from torchprime.checkpoint.hf.write import hash_of_all, tensor_hash
-from torchprime.checkpoint.run.storage import HASHERS
+from torchprime.checkpoint.hf.write import hash_of_all, weight_hashes
 from torchprime.config.compose import configs_dir
 from torchprime.data.tokenizer.load import Tokenizer
 from torchprime.files.json_files import read_json, read_json_if_there
@@ -87,13 +85,7 @@ class ModelFiles:
         """Return one hash of all weights in the checkpoint's folder, however they are split into
         files: that of the check "weights" in an export's certificate. It reads them all."""
         assert self.folder is not None
-        reader = SafetensorsReader(self.folder)
-        if self.architecture.tie_word_embeddings:
-            reader.share_head()
-        with ThreadPoolExecutor(HASHERS) as pool:  # hashing leaves the other threads running
-            names = list(reader.names())
-            hashes = pool.map(lambda name: tensor_hash(reader.get(name)), names)
-            return hash_of_all(dict(zip(names, hashes, strict=True)))
+        return hash_of_all(weight_hashes(SafetensorsReader(self.folder)))
 
     def generation_config(self) -> dict[str, Any] | None:
         """Return the checkpoint's generation_config.json, if it has one."""

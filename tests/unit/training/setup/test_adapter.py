@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as reference
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from torchprime.adapters.spec import AdapterSpec
+from torchprime.checkpoint.adapter.certificate import base_fingerprint
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.sharding import ShardingTable
 from torchprime.training.setup.adapter import AdaptedTensors, Adapter, build_model
+from torchprime.training.setup.model_files import ModelFiles
 
 SIZES = {
     "model_type": "llama",
@@ -123,3 +128,12 @@ def test_layers_have_their_numbers_for_dropout(architecture, base) -> None:
     of = tensors(architecture, adapter_of(), base)
     names = [n for n, _ in of.model.named_parameters() if n.endswith(".number")]
     assert [int(of(name)) for name in names] == list(range(14))
+
+
+def test_a_run_and_a_certificate_hash_a_base_alike(tmp_path: Path) -> None:
+    """Also one whose tied embedding is stored as the output head."""
+    save_file({"lm_head.weight": torch.ones(32, 64)}, tmp_path / "model.safetensors")
+    tied = architecture_from_hf({**SIZES, "tie_word_embeddings": True})
+    nothing: Any = None
+    files = ModelFiles(tmp_path, {}, tied, nothing, {})
+    assert files.base_fingerprint() == base_fingerprint(tmp_path)["sha256"]
