@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torchprime.checkpoint.adapter.certificate import certify_adapter
 from torchprime.checkpoint.adapter.folder import AdapterFolder
-from torchprime.checkpoint.adapter.logits import adapted_logits
+from torchprime.checkpoint.adapter.logits import checkpoint_logits
 from torchprime.checkpoint.export import ExportResult, write_export, write_weights
 from torchprime.checkpoint.hf.export_facts import FACTS, ExportFacts, read_facts
 from torchprime.checkpoint.hf.folder import CARD, HfFolder
@@ -325,19 +325,13 @@ def _adapted_logits(
 ) -> PromptLogits | str:
     """Return the logits that our decoder computes from the base and a checkpoint's adapter, or the
     reason why it can't."""
-    assert facts.adapter is not None
     base = _base(facts, given)
     if not isinstance(base, Path):
         return base or "training began from random weights"
-    if reason := no_room(facts.layout.num_parameters, facts.dtype):
-        return reason
-    config = read_json(kept / "config.json")
-    longest = min(PROMPT_TOKENS, architecture_from_hf(config).max_position_embeddings)
-    ids = encode_prompts(kept / "tokenizer.json", longest=longest)
     found = SafetensorsReader(base)
     found.share_head()
-    logits = adapted_logits(config, found.get, trained, facts.adapter, facts.dtype, ids)
-    return PromptLogits(ids, logits, "torchprime's decoder on the CPU, from the checkpoint")
+    config = read_json(kept / "config.json")
+    return checkpoint_logits(facts, config, found.get, trained, kept / "tokenizer.json")
 
 
 def _base(facts: ExportFacts, given: Path | None) -> Path | str | None:

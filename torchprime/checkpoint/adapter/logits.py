@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,15 @@ from torchprime.adapters.apply import apply_adapter, base_name
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.adapter.merge import TensorOf, base_in_run
 from torchprime.checkpoint.adapter.parts import plain_decoder
-from torchprime.checkpoint.proof.logits import Logits
+from torchprime.checkpoint.hf.export_facts import ExportFacts
+from torchprime.checkpoint.proof.logits import (
+    PROMPT_TOKENS,
+    Logits,
+    PromptLogits,
+    encode_prompts,
+    no_room,
+)
+from torchprime.models.architecture import architecture_from_hf
 
 
 def adapted_logits(
@@ -55,3 +64,28 @@ def adapted_logits(
     positions = torch.arange(rows.shape[1]).expand_as(rows)
     with torch.no_grad():
         return model.logits(rows, positions, torch.ones_like(rows)).numpy()
+
+
+def checkpoint_logits(
+    facts: ExportFacts,
+    config: Mapping[str, Any],
+    base_tensor_of: TensorOf,
+    trained: Mapping[str, Tensor],
+    tokenizer: Path,
+) -> PromptLogits | str:
+    """Return the logits of a checkpoint's adapter over its base for the prompts of a certificate,
+    or the reason why there are none.
+
+    Args:
+        facts: of the run, with `facts.adapter`.
+        tokenizer: the file tokenizer.json.
+
+    `adapted_logits` describes the other arguments.
+    """
+    assert facts.adapter is not None
+    if reason := no_room(facts.layout.num_parameters, facts.dtype):
+        return reason
+    longest = min(PROMPT_TOKENS, architecture_from_hf(config).max_position_embeddings)
+    ids = encode_prompts(tokenizer, longest=longest)
+    logits = adapted_logits(config, base_tensor_of, trained, facts.adapter, facts.dtype, ids)
+    return PromptLogits(ids, logits, "torchprime's decoder on the CPU, from the checkpoint")

@@ -20,7 +20,7 @@ from torchprime.checkpoint.adapter.export import (
     merged_weights,
 )
 from torchprime.checkpoint.adapter.folder import AdapterFolder
-from torchprime.checkpoint.adapter.logits import adapted_logits
+from torchprime.checkpoint.adapter.logits import checkpoint_logits
 from torchprime.checkpoint.export import (
     ExportResult,
     check_export,
@@ -33,14 +33,10 @@ from torchprime.checkpoint.hf.folder import HfFolder
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import Certificate, certify
 from torchprime.checkpoint.proof.logits import (
-    PROMPT_TOKENS,
     PromptLogits,
-    encode_prompts,
-    no_room,
 )
 from torchprime.checkpoint.room import Need
 from torchprime.checkpoint.run.reader import CheckpointReader
-from torchprime.models.architecture import architecture_from_hf
 from torchprime.training.setup.adapter import ExportForm, TensorOf
 
 INSIDE = "adapter"  # the PEFT folder in a merged one
@@ -137,21 +133,9 @@ class AdapterExport:
             CheckpointError: see `write`.
         """
         trained = {name: reader.get(f"model.{name}") for name in self.peft.parts.shapes}
-        return self.write(
-            place, trained, self._logits(trained), f"{reader.name} of {self.facts.source}"
-        )
-
-    def _logits(self, trained: Mapping[str, Tensor]) -> PromptLogits | str:
-        """Return the logits that our decoder computes on the CPU, or the reason why there are
-        none."""
-        facts, config = self.facts, self.hf.config
-        if reason := no_room(facts.layout.num_parameters, facts.dtype):
-            return reason
-        assert facts.adapter is not None
-        longest = min(PROMPT_TOKENS, architecture_from_hf(config).max_position_embeddings)
-        ids = encode_prompts(self.hf.tokenizer_folder / "tokenizer.json", longest=longest)
-        logits = adapted_logits(config, self.base_of, trained, facts.adapter, facts.dtype, ids)
-        return PromptLogits(ids, logits, "torchprime's decoder on the CPU, from the checkpoint")
+        tokenizer = self.hf.tokenizer_folder / "tokenizer.json"
+        logits = checkpoint_logits(self.facts, self.hf.config, self.base_of, trained, tokenizer)
+        return self.write(place, trained, logits, f"{reader.name} of {self.facts.source}")
 
     def _small_files(self, trained: Mapping[str, Tensor], proof: _Proof, folder: Path) -> None:
         self.hf.write_small_files(folder, card=self.facts.card_text())
