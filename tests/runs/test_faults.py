@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from interrupted import STEPS, assert_same_run, overrides, records
+from read_only import make_read_only
 
 from torchprime.checkpoint.run.catalog import Catalog
 from torchprime.checkpoint.run.manifest import read_manifest
@@ -219,7 +220,7 @@ def test_a_read_only_place_is_told_before_anything_is_done(
     run: Run, command: Command, rows: tuple[Path, Path], tmp_path: Path, small_disk: Path,
     capsys: Printed,
 ) -> None:  # fmt: skip
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    make_read_only(small_disk)
     folder = tmp_path / "run"
     argv = command(*overrides(folder, rows[1]), f"checkpoint.folder={small_disk}/kept")
     assert run(argv) == 2
@@ -234,8 +235,7 @@ def test_a_place_that_becomes_read_only_keeps_what_is_there(
 ) -> None:  # fmt: skip
     folder = tmp_path / "run"
     argv = command(*overrides(folder, rows[1]), f"checkpoint.folder={small_disk}")
-    remount = ["mount", "-o", "remount,ro", str(small_disk)]
-    before_step(8, lambda: subprocess.run(remount, check=True))
+    before_step(8, lambda: make_read_only(small_disk))
     assert run(argv) == 2, "the last checkpoint is not there"
     printed = capsys.readouterr().err
     assert "checkpoint of step 9 NOT written: " in printed and "right to write there" in printed

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from read_only import make_read_only
 
 from torchprime.checkpoint.places import INCOMPLETE, ExportPlace, UnsentError, UrlPlace
 from torchprime.checkpoint.proof.certificate import CERTIFICATE
@@ -242,7 +243,7 @@ def test_a_disk_that_fills_up_or_forbids_is_named(small_disk: Path) -> None:
     with full, place.folder() as folder:
         (folder / "model.safetensors").write_bytes(bytes(5_000_000))
     assert not list(small_disk.iterdir())
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    make_read_only(small_disk)
     with pytest.raises(CheckpointError, match="can't be written to .*Read-only"):
         place.probe()
     with (

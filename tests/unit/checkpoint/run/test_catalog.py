@@ -6,13 +6,13 @@ Damage is named, and no checkpoint is removed that something still needs.
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from read_only import make_read_only
 
 from torchprime.checkpoint.run.catalog import BEST, LATEST, Catalog
 from torchprime.checkpoint.run.local_storage import LocalStorage
@@ -265,7 +265,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path, run_checkpoint: SimpleNames
 def test_a_read_only_disk_is_named(small_disk: Path, run_checkpoint: SimpleNamespace) -> None:
     storage = open_storage(small_disk / "checkpoints")
     catalog = fill(storage, run_checkpoint, {1: None, 2: None})
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    make_read_only(small_disk)
     with pytest.raises(CheckpointError, match="Writing .*step_00000003 failed.*right to write"):
         fill(storage, run_checkpoint, {3: None})
     with pytest.raises(CheckpointError, match="Writing .*latest failed.*right to write"):

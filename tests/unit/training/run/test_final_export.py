@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from read_only import make_read_only
 
 from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.url_storage import UrlStorage
@@ -103,8 +104,7 @@ def test_a_place_that_becomes_read_only_has_the_last_checkpoint(
     run: Run, argv: Argv, undisturbed: Path, meanwhile, small_disk: Path, tmp_path: Path,
     capsys: Printed,
 ) -> None:  # fmt: skip
-    mount = ["mount", "-o"]
-    meanwhile(lambda: subprocess.run([*mount, "remount,ro", str(small_disk)], check=True))
+    meanwhile(lambda: make_read_only(small_disk))
     given = argv(small_disk / "export", "checkpoint.every_steps=4")
     assert run(given) == 2
     message = error_of(capsys)
@@ -112,7 +112,7 @@ def test_a_place_that_becomes_read_only_has_the_last_checkpoint(
     assert command_in(message) == [
         "export", f"{tmp_path}/run/checkpoints/step_00000004", "--out", f"{small_disk}/export",
     ]  # fmt: skip
-    subprocess.run([*mount, "remount,rw", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert run(given) == 0, "the same command resumes from there, too"
     assert contents(small_disk / "export") == contents(undisturbed)
 
