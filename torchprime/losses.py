@@ -68,6 +68,7 @@ class LossSums(NamedTuple):
     loss_sum: Tensor  # fp32 scalar
     weight_sum: Tensor  # fp32 scalar
     each: Tensor  # fp32 [B, S], every token's share of loss_sum; carries no gradient
+    terms: tuple[Tensor, ...] = ()  # detached parts of loss_sum, by StepOptions.loss_terms
 
 
 class Spread(NamedTuple):

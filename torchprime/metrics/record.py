@@ -55,6 +55,7 @@ class StepRecord:
     compiles: int | None  # graphs compiled since the start
     # Mean loss by source, None for a source without tokens in the batch; only with several sources.
     source_losses: dict[str, float | None] | None = None
+    terms: dict[str, float] | None = None  # parts of the loss and other numbers of the step, if any
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> StepRecord:
@@ -63,8 +64,9 @@ class StepRecord:
 
     def to_dict(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        if self.source_losses is None:
-            del values["source_losses"]
+        for name in NESTED:
+            if values[name] is None:
+                del values[name]
         return {"kind": self.kind, **values}
 
 
@@ -132,7 +134,7 @@ def _fields(record: type[StepRecord | EvalRecord], values: Mapping[str, Any]) ->
     return {name: value for name, value in values.items() if name in names}
 
 
-BY_SOURCE = "source_losses"  # the one field whose numbers are nested one level down
+NESTED = ("source_losses", "terms")  # the fields whose numbers are nested one level down
 Record = StepRecord | EvalRecord | CheckpointRecord
 
 
@@ -145,11 +147,12 @@ def to_json(record: Record) -> str:
         if isinstance(value, float) and not math.isfinite(value)
     }
     values |= dict.fromkeys(nonfinite)
-    by_source = values.get(BY_SOURCE) or {}
-    bad = {s: str(v) for s, v in by_source.items() if v is not None and not math.isfinite(v)}
-    if bad:
-        values[BY_SOURCE] = by_source | dict.fromkeys(bad)
-        nonfinite[BY_SOURCE] = bad
+    for field in NESTED:
+        inner = values.get(field) or {}
+        bad = {s: str(v) for s, v in inner.items() if v is not None and not math.isfinite(v)}
+        if bad:
+            values[field] = inner | dict.fromkeys(bad)
+            nonfinite[field] = bad
     if nonfinite:
         values["nonfinite"] = nonfinite
     return json.dumps(values, allow_nan=False)
@@ -169,8 +172,9 @@ def from_json(line: str) -> dict[str, Any]:
         raise ValueError(f"expected a JSON object, got {type(values).__name__}")
     try:
         nonfinite = values.pop("nonfinite", {})
-        for source, value in nonfinite.pop(BY_SOURCE, {}).items():
-            values[BY_SOURCE][source] = float(value)
+        for field in NESTED:
+            for name, value in nonfinite.pop(field, {}).items():
+                values[field][name] = float(value)
         return values | {name: float(value) for name, value in nonfinite.items()}
     except (TypeError, AttributeError, KeyError, OverflowError) as error:
         raise ValueError(f"nonfinite is not as the trainer writes it: {error}") from error

@@ -154,6 +154,7 @@ class TensorBoardWriter:
         values = record.to_dict()
         for source, loss in (values.pop("source_losses", None) or {}).items():
             values[f"loss/{source}"] = loss
+        values |= values.pop("terms", None) or {}
         for grader, score in (values.pop("scores", None) or {}).items():
             values[grader] = score["value"]
         for name, value in values.items():
@@ -218,6 +219,7 @@ class ConsoleWriter:
             remaining = (self._total_steps - record.step) * record.step_seconds
             parts += [
                 f"loss {record.loss:.4f}",
+                *(f"{name} {value:.4g}" for name, value in (record.terms or {}).items()),
                 f"grad_norm {record.grad_norm:.2f}",
                 f"lr {record.lr:.2e}",
                 f"{record.supervised_tokens_per_s:,.0f} supervised tok/s",

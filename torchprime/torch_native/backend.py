@@ -263,7 +263,7 @@ class NativeBackend:
         root = self.root
         assert isinstance(root, FSDPModule)
         o = self.options
-        sums = torch.zeros(sums_length(o.num_sources), device=self.device)
+        sums = torch.zeros(sums_length(o), device=self.device)
         count = batch[0].shape[0]
         update = Update(self.state, self.optimizer, o)
         for index in range(count):
@@ -316,7 +316,7 @@ class NativeBackend:
     @watched
     def read(self, handle: Tensor) -> StepNumbers:
         """Copy a step's numbers to the host, which waits for the device to finish that step."""
-        return step_numbers(handle.tolist())
+        return step_numbers(handle.tolist(), self.options)
 
     # -- looking -------------------------------------------------------------------------------
 

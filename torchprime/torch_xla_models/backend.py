@@ -355,7 +355,7 @@ class XlaBackend:
             totals = [t + g.float() for t, g in zip(totals, gradients, strict=True)]
             return [sums + more, *pinned(totals), *given], []
 
-        length = sums_length(self.options.num_sources)
+        length = sums_length(self.options)
         zero = torch.zeros(length, dtype=torch.float32, device=weights[0].device)
         empty = [torch.zeros(w.shape, dtype=torch.float32, device=w.device) for w in weights]
         carry, _ = device_loop(body, [zero, *pinned(empty), *weights], batch)
@@ -363,7 +363,7 @@ class XlaBackend:
 
     def read(self, handle: Tensor) -> StepNumbers:
         """Copy a step's numbers to the host, which waits for the device to finish that step."""
-        return step_numbers(handle.cpu().tolist())
+        return step_numbers(handle.cpu().tolist(), self.options)
 
     # -- looking -------------------------------------------------------------------------------
 

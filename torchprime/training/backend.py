@@ -8,7 +8,7 @@ and never sees a config object.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -25,13 +25,19 @@ from torchprime.training.processes import Processes
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """The results of a train step, on the host."""
+    """The results of a train step, on the host.
+
+    Attributes:
+        loss: what the step minimizes, with all its terms.
+        terms: named numbers besides it, by StepOptions.step_terms and loss_terms.
+    """
 
     loss: float
     grad_norm: float
     weight_sum: float
     bad_step: int  # first update whose loss or gradient was not finite, 0 if none
     source_loss_sums: tuple[float, ...] = ()  # in nats, when several sources are mixed
+    terms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class StepOptions:
     """The options of the compiled step besides model and optimizer.
 
     Attributes:
+        loss_terms: names of parts of the loss that every micro-batch sums (LossSums.terms).
+        step_terms: names of numbers that an update computes once (`step.finish_step`).
         dropout_seed: from -2^31 to 2^31 - 1, the key of dropout in adapters; None without dropout.
     """
 
@@ -48,6 +56,8 @@ class StepOptions:
     max_grad_value: float | None = None
     master_weights: bool = True
     num_sources: int = 1  # several: the step also sums the loss by source
+    loss_terms: tuple[str, ...] = ()
+    step_terms: tuple[str, ...] = ()
     dropout_seed: int | None = None
 
 

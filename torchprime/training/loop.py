@@ -286,6 +286,7 @@ class TrainLoop:
             host_memory_bytes=host_memory_bytes(),
             compiles=backend.compiles(),
             source_losses=_by_source(self.order.data.source_names, loaded, numbers),
+            terms=numbers.terms or None,
         )
 
 

@@ -43,7 +43,8 @@ Micro = Callable[[tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, list[Tens
 Accumulate = Callable[[Micro, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
 
 # Indexes in the metrics vector that a step returns.
-LOSS, GRAD_NORM, WEIGHT_SUM, BAD_STEP = range(4)  # followed by a loss sum for each source
+# Followed by the step's terms, the loss's terms, and a loss sum for each source.
+LOSS, GRAD_NORM, WEIGHT_SUM, BAD_STEP = range(4)
 
 
 class ParameterState(NamedTuple):
@@ -204,17 +205,18 @@ def train_step(
 
 
 def micro_sums(loss: LossSums, fields: Sequence[Tensor], num_sources: int) -> Tensor:
-    """Return the values that are summed over micro-batches besides gradients: [loss sum, then one
-    per source]."""
-    sums = [loss.loss_sum.detach()]
+    """Return the values that are summed over micro-batches besides gradients: [loss sum, then its
+    terms, then one per source]."""
+    sums = [loss.loss_sum.detach(), *loss.terms]
     if num_sources > 1:
         sums += source_sums(loss.each, fields[len(FIELDS)], num_sources)
     return torch.stack(sums)
 
 
-def sums_length(num_sources: int) -> int:
+def sums_length(options: StepOptions) -> int:
     """Return the length of the result of `micro_sums`."""
-    return 1 + (num_sources if num_sources > 1 else 0)
+    sources = options.num_sources
+    return 1 + len(options.loss_terms) + (sources if sources > 1 else 0)
 
 
 def supervised_weight(batch: Sequence[Tensor]) -> Tensor:
@@ -249,8 +251,9 @@ def finish_step(
 
     Returns:
         fp32 [4]: mean loss per supervised weight, gradient norm before clipping, weight sum, and
-        the number of the first update with a non-finite loss (0 if there is none). With several
-        sources, then the loss sum of each.
+        the number of the first update with a non-finite loss (0 if there is none). Then the step's
+        terms, the loss's terms (per supervised weight too), and with several sources the loss sum
+        of each.
     """
     # A batch of empty blocks only has weight 0; its sums are 0 as well.
     divisor = sums.supervised.clamp(min=1e-12)
@@ -264,8 +267,13 @@ def finish_step(
     state, options = update.state, update.options
     ready = clipped(divided(), norm, options.max_grad_norm, options.max_grad_value)
     apply_update(state, update.optimizer, ready, lr, torch.isfinite(loss) & torch.isfinite(norm))
-    numbers = torch.stack([loss, norm, sums.supervised, state.bad_step])
-    return torch.cat([numbers, sums.losses[1:]])
+    terms: dict[str, Tensor] = {}
+    own = [terms[name] for name in options.step_terms]
+    numbers = torch.stack([loss, norm, sums.supervised, state.bad_step, *own])
+    of_loss, by_source = sums.losses[1:].split(
+        [len(options.loss_terms), len(sums.losses) - 1 - len(options.loss_terms)]
+    )
+    return torch.cat([numbers, of_loss / divisor, by_source])
 
 
 def clipped(
@@ -301,14 +309,17 @@ def apply_update(
     state.step.copy_(torch.where(good, step, state.step))
 
 
-def step_numbers(vector: Sequence[float]) -> StepNumbers:
+def step_numbers(vector: Sequence[float], options: StepOptions) -> StepNumbers:
     """Return the numbers from the result of `finish_step`, once it is on the host."""
+    names = (*options.step_terms, *options.loss_terms)
+    rest = vector[BAD_STEP + 1 :]
     return StepNumbers(
         vector[LOSS],
         vector[GRAD_NORM],
         vector[WEIGHT_SUM],
         int(vector[BAD_STEP]),
-        tuple(vector[BAD_STEP + 1 :]),
+        tuple(rest[len(names) :]),
+        dict(zip(names, rest, strict=False)),
     )
 
 

@@ -71,6 +71,15 @@ def test_reading_puts_the_number_back_and_leaves_the_unknown_alone(
     assert "nonfinite" not in values
 
 
+def test_a_term_json_cannot_hold_comes_back(step_record: StepRecord) -> None:
+    line = to_json(replace(step_record, terms={"kl": math.nan, "z_loss": 0.5}))
+    values = parse_strictly(line)
+    assert values["terms"] == {"kl": None, "z_loss": 0.5}
+    assert values["nonfinite"] == {"terms": {"kl": "nan"}}
+    read = from_json(line)["terms"]
+    assert math.isnan(read["kl"]) and read["z_loss"] == 0.5
+
+
 def test_a_perplexity_past_the_largest_float_is_infinite() -> None:
     record = EvalRecord(step=1, eval_loss=1e4, eval_supervised_tokens=1, seconds=1.0)
     assert parse_strictly(to_json(record))["nonfinite"] == {"eval_perplexity": "inf"}

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim import AdamW, Parameter
-from torchprime.training.step import ParameterState, StepSums, TrainState, Update, finish_step
+from torchprime.training.step import (
+    ParameterState,
+    StepSums,
+    TrainState,
+    Update,
+    finish_step,
+    step_numbers,
+)
 
 COUNT, SHAPE = 6, (4, 3)
 
@@ -80,3 +87,20 @@ def test_a_scale_of_the_gradients_is_a_factor_of_them() -> None:
     for one, other in zip(*results, strict=True):
         assert one is not None and other is not None
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_terms_of_the_loss_are_divided_and_sources_are_not() -> None:
+    optimizer = AdamW()
+    options = StepOptions(num_sources=2, loss_terms=("a", "b"))
+    vector = finish_step(
+        Update(state_of(optimizer), optimizer, options),
+        StepSums(
+            torch.tensor([12.0, 2.0, 6.0, 5.0, 7.0]),
+            torch.tensor(4.0),
+            [torch.ones(SHAPE)] * COUNT,
+        ),
+        torch.tensor(1e-3),
+    )
+    numbers = step_numbers(vector.tolist(), options)
+    assert (numbers.loss, numbers.terms) == (3.0, {"a": 0.5, "b": 1.5})
+    assert numbers.source_loss_sums == (5.0, 7.0)
