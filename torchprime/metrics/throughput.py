@@ -23,23 +23,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# Dense bf16 operations per second of one chip, from the vendors' data sheets. The pattern is
+# Dense bf16 operations per second of one device, as its runtime counts devices. The pattern is
 # searched for in the device kind in lower case without blanks, dashes and underscores. It covers
-# jax's and libtpu's names ("TPU v5 lite", "v5litepod-16", "TPU v6e") and CUDA's ("NVIDIA H100 80GB
-# HBM3"). PCIe and NVL boards are slower than SXM ones and are left unknown.
+# jax's and libtpu's names ("TPU v5 lite", "v5litepod-16", "TPU v6e", "TPU7x") and CUDA's ("NVIDIA
+# H100 80GB HBM3"). PCIe and NVL boards are slower than SXM ones and are left unknown.
+#
+# Sources: Google's page of each TPU (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x) and
+# NVIDIA's data sheets, halved where they count 2:4 sparsity. A v7x (Ironwood) chip has 2,307e12 and
+# is two devices, one for each TensorCore. A B200 is that of an HGX board (36 PFLOPS sparse for
+# eight); a GB200 is one of a superchip's two GPUs (10 PFLOPS sparse for both).
 _PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
     (r"^(tpu)?v4(?!i|lite)", 275e12),
     (r"^(tpu)?v5(e|lite)", 197e12),
     (r"^(tpu)?v5(p|$)", 459e12),
     (r"^(tpu)?v6(e|lite)", 918e12),
+    (r"^(tpu)?v?7(x|$)", 2307e12 / 2),
     (r"h100(?!pcie|nvl)", 989e12),
     (r"h200(?!nvl)", 989e12),
     (r"a100", 312e12),
+    (r"gb200", 2500e12),
+    (r"b200", 2250e12),
 )
 
 
 def peak_bf16_flops(device_kind: str) -> float | None:
-    """Return the peak of one chip; None if it is unknown (a CPU, a board without a figure here)."""
+    """Return the peak of one device; None if it is unknown (a CPU, a board without a figure
+    here)."""
     kind = re.sub(r"[\s_-]", "", device_kind.lower())
     return next((peak for pattern, peak in _PEAK_BF16_FLOPS if re.search(pattern, kind)), None)
 
