@@ -27,7 +27,7 @@ BEFORE = [
 ]
 DEVICE = [
     ("Forward of the model", "models/decoder.py"),
-    ("Loss sums", "losses.py"),
+    ("Loss sums", "losses/cross_entropy.py"),
     ("Gradients, summed", "training/step.py"),
     ("One division, clipping", "training/step.py"),
     ("Optimizer's update", "training/optim.py"),

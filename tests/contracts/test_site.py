@@ -78,5 +78,5 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_every_public_module_is_in_the_reference(hooks: ModuleType) -> None:
     packages = hooks.packages()
     assert "torchprime.training.loop" in packages["torchprime.training"]
-    assert "torchprime.losses" in packages["torchprime"]
+    assert "torchprime.errors" in packages["torchprime"]
     assert not [name for names in packages.values() for name in names if "._" in name]

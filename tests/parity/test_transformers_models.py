@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from torchprime.losses import chunked_cross_entropy
+from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.data.blocks.batch import Batch
 from torchprime.generation.decode import Answer, GenerateOptions
-from torchprime.losses import chunked_cross_entropy
+from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native import placement

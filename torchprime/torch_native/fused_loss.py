@@ -1,9 +1,9 @@
 """Cross-entropy of supervised tokens only, by Liger's fused kernel if it is installed.
 
-Liger computes logits for some tokens at a time, like torchprime/losses.py, but loss and gradient of
-a row of them in one kernel. The definition of the loss is unchanged: a sum over supervised tokens,
-each with its weight, and every token's share. Liger needs a factor per token for the gradient;
-older versions do not have it and are not used.
+Liger computes logits for some tokens at a time, like torchprime/losses/cross_entropy.py, but loss
+and gradient of a row of them in one kernel. The definition of the loss is unchanged: a sum over
+supervised tokens, each with its weight, and every token's share. Liger needs a factor per token for
+the gradient; older versions do not have it and are not used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchprime.errors import ConfigError
-from torchprime.losses import IGNORED, LossSums, token_weights
+from torchprime.losses.cross_entropy import IGNORED, LossSums, token_weights
 from torchprime.training.step import CrossEntropy
 
 # The parameters of Liger's function that we use. A version without one of these is not used.

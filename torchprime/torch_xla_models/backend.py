@@ -30,7 +30,7 @@ from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.data.blocks.batch import Batch
 from torchprime.errors import ConfigError
 from torchprime.generation.decode import Answer, GenerateOptions
-from torchprime.losses import Spread, chunked_cross_entropy
+from torchprime.losses.cross_entropy import Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement

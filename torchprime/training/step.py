@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from torchprime.adapters.dropout import DropoutPosition, set_position
 from torchprime.data.blocks.batch import Batch
-from torchprime.losses import ONE_DEVICE, LossSums, Spread, chunked_cross_entropy
+from torchprime.losses.cross_entropy import ONE_DEVICE, LossSums, Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.training.backend import StepNumbers, StepOptions
 from torchprime.training.optim import Optimizer, Parameter

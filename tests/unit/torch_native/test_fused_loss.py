@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchprime.errors import ConfigError
-from torchprime.losses import LossSums, chunked_cross_entropy
+from torchprime.losses.cross_entropy import LossSums, chunked_cross_entropy
 from torchprime.torch_native import fused_loss
 from torchprime.torch_native.fused_loss import (
     NEEDED,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchprime.losses import Spread, chunked_cross_entropy
+from torchprime.losses.cross_entropy import Spread, chunked_cross_entropy
 
 B, S, D, V = 3, 13, 8, 29
 
@@ -38,7 +38,8 @@ def test_equals_the_plain_loss_and_its_gradients(chunks: int, groups: int) -> No
     hidden, weight, targets, loss_weights = _case()
     loss, weight_sum, grad_h, grad_w = _naive(hidden, weight, targets, loss_weights)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    ours, our_weight, _ = chunked_cross_entropy(h, w, targets, loss_weights, chunks, Spread(groups))
+    sums = chunked_cross_entropy(h, w, targets, loss_weights, chunks, Spread(groups))
+    ours, our_weight = sums.loss_sum, sums.weight_sum
     (ours * 0.5).backward()  # an upstream gradient other than 1
     torch.testing.assert_close(ours.double(), loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(our_weight.double(), weight_sum, rtol=1e-6, atol=0)
@@ -107,7 +108,7 @@ def test_ignored_tokens_may_hold_anything() -> None:
 def test_nothing_supervised_is_zero_not_nan() -> None:
     hidden, weight, targets, loss_weights = _case()
     h = hidden.requires_grad_()
-    loss, weight_sum, _ = chunked_cross_entropy(h, weight, targets * 0 - 100, loss_weights, 3)
+    loss, weight_sum = chunked_cross_entropy(h, weight, targets * 0 - 100, loss_weights, 3)[:2]
     loss.backward()
     assert h.grad is not None
     assert loss == 0 and weight_sum == 0 and h.grad.abs().sum() == 0
