@@ -96,7 +96,7 @@ def make_ours(backend: Any, batches: list[Any], lora: bool, rank: int) -> Case:
     from torchprime.config.compose import compose_config
     from torchprime.sharding import ShardingTable
     from torchprime.training.backend import StepOptions
-    from torchprime.training.optim import AdamW
+    from torchprime.training.optim.adamw import AdamW
 
     shipped = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
     patterns = adapter_patterns(shipped.parameters)

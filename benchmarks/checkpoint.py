@@ -163,7 +163,7 @@ def training_backend(args: argparse.Namespace, reader: Any = None) -> tuple[Any,
     import torch
 
     from torchprime.training.backend import ResumedState, StepOptions
-    from torchprime.training.optim import make_optimizer
+    from torchprime.training.optim.make import make_optimizer
 
     shape = SHAPES[args.shape]
     model, table = build(shape), shipped_table()

@@ -129,7 +129,7 @@ def run_ours(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
     from torchprime.torch_xla_models.backend import XlaBackend
     from torchprime.torch_xla_models.remat import Remat
     from torchprime.training.backend import StepOptions
-    from torchprime.training.optim import AdamW
+    from torchprime.training.optim.adamw import AdamW
 
     axes: dict[str, int] = dict.fromkeys(AXES, 1)
     remat = Remat(case.get("remat", "none"), scan_layers=case.get("scan", False))

@@ -30,7 +30,7 @@ DEVICE = [
     ("Loss sums", "losses/cross_entropy.py"),
     ("Gradients, summed", "training/step.py"),
     ("One division, clipping", "training/step.py"),
-    ("Optimizer's update", "training/optim.py"),
+    ("Optimizer's update", "training/optim/"),
     ("Weights and state", "torch_xla_models, torch_native"),
 ]
 AFTER = [

@@ -62,6 +62,7 @@ from torchprime.metrics.throughput import (
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
 from torchprime.text import terminal
 from torchprime.training.loop import DataOrder
+from torchprime.training.optim.make import own_betas
 from torchprime.training.run import folder as run_folder
 from torchprime.training.setup.datasets import RunData, prepare_run_data, template_of
 from torchprime.training.setup.model_files import ModelFiles, pretrained_tensors
@@ -358,6 +359,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """All of Trainer's arguments that matter; with the device comes the process group."""
     t, o, cuda = c.task, c.task.optimizer, torch.cuda.is_available()
+    betas = o.betas or own_betas(o.name)
     accumulation = t.gradient_accumulation_steps
     return TrainingArguments(
         output_dir=str(folder),
@@ -370,8 +372,8 @@ def training_arguments(
         average_tokens_across_devices=True,
         max_grad_norm=math.inf if t.max_grad_norm is None else t.max_grad_norm,
         optim="adamw_torch",
-        adam_beta1=o.betas[0],
-        adam_beta2=o.betas[1],
+        adam_beta1=betas[0],
+        adam_beta2=betas[1],
         adam_epsilon=1e-8 if o.eps is None else o.eps,
         weight_decay=o.weight_decay,
         **schedule_arguments(c, total_steps=total_steps, warmup_steps=warmup_steps),

@@ -43,7 +43,7 @@ from torchprime.models.decoder import CausalLM, initial_tensor
 from torchprime.sharding import ShardingTable
 from torchprime.training.backend import Backend, StepOptions
 from torchprime.training.loop import BaseHook, CompileGuard, DataOrder, RunControl, TrainLoop
-from torchprime.training.optim import AdamW
+from torchprime.training.optim.adamw import AdamW
 
 REPO = Path(__file__).resolve().parents[2]
 GRADER, ROWS, MODEL, BACKEND = (

@@ -32,7 +32,7 @@ ROOMS = {
     ],
     "evaluation": ["graders"],
     "torch_xla_models": ["compile"],
-    "training": ["setup", "run", "hooks"],
+    "training": ["optim", "setup", "run", "hooks"],
 }
 # Here rooms stand beside the modules that they use; elsewhere those are above all rooms.
 MIXED = {"checkpoint", "config", "torch_xla_models", "training"}

@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,7 +33,7 @@ from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.metrics.writers import read_metrics
 from torchprime.training.loop import DataOrder
-from torchprime.training.optim import learning_rate
+from torchprime.training.optim.schedules import Schedule
 from torchprime.training.setup.datasets import prepare_run_data
 from torchprime.training.setup.model_files import pretrained_tensors
 
@@ -396,14 +395,7 @@ def test_every_schedule_has_its_name_in_transformers(
         num_training_steps=total,
         scheduler_specific_kwargs=given["lr_scheduler_kwargs"],
     )
-    ours = partial(
-        learning_rate,
-        peak=peak,
-        total_steps=total,
-        schedule=name,
-        warmup_steps=warmup,
-        min_lr_ratio=ratio,
-    )
+    ours = Schedule(name, peak, total, warmup_steps=warmup, min_lr_ratio=ratio).rate
     for step in range(total):
         assert adamw.param_groups[0]["lr"] == pytest.approx(ours(step), rel=1e-9, abs=1e-20)
         adamw.step()

@@ -42,7 +42,7 @@ from torchprime.torch_native.root import Root
 from torchprime.torch_native.runtime import start_processes, watched
 from torchprime.torch_native.state import StateMaker, state_shards
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
-from torchprime.training.optim import Optimizer
+from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.step import (
     CrossEntropy,
     StepSums,

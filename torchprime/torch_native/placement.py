@@ -39,7 +39,7 @@ from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native.runtime import waiting
-from torchprime.training.optim import Mean, mean_over
+from torchprime.training.optim.optimizer import Convert, Mean, mean_over, unchanged
 
 TENSOR = "tensor"
 KV_PROJECTIONS = ("self_attn.k_proj", "self_attn.v_proj")
@@ -241,6 +241,29 @@ def mean_of(parameter: Tensor) -> Mean:
         return total / math.prod(shape[dim] for dim in dims)
 
     return mean
+
+
+def whole_of(parameter: Tensor) -> Convert:
+    """Return the function that gathers values sharded like a parameter, by an all-gather along each
+    mesh axis that shards it."""
+    if not isinstance(parameter, DTensor):
+        return unchanged
+    shape, stride = parameter.shape, parameter.stride()
+    mesh, placements = parameter.device_mesh, parameter.placements
+
+    def whole(values: Tensor) -> Tensor:
+        sharded = DTensor.from_local(
+            values, mesh, placements, run_check=False, shape=shape, stride=stride
+        )
+        return sharded.full_tensor()
+
+    return whole
+
+
+def own_of(parameter: Tensor) -> Convert:
+    """Return the function that takes this process's shard of values of the whole parameter."""
+    cut = tuple(slice(at, at + size) for at, size in zip(*region(parameter), strict=True))
+    return lambda values: values[cut]
 
 
 def copies(parameter: Tensor, mesh: DeviceMesh) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.torch_native import placement
 from torchprime.training.backend import ResumedState, StepOptions
-from torchprime.training.optim import Optimizer, Parameter, decays
+from torchprime.training.optim.optimizer import Optimizer, Parameter, Slot
 from torchprime.training.step import ParameterState
 
 
@@ -33,22 +32,23 @@ class StateMaker:
 
     def make(self, name: str, parameter: Tensor) -> ParameterState:
         """Return the state of one parameter, which may be sharded."""
-        shard, mean = placement.local(parameter), placement.mean_of(parameter)
-        info = Parameter(tuple(shard.shape), shard.dtype, decays(name), False, mean)
+        shard = placement.local(parameter)
+        info = Parameter((name,), tuple(parameter.shape), shard.dtype)._replace(
+            mean=placement.mean_of(parameter),
+            whole=placement.whole_of(parameter),
+            own=placement.own_of(parameter),
+        )
         slots = self.optimizer.slots(info)
         has_master = shard.dtype != torch.float32 and self.options.master_weights
         if self.resumed is None:
             zeros = {
-                slot: torch.zeros([shard.shape[d] for d in keeps.dims], device=self.device)
+                slot: torch.zeros(keeps.kept(shard.shape), dtype=keeps.dtype, device=self.device)
                 for slot, keeps in slots.items()
             }
             return ParameterState(info, shard, zeros, shard.float() if has_master else None)
         own = partial(self._own, self.resumed, placement.region(parameter))
-        stored = {
-            slot: own(f"optimizer.{slot}.{name}", keeps.dims) for slot, keeps in slots.items()
-        }
-        every = range(parameter.dim())
-        master = own(f"master.{name}", every) if has_master else None
+        stored = {slot: own(f"optimizer.{slot}.{name}", keeps) for slot, keeps in slots.items()}
+        master = own(f"master.{name}", Slot(info.dims)) if has_master else None
         return ParameterState(info, shard, stored, master)
 
     def _own(
@@ -56,15 +56,14 @@ class StateMaker:
         resumed: ResumedState,
         place: tuple[tuple[int, ...], tuple[int, ...]],
         full_name: str,
-        dims: Sequence[int],
+        keeps: Slot,
     ) -> Tensor:
-        """Return this process's shard of a state that keeps these dims of its parameter."""
-        offsets, sizes = place
-        region = [offsets[d] for d in dims], [sizes[d] for d in dims]
-        if 0 in region[1]:  # more processes than rows: this process holds none of it
-            return torch.zeros(region[1], device=self.device)
-        part = resumed.tensor_of(full_name, region)
-        return part.to(device=self.device, dtype=torch.float32, copy=True)
+        """Return this process's shard of a state."""
+        offsets, sizes = (keeps.kept(numbers) for numbers in place)
+        if 0 in sizes:  # more processes than rows: this process holds none of it
+            return torch.zeros(sizes, dtype=keeps.dtype, device=self.device)
+        part = resumed.tensor_of(full_name, (list(offsets), list(sizes)))
+        return part.to(device=self.device, dtype=keeps.dtype, copy=True)
 
 
 def state_shards(
@@ -77,17 +76,16 @@ def state_shards(
     offsets, sizes = placement.region(parameter)
     here = placement.writes(parameter, mesh) and 0 not in sizes
     kept = optimizer.slots(state.info)
-    every = tuple(range(parameter.dim()))
+    every = Slot(state.info.dims)
     tensors = {f"model.{name}": (state.weight, every)}
     tensors |= {
-        f"optimizer.{slot}.{name}": (tensor, kept[slot].dims)
-        for slot, tensor in state.slots.items()
+        f"optimizer.{slot}.{name}": (tensor, kept[slot]) for slot, tensor in state.slots.items()
     }
     tensors |= {} if state.master is None else {f"master.{name}": (state.master, every)}
     found = []
-    for full, (tensor, dims) in tensors.items():
-        chunk = tuple(offsets[d] for d in dims), tuple(sizes[d] for d in dims)
-        shape = tuple(parameter.shape[d] for d in dims)
+    for full, (tensor, keeps) in tensors.items():
+        chunk = keeps.kept(offsets), keeps.kept(sizes)
+        shape = keeps.kept(parameter.shape)
         chunks, read = ([chunk], partial(list, [tensor])) if here else ([], list)
         found.append(TensorShards(full, shape, tensor.dtype, chunks, read, live=True))
     return found

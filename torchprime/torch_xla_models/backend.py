@@ -49,7 +49,7 @@ from torchprime.torch_xla_models.processes import make_processes
 from torchprime.torch_xla_models.remat import NO_REMAT, Remat, apply_remat, device_loop
 from torchprime.torch_xla_models.runtime import check_loop_requirements
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
-from torchprime.training.optim import Optimizer, Parameter, decays
+from torchprime.training.optim.optimizer import Optimizer, Parameter, Slot
 from torchprime.training.step import (
     Micro,
     ParameterState,
@@ -214,7 +214,7 @@ class XlaBackend:
         parameters = {}
         for name, weight in trainable(self.model).items():
             entry = self.placed[name]
-            info = Parameter(tuple(weight.shape), weight.dtype, decays(name), entry.stacked)
+            info = Parameter(entry.hf_names, tuple(weight.shape), weight.dtype, entry.stacked)
             make = self._new_state if resumed is None else partial(self._resumed_state, resumed)
             parameters[name] = make(info, weight, entry)
         counts = (0 if resumed is None else resumed.updates, 0)
@@ -228,8 +228,8 @@ class XlaBackend:
     def _new_state(self, info: Parameter, weight: Tensor, entry: Placed) -> ParameterState:
         slots = {}
         for slot, keeps in self.optimizer.slots(info).items():
-            shape = [info.shape[d] for d in keeps.dims]
-            slots[slot] = self.tensors.zeros(shape, tuple(entry.spec[d] for d in keeps.dims))
+            spec = placement.slot_spec(keeps, info.shape, entry.spec, self.mesh)
+            slots[slot] = self.tensors.zeros(keeps.kept(info.shape), spec, keeps.dtype)
         master = None
         if self._has_master(weight):
             master = self.tensors.widened(weight, entry.spec)
@@ -238,17 +238,18 @@ class XlaBackend:
     def _resumed_state(
         self, resumed: ResumedState, info: Parameter, weight: Tensor, entry: Placed
     ) -> ParameterState:
-        def sent(prefix: str, dims: Sequence[int]) -> Tensor:
+        def sent(prefix: str, keeps: Slot) -> Tensor:
             host = placement.host_tensor(
-                entry, lambda name: resumed.tensor_of(f"{prefix}.{name}"), torch.float32
+                entry, lambda name: resumed.tensor_of(f"{prefix}.{name}"), keeps.dtype
             )
-            return self.tensors.send(host, tuple(entry.spec[d] for d in dims))
+            spec = placement.slot_spec(keeps, info.shape, entry.spec, self.mesh)
+            return self.tensors.send(host, spec)
 
         slots = {
-            slot: sent(f"optimizer.{slot}", keeps.dims)
+            slot: sent(f"optimizer.{slot}", keeps)
             for slot, keeps in self.optimizer.slots(info).items()
         }
-        master = sent("master", range(weight.dim())) if self._has_master(weight) else None
+        master = sent("master", Slot(info.dims)) if self._has_master(weight) else None
         return ParameterState(info, weight, slots, master)
 
     def checkpoint_tensors(self) -> list[TensorShards]:

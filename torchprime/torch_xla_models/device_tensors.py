@@ -32,9 +32,9 @@ class DeviceTensors:
         """Return a batch's fields as shards, without waiting."""
         return send_batch(host, self.mesh, spec)
 
-    def zeros(self, shape: Sequence[int], spec: Spec) -> Tensor:
-        """Return fp32 zeros, made on the devices."""
-        zeros = torch.zeros(tuple(shape), dtype=torch.float32, device=torch_xla.device())
+    def zeros(self, shape: Sequence[int], spec: Spec, dtype: torch.dtype) -> Tensor:
+        """Return zeros, made on the devices."""
+        zeros = torch.zeros(tuple(shape), dtype=dtype, device=torch_xla.device())
         return constrain(zeros, self.mesh, spec)
 
     def widened(self, weight: Tensor, spec: Spec) -> Tensor:

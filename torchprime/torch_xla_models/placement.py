@@ -20,11 +20,12 @@ from torchprime.adapters.apply import trainable
 from torchprime.adapters.quantized import placed_type
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.models.decoder import CausalLM
-from torchprime.sharding import ShardingTable, Spec
+from torchprime.sharding import ShardingTable, Spec, shard_count
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.linear import original_shape, turned, turned_spec
 from torchprime.torch_xla_models.mesh import axis_sizes
 from torchprime.torch_xla_models.remat import STACKED
+from torchprime.training.optim.optimizer import Slot
 
 
 class Placed(NamedTuple):
@@ -83,6 +84,15 @@ def load(
         owner, _, leaf = name.rpartition(".")
         moved = tensors.send(buffer, ((),) * buffer.dim())
         model.get_submodule(owner).register_buffer(leaf, moved, persistent=False)
+
+
+def slot_spec(slot: Slot, shape: tuple[int, ...], spec: Spec, mesh: xs.Mesh) -> Spec:
+    """Return the sharding of a state slot: that of its parameter, with a last dim whole that has
+    fewer values than its axes have shards, or no multiple of them."""
+    kept = [spec[dim] for dim in slot.dims]
+    if slot.per > 1 and slot.kept(shape)[-1] % shard_count((kept[-1],), axis_sizes(mesh)):
+        kept[-1] = ()
+    return tuple(kept)
 
 
 def host_tensor(entry: Placed, tensor_of: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from torchprime.data.blocks.batch import Batch
 from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
-from torchprime.training.optim import Optimizer
+from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.processes import Processes
 
 

@@ -27,7 +27,8 @@ from torchprime.training.evaluating import (
     make_evaluation,
     make_graders,
 )
-from torchprime.training.optim import Optimizer, learning_rate, schedule_note
+from torchprime.training.optim.optimizer import Optimizer
+from torchprime.training.optim.schedules import Schedule, schedule_note
 from torchprime.training.processes import Processes
 from torchprime.training.run import resume as resuming
 from torchprime.training.run.changes import find_changes, refuse_changes
@@ -97,14 +98,16 @@ class Prepared:
     def learning_rate(self) -> Callable[[int], float]:
         """Return the learning rate of each 0-based step."""
         o, s = self.config.task.optimizer, self.config.task.lr_scheduler
-        return partial(
-            learning_rate,
-            peak=o.learning_rate,
-            total_steps=self.plan.total_steps,
-            schedule=s.name,
+        return Schedule(
+            s.name,
+            o.learning_rate,
+            self.plan.total_steps,
             warmup_steps=self.plan.warmup_steps,
             min_lr_ratio=s.min_lr_ratio,
-        )
+            decay_steps=self.plan.decay_steps,
+            decay_shape=s.decay_shape or "linear",
+            cycles=s.cycles or 1,
+        ).rate
 
     def numbers_before(self) -> StepNumbers | None:
         """Return the last numbers in the records before this start, if there are any."""

@@ -28,7 +28,7 @@ from torchprime.data.blocks.batch import Batch
 from torchprime.losses.cross_entropy import ONE_DEVICE, LossSums, Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.training.backend import StepNumbers, StepOptions
-from torchprime.training.optim import Optimizer, Parameter
+from torchprime.training.optim.optimizer import Optimizer, Parameter
 
 # The order of the batch's fields in tuples, each [A, B/A, S] on the device.
 FIELDS = ("input_ids", "targets", "position_ids", "segment_ids", "loss_weights")

@@ -44,7 +44,7 @@ def test_defaults_are_filled_in() -> None:
     config = load_config(VALID)
     assert config.seed == 42
     assert config.dataset.block_size == 1024
-    assert config.task.optimizer.betas == (0.9, 0.999)
+    assert config.task.optimizer.weight_decay == 0.0
     assert config.mesh_shape() == {"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}
     assert config.device_count == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -92,7 +92,11 @@ def test_what_is_written_is_read_back() -> None:
         ("task__optimizer__weight_decay", float("inf"), ["weight_decay", "inf"]),
         ("task__optimizer__betas", [0.9], ["betas", "[0.9]", "list of 2 numbers"]),
         ("task__optimizer__betas", [0.9, 1.0], ["betas[1]", "1.0", "less than 1"]),
-        ("task__optimizer__name", "adam", ["one of adamw, adafactor", "mean", "=adamw"]),
+        (
+            "task__optimizer__name",
+            "adam",
+            ["one of adamw, adafactor, muon", "mean", "=adamw"],
+        ),
         ("task__lr_scheduler__name", "cosin", ["linear, cosine, constant", "=cosine"]),
         ("task__lr_scheduler__warmup_ratio", 5, ["warmup_ratio", "5", "0 to 1", "0.05"]),
         ("task__name", "stf", ["task.name", "'stf'", "train, sft", "task.name=sft"]),

@@ -26,7 +26,7 @@ from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_native.backend import NativeBackend  # noqa: E402
 from torchprime.torch_native.runtime import stop_processes  # noqa: E402
 from torchprime.training.backend import StepOptions  # noqa: E402
-from torchprime.training.optim import AdamW  # noqa: E402
+from torchprime.training.optim.adamw import AdamW  # noqa: E402
 from torchprime.training.setup.adapter import Adapter, build_model  # noqa: E402
 
 

@@ -25,7 +25,7 @@ from torchprime.torch_native import generation  # noqa: E402
 from torchprime.torch_native.backend import NativeBackend  # noqa: E402
 from torchprime.torch_native.runtime import stop_processes  # noqa: E402
 from torchprime.training.backend import StepOptions  # noqa: E402
-from torchprime.training.optim import AdamW  # noqa: E402
+from torchprime.training.optim.adamw import AdamW  # noqa: E402
 
 STEPS = 3
 

@@ -27,7 +27,8 @@ from torchprime.torch_native.backend import NativeBackend  # noqa: E402
 from torchprime.torch_native.fused_loss import fused_cross_entropy  # noqa: E402
 from torchprime.torch_native.runtime import stop_processes  # noqa: E402
 from torchprime.training.backend import StepOptions  # noqa: E402
-from torchprime.training.optim import Adafactor, AdamW  # noqa: E402
+from torchprime.training.optim.adafactor import Adafactor  # noqa: E402
+from torchprime.training.optim.adamw import AdamW  # noqa: E402
 
 
 def main(out: Path, way: dict) -> None:

@@ -29,7 +29,7 @@ from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.remat import Remat
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
-from torchprime.training.optim import AdamW
+from torchprime.training.optim.adamw import AdamW
 
 STEPS, SEED, EPS = 10, 20_261_130, 1e-3
 LR = 1e-2

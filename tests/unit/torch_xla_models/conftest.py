@@ -19,7 +19,7 @@ from torchprime.models.decoder import CausalLM  # noqa: E402
 from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_xla_models.backend import XlaBackend  # noqa: E402
 from torchprime.training.backend import ResumedState, StepOptions  # noqa: E402
-from torchprime.training.optim import AdamW  # noqa: E402
+from torchprime.training.optim.adamw import AdamW  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from torchprime.torch_xla_models.compile.tracing import BatchShape, Placeholders
 from torchprime.torch_xla_models.linear import turned
 from torchprime.torch_xla_models.remat import Remat, ScannedLayers
 from torchprime.training.backend import ResumedState
-from torchprime.training.optim import AdamW
+from torchprime.training.optim.adamw import AdamW
 
 QUICK = ["dropout-scan-remat-accumulate2", "nf4-dora-scan-tensor"]
 

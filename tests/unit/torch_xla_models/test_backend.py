@@ -17,7 +17,7 @@ from torchprime.errors import ConfigError
 from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.backend import Kernels, XlaBackend
 from torchprime.torch_xla_models.remat import Remat
-from torchprime.training.optim import AdamW
+from torchprime.training.optim.adamw import AdamW
 
 WAYS = {
     "fsdp4": dict(mesh={"fsdp": 4}, options={"num_sources": 2}),

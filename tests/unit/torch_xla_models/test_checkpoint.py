@@ -12,7 +12,7 @@ from torch import Tensor
 from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.remat import Remat
 from torchprime.training.backend import ResumedState
-from torchprime.training.optim import Adafactor
+from torchprime.training.optim.adafactor import Adafactor
 
 FSDP4 = dict(mesh={"fsdp": 4})
 CUT_BOTH_WAYS = dict(mesh={"fsdp": 2, "tensor": 2})

@@ -29,7 +29,7 @@ from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.remat import Remat
 from torchprime.training.backend import StepOptions
-from torchprime.training.optim import AdamW
+from torchprime.training.optim.adamw import AdamW
 
 axes = dict(data=1, fsdp=2, expert=1, context=1, tensor=1)
 backend = XlaBackend(axes, dict.fromkeys(axes, 1), remat=Remat(scan_layers=True))

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from torchprime.training.backend import StepOptions
-from torchprime.training.optim import AdamW, Parameter
+from torchprime.training.optim.adamw import AdamW
+from torchprime.training.optim.optimizer import Parameter
 from torchprime.training.step import (
     ParameterState,
     StepSums,
     TrainState,
     Update,
+    clipped,
     finish_step,
     step_numbers,
 )
@@ -27,7 +29,7 @@ def state_of(optimizer: AdamW) -> TrainState:
     parameters = {}
     for number in range(COUNT):
         weight = torch.randn(SHAPE).bfloat16()
-        info = Parameter(SHAPE, weight.dtype, True, False)
+        info = Parameter(("a",), SHAPE, weight.dtype)
         slots = {name: torch.zeros(SHAPE) for name in optimizer.slots(info)}
         parameters[f"w{number}"] = ParameterState(info, weight, slots, weight.float())
     return TrainState(parameters, torch.zeros(()), torch.zeros(()))
@@ -104,3 +106,17 @@ def test_terms_of_the_loss_are_divided_and_sources_are_not() -> None:
     numbers = step_numbers(vector.tolist(), options)
     assert (numbers.loss, numbers.terms) == (3.0, {"a": 0.5, "b": 1.5})
     assert numbers.source_loss_sums == (5.0, 7.0)
+
+
+def test_clipping_is_torchs_two_functions_in_a_row() -> None:
+    torch.manual_seed(0)
+    grads = [torch.randn(shape) for shape in ((6, 5), (7,), (4, 3))]
+    params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+    norm = torch.nn.utils.clip_grad_norm_(params, 2.0)
+    torch.nn.utils.clip_grad_value_(params, 0.3)
+    ours = list(clipped(grads, norm, 2.0, 0.3))
+    for p, g in zip(params, ours, strict=True):
+        torch.testing.assert_close(g, p.grad)
+    assert next(clipped(grads, norm, None, None)) is grads[0]

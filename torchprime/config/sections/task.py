@@ -5,48 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchprime.config.checks import at_least, fraction, positive, refuse
+from torchprime.config.checks import at_least, positive, refuse
 from torchprime.config.paths import PathOrUrl, is_url
+from torchprime.config.sections.optimizer import OptimizerConfig, SchedulerConfig
 from torchprime.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    name: Literal["adamw", "adafactor"] = "adamw"
-    learning_rate: float = 1e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float | None = None  # None: the method's own, 1e-8 for adamw, 1e-30 for adafactor
-    weight_decay: float = 0.0
-    # fp32 copies of bf16 weights: without them small updates are rounded away.
-    master_weights: bool = True
-
-    def __post_init__(self) -> None:
-        positive("task.optimizer.learning_rate", self.learning_rate)
-        for i, beta in enumerate(self.betas):
-            fraction(f"task.optimizer.betas[{i}]", beta, one_allowed=False)
-        positive("task.optimizer.eps", self.eps)
-        at_least("task.optimizer.weight_decay", self.weight_decay, 0)
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """Linear warm-up, then decay of this shape to `min_lr_ratio` of the peak."""
-
-    name: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int | None = None
-    warmup_ratio: float | None = None
-    min_lr_ratio: float = 0.0
-
-    def __post_init__(self) -> None:
-        steps_key, ratio_key = "task.lr_scheduler.warmup_steps", "task.lr_scheduler.warmup_ratio"
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ConfigError(
-                f"{steps_key} and {ratio_key}: given {self.warmup_steps} and {self.warmup_ratio}, "
-                f"expected at most one of the two. Add {ratio_key}=null or {steps_key}=null."
-            )
-        at_least(steps_key, self.warmup_steps, 0)
-        fraction(ratio_key, self.warmup_ratio)
-        fraction("task.lr_scheduler.min_lr_ratio", self.min_lr_ratio)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.mesh import annotate, partition
 from torchprime.training.backend import StepOptions
-from torchprime.training.optim import Optimizer
+from torchprime.training.optim.optimizer import Optimizer
 
 
 class Argument(NamedTuple):
@@ -62,9 +62,9 @@ class Placeholders(DeviceTensors):
         """Return tensors for a batch's fields."""
         return [self._make(t.shape, t.dtype, spec) for t in host]
 
-    def zeros(self, shape: Sequence[int], spec: Spec) -> Tensor:
-        """Return a tensor for fp32 zeros."""
-        return self._make(shape, torch.float32, spec)
+    def zeros(self, shape: Sequence[int], spec: Spec, dtype: torch.dtype) -> Tensor:
+        """Return a tensor for zeros."""
+        return self._make(shape, dtype, spec)
 
     def widened(self, weight: Tensor, spec: Spec) -> Tensor:
         """Return a tensor for an fp32 copy of a weight."""

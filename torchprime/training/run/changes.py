@@ -16,6 +16,7 @@ from typing import Any
 
 from torchprime.checkpoint.run.manifest import Manifest
 from torchprime.errors import ConfigError
+from torchprime.training.optim.make import own_betas
 
 HARMLESS, QUESTIONABLE, REFUSED = "harmless", "questionable", "refused"
 # By prefix of the key. The sources of rows and weights are harmless as long as the content is the
@@ -158,9 +159,12 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys that have an effect, by dotted name."""
     flat = dict(_flat(config))
-    if flat.get("adapter.rank") is not None:
-        return flat
-    return {key: value for key, value in flat.items() if not key.startswith("adapter.")}
+    name = flat.get("task.optimizer.name", "adamw")
+    unused = [] if flat.get("adapter.rank") is not None else ["adapter."]
+    unused += [] if name == "muon" else ["task.optimizer.muon."]
+    if flat.get("task.optimizer.betas") is None:  # older versions wrote the method's own
+        flat["task.optimizer.betas"] = list(own_betas(name))
+    return {key: value for key, value in flat.items() if not key.startswith(tuple(unused))}
 
 
 def _given(config: Mapping[str, Any], key: str) -> Any:

@@ -9,7 +9,7 @@ from typing import NotRequired, TypedDict
 from torchprime.checkpoint.run.manifest import Manifest
 from torchprime.config.sections.evaluation import LOSSES
 from torchprime.evaluation.selection import Evaluated
-from torchprime.training.optim import Parameter
+from torchprime.training.optim.optimizer import Parameter
 from torchprime.training.prepare import Prepared
 from torchprime.training.run import folder as run_folder
 from torchprime.training.run import resume as resuming
@@ -92,7 +92,8 @@ def make_manifest(
     p, config, inputs = prepared, prepared.config, prepared.inputs
     schedule = config.task.lr_scheduler
     backend, plan, identity = p.backend, p.plan, inputs.identity()
-    slots = p.optimizer.slots(Parameter((2, 2), inputs.dtype, False, False))
+    parameters = [Parameter((n,), s, inputs.dtype) for n, s in inputs.files.shapes.items()]
+    slots = {slot for parameter in parameters for slot in p.optimizer.slots(parameter)}
     return Manifest(
         backend=backend.name,
         mesh=config.mesh_shape(),

@@ -15,7 +15,7 @@ from torchprime.checkpoint.run.storage import Storage
 from torchprime.config.paths import is_url
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError
-from torchprime.training.optim import Optimizer
+from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.run import folder as run_folder
 from torchprime.training.run import resume as resuming
 from torchprime.training.run.export import BASE, Exporter

@@ -13,10 +13,11 @@ from torch import nn
 from torchprime.config.schema import TrainConfig
 from torchprime.data.blocks.budget import Budget, Spread, batch_budget
 from torchprime.data.blocks.dataset import PackedDataset
+from torchprime.errors import ConfigError
 from torchprime.metrics.throughput import ModelSizes, model_flops_per_token
 from torchprime.models.architecture import Architecture
 from torchprime.sharding import Spec, shard_count
-from torchprime.training.optim import Optimizer, Parameter, decays
+from torchprime.training.optim.optimizer import Optimizer, Parameter
 
 GIB = 2**30
 Shape = tuple[int, ...]
@@ -130,11 +131,11 @@ def _trained_bytes(
         spec = specs[name]
         share = p.size // shard_count(spec, mesh)
         weights += share * p.dtype.itemsize
-        facts = Parameter(p.shape, p.dtype, decays(name), stacked=False)
+        facts = Parameter((name,), p.shape, p.dtype)
         for slot in optimizer.slots(facts).values():
             kept = tuple(spec[d] for d in slot.dims)
-            elements = math.prod(p.shape[d] for d in slot.dims)
-            state += elements // shard_count(kept, mesh) * 4
+            elements = math.prod(slot.kept(p.shape))
+            state += elements // shard_count(kept, mesh) * slot.dtype.itemsize
         if p.dtype.itemsize < 4 and config.task.optimizer.master_weights:
             state += share * 4
     return weights, state
@@ -166,6 +167,7 @@ class Plan:
 
     total_steps: int
     warmup_steps: int
+    decay_steps: int
     epochs: float
     budget: Budget
     eval_budget: Mapping[str, int] | None
@@ -186,10 +188,11 @@ class Plan:
         b = self.budget
         mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1)
         m = self.memory
+        decay = f", {self.decay_steps:,} decay" if self.decay_steps else ""
         frozen = f"frozen {m.frozen / GIB:.2f}, " if m.frozen else ""
         lines = [
             f"steps        {self.total_steps:,} ({self.epochs:.2f} epochs of "
-            f"{b['steps_per_epoch']:,} steps, {self.warmup_steps:,} of them warm-up)",
+            f"{b['steps_per_epoch']:,} steps, {self.warmup_steps:,} of them warm-up{decay})",
             f"blocks       {b['blocks']:,} of {b['block_size']:,} tokens, "
             f"{b['blocks_per_update']:,} per update, "
             f"{b['empty_blocks_in_last_update']:,} empty in an epoch's last update",
@@ -228,6 +231,7 @@ class StepPlan(NamedTuple):
 
     total_steps: int
     warmup_steps: int
+    decay_steps: int
     epochs: float
     budget: Budget
 
@@ -240,12 +244,16 @@ def plan_steps(config: TrainConfig, data: PackedDataset) -> StepPlan:
     total = count_steps(
         max_steps=task.max_steps, num_epochs=task.num_epochs, steps_per_epoch=per_epoch
     )
-    warmup = count_warmup(
-        warmup_steps=task.lr_scheduler.warmup_steps,
-        warmup_ratio=task.lr_scheduler.warmup_ratio,
-        total_steps=total,
-    )
-    return StepPlan(total, warmup, total / per_epoch, budget)
+    s = task.lr_scheduler
+    warmup = count_part(s.warmup_steps, s.warmup_ratio, total)
+    decay = count_part(s.decay_steps, s.decay_ratio, total)
+    if decay and warmup + decay > total:
+        raise ConfigError(
+            f"task.lr_scheduler: a warm-up of {warmup:,} updates and a decay of {decay:,}, "
+            f"expected at most {total:,} together, the updates of the run. Lower decay_steps (or "
+            "decay_ratio), or train longer."
+        )
+    return StepPlan(total, warmup, decay, total / per_epoch, budget)
 
 
 def count_steps(*, max_steps: int | None, num_epochs: float | None, steps_per_epoch: int) -> int:
@@ -257,11 +265,11 @@ def count_steps(*, max_steps: int | None, num_epochs: float | None, steps_per_ep
     return max(1, math.ceil(round(num_epochs * steps_per_epoch, 6)))
 
 
-def count_warmup(*, warmup_steps: int | None, warmup_ratio: float | None, total_steps: int) -> int:
-    """Return the warm-up in updates, from either option for it."""
-    if warmup_steps is not None:
-        return warmup_steps
-    return math.ceil(round((warmup_ratio or 0.0) * total_steps, 6))
+def count_part(steps: int | None, ratio: float | None, total_steps: int) -> int:
+    """Return a part of a schedule in updates, from either option for it."""
+    if steps is not None:
+        return steps
+    return math.ceil(round((ratio or 0.0) * total_steps, 6))
 
 
 def flops_per_token(a: Architecture, counts: ParameterCounts, block_size: int) -> int:

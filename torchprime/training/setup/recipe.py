@@ -21,7 +21,9 @@ from torchprime.errors import ConfigError
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.training.backend import StepOptions
-from torchprime.training.optim import Optimizer, make_optimizer
+from torchprime.training.optim.make import make_optimizer
+from torchprime.training.optim.muon import MuonSettings
+from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.setup.adapter import Adapter
 from torchprime.training.setup.datasets import RunData
 from torchprime.training.setup.model_files import ModelFiles, find_model
@@ -141,7 +143,15 @@ def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, 
 def optimizer_of(config: TrainConfig) -> Optimizer:
     """Return the optimizer with its settings; the learning rate enters each step as data."""
     o = config.task.optimizer
-    return make_optimizer(o.name, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    return make_optimizer(
+        o.name,
+        betas=o.betas,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        momentum=o.momentum,
+        nesterov=o.nesterov,
+        muon=MuonSettings(o.muon.adjust_lr, o.muon.adamw_lr_factor, o.muon.steps),
+    )
 
 
 def step_options(config: TrainConfig, num_sources: int) -> StepOptions:

@@ -21,7 +21,8 @@ from torchprime.torch_xla_models.compile.tracing import BatchShape, Placeholders
 from torchprime.torch_xla_models.mesh import device_order
 from torchprime.torch_xla_models.remat import Remat
 from torchprime.training.backend import StepOptions
-from torchprime.training.optim import Adafactor, AdamW
+from torchprime.training.optim.adafactor import Adafactor
+from torchprime.training.optim.adamw import AdamW
 
 WAYS = {
     "scan-remat-accumulate2": dict(

@@ -28,9 +28,11 @@ def changes(
     identity: dict[str, Any] | None = None,
     unknown: tuple = (),
     older: dict[str, str] | None = None,
+    before: dict[str, Any] | None = None,
 ):
-    """`unknown`: keys of `model` that the checkpoint's version did not have."""
-    config = compose_config(BASE).to_dict()
+    """`unknown`: keys of `model` that the checkpoint's version did not have; `before`: its
+    config."""
+    config = before or compose_config(BASE).to_dict()
     config["model"] = {k: v for k, v in config["model"].items() if k not in unknown}
     manifest: Any = SimpleNamespace(
         config=config,
@@ -112,6 +114,25 @@ def test_permission_is_by_key_or_section() -> None:
     refuse_changes(found, ["task"], "p")
     with pytest.raises(ConfigError, match=r"resume\.allow_changes=\[task\.max_steps\]"):
         refuse_changes(found, ["task.optimizer.learning_rate", "task.max"], "p")
+
+
+def test_a_checkpoint_of_an_older_version_has_the_methods_own_betas() -> None:
+    """It wrote them out, and had no section for Muon."""
+    config = compose_config(BASE).to_dict()
+    optimizer = config["task"]["optimizer"]
+    optimizer["betas"] = [0.9, 0.999]
+    del optimizer["muon"], optimizer["momentum"], optimizer["nesterov"]
+    assert changes(before=config) == []
+    (change,) = changes("task.optimizer.betas=[0.9,0.99]", before=config)
+    assert (change.key, change.kind) == ("task.optimizer.betas", QUESTIONABLE)
+
+
+def test_another_optimizer_is_refused_by_its_name() -> None:
+    for name in ("muon", "lion", "sgd", "adafactor"):
+        found = changes(f"task.optimizer.name={name}")
+        assert ("task.optimizer.name", REFUSED) in [(c.key, c.kind) for c in found]
+        with pytest.raises(ConfigError, match=f"refused +task.optimizer.name: adamw -> {name}"):
+            refuse_changes(found, ["task.optimizer"], "p")
 
 
 def test_the_gravest_come_first() -> None:

@@ -16,7 +16,7 @@ from torchprime.checkpoint.run.local_storage import LocalStorage
 from torchprime.config.load import load_config
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError
-from torchprime.training.optim import AdamW
+from torchprime.training.optim.adamw import AdamW
 from torchprime.training.run import outputs
 from torchprime.training.run.export import Exporter
 from torchprime.training.run.outputs import export_place, try_places

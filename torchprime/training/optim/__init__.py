@@ -1,0 +1,1 @@
+"""Optimizers: one module per method, parameter groups, and learning-rate schedules."""
