@@ -17,7 +17,7 @@ OPT, LR = "task.optimizer.", "task.lr_scheduler."
         ([f"{OPT}momentum=0.9"], [f"{OPT}momentum: given 0.9", "adamw has no such", "muon, sgd"]),
         (
             [f"{OPT}name=lion", f"{OPT}nesterov=true"],
-            [f"{OPT}nesterov: given true", "null, since lion"],
+            [f"{OPT}nesterov: given true", "since lion"],
         ),
         ([f"{OPT}name=sgd", f"{OPT}eps=1e-8"], [f"{OPT}eps: given 1e-08", "null, since sgd"]),
         ([f"{OPT}name=sgd", f"{OPT}momentum=1.0"], [f"{OPT}momentum: given 1.0", "less than 1"]),
@@ -28,7 +28,7 @@ OPT, LR = "task.optimizer.", "task.lr_scheduler."
         ([f"{OPT}muon.steps=3"], [f"{OPT}muon.steps: given 3, expected 5", "name is adamw"]),
         (
             [f"{OPT}name=muon", f"{OPT}muon.steps=0"],
-            [f"{OPT}muon.steps: given 0, expected at least 1"],
+            [f"{OPT}muon.steps: given 0, expected"],
         ),
         ([f"{LR}name=wsd"], [f"{LR}decay_steps and {LR}decay_ratio: given null and null"]),
         (
@@ -39,7 +39,7 @@ OPT, LR = "task.optimizer.", "task.lr_scheduler."
         ([f"{LR}name=cosine", f"{LR}cycles=2"], [f"{LR}cycles: given 2", "cosine_with_restarts"]),
         (
             [f"{LR}name=cosine_with_restarts", f"{LR}cycles=0"],
-            [f"{LR}cycles: given 0", "at least 1"],
+            [f"{LR}cycles: given 0"],
         ),
     ],
 )
