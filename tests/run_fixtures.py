@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import interrupted
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import tiny_llama
+from transformers import LlamaForCausalLM
 
 from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
@@ -54,13 +55,10 @@ def tiny(
 ) -> Path:
     """A pretrained model of two layers, as transformers saves it, with its tokenizer."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
+    config = tiny_llama(
+        VOCAB,
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=False,
         bos_token_id=0,

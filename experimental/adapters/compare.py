@@ -5,7 +5,8 @@
 
 Each run is the main job in a process of its own. `rows` splits a file of prompts and completions by
 passage (the text before the first line break), and asks for exact answers. A run that is complete
-is not repeated. The table goes to stdout, all numbers to results.json.
+is not repeated: after an interruption the same command goes on. The table goes to stdout, all
+numbers to results.json.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
+import os
+import resource
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
+
+from torchprime.evaluation.intervals import score
 
 
 class Variant(NamedTuple):
@@ -66,6 +70,7 @@ class Case(NamedTuple):
 
 
 BACKEND = ["--backend", "native"]  # nothing to compile, and the losses are those of XLA
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # a thread that waits for another would count as busy
 COMMON = ["logging_steps=50", "task.sample_prompts=0", "export.which=last", "mesh=single"]
 
 
@@ -80,7 +85,7 @@ class Result(TypedDict):
     trained: int
     parameters: int
     bytes: int
-    seconds: float
+    cpu_seconds: float
 
 
 def quickstart() -> Case:
@@ -123,8 +128,9 @@ def own_rows(model: Path, rows: Path, out: Path) -> Case:
 def run(variant: Variant, seed: int, case: Case, out: Path) -> Result:
     """Train once, unless it was done, and return the result."""
     name = f"{variant.name.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
-    folder, started = out / name, time.monotonic()
-    if not (folder / "report.md").is_file():
+    folder, done = out / name, out / f"{name}.seconds"
+    if not done.is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         argv = [
             *(sys.executable, "-m", "torchprime.cli.main", "train", *BACKEND),
             *(*case.overrides, *COMMON),
@@ -133,9 +139,16 @@ def run(variant: Variant, seed: int, case: Case, out: Path) -> Result:
             *("checkpoint.every_steps=1000000", "task.export_checkpoint_path=null"),
             *(f"seed={seed}", f"output_dir={out}", f"run_name={name}"),
         ]
-        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
-        (out / f"{name}.seconds").write_text(str(time.monotonic() - started))
-    return read(folder, variant.name, seed, float((out / f"{name}.seconds").read_text()))
+        before = cpu_seconds()
+        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL, env=os.environ | ONE_THREAD)
+        done.write_text(str(cpu_seconds() - before))
+    return read(folder, variant.name, seed, float(done.read_text()))
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of all runs so far, which other work on the machine changes little."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def read(folder: Path, variant: str, seed: int, seconds: float) -> Result:
@@ -154,40 +167,29 @@ def read(folder: Path, variant: str, seed: int, seconds: float) -> Result:
         "trained": plan["trained_parameters"],
         "parameters": plan["parameters"],
         "bytes": saved[-1] if saved else 0,
-        "seconds": seconds,
+        "cpu_seconds": seconds,
     }
-
-
-def interval(right: int, asked: int) -> tuple[float, float]:
-    """Return Wilson's 95% interval of a share (Wilson 1927)."""
-    z, share = 1.96, right / asked
-    middle = (share + z * z / (2 * asked)) / (1 + z * z / asked)
-    half = (
-        z
-        / (1 + z * z / asked)
-        * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    )
-    return max(0.0, middle - half), middle + half
 
 
 def table(results: Sequence[Result]) -> list[str]:
     """Return a Markdown table: each variant's answers over all seeds."""
     lines = [
         "| Trained | right answers | 95% interval | by seed | held-out loss | share trained "
-        "| checkpoint, MB | seconds |",
+        "| checkpoint, MB | CPU seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for variant in dict.fromkeys(result["variant"] for result in results):
         own = [result for result in results if result["variant"] == variant]
         right, asked = sum(r["right"] for r in own), sum(r["asked"] for r in own)
-        low, high = interval(right, asked)
+        pooled = score([1.0] * right + [0.0] * (asked - right))
+        assert pooled is not None
         seeds = ", ".join(f"{r['right'] / r['asked']:.1%}" for r in own)
         loss = sum(r["eval_loss"] for r in own) / len(own)
-        seconds = sum(r["seconds"] for r in own) / len(own)
+        seconds = sum(r["cpu_seconds"] for r in own) / len(own)
         lines.append(
-            f"| {variant} | {right / asked:.1%} | {low:.1%} to {high:.1%} | {seeds} | {loss:.3f} "
-            f"| {own[0]['trained'] / own[0]['parameters']:.1%} | {own[0]['bytes'] / 1e6:.1f} "
-            f"| {seconds:.0f} |"
+            f"| {variant} | {right / asked:.1%} | {pooled.low:.1%} to {pooled.high:.1%} "
+            f"| {seeds} | {loss:.3f} | {own[0]['trained'] / own[0]['parameters']:.1%} "
+            f"| {own[0]['bytes'] / 1e6:.1f} | {seconds:.0f} |"
         )
     return lines
 

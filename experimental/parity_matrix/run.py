@@ -12,7 +12,8 @@ By default the experiment is in fp32 and the bands are fixed. It uses the weight
 ../shared if they exist, otherwise the shipped ones.
 
 With --adapters it trains adapters: each row of ADAPTED on its cases, with PEFT in the witness. The
-first case of a row is the reference of the others.
+first case of a row is the reference of the others. The trained tensors after the last step are
+compared, too. After an interruption --resume runs only the cases that are missing.
 
 With --noise it is in bf16, on the shipped ones. Runs of one backend that differ in accumulation and
 mesh give the noise floor. The other backend and the witness are judged by it. Runs that are wrong
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from weights import largest_difference
 
 from torchprime.cli.compare import compare_main
 from torchprime.compare.verdict import AGREE, DIFFER
@@ -86,42 +88,34 @@ class Row(NamedTuple):
     rate: str = "1e-2"  # lower if an update at 1e-2 amplifies any rounding
 
 
-# PEFT draws its dropout masks from torch's generator, so the witness is in rows without dropout.
 ON_XLA = [name for name, case in CASES.items() if case.backend == XLA]
 ALONE, PEFT, SQUARE = "native, 1 process", "transformers.Trainer", "xla, fsdp 2 x tensor 2"
 TWO, FOUR = "native, fsdp 2", "native, data 2 x fsdp 2"
+TENSOR = "native, fsdp 2 x tensor 2"
+GRID = [*ON_XLA, ALONE, TWO, FOUR, PEFT]
+# PEFT draws its dropout masks from torch's generator, so the witness is in rows without dropout.
 DROPOUT = "adapter.dropout=0.1"
+DECAY = "task.optimizer.weight_decay=0.1"
 ADAPTED = {
-    "lora, dropout": Row(
-        ["adapter=lora", DROPOUT], [*ON_XLA, ALONE, TWO, FOUR, "native, fsdp 2 x tensor 2"]
+    "lora": Row(["adapter=lora", DECAY], [*GRID, TENSOR]),
+    "lora, dropout": Row(["adapter=lora", DROPOUT], [*ON_XLA, ALONE, TWO, FOUR, TENSOR]),
+    "lora, one layer": Row(
+        ["adapter=lora", "adapter.layers=[1]"], [SQUARE, TENSOR, PEFT], rate="1e-3"
     ),
-    "lora": Row(["adapter=lora", "task.optimizer.weight_decay=0.1"], [ALONE, PEFT]),
-    "rslora, one layer, whole norm and embedding": Row(
-        [
-            "adapter=lora", "adapter.scaling=rslora", "adapter.layers=[1]",
-            "adapter.modules_to_train=[model.norm,embed_tokens]",
-        ],
-        [SQUARE, "native, fsdp 2 x tensor 2", PEFT],
-        rate="1e-3",
+    "rslora": Row(["adapter=lora", "adapter.scaling=rslora"], GRID, rate="1e-3"),
+    "lora, whole norm and embedding": Row(
+        ["adapter=lora", "adapter.modules_to_train=[model.norm,embed_tokens]"], GRID, rate="1e-3"
     ),
-    "dora": Row(
-        ["adapter=dora", "task.optimizer.weight_decay=0.1"],
-        ["xla, 1 device", "xla, fsdp 4", SQUARE, "xla, scan and remat", ALONE, FOUR, PEFT],
-    ),
-    "int8": Row(
-        ["adapter=lora", "adapter.base_dtype=int8"],
-        ["xla, 1 device", SQUARE, "xla, 4 micro-batches", ALONE, TWO, PEFT],
-    ),
-    "nf4": Row(
-        ["adapter=qlora"], [*ON_XLA, ALONE, TWO, FOUR, PEFT], random_base=True, rate="1e-3"
-    ),
+    "dora": Row(["adapter=dora", DECAY], GRID),
+    "int8": Row(["adapter=lora", "adapter.base_dtype=int8"], GRID),
+    "nf4": Row(["adapter=qlora"], GRID, random_base=True, rate="1e-3"),
     "nf4, dora, dropout": Row(
         ["adapter=qlora", "adapter.dora=true", DROPOUT],
         [SQUARE, ALONE, FOUR],
         random_base=True,
         rate="1e-3",
     ),
-}  # fmt: skip
+}
 
 # In bf16: runs whose spread is the floor, runs judged by it, and runs that it must reject.
 FLOOR_CASES = {
@@ -137,6 +131,9 @@ WRONG_CASES = {
     "native, another beta1": Case(NATIVE, 1, ["task.optimizer.betas=[0.85,0.999]"]),
     "native, no clipping": Case(NATIVE, 1, ["task.max_grad_norm=null"]),
 }
+
+# Of a trained tensor after the last step: the norm of its difference over its norm.
+WEIGHT_BAND = 1e-3
 
 STEPS = "task.max_steps"
 SHIPPED = ["model=quickstart", "dataset=quickstart", "dataset.block_size=256"]
@@ -178,6 +175,7 @@ def adapter_experiment(row: Row, steps: int, out: Path) -> list[str]:
     # Shorter blocks than all weights' matrix has: there are four times as many runs.
     shared = [*CURVES_ALONE, "dataset.block_size=256", *row.overrides]
     shared.append(f"task.optimizer.learning_rate={row.rate}")
+    shared.append(f"checkpoint.every_steps={steps}")
     if not row.random_base:
         return [*experiment(steps), *shared]
     base = f"model.pretrained_model={random_base(out)}"
@@ -233,8 +231,12 @@ def folder_of(name: str) -> str:
 
 
 def run_case(name: str, case: Case, overrides: Sequence[str], out: Path) -> str:
-    """Train one case and return `NAME=FOLDER`, as compare takes it."""
+    """Train one case, unless it was done, and return `NAME=FOLDER`, as compare takes it."""
     folder = folder_of(name)
+    done = out / f"{folder}.done"
+    if done.is_file():
+        return f"{name}={out / folder}"
+    shutil.rmtree(out / folder, ignore_errors=True)  # of a run that was interrupted
     environment = {key: value for key, value in os.environ.items() if key != "CPU_NUM_DEVICES"}
     if case.backend == XLA:
         environment["PJRT_DEVICE"] = "CPU"
@@ -243,10 +245,11 @@ def run_case(name: str, case: Case, overrides: Sequence[str], out: Path) -> str:
     place = [f"output_dir={out}", f"run_name={folder}"]
     command = [*command_of(case.backend, case.processes), *overrides, *case.overrides, *place]
     started = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if ended.returncode:
+        sys.exit(f"{name} failed:\n{ended.stderr[-3000:]}")
     print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    done.touch()
     return f"{name}={out / folder}"
 
 
@@ -290,9 +293,19 @@ def run_adapters(rows: Mapping[str, Row], steps: int, out: Path, page: bool) -> 
         print(f"{name}:", flush=True)
         runs = run_cases(cases, adapter_experiment(row, steps, out), place)
         found[name] = judge(runs, place, "--figure", "none")
+        for pair in found[name]["pairs"]:
+            folders = (place / folder_of(pair["run"]), place / folder_of(row.cases[0]))
+            pair["weights"] = largest_difference(*folders, steps)
+        print("\n".join(adapter_lines({name: found[name]})), flush=True)
     if page:
         write_page("adapters", adapter_lines(found))
-    return 0 if all(verdict["verdict"] == AGREE for verdict in found.values()) else 1
+    return 0 if all(map(agrees, found.values())) else 1
+
+
+def agrees(verdict: Mapping[str, Any]) -> bool:
+    """Return True if the curves of an adapter's runs and their trained tensors agree."""
+    near = all(pair["weights"] <= WEIGHT_BAND for pair in verdict["pairs"])
+    return near and verdict["verdict"] == AGREE
 
 
 def run_noise(steps: int, out: Path, page: bool) -> int:
@@ -352,9 +365,10 @@ def matrix_lines(verdict: Mapping[str, Any]) -> list[str]:
 
 def adapter_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the page's lines on adapters."""
-    lines = ["| adapter " + TABLE[0], "|---" + TABLE[1]]
+    lines = [f"| adapter {TABLE[0]} tensors |", f"|---{TABLE[1]}---|"]
     for name, verdict in found.items():
-        lines += [f"| {name} {line}" for line in rows_of(verdict)]
+        for line, pair in zip(rows_of(verdict), verdict["pairs"], strict=True):
+            lines.append(f"| {name} {line} {pair['weights']:.1e} |")
     return lines
 
 
@@ -397,13 +411,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--reduced", action="store_true", help="what the test runs: few cases and steps"
     )
     parser.add_argument("--adapters", action="store_true", help="train adapters")
+    parser.add_argument("--resume", action="store_true", help="keep the complete cases in --out")
     parser.add_argument("--noise", action="store_true", help="bf16: measure its noise, judge by it")
     parser.add_argument("--out", type=Path, help="default: outputs/parity or outputs/noise")
     parser.add_argument("--page", action="store_true", help="write what was found into docs/")
     args = parser.parse_args(argv)
     kind = "noise" if args.noise else "adapter_parity" if args.adapters else "parity"
     out = args.out or REPO / "outputs" / kind
-    shutil.rmtree(out, ignore_errors=True)
+    if not args.resume:
+        shutil.rmtree(out, ignore_errors=True)
     if args.noise:
         return run_noise(args.steps, out, args.page)
     if args.reduced:

@@ -44,7 +44,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.utils import logging
-from witness_adapter import adapted, check_adapter
+from witness_adapter import ADAPTER, adapted, check_adapter
 
 from torchprime.checkpoint.hf.read import EMBEDDING, HEAD
 from torchprime.config.checks import refuse
@@ -544,6 +544,8 @@ def train(
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train()
+        if files.adapter is not None and args.process_index == 0:
+            model.save_pretrained(str(folder / ADAPTER), save_embedding_layers=False)
     finally:
         for writer in writers:
             writer.close()

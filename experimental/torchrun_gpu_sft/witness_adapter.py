@@ -20,6 +20,8 @@ from torchprime.config.schema import TrainConfig
 from torchprime.training.setup.adapter import AdaptedTensors
 from torchprime.training.setup.model_files import ModelFiles, pretrained_tensors
 
+ADAPTER = "adapter"  # PEFT's folder in the run's, after the last step
+
 
 def check_adapter(c: TrainConfig) -> None:
     """Refuse an adapter that PEFT trains differently.

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_llama import SHAPE
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -27,14 +28,7 @@ from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM
 
 V, S = 61, 20
-SMALL: dict[str, Any] = dict(
-    vocab_size=V,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+SMALL: dict[str, Any] = dict(SHAPE, vocab_size=V, num_hidden_layers=3)
 LLAMA3_ROPE: dict[str, Any] = dict(
     rope_type="llama3",
     rope_theta=5e5,

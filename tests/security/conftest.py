@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+from tiny_llama import tiny_llama
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -32,8 +33,8 @@ def make_model(folder: Path) -> Path:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocab),
+    config = tiny_llama(
+        len(vocab),
         hidden_size=8,
         intermediate_size=16,
         num_hidden_layers=1,

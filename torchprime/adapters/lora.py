@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchprime.adapters.dropout import CounterDropout
 from torchprime.adapters.spec import AdapterSpec
 
+A, B = ".lora_A.weight", ".lora_B.weight"  # ends of the names of these matrices
 # Shape suffixes: B batch, S sequence, I inputs of the layer, O outputs, R rank.
 
 

@@ -36,11 +36,10 @@ from torchprime.checkpoint.proof.certificate import (
     read_certificate,
 )
 from torchprime.checkpoint.proof.logits import (
-    PROMPT_TOKENS,
     PromptLogits,
     decoder_logits,
-    encode_prompts,
     no_room,
+    prompt_ids,
 )
 from torchprime.checkpoint.run.catalog import BEST, LATEST, Catalog
 from torchprime.checkpoint.run.open_storage import open_storage
@@ -314,8 +313,7 @@ def _decoder_logits(
     architecture = architecture_from_hf(config)
     if reason := no_room(facts.layout.num_parameters, facts.dtype):
         return reason
-    longest = min(PROMPT_TOKENS, architecture.max_position_embeddings)
-    ids = encode_prompts(folder / "tokenizer.json", longest=longest)
+    ids = prompt_ids(folder, architecture)
     logits = decoder_logits(config, tensor_of, facts.dtype, ids)
     return PromptLogits(ids, logits, "torchprime's decoder on the CPU, from the checkpoint")
 
@@ -331,7 +329,7 @@ def _adapted_logits(
     found = SafetensorsReader(base)
     found.share_head()
     config = read_json(kept / "config.json")
-    return checkpoint_logits(facts, config, found.get, trained, kept / "tokenizer.json")
+    return checkpoint_logits(facts, config, found.get, trained, kept)
 
 
 def _base(facts: ExportFacts, given: Path | None) -> Path | str | None:

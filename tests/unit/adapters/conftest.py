@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_llama import tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -17,15 +18,7 @@ V, B, S = 64, 3, 12
 
 @pytest.fixture(scope="session")
 def hf_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=V,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-    )
+    return tiny_llama(V, hidden_size=64, intermediate_size=128, attention_bias=True)
 
 
 @pytest.fixture

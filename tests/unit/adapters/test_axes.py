@@ -9,6 +9,7 @@ import yaml
 
 from torchprime.adapters.apply import apply_adapter
 from torchprime.adapters.axes import adapter_patterns
+from torchprime.adapters.lora import A, B
 from torchprime.adapters.quantized import quantize_base
 from torchprime.adapters.spec import AdapterSpec, BaseType
 from torchprime.models.decoder import CausalLM
@@ -33,6 +34,26 @@ def test_every_parameter_of_an_adapted_model_has_a_place(path: Path, ours: Causa
         assert specs[f"{layer}.lora_A.weight"] == ((), inputs)
         assert specs[f"{layer}.lora_B.weight"] == (outputs, ())
         assert specs[f"{layer}.lora_magnitude_vector"] == (outputs,)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_large_matrices_are_cut_along_fsdp_too(path: Path, ours: CausalLM) -> None:
+    """Along each axis once, and along tensor only where the weight is, whose sums need it so."""
+    raw = yaml.safe_load(path.read_text())["parameters"]
+    apply_adapter(ours, AdapterSpec(rank=4, alpha=8))
+    table = ShardingTable(adapter_patterns(raw, ("data", "fsdp")), {})
+    mesh: dict[str, int] = dict.fromkeys(("data", "fsdp", "tensor", "context", "expert"), 2)
+    shapes = {name: tuple(p.shape) for name, p in ours.named_parameters()}
+    specs = table.parameter_specs(shapes, mesh)
+    layers = [name.removesuffix(A) for name in specs if name.endswith(A)]
+    assert len(layers) == 2 * 7
+    for layer in layers:
+        outputs, inputs = specs[f"{layer}.base_layer.weight"]
+        (rank, a), (b, other_rank) = specs[f"{layer}{A}"], specs[f"{layer}{B}"]
+        assert rank == other_rank == ()
+        assert a[: len(inputs)] == inputs and b[: len(outputs)] == outputs
+        for cut, own in ((a, inputs), (b, outputs)):
+            assert sorted(cut) == ["fsdp", *(["tensor"] if "tensor" in own else [])], layer
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -18,6 +18,7 @@ import fsspec
 import pytest
 import torch
 import transformers
+from tiny_llama import SHAPE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from torchprime.checkpoint.hf.folder import HfFolder
@@ -29,12 +30,8 @@ from torchprime.checkpoint.run.shards import TensorShards, write_shards
 from torchprime.checkpoint.run.storage import MANIFEST, FolderWriter, Storage
 
 SIZES = dict(
+    **SHAPE,
     vocab_size=320,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     max_position_embeddings=128,
     bos_token_id=None,
     eos_token_id=0,

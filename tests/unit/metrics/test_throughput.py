@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_llama import tiny_llama
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from torchprime.metrics.throughput import (
     ModelSizes,
@@ -39,16 +40,7 @@ def test_an_untied_table_is_only_looked_up() -> None:
 @pytest.mark.parametrize("trained", ["", "q_proj"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_formula_agrees_with_the_operations_torch_counts(tied: bool, trained: str) -> None:
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        tie_word_embeddings=tied,
-    )
+    config = tiny_llama(96, intermediate_size=80, head_dim=16, tie_word_embeddings=tied)
     config._attn_implementation = "eager"
     model = LlamaForCausalLM(config)
     for name, parameter in model.named_parameters():

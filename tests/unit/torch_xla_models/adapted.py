@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import reference
 import torch
 import torch.nn.functional as F
+from tiny_llama import tiny_llama
 from torch import Tensor
-from transformers import LlamaConfig
 
 from torchprime.adapters.apply import apply_adapter, trainable
 from torchprime.adapters.axes import adapter_patterns
@@ -35,13 +35,10 @@ STEPS, SEED, EPS = 10, 20_261_130, 1e-3
 LR = 1e-2
 
 # Inputs of every matrix are whole NF4 blocks on a mesh of fsdp=2 x tensor=2, whose o_proj has four.
-CONFIG = LlamaConfig(
-    vocab_size=reference.V,
+CONFIG = tiny_llama(
+    reference.V,
     hidden_size=128,
     intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     head_dim=64,
     attention_bias=True,
     tie_word_embeddings=False,
@@ -50,12 +47,17 @@ CONFIG = LlamaConfig(
 
 @dataclass
 class Way:
-    """An adapter, and a mesh and a form of the step that train it."""
+    """An adapter, and a mesh and a form of the step that train it.
+
+    Attributes:
+        cut_further: B is cut along fsdp, too, as if its rank were large.
+    """
 
     mesh: dict[str, int]
     spec: AdapterSpec
     accumulation: int = 1
     more: dict[str, Any] = field(default_factory=dict)
+    cut_further: bool = False
 
     def groups(self, table: ShardingTable):
         """Return the shards along the inputs of a layer, by its name."""
@@ -94,6 +96,7 @@ WAYS = {
         AdapterSpec(
             rank=4, alpha=4, scaling="rslora", modules_to_train=("lm_head", "input_layernorm")
         ),
+        cut_further=True,
     ),
     "lora-barrier": Way(
         {"fsdp": 4},
@@ -104,6 +107,7 @@ WAYS = {
         {"fsdp": 2, "tensor": 2},
         AdapterSpec(rank=4, alpha=8),
         more={"remat": Remat(scan_layers=True)},
+        cut_further=True,
     ),
     "int8-dora-dropout-accumulate2": Way(
         {"data": 2, "fsdp": 2},
@@ -207,7 +211,8 @@ def storage_less(way: Way, shipped: ShardingTable) -> tuple[CausalLM, ShardingTa
         model = CausalLM(architecture_from_hf(CONFIG.to_dict()))
     apply_adapter(model, way.spec)
     quantize_base(model, way.spec.base_type, way.groups(shipped))
-    patterns = adapter_patterns(shipped.parameters)
+    axes = shipped.batch_axes() if way.cut_further else ()
+    patterns = adapter_patterns(shipped.parameters, axes)
     return model, ShardingTable(patterns, shipped.activations, 10**6)
 
 

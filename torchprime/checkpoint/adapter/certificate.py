@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchprime.adapters.lora import B
 from torchprime.adapters.peft_format import PREFIX
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.adapter.folder import AdapterFolder
@@ -41,19 +42,16 @@ from torchprime.checkpoint.proof.certificate import (
 )
 from torchprime.checkpoint.proof.logits import (
     LOGIT_TOLERANCE,
-    PROMPT_TOKENS,
     Logits,
     PromptLogits,
     decoder_logits,
-    encode_prompts,
     no_room,
+    prompt_ids,
 )
 from torchprime.checkpoint.proof.verify import NotChecked, read_back
 from torchprime.errors import CheckpointError
 from torchprime.files.json_files import read_json
 from torchprime.models.architecture import architecture_from_hf
-
-B = ".lora_B.weight"
 
 
 def certify_adapter(
@@ -256,9 +254,7 @@ class OverBase:
 
     @cached_property
     def _ids(self) -> np.ndarray:
-        most = architecture_from_hf(self.config).max_position_embeddings
-        longest = min(PROMPT_TOKENS, most)
-        return encode_prompts(self.folder / "tokenizer.json", longest=longest)
+        return prompt_ids(self.folder, architecture_from_hf(self.config))
 
     @cached_property
     def _unmerged(self) -> Logits:

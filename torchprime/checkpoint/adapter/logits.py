@@ -17,11 +17,10 @@ from torchprime.checkpoint.adapter.merge import TensorOf, base_in_run
 from torchprime.checkpoint.adapter.parts import plain_decoder
 from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.proof.logits import (
-    PROMPT_TOKENS,
     Logits,
     PromptLogits,
-    encode_prompts,
     no_room,
+    prompt_ids,
 )
 from torchprime.models.architecture import architecture_from_hf
 
@@ -78,14 +77,13 @@ def checkpoint_logits(
 
     Args:
         facts: of the run, with `facts.adapter`.
-        tokenizer: the file tokenizer.json.
+        tokenizer: the folder of tokenizer.json.
 
     `adapted_logits` describes the other arguments.
     """
     assert facts.adapter is not None
     if reason := no_room(facts.layout.num_parameters, facts.dtype):
         return reason
-    longest = min(PROMPT_TOKENS, architecture_from_hf(config).max_position_embeddings)
-    ids = encode_prompts(tokenizer, longest=longest)
+    ids = prompt_ids(tokenizer, architecture_from_hf(config))
     logits = adapted_logits(config, base_tensor_of, trained, facts.adapter, facts.dtype, ids)
     return PromptLogits(ids, logits, "torchprime's decoder on the CPU, from the checkpoint")

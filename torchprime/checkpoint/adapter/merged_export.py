@@ -39,10 +39,9 @@ from torchprime.checkpoint.proof.certificate import (
 )
 from torchprime.checkpoint.proof.logits import (
     LOGIT_TOLERANCE,
-    PROMPT_TOKENS,
     PromptLogits,
-    encode_prompts,
     no_room,
+    prompt_ids,
 )
 from torchprime.errors import CheckpointError
 from torchprime.files.json_files import read_json, read_json_if_there, token_ids
@@ -169,9 +168,7 @@ class Merge:
         count = sum(torch.Size(shape).numel() for shape in self.shapes.values())
         if reason := no_room(count, self.out_dtype):
             return reason
-        most = architecture_from_hf(self.config).max_position_embeddings
-        longest = min(PROMPT_TOKENS, most)
-        ids = encode_prompts(folder / "tokenizer.json", longest=longest)
+        ids = prompt_ids(folder, architecture_from_hf(self.config))
         spec = replace(self.adapter.spec, base_type=self.into)
         logits = adapted_logits(
             self.config,

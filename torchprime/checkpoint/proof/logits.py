@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchprime.host_memory import available_memory
-from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.raw_tokenizer import load_tokenizer_json
 
@@ -66,6 +66,13 @@ def encode_prompts(
     encoded = [e.ids for e in raw.encode_batch(list(prompts), add_special_tokens=False)]
     length = min(longest, *(len(ids) for ids in encoded))
     return np.array([ids[:length] for ids in encoded], dtype=np.int64)
+
+
+def prompt_ids(folder: Path, architecture: Architecture) -> npt.NDArray[np.int64]:
+    """Return the ids [B, S] of PROMPTS for a model and its tokenizer's folder; S is at most the
+    number of the model's positions."""
+    longest = min(PROMPT_TOKENS, architecture.max_position_embeddings)
+    return encode_prompts(folder / "tokenizer.json", longest=longest)
 
 
 def decoder_logits(

@@ -117,10 +117,11 @@ def trace(config: TrainConfig, architecture: dict[str, Any]) -> Lowered:
     backend = make_backend(config, make_tensors=Placeholders)
     dtype = getattr(torch, config.torch_dtype)
     found = architecture_from_hf(architecture, where="model")
+    model = build_model(found, adapter_of(config), dtype)
     return trace_step(
         backend,
-        build_model(found, adapter_of(config), dtype),
-        sharding_table(config),
+        model,
+        sharding_table(config, model),
         dtype,
         optimizer_of(config),
         step_options(config, max(1, len(config.dataset.mixture))),

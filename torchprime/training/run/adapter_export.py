@@ -6,7 +6,7 @@ visible.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,7 @@ from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.folder import HfFolder
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import Certificate, certify
-from torchprime.checkpoint.proof.logits import (
-    PromptLogits,
-)
+from torchprime.checkpoint.proof.logits import PromptLogits
 from torchprime.checkpoint.room import Need
 from torchprime.checkpoint.run.reader import CheckpointReader
 from torchprime.training.setup.adapter import ExportForm, TensorOf
@@ -50,14 +48,15 @@ class AdapterExport:
         hf: the folder that an export of the merged model is.
         facts: of the run, with `facts.adapter`.
         base: the folder of the base's weights.
-        base_of: gives a weight of the base by name, with rows for new tokens.
+        open_base: opens the base's files and returns a function that gives a weight by name, with
+            rows for new tokens; called only when weights are needed.
     """
 
     form: ExportForm
     hf: HfFolder
     facts: ExportFacts
     base: Path
-    base_of: TensorOf
+    open_base: Callable[[], TensorOf]
 
     @property
     def peft(self) -> AdapterFolder:
@@ -117,7 +116,7 @@ class AdapterExport:
             result = write_export(
                 place,
                 small_files=partial(self._small_files, trained, proof),
-                weights=merged_weights(self.peft, trained, self.base_of),
+                weights=merged_weights(self.peft, trained, self.open_base()),
                 layout=self.hf.layout,
                 certify=proof.certify_merged,
             )
@@ -133,8 +132,9 @@ class AdapterExport:
             CheckpointError: see `write`.
         """
         trained = {name: reader.get(f"model.{name}") for name in self.peft.parts.shapes}
-        tokenizer = self.hf.tokenizer_folder / "tokenizer.json"
-        logits = checkpoint_logits(self.facts, self.hf.config, self.base_of, trained, tokenizer)
+        logits = checkpoint_logits(
+            self.facts, self.hf.config, self.open_base(), trained, self.hf.tokenizer_folder
+        )
         return self.write(place, trained, logits, f"{reader.name} of {self.facts.source}")
 
     def _small_files(self, trained: Mapping[str, Tensor], proof: _Proof, folder: Path) -> None:

@@ -27,7 +27,7 @@ from torchprime.checkpoint.hf.folder import HfFolder
 from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import certify
-from torchprime.checkpoint.proof.logits import PROMPT_TOKENS, PromptLogits, encode_prompts, no_room
+from torchprime.checkpoint.proof.logits import PromptLogits, no_room, prompt_ids
 from torchprime.checkpoint.room import Need
 from torchprime.checkpoint.run.reader import CheckpointReader, TensorReader
 from torchprime.checkpoint.run.storage import FolderWriter, Storage
@@ -110,8 +110,8 @@ class Exporter:
         if adapter is None:
             return None
         assert base is not None  # the schema guarantees it
-        base_of = pretrained_tensors(self.files, self.layout.dtype)
-        return AdapterExport(adapter.form, self.hf_folder(), facts, base, base_of)
+        open_base = partial(pretrained_tensors, self.files, self.layout.dtype)
+        return AdapterExport(adapter.form, self.hf_folder(), facts, base, open_base)
 
     def write_small_files(self, folder: Path, *, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the part of an export that a checkpoint stores: the facts and all files but the
@@ -279,8 +279,7 @@ class Exporter:
 
     @cached_property
     def _prompts(self) -> np.ndarray:
-        longest = min(PROMPT_TOKENS, self.files.architecture.max_position_embeddings)
-        return encode_prompts(self.files.tokenizer.folder / "tokenizer.json", longest=longest)
+        return prompt_ids(self.files.tokenizer.folder, self.files.architecture)
 
 
 def _then(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from torchprime.adapters.axes import adapter_patterns
+from torchprime.adapters.lora import A, B
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.adapter.read import read_adapter
 from torchprime.config.schema import TrainConfig
@@ -112,11 +113,16 @@ def vocabulary_of(config: TrainConfig) -> VocabularyRequest:
     )
 
 
-def sharding_table(config: TrainConfig) -> ShardingTable:
-    """Return the config's table, not yet checked against a model."""
+def sharding_table(config: TrainConfig, model: CausalLM) -> ShardingTable:
+    """Return the config's table, with patterns for the model's adapter, not yet checked against the
+    model."""
     s = config.sharding
-    parameters = adapter_patterns(s.parameters) if config.adapter.enabled else s.parameters
-    return ShardingTable(parameters, s.activations, s.max_unsharded_params)
+    table = ShardingTable(s.parameters, s.activations, s.max_unsharded_params)
+    if not config.adapter.enabled:
+        return table
+    largest = max(p.numel() for name, p in model.named_parameters() if name.endswith((A, B)))
+    axes = table.batch_axes() if largest > s.max_unsharded_params else ()
+    return replace(table, parameters=adapter_patterns(s.parameters, axes))
 
 
 def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, dict[str, Spec]]:
@@ -128,7 +134,7 @@ def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, 
     Raises:
         ConfigError: names or shapes that the table does not fit, a scan over layers that differ.
     """
-    table = sharding_table(config)
+    table = sharding_table(config, model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     specs = table.parameter_specs(shapes, config.mesh_shape())
     table.check_activations(name for name, _ in model.named_modules())

@@ -13,8 +13,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from tiny_llama import tiny_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from torchprime.adapters.spec import AdapterSpec
 
@@ -59,13 +60,10 @@ def make_base(
 
     @cache
     def make(tied: bool = False, seed: int = 0, hidden: int = 64) -> Path:
-        config = LlamaConfig(
-            vocab_size=320,
+        config = tiny_llama(
+            320,
             hidden_size=hidden,
             intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
             max_position_embeddings=128,
             tie_word_embeddings=tied,
             bos_token_id=None,

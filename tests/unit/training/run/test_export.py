@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,16 +18,20 @@ import torch
 from forks import Ended, ForkServer
 from transformers import LlamaForCausalLM
 
+from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.hf.card import CardFacts
 from torchprime.checkpoint.hf.write import WeightLayout
+from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import read_certificate
 from torchprime.checkpoint.proof.recheck import recheck
 from torchprime.checkpoint.proof.verify import load_transformers
 from torchprime.cli.main import main
 from torchprime.data.templates.render import ChatTemplate
 from torchprime.errors import CheckpointError
+from torchprime.sharding import ShardingTable
 from torchprime.training.processes import OneProcess, Processes
 from torchprime.training.run.export import Exporter
+from torchprime.training.setup.adapter import Adapter
 
 STEPS, EVERY = 4, 2
 LAST, MIDDLE = f"step_{STEPS:08d}", f"step_{EVERY:08d}"
@@ -267,6 +272,22 @@ def test_without_room_a_group_computes_logits_and_one_process_none(
     alone.processes = OneProcess()
     assert exporter._trained_logits(alone) == "too small"  # type: ignore[arg-type]
     assert not alone.done
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged", "both"])
+def test_an_adapters_export_is_checked_without_weights(
+    exporter: Exporter, tmp_path: Path, monkeypatch, form: Any
+) -> None:
+    def opened(*_: object) -> NoReturn:
+        raise AssertionError("the base's files are opened")
+
+    monkeypatch.setattr("torchprime.training.run.export.pretrained_tensors", opened)
+    adapter = Adapter(AdapterSpec(rank=4, alpha=8), ShardingTable({}, {}), {}, form)
+    exporter.files = replace(exporter.files, adapter=adapter)
+    exporter.card = CardFacts(base_model="owner/base")
+    exporter.check(tmp_path / "out")
+    assert exporter.need(ExportPlace.of(tmp_path / "out")).bytes > 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_knows_of_conversations(exporter: Exporter) -> None:
