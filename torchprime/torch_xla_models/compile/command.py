@@ -165,10 +165,19 @@ def settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def _adapter_settings(config: TrainConfig) -> dict[str, Any] | None:
-    if not config.adapter.enabled:
+    adapter = adapter_of(config)  # with `adapter.pretrained` its folder describes it
+    if adapter is None:
         return None
-    keys = ("rank", "base_dtype", "dora", "dropout", "targets", "layers", "modules_to_train")
-    return {key: getattr(config.adapter, key) for key in keys}
+    spec = adapter.spec
+    return {
+        "rank": spec.rank,
+        "base_dtype": spec.base_type,
+        "dora": spec.dora,
+        "dropout": spec.dropout,
+        "targets": list(spec.targets),
+        "layers": None if spec.layers is None else list(spec.layers),
+        "modules_to_train": list(spec.modules_to_train),
+    }
 
 
 def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
@@ -213,8 +222,8 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
         accumulation=config.task.gradient_accumulation_steps,
         loss_chunks=config.task.loss_chunks,
         full_remat=config.remat.recomputes,
-        dora=config.adapter.enabled and config.adapter.dora,
-        dropout=config.adapter.enabled and config.adapter.dropout > 0,
+        dora=adapter is not None and adapter.spec.dora,
+        dropout=adapter is not None and adapter.spec.dropout > 0,
     )
 
 

@@ -13,18 +13,22 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import peft
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
 from torchprime.config.topologies import topology
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
+from torchprime.models.architecture import architecture_from_hf
 from torchprime.torch_xla_models.attention import choose_kernel
 from torchprime.torch_xla_models.compile import command as compile_only
 from torchprime.torch_xla_models.compile import library as tpu_library
 from torchprime.torch_xla_models.compile.hlo import Program
 from torchprime.torch_xla_models.compile.library import Library, find_library
 from torchprime.torch_xla_models.train import main
+from torchprime.training.setup.model_files import find_architecture
 
 # Small, but with dims that a TPU's tiles do not pad.
 TINY = [
@@ -122,6 +126,44 @@ def test_a_quantized_base_is_gathered_as_it_is_stored(library, tmp_path) -> None
     # In bf16: embedding, output projection and the adapter's matrices, no weight of a layer.
     in_loops = [each for each in gathers if each.runs > 1 and each.dtype == "bf16"]
     assert all(each.payload < 512 * 256 for each in in_loops)
+
+
+@pytest.fixture(scope="module")
+def from_a_folder(tmp_path_factory) -> tuple[list[str], int]:
+    """The command line with the folder of an adapter that PEFT made, and what PEFT trains in it."""
+    architecture = compose_config(TINY).to_dict()["model"]["architecture"]
+    base, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
+    (base / "config.json").write_text(json.dumps(architecture))
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=8, lora_alpha=16, use_dora=True, target_modules=["q_proj"]
+    )
+    adapted = peft.get_peft_model(model, lora)
+    adapted.save_pretrained(str(folder))
+    given = ["model.architecture=null", f"model.pretrained_model={base}"]
+    return [*TINY, *given, f"adapter.pretrained={folder}"], adapted.get_nb_trainable_parameters()[0]
+
+
+def test_the_step_of_an_adapters_folder_has_its_sizes(from_a_folder) -> None:
+    argv, count = from_a_folder
+    config = compose_config([*argv, "adapter.dropout=0.1"])
+    adapter = compile_only.settings(config)["adapter"]
+    assert (adapter["rank"], adapter["dora"], adapter["targets"]) == (8, True, ["q_proj"])
+    assert adapter["dropout"] == 0.1 and adapter["base_dtype"] == "run"
+    hf_config, _ = find_architecture(
+        pretrained_model=config.model.pretrained_model, architecture=None, cache_dir=None
+    )
+    sizes = compile_only.step_sizes(config, architecture_from_hf(hf_config))
+    assert sizes.counts()[0] == count and sizes.dora
+
+
+@pytest.mark.slow
+def test_the_step_of_an_adapters_folder_compiles(library, from_a_folder, tmp_path) -> None:
+    argv, count = from_a_folder
+    assert run_main(main, [*argv, f"output_dir={tmp_path}"]) == 0
+    report = json.loads((tmp_path / "small-v5e-4" / "compile_report.json").read_text())
+    assert report["trained_parameters"] == count
+    assert report["flops"]["ratio"] == pytest.approx(1.0, abs=0.02)
 
 
 # Bad input ----------------------------------------------------------------------------------------
