@@ -172,8 +172,8 @@ def _in_fp32(steps: int) -> list[str]:
 
 def adapter_experiment(row: Row, steps: int, out: Path) -> list[str]:
     """Return the overrides that all cases of an adapter share."""
-    # Shorter blocks than all weights' matrix has: there are four times as many runs.
-    shared = [*CURVES_ALONE, "dataset.block_size=256", *row.overrides]
+    # Smaller batches than all weights' matrix has: there are seven times as many runs.
+    shared = [*CURVES_ALONE, "dataset.block_size=256", "task.global_batch_size=4", *row.overrides]
     shared.append(f"task.optimizer.learning_rate={row.rate}")
     shared.append(f"checkpoint.every_steps={steps}")
     if not row.random_base:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -42,16 +43,30 @@ class ExportResult:
     certificate: Certificate | None
 
 
-def check_export(out: Path | ExportPlace, hf_folder: HfFolder) -> list[str]:
-    """Raise the CheckpointError that `export_hf` would raise, without weights; takes a second.
+class Exported(Protocol):
+    """A folder to be written, of a whole model or of an adapter."""
+
+    @property
+    def layout(self) -> WeightLayout:
+        """The weights, and how they are stored."""
+        ...
+
+    def check(self) -> list[str]:
+        """Find contradictions without weights; return the repairs of the source's files."""
+        ...
+
+
+def check_export(out: Path | ExportPlace, folder: Exported) -> list[str]:
+    """Raise the CheckpointError that writing the folder would raise, without weights; takes a
+    second.
 
     Returns:
         The repairs that the export makes in the source's files, as lines for the user.
     """
     place = ExportPlace.of(out)
     place.require_new()
-    require_room([export_need(place, hf_folder.layout)])
-    return hf_folder.check()
+    require_room([export_need(place, folder.layout)])
+    return folder.check()
 
 
 def export_hf(

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from in_peft import lora_config
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,7 +20,6 @@ from torchprime.adapters.quantized import quantized
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.models.decoder import CausalLM
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SPECS = {
     "lora": AdapterSpec(rank=4, alpha=8),
     "rslora": AdapterSpec(rank=4, alpha=8, scaling="rslora", targets=("q_proj", "down_proj")),
@@ -32,20 +32,6 @@ SPECS = {
     "nf4": AdapterSpec(rank=4, alpha=8, base_type="nf4"),
     "dora on nf4": AdapterSpec(rank=4, alpha=8, base_type="nf4", dora=True),
 }
-
-
-def in_peft(model: PreTrainedModel, spec: AdapterSpec) -> peft.PeftModel:
-    config = peft.LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,  # pyright: ignore[reportArgumentType]
-        use_rslora=spec.scaling == "rslora",
-        use_dora=spec.dora,
-        target_modules=list(LINEARS if spec.targets == ("all-linear",) else spec.targets),
-        layers_to_transform=None if spec.layers is None else list(spec.layers),
-        # PEFT compares the ends of names: `norm` would be `input_layernorm` too.
-        modules_to_save=[n.replace("norm", "model.norm") for n in spec.modules_to_train] or None,
-    )
-    return peft.get_peft_model(model, config)
 
 
 def quantize(model: nn.Module, spec: AdapterSpec) -> None:
@@ -86,7 +72,7 @@ def pair(
             for name, module in ours.named_modules():
                 if isinstance(module, AdaptedLinear):
                     theirs.get_submodule(name).weight.data = weight_of(module.base_layer).clone()
-        wrapped = in_peft(theirs, spec)
+        wrapped = peft.get_peft_model(theirs, lora_config(spec))
         tensors = {file_name(n): p.detach().clone() for n, p in trainable(ours).items()}
         assert set(tensors) == set(peft.get_peft_model_state_dict(wrapped))
         peft.set_peft_model_state_dict(wrapped, tensors)

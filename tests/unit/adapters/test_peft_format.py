@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from in_peft import lora_config
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
@@ -61,15 +63,7 @@ def test_we_read_what_peft_writes(
 ) -> None:
     spec = SPECS[name]
     targets = spec.targets if spec.targets != ("all-linear",) else ("q_proj", "up_proj")
-    config = peft.LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,  # pyright: ignore[reportArgumentType]
-        use_rslora=spec.scaling == "rslora",
-        use_dora=spec.dora,
-        target_modules=list(targets),
-        layers_to_transform=None if spec.layers is None else list(spec.layers),
-        modules_to_save=list(spec.modules_to_train) or None,
-    )
+    config = lora_config(replace(spec, targets=targets))
     peft.get_peft_model(make_theirs(), config).save_pretrained(str(tmp_path))
     read = spec_of(json.loads((tmp_path / CONFIG_NAME).read_text()), "folder")
     assert read.rank == spec.rank and read.scale == spec.scale and read.dora == spec.dora

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import reference
 import torch
 import torch.nn.functional as F
-from tiny_llama import tiny_llama
 from torch import Tensor
+from transformers import LlamaConfig
 
 from torchprime.adapters.apply import apply_adapter, trainable
 from torchprime.adapters.axes import adapter_patterns
@@ -35,10 +35,13 @@ STEPS, SEED, EPS = 10, 20_261_130, 1e-3
 LR = 1e-2
 
 # Inputs of every matrix are whole NF4 blocks on a mesh of fsdp=2 x tensor=2, whose o_proj has four.
-CONFIG = tiny_llama(
-    reference.V,
+CONFIG = LlamaConfig(
+    vocab_size=reference.V,
     hidden_size=128,
     intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
     head_dim=64,
     attention_bias=True,
     tie_word_embeddings=False,

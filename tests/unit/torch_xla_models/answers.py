@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_llama import SHAPE, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -17,13 +17,20 @@ from transformers import (
 from torchprime.generation.decode import Answer, GenerateOptions
 
 V = 96
-SIZES = dict(SHAPE, vocab_size=V)
+SHAPE: dict[str, Any] = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 CONFIGS = {
-    "llama-tied": tiny_llama(V, tie_word_embeddings=True),
+    "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     # The first layer sees everything, the second a window; biases.
-    "qwen2": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=20, max_window_layers=1),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16),
-    "mistral": MistralConfig(**SIZES, sliding_window=12),
+    "qwen2": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=20, max_window_layers=1),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "mistral": MistralConfig(**SHAPE, sliding_window=12),
 }
 LIMIT, NEW = 160, 40
 # Batches of 4 and 3 in the buckets 64 and 160; the longest leaves less room than NEW.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.optimization import Adafactor
 
@@ -20,8 +19,15 @@ from torchprime.data.blocks.batch import Batch
 V, B, S, LR, CLIP, DECAY, EPS, STEPS = 64, 8, 16, 3e-2, 0.5, 0.1, 1e-3, 4
 FACTOR_EPS = 1e-6  # the same for Adafactor, which adds it to squares
 
-CONFIG = tiny_llama(
-    V, hidden_size=16, intermediate_size=32, rms_norm_eps=1e-5, attn_implementation="eager"
+CONFIG = LlamaConfig(
+    vocab_size=V,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-5,
+    attn_implementation="eager",  # pyright: ignore[reportCallIssue]
 )
 
 

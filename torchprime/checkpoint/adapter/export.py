@@ -11,23 +11,10 @@ from torch import Tensor
 from torchprime.checkpoint.adapter.certificate import certify_adapter
 from torchprime.checkpoint.adapter.folder import AdapterFolder
 from torchprime.checkpoint.adapter.merge import TensorOf, merged_tensors
-from torchprime.checkpoint.export import ExportResult, export_need, write_export
+from torchprime.checkpoint.export import ExportResult, write_export
 from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.logits import PromptLogits
-from torchprime.checkpoint.room import require_room
-
-
-def check_adapter_export(out: Path | str | ExportPlace, adapter: AdapterFolder) -> list[str]:
-    """Raise the errors that `export_adapter` would raise, without weights; takes a second.
-
-    Returns:
-        The repairs that the export makes in the source's files, as lines for the user.
-    """
-    place = ExportPlace.of(out)
-    place.require_new()
-    require_room([export_need(place, adapter.layout)])
-    return adapter.check()
 
 
 def merged_weights(

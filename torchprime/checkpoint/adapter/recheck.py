@@ -10,14 +10,10 @@ import torch
 
 from torchprime.adapters.peft_format import CONFIG_NAME
 from torchprime.checkpoint.adapter.certificate import OverBase, check_trained, told_adapter
-from torchprime.checkpoint.hf.served_template import TrainedTemplate
 from torchprime.checkpoint.proof.certificate import (
     Certificate,
     Check,
     Found,
-    check_ids,
-    check_stops,
-    check_template,
     judge,
     read_certificate,
 )
@@ -25,8 +21,8 @@ from torchprime.checkpoint.proof.recheck import (
     check_files,
     check_weights,
     check_when_written,
+    checks_beside_weights,
     distance_from,
-    not_repeated,
     recheck,
     recorded_prompts,
     recorded_values,
@@ -69,17 +65,7 @@ def recheck_adapter(folder: Path, base: Path | None = None) -> tuple[Certificate
         ("base", over.check_base),
         ("logits", lambda: _logits(over, recorded("logits"))),
         ("merged", over.check_merged),
-        (
-            "chat template",
-            lambda: check_template(folder, TrainedTemplate.from_values(recorded("chat template"))),
-        ),
-        (
-            "stop tokens",
-            lambda: check_stops(folder, tuple(recorded("stop tokens")["stop_ids"])),
-        ),
-        ("tokenizer", lambda: check_ids(folder)),
-        ("fingerprints", lambda: not_repeated(certificate.fingerprints, "rows and config")),
-        ("metrics", lambda: not_repeated(certificate.metrics, "the run and its held-out rows")),
+        *checks_beside_weights(folder, certificate),
     ]
     return certificate, [judge(name, check, folder) for name, check in again]
 

@@ -66,23 +66,29 @@ def recheck(folder: Path, base: Path | None = None) -> tuple[Certificate, list[C
         ("tied weights", lambda: check_tied(folder)),
         ("base", lambda: _base(folder, base, certificate)),
         ("logits", lambda: _logits(folder, recorded_values(certificate, "logits"), certificate)),
+        *checks_beside_weights(folder, certificate),
+    ]
+    return certificate, [judge(name, check, folder) for name, check in again]
+
+
+def checks_beside_weights(
+    folder: Path, certificate: Certificate
+) -> list[tuple[str, Callable[[], Found]]]:
+    """Return the last checks of every certificate by name: those that need no weights."""
+
+    def recorded(name: str) -> Mapping[str, Any]:
+        return recorded_values(certificate, name)
+
+    return [
         (
             "chat template",
-            lambda: check_template(
-                folder, TrainedTemplate.from_values(recorded_values(certificate, "chat template"))
-            ),
+            lambda: check_template(folder, TrainedTemplate.from_values(recorded("chat template"))),
         ),
-        (
-            "stop tokens",
-            lambda: check_stops(
-                folder, tuple(recorded_values(certificate, "stop tokens")["stop_ids"])
-            ),
-        ),
+        ("stop tokens", lambda: check_stops(folder, tuple(recorded("stop tokens")["stop_ids"]))),
         ("tokenizer", lambda: check_ids(folder)),
         ("fingerprints", lambda: not_repeated(certificate.fingerprints, "rows and config")),
         ("metrics", lambda: not_repeated(certificate.metrics, "the run and its held-out rows")),
     ]
-    return certificate, [judge(name, check, folder) for name, check in again]
 
 
 def recorded_values(certificate: Certificate, name: str) -> Mapping[str, Any]:

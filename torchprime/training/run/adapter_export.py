@@ -15,7 +15,6 @@ from torch import Tensor
 
 from torchprime.checkpoint.adapter.certificate import certify_adapter
 from torchprime.checkpoint.adapter.export import (
-    check_adapter_export,
     export_adapter,
     merged_weights,
 )
@@ -67,7 +66,7 @@ class AdapterExport:
         """Raise the errors that `write` would raise, without weights; return the repairs made in
         the source's files, as lines for the user."""
         if self.form == "adapter":
-            return check_adapter_export(out, self.peft)
+            return check_export(out, self.peft)
         lines = check_export(out, self.hf)
         if self.form == "both":
             self.peft.check()

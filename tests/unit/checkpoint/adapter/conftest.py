@@ -13,13 +13,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from in_peft import lora_config
 from tiny_llama import tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from torchprime.adapters.spec import AdapterSpec
 
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SPECS = {
     "lora": AdapterSpec(rank=4, alpha=8),
     "rslora": AdapterSpec(rank=4, alpha=8, scaling="rslora", targets=("q_proj", "down_proj")),
@@ -82,21 +82,6 @@ def make_base(
     return make
 
 
-def in_peft(model: Any, spec: AdapterSpec, tied: bool) -> peft.PeftModel:
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=spec.rank,
-        lora_alpha=spec.alpha,  # pyright: ignore[reportArgumentType]
-        use_rslora=spec.scaling == "rslora",
-        use_dora=spec.dora,
-        target_modules=LINEARS if spec.targets == ("all-linear",) else list(spec.targets),
-        layers_to_transform=None if spec.layers is None else list(spec.layers),
-        modules_to_save=[n.replace("*.norm", "model.norm") for n in spec.modules_to_train] or None,
-        ensure_weight_tying=tied,
-    )
-    return peft.get_peft_model(model, config)
-
-
 @pytest.fixture(scope="session")
 def by_peft(
     make_base: Callable[..., Path], ids: Tensor, tmp_path_factory: pytest.TempPathFactory
@@ -107,7 +92,9 @@ def by_peft(
     def make(name: str) -> PeftAdapter:
         spec, tied = SPECS[name], name in TIED
         base = make_base(tied)
-        model = in_peft(AutoModelForCausalLM.from_pretrained(base), spec, tied).eval()
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        config = lora_config(spec, task_type="CAUSAL_LM", ensure_weight_tying=tied)
+        model = peft.get_peft_model(plain, config).eval()
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.adapter.certificate import base_fingerprint
 from torchprime.checkpoint.adapter.export import (
-    check_adapter_export,
     export_adapter,
     merged_weights,
 )
@@ -27,7 +26,7 @@ from torchprime.checkpoint.adapter.folder import AdapterFolder
 from torchprime.checkpoint.adapter.logits import adapted_logits
 from torchprime.checkpoint.adapter.read import read_adapter
 from torchprime.checkpoint.adapter.recheck import recheck_any
-from torchprime.checkpoint.export import ExportResult
+from torchprime.checkpoint.export import ExportResult, check_export
 from torchprime.checkpoint.hf.card import CardFacts
 from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.folder import HfFolder
@@ -227,10 +226,10 @@ def test_a_tensor_that_is_missing_or_not_finite_leaves_nothing(by_peft, tmp_path
 
 def test_reasons_to_refuse_are_found_before_training(by_peft, tmp_path: Path) -> None:
     case = Case(by_peft("lora"))
-    assert check_adapter_export(tmp_path / "out", case.adapter) == []
+    assert check_export(tmp_path / "out", case.adapter) == []
     shutil.copytree(case.made.folder, tmp_path / "used")
     with pytest.raises(CheckpointError, match="used"):
-        check_adapter_export(tmp_path / "used", case.adapter)
+        check_export(tmp_path / "used", case.adapter)
 
 
 def test_the_card_says_how_to_use_it(by_peft, tmp_path: Path) -> None:
