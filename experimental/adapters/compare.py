@@ -90,7 +90,7 @@ class Result(TypedDict):
 
 def quickstart() -> Case:
     """Return the shipped model and rows."""
-    overrides = ["--config-name", "quickstart", "eval.every_steps=100", "task.max_steps=100"]
+    overrides = ["--config-name", "quickstart", "eval.every_steps=150", "task.max_steps=150"]
     return Case(overrides, 1e-3, 1e-2, (), largest=64)
 
 
