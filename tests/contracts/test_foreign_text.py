@@ -23,6 +23,7 @@ ALLOWED = {
     ("data/rows/exchanges.py", "frame.format"),  # constants of that module
     ("data/shared/fields.py", "missing.format"),  # reasons of ours, given by callers
     ("data/shared/fields.py", "wrong.format"),
+    ("metrics/trackers/tracker.py", "import_module"),  # of trackers, by names of ours
     ("torch_native/attention.py", "import_module"),  # of kernels, by names of ours
     ("torch_native/fused_loss.py", "import_module"),
     ("evaluation/graders/custom.py", "import_module"),  # a module that the user's config names

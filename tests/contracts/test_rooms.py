@@ -31,11 +31,12 @@ ROOMS = {
         *("templates", "tokens", "blocks", "leaks"),
     ],
     "evaluation": ["graders"],
+    "metrics": ["trackers"],
     "torch_xla_models": ["compile"],
     "training": ["optim", "setup", "run", "hooks"],
 }
 # Here rooms stand beside the modules that they use; elsewhere those are above all rooms.
-MIXED = {"checkpoint", "config", "torch_xla_models", "training"}
+MIXED = {"checkpoint", "config", "metrics", "torch_xla_models", "training"}
 # Tests of several modules together, in tests/unit because they share its fixtures.
 TOGETHER = {
     "checkpoint/test_s3_server.py",

@@ -12,7 +12,9 @@ from attack import Attack, Ground
 from torchprime.checkpoint.run.lock import run_lock
 from torchprime.files.atomic import atomic_folder, open_new, write_text
 from torchprime.files.private_folders import own_folder
-from torchprime.metrics.writers import JsonlWriter, TensorBoardWriter
+from torchprime.metrics.trackers.tensorboard import TensorBoard
+from torchprime.metrics.trackers.tracker import TrackedRun
+from torchprime.metrics.writers import JsonlWriter
 
 ANA, TEAM = 12345, 54321  # another user and a group, as numbers without names
 
@@ -174,7 +176,7 @@ FUNCTIONS = [
         Attack(
             f"TensorBoard's folder that is a link to {kind}",
             to(kind, "tensorboard"),
-            write_here(TensorBoardWriter),
+            write_here(lambda here: TensorBoard(TrackedRun("run", here, {}))),
             "tensorboard is a link, and nothing is written through one",
         ),
         Attack(

@@ -32,8 +32,8 @@ SAME = {
     "validation_file": "eval.file_dataset_path",
 }
 _RECORDS = (
-    "Records always go to metrics.jsonl and to TensorBoard files in the run's folder: leave it "
-    "out, and look with `tensorboard --logdir outputs`."
+    "Records always go to metrics.jsonl in the run's folder, and to TensorBoard: leave it out, and "
+    "look with `tensorboard --logdir outputs`. For others: metrics.trackers=[tensorboard,wandb]."
 )
 _BATCH = (
     "Set task.global_batch_size: blocks per update over all devices and micro-batches; "

@@ -19,6 +19,7 @@ from torchprime.config.paths import CompileCache, LocalFolder, PathOrUrl, RunFol
 from torchprime.config.sections.adapter import AdapterConfig
 from torchprime.config.sections.dataset import DatasetConfig
 from torchprime.config.sections.evaluation import EvalConfig, ExportConfig, SelectionConfig
+from torchprime.config.sections.metrics import MetricsConfig
 from torchprime.config.sections.model import ModelConfig
 from torchprime.config.sections.task import TaskConfig
 from torchprime.config.topologies import check_devices, topology
@@ -166,6 +167,7 @@ class TrainConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     seed: int = 42
     torch_dtype: Literal["float32", "bfloat16"] = "float32"
     logging_steps: int = 10

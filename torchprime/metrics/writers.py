@@ -1,8 +1,9 @@
-"""Writers of records: `metrics.jsonl` first, then TensorBoard and the terminal.
+"""Writers of records: `metrics.jsonl` first, then trackers and the terminal.
 
 The loop passes every record to every `Writer` in turn and closes them at the end. `metrics.jsonl`
 is the primary record: each line is flushed when it is written, so a killed run loses no line. A
-line torn by a crash is removed when the next run appends. The others show the same records.
+line torn by a crash is removed when the next run appends. The others show the same records;
+trackers/ has those that show them elsewhere.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -20,7 +21,6 @@ from tqdm import tqdm
 
 from torchprime.errors import DataError, RuntimeSetupError
 from torchprime.files.atomic import open_plain, read_regular_text
-from torchprime.files.private_folders import own_folder
 from torchprime.metrics.record import (
     CheckpointRecord,
     EvalRecord,
@@ -119,56 +119,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
                 "JSON object as the trainer writes it; remove the line or repeat the run"
             ) from error
     return records
-
-
-class TensorBoardWriter:
-    """Writer of scalars `train/<name>` and `eval/<name>` in `<run folder>/tensorboard`.
-
-    `start_step` is the number of updates that a resumed run has already done: later points of an
-    earlier start are not shown.
-    """
-
-    def __init__(self, run_folder: str | Path, start_step: int = 0) -> None:
-        try:
-            # late: takes a second, and only this writer needs it
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise RuntimeSetupError(
-                f"TensorBoard metrics need the package tensorboard, which is missing ({error}); "
-                "install it with `pip install tensorboard`"
-            ) from error
-        purged = start_step + 1 if start_step else None
-        folder = str(own_folder(Path(run_folder), "tensorboard", "output_dir"))
-        self._summary: SummaryWriter | None = SummaryWriter(log_dir=folder, purge_step=purged)
-
-    def write(self, record: Record) -> None:
-        try:
-            self._add(record)
-        except OSError as error:  # metrics.jsonl has the records
-            say(f"TensorBoard's files can't be written any more: {error}")
-            self._summary = None
-
-    def _add(self, record: Record) -> None:
-        if self._summary is None:
-            return
-        values = record.to_dict()
-        for source, loss in (values.pop("source_losses", None) or {}).items():
-            values[f"loss/{source}"] = loss
-        values |= values.pop("terms", None) or {}
-        for grader, score in (values.pop("scores", None) or {}).items():
-            values[grader] = score["value"]
-        for name, value in values.items():
-            if name != "step" and isinstance(value, int | float):
-                tag = f"{record.kind}/{name.removeprefix('eval_')}"
-                self._summary.add_scalar(tag, value, record.step)
-
-    def sync(self) -> None:
-        """Do nothing: metrics.jsonl is the primary record."""
-
-    def close(self) -> None:
-        if self._summary is not None:
-            with suppress(OSError):
-                self._summary.close()
 
 
 class ConsoleWriter:

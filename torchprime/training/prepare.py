@@ -18,6 +18,7 @@ from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.run.catalog import Catalog
 from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.config.schema import TrainConfig
+from torchprime.metrics.trackers.choose import require_libraries
 from torchprime.sharding import ShardingTable
 from torchprime.training.backend import Backend, StepNumbers
 from torchprime.training.evaluating import (
@@ -173,6 +174,7 @@ def _read(
 ) -> tuple[RunInputs, Evaluation, Catalog]:
     """Read files, rows and prompts, once it is known that the folder's run can go on."""
     c = config
+    require_libraries(c.metrics.trackers)
     choosing, graders = make_choosing(c.eval, c.selection), make_graders(c.eval)
     storage = open_storage(resuming.checkpoints_place(folder, c.checkpoint.folder))
     catalog = Catalog(storage, choosing.rule.rank)

@@ -12,7 +12,7 @@ from torchprime.evaluation.behaviour import EVALUATIONS
 from torchprime.files.atomic import clear_temporary, write_json
 from torchprime.files.private_folders import own_folder
 from torchprime.metrics.throughput import Stopwatch
-from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writer
+from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, Writer
 from torchprime.training.backend import StepNumbers
 from torchprime.training.hooks.checkpoint import CheckpointHook, SaveSchedule
 from torchprime.training.hooks.evaluation import EvaluationHook, HeldOut
@@ -25,6 +25,7 @@ from torchprime.training.run import folder as run_folder
 from torchprime.training.run import resume as resuming
 from torchprime.training.run.facts import run_facts
 from torchprime.training.run.saver import Retention, Saver
+from torchprime.training.run.tracking import Tracking, start_tracking
 from torchprime.training.setup.adapter import AdaptedTensors
 from torchprime.training.setup.plan import flops_per_token
 from torchprime.training.setup.probe import probe_isolation
@@ -43,6 +44,7 @@ class Run:
     loop: TrainLoop
     snapshots: Snapshots
     saver: Saver | None
+    tracking: Tracking
 
     def train(self) -> StepNumbers:
         """Run the remaining steps and return the last one's numbers.
@@ -140,7 +142,8 @@ def _make_run(prepared: Prepared) -> Run:
     """Make the loop with its hooks. Checkpoints come after all other hooks of the same step."""
     p, config, files = prepared, prepared.config, prepared.inputs.files
     control = RunControl(CompileGuard(p.backend, allow=config.allow_recompile), Stopwatch())
-    metrics = MetricsHook(_writers(p))
+    tracking = start_tracking(p)
+    metrics = MetricsHook(_writers(p, tracking))
     hooks: list[Hook] = [metrics]
     evaluations = _evaluations(p, metrics, control)
     if evaluations is not None:
@@ -165,16 +168,16 @@ def _make_run(prepared: Prepared) -> Run:
         hooks=hooks,
         control=control,
     )
-    return Run(p, loop, snapshots, saver)
+    return Run(p, loop, snapshots, saver, tracking)
 
 
-def _writers(prepared: Prepared) -> list[Writer]:
+def _writers(prepared: Prepared, tracking: Tracking) -> list[Writer]:
     if prepared.backend.processes.index != 0:
         return []
     folder, first_step = prepared.folder, prepared.past.step
     return [
         JsonlWriter(folder / resuming.METRICS),
-        TensorBoardWriter(folder, first_step),
+        *tracking.senders,
         ConsoleWriter(prepared.plan.total_steps, first_step),
     ]
 

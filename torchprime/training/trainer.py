@@ -56,13 +56,14 @@ class Trainer:
             if prepared.complete:
                 return self.leave(prepared)
             run = start(prepared)
-            try:
-                numbers = run.train()
-            except DivergedError as error:
-                raise DivergedError(f"{error} {keep_weights(prepared)}") from error
-            self.finish(run, numbers)
-            if run.saver is not None:
-                run.saver.require()
+            with run.tracking:
+                try:
+                    numbers = run.train()
+                except DivergedError as error:
+                    raise DivergedError(f"{error} {keep_weights(prepared)}") from error
+                self.finish(run, numbers)
+                if run.saver is not None:
+                    run.saver.require()
             return numbers
 
     def weights(self, files: ModelFiles) -> Callable[[str], Tensor]:

@@ -1,4 +1,4 @@
-"""Records in metrics.jsonl, in TensorBoard's files and on the terminal."""
+"""Records in metrics.jsonl and on the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torchprime.metrics.record import EvalRecord, StepRecord
 from torchprime.metrics.writers import (
     ConsoleWriter,
     JsonlWriter,
-    TensorBoardWriter,
     Writer,
     format_duration,
     read_metrics,
@@ -94,25 +93,6 @@ def test_reading_names_the_malformed_line(tmp_path: Path) -> None:
 def test_reading_a_missing_file_says_which_was_expected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl.*No such file.*expected the metrics"):
         read_metrics(tmp_path / "nowhere.jsonl")
-
-
-def test_tensorboard_gets_the_numbers_by_kind_and_step(
-    tmp_path: Path, step_record: StepRecord
-) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    writer: Writer = TensorBoardWriter(tmp_path)
-    writer.write(step_record)
-    writer.write(EVAL)
-    writer.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {"train/loss", "train/lr", "eval/loss", "eval/perplexity"} <= tags
-    assert not tags & {"train/step", "train/batch_hash", "train/kind", "train/mfu"}
-    (loss,) = events.Scalars("train/loss")
-    assert (loss.step, loss.value) == (10, pytest.approx(1.2345))
-    (perplexity,) = events.Scalars("eval/perplexity")
-    assert (perplexity.step, perplexity.value) == (10, pytest.approx(4))
 
 
 def test_plain_lines_when_the_stream_is_no_terminal(step_record: StepRecord) -> None:

@@ -35,8 +35,8 @@ MOST_BYTES = 16 << 20  # of config.yaml, which has some 10 kB
 TO_SEND = "export_to_send"  # an export to a URL, until it is uploaded
 # Other names that a run creates in its folder.
 OWN_NAMES = (
-    CONFIG, FACTS, TO_SEND, "data_report.json", "metrics.jsonl", "tensorboard", "evaluations",
-    "checkpoints", "checkpoint.now", "profile", "report.md", "report.html",
+    CONFIG, FACTS, TO_SEND, "data_report.json", "metrics.jsonl", "tensorboard", "trackers",
+    "evaluations", "checkpoints", "checkpoint.now", "profile", "report.md", "report.html",
 )  # fmt: skip
 PACKAGES = (
     "torch", "torch_xla", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "jax",
