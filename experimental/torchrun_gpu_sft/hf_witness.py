@@ -50,7 +50,6 @@ from torchprime.checkpoint.hf.read import EMBEDDING, HEAD
 from torchprime.config.checks import refuse
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig
-from torchprime.data.blocks.order import batch_indices
 from torchprime.errors import ConfigError, DivergedError, RuntimeSetupError
 from torchprime.files.atomic import write_json
 from torchprime.metrics.record import StepRecord
@@ -71,6 +70,7 @@ from torchprime.training.setup.datasets import RunData, prepare_run_data, templa
 from torchprime.training.setup.model_files import ModelFiles, pretrained_tensors
 from torchprime.training.setup.plan import (
     count_parameters,
+    data_order,
     flops_per_token,
     plan_steps,
     stored_parameters,
@@ -96,8 +96,7 @@ class OrderedBlocks(Dataset):
         """Return the fields of one block, each [S]."""
         order, data = self.order, self.order.data
         step, row = divmod(place, order.global_batch_size)
-        indices = batch_indices(data.num_blocks, order.seed, step, order.global_batch_size)
-        block = data.batch(indices[row : row + 1])
+        block = data.batch(order.indices(step)[row : row + 1])
         return {name: torch.from_numpy(array[0]) for name, array in block.arrays().items()}
 
 
@@ -253,7 +252,7 @@ class Recorder(TrainerCallback):
         cuda = torch.cuda.is_available()
         record = StepRecord(
             step=done,
-            epoch=done / self.order.steps_per_epoch,
+            epoch=self.order.epoch(done),
             loss=loss,
             grad_norm=norm,
             lr=self.lr,
@@ -527,7 +526,7 @@ def train(
         run = TrackedRun(folder.name, folder, c.to_dict())
         trackers = [Sender(TensorBoard(run), terminal.say)]
         writers = [metrics, *trackers, ConsoleWriter(total)]
-    order = DataOrder(data.train, c.seed, c.task.global_batch_size)
+    order = data_order(c, data.train, total)
     counts = count_parameters(stored_parameters(files.build(dtype)), files.shapes)
     recorder = Recorder(
         order,

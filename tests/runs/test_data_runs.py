@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
+from interrupted import Killed
 from transformers import AutoTokenizer
 
+from torchprime.config.entry import run_main
 from torchprime.data.templates import choose as templates
 from torchprime.data.templates.choose import FOLDER
 from torchprime.metrics.writers import read_metrics
+from torchprime.torch_native.train import main as native
 
 Write = Callable[..., Path]
 
@@ -40,6 +43,10 @@ def turns(question: str, answer: str) -> dict[str, Any]:
 
 def pairs(count: int, **more: Any) -> list[dict[str, Any]]:
     return [{"prompt": f"{n} + 1?", "completion": f" {n + 1}", **more} for n in range(count)]
+
+
+def texts(count: int) -> list[dict[str, Any]]:
+    return [{"text": f"text {n} says {n * n}"} for n in range(count)]
 
 
 def test_a_mixture_of_chats_and_pairs(command, run, write: Write, tmp_path: Path, capsys) -> None:
@@ -222,3 +229,44 @@ def test_markers_and_their_mistakes(command, run, write: Write, capsys) -> None:
     other = write("pairs.jsonl", pairs(5))
     assert run([*argv, f"dataset.file_dataset_path={other}"]) == 2
     assert "dataset.response_marker='A:' is for rows of text" in capsys.readouterr().err
+
+
+def test_a_schedule_of_replay(
+    command: Callable[..., list[str]], write: Write, tmp_path: Path,
+    killed_after: Callable[[int], None], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The batches hold the planned shares; a run that was killed goes on with the same ones."""
+    own, general = write("own.jsonl", pairs(60)), write("general.jsonl", texts(30))
+    parts = f"{{name: own, file_dataset_path: {own}}}, "
+    parts += f"{{name: web, file_dataset_path: {general}, replay: true}}"
+    argv = command(
+        "dataset.file_dataset_path=null", f"dataset.mixture=[{parts}]", "task.max_steps=12",
+        "dataset.replay_schedule.start=0.5", "dataset.replay_schedule.end=0.1",
+        "logging_steps=1", "checkpoint.every_steps=5", "ici_mesh.fsdp=1", "ici_mesh.tensor=1",
+        "checkpoint.asynchronous=false", "task.export_checkpoint_path=null",
+    )  # fmt: skip
+    assert run_main(native, [*argv, "run_name=whole"]) == 0
+    said = capsys.readouterr().err
+    assert "replay       50.0% to 10.0% (linear) of the supervised tokens, " in said
+    killed_after(5)
+    with pytest.raises(Killed):
+        run_main(native, [*argv, "run_name=killed"])
+    assert run_main(native, [*argv, "run_name=killed"]) == 0
+    fields = ("step", "loss", "epoch", "batch_hash", "source_losses")
+    whole, killed = (
+        [
+            [record[field] for field in fields]
+            for record in read_metrics(tmp_path / f"outputs/{name}/metrics.jsonl")
+            if record["kind"] == "train"
+        ]
+        for name in ("whole", "killed")
+    )
+    assert whole == killed and len(whole) == 12
+    assert {name for record in whole for name in record[-1]} == {"own", "web"}
+    plan = json.loads((tmp_path / "outputs/whole/run.json").read_text())["plan"]["replay"]
+    assert plan["share"] == pytest.approx(0.3, abs=0.05)
+    assert f"{plan['share']:.2%} over the run; {plan['passes']:.2f} passes over its" in said
+    assert plan["own_passes"] == whole[-1][2]
+    longer = [*argv, "run_name=killed", "resume=10", "task.max_steps=20"]
+    assert run_main(native, longer) == 2
+    assert "refused      task.max_steps: 12 -> 20" in capsys.readouterr().err

@@ -180,6 +180,56 @@ def test_nothing_passes_the_gates(
     assert f"export.which=best: {marked} is exported instead" in capsys.readouterr().err
 
 
+FORGETTING = "eval_loss[general] <= base + 0.25"
+
+
+def test_a_run_that_forgets_cannot_be_the_best(
+    evaluated: Callable[..., list[str]], scripted: Any, tmp_path: Path, rows: tuple[Path, Path],
+    killed_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Of two sources the second's loss rises: with the gate step 2 is best, without it step 8.
+    The run is killed in between, and the resumed one still knows the base's loss."""
+    general = [2.0, 2.25, 2.5, 2.75, 3.0]
+
+    def measured(backend: Any, data: Any, batch_size: int) -> HeldoutLoss:
+        assert data.source_names == ["own", "general"]
+        loss = general.pop(0)
+        return HeldoutLoss(1.0 + loss, {"own": 4.0 - loss, "general": loss})
+
+    monkeypatch.setattr(evaluation, "heldout_loss", measured)
+    sources = (
+        f"{{name: own, file_dataset_path: {rows[1]}}}, "
+        f"{{name: general, file_dataset_path: {rows[0]}, generate: false}}"
+    )
+    scripted(*[1.0] * 5)
+    given = (
+        *ALONE, "eval.file_dataset_path=null", f"eval.sources=[{sources}]",
+        "dataset.leak_check=off", "selection.ranking=['eval_loss[own] asc']",
+        "checkpoint.every_steps=1", "checkpoint.keep_last=9",
+    )  # fmt: skip
+    argv = evaluated(*given, f"selection.gates=['{FORGETTING}']")
+    killed_after(5)
+    with pytest.raises(Killed):
+        run_main(native, argv)
+    assert run_main(native, argv) == 0
+    folder = tmp_path / "run"
+    assert "step_00000002" in origin_of(folder)
+    said = capsys.readouterr().err
+    told = f"{FORGETTING} = 2.25"
+    assert f"gate {told}: 1 of 4 steps pass, not 4, 6, 8" in said
+    assert "eval_loss[own] 1.5000  eval_loss[general] 2.5000" in said
+    report = (folder / "report.md").read_text()
+    assert "1 of 4 | 4, 6, 8" in report
+    page = (folder / "report.html").read_text()
+    assert "<td>1 of 4</td><td>4, 6, 8</td>" in page and "held out, general" in page
+    asked = [json.loads(line) for line in (folder / "evaluations" / "step_00000002.jsonl").open()]
+    assert all(rows[1].name in each["row_id"] for each in asked)
+    (folder / "export").rename(folder / "first")
+    assert run_main(native, evaluated(*given)) == 0
+    assert "after 8 updates" in origin_of(folder)
+
+
 STOPPING = (
     "selection.early_stopping.metric=right",
     "selection.early_stopping.mode=max",

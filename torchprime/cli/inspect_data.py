@@ -21,7 +21,7 @@ from markupsafe import Markup, escape
 
 from torchprime.cli.shared.data import Offline, load
 from torchprime.config.schema import TrainConfig
-from torchprime.data.blocks.budget import Spread, batch_budget
+from torchprime.data.blocks.budget import Spread
 from torchprime.data.inspection import (
     SHOWN_BATCHES,
     Bin,
@@ -41,7 +41,7 @@ from torchprime.errors import RuntimeSetupError
 from torchprime.files.atomic import write_text
 from torchprime.text.terminal import print_lines
 from torchprime.text.visible import ESCAPE, NEWLINE, SPACE, TEXT, clean, visible
-from torchprime.training.setup.plan import count_steps
+from torchprime.training.setup.plan import data_order, plan_steps
 
 PRINTED_BLOCKS = 2
 BAR = 40  # characters of the longest bar
@@ -77,19 +77,14 @@ def inspect_data(config: TrainConfig) -> int:
 
 def _look(config: TrainConfig, offline: Offline) -> Inspection:
     data, template = offline.data, offline.template
-    size = config.task.global_batch_size
-    budget = batch_budget(data.train, config.seed, size)
-    steps = count_steps(
-        max_steps=config.task.max_steps,
-        num_epochs=config.task.num_epochs,
-        steps_per_epoch=budget["steps_per_epoch"],
-    )
+    plan = plan_steps(config, data.train)
     batches = first_batches(
         data.train,
         offline.tokenizer,
         seed=config.seed,
-        global_batch_size=size,
-        batches=min(steps, SHOWN_BATCHES),
+        global_batch_size=config.task.global_batch_size,
+        replay=data_order(config, data.train, plan.total_steps).replay,
+        batches=min(plan.total_steps, SHOWN_BATCHES),
     )
     reports = [data.report] + ([data.heldout_report] if data.heldout_report else [])
     return Inspection(
@@ -98,7 +93,7 @@ def _look(config: TrainConfig, offline: Offline) -> Inspection:
         leaks=data.leaks,
         template=template and ShownTemplate.of(template, any(r.has_chats for r in reports)),
         fingerprints=data.fingerprints(),
-        budget=budget,
+        budget=plan.budget,
         bins=length_bins(data.train.store.lengths),
         batches=batches,
         rules=count_rules(batches),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torchprime.cli.shared.data import load
 from torchprime.config.schema import TrainConfig
-from torchprime.data.blocks.budget import batch_budget
 from torchprime.text.terminal import print_lines
+from torchprime.training.setup.plan import plan_steps
 
 
 def prepare_data(config: TrainConfig) -> int:
     """Prepare, and print what one update costs; the exit code."""
-    data = load(config).data.train
-    budget = batch_budget(data, config.seed, config.task.global_batch_size)
+    budget = plan_steps(config, load(config).data.train).budget
     supervised = budget["supervised_tokens_per_update"]
     line = (
         f"{budget['blocks']:,} blocks of {budget['block_size']:,}, {budget['steps_per_epoch']:,} "

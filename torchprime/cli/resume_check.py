@@ -102,7 +102,7 @@ def _say(line: str) -> None:
 
 def _what_is_left(config: TrainConfig, run: Path, point: ResumePoint, total: int) -> str:
     """Describe the work that remains after a point from which the run can resume."""
-    stopping = make_choosing(config.eval, config.selection).stopping
+    stopping = make_choosing(config).stopping
     if point.step < total and not Past.of(point.reader.manifest).stopped_early(stopping):
         return f"the run would resume from there, to step {total}"
     if (wanted := config.task.export_checkpoint_path) is None:

@@ -18,7 +18,12 @@ from torchprime.config.checks import at_least, not_empty, positive, refuse, show
 from torchprime.config.paths import CompileCache, LocalFolder, PathOrUrl, RunFolders
 from torchprime.config.sections.adapter import AdapterConfig
 from torchprime.config.sections.dataset import DatasetConfig
-from torchprime.config.sections.evaluation import EvalConfig, ExportConfig, SelectionConfig
+from torchprime.config.sections.evaluation import (
+    EvalConfig,
+    ExportConfig,
+    SelectionConfig,
+    source_loss,
+)
 from torchprime.config.sections.metrics import MetricsConfig
 from torchprime.config.sections.model import ModelConfig
 from torchprime.config.sections.task import TaskConfig
@@ -203,6 +208,7 @@ class TrainConfig:
         self.ici_mesh.check("ici_mesh")
         self.dcn_mesh.check("dcn_mesh")
         self._check_batch()
+        self._check_replay()
         self._check_eval()
         self._check_adapter()
         if self.task.sample_prompts > 0 and not self.holds_out:
@@ -213,10 +219,29 @@ class TrainConfig:
                 "Choose held-out rows (eval=gsm8k_test) or set task.sample_prompts=0.",
             )
 
+    def _check_replay(self) -> None:
+        if self.dataset.replay_schedule.enabled and self.task.max_steps is None:
+            refuse(
+                "task.max_steps",
+                None,
+                "the length of the run, since dataset.replay_schedule goes from its first step to "
+                "its last",
+                "Set task.max_steps=1000 task.num_epochs=null; the plan prints the passes over "
+                "both kinds of rows.",
+            )
+
     @property
     def holds_out(self) -> bool:
         """Return True if held-out rows have their own source or are split from training rows."""
         return self.eval.enabled or self.dataset.eval_fraction is not None
+
+    @property
+    def measured(self) -> list[str]:
+        """The names of the metrics that an evaluation measures."""
+        names = [source.name for source in self.eval.sources]
+        if self.dataset.eval_fraction is not None and len(self.dataset.mixture) > 1:
+            names = [part.name for part in self.dataset.mixture]
+        return [*self.eval.metrics, *map(source_loss, names)]
 
     def _check_adapter(self) -> None:
         a, asked = self.adapter, self.export.adapter

@@ -21,6 +21,7 @@ from torchprime.data.blocks.batch import Batch
 from torchprime.data.blocks.budget import Budget
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.blocks.order import EMPTY_BLOCK, batch_indices
+from torchprime.data.blocks.replay import ReplayOrder
 from torchprime.data.leaks.report import LeakReport
 from torchprime.data.report import DataReport
 from torchprime.data.templates.reasoning import reasoning_policy
@@ -119,15 +120,19 @@ def first_batches(
     *,
     seed: int,
     global_batch_size: int,
+    replay: ReplayOrder | None = None,
     batches: int = SHOWN_BATCHES,
     most_blocks: int = SHOWN_BLOCKS,
 ) -> list[ShownBatch]:
     """Yield the first steps' batches in the run's own order, with up to `most_blocks` blocks."""
-    return [
-        _shown(packed, tokenizer, step, indices, most_blocks)
-        for step in range(batches)
-        for indices in [batch_indices(packed.num_blocks, seed, step, global_batch_size)]
-    ]
+    shown = []
+    for step in range(batches):
+        if replay is None:
+            indices = batch_indices(packed.num_blocks, seed, step, global_batch_size)
+        else:
+            indices = replay.blocks(step)
+        shown.append(_shown(packed, tokenizer, step, indices, most_blocks))
+    return shown
 
 
 def _shown(

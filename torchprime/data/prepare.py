@@ -25,8 +25,8 @@ from tqdm import tqdm
 from torchprime.data.advice import advise
 from torchprime.data.blocks.chunks import Outcome, Settings, Work, run_in_worker, start_worker
 from torchprime.data.blocks.dataset import PackedDataset
-from torchprime.data.blocks.mixture import Share, choose, shares_of
-from torchprime.data.blocks.pack import Plan, pack
+from torchprime.data.blocks.mixture import Share, choose, groups_to_pack
+from torchprime.data.blocks.pack import Plan, joined, pack
 from torchprime.data.blocks.store import ExampleStore, StoreWriter, writing
 from torchprime.data.files.open_source import expected_rows, source_fingerprint
 from torchprime.data.files.record import UNREADABLE, Rejection
@@ -177,7 +177,7 @@ class _Job:
                 }
                 for part in self.parts
             ],
-            "settings": asdict(self.settings),
+            "settings": self.settings.ingredients(),
             "tokenizer": self.tokenizer.fingerprint(),
             "template": self.template and self.template.fingerprint(),
             "side": self.side and [self.side.name, self.side.description],
@@ -194,9 +194,10 @@ class _Job:
 
     def build(self, path: Path | None) -> tuple[ExampleStore, Plan, DataReport]:
         """Build examples (in a file, or in memory) and their plan from rows."""
-        shares = shares_of(  # report weights that cannot be mixed before anything is read
+        groups = groups_to_pack(  # report weights that cannot be mixed before anything is read
             [Share(p.source.name, p.weight, p.replay) for p in self.parts],
             self.settings.replay_share,
+            self.settings.replay_apart,
         )
         account = _Account()
         decisions: list[FormatDecision] = []
@@ -218,8 +219,9 @@ class _Job:
                 self._read_part(part, rows, account, writer, bar)
         self._check(account)
         store = writer.open()
-        chosen = None if shares is None else self._choose(store, shares)
-        plan = pack(store.lengths, self.settings.block_size, self.settings.packing, chosen)
+        s = self.settings
+        chosen = [None if shares is None else self._choose(store, shares) for shares in groups]
+        plan = joined([pack(store.lengths, s.block_size, s.packing, each) for each in chosen])
         return store, plan, self._report(account, decisions, store, plan)
 
     def _check_markers(self, decision: FormatDecision) -> None:

@@ -3,7 +3,9 @@
     scores of a step  ->  gates (must all hold)  ->  ranking (metrics in turn)  ->  a rank
 
 All three use the same input: the scores measured after each step, in order. They keep no state
-of their own, so a resumed run decides as the uninterrupted one would.
+of their own, so a resumed run decides as the uninterrupted one would. A gate may compare with the
+run's first evaluation; `with_base` adds its scores to those of a step, so that a checkpoint is
+ranked by what its own manifest holds.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torchprime.config.checks import refuse
 from torchprime.config.load import nearest
-from torchprime.config.sections.evaluation import LOSSES
+from torchprime.config.sections.evaluation import LOSSES, source_loss
 from torchprime.metrics.record import GradedScore
 
 RELATIONS: dict[str, Callable[[float, float], bool]] = {
@@ -26,8 +28,9 @@ RELATIONS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-GATE = re.compile(r"\s*(\w+)\s*(>=|<=|>|<)\s*(\S+)\s*")
-ORDER = re.compile(r"\s*(\w+)\s+(asc|desc)\s*")
+METRIC = r"\s*(\w+(?:\[[^][]+\])?)"  # a source's loss has the source in brackets
+GATE = re.compile(METRIC + r"\s*(>=|<=|>|<)\s*(?:(base)\s*(?:([-+*])\s*(\S+))?|(\S+))\s*")
+ORDER = re.compile(METRIC + r"\s+(asc|desc)\s*")
 
 Rank = tuple[float, ...]  # lower is better
 Scores = Mapping[str, float]
@@ -52,23 +55,57 @@ class Evaluated:
         graded = record.get("scores") or {}
         scores = {name: record[name] for name in LOSSES}
         scores |= {name: score["value"] for name, score in graded.items()}
+        losses = record.get("source_losses") or {}
+        scores |= {source_loss(name): loss for name, loss in losses.items() if loss is not None}
         return cls(record["step"], scores, record.get("train_loss"), graded)
 
 
+def with_base(scores: Scores, base: Scores) -> dict[str, float]:
+    """Return a step's scores together with those of the run's first evaluation."""
+    return {**scores, **{_base_key(name): value for name, value in base.items()}}
+
+
+def _base_key(metric: str) -> str:
+    return f"base {metric}"  # no metric's own name has a space before its bracket
+
+
 class Gate(NamedTuple):
-    """A condition that a step has to meet."""
+    """A condition that a step has to meet.
+
+    Attributes:
+        of_base: None if `bound` is the limit; "+" or "*" if it is added to, or multiplies, the
+            metric's value at the run's first evaluation.
+    """
 
     metric: str
     relation: str
     bound: float
+    of_base: str | None = None
+
+    def limit(self, scores: Scores) -> float:
+        """Return the number to compare with; NaN if the base's value is not among the scores."""
+        if self.of_base is None:
+            return self.bound
+        base = scores.get(_base_key(self.metric), math.nan)
+        return base + self.bound if self.of_base == "+" else base * self.bound
 
     def holds(self, scores: Scores) -> bool:
         """Return True if the metric was measured and meets the condition; NaN never does."""
         value = scores.get(self.metric, math.nan)
-        return RELATIONS[self.relation](value, self.bound)
+        return RELATIONS[self.relation](value, self.limit(scores))
+
+    def told(self, scores: Scores) -> str:
+        """Return the condition, and its limit as a number if that depends on the base."""
+        return str(self) + (f" = {self.limit(scores):.4g}" if self.of_base is not None else "")
 
     def __str__(self) -> str:
-        return f"{self.metric} {self.relation} {self.bound:g}"
+        told = f"{self.bound:g}"
+        if self.of_base == "*":
+            told = f"base * {told}"
+        elif self.of_base == "+":
+            sign = "-" if self.bound < 0 else "+"
+            told = f"base {sign} {abs(self.bound):g}" if self.bound else "base"
+        return f"{self.metric} {self.relation} {told}"
 
 
 class Order(NamedTuple):
@@ -103,11 +140,29 @@ class Rule:
         """Return the gates that these scores do not pass."""
         return [gate for gate in self.gates if not gate.holds(scores)]
 
+    def failed_at_end(self, history: Sequence[Evaluated]) -> str:
+        """Return the gates that the last of these evaluations does not pass; "" for none."""
+        scores = with_base(history[-1].scores, history[0].scores)
+        return ", ".join(gate.told(scores) for gate in self.failed(scores))
+
     def best(self, history: Sequence[Evaluated]) -> int | None:
         """Return the step that ranks first, the earliest of equal ones; None if none is a
         candidate. The base model, step 0, is no candidate."""
-        ranks = ((self.rank(one.scores), one.step) for one in history if one.step)
+        base = history[0].scores if history else {}
+        ranks = ((self.rank(with_base(one.scores, base)), one.step) for one in history if one.step)
         return min(((rank, step) for rank, step in ranks if rank is not None), default=(0, None))[1]
+
+    def gate_rows(self, history: Sequence[Evaluated]) -> list[list[str]]:
+        """Return a row for each gate: the condition with its limit, the number of evaluated steps
+        that pass it, and the steps that fail it. The base model does not count."""
+        rows = []
+        for gate in self.gates:
+            steps = {one.step: with_base(one.scores, history[0].scores) for one in history}
+            passed = {step: gate.holds(scores) for step, scores in steps.items() if step}
+            failing = [f"{step:,}" for step, holds in passed.items() if not holds]
+            told = gate.told(with_base({}, history[0].scores if history else {}))
+            rows.append([told, f"{sum(passed.values())} of {len(passed)}", ", ".join(failing)])
+        return rows
 
     def __str__(self) -> str:
         ranked = ", then ".join(map(str, self.ranking))
@@ -126,16 +181,16 @@ def parse_rule(gates: Sequence[str], ranking: Sequence[str], known: Collection[s
     parsed_gates = []
     for place, text in enumerate(gates):
         key = f"selection.gates[{place}]"
-        match = GATE.fullmatch(text)
-        bound = _number(match[3]) if match else None
-        if match is None or bound is None:
+        gate = _parse_gate(text)
+        if gate is None:
             refuse(
                 key,
                 text,
-                "a metric, one of >=, <=, >, < and a number",
-                'Write "format_pass >= 0.98", for example.',
+                "a metric, one of >=, <=, >, < and a number, base, or base + - * a number",
+                'Write "format_pass >= 0.98" or "eval_loss[general] <= base + 0.05", for example.',
             )
-        parsed_gates.append(Gate(known_metric(match[1], known, key), match[2], bound))
+        known_metric(gate.metric, known, key)
+        parsed_gates.append(gate)
     orders = []
     for place, text in enumerate(ranking):
         key = f"selection.ranking[{place}]"
@@ -151,6 +206,21 @@ def parse_rule(gates: Sequence[str], ranking: Sequence[str], known: Collection[s
     return Rule(tuple(parsed_gates), tuple(orders))
 
 
+def _parse_gate(text: str) -> Gate | None:
+    """Return the gate that a text describes; None if it is no condition."""
+    match = GATE.fullmatch(text)
+    if match is None:
+        return None
+    metric, relation, base, sign, change, number = match.groups()
+    if base is None:
+        bound = _number(number)
+        return None if bound is None else Gate(metric, relation, bound)
+    bound = 0.0 if change is None else _number(change)
+    if bound is None:
+        return None
+    return Gate(metric, relation, -bound if sign == "-" else bound, "*" if sign == "*" else "+")
+
+
 def known_metric(name: str, known: Collection[str], key: str) -> str:
     """Return the name itself, if the run measures it.
 
@@ -159,12 +229,14 @@ def known_metric(name: str, known: Collection[str], key: str) -> str:
     """
     if name not in known:
         close = nearest(name, known)
+        other = "Or add a grader of that name to eval.graders."
+        if name.endswith("]"):
+            other = "Or name that source in eval.sources."
         refuse(
             key,
             name,
             f"a metric that this run measures: {', '.join(known)}",
-            (f"Did you mean {close}? " if close else "") + "Or add a grader of that name to "
-            "eval.graders.",
+            (f"Did you mean {close}? " if close else "") + other,
         )
     return name
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
+from torchprime.config.sections.evaluation import source_loss
 from torchprime.errors import DataError, RuntimeSetupError
 from torchprime.files.atomic import open_plain, read_regular_text
 from torchprime.metrics.record import (
@@ -180,11 +181,18 @@ class ConsoleWriter:
             parts += [
                 f"eval_loss {record.eval_loss:.4f}",
                 f"eval_perplexity {record.eval_perplexity:.2f}",
+                *_source_losses(record),
                 f"{record.eval_supervised_tokens:,} supervised tokens",
                 *(f"{name} {shown(score)}" for name, score in (record.scores or {}).items()),
                 f"{record.seconds:.1f} s",
             ]
         return "  ".join(parts)
+
+
+def _source_losses(record: EvalRecord) -> list[str]:
+    """Return the held-out loss of each source that has one, as texts."""
+    losses = (record.source_losses or {}).items()
+    return [f"{source_loss(name)} {loss:.4f}" for name, loss in losses if loss is not None]
 
 
 def shown(score: GradedScore) -> str:

@@ -58,6 +58,10 @@ def charts(
     if evaluations:
         heldout = [(record.step, record.eval_loss) for record in evaluations]
         loss.append(_series("held out", heldout, dots=True))
+    for name in dict.fromkeys(n for record in evaluations for n in record.source_losses or {}):
+        losses = [(record.step, (record.source_losses or {}).get(name)) for record in evaluations]
+        own = [(step, value) for step, value in losses if value is not None]
+        loss.append(_series(f"held out, {name}", own, dots=True))
     rates = [(record.step, record.lr) for record in steps]
     norms = [(record.step, record.grad_norm) for record in steps]
     drawn = [

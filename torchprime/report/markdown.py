@@ -29,6 +29,9 @@ def _sections(report: RunReport) -> Iterator[str]:
         yield from [*table(report.headings, report.rows), ""]
         yield "## Evaluations\n"
         yield from [*_evaluations(report), ""]
+    if report.gates and report.history:
+        yield "## Gates\n"
+        yield from [*table(["gate", "steps that pass", "steps that fail"], report.gates), ""]
     if report.answers is not None:
         yield from _answers(report)
     yield "## Export\n"

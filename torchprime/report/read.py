@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from torchprime.checkpoint.proof.certificate import CERTIFICATE, Certificate, read_certificate
-from torchprime.config.sections.evaluation import LOSSES
+from torchprime.config.sections.evaluation import LOSSES, source_loss
 from torchprime.data.leaks.report import LeakReport
 from torchprime.data.report import DataReport
 from torchprime.errors import DataError
@@ -69,6 +69,7 @@ class RunReport:
         messages: what happened, for a person; warnings are those that start with "warning: ".
         headings, rows: base, last and best compared (before_after.table); none where nothing was
             held out.
+        gates: of the run's rule, with the steps that pass and fail each (Rule.gate_rows).
         answers: to the same held-out rows, side by side; None where none were generated.
         times: seconds, by what they went to.
         lower: the graders for which lower is better.
@@ -84,6 +85,7 @@ class RunReport:
     messages: list[str]
     headings: list[str]
     rows: list[list[str]]
+    gates: list[list[str]]
     answers: Answers | None
     data: list[DataReport]
     leaks: LeakReport | None
@@ -184,6 +186,7 @@ def _gather(
         messages=_messages(config, run_facts, steps, history, rule, export),
         headings=headings,
         rows=rows,
+        gates=rule.gate_rows(history),
         answers=_answers(folder, history, best, rule, lower),
         data=data,
         leaks=leaks,
@@ -202,7 +205,10 @@ def _of_kind(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any
 
 
 def _rule(config: Mapping[str, Any]) -> Rule:
-    selection, known = config["selection"], [*LOSSES, *(g["name"] for g in _graders(config))]
+    selection = config["selection"]
+    known = [*LOSSES, *(grader["name"] for grader in _graders(config))]
+    for each in (*config["eval"].get("sources", ()), *config["dataset"].get("mixture", ())):
+        known.append(source_loss(each["name"]))
     return parse_rule(selection["gates"], selection["ranking"], known)
 
 
@@ -263,7 +269,7 @@ def _selection(
     best = rule.best(history)
     if best is not None:
         return f"Step {best:,} is the best of the evaluated ones, by {rule}."
-    failed = ", ".join(map(str, rule.failed(history[-1].scores)))
+    failed = rule.failed_at_end(history)
     told = f"warning: no step qualifies by {rule}"
     told += f" (the last one: not {failed})" if failed else ""
     if config["export"]["which"] != "best":

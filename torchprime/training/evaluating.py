@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from torchprime.config.sections.evaluation import EvalConfig, SelectionConfig
+from torchprime.config.schema import TrainConfig
+from torchprime.config.sections.evaluation import EvalConfig
 from torchprime.evaluation.behaviour import Prompt, check_prompts
 from torchprime.evaluation.graders.make import MEASURES, make_grader
 from torchprime.evaluation.graders.samples import Grader
@@ -55,17 +56,18 @@ class Evaluation:
         return all(name in scores for name in self.graders)
 
 
-def make_choosing(eval: EvalConfig, selection: SelectionConfig) -> Choosing:
+def make_choosing(config: TrainConfig) -> Choosing:
     """Check gates, ranking and patience against the metrics of the run.
 
     Raises:
         ConfigError: a malformed rule, or a metric that is not measured.
     """
+    selection, known = config.selection, config.measured
     stopping = selection.early_stopping
-    rule = parse_rule(selection.gates, selection.ranking, eval.metrics)
+    rule = parse_rule(selection.gates, selection.ranking, known)
     if stopping.metric is None:
         return Choosing(rule, None)
-    metric = known_metric(stopping.metric, eval.metrics, "selection.early_stopping.metric")
+    metric = known_metric(stopping.metric, known, "selection.early_stopping.metric")
     highest = stopping.mode == "max"
     return Choosing(rule, EarlyStopping(metric, highest, stopping.patience, stopping.min_delta))
 
@@ -101,7 +103,7 @@ def make_evaluation(
     prompts = []
     if g.enabled:
         rejected = inputs.rows.rejected_heldout()
-        kept = (row for row in inputs.rows.sources.rows("eval") if row.row_id not in rejected)
+        kept = (row for row in inputs.rows.sources.asked() if row.row_id not in rejected)
         for row in islice(kept, g.max_examples):
             asked = question_of(row, tokenizer, inputs.template)
             prompts.append(Prompt(row.row_id, asked.text, asked.ids, asked.answer))

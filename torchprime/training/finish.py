@@ -47,8 +47,8 @@ def _export(
                 _export_checkpoint(p, place, best)
             return
         if best is None:
-            failed = p.choosing.rule.failed(run.snapshots.history[-1].scores)
-            why = ", ".join(map(str, failed)) or "no value was finite"
+            failed = p.choosing.rule.failed_at_end(run.snapshots.history)
+            why = failed or "no value was finite"
             metrics["selection"] = f"no step qualifies (the last one: not {why}); the last step"
             p.say(f"export.which=best: {metrics['selection']} is exported instead")
     if config.task.convert_to_safetensors:
@@ -98,6 +98,8 @@ def say_changes(run: Run) -> None:
         best = best_step(run)
     for line in table_lines(history, best):
         p.say(f"  {line}")
+    for told, passed, failing in p.choosing.rule.gate_rows(history):
+        p.say(f"  gate {told}: {passed} steps pass" + (f", not {failing}" if failing else ""))
 
 
 def report_run(folder: Path, say: Callable[[str], None]) -> None:

@@ -15,9 +15,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from torchprime.data.blocks.batch import Batch
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.blocks.order import batch_indices, steps_per_epoch
+from torchprime.data.blocks.replay import ReplayOrder
 from torchprime.errors import DivergedError, RecompileError
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.throughput import Stopwatch, host_memory_bytes, mfu
@@ -70,17 +74,32 @@ class Loaded:
 @dataclass(frozen=True)
 class DataOrder:
     """The order of the data: the batch of a step is a pure function of these fields and the
-    step."""
+    step.
+
+    Attributes:
+        replay: the order of a run with a schedule of replay.
+    """
 
     data: PackedDataset
     seed: int
     global_batch_size: int
+    replay: ReplayOrder | None = None
+
+    def indices(self, step: int) -> npt.NDArray[np.int64]:
+        """Return the blocks of the 0-based step."""
+        if self.replay is not None:
+            return self.replay.blocks(step)
+        return batch_indices(self.data.num_blocks, self.seed, step, self.global_batch_size)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of the 0-based step."""
-        return self.data.batch(
-            batch_indices(self.data.num_blocks, self.seed, step, self.global_batch_size)
-        )
+        return self.data.batch(self.indices(step))
+
+    def epoch(self, steps: int) -> float:
+        """Return the epochs of the first so many steps."""
+        if self.replay is not None:
+            return self.replay.own_passes(steps)
+        return steps / self.steps_per_epoch
 
     @property
     def steps_per_epoch(self) -> int:
@@ -265,7 +284,7 @@ class TrainLoop:
         backend, lap = self.backend, self.control.watch.lap()
         return StepRecord(
             step=done,
-            epoch=done / self.order.steps_per_epoch,
+            epoch=self.order.epoch(done),
             loss=numbers.loss,
             grad_norm=numbers.grad_norm,
             lr=self.learning_rate(done - 1),

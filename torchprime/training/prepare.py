@@ -175,7 +175,7 @@ def _read(
     """Read files, rows and prompts, once it is known that the folder's run can go on."""
     c = config
     require_libraries(c.metrics.trackers)
-    choosing, graders = make_choosing(c.eval, c.selection), make_graders(c.eval)
+    choosing, graders = make_choosing(c), make_graders(c.eval)
     storage = open_storage(resuming.checkpoints_place(folder, c.checkpoint.folder))
     catalog = Catalog(storage, choosing.rule.rank)
     if not c.dry_run:

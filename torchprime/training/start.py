@@ -19,7 +19,7 @@ from torchprime.training.hooks.evaluation import EvaluationHook, HeldOut
 from torchprime.training.hooks.metrics import MetricsHook
 from torchprime.training.hooks.profiling import ProfileHook
 from torchprime.training.hooks.snapshots import Snapshots
-from torchprime.training.loop import CompileGuard, DataOrder, Hook, RunControl, TrainLoop
+from torchprime.training.loop import CompileGuard, Hook, RunControl, TrainLoop
 from torchprime.training.prepare import Prepared
 from torchprime.training.run import folder as run_folder
 from torchprime.training.run import resume as resuming
@@ -27,7 +27,7 @@ from torchprime.training.run.facts import run_facts
 from torchprime.training.run.saver import Retention, Saver
 from torchprime.training.run.tracking import Tracking, start_tracking
 from torchprime.training.setup.adapter import AdaptedTensors
-from torchprime.training.setup.plan import flops_per_token
+from torchprime.training.setup.plan import data_order, flops_per_token
 from torchprime.training.setup.probe import probe_isolation
 from torchprime.training.setup.recipe import step_options
 
@@ -158,7 +158,7 @@ def _make_run(prepared: Prepared) -> Run:
         hooks.append(_checkpoints(saver, snapshots, metrics))
     loop = TrainLoop(
         p.backend,
-        DataOrder(p.inputs.rows.train, config.seed, config.task.global_batch_size),
+        data_order(config, p.inputs.rows.train, p.plan.total_steps),
         accumulation=config.task.gradient_accumulation_steps,
         learning_rate=p.learning_rate(),
         logging_steps=config.logging_steps,

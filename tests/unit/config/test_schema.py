@@ -34,6 +34,10 @@ def with_values(**values: Any) -> dict[str, Any]:
     return tree
 
 
+OWN = {"name": "own", "file_dataset_path": "own.jsonl"}
+OTHER = {"name": "other", "file_dataset_path": "other.jsonl"}
+
+
 def message_of(**values: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(with_values(**values))
@@ -128,6 +132,15 @@ def test_what_is_written_is_read_back() -> None:
         ("dataset__file_dataset_path", None, ["one of the two", "dataset=gsm8k"]),
         ("eval__every_steps", 5, ["eval.every_steps", "no held-out rows"]),
         ("eval__hf_dataset_name", "a/b", ["eval.split", "eval.split=test"]),
+        ("eval__sources", [OWN], ["eval.sources", "['own']", "two or more sources"]),
+        ("eval__sources", [OWN, OWN], ["eval.sources", "['own', 'own']", "name of its own"]),
+        ("eval__sources", [OWN, {"name": "b"}], ["eval.sources[1]", "dataset", "file"]),
+        ("eval__sources", [OWN, {**OWN, "name": "a]"}], ["eval.sources[1].name", "without ["]),
+        (
+            "eval__sources",
+            [OWN, {"name": "b", "hf_dataset_name": "a/b"}],
+            ["eval.sources[1].split", "Set eval.sources[1].split=test"],
+        ),
         ("ici_mesh__expert", 2, ["ici_mesh.expert", "2", "not supported yet"]),
         ("dcn_mesh__context", 4, ["dcn_mesh.context", "4", "not supported yet"]),
         ("ici_mesh__fsdp", 0, ["ici_mesh.fsdp", "at least 1"]),
@@ -272,3 +285,25 @@ def test_nearest_prefers_the_same_last_part() -> None:
     assert nearest("optimizer.max_steps", keys) == "task.max_steps"
     assert nearest("sed", keys) == "seed"
     assert nearest("qqqqq", keys) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("file_dataset_path", "x.jsonl"), ("hf_dataset_name", "a/b"), ("max_examples", 3)],
+)
+def test_held_out_sources_stand_alone(key: str, value: object) -> None:
+    given = {"eval__sources": [OWN, OTHER], "eval__split": "test", f"eval__{key}": value}
+    assert f"eval.{key}: given" in message_of(**given)
+
+
+def test_each_held_out_source_has_a_loss_as_metric() -> None:
+    listed = load_config(with_values(eval__sources=[OWN, OTHER]))
+    assert listed.holds_out
+    assert listed.measured[-2:] == ["eval_loss[own]", "eval_loss[other]"]
+    mixed = {"dataset__file_dataset_path": None, "dataset__hf_dataset_name": None}
+    mixed["dataset__hf_dataset_config_name"] = None
+    split = load_config(
+        with_values(**mixed, dataset__mixture=[OWN, OTHER], dataset__eval_fraction=0.1)
+    )
+    assert split.measured == ["eval_loss", "eval_perplexity", "eval_loss[own]", "eval_loss[other]"]
+    assert load_config(VALID).measured == ["eval_loss", "eval_perplexity"]

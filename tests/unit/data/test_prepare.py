@@ -345,6 +345,37 @@ def test_a_mixture_with_replay(run: Run, write_rows: WriteRows, tmp_path: Path) 
     assert report.format == "question_answer, text"
 
 
+@pytest.mark.parametrize("packing", ["bfd", "wrapped", "none"])
+def test_replay_apart_shares_no_block(
+    run: Run, write_rows: WriteRows, tmp_path: Path, packing: str
+) -> None:
+    """All examples are there, each block is of one kind, and weights hold within a kind."""
+    own = write_rows(*[qa("own", f"{n}") for n in range(40)])
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("web", "books")}
+    for name, path in paths.items():
+        path.write_text("".join(json.dumps({"text": f"{name} {n}"}) + "\n" for n in range(60)))
+    parts = [
+        Part(SourceSpec(file_dataset_path=str(own), name="own")),
+        Part(SourceSpec(file_dataset_path=str(paths["web"]), name="web"), weight=2.0, replay=True),
+        Part(
+            SourceSpec(file_dataset_path=str(paths["books"]), name="books"), weight=1.0, replay=True
+        ),
+    ]
+    packed, report = run(parts=parts, replay_apart=True, packing=packing)
+    used = {name: source["used_examples"] for name, source in report.sources.items()}
+    assert used == {"own": 40, "web": 60, "books": 30}
+    batch = packed.batch(np.arange(packed.num_blocks))
+    assert batch.source_ids is not None
+    names = np.array(packed.source_names)
+    for block in range(packed.num_blocks):
+        found = set(names[batch.source_ids[block][batch.segment_ids[block] > 0]])
+        assert names[packed.block_sources[block]] in found
+        assert found == {"own"} or found <= {"web", "books"}
+    assert packed.num_examples == 130
+    # Examples whose tokens follow each other, for no piece may be lost where plans are joined.
+    assert packed.real_tokens == sum(packed.store.lengths[np.unique(packed.plan.examples)])
+
+
 def test_sides_of_a_split_take_what_is_theirs(run: Run, write_rows: WriteRows) -> None:
     path = write_rows(*[qa("q", "a" * (n % 5 + 1)) for n in range(50)])
     odd = Side("eval", "a test", lambda row: len(row.completion) % 2 == 1)

@@ -13,9 +13,11 @@ from torchprime.evaluation.selection import (
     Rule,
     overfitting,
     parse_rule,
+    with_base,
 )
 
-KNOWN = ("eval_loss", "eval_perplexity", "format_pass", "answer_accuracy")
+GENERAL = "eval_loss[general]"
+KNOWN = ("eval_loss", "eval_perplexity", "format_pass", "answer_accuracy", GENERAL)
 RULE = parse_rule(["format_pass >= 0.98"], ["answer_accuracy desc", "eval_loss asc"], KNOWN)
 
 
@@ -67,6 +69,10 @@ def test_relations(relation: str, passing: float, failing: float) -> None:
     [
         (["format_pass = 0.9"], ["eval_loss asc"], r"selection.gates\[0\]: given 'format_pass = 0"),
         (["format_pass >= much"], ["eval_loss asc"], r"selection.gates\[0\].*and a number"),
+        (["eval_loss <= base / 2"], ["eval_loss asc"], r"selection.gates\[0\].*base \+ - \*"),
+        (["eval_loss <= base + nan"], ["eval_loss asc"], r"selection.gates\[0\].*base \+ - \*"),
+        (["eval_loss[genral] < 2"], ["eval_loss asc"], r"mean eval_loss\[general\].*eval.sources"),
+        (["eval_loss[x] < 2"], ["eval_loss asc"], r"measures: eval_loss, .*name that source in"),
         (["formt_pass > 0"], ["eval_loss asc"], r"selection.gates\[0\].*Did you mean format_pass"),
         ([], ["eval_loss"], r"selection.ranking\[0\]: given 'eval_loss'.*asc .* or desc"),
         ([], ["eval_loss asc", "accuracy desc"], r"selection.ranking\[1\].*eval.graders"),
@@ -75,6 +81,58 @@ def test_relations(relation: str, passing: float, failing: float) -> None:
 def test_a_rule_that_is_none_is_refused(gates: list, ranking: list, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_rule(gates, ranking, KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("bound", "limit", "shown"),
+    [
+        ("base", 1.25, "base"),
+        ("base + 0.05", 1.30, "base + 0.05"),
+        ("base+5e-2", 1.30, "base + 0.05"),
+        ("base - 0.5", 0.75, "base - 0.5"),
+        ("base * 1.2", 1.5, "base * 1.2"),
+        ("1.4", 1.4, "1.4"),
+    ],
+)
+def test_a_gate_on_a_sources_loss_compares_with_the_base(
+    bound: str, limit: float, shown: str
+) -> None:
+    """A run which forgets more than allowed cannot be the best, however well it does otherwise."""
+    rule = parse_rule([f"{GENERAL} <= {bound}"], ["eval_loss asc"], KNOWN)
+    assert str(rule.gates[0]) == f"{GENERAL} <= {shown}"
+    steps = [
+        Evaluated(0, {"eval_loss": 3.0, GENERAL: 1.25}),
+        Evaluated(10, {"eval_loss": 2.0, GENERAL: limit - 1e-6}),
+        Evaluated(20, {"eval_loss": 1.0, GENERAL: limit + 1e-6}),
+        Evaluated(30, {"eval_loss": 0.5}),  # what was not measured does not pass
+    ]
+    assert rule.best(steps) == 10
+    assert rule.best([steps[0], *steps[2:]]) is None
+    ((told, passed, failing),) = rule.gate_rows(steps)
+    assert (passed, failing) == ("1 of 3", "20, 30")
+    assert told == str(rule.gates[0]) + (f" = {limit:.4g}" if "base" in bound else "")
+    assert rule.failed_at_end(steps) == told and rule.failed_at_end(steps[:2]) == ""
+
+
+def test_a_checkpoint_is_ranked_by_its_own_scores_and_the_bases() -> None:
+    rule = parse_rule([f"{GENERAL} <= base + 0.1"], ["eval_loss asc"], KNOWN)
+    base, step = {"eval_loss": 3.0, GENERAL: 1.0}, {"eval_loss": 2.0, GENERAL: 1.1}
+    assert rule.rank(with_base(step, base)) == (2.0,)
+    assert rule.rank(with_base(step, {GENERAL: 0.9})) is None
+    assert rule.rank(step) is None  # of a version that did not keep the base's
+    assert rule.rank(with_base(step, {GENERAL: math.nan})) is None
+
+
+def test_a_record_has_a_score_for_each_source() -> None:
+    record = {"step": 3, "eval_loss": 2.0, "eval_perplexity": 7.4, "train_loss": None}
+    losses = {"own": 1.0, "general": 4.0, "empty": None}
+    found = Evaluated.of({**record, "source_losses": losses}).scores
+    assert found == {
+        "eval_loss": 2.0, "eval_perplexity": 7.4, "eval_loss[own]": 1.0, GENERAL: 4.0
+    }  # fmt: skip
+    assert set(Evaluated.of({**record, "source_losses": None}).scores) == {
+        "eval_loss", "eval_perplexity"
+    }  # fmt: skip
 
 
 def history(*losses: float, metric: str = "eval_loss") -> list[Evaluated]:

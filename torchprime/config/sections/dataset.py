@@ -34,6 +34,7 @@ Format = Literal[
     "tree",
 ]
 MixtureBy = Literal["rows", "tokens"]
+ReplayShape = Literal["linear", "cosine", "constant"]
 AnswerForm = Literal["as_is", "think_answer"]
 Turns = Literal["whole", "branch", "auto"]
 Reasoning = Literal["error", "drop", "inline"]
@@ -55,13 +56,51 @@ class MixturePart:
     format: Format = "auto"
     columns: dict[str, str] = field(default_factory=dict)
     weight: float | None = None  # share within its group; null for all: every row is used
-    replay: bool = False  # general data, limited to dataset.replay_share
+    replay: bool = False  # general data, limited to dataset.replay_share or replay_schedule
 
     def check(self, key: str) -> None:
         not_empty(f"{key}.name", self.name)
         one_source(key, self.hf_dataset_name, self.hf_dataset_config_name, self.file_dataset_path)
         some_source(key, self.hf_dataset_name, self.file_dataset_path)
         positive(f"{key}.weight", self.weight)
+
+
+@dataclass(frozen=True)
+class ReplayScheduleConfig:
+    """The share of the parts with `replay: true` among the supervised tokens, over the run."""
+
+    start: float | None = None  # at the first step; null: no schedule
+    end: float | None = None  # at the last step
+    shape: ReplayShape = "linear"
+
+    def __post_init__(self) -> None:
+        key = "dataset.replay_schedule"
+        for name in ("start", "end"):
+            fraction(f"{key}.{name}", getattr(self, name), one_allowed=False)
+        if self.start is None:
+            if self.end is not None:
+                refuse(f"{key}.start", None, "the share at the first step", f"Set {key}.start=0.2.")
+            return
+        if self.shape == "constant" and self.end not in (None, self.start):
+            refuse(
+                f"{key}.end",
+                self.end,
+                f"null, since {key}.shape=constant",
+                f"Set {key}.end=null, or {key}.shape=linear.",
+            )
+        if self.shape != "constant" and self.end is None:
+            refuse(
+                f"{key}.end",
+                None,
+                "the share at the last step",
+                f"Set {key}.end=0.05, or {key}.shape=constant.",
+            )
+        if not self.start and not self.end:
+            refuse(f"{key}.start", self.start, "a share above 0", "Remove the schedule.")
+
+    @property
+    def enabled(self) -> bool:
+        return self.start is not None
 
 
 @dataclass(frozen=True)
@@ -77,6 +116,7 @@ class DatasetConfig:
     mixture: list[MixturePart] = field(default_factory=list)
     mixture_by: MixtureBy = "rows"
     replay_share: float | None = None
+    replay_schedule: ReplayScheduleConfig = field(default_factory=ReplayScheduleConfig)
     format: Format = "auto"
     columns: dict[str, str] = field(default_factory=dict)  # our field: the source's column
     answer_form: AnswerForm = "as_is"  # form of prompts' answers
@@ -180,13 +220,15 @@ class DatasetConfig:
     def _check_mixture(self) -> None:
         if not self.mixture:
             some_source("dataset", self.hf_dataset_name, self.file_dataset_path)
-            if self.replay_share is not None:
-                refuse(
-                    "dataset.replay_share",
-                    self.replay_share,
-                    "null, since dataset.mixture is empty",
-                    "List the sources in dataset.mixture, the general one with replay: true.",
-                )
+            for key in ("replay_share", "replay_schedule.start"):
+                given = self.replay_share if key == "replay_share" else self.replay_schedule.start
+                if given is not None:
+                    refuse(
+                        f"dataset.{key}",
+                        given,
+                        "null, since dataset.mixture is empty",
+                        "List the sources in dataset.mixture, the general one with replay: true.",
+                    )
             return
         if self.hf_dataset_name is not None or self.file_dataset_path is not None:
             raise ConfigError(
@@ -200,12 +242,33 @@ class DatasetConfig:
         if len(set(names)) < len(names):
             refuse("dataset.mixture", names, "a name of its own for each part", "Rename one.")
         fraction("dataset.replay_share", self.replay_share, one_allowed=False)
+        self._check_schedule()
         if self.max_train_examples is not None:
             refuse(
                 "dataset.max_train_examples",
                 self.max_train_examples,
                 "null, since dataset.mixture's weights decide how many are used",
                 "Set dataset.max_train_examples=null.",
+            )
+
+    def _check_schedule(self) -> None:
+        if not self.replay_schedule.enabled:
+            return
+        if self.replay_share is not None:
+            refuse(
+                "dataset.replay_share",
+                self.replay_share,
+                "null, since dataset.replay_schedule gives the share",
+                "Set dataset.replay_share=null, or both ends of the schedule to null.",
+            )
+        count = sum(part.replay for part in self.mixture)
+        if count in (0, len(self.mixture)):
+            refuse(
+                "dataset.replay_schedule.start",
+                self.replay_schedule.start,
+                f"null, since {count} of {len(self.mixture)} parts of dataset.mixture have "
+                "replay: true",
+                "Mark the general data with replay: true, and not your own.",
             )
 
     def _check_split(self) -> None:

@@ -5,13 +5,55 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torchprime.config.checks import at_least, fraction, not_empty, one_source, positive, refuse
+from torchprime.config.checks import (
+    at_least,
+    fraction,
+    not_empty,
+    one_source,
+    positive,
+    refuse,
+    some_source,
+)
 from torchprime.config.paths import PathOrUrl, RowsNameOrFolder
+from torchprime.config.sections.dataset import Format
 
 LOSSES = ("eval_loss", "eval_perplexity")  # measured whenever rows are held out
 # Names that graders can't have: the other fields of an evaluation's record, as displayed.
 TAKEN = (*LOSSES, "loss", "perplexity", "supervised_tokens", "seconds", "train_loss",
          "generated_tokens", "generate_seconds", "share_of_run", "step")  # fmt: skip
+
+
+def source_loss(source: str) -> str:
+    """Return the name of the metric that is the held-out loss of one source."""
+    return f"eval_loss[{source}]"
+
+
+@dataclass(frozen=True)
+class EvalSource:
+    """One of several sources of held-out rows, which has a loss of its own."""
+
+    name: str
+    hf_dataset_name: RowsNameOrFolder | None = None
+    hf_dataset_config_name: str | None = None
+    file_dataset_path: PathOrUrl | None = None
+    split: str | None = None
+    format: Format = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    generate: bool = True  # its prompts are among those that are answered
+
+    def check(self, key: str) -> None:
+        not_empty(f"{key}.name", self.name)
+        if set(self.name) & set("[]"):
+            refuse(f"{key}.name", self.name, "a name without [ and ]", "Rename it.")
+        one_source(key, self.hf_dataset_name, self.hf_dataset_config_name, self.file_dataset_path)
+        some_source(key, self.hf_dataset_name, self.file_dataset_path)
+        not_empty(f"{key}.split", self.split)
+        _needs_split(key, self.hf_dataset_name, self.split)
+
+
+def _needs_split(key: str, hub: str | None, split: str | None) -> None:
+    if hub is not None and split is None:
+        refuse(f"{key}.split", None, "a split of the hub's dataset", f"Set {key}.split=test.")
 
 
 @dataclass(frozen=True)
@@ -53,6 +95,8 @@ class EvalConfig:
     hf_dataset_config_name: str | None = None
     file_dataset_path: PathOrUrl | None = None
     split: str | None = None
+    # Several sources instead of one; each has its own loss.
+    sources: list[EvalSource] = field(default_factory=list)
     max_examples: int | None = None
     every_steps: int | None = None
     generate: GenerateConfig = field(default_factory=GenerateConfig)
@@ -64,8 +108,8 @@ class EvalConfig:
             "eval", self.hf_dataset_name, self.hf_dataset_config_name, self.file_dataset_path
         )
         not_empty("eval.split", self.split)
-        if self.hf_dataset_name is not None and self.split is None:
-            refuse("eval.split", None, "a split of the hub's dataset", "Set eval.split=test.")
+        _needs_split("eval", self.hf_dataset_name, self.split)
+        self._check_sources()
         at_least("eval.max_examples", self.max_examples, 1)
         at_least("eval.every_steps", self.every_steps, 1)
         self._check_graders()
@@ -79,6 +123,30 @@ class EvalConfig:
                 else f"a multiple of eval.every_steps={every}",
                 "Set eval.every_steps too, or eval.generate.every_steps=null.",
             )
+
+    def _check_sources(self) -> None:
+        if not self.sources:
+            return
+        names = [source.name for source in self.sources]
+        for place, source in enumerate(self.sources):
+            source.check(f"eval.sources[{place}]")
+        if len(names) == 1 or len(set(names)) < len(names):
+            refuse(
+                "eval.sources",
+                names,
+                "two or more sources, each with a name of its own",
+                "Give one source as eval.file_dataset_path or eval.hf_dataset_name, or add "
+                "another; rename equal ones.",
+            )
+        for key in ("hf_dataset_name", "file_dataset_path", "max_examples"):
+            given = getattr(self, key)
+            if given is not None:
+                refuse(
+                    f"eval.{key}",
+                    given,
+                    "null, since eval.sources lists the held-out rows",
+                    f"Set eval.{key}=null, or eval.sources=[].",
+                )
 
     def _check_graders(self) -> None:
         names = []
@@ -119,7 +187,8 @@ class EvalConfig:
 
     @property
     def enabled(self) -> bool:
-        return self.hf_dataset_name is not None or self.file_dataset_path is not None
+        given = (self.hf_dataset_name, self.file_dataset_path)
+        return any(each is not None for each in given) or bool(self.sources)
 
 
 @dataclass(frozen=True)
@@ -141,7 +210,8 @@ class EarlyStoppingConfig:
 class SelectionConfig:
     """Checkpoint selection: of the steps that pass every gate, the first by ranking is the best."""
 
-    gates: list[str] = field(default_factory=list)  # "format_pass >= 0.98"
+    # "format_pass >= 0.98", "eval_loss[general] <= base + 0.05"
+    gates: list[str] = field(default_factory=list)
     ranking: list[str] = field(default_factory=lambda: ["eval_loss asc"])
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -56,6 +56,15 @@ class Settings:
     special_tokens_in_text: SpecialTokensInText
     markers: Markers | None
     seed: int  # 0 if there is no mixture, which alone uses it
+    replay_apart: bool = False  # no block holds both replay and other examples
+
+    def ingredients(self) -> dict[str, object]:
+        """Return the settings for a cache key; a later one is absent at its default, so that older
+        data keeps its key."""
+        found = asdict(self)
+        if not self.replay_apart:
+            del found["replay_apart"]
+        return found
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,11 @@ class PackedDataset:
         """The names of the mixture's sources; a slot's source is an index into this list."""
         return self.store.source_names
 
+    @property
+    def block_sources(self) -> Ints:
+        """The source of the first example of each block, an index into `source_names`."""
+        return self.store.sources[self.plan.examples[self.plan.starts[:-1]]].astype(np.int64)
+
     def pieces(self, block: int) -> range:
         """Return the pieces of one block, in order; segment n + 1 is the n-th piece."""
         return range(int(self.plan.starts[block]), int(self.plan.starts[block + 1]))

@@ -34,8 +34,7 @@ def shares_of(parts: Sequence[Share], replay_share: float | None) -> dict[str, f
     General data marked `replay` gets `replay_share`, split by its weights; the other sources share
     the rest by their weights.
     """
-    main = [part for part in parts if not part.replay]
-    replay = [part for part in parts if part.replay]
+    main, replay = _groups(parts)
     if (replay_share is None) != (not replay):
         raise DataError(
             f"dataset.replay_share={replay_share}: {len(replay)} parts of dataset.mixture have "
@@ -49,20 +48,38 @@ def shares_of(parts: Sequence[Share], replay_share: float | None) -> dict[str, f
     given = [part for part in parts if part.weight is not None]
     if not given and not replay:
         return None
-    for group in (main, replay):
-        weighted = sum(part.weight is not None for part in group)
-        if weighted not in (0, len(group)) or (group is main and len(group) > 1 and not weighted):
-            names = ", ".join(part.name for part in group if part.weight is None)
-            raise DataError(
-                f"dataset.mixture: no weight is given for {names}, expected one for every part "
-                "or for none. Add weight: to each"
-            )
-    shares: dict[str, float] = {}
-    for group, total in ((main, 1 - (replay_share or 0.0)), (replay, replay_share or 0.0)):
-        weights = [1.0 if part.weight is None else part.weight for part in group]
-        for part, weight in zip(group, weights, strict=True):
-            shares[part.name] = total * weight / sum(weights)
-    return shares
+    replayed = replay_share or 0.0
+    shares = [(1 - replayed, shares_apart(main)), (replayed, shares_apart(replay))]
+    return {name: total * share for total, group in shares for name, share in group.items()}
+
+
+def _groups(parts: Sequence[Share]) -> tuple[list[Share], list[Share]]:
+    """Return the user's own parts, and those of replay."""
+    return [p for p in parts if not p.replay], [p for p in parts if p.replay]
+
+
+def shares_apart(group: Sequence[Share]) -> dict[str, float]:
+    """Return name -> share among the parts of one kind, own or replay, summing to 1."""
+    weighted = sum(part.weight is not None for part in group)
+    own = bool(group) and not group[0].replay
+    if weighted not in (0, len(group)) or (own and len(group) > 1 and not weighted):
+        names = ", ".join(part.name for part in group if part.weight is None)
+        raise DataError(
+            f"dataset.mixture: no weight is given for {names}, expected one for every part "
+            "or for none. Add weight: to each"
+        )
+    weights = [1.0 if part.weight is None else part.weight for part in group]
+    return {part.name: w / sum(weights) for part, w in zip(group, weights, strict=True)}
+
+
+def groups_to_pack(
+    parts: Sequence[Share], replay_share: float | None, replay_apart: bool
+) -> list[dict[str, float] | None]:
+    """Return the shares within each group of sources whose examples share blocks: all sources, or
+    own sources and replay apart. None uses every example."""
+    if replay_apart:
+        return [shares_apart(group) for group in _groups(parts)]
+    return [shares_of(parts, replay_share)]
 
 
 def choose(

@@ -1,5 +1,7 @@
 """The blocks of each step: a pure function of (number of blocks, seed, step, batch size).
 
+A schedule of replay has an order of its own (replay.py), made of the same permutations.
+
 No sampler holds state, so a resume only computes the step, and all hosts, devices, meshes and
 backends use the same order. Every epoch has its own permutation, from Philox keyed by (seed,
 epoch). Only Philox's raw numbers are used, because numpy guarantees their stream.

@@ -54,6 +54,20 @@ class Plan:
         return {name: getattr(self, name) for name in ("examples", "begins", "lengths", "starts")}
 
 
+def joined(plans: Sequence[Plan]) -> Plan:
+    """Return one plan with the blocks of all of these, in their order."""
+    if len(plans) == 1:
+        return plans[0]
+    pieces = np.cumsum([0, *(len(plan.lengths) for plan in plans)])
+    starts = [plan.starts[:-1] + first for plan, first in zip(plans, pieces, strict=False)]
+    return Plan(
+        np.concatenate([plan.examples for plan in plans]),
+        np.concatenate([plan.begins for plan in plans]),
+        np.concatenate([plan.lengths for plan in plans]),
+        np.concatenate([*starts, pieces[-1:]]),
+    )
+
+
 def pack(
     lengths: Ints, block_size: int, packing: Packing, examples: Sequence[int] | Ints | None = None
 ) -> Plan:

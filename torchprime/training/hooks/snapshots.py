@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torchprime.evaluation.selection import Evaluated
+from torchprime.evaluation.selection import Evaluated, with_base
 from torchprime.training.hooks.evaluation import EvaluationHook
 from torchprime.training.hooks.metrics import MetricsHook
 from torchprime.training.prepare import Prepared
@@ -31,8 +31,10 @@ class Snapshots:
         return [] if self.evaluations is None else self.evaluations.history
 
     def scores(self, step: int) -> dict[str, float]:
-        """Return the scores measured after exactly this step; {} if there are none."""
-        return {} if self.evaluations is None else self.evaluations.scores_after(step)
+        """Return the scores measured after exactly this step, with the base's; {} if there are
+        none."""
+        scores = {} if self.evaluations is None else self.evaluations.scores_after(step)
+        return with_base(scores, self.history[0].scores) if scores else {}
 
     def metrics_at(self, step: int, loss: float, loss_step: int) -> dict[str, float]:
         """Return the metrics of the weights after a step, for an export of them."""

@@ -34,8 +34,9 @@ REFUSED_KEYS = (
     "task.optimizer.master_weights", "model.add_special_tokens", "model.resize_embeddings",
     "model.pad_vocab_to_multiple", "adapter.rank", "adapter.alpha", "adapter.scaling",
     "adapter.targets", "adapter.layers", "adapter.modules_to_train", "adapter.dora",
-    "adapter.base_dtype",
+    "adapter.base_dtype", "dataset.replay_schedule",
 )  # fmt: skip
+SCHEDULE, CONSTANT = "dataset.replay_schedule", "constant"
 # Fingerprints: the severity of a difference, and the thing that is fingerprinted.
 IDENTITIES = {
     "model": (REFUSED, "names, shapes and new rows of the weights"),
@@ -77,8 +78,10 @@ def find_changes(
         older: fingerprints that an older version gave the same inputs, by name.
     """
     old, new = _settings(manifest.config), _settings(config)
+    # A share that changes over the run depends on the run's length at every step.
+    by_length = "task.max_steps" if new.get(f"{SCHEDULE}.shape", CONSTANT) != CONSTANT else None
     changes = [
-        Change(key, old.get(key), new.get(key), _kind(key))
+        Change(key, old.get(key), new.get(key), REFUSED if key == by_length else _kind(key))
         for key in sorted(old.keys() | new.keys())
         if _given(old, key) != _given(new, key)
     ]
@@ -162,6 +165,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     name = flat.get("task.optimizer.name", "adamw")
     unused = [] if flat.get("adapter.rank") is not None else ["adapter."]
     unused += [] if name == "muon" else ["task.optimizer.muon."]
+    unused += [] if flat.get(f"{SCHEDULE}.start") is not None else [f"{SCHEDULE}."]
     if flat.get("task.optimizer.betas") is None:  # older versions wrote the method's own
         flat["task.optimizer.betas"] = list(own_betas(name))
     return {key: value for key, value in flat.items() if not key.startswith(tuple(unused))}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 from torchprime.checkpoint.hf.source import hub_name
 from torchprime.config.schema import TrainConfig
 from torchprime.config.sections.dataset import DatasetConfig, Format, MixturePart
-from torchprime.config.sections.evaluation import EvalConfig
+from torchprime.config.sections.evaluation import EvalConfig, EvalSource
 from torchprime.data.blocks.chunks import Settings
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.files.source import SourceSpec
@@ -130,6 +130,14 @@ class RunRows:
         if not self.eval.enabled:
             split = self.train_parts if d.eval_fraction is not None else []
             return [replace(p, source=replace(p.source, section="eval")) for p in split]
+        if self.eval.sources:
+            return [
+                Part(
+                    replace(_source("eval", each, d.cache_dir), name=each.name),
+                    self._reading(each.format, each.columns),
+                )
+                for each in self.eval.sources
+            ]
         source = _source("eval", self.eval, d.cache_dir)
         return [Part(source, self._reading(d.format, d.columns))]
 
@@ -165,15 +173,25 @@ class RunRows:
 
     def rows(self, name: str) -> Iterator[Row]:
         """Yield the usable rows of one side, `train` or `eval`, in the sources' order."""
-        side = self.side(name)
-        for part in self.train_parts if name == "train" else self.heldout_parts:
+        parts = self.train_parts if name == "train" else self.heldout_parts
+        return self._rows(parts, self.side(name))
+
+    def asked(self) -> Iterator[Row]:
+        """Yield the usable held-out rows whose prompts may be answered, in the sources' order."""
+        silent = {source.name for source in self.eval.sources if not source.generate}
+        parts = [part for part in self.heldout_parts if part.source.name not in silent]
+        return self._rows(parts, self.side("eval"))
+
+    @staticmethod
+    def _rows(parts: Sequence[Part], side: Side | None) -> Iterator[Row]:
+        for part in parts:
             for row in _rows_of(part):
                 if side is None or side.has(row):
                     yield row
 
     def first_heldout(self, count: int) -> list[Row]:
         """Return the first held-out rows, to show answers to the user."""
-        return list(islice(self.rows("eval"), count))
+        return list(islice(self.asked(), count))
 
 
 class Question(NamedTuple):
@@ -257,8 +275,9 @@ def prepare_run_data(
         return RunData(rows, train, report, None, None, None)
     # All held-out rows are used, whatever their mixture.
     parts = [replace(part, weight=None, replay=False) for part in rows.heldout_parts]
-    settings = replace(settings, replay_share=None)
+    settings = replace(settings, replay_share=None, replay_apart=False)
     heldout, heldout_report = prepared(parts, config.eval.max_examples, "eval")
+    _require_sources(config.eval, heldout)
     if set(heldout_report.format.split(", ")) - set(report.format.split(", ")):
         say(
             f"note: held-out rows are read as {heldout_report.format}, training rows as "
@@ -271,8 +290,24 @@ def prepare_run_data(
     return RunData(rows, train, report, heldout, heldout_report, leaks)
 
 
+def _require_sources(eval: EvalConfig, heldout: PackedDataset) -> None:
+    """Check that each of several held-out sources has a loss.
+
+    Raises:
+        DataError: a source has no usable row.
+    """
+    for place, source in enumerate(eval.sources):
+        if source.name not in heldout.source_names:
+            raise DataError(
+                f"eval.sources[{place}]: {source.name} has no usable row, expected one or more, "
+                "since its loss is a metric. Correct its rows, or remove the source"
+            )
+
+
 def _source(
-    section: str, given: DatasetConfig | EvalConfig | MixturePart, cache_dir: str | None
+    section: str,
+    given: DatasetConfig | EvalConfig | EvalSource | MixturePart,
+    cache_dir: str | None,
 ) -> SourceSpec:
     return SourceSpec(
         file_dataset_path=given.file_dataset_path,
@@ -303,6 +338,7 @@ def settings_of(dataset: DatasetConfig, seed: int) -> Settings:
         special_tokens_in_text=d.special_tokens_in_text,
         markers=_markers(d),
         seed=seed if d.mixture else 0,
+        replay_apart=d.replay_schedule.enabled,
     )
 
 

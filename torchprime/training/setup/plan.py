@@ -7,16 +7,20 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from torchprime.config.schema import TrainConfig
 from torchprime.data.blocks.budget import Budget, Spread, batch_budget
 from torchprime.data.blocks.dataset import PackedDataset
+from torchprime.data.blocks.order import steps_per_epoch
+from torchprime.data.blocks.replay import ReplayOrder, ReplayPlan, ReplaySchedule
 from torchprime.errors import ConfigError
 from torchprime.metrics.throughput import ModelSizes, model_flops_per_token
 from torchprime.models.architecture import Architecture
 from torchprime.sharding import Spec, shard_count
+from torchprime.training.loop import DataOrder
 from torchprime.training.optim.optimizer import Optimizer, Parameter
 
 GIB = 2**30
@@ -174,6 +178,7 @@ class Plan:
     parameters: ParameterCounts
     mesh: Mapping[str, int]
     memory: Memory
+    replay: ReplayPlan | None = None
 
     def to_dict(self) -> dict[str, object]:
         return {
@@ -205,6 +210,8 @@ class Plan:
             f"{m.weights / GIB:.2f}, {frozen}optimizer {m.optimizer / GIB:.2f}, gradients "
             f"{m.gradients / GIB:.2f}, activations {m.activations / GIB:.2f}",
         ]
+        if self.replay is not None:
+            lines.insert(5, f"replay       {_told_replay(self.replay)}")
         if self.eval_budget is not None:
             lines.append(
                 f"held out     {self.eval_budget['examples']:,} examples in "
@@ -218,6 +225,16 @@ class Plan:
             return f"{counts.total:,}"
         share = f"{counts.trained / counts.total:.2%}"
         return f"{counts.total:,}: {counts.trained:,} trained ({share}), {counts.frozen:,} frozen"
+
+
+def _told_replay(r: ReplayPlan) -> str:
+    course = f"{r['start']:.1%}"
+    if r["shape"] != "constant":
+        course += f" to {r['end']:.1%} ({r['shape']})"
+    return (
+        f"{course} of the supervised tokens, {r['share']:.2%} over the run; "
+        f"{r['passes']:.2f} passes over its {r['blocks']:,} blocks"
+    )
 
 
 def _spread(numbers: Spread) -> str:
@@ -234,16 +251,38 @@ class StepPlan(NamedTuple):
     decay_steps: int
     epochs: float
     budget: Budget
+    replay: ReplayPlan | None
+
+
+def data_order(config: TrainConfig, data: PackedDataset, total_steps: int) -> DataOrder:
+    """Return the order of a run's blocks."""
+    seed, size, d = config.seed, config.task.global_batch_size, config.dataset
+    schedule = d.replay_schedule
+    if schedule.start is None:
+        return DataOrder(data, seed, size)
+    end = schedule.start if schedule.end is None else schedule.end
+    places = [data.source_names.index(part.name) for part in d.mixture if part.replay]
+    replay = ReplayOrder(
+        data.block_supervised_tokens,
+        np.isin(data.block_sources, places),
+        ReplaySchedule(schedule.start, end, schedule.shape),
+        seed=seed,
+        global_batch_size=size,
+        total_steps=total_steps,
+    )
+    return DataOrder(data, seed, size, replay)
 
 
 def plan_steps(config: TrainConfig, data: PackedDataset) -> StepPlan:
     """Return the number of updates, from the data and the config's options for the run's length."""
     task = config.task
-    budget = batch_budget(data, config.seed, task.global_batch_size)
-    per_epoch = budget["steps_per_epoch"]
     total = count_steps(
-        max_steps=task.max_steps, num_epochs=task.num_epochs, steps_per_epoch=per_epoch
+        max_steps=task.max_steps,
+        num_epochs=task.num_epochs,
+        steps_per_epoch=steps_per_epoch(data.num_blocks, task.global_batch_size),
     )
+    order = data_order(config, data, total)
+    budget = batch_budget(data, config.seed, task.global_batch_size, order.replay)
     s = task.lr_scheduler
     warmup = count_part(s.warmup_steps, s.warmup_ratio, total)
     decay = count_part(s.decay_steps, s.decay_ratio, total)
@@ -253,7 +292,8 @@ def plan_steps(config: TrainConfig, data: PackedDataset) -> StepPlan:
             f"expected at most {total:,} together, the updates of the run. Lower decay_steps (or "
             "decay_ratio), or train longer."
         )
-    return StepPlan(total, warmup, decay, total / per_epoch, budget)
+    replay = order.replay and order.replay.plan()
+    return StepPlan(total, warmup, decay, order.epoch(total), budget, replay)
 
 
 def count_steps(*, max_steps: int | None, num_epochs: float | None, steps_per_epoch: int) -> int:

@@ -16,6 +16,10 @@ A = {"name": "a", "file_dataset_path": "a.jsonl"}
 B = {"name": "b", "hf_dataset_name": "x/y", "replay": True, "columns": {"prompt": "q"}}
 
 
+REPLAY = {**B, "split": "train"}
+START, END = "dataset.replay_schedule.start", "dataset.replay_schedule.end"
+
+
 def config_of(**dataset: Any) -> dict[str, Any]:
     return {
         "dataset": dataset,
@@ -121,3 +125,34 @@ def test_the_defaults_keep_every_row_of_the_train_split() -> None:
         *("train", "auto", "bfd", "drop"),
     )
     assert config.max_unreadable_rows == 0 and config.eval_fraction is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ({"start": 0.2}, f"{END}: given null, expected the share at the last step"),
+        ({"end": 0.2}, f"{START}: given null, expected the share at the first step"),
+        ({"start": 1.0, "end": 0.1}, f"{START}: given 1.0"),
+        ({"start": 0.1, "end": -0.1}, f"{END}: given -0.1"),
+        ({"start": 0.0, "end": 0.0}, f"{START}: given 0.0, expected a share above 0"),
+        ({"start": 0.1, "end": 0.2, "shape": "constant"}, f"{END}: given 0.2, expected null"),
+        ({"start": 0.1, "end": 0.2, "shape": "cosin"}, "Did you mean dataset.replay_schedule.sh"),
+    ],
+)
+def test_a_schedule_of_replay_is_checked(schedule: dict[str, Any], said: str) -> None:
+    assert said in message_of(mixture=[A, REPLAY], replay_schedule=schedule)
+
+
+def test_a_schedule_of_replay_needs_both_kinds_and_a_length() -> None:
+    given = {"start": 0.2, "end": 0.1}
+    no_mixture = message_of(**ROWS, replay_schedule=given)
+    assert f"{START}: given 0.2, expected null, since dataset.mixture is empty" in no_mixture
+    one_kind = message_of(mixture=[A], replay_schedule=given)
+    assert f"{START}: given 0.2, expected null, since 0 of 1 parts" in one_kind
+    both = message_of(mixture=[A, REPLAY], replay_schedule=given, replay_share=0.1)
+    assert "dataset.replay_share: given 0.1, expected null, since dataset.replay_schedule" in both
+    endless = config_of(mixture=[A, REPLAY], replay_schedule=given)
+    assert load_config(endless).dataset.replay_schedule.enabled
+    endless["task"] |= {"max_steps": None, "num_epochs": 2.0}
+    with pytest.raises(ConfigError, match="task.max_steps: given null, expected the length of"):
+        load_config(endless)

@@ -19,6 +19,14 @@ from torchprime.training.run.changes import (
     refuse_changes,
 )
 
+SCHEDULE = [
+    "dataset.hf_dataset_name=null",
+    "dataset.hf_dataset_config_name=null",
+    "dataset.mixture=[{name: a, file_dataset_path: a}, {name: b, file_dataset_path: b, "
+    "replay: true}]",
+    "dataset.replay_schedule.start=0.2",
+    "dataset.replay_schedule.end=0.05",
+]
 BASE = ["model.pretrained_model=x", "task.max_steps=10", "task.global_batch_size=8"]
 SAME = dict.fromkeys(IDENTITIES, "0" * 64)
 
@@ -29,10 +37,12 @@ def changes(
     unknown: tuple = (),
     older: dict[str, str] | None = None,
     before: dict[str, Any] | None = None,
+    base: list[str] = BASE,
 ):
-    """`unknown`: keys of `model` that the checkpoint's version did not have; `before`: its
-    config."""
-    config = before or compose_config(BASE).to_dict()
+    """`unknown`: keys of `model` and `dataset` that the checkpoint's version did not have;
+    `before`: its config."""
+    config = before or compose_config(base).to_dict()
+    config["dataset"] = {k: v for k, v in config["dataset"].items() if k not in unknown}
     config["model"] = {k: v for k, v in config["model"].items() if k not in unknown}
     manifest: Any = SimpleNamespace(
         config=config,
@@ -42,7 +52,7 @@ def changes(
         data_manifest={"fingerprint": SAME["data"]},
         eval_manifest={"fingerprint": SAME["eval"]},
     )
-    now = compose_config([*BASE, *overrides]).to_dict()
+    now = compose_config([*base, *overrides]).to_dict()
     return find_changes(manifest, now, {**SAME, **(identity or {})}, older or {})
 
 
@@ -55,6 +65,19 @@ def test_a_checkpoint_from_before_a_key_goes_on() -> None:
     assert changes(unknown=("add_special_tokens", "resize_embeddings")) == []
     (change,) = changes('model.add_special_tokens=["<a>"]', unknown=("add_special_tokens",))
     assert change.kind == REFUSED
+
+
+def test_a_schedule_of_replay_holds_for_the_whole_run() -> None:
+    assert changes(unknown=("replay_schedule",)) == []
+    scheduled = [*BASE, *SCHEDULE]
+    assert changes(base=scheduled) == []
+    (change,) = changes("dataset.replay_schedule.end=0.1", base=scheduled)
+    assert (change.key, change.kind) == ("dataset.replay_schedule.end", REFUSED)
+    (change,) = changes("task.max_steps=20", base=scheduled)
+    assert (change.key, change.kind) == ("task.max_steps", REFUSED)
+    constant = [*scheduled[:-1], "dataset.replay_schedule.shape=constant"]
+    (change,) = changes("task.max_steps=20", base=constant)
+    assert (change.key, change.kind) == ("task.max_steps", QUESTIONABLE)
 
 
 def test_a_fingerprint_of_an_older_version_is_known() -> None:

@@ -108,3 +108,20 @@ def test_a_folders_splits_are_the_sections_rows(
     unset = datasets.RunRows.of(compose_config(command(*given)))
     with pytest.raises(DataError, match="eval.split is not set. Set eval.split to one of them"):
         list(unset.rows("eval"))
+
+
+def test_a_held_out_source_without_a_row_is_refused(
+    command: Callable[..., list[str]], tiny: Path, tmp_path: Path
+) -> None:
+    """Its loss would be a metric that no step has, so no step could pass a gate on it."""
+    rows = {"own": {"prompt": "a?", "completion": "b"}, "general": {"text": ""}}
+    listed = []
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        listed.append(f"{{name: {name}, file_dataset_path: {tmp_path}/{name}.jsonl}}")
+    config = compose_config(
+        command(f"eval.sources=[{', '.join(listed)}]", "dataset.max_rejected_fraction=0.9",
+                f"dataset.prepared_dir={tmp_path}/prepared")
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"eval.sources\[1\]: general has no usable row"):
+        datasets.prepare_run_data(config, load_tokenizer(tiny), None, lambda _: None)
