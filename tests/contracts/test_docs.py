@@ -30,10 +30,10 @@ PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"] + sorted
 )
 TRAIN = ["torchprime train ", "python3 torchprime/torch_xla_models/train.py "]
 # `key` | type | default | meaning
-ROW = re.compile(r"\| `([a-z_][a-z_.]*)` \| ([^|]+) \| ([^|]+) \| [^|]+ \|")
+ROW = re.compile(r"\| `([a-z_][a-z0-9_.]*)` \| ([^|]+) \| ([^|]+) \| [^|]+ \|")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
-OVERRIDE = re.compile(r"\+?([a-z_]+(?:\.[a-z_]+)*)=(\S*)")
+OVERRIDE = re.compile(r"\+?([a-z_]+(?:\.[a-z0-9_]+)*)=(\S*)")
 # A file of ours: with a folder in front, from the top or from torchprime/; maybe ::test_name.
 OUR_FILE = re.compile(r"([\w.-]+(?:/[\w.-]+)+\.(?:py|yaml|md|sh))(?:::(\w+))?")
 
@@ -184,7 +184,7 @@ def default_of(key: str) -> Any:
 
 
 def test_every_key_is_documented_and_no_other() -> None:
-    headings = re.findall(r"^#+ .*?`([a-z_.]+)`", text_of("docs/configuration.md"), re.MULTILINE)
+    headings = re.findall(r"^#+ .*?`([a-z0-9_.]+)`", text_of("docs/configuration.md"), re.MULTILINE)
     assert sorted({*documented_rows(), *headings}) == sorted(known_keys())
 
 

@@ -1,7 +1,8 @@
 """`torchprime COMMAND ...`: training, and the commands before and after it.
 
 Each command has a module named as it is typed, but `inspect`, which is a name of the standard
-library: inspect_data.py. It is imported when the command is given.
+library: inspect_data.py. It is imported when the command is given. Those of the room `before` need
+no backend.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def train(argv: list[str]) -> int:
 def prepare(config: TrainConfig) -> int:
     """Prepare the run's data now, so that training finds it done."""
     # late: as above
-    from torchprime.cli.prepare import prepare_data
+    from torchprime.cli.before.prepare import prepare_data
 
     return prepare_data(config)
 
@@ -36,9 +37,17 @@ def prepare(config: TrainConfig) -> int:
 def inspect(config: TrainConfig) -> int:
     """Show real batches as the device gets them: in the terminal and as a page."""
     # late: as above
-    from torchprime.cli.inspect_data import inspect_data
+    from torchprime.cli.before.inspect_data import inspect_data
 
     return inspect_data(config)
+
+
+def fisher(argv: list[str]) -> int:
+    """Measure the Fisher information of a base, which regularization.ewc needs."""
+    # late: as above
+    from torchprime.cli.fisher import fisher_main
+
+    return fisher_main(argv)
 
 
 def compare(argv: list[str]) -> int:
@@ -107,7 +116,7 @@ def doctor(argv: list[str]) -> int:
     """Say what this host can do: TPU, GPU, virtual devices, the TPU's compiler, versions."""
     os.environ["USE_TORCH_XLA"] = "0"
     # late: as above
-    from torchprime.cli.doctor import doctor_main
+    from torchprime.cli.before.doctor import doctor_main
 
     return doctor_main(argv)
 
@@ -117,6 +126,7 @@ CONFIG_COMMANDS: dict[str, Callable[[TrainConfig], int]] = {"prepare": prepare, 
 # These take their own arguments.
 OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "fisher": fisher,
     "compare": compare,
     "resume-check": resume_check,
     "export": export,
@@ -132,6 +142,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "doctor": "[--quick] [--json]",
         "inspect": "--config-name NAME [key=value ...]",
         "prepare": "--config-name NAME [key=value ...]",
+        "fisher": "--out DIR [--examples N] --config-name NAME [key=value ...]",
     },
     "run": {"train": "[--backend xla|native] --config-name NAME [key=value ...]"},
     "after a run": {
@@ -167,7 +178,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name, *rest = argv
     if name in FLAGS:
-        return complete(argv, [*CONFIG_COMMANDS, *OTHER_COMMANDS], ["train", *CONFIG_COMMANDS])
+        return complete(
+            argv, [*CONFIG_COMMANDS, *OTHER_COMMANDS], ["train", "fisher", *CONFIG_COMMANDS]
+        )
     if name in CONFIG_COMMANDS:
         return run_main(CONFIG_COMMANDS[name], rest)
     if name in OTHER_COMMANDS:

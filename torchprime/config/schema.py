@@ -26,6 +26,7 @@ from torchprime.config.sections.evaluation import (
 )
 from torchprime.config.sections.metrics import MetricsConfig
 from torchprime.config.sections.model import ModelConfig
+from torchprime.config.sections.regularization import RegularizationConfig
 from torchprime.config.sections.task import TaskConfig
 from torchprime.config.topologies import check_devices, topology
 from torchprime.errors import ConfigError
@@ -168,6 +169,7 @@ class TrainConfig:
     sharding: ShardingConfig
     remat: RematConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    regularization: RegularizationConfig = field(default_factory=RegularizationConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -211,6 +213,9 @@ class TrainConfig:
         self._check_replay()
         self._check_eval()
         self._check_adapter()
+        self.regularization.check_run(
+            has_base=self.model.pretrained_model is not None, adapter=self.adapter.enabled
+        )
         if self.task.sample_prompts > 0 and not self.holds_out:
             refuse(
                 "task.sample_prompts",

@@ -1,4 +1,4 @@
-"""Prepared data as plain values, which torchprime.cli.inspect_data shows to a person.
+"""Prepared data as plain values, which torchprime.cli.before.inspect_data shows to a person.
 
 Everything is taken from the batches as the device gets them, not from the rows they were made of:
 ids, targets, weights, positions and segments are read back from the five arrays. A weight belongs

@@ -43,6 +43,7 @@ from torchprime.torch_native.runtime import start_processes, watched
 from torchprime.torch_native.state import StateMaker, state_shards
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer
+from torchprime.training.regularization.penalty import AnchorSource
 from torchprime.training.step import (
     CrossEntropy,
     StepSums,
@@ -173,7 +174,11 @@ class NativeBackend:
     # -- training ------------------------------------------------------------------------------
 
     def prepare_training(
-        self, optimizer: Optimizer, options: StepOptions, resumed: ResumedState | None = None
+        self,
+        optimizer: Optimizer,
+        options: StepOptions,
+        resumed: ResumedState | None = None,
+        anchors: AnchorSource | None = None,
     ) -> None:
         """Make the optimizer's state for this process's shards, in fp32 on the device.
 
@@ -182,7 +187,7 @@ class NativeBackend:
         self.optimizer, self.options = optimizer, options
         if self.loss == "chunked":
             self.root.cross_entropy = partial(chunked_cross_entropy, chunks=options.loss_chunks)
-        maker = StateMaker(optimizer, options, self.device, resumed)
+        maker = StateMaker(optimizer, options, self.device, resumed, anchors)
         parameters = {name: maker.make(name, parameter) for name, parameter in self._trained()}
         counts = (0 if resumed is None else resumed.updates, 0)
         self.state = TrainState(
@@ -281,7 +286,7 @@ class NativeBackend:
                 # Filled on the device: a copy of a number from the host would wait for it.
                 torch.full((), lr, dtype=torch.float32, device=self.device),
                 gradient_scale=self.rank.count,  # from the mean to the sum
-                squared_norm=self._squared_norm,
+                over_shards=self._over_shards,
             )
         self.model.zero_grad(set_to_none=True)
         return numbers
@@ -299,10 +304,11 @@ class NativeBackend:
             gradients.append(gradient)
         return gradients
 
-    def _squared_norm(self, gradients: Iterable[Tensor]) -> Tensor:
-        """Return the squared norm over all processes; a shard that several hold is counted once."""
-        pairs = zip(gradients, self.copies, strict=True)
-        total = torch.stack([g.pow(2).sum() / copies for g, copies in pairs]).sum()
+    def _over_shards(self, values: Iterable[Tensor]) -> Tensor:
+        """Return the sum over all processes of scalars, one of each parameter's shard; a shard that
+        several hold is counted once."""
+        pairs = zip(values, self.copies, strict=True)
+        total = torch.stack([value / copies for value, copies in pairs]).sum()
         dist.all_reduce(total)
         return total
 

@@ -182,8 +182,7 @@ def _fill(model: CausalLM, tensor_of: Callable[[str], Tensor], device: torch.dev
     mapped file: private to this process, copied page by page as updates write to it.
     """
     for name, parameter in list(model.named_parameters()):
-        cut = tuple(slice(at, at + size) for at, size in zip(*region(parameter), strict=True))
-        value = tensor_of(name)[cut]
+        value = own_part(tensor_of(name), parameter)
         value = value.view(AS_FLOAT) if parameter.dtype == AS_FLOAT else value.to(parameter.dtype)
         value = value.to(device).contiguous()
         if isinstance(parameter, DTensor):
@@ -282,6 +281,12 @@ def region(parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         parameter.shape, parameter.device_mesh, parameter.placements
     )
     return tuple(offsets), tuple(sizes)
+
+
+def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
+    """Return a view of this process's shard in a tensor of the shape of a whole parameter."""
+    pairs = zip(*region(parameter), strict=True)
+    return whole[tuple(slice(at, at + size) for at, size in pairs)]
 
 
 def writes(parameter: Tensor, mesh: DeviceMesh) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,7 @@ from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.torch_native import placement
 from torchprime.training.backend import ResumedState, StepOptions
 from torchprime.training.optim.optimizer import Optimizer, Parameter, Slot
+from torchprime.training.regularization.penalty import Anchor, AnchorSource
 from torchprime.training.step import ParameterState
 
 
@@ -23,12 +25,14 @@ class StateMaker:
     Attributes:
         resumed: a checkpoint, of which only the regions of this process's shards are read; None
             makes zeros.
+        anchors: the values of a penalty's frozen tensors; None for a run without one.
     """
 
     optimizer: Optimizer
     options: StepOptions
     device: torch.device
     resumed: ResumedState | None
+    anchors: AnchorSource | None = None
 
     def make(self, name: str, parameter: Tensor) -> ParameterState:
         """Return the state of one parameter, which may be sharded."""
@@ -45,11 +49,25 @@ class StateMaker:
                 slot: torch.zeros(keeps.kept(shard.shape), dtype=keeps.dtype, device=self.device)
                 for slot, keeps in slots.items()
             }
-            return ParameterState(info, shard, zeros, shard.float() if has_master else None)
+            master = shard.float() if has_master else None
+            return ParameterState(info, shard, zeros, master, self._anchor(name, parameter))
         own = partial(self._own, self.resumed, placement.region(parameter))
         stored = {slot: own(f"optimizer.{slot}.{name}", keeps) for slot, keeps in slots.items()}
         master = own(f"master.{name}", Slot(info.dims)) if has_master else None
-        return ParameterState(info, shard, stored, master)
+        return ParameterState(info, shard, stored, master, self._anchor(name, parameter))
+
+    def _anchor(self, name: str, parameter: Tensor) -> Anchor | None:
+        """Return this process's shards of a parameter's anchor, in memory of their own."""
+        if self.anchors is None:
+            return None
+
+        def own(tensor_of: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+            part = placement.own_part(tensor_of(name), parameter)
+            return part.to(device=self.device, dtype=dtype, copy=True)
+
+        fisher = self.anchors.fisher
+        base = own(self.anchors.base, parameter.dtype)
+        return Anchor(base, None if fisher is None else own(fisher, torch.float32))
 
     def _own(
         self,

@@ -44,15 +44,15 @@ from torchprime.torch_xla_models.devices import (
 from torchprime.torch_xla_models.generation import Generator
 from torchprime.torch_xla_models.linear import replace_linears, turned_spec
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain, in_order, make_mesh
-from torchprime.torch_xla_models.placement import Placed
+from torchprime.torch_xla_models.placement import StateMaker
 from torchprime.torch_xla_models.processes import make_processes
 from torchprime.torch_xla_models.remat import NO_REMAT, Remat, apply_remat, device_loop
 from torchprime.torch_xla_models.runtime import check_loop_requirements
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
-from torchprime.training.optim.optimizer import Optimizer, Parameter, Slot
+from torchprime.training.optim.optimizer import Optimizer
+from torchprime.training.regularization.penalty import AnchorSource
 from torchprime.training.step import (
     Micro,
-    ParameterState,
     TrainState,
     Update,
     eval_sums,
@@ -207,50 +207,23 @@ class XlaBackend:
     # -- training ------------------------------------------------------------------------------
 
     def prepare_training(
-        self, optimizer: Optimizer, options: StepOptions, resumed: ResumedState | None = None
+        self,
+        optimizer: Optimizer,
+        options: StepOptions,
+        resumed: ResumedState | None = None,
+        anchors: AnchorSource | None = None,
     ) -> None:
         """Make the optimizer's state before the first step, so that step 2 uses step 1's graph."""
         self.optimizer, self.options = optimizer, options
-        parameters = {}
-        for name, weight in trainable(self.model).items():
-            entry = self.placed[name]
-            info = Parameter(entry.hf_names, tuple(weight.shape), weight.dtype, entry.stacked)
-            make = self._new_state if resumed is None else partial(self._resumed_state, resumed)
-            parameters[name] = make(info, weight, entry)
+        maker = StateMaker(self.tensors, optimizer, options.master_weights, resumed, anchors)
+        parameters = {
+            name: maker.make(weight, self.placed[name])
+            for name, weight in trainable(self.model).items()
+        }
         counts = (0 if resumed is None else resumed.updates, 0)
         step, bad_step = (self.tensors.send(torch.tensor(float(n)), ()) for n in counts)
         self.state = TrainState(parameters, step, bad_step)
         self.tensors.materialize(self.state.tensors())
-
-    def _has_master(self, weight: Tensor) -> bool:
-        return weight.dtype != torch.float32 and self.options.master_weights
-
-    def _new_state(self, info: Parameter, weight: Tensor, entry: Placed) -> ParameterState:
-        slots = {}
-        for slot, keeps in self.optimizer.slots(info).items():
-            spec = placement.slot_spec(keeps, info.shape, entry.spec, self.mesh)
-            slots[slot] = self.tensors.zeros(keeps.kept(info.shape), spec, keeps.dtype)
-        master = None
-        if self._has_master(weight):
-            master = self.tensors.widened(weight, entry.spec)
-        return ParameterState(info, weight, slots, master)
-
-    def _resumed_state(
-        self, resumed: ResumedState, info: Parameter, weight: Tensor, entry: Placed
-    ) -> ParameterState:
-        def sent(prefix: str, keeps: Slot) -> Tensor:
-            host = placement.host_tensor(
-                entry, lambda name: resumed.tensor_of(f"{prefix}.{name}"), keeps.dtype
-            )
-            spec = placement.slot_spec(keeps, info.shape, entry.spec, self.mesh)
-            return self.tensors.send(host, spec)
-
-        slots = {
-            slot: sent(f"optimizer.{slot}", keeps)
-            for slot, keeps in self.optimizer.slots(info).items()
-        }
-        master = sent("master", Slot(info.dims)) if self._has_master(weight) else None
-        return ParameterState(info, weight, slots, master)
 
     def checkpoint_tensors(self) -> list[TensorShards]:
         """Return trained weights and optimizer state by their names in a checkpoint, with the

@@ -2,12 +2,14 @@
 
 The model is built without storage. Its parameters are then made one at a time: read, cast, split
 into shards, host copy freed. A scanned stack has one tensor [layers, ...] per layer parameter, read
-layer by layer into one host buffer; peak host memory is that one tensor, not the model.
+layer by layer into one host buffer; peak host memory is that one tensor, not the model. The
+optimizer's state and a penalty's anchors are placed like their weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +27,10 @@ from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.linear import original_shape, turned, turned_spec
 from torchprime.torch_xla_models.mesh import axis_sizes
 from torchprime.torch_xla_models.remat import STACKED
-from torchprime.training.optim.optimizer import Slot
+from torchprime.training.backend import ResumedState
+from torchprime.training.optim.optimizer import Optimizer, Parameter, Slot
+from torchprime.training.regularization.penalty import Anchor, AnchorSource
+from torchprime.training.step import ParameterState
 
 
 class Placed(NamedTuple):
@@ -110,6 +115,69 @@ def host_tensor(entry: Placed, tensor_of: Callable[[str], Tensor], dtype: torch.
 def _replace(model: CausalLM, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, parameter)
+
+
+@dataclass(frozen=True)
+class StateMaker:
+    """Maker of the state of trained parameters on the mesh.
+
+    Attributes:
+        master_weights: true adds fp32 copies of weights of other types.
+        resumed: a checkpoint to read the state from; None makes zeros.
+        anchors: the values of a penalty's frozen tensors; None for a run without one.
+    """
+
+    tensors: DeviceTensors
+    optimizer: Optimizer
+    master_weights: bool
+    resumed: ResumedState | None
+    anchors: AnchorSource | None
+
+    def make(self, weight: Tensor, entry: Placed) -> ParameterState:
+        """Return the state of one parameter."""
+        info = Parameter(entry.hf_names, tuple(weight.shape), weight.dtype, entry.stacked)
+        has_master = weight.dtype != torch.float32 and self.master_weights
+        if self.resumed is None:
+            slots, master = self._new(info, weight, entry, has_master)
+        else:
+            slots, master = self._stored(self.resumed, info, entry, has_master)
+        return ParameterState(info, weight, slots, master, self._anchor(weight, entry))
+
+    def _new(
+        self, info: Parameter, weight: Tensor, entry: Placed, has_master: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        slots = {}
+        for slot, keeps in self.optimizer.slots(info).items():
+            spec = slot_spec(keeps, info.shape, entry.spec, self.tensors.mesh)
+            slots[slot] = self.tensors.zeros(keeps.kept(info.shape), spec, keeps.dtype)
+        return slots, self.tensors.widened(weight, entry.spec) if has_master else None
+
+    def _stored(
+        self, resumed: ResumedState, info: Parameter, entry: Placed, has_master: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        def sent(prefix: str, keeps: Slot) -> Tensor:
+            host = host_tensor(
+                entry, lambda name: resumed.tensor_of(f"{prefix}.{name}"), keeps.dtype
+            )
+            spec = slot_spec(keeps, info.shape, entry.spec, self.tensors.mesh)
+            return self.tensors.send(host, spec)
+
+        slots = {
+            slot: sent(f"optimizer.{slot}", keeps)
+            for slot, keeps in self.optimizer.slots(info).items()
+        }
+        return slots, sent("master", Slot(info.dims)) if has_master else None
+
+    def _anchor(self, weight: Tensor, entry: Placed) -> Anchor | None:
+        if self.anchors is None:
+            return None
+        fisher = self.anchors.fisher
+
+        def sent(tensor_of: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+            return self.tensors.send(host_tensor(entry, tensor_of, dtype), entry.spec)
+
+        base = sent(self.anchors.base, weight.dtype)
+        return Anchor(base, None if fisher is None else sent(fisher, torch.float32))
 
 
 def gather(

@@ -21,6 +21,7 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.processes import Processes
+from torchprime.training.regularization.penalty import AnchorSource, Penalty
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class StepOptions:
     Attributes:
         loss_terms: names of parts of the loss that every micro-batch sums (LossSums.terms).
         step_terms: names of numbers that an update computes once (`step.finish_step`).
+        penalty: on the distance from the base's weights; its name is one of step_terms.
         dropout_seed: from -2^31 to 2^31 - 1, the key of dropout in adapters; None without dropout.
     """
 
@@ -58,6 +60,7 @@ class StepOptions:
     num_sources: int = 1  # several: the step also sums the loss by source
     loss_terms: tuple[str, ...] = ()
     step_terms: tuple[str, ...] = ()
+    penalty: Penalty | None = None
     dropout_seed: int | None = None
 
 
@@ -111,10 +114,19 @@ class Backend(Protocol):
         ...
 
     def prepare_training(
-        self, optimizer: Optimizer, options: StepOptions, resumed: ResumedState | None = None
+        self,
+        optimizer: Optimizer,
+        options: StepOptions,
+        resumed: ResumedState | None = None,
+        anchors: AnchorSource | None = None,
     ) -> None:
         """Make the optimizer's state of the trained parameters, sharded like them: zeros, or a
-        checkpoint's."""
+        checkpoint's.
+
+        Args:
+            anchors: the values that options.penalty needs. No step writes them, and no checkpoint
+                holds them.
+        """
         ...
 
     def put(self, batch: Batch, accumulation: int) -> Any:

@@ -37,7 +37,7 @@ from torchprime.training.run.export import Exporter
 from torchprime.training.run.folder import FolderLock
 from torchprime.training.run.outputs import export_place, make_exporter, try_places
 from torchprime.training.run.resume import Past, ResumePoint
-from torchprime.training.setup.inputs import RunInputs
+from torchprime.training.setup.inputs import RunInputs, open_fisher
 from torchprime.training.setup.model_files import ModelFiles
 from torchprime.training.setup.plan import Plan
 from torchprime.training.setup.recipe import as_in, files_of, optimizer_of, plan_run
@@ -184,6 +184,7 @@ def _read(
     c = _with_adapter(c, files, say)
     if not c.dry_run:
         open_weights(files)  # checks names and shapes
+    fisher = open_fisher(c.regularization, files)
     longest = files.architecture.max_position_embeddings
     if c.dataset.block_size > longest:
         say(
@@ -191,6 +192,7 @@ def _read(
             f"max_position_embeddings={longest}; positions past it were never trained."
         )
     inputs = RunInputs.read(c, files, resuming.recorded_date(c.resume.source, catalog), say)
+    inputs = replace(inputs, fisher=fisher)
     return inputs, make_evaluation(inputs, choosing, graders, folder), catalog
 
 
@@ -207,11 +209,16 @@ def _with_adapter(config: TrainConfig, files: ModelFiles, say: Say) -> TrainConf
 
 
 def _with_base(inputs: RunInputs, processes: Processes) -> RunInputs:
-    """Return the inputs with the fingerprint of an adapter's base, which the first process
-    computes: its checkpoints are worth nothing with another one."""
-    if inputs.files.adapter is None or inputs.config.dry_run:
+    """Return the inputs with the fingerprint of the base, which the first process computes, if the
+    run's checkpoints are worth nothing with another one. The Fisher information is of that base."""
+    config, fisher = inputs.config, inputs.fisher
+    needed = inputs.files.adapter is not None or config.regularization.enabled
+    if not needed or config.dry_run:
         return inputs
-    return replace(inputs, base=processes.first_does(inputs.files.base_fingerprint))
+    base = processes.first_does(inputs.files.base_fingerprint)
+    if fisher is not None:
+        processes.first_does(partial(fisher.check_values, base))
+    return replace(inputs, base=base)
 
 
 def _find_point(

@@ -21,6 +21,7 @@ from torchprime.training.hooks.profiling import ProfileHook
 from torchprime.training.hooks.snapshots import Snapshots
 from torchprime.training.loop import CompileGuard, Hook, RunControl, TrainLoop
 from torchprime.training.prepare import Prepared
+from torchprime.training.regularization.penalty import AnchorSource
 from torchprime.training.run import folder as run_folder
 from torchprime.training.run import resume as resuming
 from torchprime.training.run.facts import run_facts
@@ -76,11 +77,22 @@ def _place_weights(prepared: Prepared) -> None:
         p.optimizer,
         step_options(config, len(inputs.rows.train.source_names)),
         None if point is None else point.state(),
+        _anchors(p),
     )
     if config.isolation_probe:
         vocab = inputs.files.architecture.vocab_size
         told = probe_isolation(backend, inputs.rows.train, inputs.micro_batch_size, vocab)
         p.say(f"  {told}")
+
+
+def _anchors(prepared: Prepared) -> AnchorSource | None:
+    """Return the source of the values that hold the weights near the base, also on a resume: no
+    checkpoint has them."""
+    p, fisher = prepared, prepared.inputs.fisher
+    adapter = p.inputs.files.adapter is not None
+    if not p.config.regularization.holds_base(adapter=adapter):
+        return None
+    return AnchorSource(p.open_weights(), None if fisher is None else fisher.get)
 
 
 def _values(prepared: Prepared) -> Callable[[str], Tensor]:

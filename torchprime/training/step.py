@@ -29,6 +29,7 @@ from torchprime.losses.cross_entropy import ONE_DEVICE, LossSums, Spread, chunke
 from torchprime.models.decoder import CausalLM
 from torchprime.training.backend import StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer, Parameter
+from torchprime.training.regularization.penalty import Anchor, penalty_gradient, weighted_squares
 
 # The order of the batch's fields in tuples, each [A, B/A, S] on the device.
 FIELDS = ("input_ids", "targets", "position_ids", "segment_ids", "loss_weights")
@@ -54,6 +55,12 @@ class ParameterState(NamedTuple):
     weight: Tensor
     slots: dict[str, Tensor]
     master: Tensor | None  # the fp32 copy of a bf16 weight
+    anchor: Anchor | None = None  # of a penalty; no step writes it
+
+    @property
+    def wide(self) -> Tensor:
+        """The weight in fp32."""
+        return self.weight.float() if self.master is None else self.master
 
 
 @dataclass
@@ -226,9 +233,9 @@ def supervised_weight(batch: Sequence[Tensor]) -> Tensor:
     return torch.where(targets < 0, 0.0, weights).sum()
 
 
-def sum_of_squares(gradients: Iterable[Tensor]) -> Tensor:
-    """Return the squared norm of gradients that this process holds whole."""
-    return torch.stack([g.pow(2).sum() for g in gradients]).sum()
+def sum_of_whole(values: Iterable[Tensor]) -> Tensor:
+    """Return the sum of scalars, one of each parameter that this process holds whole."""
+    return torch.stack(list(values)).sum()
 
 
 def finish_step(
@@ -237,7 +244,7 @@ def finish_step(
     lr: Tensor,
     *,
     gradient_scale: float = 1.0,
-    squared_norm: Callable[[Iterable[Tensor]], Tensor] = sum_of_squares,
+    over_shards: Callable[[Iterable[Tensor]], Tensor] = sum_of_whole,
 ) -> Tensor:
     """Update the weights in place from the sums of an update's micro-batches.
 
@@ -247,33 +254,57 @@ def finish_step(
     Args:
         sums: over the whole batch.
         gradient_scale: the factor that makes its gradients those of the loss sum.
-        squared_norm: of all gradients, if this process holds only its shards of them.
+        over_shards: sums scalars, one of each parameter's shard, over all shards of all parameters.
 
     Returns:
-        fp32 [4]: mean loss per supervised weight, gradient norm before clipping, weight sum, and
-        the number of the first update with a non-finite loss (0 if there is none). Then the step's
-        terms, the loss's terms (per supervised weight too), and with several sources the loss sum
-        of each.
+        fp32 [4]: the loss, which is the mean per supervised weight plus penalties; gradient norm
+        before clipping, weight sum, and the number of the first update with a non-finite loss (0 if
+        there is none). Then the step's terms, the loss's terms (per supervised weight too), and
+        with several sources the loss sum of each.
     """
     # A batch of empty blocks only has weight 0; its sums are 0 as well.
     divisor = sums.supervised.clamp(min=1e-12)
-    loss = sums.losses[0] / divisor
-
-    def divided() -> Iterator[Tensor]:
-        wide = (g.float() for g in sums.gradients)
-        return ((g if gradient_scale == 1 else g * gradient_scale) / divisor for g in wide)
-
-    norm = squared_norm(divided()).sqrt()
     state, options = update.state, update.options
-    ready = clipped(divided(), norm, options.max_grad_norm, options.max_grad_value)
+    terms = penalties(update, over_shards)
+    loss = sum(terms.values(), sums.losses[0] / divisor)
+
+    def of_objective(parameter: ParameterState, gradient: Tensor) -> Tensor:
+        wide = gradient.float()
+        wide = (wide if gradient_scale == 1 else wide * gradient_scale) / divisor
+        return with_penalty(parameter, wide, options)
+
+    def gradients() -> Iterator[Tensor]:
+        return map(of_objective, state.parameters.values(), sums.gradients)
+
+    norm = over_shards(g.pow(2).sum() for g in gradients()).sqrt()
+    ready = clipped(gradients(), norm, options.max_grad_norm, options.max_grad_value)
     apply_update(state, update.optimizer, ready, lr, torch.isfinite(loss) & torch.isfinite(norm))
-    terms: dict[str, Tensor] = {}
     own = [terms[name] for name in options.step_terms]
     numbers = torch.stack([loss, norm, sums.supervised, state.bad_step, *own])
     of_loss, by_source = sums.losses[1:].split(
         [len(options.loss_terms), len(sums.losses) - 1 - len(options.loss_terms)]
     )
     return torch.cat([numbers, of_loss / divisor, by_source])
+
+
+def penalties(
+    update: Update, over_shards: Callable[[Iterable[Tensor]], Tensor]
+) -> dict[str, Tensor]:
+    """Return the values of the penalties on the weights before the update, by name."""
+    penalty = update.options.penalty
+    if penalty is None:
+        return {}
+    pairs = ((p.wide, p.anchor) for p in update.state.parameters.values())
+    squares = (weighted_squares(wide, anchor) for wide, anchor in pairs if anchor is not None)
+    return {penalty.name: penalty.strength * over_shards(squares)}
+
+
+def with_penalty(parameter: ParameterState, gradient: Tensor, options: StepOptions) -> Tensor:
+    """Return the gradient of the loss with its penalties, from that without."""
+    if options.penalty is None or parameter.anchor is None:
+        return gradient
+    strength = options.penalty.strength
+    return gradient + penalty_gradient(parameter.wide, parameter.anchor, strength)
 
 
 def clipped(
@@ -296,12 +327,11 @@ def apply_update(
     step = state.step + 1
     good = finite & (state.bad_step == 0)
     for parameter, gradient in zip(state.parameters.values(), gradients, strict=True):
-        info, weight, slots, master = parameter
-        wide = weight.float() if master is None else master
-        new = optimizer.update(info, wide, gradient, slots, lr, step)
+        weight, slots, wide = parameter.weight, parameter.slots, parameter.wide
+        new = optimizer.update(parameter.info, wide, gradient, slots, lr, step)
         value = torch.where(good, new.pop("weight"), wide)
-        if master is not None:
-            master.copy_(value)
+        if parameter.master is not None:
+            parameter.master.copy_(value)
         weight.copy_(value.to(weight.dtype))
         for name, tensor in new.items():
             slots[name].copy_(torch.where(good, tensor, slots[name]))

@@ -12,7 +12,7 @@ from torchprime.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS, main
 
 COMMANDS = sorted([*CONFIG_COMMANDS, *OTHER_COMMANDS])
 GROUPS = {
-    "before a run": ["doctor", "inspect", "prepare"],
+    "before a run": ["doctor", "inspect", "prepare", "fisher"],
     "run": ["train"],
     "after a run": ["compare", "report", "chat", "verify", "export", "lm-eval", "resume-check"],
 }
@@ -32,7 +32,8 @@ def test_help_groups_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_each_commands_module_is_named_as_it_is_typed() -> None:
     folder = Path(torchprime.cli.__file__).parent
-    modules = {path.stem for path in folder.glob("*.py")} - {"__init__", "main"}
+    files = [*folder.glob("*.py"), *folder.glob("before/*.py")]
+    modules = {path.stem for path in files} - {"__init__", "main"}
     named = {name.replace("-", "_") for name in COMMANDS}
     # `inspect` is a module of the standard library.
     assert modules == named - {"inspect"} | {"inspect_data"}

@@ -40,6 +40,11 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "adafactor": (1, {"mesh": {}, "optimizer": "adafactor"}),
     "adafactor-fsdp2": (2, {"mesh": {"fsdp": 2}, "optimizer": "adafactor"}),
     "adafactor-fsdp2-tensor2": (4, {"mesh": {"fsdp": 2, "tensor": 2}, "optimizer": "adafactor"}),
+    "l2_sp-data2": (2, {"mesh": {"data": 2}, "penalty": "l2_sp"}),
+    "ewc-fsdp2-tensor2-tied": (
+        4,
+        {"mesh": {"fsdp": 2, "tensor": 2}, "tied": True, "penalty": "ewc"},
+    ),
     "compiled-flex": (1, {"mesh": {}, "compiler": "aot_eager", "kernel": "flex"}),
     "fsdp2-compiled-remat-accumulate2": (
         2,
@@ -53,6 +58,7 @@ SLOW = {
     "tensor2-three-kv-heads-compiled",
     "adafactor-fsdp2",
     "alone-flex",
+    "ewc-fsdp2-tensor2-tied",
 }
 
 
@@ -77,6 +83,7 @@ def trained(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory):
                 how.get("family", "llama"),
                 how.get("optimizer", "adamw"),
                 how.get("heads", (4, 2)),
+                how.get("penalty"),
             )
             if key not in references:
                 references[key] = reference.train(*key)
@@ -96,6 +103,7 @@ def test_numbers_and_weights_are_the_references(way: str, trained) -> None:
     found = json.loads((out / "numbers.json").read_text())
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert found["penalties"] == pytest.approx(expected["penalties"], rel=1e-5)
     for ours, theirs in zip(found["by_source"], expected["by_source"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert found["held_out"] == pytest.approx(expected["held_out"], rel=1e-4)

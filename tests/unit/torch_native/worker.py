@@ -29,6 +29,7 @@ from torchprime.torch_native.runtime import stop_processes  # noqa: E402
 from torchprime.training.backend import StepOptions  # noqa: E402
 from torchprime.training.optim.adafactor import Adafactor  # noqa: E402
 from torchprime.training.optim.adamw import AdamW  # noqa: E402
+from torchprime.training.regularization.penalty import AnchorSource, Penalty  # noqa: E402
 
 
 def main(out: Path, way: dict) -> None:
@@ -45,29 +46,40 @@ def main(out: Path, way: dict) -> None:
     if way.get("fused"):
         backend.loss = "liger"
         backend.cross_entropy = partial(fused_cross_entropy, liger_forward=liger_stand_in.forward)
-    config, base = reference.make_model(
+    config, theirs = reference.make_model(
         way.get("tied", False), way.get("family", "llama"), way.get("heads", (4, 2))
     )
-    start = {name: p.detach() for name, p in base.named_parameters()}
+    start = {name: p.detach() for name, p in theirs.named_parameters()}
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(config.to_dict()))
     shipped = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
     table = ShardingTable(shipped.parameters, shipped.activations, 100)
     backend.place(model, table, lambda name: start[name].clone(), torch.float32)
-    options = StepOptions(accumulation, 3, max_grad_norm=reference.CLIP, num_sources=2)
+    penalty = way.get("penalty")
+    options = StepOptions(
+        accumulation,
+        3,
+        max_grad_norm=reference.CLIP,
+        num_sources=2,
+        step_terms=() if penalty is None else (penalty,),
+        penalty=None if penalty is None else Penalty(penalty, reference.STRENGTH),
+    )
     if way.get("optimizer") == "adafactor":
         optimizer = Adafactor(reference.FACTOR_EPS, reference.DECAY)
     else:
         optimizer = AdamW(eps=reference.EPS, weight_decay=reference.DECAY)
-    backend.prepare_training(optimizer, options)
+    base, fisher = reference.anchors(start)
+    anchors = AnchorSource(base.__getitem__, fisher.__getitem__ if penalty == "ewc" else None)
+    backend.prepare_training(optimizer, options, anchors=None if penalty is None else anchors)
 
-    losses, norms, by_source, compiles = [], [], [], []
+    losses, norms, by_source, compiles, penalties = [], [], [], [], []
     compiled = backend.compiles()
     for step in range(reference.STEPS):
         batch = reference.make_batch(step)
         numbers = backend.read(backend.train_step(backend.put(batch, accumulation), reference.LR))
         losses.append(numbers.loss)
         norms.append(numbers.grad_norm)
+        penalties += numbers.terms.values()
         compiles.append(backend.compiles() - compiled)
         weights = batch.source_weights(2)
         by_source.append([s / w for s, w in zip(numbers.source_loss_sums, weights, strict=True)])
@@ -83,6 +95,7 @@ def main(out: Path, way: dict) -> None:
             "losses": losses,
             "norms": norms,
             "by_source": by_source,
+            "penalties": penalties,
             "compiles": compiles,
             "held_out": loss_sum / weight_sum,
             "largest_share": held,

@@ -20,6 +20,7 @@ from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_xla_models.backend import XlaBackend  # noqa: E402
 from torchprime.training.backend import ResumedState, StepOptions  # noqa: E402
 from torchprime.training.optim.adamw import AdamW  # noqa: E402
+from torchprime.training.regularization.penalty import AnchorSource, Penalty  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +37,12 @@ def shipped_table() -> ShardingTable:
 
 
 @pytest.fixture(scope="session")
+def anchored_run() -> dict:
+    """The reference run of the tied model with EWC."""
+    return reference.train(tied=True, penalty="ewc")
+
+
+@pytest.fixture(scope="session")
 def make_backend(reference_runs, shipped_table):
     """A placed and prepared backend that starts from the reference's weights."""
 
@@ -48,6 +55,7 @@ def make_backend(reference_runs, shipped_table):
         optimizer=None,
         options: dict | None = None,
         resumed: ResumedState | None = None,
+        penalty: str | None = None,
         **more,
     ) -> XlaBackend:
         sizes = {axis: mesh.get(axis, 1) for axis in AXES}
@@ -64,10 +72,17 @@ def make_backend(reference_runs, shipped_table):
             gradient_accumulation_steps=accumulation,
             loss_chunks=3,
             max_grad_norm=reference.CLIP,
+            step_terms=() if penalty is None else (penalty,),
+            penalty=None if penalty is None else Penalty(penalty, reference.STRENGTH),
             **(options or {}),
         )
+        base, fisher = reference.anchors(start)
+        anchors = AnchorSource(base.__getitem__, fisher.__getitem__ if penalty == "ewc" else None)
         backend.prepare_training(
-            optimizer or AdamW(eps=reference.EPS, weight_decay=reference.DECAY), chosen, resumed
+            optimizer or AdamW(eps=reference.EPS, weight_decay=reference.DECAY),
+            chosen,
+            resumed,
+            None if penalty is None else anchors,
         )
         backend.accumulation = accumulation  # pyright: ignore[reportAttributeAccessIssue]
         return backend

@@ -17,6 +17,7 @@ from torchprime.data.blocks.batch import Batch
 # Adam divides by a root that is near 0 where gradients are tiny, and so amplifies their rounding:
 # an epsilon above that noise lets final weights be compared closely.
 V, B, S, LR, CLIP, DECAY, EPS, STEPS = 64, 8, 16, 3e-2, 0.5, 0.1, 1e-3, 4
+STRENGTH = 0.05  # of a penalty
 FACTOR_EPS = 1e-6  # the same for Adafactor, which adds it to squares
 
 CONFIG = LlamaConfig(
@@ -98,6 +99,22 @@ def loss_of(model, batch: Batch, source: int | None = None) -> torch.Tensor:
     return (nll * weights).sum() / weights.sum()
 
 
+def anchors(start: dict[str, torch.Tensor]) -> tuple[dict, dict]:
+    """Weights of a base other than the start, so that the penalty is above 0 from the first step
+    on, and a Fisher information that differs between elements."""
+    generator = torch.Generator().manual_seed(1)
+    base = {n: w + 0.1 * torch.randn(w.shape, generator=generator) for n, w in start.items()}
+    return base, {n: torch.rand(w.shape, generator=generator) for n, w in start.items()}
+
+
+def penalty_of(model, penalty: str, base: dict, fisher: dict) -> torch.Tensor:
+    """strength x sum F (w - w0)^2, for autograd."""
+    squares = {n: (p - base[n]).square() for n, p in model.named_parameters()}
+    if penalty == "ewc":
+        squares = {n: fisher[n] * each for n, each in squares.items()}
+    return STRENGTH * torch.stack([each.sum() for each in squares.values()]).sum()
+
+
 def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
     """torch's AdamW, or transformers' Adafactor with a given learning rate."""
     if name == "adamw":
@@ -111,19 +128,25 @@ def train(
     family: str = "llama",
     optimizer_name: str = "adamw",
     heads: tuple[int, int] = (4, 2),
+    penalty: str | None = None,
 ) -> dict:
-    """Losses, gradient norms and final weights of a few updates."""
+    """Losses, gradient norms and final weights of a few updates; `penalty` is ewc or l2_sp."""
     _, model = make_model(tied, family, heads)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     plain = [p for n, p in model.named_parameters() if "norm" in n]
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}]
     optimizer = make_optimizer(optimizer_name, groups)
-    losses, norms, by_source = [], [], []
+    losses, norms, by_source, penalties = [], [], [], []
+    base, fisher = anchors(start)
     for step in range(STEPS):
         with torch.no_grad():
             by_source.append([loss_of(model, make_batch(step), source).item() for source in (0, 1)])
         loss = loss_of(model, make_batch(step))
+        if penalty is not None:
+            held = penalty_of(model, penalty, base, fisher)
+            penalties.append(held.item())
+            loss = loss + held
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
@@ -137,6 +160,7 @@ def train(
         "losses": losses,
         "norms": norms,
         "by_source": by_source,
+        "penalties": penalties,
         "weights": weights,
         "held_out": held_out,
         "model": model,

@@ -31,6 +31,13 @@ WAYS = {
         accumulation=2,
         options={"num_sources": 2},
     ),
+    "ewc-scan-tied-accumulate2": dict(
+        mesh={"fsdp": 2, "tensor": 2},
+        tied=True,
+        remat=Remat(scan_layers=True),
+        accumulation=2,
+        penalty="ewc",
+    ),
 }
 
 
@@ -57,9 +64,14 @@ def trained(make_backend):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_losses_norms_and_weights_are_the_references(way: str, trained, reference_runs) -> None:
+def test_losses_norms_and_weights_are_the_references(
+    way: str, trained, reference_runs, anchored_run
+) -> None:
     backend, numbers, _ = trained(way)
     expected = reference_runs[WAYS[way].get("tied", False)]
+    if "penalty" in WAYS[way]:
+        expected = anchored_run
+        assert [n.terms["ewc"] for n in numbers] == pytest.approx(expected["penalties"], rel=1e-5)
     assert [n.loss for n in numbers] == pytest.approx(expected["losses"], rel=1e-5)
     assert [n.grad_norm for n in numbers] == pytest.approx(expected["norms"], rel=1e-5)
     ours = dict(backend.weights())
@@ -101,6 +113,19 @@ def test_parameters_and_state_are_really_cut(trained) -> None:
     for tensor in (state.weight, *state.slots.values()):
         spec = torch_xla_sharding(tensor)
         assert "devices=[2,2]" in spec, spec
+
+
+def test_anchors_are_cut_and_never_written(trained, anchored_run) -> None:
+    backend = trained("ewc-scan-tied-accumulate2")[0]
+    base, fisher = reference.anchors(anchored_run["start"])
+    for name in ("down_proj", "q_proj"):
+        part = "mlp" if name == "down_proj" else "self_attn"
+        anchor = backend.state.parameters[f"model.layers.stacked.{part}.{name}.weight"].anchor
+        for tensor, expected in zip(anchor, (base, fisher), strict=True):
+            assert "devices=[1,2,2]" in torch_xla_sharding(tensor)
+            for layer, values in enumerate(placement.from_local_shards(tensor)):
+                name_of_layer = f"model.layers.{layer}.{part}.{name}.weight"
+                assert torch.equal(values, expected[name_of_layer])
 
 
 def torch_xla_sharding(tensor: torch.Tensor) -> str:

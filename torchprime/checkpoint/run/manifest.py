@@ -77,14 +77,16 @@ FILE: Table = {"bytes": count(), "sha256": SHA256}
 
 class ModelFacts(TypedDict):
     """The weights in a checkpoint. `names` and `parameters` are counts; `hash` is of all names and
-    shapes. `base` is the fingerprint of an adapter's base: then the checkpoint holds the adapter
-    only."""
+    shapes. `base` is the fingerprint of the base's weights, which an adapter or a regularization
+    needs on a resume and the checkpoint does not hold; `fisher` is that of the base's Fisher
+    information."""
 
     names: int
     dtype: str
     parameters: int
     hash: str | None
     base: NotRequired[str | None]
+    fisher: NotRequired[str | None]
 
 
 class OptimizerFacts(TypedDict):

@@ -17,6 +17,7 @@ from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import TOPOLOGIES, topology
 from torchprime.errors import ConfigError, UserError
 from torchprime.torch_xla_models.compile.theory import Sizes
+from torchprime.training.setup.plan import reference_bytes
 
 Change = dict[str, Any]  # values by dotted key
 
@@ -102,8 +103,9 @@ def changed(config: TrainConfig, change: Change) -> TrainConfig:
 
 
 def weights_per_chip(config: TrainConfig, sizes: Sizes) -> dict[str, int]:
-    """Return the bytes of weights on one chip, `trained` and `frozen`, and of the `optimizer`'s
-    state with master weights. Adafactor's state is left out: it is small."""
+    """Return the bytes of weights on one chip, `trained` and `frozen`, of the `optimizer`'s state
+    with master weights, and of regularization's `reference`. Adafactor's state is left out: it is
+    small."""
     trained, frozen = sizes.trained(), sizes.frozen()
     o, narrow = config.task.optimizer, sizes.weight_bytes < 4
     each = (8 if o.name == "adamw" else 0) + (4 if o.master_weights and narrow else 0)
@@ -111,6 +113,7 @@ def weights_per_chip(config: TrainConfig, sizes: Sizes) -> dict[str, int]:
         "trained": sum(weight.kept * weight.itemsize for weight in trained),
         "frozen": sum(weight.kept * weight.itemsize for weight in frozen),
         "optimizer": each * sum(weight.kept for weight in trained),
+        "reference": reference_bytes(config) * sum(weight.kept for weight in trained),
     }
 
 

@@ -26,6 +26,7 @@ from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.mesh import annotate, partition
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim.optimizer import Optimizer
+from torchprime.training.regularization.penalty import AnchorSource
 
 
 class Argument(NamedTuple):
@@ -144,8 +145,13 @@ def trace_step(
     placeholders = backend.tensors
     assert isinstance(placeholders, Placeholders)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    backend.place(model, table, lambda name: torch.empty(shapes[name], device="meta"), dtype)
-    backend.prepare_training(optimizer, options)
+
+    def empty(name: str) -> Tensor:
+        return torch.empty(shapes[name], device="meta")
+
+    backend.place(model, table, empty, dtype)
+    anchors = options.penalty and AnchorSource(empty, empty if options.penalty.has_fisher else None)
+    backend.prepare_training(optimizer, options, anchors=anchors)
     batch = _empty_batch(shape, with_sources=options.num_sources > 1)
     backend.train_step(backend.put(batch, options.gradient_accumulation_steps), lr=0.0)
     assert placeholders.lowered is not None

@@ -28,6 +28,7 @@ HARMLESS_KEYS = (
     "dataset", "eval", "model", "task.name", "task.gradient_accumulation_steps", "task.loss_chunks",
     "task.export_checkpoint_path", "task.convert_to_safetensors", "task.max_shard_size_gb",
     "task.sample_prompts", "selection", "export", "adapter.init", "adapter.pretrained",
+    "regularization.ewc.fisher",
 )  # fmt: skip
 REFUSED_KEYS = (
     "seed", "torch_dtype", "task.global_batch_size", "task.optimizer.name",
@@ -40,7 +41,8 @@ SCHEDULE, CONSTANT = "dataset.replay_schedule", "constant"
 # Fingerprints: the severity of a difference, and the thing that is fingerprinted.
 IDENTITIES = {
     "model": (REFUSED, "names, shapes and new rows of the weights"),
-    "base": (REFUSED, "the frozen weights of the adapter's base"),
+    "base": (REFUSED, "the base's weights, which an adapter or a regularization needs"),
+    "fisher": (REFUSED, "the Fisher information of the base"),
     "tokenizer": (REFUSED, "tokenizer.json and its special tokens"),
     "template": (REFUSED, "the chat template"),
     "data": (REFUSED, "the packed training rows"),
@@ -101,6 +103,7 @@ def identity_of(manifest: Manifest) -> dict[str, str | None]:
     return {
         "model": manifest.model["hash"],
         "base": manifest.model.get("base"),
+        "fisher": manifest.model.get("fisher"),
         "tokenizer": manifest.tokenizer_fingerprint,
         "template": manifest.template_fingerprint,
         "data": manifest.data_manifest.get("fingerprint"),

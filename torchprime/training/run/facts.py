@@ -107,6 +107,7 @@ def make_manifest(
             "parameters": inputs.files.num_parameters,
             "hash": identity["model"],
             "base": identity["base"],
+            **({"fisher": identity["fisher"]} if identity["fisher"] else {}),
         },
         optimizer={"name": config.task.optimizer.name, "slots": sorted(slots)},
         scheduler={

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
+from torchprime.checkpoint.fisher import FisherFolder
 from torchprime.config.schema import TrainConfig
+from torchprime.config.sections.regularization import RegularizationConfig
 from torchprime.data.templates.render import ChatTemplate
 from torchprime.models.decoder import CausalLM
 from torchprime.training.setup.datasets import RunData, prepare_run_data, template_of
@@ -22,8 +25,9 @@ class RunInputs:
     Attributes:
         config: with the date that the template writes, so that a resumed run has the same one.
         template: the chat template; None for a tokenizer without one.
-        base: the fingerprint of an adapter's base (`ModelFiles.base_fingerprint`); None if all
-            weights are trained, and before it was computed.
+        base: the fingerprint of the base (`ModelFiles.base_fingerprint`), if an adapter or a
+            regularization needs it again; None before it was computed.
+        fisher: the Fisher information of the base; None if no penalty needs it.
     """
 
     config: TrainConfig
@@ -31,6 +35,7 @@ class RunInputs:
     template: ChatTemplate | None
     rows: RunData
     base: str | None = None
+    fisher: FisherFolder | None = None
 
     @classmethod
     def read(
@@ -73,4 +78,19 @@ class RunInputs:
     def identity(self) -> dict[str, str | None]:
         """Return the fingerprints of the inputs of a run's steps."""
         model = {"model": self.files.fingerprint(), "base": self.base}
-        return {**model, **self.rows.fingerprints()}
+        fisher = {"fisher": None if self.fisher is None else self.fisher.sha256}
+        return {**model, **fisher, **self.rows.fingerprints()}
+
+
+def open_fisher(config: RegularizationConfig, files: ModelFiles) -> FisherFolder | None:
+    """Return the folder that the config names, whose weights are those of the model; None if it
+    names none.
+
+    Raises:
+        CheckpointError: no such folder, a damaged one, or one of another model.
+    """
+    if config.ewc.fisher is None:
+        return None
+    fisher = FisherFolder(Path(config.ewc.fisher))
+    fisher.check_shapes(files.shapes)
+    return fisher

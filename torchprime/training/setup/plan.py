@@ -42,10 +42,12 @@ class Memory:
     gradients: int
     activations: int
     frozen: int = 0  # weights that an adapter leaves as they are
+    reference: int = 0  # the base's weights and Fisher information, for regularization
 
     @property
     def total(self) -> int:
-        return self.weights + self.frozen + self.optimizer + self.gradients + self.activations
+        held = self.weights + self.frozen + self.reference
+        return held + self.optimizer + self.gradients + self.activations
 
 
 class StoredParameter(NamedTuple):
@@ -119,7 +121,15 @@ def estimate_memory(
             for name, p in stored.items()
             if not p.trained
         ),
+        reference=weights // dtype.itemsize * reference_bytes(config),
     )
+
+
+def reference_bytes(config: TrainConfig) -> int:
+    """Return the bytes of frozen values beside each trained one, for regularization."""
+    held, dtype = config.regularization, getattr(torch, config.torch_dtype)
+    fisher = 4 if held.ewc.strength is not None else 0
+    return dtype.itemsize * held.holds_base(adapter=config.adapter.enabled) + fisher
 
 
 def _trained_bytes(
@@ -195,6 +205,7 @@ class Plan:
         m = self.memory
         decay = f", {self.decay_steps:,} decay" if self.decay_steps else ""
         frozen = f"frozen {m.frozen / GIB:.2f}, " if m.frozen else ""
+        frozen += f"reference {m.reference / GIB:.2f}, " if m.reference else ""
         lines = [
             f"steps        {self.total_steps:,} ({self.epochs:.2f} epochs of "
             f"{b['steps_per_epoch']:,} steps, {self.warmup_steps:,} of them warm-up{decay})",

@@ -25,6 +25,7 @@ from torchprime.training.backend import StepOptions
 from torchprime.training.optim.make import make_optimizer
 from torchprime.training.optim.muon import MuonSettings
 from torchprime.training.optim.optimizer import Optimizer
+from torchprime.training.regularization.penalty import Penalty
 from torchprime.training.setup.adapter import Adapter
 from torchprime.training.setup.datasets import RunData
 from torchprime.training.setup.model_files import ModelFiles, find_model
@@ -162,7 +163,7 @@ def optimizer_of(config: TrainConfig) -> Optimizer:
 
 def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
     """Return the options of the step besides model and optimizer."""
-    task = config.task
+    task, penalty = config.task, config.regularization.penalty
     return StepOptions(
         gradient_accumulation_steps=task.gradient_accumulation_steps,
         loss_chunks=task.loss_chunks,
@@ -170,6 +171,8 @@ def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
         max_grad_value=task.max_grad_value,
         master_weights=task.optimizer.master_weights,
         num_sources=num_sources,
+        step_terms=() if penalty is None else (penalty[0],),
+        penalty=None if penalty is None else Penalty(*penalty),
         dropout_seed=_dropout_seed(config),
     )
 

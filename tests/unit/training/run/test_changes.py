@@ -29,6 +29,7 @@ SCHEDULE = [
 ]
 BASE = ["model.pretrained_model=x", "task.max_steps=10", "task.global_batch_size=8"]
 SAME = dict.fromkeys(IDENTITIES, "0" * 64)
+HELD = {"hash": "model", "base": "base", "fisher": "fisher"}  # in a manifest's `model`
 
 
 def changes(
@@ -46,7 +47,7 @@ def changes(
     config["model"] = {k: v for k, v in config["model"].items() if k not in unknown}
     manifest: Any = SimpleNamespace(
         config=config,
-        model={"hash": SAME["model"], "base": SAME["base"]},
+        model={name: SAME[other] for name, other in HELD.items()},
         tokenizer_fingerprint=SAME["tokenizer"],
         template_fingerprint=SAME["template"],
         data_manifest={"fingerprint": SAME["data"]},

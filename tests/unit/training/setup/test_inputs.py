@@ -81,6 +81,6 @@ def test_an_answer_ends_at_eos_or_at_a_turns_own_end(read: Any) -> None:
 
 
 def test_the_identity_names_the_model_and_the_rows(read: Any) -> None:
-    expected = {"model": "m", "base": None, "data": "d", "tokenizer": "t"}
+    expected = {"model": "m", "base": None, "fisher": None, "data": "d", "tokenizer": "t"}
     assert read(None).identity() == expected
     assert replace(read(None), base="b").identity() == expected | {"base": "b"}

@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 
 from torchprime import __version__
-from torchprime.cli import doctor
+from torchprime.cli.before import doctor
 from torchprime.cli.main import main
 from torchprime.torch_xla_models.compile import library as tpu_library
 

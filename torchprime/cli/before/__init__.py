@@ -1,0 +1,1 @@
+"""The commands that prepare a run and need no backend."""

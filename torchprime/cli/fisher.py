@@ -1,0 +1,91 @@
+"""`torchprime fisher`: measure the Fisher information of a base, for `regularization.ewc`.
+
+It runs on the backend that `torchprime train` would choose, with the config's mesh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torchprime.cli.shared.arguments import make_parser, positive
+from torchprime.cli.train import NAMES, choose_backend
+from torchprime.config.entry import run_main
+from torchprime.config.paths import local_path
+from torchprime.config.schema import TrainConfig
+from torchprime.errors import ConfigError
+from torchprime.text.terminal import say
+from torchprime.torch_native import train as native
+from torchprime.torch_xla_models import train as xla
+from torchprime.torch_xla_models.runtime import prepare_environment
+
+EXAMPLES = 1000
+EPILOG = """\
+The rows are the config's training rows: choose general ones, such as those that the base should not
+forget. Each example is one update with its own gradient, so 1,000 examples cost 1,000 updates of
+one example. docs/forgetting.md has the formula.
+
+Exit code: 0; 2 if nothing was written.
+"""
+
+
+def fisher_main(argv: list[str]) -> int:
+    """Run `fisher` with the arguments after it; return the exit code."""
+    parser = make_parser(
+        "torchprime fisher",
+        "Measure the diagonal Fisher information of a config's base on its training rows.",
+        EPILOG,
+    )
+    parser.usage = "torchprime fisher --out DIR [--examples N] --config-name NAME [key=value ...]"
+    add = parser.add_argument
+    add("--out", metavar="DIR", required=True, help="new or empty folder")
+    add(
+        "--examples",
+        type=positive,
+        default=EXAMPLES,
+        metavar="N",
+        help=f"in the order of the seed; all if there are fewer (default: {EXAMPLES:,})",
+    )
+    add("--backend", choices=list(NAMES), help="instead of the one that fits this host")
+    try:
+        given, rest = parser.parse_known_args(argv)
+    except SystemExit as stop:  # argparse has printed the help or the error
+        return stop.code if isinstance(stop.code, int) else 2
+    return run_main(lambda config: _measure(config, given), rest, lambda: _program(given))
+
+
+def _program(given: argparse.Namespace) -> list[str]:
+    """Refuse a sweep, whose runs would all write the same folder."""
+    raise ConfigError(
+        f"-m: given with torchprime fisher, which writes one folder (--out {given.out}). Start one "
+        "command for each config."
+    )
+
+
+def _measure(config: TrainConfig, given: argparse.Namespace) -> int:
+    backend, reason, _ = choose_backend(given.backend, None)
+    if os.environ.get("RANK", "0") == "0":
+        say(f"backend {backend} ({NAMES[backend]}): {reason}")
+    if backend == "xla":
+        prepare_environment(config.device_count)
+        _run(config, xla.make_backend, given)
+        return 0
+    os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA if it is installed
+    # late: it needs torch, and a wrong config is refused without it
+    from torchprime.torch_native.runtime import group
+
+    with group():
+        _run(config, native.make_backend, given)
+    return 0
+
+
+def _run(
+    config: TrainConfig, make_backend: Callable[[TrainConfig], Any], given: argparse.Namespace
+) -> None:
+    # late: transformers looks for torch_xla when imported, and imports it
+    from torchprime.training.fisher import FisherRequest, measure_fisher
+
+    request = FisherRequest(local_path("--out", given.out), given.examples)
+    measure_fisher(config, make_backend, request, say)
