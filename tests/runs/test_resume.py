@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.cli.resume_check import resume_check_main
 from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
+from torchprime.metrics import goodput
 from torchprime.torch_native.train import main as native
 from torchprime.training.hooks.checkpoint import NOW_FILE, CheckpointHook
 from torchprime.training.run import saver as saving
@@ -51,8 +54,11 @@ def test_the_same_command_goes_on_exactly(
         capsys.readouterr().err
     )
     assert_same_run(folder, whole)
-    starts = json.loads((folder / "run.json").read_text())["starts"]
-    assert [start["step"] for start in starts] == [0, step // EVERY * EVERY]
+    facts = json.loads((folder / "run.json").read_text())
+    assert [start["step"] for start in facts["starts"]] == [0, step // EVERY * EVERY]
+    spent = facts["goodput"]["seconds"]
+    assert sum(spent.values()) == pytest.approx(facts["goodput"]["wall_seconds"])
+    assert spent["compile"] > 0 and spent["evaluation"] > 0 and spent["lost"] > 0
 
 
 def test_a_complete_run_is_left_alone(
@@ -116,11 +122,35 @@ def test_native_goes_on_exactly(
     folder = tmp_path / "run"
     argv = command(*overrides(folder, rows[1]), *ALONE)
     killed_after(5)
-    with pytest.raises(Killed):
+    with clocked(folder) as first, pytest.raises(Killed):
         run_main(native, argv)
-    assert run_main(native, argv) == 0
+    with clocked(folder) as second:
+        assert run_main(native, argv) == 0
     assert [r["step"] for r in records(folder)] == list(range(1, STEPS + 1))
     assert_same_run(folder, native_whole)
+    spent = json.loads((folder / "run.json").read_text())["goodput"]
+    assert sum(spent["seconds"].values()) == pytest.approx(sum(first + second), rel=0.01)
+    assert spent["starts"] == 2 and spent["seconds"]["other"] < 0.1 * sum(first + second)
+    # Steps 4 and 5 were made again, and the second start-up would not have been needed.
+    assert spent["seconds"]["lost"] > _start_up(folder)
+    assert f"Goodput {spent['share']:.1%} of" in (folder / "report.md").read_text()
+    assert "lost to restarts" in (folder / "report.html").read_text()
+
+
+@contextmanager
+def clocked(folder: Path) -> Iterator[list[float]]:
+    """Give the seconds from here to the last line of times.jsonl, by another clock; the start of
+    the process is here."""
+    found, began = [], time.time()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(goodput, "seconds_since_process_start", lambda: time.time() - began)
+        yield found
+    found.append((folder / goodput.TIMES).stat().st_mtime - began)
+
+
+def _start_up(folder: Path) -> float:
+    """The seconds of start-up of the last start."""
+    return json.loads((folder / goodput.TIMES).read_text().splitlines()[-1])["seconds"]["start"]
 
 
 def test_from_xla_to_native_and_back(

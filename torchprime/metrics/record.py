@@ -128,7 +128,37 @@ class CheckpointRecord:
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
 
-def _fields(record: type[StepRecord | EvalRecord], values: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class TimeRecord:
+    """The uses of one start's wall clock until now: a line of times.jsonl (goodput.py).
+
+    Attributes:
+        step: finished updates.
+        first_step: those before this start.
+        began: when this start began, in seconds since 1970.
+        seconds: by use; they add up to `wall_seconds`.
+    """
+
+    kind: ClassVar[str] = "time"
+
+    step: int
+    first_step: int
+    began: float
+    wall_seconds: float
+    seconds: dict[str, float]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TimeRecord:
+        """Make it from a line of times.jsonl. Raise a TypeError if a value is missing."""
+        return cls(**_fields(cls, values))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+def _fields(
+    record: type[StepRecord | EvalRecord | TimeRecord], values: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the values that are fields of the record."""
     names = {field.name for field in dataclasses.fields(record)}
     return {name: value for name, value in values.items() if name in names}
@@ -138,7 +168,7 @@ NESTED = ("source_losses", "terms")  # the fields whose numbers are nested one l
 Record = StepRecord | EvalRecord | CheckpointRecord
 
 
-def to_json(record: Record) -> str:
+def to_json(record: Record | TimeRecord) -> str:
     """Return one line of valid JSON without the line end."""
     values = record.to_dict()
     nonfinite: dict[str, str | dict[str, str]] = {

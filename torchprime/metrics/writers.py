@@ -28,6 +28,7 @@ from torchprime.metrics.record import (
     GradedScore,
     Record,
     StepRecord,
+    TimeRecord,
     from_json,
     to_json,
 )
@@ -57,7 +58,7 @@ class JsonlWriter:
             self._file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
             _cut_torn_line(self._file)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: Record | TimeRecord) -> None:
         line = memoryview((to_json(record) + "\n").encode())
         with self._telling():
             while line:

@@ -41,6 +41,10 @@ def _sections(report: RunReport) -> Iterator[str]:
     yield "## Run\n"
     facts = {**report.run_facts, **{f"time, {name}": t for name, t in report.times.items()}}
     yield from [*table(["", ""], list(facts.items())), ""]
+    if report.goodput_rows:
+        yield "## Time\n"
+        yield inline(report.goodput_note) + "\n"
+        yield from [*table(["use", "seconds", "share"], report.goodput_rows), ""]
     yield "## Fingerprints\n"
     yield from table(["", "sha256"], list(report.fingerprints.items()))
 

@@ -34,11 +34,23 @@ from torchprime.evaluation.selection import (
     parse_rule,
 )
 from torchprime.files.atomic import read_regular_text
+from torchprime.metrics.goodput import Goodput, read_account
 from torchprime.metrics.record import EvalRecord, StepRecord
 from torchprime.metrics.writers import read_metrics
 from torchprime.report.answers import Answers, read_answers
 from torchprime.report.run_facts import RunFacts
 
+USE_NAMES = {
+    "start": "start-up",
+    "compile": "compiling",
+    "data": "waiting for a batch",
+    "step": "steps whose work is kept",
+    "evaluation": "held-out loss and answers",
+    "checkpoint": "waiting for checkpoints",
+    "export": "export",
+    "lost": "lost to restarts",
+    "other": "other",
+}
 MOST_BYTES = 64 << 20  # of config.yaml, run.json or data_report.json
 
 
@@ -72,6 +84,7 @@ class RunReport:
         gates: of the run's rule, with the steps that pass and fail each (Rule.gate_rows).
         answers: to the same held-out rows, side by side; None where none were generated.
         times: seconds, by what they went to.
+        goodput: the account of the run's wall clock; None for a run of a version without it.
         lower: the graders for which lower is better.
     """
 
@@ -91,6 +104,7 @@ class RunReport:
     leaks: LeakReport | None
     export: Export | None
     times: dict[str, str]
+    goodput: Goodput | None
     lower: list[str]
 
     @property
@@ -102,6 +116,28 @@ class RunReport:
     def last_step(self) -> int:
         """The last step that has a record."""
         return _last_step(self.steps, self.history)
+
+    @property
+    def goodput_rows(self) -> list[list[str]]:
+        """Use of the wall clock, seconds, share; the largest first."""
+        if self.goodput is None:
+            return []
+        spent = sorted(self.goodput.seconds.items(), key=lambda pair: -pair[1])
+        wall = max(self.goodput.wall_seconds, 1e-9)
+        return [
+            [USE_NAMES[use], f"{seconds:,.1f}", f"{seconds / wall:.1%}"]
+            for use, seconds in spent
+            if seconds
+        ]
+
+    @property
+    def goodput_note(self) -> str:
+        """The sentence above these rows."""
+        g = self.goodput
+        if g is None:
+            return ""
+        starts = f" in {g.starts} starts" if g.starts > 1 else ""
+        return f"Goodput {g.share:.1%} of {g.wall_seconds:,.1f} s{starts}."
 
     @property
     def mesh(self) -> str:
@@ -192,6 +228,7 @@ def _gather(
         leaks=leaks,
         export=export,
         times=_times(steps, evaluations, stalls),
+        goodput=read_account(folder),
         lower=lower,
     )
 

@@ -41,13 +41,14 @@ def main(config: TrainConfig) -> int:
         )
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA if it is installed
     # late: transformers looks for torch_xla when imported
+    from torchprime.metrics.goodput import Ledger, seconds_since_process_start
     from torchprime.torch_native.runtime import group
     from torchprime.training.sft import SFTTrainer
     from torchprime.training.trainer import Trainer
 
     trainer = SFTTrainer if config.task.name == "sft" else Trainer
     with group():
-        trainer(config, make_backend).run()
+        trainer(config, make_backend, ledger=Ledger(seconds_since_process_start())).run()
     return 0
 
 

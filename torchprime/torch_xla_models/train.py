@@ -49,11 +49,12 @@ def main(config: TrainConfig) -> int:
         return compile_only(config)
     prepare_environment(config.device_count)
     # late: transformers looks for torch_xla when imported, and imports it
+    from torchprime.metrics.goodput import Ledger, seconds_since_process_start
     from torchprime.training.sft import SFTTrainer
     from torchprime.training.trainer import Trainer
 
     trainer = SFTTrainer if config.task.name == "sft" else Trainer
-    trainer(config, make_backend).run()
+    trainer(config, make_backend, ledger=Ledger(seconds_since_process_start())).run()
     return 0
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.errors import UserError
 from torchprime.evaluation.before_after import table_lines
+from torchprime.metrics.goodput import read_account
 from torchprime.report.write import write_report
 from torchprime.training.prepare import Prepared
+from torchprime.training.run import folder as run_folder
 from torchprime.training.run.final_export import FinalExport
 from torchprime.training.start import Run, make_saver
 
@@ -100,6 +102,21 @@ def say_changes(run: Run) -> None:
         p.say(f"  {line}")
     for told, passed, failing in p.choosing.rule.gate_rows(history):
         p.say(f"  gate {told}: {passed} steps pass" + (f", not {failing}" if failing else ""))
+
+
+def account_run(run: Run) -> None:
+    """Write the uses of the wall clock to times.jsonl and run.json, and print its goodput; an error
+    is only printed."""
+    folder = run.prepared.folder
+    try:
+        run.times.write_last()
+        goodput = read_account(folder)
+        assert goodput is not None
+        run_folder.add_facts(folder, {"goodput": goodput.to_dict()})
+    except (UserError, OSError) as error:  # it must not hide that of a failed export
+        run.prepared.say(f"no account of the run's time: {error}")
+    else:
+        run.prepared.say(goodput.describe())
 
 
 def report_run(folder: Path, say: Callable[[str], None]) -> None:

@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.blocks.order import batch_indices, steps_per_epoch
 from torchprime.data.blocks.replay import ReplayOrder
 from torchprime.errors import DivergedError, RecompileError
+from torchprime.metrics.goodput import COMPILE, DATA, OTHER, STEP, Ledger
 from torchprime.metrics.record import StepRecord
 from torchprime.metrics.throughput import Stopwatch, host_memory_bytes, mfu
 from torchprime.training.backend import Backend, StepNumbers
@@ -158,8 +159,9 @@ class CompileGuard:
     """Guard that lets each kind of step compile in its first two runs; a later compile is an
     error."""
 
-    def __init__(self, backend: Backend, *, allow: bool) -> None:
+    def __init__(self, backend: Backend, *, allow: bool, ledger: Ledger | None = None) -> None:
         self.backend, self.allow = backend, allow
+        self.ledger = ledger or Ledger()  # a run of a step that compiles is time of compiling
         self.runs: dict[str, int] = {}
         self.inputs: dict[str, object] = {}
 
@@ -167,7 +169,10 @@ class CompileGuard:
     def watch(self, kind: str, inputs: Any) -> Iterator[None]:
         """Watch one run of a kind of step; `inputs` describes the shapes of its inputs."""
         before = self.backend.compiles()
-        yield
+        with self.ledger.at() as span:
+            yield
+            if self.backend.compiles() != before:
+                span.use = COMPILE
         run = self.runs[kind] = self.runs.get(kind, 0) + 1
         first = self.inputs.setdefault(kind, inputs)
         if self.backend.compiles() == before or run <= 2 or self.allow:
@@ -192,11 +197,13 @@ class RunControl:
     Attributes:
         guard: against a step that compiles again.
         watch: measures the steps; paused for other work.
+        ledger: assigns the run's wall clock to its uses.
         stop_reason: set by a hook to end the run after the current step.
     """
 
     guard: CompileGuard
     watch: Stopwatch
+    ledger: Ledger = field(default_factory=Ledger)
     stop_reason: str | None = None
 
 
@@ -228,13 +235,16 @@ class TrainLoop:
             DivergedError: a loss or gradient norm was not finite; the weights are those before it.
             RecompileError: a step compiled after its second run.
         """
+        ledger = self.control.ledger
         try:
+            ledger.begin(STEP)
             for hook in self.hooks:
                 hook.on_start()
             batches = load_ahead(self.backend, self.order, self.accumulation, steps)
             with closing(batches):  # ends the thread now, even if a traceback refers to it
-                return self._run_steps(steps, batches)
+                return self._run_steps(steps, ledger.each(DATA, batches))
         finally:
+            ledger.begin(OTHER)
             for hook in reversed(self.hooks):  # a later hook may need what an earlier one closes
                 hook.on_end()
 

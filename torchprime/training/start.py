@@ -11,6 +11,7 @@ from torch import Tensor
 from torchprime.evaluation.behaviour import EVALUATIONS
 from torchprime.files.atomic import clear_temporary, write_json
 from torchprime.files.private_folders import own_folder
+from torchprime.metrics.goodput import Ledger
 from torchprime.metrics.throughput import Stopwatch
 from torchprime.metrics.writers import ConsoleWriter, JsonlWriter, Writer
 from torchprime.training.backend import StepNumbers
@@ -19,6 +20,7 @@ from torchprime.training.hooks.evaluation import EvaluationHook, HeldOut
 from torchprime.training.hooks.metrics import MetricsHook
 from torchprime.training.hooks.profiling import ProfileHook
 from torchprime.training.hooks.snapshots import Snapshots
+from torchprime.training.hooks.times import TimesHook
 from torchprime.training.loop import CompileGuard, Hook, RunControl, TrainLoop
 from torchprime.training.prepare import Prepared
 from torchprime.training.regularization.penalty import AnchorSource
@@ -39,6 +41,7 @@ class Run:
 
     Attributes:
         saver: None for a run without checkpoints.
+        times: the account of the run's wall clock.
     """
 
     prepared: Prepared
@@ -46,6 +49,7 @@ class Run:
     snapshots: Snapshots
     saver: Saver | None
     tracking: Tracking
+    times: TimesHook
 
     def train(self) -> StepNumbers:
         """Run the remaining steps and return the last one's numbers.
@@ -60,12 +64,16 @@ class Run:
         return p.numbers_before() or numbers if first >= last else numbers
 
 
-def start(prepared: Prepared) -> Run:
-    """Place the weights, then create the run's folder: an error in between leaves no folder."""
+def start(prepared: Prepared, ledger: Ledger) -> Run:
+    """Place the weights, then create the run's folder: an error in between leaves no folder.
+
+    Args:
+        ledger: of the run's wall clock.
+    """
     _place_weights(prepared)
     _seed(prepared)
     prepared.backend.processes.first_does(partial(_make_folder, prepared))
-    return _make_run(prepared)
+    return _make_run(prepared, ledger)
 
 
 def _place_weights(prepared: Prepared) -> None:
@@ -150,13 +158,15 @@ def _open_folder(prepared: Prepared) -> None:
     run_folder.write_facts(folder, run_facts(p), first_step)
 
 
-def _make_run(prepared: Prepared) -> Run:
+def _make_run(prepared: Prepared, ledger: Ledger) -> Run:
     """Make the loop with its hooks. Checkpoints come after all other hooks of the same step."""
     p, config, files = prepared, prepared.config, prepared.inputs.files
-    control = RunControl(CompileGuard(p.backend, allow=config.allow_recompile), Stopwatch())
+    guard = CompileGuard(p.backend, allow=config.allow_recompile, ledger=ledger)
+    control = RunControl(guard, Stopwatch(), ledger)
     tracking = start_tracking(p)
     metrics = MetricsHook(_writers(p, tracking))
-    hooks: list[Hook] = [metrics]
+    times = TimesHook(ledger, None if p.backend.processes.index else p.folder, p.past.step)
+    hooks: list[Hook] = [metrics, times]
     evaluations = _evaluations(p, metrics, control)
     if evaluations is not None:
         hooks.append(evaluations)
@@ -167,7 +177,7 @@ def _make_run(prepared: Prepared) -> Run:
     snapshots = Snapshots(p, metrics, evaluations)
     saver = make_saver(p) if config.saves else None
     if saver is not None:
-        hooks.append(_checkpoints(saver, snapshots, metrics))
+        hooks.append(_checkpoints(saver, snapshots, metrics, times))
     loop = TrainLoop(
         p.backend,
         data_order(config, p.inputs.rows.train, p.plan.total_steps),
@@ -180,7 +190,7 @@ def _make_run(prepared: Prepared) -> Run:
         hooks=hooks,
         control=control,
     )
-    return Run(p, loop, snapshots, saver, tracking)
+    return Run(p, loop, snapshots, saver, tracking, times)
 
 
 def _writers(prepared: Prepared, tracking: Tracking) -> list[Writer]:
@@ -211,7 +221,9 @@ def _evaluations(
     )
 
 
-def _checkpoints(saver: Saver, snapshots: Snapshots, metrics: MetricsHook) -> CheckpointHook:
+def _checkpoints(
+    saver: Saver, snapshots: Snapshots, metrics: MetricsHook, times: TimesHook
+) -> CheckpointHook:
     p, config = snapshots.prepared, snapshots.prepared.config
     schedule = SaveSchedule(
         every_steps=config.checkpoint.every_steps,
@@ -219,7 +231,7 @@ def _checkpoints(saver: Saver, snapshots: Snapshots, metrics: MetricsHook) -> Ch
         best=config.export.which == "best",
         logging_steps=config.logging_steps,
     )
-    return CheckpointHook(p.backend, saver, snapshots, schedule, p.folder, metrics.emit)
+    return CheckpointHook(p.backend, saver, snapshots, schedule, p.folder, times, metrics.emit)
 
 
 def make_saver(prepared: Prepared) -> Saver:

@@ -16,9 +16,16 @@ from torch import Tensor
 
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import DivergedError
+from torchprime.metrics.goodput import EVALUATION, EXPORT, Ledger
 from torchprime.text import terminal
 from torchprime.training.backend import Backend, StepNumbers
-from torchprime.training.finish import export_at_end, keep_weights, report_run, say_changes
+from torchprime.training.finish import (
+    account_run,
+    export_at_end,
+    keep_weights,
+    report_run,
+    say_changes,
+)
 from torchprime.training.prepare import Prepared, prepare
 from torchprime.training.run.export import Exporter
 from torchprime.training.run.folder import FolderLock, folder_of
@@ -33,6 +40,7 @@ class Trainer:
         config: checked by the schema.
         make_backend: called once the config and the data are known to be right.
         say: prints lines for the user; None is the terminal's stderr, on the first process.
+        ledger: of the run's wall clock; None begins one now.
     """
 
     def __init__(
@@ -40,7 +48,9 @@ class Trainer:
         config: TrainConfig,
         make_backend: Callable[[TrainConfig], Backend],
         say: Callable[[str], None] | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
+        self.ledger = ledger or Ledger()
         self.config, self.make_backend = config, make_backend
         self.say = say or terminal.say
 
@@ -55,7 +65,7 @@ class Trainer:
                 return None
             if prepared.complete:
                 return self.leave(prepared)
-            run = start(prepared)
+            run = start(prepared, self.ledger)
             with run.tracking:
                 try:
                     numbers = run.train()
@@ -86,12 +96,15 @@ class Trainer:
         prepared, place = run.prepared, run.prepared.export_place
         try:
             if place is not None:
-                export_at_end(run, place, numbers.loss)
-                self.show_export(prepared, place.local)
+                with self.ledger.at(EXPORT):
+                    export_at_end(run, place, numbers.loss)
+                with self.ledger.at(EVALUATION):
+                    self.show_export(prepared, place.local)
                 place.discard()
             say_changes(run)
         finally:  # also of an export that failed its checks
             if prepared.backend.processes.index == 0:
+                account_run(run)
                 report_run(prepared.folder, prepared.say)
 
     def show_export(self, prepared: Prepared, out: Path) -> None:

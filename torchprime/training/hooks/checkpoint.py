@@ -21,9 +21,11 @@ from types import FrameType
 from typing import Any
 
 from torchprime.errors import StoppedError
+from torchprime.metrics.goodput import CHECKPOINT
 from torchprime.metrics.record import CheckpointRecord
 from torchprime.training.backend import Backend
 from torchprime.training.hooks.snapshots import Snapshots
+from torchprime.training.hooks.times import TimesHook
 from torchprime.training.loop import BaseHook
 from torchprime.training.run.saver import Saver
 
@@ -85,6 +87,7 @@ class CheckpointHook(BaseHook):
 
     Args:
         folder: of the run.
+        times: the account of the run's wall clock, written after each checkpoint.
         emit: writes a record.
     """
 
@@ -95,8 +98,10 @@ class CheckpointHook(BaseHook):
         snapshots: Snapshots,
         schedule: SaveSchedule,
         folder: Path,
+        times: TimesHook,
         emit: Callable[[CheckpointRecord], None],
     ) -> None:
+        self.times = times
         self.backend, self.saver, self.snapshots = backend, saver, snapshots
         self.schedule, self.now_file, self.emit = schedule, folder / NOW_FILE, emit
         self.signals = StopSignals()
@@ -125,7 +130,8 @@ class CheckpointHook(BaseHook):
 
     def on_end(self) -> None:
         self.signals.release()
-        self.saver.close()
+        with self.times.ledger.at(CHECKPOINT):
+            self.saver.close()
 
     def _asked(self, step: int, last: bool) -> int:
         """Return the strongest request that any process got."""
@@ -155,4 +161,7 @@ class CheckpointHook(BaseHook):
 
     def _save(self, step: int, wait: bool) -> None:
         self._saved_at = time.monotonic()
-        self.saver.save(self.snapshots.take(step), wait=wait)
+        self.backend.synchronize()  # unfinished steps count as the steps' time
+        with self.times.ledger.at(CHECKPOINT):
+            self.saver.save(self.snapshots.take(step), wait=wait)
+        self.times.write(step)

@@ -22,6 +22,7 @@ from torchprime.evaluation.intervals import Score
 from torchprime.evaluation.selection import Evaluated, overfitting
 from torchprime.files.atomic import write_text
 from torchprime.files.private_folders import own_folder
+from torchprime.metrics.goodput import EVALUATION
 from torchprime.metrics.record import EvalRecord, GradedScore, StepRecord
 from torchprime.training.backend import Backend
 from torchprime.training.evaluating import Evaluation
@@ -123,7 +124,7 @@ class EvaluationHook(BaseHook):
     def _evaluate(self, step: int, answers: bool) -> None:
         data, batch_size = self.held_out.data, self.held_out.batch_size
         self.backend.synchronize()  # unfinished steps count as the steps' time
-        with self.control.watch.paused():
+        with self.control.watch.paused(), self.control.ledger.at(EVALUATION):
             started = time.perf_counter()
             with self.control.guard.watch("held-out step", (batch_size, data.block_size)):
                 loss = heldout_loss(self.backend, data, batch_size)

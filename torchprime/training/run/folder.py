@@ -28,6 +28,7 @@ from torchprime.files.atomic import (
 )
 from torchprime.files.json_files import parse_json
 from torchprime.files.private_folders import require_private
+from torchprime.metrics.goodput import TIMES
 
 CONFIG, FACTS = "config.yaml", "run.json"
 KEY = "output_dir/run_name"
@@ -35,7 +36,7 @@ MOST_BYTES = 16 << 20  # of config.yaml, which has some 10 kB
 TO_SEND = "export_to_send"  # an export to a URL, until it is uploaded
 # Other names that a run creates in its folder.
 OWN_NAMES = (
-    CONFIG, FACTS, TO_SEND, "data_report.json", "metrics.jsonl", "tensorboard", "trackers",
+    CONFIG, FACTS, TO_SEND, "data_report.json", "metrics.jsonl", TIMES, "tensorboard", "trackers",
     "evaluations", "checkpoints", "checkpoint.now", "profile", "report.md", "report.html",
 )  # fmt: skip
 PACKAGES = (
@@ -191,6 +192,12 @@ def write_facts(folder: Path, facts: Mapping[str, Any], step: int) -> None:
     starts = before.get("starts", [])
     now = {key: facts[key] for key in ("command", "versions", "backend", "device", "mesh")}
     write_json(path, {**facts, "starts": [*starts, {"step": step, **now}]})
+
+
+def add_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Add facts to run.json, in place of those with the same names."""
+    path = folder / FACTS
+    write_json(path, {**parse_json(read_plain(path).encode(), path), **facts})
 
 
 def versions() -> dict[str, str]:
