@@ -106,6 +106,7 @@ docs: setup
 parity: setup
 	$(BIN)/python experimental/parity_matrix/run.py --page
 	$(BIN)/python experimental/parity_matrix/run.py --adapters --page
+	$(BIN)/python experimental/parity_matrix/run.py --losses --page
 
 noise: setup
 	$(BIN)/python experimental/parity_matrix/run.py --noise --page

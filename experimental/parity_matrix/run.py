@@ -2,6 +2,7 @@
 
     make parity    # or: python experimental/parity_matrix/run.py [--reduced] [--only NAME;...]
                    # and: python experimental/parity_matrix/run.py --adapters [--only NAME;...]
+                   # and: python experimental/parity_matrix/run.py --losses [--only NAME;...]
     make noise     # or: python experimental/parity_matrix/run.py --noise
 
 One config, one data order: XLA on one device, FSDP, FSDP x tensor, scan with remat, accumulation;
@@ -14,6 +15,8 @@ By default the experiment is in fp32 and the bands are fixed. It uses the weight
 With --adapters it trains adapters: each row of ADAPTED on its cases, with PEFT in the witness. The
 first case of a row is the reference of the others. The trained tensors after the last step are
 compared, too. After an interruption --resume runs only the cases that are missing.
+
+With --losses it trains the variants of the loss: each row of LOSSES on its cases.
 
 With --noise it is in bf16, on the shipped ones. Runs of one backend that differ in accumulation and
 mesh give the noise floor. The other backend and the witness are judged by it. Runs that are wrong
@@ -80,7 +83,7 @@ REDUCED = (
 
 
 class Row(NamedTuple):
-    """An adapter, and the cases that train it."""
+    """An adapter or a loss, and the cases that train it."""
 
     overrides: Sequence[str]
     cases: Sequence[str]
@@ -89,10 +92,10 @@ class Row(NamedTuple):
 
 
 ON_XLA = [name for name, case in CASES.items() if case.backend == XLA]
-ALONE, PEFT, SQUARE = "native, 1 process", "transformers.Trainer", "xla, fsdp 2 x tensor 2"
+ALONE, TRAINER, SQUARE = "native, 1 process", "transformers.Trainer", "xla, fsdp 2 x tensor 2"
 TWO, FOUR = "native, fsdp 2", "native, data 2 x fsdp 2"
 TENSOR = "native, fsdp 2 x tensor 2"
-GRID = [*ON_XLA, ALONE, TWO, FOUR, PEFT]
+GRID = [*ON_XLA, ALONE, TWO, FOUR, TRAINER]
 # PEFT draws its dropout masks from torch's generator, so the witness is in rows without dropout.
 DROPOUT = "adapter.dropout=0.1"
 DECAY = "task.optimizer.weight_decay=0.1"
@@ -100,7 +103,7 @@ ADAPTED = {
     "lora": Row(["adapter=lora", DECAY], [*GRID, TENSOR]),
     "lora, dropout": Row(["adapter=lora", DROPOUT], [*ON_XLA, ALONE, TWO, FOUR, TENSOR]),
     "lora, one layer": Row(
-        ["adapter=lora", "adapter.layers=[1]"], [SQUARE, TENSOR, PEFT], rate="1e-3"
+        ["adapter=lora", "adapter.layers=[1]"], [SQUARE, TENSOR, TRAINER], rate="1e-3"
     ),
     "rslora": Row(["adapter=lora", "adapter.scaling=rslora"], GRID, rate="1e-3"),
     "lora, whole norm and embedding": Row(
@@ -115,6 +118,19 @@ ADAPTED = {
         random_base=True,
         rate="1e-3",
     ),
+}
+
+MESHES = ["xla, 1 device", SQUARE, "xla, 4 micro-batches", TWO]
+EXAMPLES, SMOOTHED = "task.loss.average=examples", "task.loss.label_smoothing=0.1"
+DFT, Z_LOSS = "task.loss.dft=true", "task.loss.z_loss=1e-3"
+LOSSES = {
+    "examples": Row([EXAMPLES], [*MESHES, TRAINER]),
+    "smoothing, z-loss": Row([SMOOTHED, Z_LOSS], [*MESHES, TRAINER]),
+    "dft": Row([DFT], [*MESHES, TRAINER]),
+    "examples, smoothing, z-loss": Row([EXAMPLES, SMOOTHED, Z_LOSS], [SQUARE, TWO, TRAINER]),
+    "examples, dft, z-loss": Row([EXAMPLES, DFT, Z_LOSS], [SQUARE, TWO, TRAINER]),
+    # transformers draws its noise from torch's generator.
+    "noise on embeddings": Row(["task.neftune_noise_alpha=5"], [*MESHES, "xla, scan and remat"]),
 }
 
 # In bf16: runs whose spread is the floor, runs judged by it, and runs that it must reject.
@@ -135,6 +151,8 @@ WRONG_CASES = {
 # Of a trained tensor after the last step: the norm of its difference over its norm.
 WEIGHT_BAND = 1e-3
 
+# Smaller batches than all weights' matrix has: there are seven times as many runs.
+SMALL = [*CURVES_ALONE, "dataset.block_size=256", "task.global_batch_size=4"]
 STEPS = "task.max_steps"
 SHIPPED = ["model=quickstart", "dataset=quickstart", "dataset.block_size=256"]
 RECIPE = [
@@ -172,8 +190,7 @@ def _in_fp32(steps: int) -> list[str]:
 
 def adapter_experiment(row: Row, steps: int, out: Path) -> list[str]:
     """Return the overrides that all cases of an adapter share."""
-    # Smaller batches than all weights' matrix has: there are seven times as many runs.
-    shared = [*CURVES_ALONE, "dataset.block_size=256", "task.global_batch_size=4", *row.overrides]
+    shared = [*SMALL, *row.overrides]
     shared.append(f"task.optimizer.learning_rate={row.rate}")
     shared.append(f"checkpoint.every_steps={steps}")
     if not row.random_base:
@@ -302,6 +319,20 @@ def run_adapters(rows: Mapping[str, Row], steps: int, out: Path, page: bool) -> 
     return 0 if all(map(agrees, found.values())) else 1
 
 
+def run_losses(rows: Mapping[str, Row], steps: int, out: Path, page: bool) -> int:
+    """Train with each loss on its cases, judge by the fixed bands and return the exit code."""
+    found = {}
+    for name, row in rows.items():
+        place, cases = out / folder_of(name), {case: CASES[case] for case in row.cases}
+        print(f"{name}:", flush=True)
+        runs = run_cases(cases, [*experiment(steps), *SMALL, *row.overrides], place)
+        found[name] = judge(runs, place, "--figure", "none")
+        print("\n".join(rows_of(found[name])), flush=True)
+    if page:
+        write_page("losses", loss_lines(found))
+    return 0 if all(verdict["verdict"] == AGREE for verdict in found.values()) else 1
+
+
 def agrees(verdict: Mapping[str, Any]) -> bool:
     """Return True if the curves of an adapter's runs and their trained tensors agree."""
     near = all(pair["weights"] <= WEIGHT_BAND for pair in verdict["pairs"])
@@ -372,6 +403,14 @@ def adapter_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def loss_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the page's lines on losses."""
+    lines = [f"| loss {TABLE[0]}", f"|---{TABLE[1]}"]
+    for name, verdict in found.items():
+        lines += [f"| {name} {line}" for line in rows_of(verdict)]
+    return lines
+
+
 def noise_lines(floor: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the page's lines on bf16."""
     spreads, factor = floor["spreads"], floor["factor"]
@@ -411,12 +450,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--reduced", action="store_true", help="what the test runs: few cases and steps"
     )
     parser.add_argument("--adapters", action="store_true", help="train adapters")
+    parser.add_argument("--losses", action="store_true", help="train with variants of the loss")
     parser.add_argument("--resume", action="store_true", help="keep the complete cases in --out")
     parser.add_argument("--noise", action="store_true", help="bf16: measure its noise, judge by it")
     parser.add_argument("--out", type=Path, help="default: outputs/parity or outputs/noise")
     parser.add_argument("--page", action="store_true", help="write what was found into docs/")
     args = parser.parse_args(argv)
-    kind = "noise" if args.noise else "adapter_parity" if args.adapters else "parity"
+    kinds = {"noise": args.noise, "adapter_parity": args.adapters, "loss_parity": args.losses}
+    kind = next((name for name, asked in kinds.items() if asked), "parity")
     out = args.out or REPO / "outputs" / kind
     if not args.resume:
         shutil.rmtree(out, ignore_errors=True)
@@ -424,10 +465,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_noise(args.steps, out, args.page)
     if args.reduced:
         return run_reduced(out)
-    known = ADAPTED if args.adapters else CASES
+    known = ADAPTED if args.adapters else LOSSES if args.losses else CASES
     names = args.only.split(";") if args.only else list(known)
     if args.adapters:
         return run_adapters({name: ADAPTED[name] for name in names}, args.steps, out, args.page)
+    if args.losses:
+        return run_losses({name: LOSSES[name] for name in names}, args.steps, out, args.page)
     return run_matrix({name: CASES[name] for name in names}, args.steps, out, args.page)
 
 

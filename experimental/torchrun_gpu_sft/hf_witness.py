@@ -7,6 +7,7 @@ Rows, blocks and their order are torchprime's, because two runs on different dat
 All that computes is not: model and attention, accumulation, clipping, AdamW and schedule are
 transformers', accelerate's and torch's, set up from the config by their own names. Only the loss is
 spelled out below, since Trainer has no weights per token, and AdamW's fp32 copies of bf16 weights.
+With task.loss.average=examples the weights are those of tokens, averaged here; rows have weight 1.
 
 It runs on the CPU, on one GPU, and under torchrun with a whole copy of the model on each GPU (DDP):
 the mesh of the config is not used. Packed blocks are kept apart by an explicit mask, [b, 1, S, S],
@@ -26,6 +27,8 @@ os.environ["USE_TORCH_XLA"] = "0"
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -50,6 +53,8 @@ from torchprime.checkpoint.hf.read import EMBEDDING, HEAD
 from torchprime.config.checks import refuse
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig
+from torchprime.config.sections.loss import Average, LossConfig
+from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.errors import ConfigError, DivergedError, RuntimeSetupError
 from torchprime.files.atomic import write_json
 from torchprime.metrics.record import StepRecord
@@ -78,6 +83,7 @@ from torchprime.training.setup.plan import (
 from torchprime.training.setup.recipe import files_of
 
 Inputs = dict[str, Any]
+CROSS_ENTROPY = LossConfig()
 
 
 # Inputs -------------------------------------------------------------------------------------------
@@ -100,16 +106,25 @@ class OrderedBlocks(Dataset):
         return {name: torch.from_numpy(array[0]) for name, array in block.arrays().items()}
 
 
-def collate(blocks: Sequence[Mapping[str, Tensor]]) -> Inputs:
+def collate(blocks: Sequence[Mapping[str, Tensor]], average: Average = "tokens") -> Inputs:
     """Return a micro-batch for Trainer, which hands `labels` to `weighted_loss` unread."""
     fields = {name: torch.stack([block[name] for block in blocks]).long() for name in blocks[0]}
     weights = torch.stack([block["loss_weights"] for block in blocks])
+    if average == "examples":
+        weights = over_examples(weights, fields["segment_ids"])
     return {
         "input_ids": fields["input_ids"],
         "position_ids": fields["position_ids"],
         "segment_ids": fields["segment_ids"],
         "labels": {"targets": fields["targets"], "weights": weights},
     }
+
+
+def over_examples(weights: Tensor, segment_ids: Tensor) -> Tensor:
+    """Return weights of tokens that add up to 1 in every example; a segment is a whole one."""
+    sums = weights.new_zeros(len(weights), int(segment_ids.max()) + 1)
+    sums.scatter_add_(1, segment_ids, weights)
+    return torch.where(weights > 0, weights / sums.gather(1, segment_ids), 0.0)
 
 
 def segment_mask(segment_ids: Tensor) -> Tensor:
@@ -129,16 +144,30 @@ def additive(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, lowest)
 
 
-def weighted_loss(outputs: Any, labels: Mapping[str, Tensor], num_items_in_batch: Tensor) -> Tensor:
+def weighted_loss(
+    outputs: Any,
+    labels: Mapping[str, Tensor],
+    num_items_in_batch: Tensor,
+    loss: LossConfig = CROSS_ENTROPY,
+) -> Tensor:
     """Return this micro-batch's part of the update's loss. Targets are shifted already.
 
     Args:
         num_items_in_batch: the weight of the whole update, over all micro-batches and processes.
     """
-    logits = outputs.logits.float()
+    logits, targets = outputs.logits.float().flatten(0, 1), labels["targets"].flatten()
     each = F.cross_entropy(
-        logits.flatten(0, 1), labels["targets"].flatten(), ignore_index=-100, reduction="none"
+        logits,
+        targets,
+        ignore_index=-100,
+        reduction="none",
+        label_smoothing=loss.label_smoothing,
     )
+    if loss.dft:
+        probabilities = logits.detach().softmax(-1)
+        each = each * probabilities.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    if loss.z_loss:
+        each = each + loss.z_loss * logits.logsumexp(-1) ** 2
     return (each * labels["weights"].flatten()).sum() / num_items_in_batch
 
 
@@ -310,6 +339,20 @@ def check_supported(c: TrainConfig, processes: int) -> None:
             "true: Trainer without fp32 weights keeps AdamW's state in bfloat16 too",
             "Set task.optimizer.master_weights=true in both runs.",
         )
+    if c.task.neftune_noise_alpha is not None:
+        refuse(
+            "task.neftune_noise_alpha",
+            c.task.neftune_noise_alpha,
+            "null: Trainer draws other noise than ours",
+            "Set task.neftune_noise_alpha=null in both runs.",
+        )
+    if c.task.loss.average == "examples" and c.dataset.packing not in ("none", "bfd"):
+        refuse(
+            "dataset.packing",
+            c.dataset.packing,
+            "none or bfd, since task.loss.average=examples needs whole examples here",
+            "Set dataset.packing=bfd in both runs.",
+        )
     parts = processes * c.task.gradient_accumulation_steps
     if c.task.global_batch_size % parts:
         refuse(
@@ -388,6 +431,15 @@ def training_arguments(
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
     )
+
+
+def with_token_weights(c: TrainConfig, files: ModelFiles, data: RunData) -> PackedDataset:
+    """Return the training blocks with the weights of their tokens, before any average of ours."""
+    if c.task.loss.average == "tokens":
+        return data.train
+    c = replace(c, task=replace(c.task, loss=CROSS_ENTROPY))
+    template = template_of(c.dataset, files.tokenizer)
+    return prepare_run_data(c, files.tokenizer, template, lambda _: None).train
 
 
 def load_model(folder: Path, dtype: torch.dtype, attention: str) -> Any:
@@ -540,9 +592,9 @@ def train(
     trainer = WitnessTrainer(
         model=model,
         args=args,
-        train_dataset=OrderedBlocks(order, total),
-        data_collator=collate,
-        compute_loss_func=weighted_loss,
+        train_dataset=OrderedBlocks(replace(order, data=with_token_weights(c, files, data)), total),
+        data_collator=partial(collate, average=c.task.loss.average),
+        compute_loss_func=partial(weighted_loss, loss=c.task.loss),
         callbacks=[recorder],
         **optimizer_of(args, dtype),
     )

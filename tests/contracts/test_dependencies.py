@@ -18,7 +18,7 @@ BELOW_REPORT = {*BELOW_EVALUATION, "evaluation"}
 BELOW_TRAINING = {*BELOW_REPORT, "report"}
 BELOW_BACKENDS = {*BELOW_TRAINING, "training"}
 # Modules and rooms below all others, in an order: each may import those before it.
-BELOW = ["errors", "text", "files", "host_memory", "raw_tokenizer"]
+BELOW = ["errors", "text", "files", "host_memory", "raw_tokenizer", "counter_bits"]
 EVERYWHERE = set(BELOW)
 # Other imports that each room may have.
 ALLOWED: dict[str, set[str]] = {

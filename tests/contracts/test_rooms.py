@@ -19,6 +19,7 @@ MANY_ARGUMENTS = {
     "losses/cross_entropy.py: forward": (
         "torch hands the inputs of an autograd function over by position"
     ),
+    "torch_native/fused_loss.py: forward": "the same",
 }
 # The rooms of a folder, the lowest first: each may import those before it.
 ROOMS = {
@@ -45,11 +46,13 @@ TOGETHER = {
     "test_quickstart_assets.py",
     "test_vllm_deployment.py",
     "torch_native/test_adapters.py",
+    "torch_native/test_loss_variants.py",
     "torch_xla_models/test_adapters.py",
     "torch_xla_models/test_checkpoint.py",
     "torch_xla_models/test_collectives.py",
     "torch_xla_models/test_isolation.py",
     "torch_xla_models/test_long_loops.py",
+    "torch_xla_models/test_loss_variants.py",
 }
 
 

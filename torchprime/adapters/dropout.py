@@ -6,26 +6,10 @@ when, but not its position in the global batch, so the mask stays the same.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from torchprime.adapters.counter_bits import kept, threefry
-
-
-class DropoutPosition(NamedTuple):
-    """The place of a micro-batch in training.
-
-    Attributes:
-        seed: int32 scalar, the run's.
-        step: int32 scalar, the number of finished updates.
-        tokens: int32 [B, S], the number of each token in the step's global batch.
-    """
-
-    seed: Tensor
-    step: Tensor
-    tokens: Tensor
+from torchprime.counter_bits import Position, kept, threefry
 
 
 class CounterDropout(nn.Module):
@@ -46,7 +30,7 @@ class CounterDropout(nn.Module):
         self.probability = probability
         value = torch.tensor(number, dtype=torch.int32)
         self.number = nn.Parameter(value, requires_grad=False)
-        self.position: DropoutPosition | None = None
+        self.position: Position | None = None
         self.first = 0
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -58,7 +42,7 @@ class CounterDropout(nn.Module):
         return torch.where(mask, x_BSD / (1 - self.probability), 0.0)
 
 
-def set_position(model: nn.Module, position: DropoutPosition | None) -> None:
+def set_position(model: nn.Module, position: Position | None) -> None:
     """Give all dropout layers below the position of the next forward; None turns dropout off."""
     for module in model.modules():
         if isinstance(module, CounterDropout):

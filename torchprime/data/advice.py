@@ -108,6 +108,11 @@ ADVICE: Mapping[str, str] = {
     fields.BAD_GROUP: _KEY,
     fields.NO_TIME: _KEY,
     fields.BAD_TIME: "name a column of numbers or ISO 8601 times in dataset.time_key",
+    fields.NO_WEIGHT: (
+        "write a weight into every row (1 for one that counts as usual), or set "
+        "dataset.weight_key=null"
+    ),
+    fields.BAD_WEIGHT: "write weights as numbers from 1e-6 to 1e6, or 0 to leave a row out",
     fields.NO_ID: _KEY,
     fields.BAD_ID: _KEY,
     fields.DUPLICATED_ID: "leave out the second copies, or set dataset.id_key=null",

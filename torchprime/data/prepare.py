@@ -171,13 +171,13 @@ class _Job:
                     "name": part.source.name,
                     "split": part.source.split,
                     "described": part.source.describe(),  # row ids are made of it
-                    "reading": asdict(part.reading),
+                    "reading": cache.chosen(asdict(part.reading)),
                     "weight": part.weight,
                     "replay": part.replay,
                 }
                 for part in self.parts
             ],
-            "settings": self.settings.ingredients(),
+            "settings": cache.chosen(asdict(self.settings)),
             "tokenizer": self.tokenizer.fingerprint(),
             "template": self.template and self.template.fingerprint(),
             "side": self.side and [self.side.name, self.side.description],
@@ -387,6 +387,7 @@ class _Job:
             format_why="; ".join(dict.fromkeys(decision.why for decision in decisions)),
             template=None if self.template is None else self.template.name,
             compute_loss_on=s.compute_loss_on,
+            average=s.average,
             packing=s.packing,
             truncation=s.truncation,
             block_size=s.block_size,

@@ -81,6 +81,7 @@ class DataReport:
     cached: bool = False
     # by column; FormatDecision describes them
     like_input: dict[str, str] = field(default_factory=dict)
+    average: str = "tokens"  # task.loss.average, which the weights of tokens follow
 
     @property
     def num_rejected(self) -> int:
@@ -128,6 +129,8 @@ class DataReport:
             f"({self.packing_efficiency:.1%} of slots real)",
             f"{self.supervised_tokens:,} of {self.real_tokens:,} tokens supervised",
         ]
+        if self.average == "examples":
+            parts.append("every example's loss is its mean over tokens (task.loss.average)")
         if self.template is not None and self.has_chats:
             parts.insert(1, f"chat template {self.template}")
         for name, count in self.unused.items():

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss, cost_of
+
 IGNORED = -100
 
 # Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab, G groups of rows, T tokens
@@ -28,13 +30,25 @@ class _Needs(NamedTuple):
     of_weight: bool  # False if the output projection is frozen
 
 
-def _chunk(
-    x_BCD: Tensor, w_VD: Tensor, t_BC: Tensor, weight_BC: Tensor, needs: _Needs, groups: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return weighted losses [B, C] of one chunk and, if needed, gradients of their sum.
+class _Chunk(NamedTuple):
+    """The weighted losses [B, C] of a chunk and, if needed, gradients of their sum."""
 
-    The gradients are those of hidden states and weight, the latter [G, D, V] for each group of
-    rows.
+    losses: Tensor
+    terms: list[Tensor]  # by TokenLoss.terms, summed
+    of_hidden: Tensor | None = None
+    of_weight: Tensor | None = None  # [G, D, V], of each group of rows
+
+
+def _chunk(
+    x_BCD: Tensor,
+    w_VD: Tensor,
+    t_BC: Tensor,
+    weight_BC: Tensor,
+    needs: _Needs,
+    groups: int,
+    kind: TokenLoss,
+) -> _Chunk:
+    """Compute one chunk.
 
     The gradient of -log softmax(z)[t] is softmax(z) - onehot(t). The one-hot is a comparison, not a
     gather: it stays local when the vocabulary is sharded, and it fuses.
@@ -49,17 +63,28 @@ def _chunk(
     # An ignored token has weight 0, but its target (-100) matches nothing. Select instead of
     # multiplying, so that an infinite logit there cannot make the loss 0 * inf.
     nll = torch.where(weight_BC != 0, total.squeeze(-1).log() - at_target, 0.0)
-    losses = nll * weight_BC
+    if kind == CROSS_ENTROPY:
+        cost = None
+        losses, terms = nll * weight_BC, []
+    else:
+        log_z = torch.where(weight_BC != 0, (total.log() + top).squeeze(-1), 0.0)
+        mean = None
+        if kind.label_smoothing:
+            mean = torch.where(weight_BC != 0, logits.mean(dim=-1), 0.0)
+        cost = cost_of(kind, nll, log_z, mean, w_VD.shape[0])
+        losses = cost.loss * weight_BC
+        terms = [(part * weight_BC).sum() for part in (nll, cost.z_loss)[: len(kind.terms)]]
     if not any(needs):
-        return losses, None, None
-    g = (exp / total - onehot.to(exp.dtype)) * weight_BC[..., None]
+        return _Chunk(losses, terms)
+    softmax, hot = exp / total, onehot.to(exp.dtype)
+    g = (softmax - hot if cost is None else cost.gradient(softmax, hot)) * weight_BC[..., None]
     g_BCV = g.to(x_BCD.dtype)
     grad_x = torch.matmul(g_BCV, w_VD)
     if not needs.of_weight:
-        return losses, grad_x, None
+        return _Chunk(losses, terms, grad_x)
     # As x' g, since XLA on the CPU transposes the left side in memory: D is narrower than V.
     x_GTD, g_GTV = (each.reshape(groups, -1, each.shape[-1]) for each in (x_BCD, g_BCV))
-    return losses, grad_x, torch.matmul(x_GTD.transpose(1, 2), g_GTV)
+    return _Chunk(losses, terms, grad_x, torch.matmul(x_GTD.transpose(1, 2), g_GTV))
 
 
 class LossSums(NamedTuple):
@@ -101,10 +126,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunks: int,
         spread: Spread,
         needs: _Needs,
-    ) -> tuple[Tensor, Tensor]:
+        kind: TokenLoss,
+    ) -> tuple[Tensor, ...]:
         length = -(-x_BSD.shape[1] // chunks)
         loss_sum = torch.zeros((), dtype=torch.float32, device=x_BSD.device)
         losses: list[Tensor] = []
+        terms: list[Tensor] = []
         grads_x: list[Tensor] = []
         grad_w: Tensor | None = None
         for start in range(0, x_BSD.shape[1], length):
@@ -114,14 +141,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 x_BCD, grad_w = spread.in_order(x_BCD, grad_w)
             elif grads_x:
                 x_BCD, grads_x[-1] = spread.in_order(x_BCD, grads_x[-1])
-            loss, gx, gw = _chunk(
-                x_BCD, w_VD, t_BS[:, part], weight_BS[:, part], needs, spread.groups
+            chunk = _chunk(
+                x_BCD, w_VD, t_BS[:, part], weight_BS[:, part], needs, spread.groups, kind
             )
-            loss_sum = loss_sum + loss.sum()
-            losses.append(loss)
-            if gx is not None:
-                grads_x.append(gx)
-            if gw is not None:
+            loss_sum = loss_sum + chunk.losses.sum()
+            losses.append(chunk.losses)
+            more = chunk.terms
+            terms = [a + b for a, b in zip(terms, more, strict=True)] if terms else more
+            if chunk.of_hidden is not None:
+                grads_x.append(chunk.of_hidden)
+            if (gw := chunk.of_weight) is not None:
                 # Summed in fp32: with bf16 weights the sum over chunks would lose low bits.
                 grad_w = gw.float() if grad_w is None else grad_w + gw
         if grads_x:
@@ -131,17 +160,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 whole = spread.cut_gradient(grad_w.to(w_VD.dtype).sum(dim=0).t())
             ctx.save_for_backward(torch.cat(grads_x, dim=1), whole)
         each = torch.cat(losses, dim=1)
-        ctx.mark_non_differentiable(each)
-        return loss_sum, each
+        ctx.mark_non_differentiable(each, *terms)
+        return loss_sum, each, *terms
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: Tensor, _: Tensor
+        ctx: Any, grad: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         grad_x, grad_w = ctx.saved_tensors
         of_weight = None if grad_w is None else grad * grad_w
-        return grad * grad_x, of_weight, None, None, None, None, None
+        return grad * grad_x, of_weight, None, None, None, None, None, None
 
 
 def token_weights(targets: Tensor, loss_weights: Tensor) -> Tensor:
@@ -156,6 +185,7 @@ def chunked_cross_entropy(
     loss_weights: Tensor,
     chunks: int = 8,
     spread: Spread = ONE_DEVICE,
+    kind: TokenLoss = CROSS_ENTROPY,
 ) -> LossSums:
     """Return the weighted sum of next-token losses without full logits.
 
@@ -166,15 +196,17 @@ def chunked_cross_entropy(
         loss_weights: fp32 [B, S]; used only where there is a target.
         chunks: number of pieces of the sequence; memory for logits falls by this factor.
         spread: the distribution of rows and weight over devices.
+        kind: the loss of a token.
 
     Returns:
-        The loss in nats, as a sum to differentiate and as a detached value per token.
+        The loss in nats, as a sum to differentiate and as a detached value per token; for a kind
+        with terms also these, detached.
     """
     weights = token_weights(targets, loss_weights)
     # Grad mode is always off inside a Function's forward, so it is read here.
     on = torch.is_grad_enabled()
     needs = _Needs(on and hidden.requires_grad, on and output_weight.requires_grad)
-    loss_sum, each = _ChunkedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, output_weight, targets, weights, chunks, spread, needs
+    loss_sum, each, *terms = _ChunkedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden, output_weight, targets, weights, chunks, spread, needs, kind
     )
-    return LossSums(loss_sum, weights.sum(), each)
+    return LossSums(loss_sum, weights.sum(), each, tuple(terms))

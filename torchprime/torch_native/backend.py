@@ -24,12 +24,15 @@ from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.data.blocks.batch import Batch
 from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.losses.cross_entropy import chunked_cross_entropy
+from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native import placement
 from torchprime.torch_native.attention import choose_kernel, find_flash, inject_attention
 from torchprime.torch_native.fused_loss import (
+    ANY_KERNEL,
     Liger,
+    LossRequest,
     choose_loss,
     find_liger,
     fused_cross_entropy,
@@ -49,8 +52,8 @@ from torchprime.training.step import (
     StepSums,
     TrainState,
     Update,
-    dropout_at,
-    dropout_position,
+    drawing,
+    draws_of,
     eval_sums,
     finish_step,
     forward_sums,
@@ -76,7 +79,7 @@ class NativeBackend:
         dcn_mesh: Mapping[str, int],
         *,
         attention_kernel: str = "auto",
-        loss_kernel: str = "auto",
+        loss: LossRequest = ANY_KERNEL,
         remat_policy: str = "none",
         full_precision: bool = False,
         compiler: str | None = None,
@@ -100,10 +103,8 @@ class NativeBackend:
             flash=find_flash(),
         )
         liger = find_liger() if cuda else Liger(None, "")
-        self.loss, self.loss_why = choose_loss(loss_kernel, self.device.type, liger)
-        self.cross_entropy: CrossEntropy = chunked_cross_entropy
-        if self.loss == "liger" and liger.forward is not None:
-            self.cross_entropy = partial(fused_cross_entropy, liger_forward=liger.forward)
+        self.loss, self.loss_why = choose_loss(loss, self.device.type, liger)
+        self.liger_forward = liger.forward
         self.remat_policy = remat_policy
         self.options = StepOptions()
         self.compiler = "inductor" if compiler is None and cuda else compiler
@@ -147,7 +148,7 @@ class NativeBackend:
         if self.compiler is not None:
             for layer in model.model.layers.children():
                 layer.compile(backend=self.compiler)
-        self.root = Root(model, self.cross_entropy)
+        self.root = Root(model)
         placement.load(self.root, model, table, self.mesh, tensor_of, dtype, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -185,8 +186,8 @@ class NativeBackend:
         Of a checkpoint, only the regions of this process's shards are read.
         """
         self.optimizer, self.options = optimizer, options
-        if self.loss == "chunked":
-            self.root.cross_entropy = partial(chunked_cross_entropy, chunks=options.loss_chunks)
+        self.root.cross_entropy = self._cross_entropy(options.loss_chunks)
+        self.root.training_loss = self._cross_entropy(options.loss_chunks, options.token_loss)
         maker = StateMaker(optimizer, options, self.device, resumed, anchors)
         parameters = {name: maker.make(name, parameter) for name, parameter in self._trained()}
         counts = (0 if resumed is None else resumed.updates, 0)
@@ -194,6 +195,11 @@ class NativeBackend:
             parameters, *(torch.tensor(float(n), device=self.device) for n in counts)
         )
         self.copies = [placement.copies(p, self.mesh) for _, p in self._trained()]
+
+    def _cross_entropy(self, chunks: int, kind: TokenLoss = CROSS_ENTROPY) -> CrossEntropy:
+        if self.loss == "liger":
+            return partial(fused_cross_entropy, kind=kind, liger_forward=self.liger_forward)
+        return partial(chunked_cross_entropy, chunks=chunks, kind=kind)
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
@@ -274,8 +280,8 @@ class NativeBackend:
         for index in range(count):
             fields = [field[index] for field in batch]
             root.set_requires_gradient_sync(index == count - 1)
-            with dropout_at(self.model, dropout_position(update, fields)):
-                loss = root(*fields)
+            with drawing(self.model, draws_of(update, fields)):
+                loss = root(*fields, training=True)
                 loss.loss_sum.backward()
             sums += micro_sums(loss, fields, o.num_sources)
         with torch.no_grad():

@@ -9,7 +9,7 @@ the gradient; older versions do not have it and are not used.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
@@ -19,10 +19,24 @@ from torch.autograd.function import once_differentiable
 
 from torchprime.errors import ConfigError
 from torchprime.losses.cross_entropy import IGNORED, LossSums, token_weights
+from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss
 from torchprime.training.step import CrossEntropy
 
 # The parameters of Liger's function that we use. A version without one of these is not used.
-NEEDED = ("token_grad_output", "compute_gradients", "weight_requires_grad", "accum_dtype")
+NEEDED = (
+    *("token_grad_output", "compute_gradients", "weight_requires_grad", "accum_dtype"),
+    *("label_smoothing", "lse_square_scale", "return_z_loss"),
+)
+
+
+class LossRequest(NamedTuple):
+    """The kernel that a config asks for, and what it has to compute."""
+
+    kernel: str = "auto"  # or liger or chunked
+    dft: bool = False  # the token loss is that of dynamic fine-tuning
+
+
+ANY_KERNEL = LossRequest()
 
 
 class Liger(NamedTuple):
@@ -51,12 +65,13 @@ def find_liger() -> Liger:
     return Liger(forward, f"liger-kernel {version}")
 
 
-def choose_loss(wanted: str, device_type: str, liger: Liger) -> tuple[str, str]:
+def choose_loss(request: LossRequest, device_type: str, liger: Liger) -> tuple[str, str]:
     """Resolve `auto` and refuse a kernel that is not available.
 
     Returns:
         `liger` or `chunked`, and the reason.
     """
+    wanted = request.kernel
     if device_type != "cuda":
         obstacle = f"liger runs on CUDA only, and this run is on {device_type}"
     else:
@@ -70,6 +85,8 @@ def choose_loss(wanted: str, device_type: str, liger: Liger) -> tuple[str, str]:
         return wanted, "as configured"
     if device_type != "cuda":
         return "chunked", f"auto on {device_type}"
+    if request.dft and not obstacle:
+        obstacle = "with task.loss.dft=true Liger does not tell the cross-entropy beside the loss"
     if obstacle:
         return "chunked", f"auto on CUDA: {obstacle}"
     return "liger", f"auto on CUDA: {liger.told}"
@@ -84,8 +101,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
         t_BS: Tensor,
         weight_BS: Tensor,
         need_grad: bool,
+        kind: TokenLoss,
         liger_forward: Callable[..., Any],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         # A token without weight is one without a target: its logits are not computed.
         targets = torch.where(weight_BS != 0, t_BS, IGNORED).long()
         found = liger_forward(
@@ -98,6 +116,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
             token_grad_output=weight_BS.flatten(),
             compute_gradients=need_grad,
             weight_requires_grad=ctx.needs_input_grad[1],
+            label_smoothing=kind.label_smoothing,
+            lse_square_scale=kind.z_loss,
+            return_z_loss=kind.z_loss > 0,
         )
         # Loss per token first; at the end the gradients to input, weight and bias.
         each = found[0].view_as(weight_BS) * weight_BS
@@ -105,16 +126,43 @@ class _FusedCrossEntropy(torch.autograd.Function):
             grad_x, grad_w = found[-3], found[-2]  # None for a frozen weight
             grad_w = None if grad_w is None else grad_w.to(w_VD.dtype)
             ctx.save_for_backward(grad_x.view_as(x_BSD), grad_w)
-        ctx.mark_non_differentiable(each)
-        return each.sum(), each
+        terms = [] if kind == CROSS_ENTROPY else _terms(kind, found, x_BSD, w_VD, t_BS, weight_BS)
+        ctx.mark_non_differentiable(each, *terms)
+        return each.sum(), each, *terms
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: Tensor, _: Tensor
+        ctx: Any, grad: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         grad_x, grad_w = ctx.saved_tensors
-        return grad * grad_x, None if grad_w is None else grad * grad_w, None, None, None, None
+        of_weight = None if grad_w is None else grad * grad_w
+        return grad * grad_x, of_weight, None, None, None, None, None
+
+
+def _terms(
+    kind: TokenLoss,
+    found: Sequence[Any],
+    x_BSD: Tensor,
+    w_VD: Tensor,
+    t_BS: Tensor,
+    weight_BS: Tensor,
+) -> list[Tensor]:
+    """Return the sums named by `kind.terms`, from Liger's loss per token.
+
+    The smoothed loss is larger than the cross-entropy by e * (the target's logit - the mean logit),
+    and the mean logit is the product with the mean row of the output weight.
+    """
+    cross_entropy, parts = found[0].view_as(weight_BS), []
+    if kind.z_loss:
+        z_loss = found[1].float().view_as(weight_BS)
+        cross_entropy, parts = cross_entropy - z_loss, [z_loss]
+    if kind.label_smoothing:
+        rows = w_VD[t_BS.clamp(min=0).long()] - w_VD.mean(dim=0, dtype=torch.float32).to(w_VD.dtype)
+        above = (x_BSD * rows).sum(dim=-1, dtype=torch.float32)
+        cross_entropy = cross_entropy - kind.label_smoothing * above
+    parts = [cross_entropy, *parts]
+    return [torch.where(weight_BS != 0, part * weight_BS, 0.0).sum() for part in parts]
 
 
 def on_supervised_tokens(
@@ -135,7 +183,7 @@ def on_supervised_tokens(
     some_hidden, some_targets, some_weights = (x.index_select(0, chosen)[None] for x in given)
     sums = cross_entropy(some_hidden, output_weight, some_targets, some_weights)
     each = torch.zeros_like(weights).index_copy(0, chosen, sums.each[0])
-    return LossSums(sums.loss_sum, sums.weight_sum, each.view_as(targets))
+    return LossSums(sums.loss_sum, sums.weight_sum, each.view_as(targets), sums.terms)
 
 
 def fused_cross_entropy(
@@ -145,13 +193,14 @@ def fused_cross_entropy(
     loss_weights: Tensor,
     *,
     liger_forward: Callable[..., Any],
+    kind: TokenLoss = CROSS_ENTROPY,
 ) -> LossSums:
-    """Return `torchprime.losses.chunked_cross_entropy`, computed by Liger's function, which makes
-    its own chunks."""
+    """Return `torchprime.losses.cross_entropy.chunked_cross_entropy`, computed by Liger's function,
+    which makes its own chunks. It has every kind but DFT."""
     weights = token_weights(targets, loss_weights)
     # Inside a Function's forward grad mode is always off: read it here.
     need_grad = torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)
-    loss_sum, each = _FusedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, output_weight, targets, weights, need_grad, liger_forward
+    loss_sum, each, *terms = _FusedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden, output_weight, targets, weights, need_grad, kind, liger_forward
     )
-    return LossSums(loss_sum, weights.sum(), each)
+    return LossSums(loss_sum, weights.sum(), each, tuple(terms))

@@ -20,12 +20,13 @@ def make_backend(config: TrainConfig):
     """Return the native backend for a config's mesh and kernels."""
     # late: it needs torch, and a wrong config is refused without it
     from torchprime.torch_native.backend import NativeBackend
+    from torchprime.torch_native.fused_loss import LossRequest
 
     return NativeBackend(
         {axis: getattr(config.ici_mesh, axis) for axis in AXES},
         {axis: getattr(config.dcn_mesh, axis) for axis in AXES},
         attention_kernel=config.model.attention_kernel,
-        loss_kernel=config.task.loss_kernel,
+        loss=LossRequest(config.task.loss_kernel, config.task.loss.dft),
         remat_policy=config.remat.policy,
         full_precision=config.torch_dtype == "float32",
     )

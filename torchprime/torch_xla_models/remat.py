@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch_xla.experimental.scan import _scan_impl_flat
 from torch_xla.experimental.stablehlo_custom_call import place_to_device, place_to_host
 
-from torchprime.adapters.dropout import CounterDropout, DropoutPosition, set_position
+from torchprime.adapters.dropout import CounterDropout, set_position
+from torchprime.counter_bits import Position
 from torchprime.errors import ConfigError
 from torchprime.models.decoder import CausalLM, LayerContext
 from torchprime.torch_xla_models.linear import XlaLinear
@@ -257,7 +258,7 @@ def _unflatten(tensors: Sequence[Tensor]) -> LayerContext:
     return LayerContext(tensors[0], tensors[1], tuple(tensors[2:]))
 
 
-def _position(layer: nn.Module) -> DropoutPosition | None:
+def _position(layer: nn.Module) -> Position | None:
     """Return the position of a layer's dropout; None if it is off or there is none."""
     found = (m.position for m in layer.modules() if isinstance(m, CounterDropout))
     return next(found, None)
@@ -275,9 +276,9 @@ def _positioned(
     if not has_position:
         yield _unflatten(tensors)
         return
-    count, outside = len(DropoutPosition._fields), _position(layer)
+    count, outside = len(Position._fields), _position(layer)
     try:
-        set_position(layer, DropoutPosition(*tensors[:count]))
+        set_position(layer, Position(*tensors[:count]))
         yield _unflatten(tensors[count:])
     finally:
         set_position(layer, outside)

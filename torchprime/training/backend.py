@@ -17,6 +17,7 @@ from torch import Tensor
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.data.blocks.batch import Batch
 from torchprime.generation.decode import Answer, GenerateOptions
+from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.training.optim.optimizer import Optimizer
@@ -46,10 +47,13 @@ class StepOptions:
     """The options of the compiled step besides model and optimizer.
 
     Attributes:
+        token_loss: of training; held-out loss is always the cross-entropy.
         loss_terms: names of parts of the loss that every micro-batch sums (LossSums.terms).
         step_terms: names of numbers that an update computes once (`step.finish_step`).
         penalty: on the distance from the base's weights; its name is one of step_terms.
-        dropout_seed: from -2^31 to 2^31 - 1, the key of dropout in adapters; None without dropout.
+        random_seed: from -2^31 to 2^31 - 1, the key of dropout in adapters and of noise; None
+            without both.
+        noise_alpha: of NEFTune's noise on embeddings, which is drawn by `random_seed`; 0 for none.
     """
 
     gradient_accumulation_steps: int = 1
@@ -58,10 +62,12 @@ class StepOptions:
     max_grad_value: float | None = None
     master_weights: bool = True
     num_sources: int = 1  # several: the step also sums the loss by source
+    token_loss: TokenLoss = CROSS_ENTROPY
     loss_terms: tuple[str, ...] = ()
     step_terms: tuple[str, ...] = ()
     penalty: Penalty | None = None
-    dropout_seed: int | None = None
+    random_seed: int | None = None
+    noise_alpha: float = 0.0
 
 
 @dataclass(frozen=True)

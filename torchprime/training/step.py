@@ -14,27 +14,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torchprime.adapters.dropout import DropoutPosition, set_position
+from torchprime.adapters.dropout import set_position
+from torchprime.counter_bits import Position
 from torchprime.data.blocks.batch import Batch
 from torchprime.losses.cross_entropy import ONE_DEVICE, LossSums, Spread, chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
+from torchprime.models.embedding_noise import noise_on
 from torchprime.training.backend import StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer, Parameter
 from torchprime.training.regularization.penalty import Anchor, penalty_gradient, weighted_squares
 
 # The order of the batch's fields in tuples, each [A, B/A, S] on the device.
 FIELDS = ("input_ids", "targets", "position_ids", "segment_ids", "loss_weights")
-# One more field if several sources are mixed: each token's source, for the losses by source. And a
-# last one if an adapter has dropout: each token's number in the global batch.
+# One more field if several sources are mixed: each token's source, for the losses by source. Then
+# one if the step draws random numbers: each token's number in the global batch. And a last one with
+# noise on embeddings: its scale for each token.
 SOURCE_FIELD = "source_ids"
 
 # hidden [b, S, D], output weight [V, D], targets [b, S], weights [b, S] -> the loss.
@@ -111,24 +115,41 @@ class StepSums:
 def host_fields(batch: Batch, options: StepOptions) -> list[Tensor]:
     """Return the batch's arrays in the order of FIELDS, each [B, S], on the host and not copied.
 
-    With dropout, the tokens' numbers come last.
+    With dropout or noise, the tokens' numbers come then, and with noise its scales.
     """
     fields = FIELDS if batch.source_ids is None else (*FIELDS, SOURCE_FIELD)
     found = [torch.from_numpy(getattr(batch, field)) for field in fields]
-    if options.dropout_seed is None:
+    if options.random_seed is None:
         return found
     numbers = torch.arange(found[0].numel(), dtype=torch.int32)
-    return [*found, numbers.view(found[0].shape)]
+    found.append(numbers.view(found[0].shape))
+    if options.noise_alpha:
+        scale = options.noise_alpha / np.sqrt(np.maximum(batch.segment_lengths(), 1))
+        scale[batch.segment_ids == 0] = 0.0
+        found.append(torch.from_numpy(scale.astype(np.float32)))
+    return found
 
 
-def dropout_position(update: Update, fields: Sequence[Tensor]) -> DropoutPosition | None:
-    """Return the place in training of a micro-batch with these fields; None without dropout."""
-    seed = update.options.dropout_seed
-    if seed is None:
+class Draws(NamedTuple):
+    """The inputs of a micro-batch's random numbers.
+
+    Attributes:
+        noise_scale: fp32 [b, S], for noise on embeddings; None without it.
+    """
+
+    position: Position
+    noise_scale: Tensor | None
+
+
+def draws_of(update: Update, fields: Sequence[Tensor]) -> Draws | None:
+    """Return the draws of a micro-batch with these fields; None for a step without any."""
+    options = update.options
+    if options.random_seed is None:
         return None
     step = update.state.step
-    folded = torch.full((), seed, dtype=torch.int32, device=step.device)
-    return DropoutPosition(folded, step.to(torch.int32), fields[-1])
+    folded = torch.full((), options.random_seed, dtype=torch.int32, device=step.device)
+    tokens, scale = fields[-2:] if options.noise_alpha else (fields[-1], None)
+    return Draws(Position(folded, step.to(torch.int32), tokens), scale)
 
 
 def loss_of(model: CausalLM, fields: Sequence[Tensor], cross_entropy: CrossEntropy) -> LossSums:
@@ -139,16 +160,21 @@ def loss_of(model: CausalLM, fields: Sequence[Tensor], cross_entropy: CrossEntro
 
 
 @contextmanager
-def dropout_at(model: CausalLM, position: DropoutPosition | None) -> Iterator[None]:
-    """Turn dropout on for forward and backward passes at a position, inside the context."""
-    if position is None:
+def drawing(model: CausalLM, draws: Draws | None) -> Iterator[None]:
+    """Turn dropout and noise on for forward and backward passes, inside the context."""
+    if draws is None:
         yield
         return
+    position, scale = draws
+    noisy = nullcontext()
+    if scale is not None:
+        noisy = noise_on(model.model.embed_tokens, position, scale)
     layers: Any = model.model.layers
     try:
         for layer in layers.templates():
             set_position(layer, position)
-        yield
+        with noisy:
+            yield
     finally:
         for layer in layers.templates():
             set_position(layer, None)
@@ -193,13 +219,14 @@ def train_step(
     """
     parameters, options = update.state.parameters, update.options
     weights = [p.weight for p in parameters.values()]
-    cross_entropy = partial(chunked_cross_entropy, chunks=options.loss_chunks, spread=spread)
+    cross_entropy = partial(
+        chunked_cross_entropy, chunks=options.loss_chunks, spread=spread, kind=options.token_loss
+    )
     loss_module = _Loss(model, cross_entropy)
     names = [f"model.{name}" for name in parameters]
 
     def micro(fields: tuple[Tensor, ...], given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        place = dropout_position(update, fields)
-        with torch.enable_grad(), dropout_at(model, place):
+        with torch.enable_grad(), drawing(model, draws_of(update, fields)):
             leaves = [weight.detach().requires_grad_() for weight in given]
             by_name = dict(zip(names, leaves, strict=True))
             loss = functional_call(loss_module, by_name, (fields,))

@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchprime.adapters.dropout import CounterDropout, DropoutPosition, set_position
+from torchprime.adapters.dropout import CounterDropout, set_position
+from torchprime.counter_bits import Position
 
 
-def position(step: int, tokens: Tensor, seed: int = 1) -> DropoutPosition:
+def position(step: int, tokens: Tensor, seed: int = 1) -> Position:
     numbers = (torch.tensor(value, dtype=torch.int32) for value in (seed, step))
-    return DropoutPosition(*numbers, tokens=tokens)
+    return Position(*numbers, tokens=tokens)
 
 
 TOKENS = torch.arange(6 * 5, dtype=torch.int32).view(6, 5)
 X = torch.randn(6, 5, 16, generator=torch.Generator().manual_seed(0))
 
 
-def dropped(x: Tensor, where: DropoutPosition | None, number: int = 3, p: float = 0.4) -> Tensor:
+def dropped(x: Tensor, where: Position | None, number: int = 3, p: float = 0.4) -> Tensor:
     layer = CounterDropout(p, number)
     set_position(nn.Sequential(layer), where)
     return layer(x)

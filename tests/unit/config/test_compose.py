@@ -93,7 +93,7 @@ def test_users_file_wins_over_ours_of_the_same_name(user_configs: Path) -> None:
         (["task.max_stepz=4"], ["task.max_stepz: given '4'", "mean task.max_steps?"]),
         (["max_steps=4"], ["max_steps: given '4'", "mean task.max_steps?"]),
         (["~task.max_stepz"], ["task.max_stepz", "mean task.max_steps?"]),
-        (["+task.foo=1"], ["task.foo: given '1'", "Keys of task: name"]),
+        (["+task.quux=1"], ["task.quux: given '1'", "Keys of task: name"]),
         (["datset=gsm8k"], ["datset: given 'gsm8k'", "mean dataset=gsm8k?"]),
         (["dataset=gsm8"], ["dataset: given 'gsm8'", "mean dataset=gsm8k?", "quickstart"]),
         (["task.max_steps"], ["task.max_steps: given without '='"]),

@@ -23,8 +23,8 @@ BASE: dict[str, Any] = {
 NO_PATHS = {  # texts that are no paths; a new text key has to be put here or get a rule
     "compile_only", "run_name", "dataset.split", "dataset.hf_dataset_config_name",
     "dataset.template_date", "dataset.response_marker", "dataset.instruction_marker",
-    "dataset.id_key", "dataset.group_key", "dataset.time_key", "eval.hf_dataset_config_name",
-    "eval.split", "selection.early_stopping.metric",
+    "dataset.id_key", "dataset.group_key", "dataset.time_key", "dataset.weight_key",
+    "eval.hf_dataset_config_name", "eval.split", "selection.early_stopping.metric",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -428,3 +429,52 @@ def test_nothing_here_imports_a_framework() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+# Averages over examples ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", ["none", "bfd", "bfd_split", "wrapped"])
+def test_every_example_counts_as_its_row_however_it_is_packed(
+    run: Run, write_rows: WriteRows, packing: str
+) -> None:
+    """Also one that is cut over several blocks."""
+    rows = [qa("q", "a" * n) | {"weight": n % 3 + 0.5} for n in range(1, 40, 3)]
+    packed, report = run(
+        write_rows(*rows), block_size=48, packing=packing, truncation="right", average="examples"
+    )
+    batch = packed.batch(np.arange(packed.num_blocks))
+    assert batch.weight_sum == pytest.approx(sum(row["weight"] for row in rows), rel=1e-6)
+    assert report.average == "examples" and "task.loss.average" in report.summary()
+    totals = np.zeros(len(rows))
+    for piece, example in enumerate(packed.plan.examples.tolist()):
+        totals[example] += packed._targets(piece)[1].sum(dtype=np.float64)
+    assert totals == pytest.approx([row["weight"] for row in rows], rel=1e-6)
+
+
+def test_rows_with_bad_weights_are_counted_and_weight_0_carries_no_loss(
+    run: Run, write_rows: WriteRows
+) -> None:
+    weights = [1, "0.5", -1, math.nan, 0, "much", 2.5]
+    path = write_rows(*(qa("q", "a") | {"hard": weight} for weight in weights), qa("q", "a"))
+    parts = [Part(SourceSpec(file_dataset_path=str(path)), RowReading(weight_key="hard"))]
+    packed, report = run(parts=parts, max_rejected_fraction=0.7)
+    assert report.rejected == {
+        "weight_key hard is not 0 or a number from 1e-6 to 1e6": [
+            f"rows.jsonl:{number}" for number in (3, 4, 6)
+        ],
+        "no supervised token": ["rows.jsonl:5"],
+        "weight_key hard is missing": ["rows.jsonl:8"],
+    }
+    batch = packed.batch(np.arange(packed.num_blocks))
+    assert batch.weight_sum == 2 * (1 + 0.5 + 2.5)
+    with pytest.raises(DataError, match="write a weight into every row"):
+        run(parts=parts, max_rejected_fraction=0.1)
+
+
+def test_an_average_over_examples_is_prepared_apart(
+    run: Run, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    path = write_rows(qa("q", "a"), qa("q", "bb"))
+    for average, cached in (("tokens", False), ("examples", False), ("tokens", True)):
+        assert run(path, keep_in=tmp_path / "kept", average=average)[1].cached is cached

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.trainer_pt_utils import LabelSmoother
 
 from torchprime.losses.cross_entropy import Spread, chunked_cross_entropy
+from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss
 
 B, S, D, V = 3, 13, 8, 29
 
@@ -112,3 +114,95 @@ def test_nothing_supervised_is_zero_not_nan() -> None:
     loss.backward()
     assert h.grad is not None
     assert loss == 0 and weight_sum == 0 and h.grad.abs().sum() == 0
+
+
+# Variants -----------------------------------------------------------------------------------------
+
+KINDS = {
+    "smoothing": TokenLoss(label_smoothing=0.1),
+    "z_loss": TokenLoss(z_loss=1e-2),
+    "dft": TokenLoss(dft=True),
+    "smoothing, z_loss": TokenLoss(label_smoothing=0.3, z_loss=1e-1),
+    "dft, z_loss": TokenLoss(dft=True, z_loss=1e-2),
+}
+
+
+def _token_by_token(kind: TokenLoss, hidden, weight, targets, loss_weights):
+    """The variants as they are defined, in float64, one token after another."""
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    loss = cross_entropy = z_loss = torch.zeros((), dtype=torch.float64)
+    for b, s in (targets >= 0).nonzero().tolist():
+        logits, factor = w @ h[b, s], loss_weights[b, s].double()
+        nll = -F.log_softmax(logits, 0)[targets[b, s]]
+        each = nll
+        if kind.dft:
+            each = torch.softmax(logits, 0)[targets[b, s]].detach() * nll
+        elif kind.label_smoothing:
+            each = F.cross_entropy(logits, targets[b, s], label_smoothing=kind.label_smoothing)
+        squared = kind.z_loss * logits.logsumexp(0) ** 2
+        loss = loss + factor * (each + squared)
+        cross_entropy = cross_entropy + factor * nll.detach()
+        z_loss = z_loss + factor * squared.detach()
+    loss.backward()
+    return loss.detach(), [cross_entropy, z_loss], h.grad, w.grad
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("name", KINDS)
+def test_variants_equal_a_loop_over_tokens(name: str, chunks: int) -> None:
+    kind, case = KINDS[name], _case()
+    loss, terms, grad_h, grad_w = _token_by_token(kind, *case)
+    h, w = (x.clone().requires_grad_() for x in case[:2])
+    ours = chunked_cross_entropy(h, w, *case[2:], chunks, Spread(3), kind)
+    (ours.loss_sum * 0.5).backward()
+    torch.testing.assert_close(ours.loss_sum.double(), loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.each.sum(), ours.loss_sum.detach(), rtol=1e-6, atol=0)
+    assert len(ours.terms) == len(kind.terms) and not any(t.requires_grad for t in ours.terms)
+    for found, expected in zip(ours.terms, terms, strict=False):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    assert h.grad is not None and w.grad is not None
+    torch.testing.assert_close(h.grad.double() * 2, grad_h, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(w.grad.double() * 2, grad_w, rtol=1e-5, atol=1e-5)
+
+
+def test_variants_name_what_they_report() -> None:
+    assert CROSS_ENTROPY.terms == () and TokenLoss(dft=True).terms == ("cross_entropy",)
+    assert TokenLoss(0.1, 1e-4).terms == ("cross_entropy", "z_loss")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_variants_leave_ignored_tokens_out(name: str) -> None:
+    hidden, weight, targets, loss_weights = _case()
+    spoiled = hidden.clone()
+    spoiled[targets < 0] = torch.inf
+    expected, found = (
+        chunked_cross_entropy(h, weight, targets, loss_weights, 3, kind=KINDS[name])
+        for h in (hidden, spoiled)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_variants_never_make_the_full_logits(name: str) -> None:
+    case, largest = _case(), [0]
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest[0] = max(largest[0], out.numel())
+            return out
+
+    with Sizes():
+        h, w = (x.requires_grad_() for x in case[:2])
+        chunked_cross_entropy(h, w, *case[2:], 4, kind=KINDS[name]).loss_sum.backward()
+    assert largest[0] == B * 4 * V
+
+
+def test_smoothing_is_the_one_of_transformers() -> None:
+    hidden, weight, targets, loss_weights = _case()
+    smoother = LabelSmoother(epsilon=0.2)
+    theirs = smoother({"logits": hidden @ weight.T}, targets)
+    ones = torch.ones_like(loss_weights)
+    ours = chunked_cross_entropy(hidden, weight, targets, ones, 3, kind=TokenLoss(0.2))
+    torch.testing.assert_close(ours.loss_sum / ours.weight_sum, theirs)

@@ -44,7 +44,7 @@ def main(out: Path, way: dict) -> None:
     backend.check(model, table)
     backend.place(model, table, start.__getitem__, torch.float32)
     options = StepOptions(
-        way["accumulation"], 3, max_grad_norm=reference.CLIP, dropout_seed=way["seed"]
+        way["accumulation"], 3, max_grad_norm=reference.CLIP, random_seed=way["seed"]
     )
     backend.prepare_training(AdamW(eps=way["eps"], weight_decay=reference.DECAY), options)
     found: dict[str, list[float]] = {"losses": [], "norms": []}

@@ -18,7 +18,10 @@ def forward(
     ce_weight: Tensor | None = None,
     bias: Tensor | None = None,
     ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
+    return_z_loss: bool = False,
     accum_dtype: torch.dtype | None = None,
     token_grad_output: Tensor | None = None,
     compute_gradients: bool | None = None,
@@ -28,13 +31,24 @@ def forward(
     assert ce_weight is None and bias is None and reduction == "none"
     assert target.dtype == torch.int64 and target.shape == _input.shape[:1]
     logits = (_input @ weight.t()).float()
-    loss = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
+    logits.requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(
+            logits,
+            target,
+            ignore_index=ignore_index,
+            reduction="none",
+            label_smoothing=label_smoothing,
+        )
+        squares = lse_square_scale * logits.logsumexp(-1).square()
+        squares = torch.where(target != ignore_index, squares, 0.0)
+        loss = loss + squares
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    loss = loss.detach()
+    z_loss = squares.detach().to(_input.dtype) if return_z_loss else None
     if not compute_gradients:
-        return loss, None, None, None, torch.zeros_like(_input), None, None
+        return loss, z_loss, None, None, torch.zeros_like(_input), None, None
     assert weight_requires_grad and token_grad_output is not None
-    known = target != ignore_index
-    onehot = F.one_hot(torch.where(known, target, 0), weight.shape[0])
-    gradient = torch.where(known[:, None], logits.softmax(-1) - onehot, 0.0)
     gradient = gradient.to(_input.dtype) * token_grad_output[:, None].to(_input.dtype)
     grad_weight = (gradient.t() @ _input).to(accum_dtype)
-    return loss, None, None, None, gradient @ weight, grad_weight, None
+    return loss, z_loss, None, None, gradient @ weight, grad_weight, None

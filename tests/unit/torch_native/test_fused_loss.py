@@ -20,10 +20,12 @@ from torch import Tensor
 
 from torchprime.errors import ConfigError
 from torchprime.losses.cross_entropy import LossSums, chunked_cross_entropy
+from torchprime.losses.token_loss import TokenLoss
 from torchprime.torch_native import fused_loss
 from torchprime.torch_native.fused_loss import (
     NEEDED,
     Liger,
+    LossRequest,
     choose_loss,
     find_liger,
     fused_cross_entropy,
@@ -65,7 +67,7 @@ def everything(loss: Callable[..., LossSums], given: list[Tensor]) -> list[Tenso
     assert not sums.each.requires_grad
     # Twice the sum, so that the factor from above has to arrive.
     gradients = torch.autograd.grad(2 * sums.loss_sum, given[:2])
-    return [x.detach().cpu().double() for x in (*sums, *gradients)]
+    return [x.detach().cpu().double() for x in (*sums[:3], *sums.terms, *gradients)]
 
 
 def test_sums_shares_and_gradients_are_those_written_out() -> None:
@@ -123,6 +125,33 @@ def test_blocks_without_any_supervised_token_have_a_gradient_of_zero() -> None:
         assert zero.abs().max() == 0
 
 
+KINDS = [TokenLoss(0.2), TokenLoss(z_loss=1e-2), TokenLoss(0.2, 1e-2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_variants_and_their_terms_are_those_of_the_chunked_loss(kind: TokenLoss) -> None:
+    """test_cross_entropy.py compares that with its definition."""
+    fused = partial(on_supervised_tokens, partial(STAND_IN, kind=kind))
+    chunked = partial(chunked_cross_entropy, chunks=3, kind=kind)
+    found, expected = (everything(loss, example(torch.float32)) for loss in (fused, chunked))
+    assert len(found) == 5 + len(kind.terms)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_variants_by_liger_itself(kind: TokenLoss) -> None:
+    liger = find_liger()
+    if liger.forward is None:
+        pytest.skip(liger.told)
+    loss = partial(fused_cross_entropy, liger_forward=liger.forward, kind=kind)
+    found = everything(loss, example(torch.float32, "cuda"))
+    expected = everything(partial(chunked_cross_entropy, kind=kind), example(torch.float32, "cuda"))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "off"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_liger_itself(dtype: torch.dtype, off: float) -> None:
@@ -156,7 +185,13 @@ FOUND, MISSING = Liger(liger_stand_in.forward, "liger-kernel 0.8.5"), Liger(None
 def test_the_kernel_and_why(
     wanted: str, device: str, liger: Liger, expected: tuple[str, str]
 ) -> None:
-    assert choose_loss(wanted, device, liger) == expected
+    assert choose_loss(LossRequest(wanted), device, liger) == expected
+
+
+def test_dft_is_not_given_to_liger() -> None:
+    chosen, why = choose_loss(LossRequest(dft=True), "cuda", FOUND)
+    assert chosen == "chunked" and "task.loss.dft=true" in why
+    assert choose_loss(LossRequest(dft=True), "cuda", MISSING)[1] == "auto on CUDA: not installed"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +200,7 @@ def test_the_kernel_and_why(
 )
 def test_a_kernel_that_cannot_run_is_refused(device: str, liger: Liger, said: str) -> None:
     with pytest.raises(ConfigError, match=f"task.loss_kernel=.*{said}"):
-        choose_loss("liger", device, liger)
+        choose_loss(LossRequest("liger"), device, liger)
 
 
 def test_liger_is_looked_for_and_asked_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

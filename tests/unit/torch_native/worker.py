@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 os.environ["USE_TORCH_XLA"] = "0"
@@ -24,7 +23,6 @@ from torchprime.models.architecture import architecture_from_hf  # noqa: E402
 from torchprime.models.decoder import CausalLM  # noqa: E402
 from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_native.backend import NativeBackend  # noqa: E402
-from torchprime.torch_native.fused_loss import fused_cross_entropy  # noqa: E402
 from torchprime.torch_native.runtime import stop_processes  # noqa: E402
 from torchprime.training.backend import StepOptions  # noqa: E402
 from torchprime.training.optim.adafactor import Adafactor  # noqa: E402
@@ -44,8 +42,7 @@ def main(out: Path, way: dict) -> None:
         compiler=way.get("compiler"),
     )
     if way.get("fused"):
-        backend.loss = "liger"
-        backend.cross_entropy = partial(fused_cross_entropy, liger_forward=liger_stand_in.forward)
+        backend.loss, backend.liger_forward = "liger", liger_stand_in.forward
     config, theirs = reference.make_model(
         way.get("tied", False), way.get("family", "llama"), way.get("heads", (4, 2))
     )

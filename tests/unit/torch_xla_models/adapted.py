@@ -17,11 +17,12 @@ from transformers import LlamaConfig
 
 from torchprime.adapters.apply import apply_adapter, trainable
 from torchprime.adapters.axes import adapter_patterns
-from torchprime.adapters.dropout import DropoutPosition, set_position
+from torchprime.adapters.dropout import set_position
 from torchprime.adapters.quantized import quantize_base
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.config.compose import compose_config
 from torchprime.config.schema import AXES
+from torchprime.counter_bits import Position
 from torchprime.data.blocks.batch import Batch
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
@@ -179,7 +180,7 @@ def train(model: CausalLM, dropout: bool) -> dict[str, list[float]]:
     for step in range(STEPS):
         if dropout:
             seed, done = (torch.tensor(value, dtype=torch.int32) for value in (SEED, step))
-            position = DropoutPosition(seed, done, tokens.view(reference.B, reference.S))
+            position = Position(seed, done, tokens.view(reference.B, reference.S))
             set_position(model, position)
         loss = loss_of(model, reference.make_batch(step))
         optimizer.zero_grad()
@@ -224,7 +225,7 @@ def step_options(way: Way) -> StepOptions:
         gradient_accumulation_steps=way.accumulation,
         loss_chunks=3,
         max_grad_norm=reference.CLIP,
-        dropout_seed=SEED if way.spec.dropout else None,
+        random_seed=SEED if way.spec.dropout else None,
     )
 
 

@@ -71,10 +71,9 @@ def make_backend(reference_runs, shipped_table):
         chosen = StepOptions(
             gradient_accumulation_steps=accumulation,
             loss_chunks=3,
-            max_grad_norm=reference.CLIP,
             step_terms=() if penalty is None else (penalty,),
             penalty=None if penalty is None else Penalty(penalty, reference.STRENGTH),
-            **(options or {}),
+            **{"max_grad_norm": reference.CLIP, **(options or {})},
         )
         base, fisher = reference.anchors(start)
         anchors = AnchorSource(base.__getitem__, fisher.__getitem__ if penalty == "ewc" else None)

@@ -20,9 +20,9 @@ import torch_xla
 
 from torchprime.adapters import int8, nf4
 from torchprime.adapters.apply import trainable
-from torchprime.adapters.counter_bits import kept
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.config.schema import AXES
+from torchprime.counter_bits import kept
 from torchprime.errors import ConfigError
 from torchprime.generation.decode import GenerateOptions
 from torchprime.torch_xla_models import placement

@@ -141,6 +141,7 @@ class DatasetConfig:
     id_key: str | None = None  # column of an id that may occur only once
     group_key: str | None = None  # column; rows of a group stay on one side of the split
     time_key: str | None = None  # column; the latest rows are held out
+    weight_key: str | None = None  # column of a factor of a training row's loss
     eval_fraction: float | None = None
     leak_check: Literal["off", "warn", "error"] = "warn"
     leak_threshold: float = 0.8
@@ -177,8 +178,15 @@ class DatasetConfig:
         fraction("dataset.max_rejected_fraction", self.max_rejected_fraction)
         at_least("dataset.max_unreadable_rows", self.max_unreadable_rows, 0)
         at_least("dataset.max_row_characters", self.max_row_characters, 1)
-        for key in ("id_key", "group_key", "time_key", "prepared_dir"):
+        for key in ("id_key", "group_key", "time_key", "weight_key", "prepared_dir"):
             not_empty(f"dataset.{key}", getattr(self, key))
+        if self.weight_key in [p.columns.get("weight", "weight") for p in (self, *self.mixture)]:
+            refuse(
+                "dataset.weight_key",
+                self.weight_key,
+                "another column than the rows' `weight`, which is read in any case",
+                "Set dataset.weight_key=null.",
+            )
         at_least("dataset.num_proc", self.num_proc, 1)
         self._check_split()
 

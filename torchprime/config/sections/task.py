@@ -7,6 +7,7 @@ from typing import Literal
 
 from torchprime.config.checks import at_least, positive, refuse
 from torchprime.config.paths import PathOrUrl, is_url
+from torchprime.config.sections.loss import LossConfig
 from torchprime.config.sections.optimizer import OptimizerConfig, SchedulerConfig
 from torchprime.errors import ConfigError
 
@@ -22,6 +23,8 @@ class TaskConfig:
     num_epochs: float | None = None
     max_grad_norm: float | None = 1.0
     max_grad_value: float | None = None
+    loss: LossConfig = field(default_factory=LossConfig)
+    neftune_noise_alpha: float | None = None  # noise on embeddings, arXiv:2310.05914
     loss_chunks: int = 8
     loss_kernel: Literal["auto", "liger", "chunked"] = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -38,7 +41,16 @@ class TaskConfig:
         self._check_length()
         positive("task.max_grad_norm", self.max_grad_norm)
         positive("task.max_grad_value", self.max_grad_value)
+        positive("task.neftune_noise_alpha", self.neftune_noise_alpha)
         at_least("task.loss_chunks", self.loss_chunks, 1)
+        if self.loss.dft and self.loss_kernel == "liger":
+            refuse(
+                "task.loss_kernel",
+                "liger",
+                "auto or chunked, since task.loss.dft=true: Liger does not tell the cross-entropy "
+                "beside that loss",
+                "Set task.loss_kernel=auto.",
+            )
         if is_url(self.export_checkpoint_path or "") and not self.convert_to_safetensors:
             refuse(
                 "task.export_checkpoint_path",

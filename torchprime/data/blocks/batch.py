@@ -54,6 +54,10 @@ class Batch:
     def weight_sum(self) -> float:
         return float(self.loss_weights.sum(dtype=np.float64))
 
+    def segment_lengths(self) -> npt.NDArray[np.int64]:
+        """Return [B, S]: the number of tokens of each token's segment; of padding, its own."""
+        return np.stack([np.bincount(row)[row] for row in self.segment_ids])
+
     def source_weights(self, count: int) -> tuple[float, ...]:
         """Return the weight sum of each source; () if there is only one source."""
         if self.source_ids is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ from torchprime.config.sections.dataset import (
     Truncation,
     Turns,
 )
+from torchprime.config.sections.loss import Average
 from torchprime.data.blocks.store import to_record_batch
 from torchprime.data.files.record import Rejection
 from torchprime.data.rows.read import Row
@@ -28,7 +29,7 @@ from torchprime.data.templates.turns import REASON_NOT_SERVED
 from torchprime.data.tokenizer.load import Tokenizer, load_tokenizer
 from torchprime.data.tokens.borders import REASON_NOT_FED
 from torchprime.data.tokens.branches import AUTO, BRANCH, branches
-from torchprime.data.tokens.completions import Example, fit_to_block, loss_mode
+from torchprime.data.tokens.completions import Example, averaged, fit_to_block, loss_mode
 from torchprime.data.tokens.conversations import ChatRules, tokenize_chat
 from torchprime.data.tokens.marked_text import Markers, tokenize_texts
 
@@ -56,15 +57,8 @@ class Settings:
     special_tokens_in_text: SpecialTokensInText
     markers: Markers | None
     seed: int  # 0 if there is no mixture, which alone uses it
+    average: Average
     replay_apart: bool = False  # no block holds both replay and other examples
-
-    def ingredients(self) -> dict[str, object]:
-        """Return the settings for a cache key; a later one is absent at its default, so that older
-        data keeps its key."""
-        found = asdict(self)
-        if not self.replay_apart:
-            del found["replay_apart"]
-        return found
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,7 @@ class Work:
             if isinstance(result, Example) and s.packing not in ("bfd_split", "wrapped"):
                 result = fit_to_block(result, s.block_size, s.truncation)
             if isinstance(result, Example):
-                examples.append(result)
+                examples.append(averaged(result) if s.average == "examples" else result)
             else:
                 rejected.append(result)
         return Outcome(

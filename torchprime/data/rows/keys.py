@@ -43,7 +43,8 @@ class RecordKeys:
 
     def __init__(self, kind: str, reading: RowReading) -> None:
         self._columns = dict(reading.columns or {})
-        self._keys = [k for k in (reading.id_key, reading.group_key, reading.time_key) if k]
+        keys = (reading.id_key, reading.group_key, reading.time_key, reading.weight_key)
+        self._keys = [key for key in keys if key]
         needed = FIELDS[kind]
         self._fields = {
             shape: (*needed, *OF_KIND.get(kind, ()), *fields) for shape, fields in OF_SHAPE.items()

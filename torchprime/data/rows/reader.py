@@ -60,6 +60,7 @@ from torchprime.data.shared.fields import (
     decimal,
     field_of,
     group_of,
+    key_weight_of,
     show,
     string_of,
     time_of,
@@ -126,11 +127,12 @@ class RowReader:
     def _row(
         self, row_id: str, record: Mapping[str, Any], fields: dict[str, Any], body: dict[str, Any]
     ) -> Row:
-        weight, reading = fields.get("weight"), self.reading
+        given, reading = fields.get("weight"), self.reading
+        weight = 1.0 if given is None else weight_of(decimal(given), ROW_WEIGHT, "")
         return Row(
             row_id,
             **body,
-            weight=1.0 if weight is None else weight_of(decimal(weight), ROW_WEIGHT, ""),
+            weight=weight * key_weight_of(record, reading.weight_key),
             source=self.source,
             group=None if reading.group_key is None else group_of(record, reading.group_key),
             time=None if reading.time_key is None else time_of(record, reading.time_key),

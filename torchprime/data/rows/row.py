@@ -39,6 +39,7 @@ class RowReading:
             "message.content" name keys inside each message.
         group_key, time_key, id_key: columns of Row.group and Row.time, and of an id that may occur
             only once.
+        weight_key: column of a factor of Row.weight.
         answer_form: AS_IS, or a form that answer_form.py gives to prompts' answers.
         as_messages: prompt and completion become a user's and an assistant's turn.
     """
@@ -50,6 +51,7 @@ class RowReading:
     id_key: str | None = None
     as_messages: bool = DatasetConfig.as_messages
     answer_form: AnswerForm = DatasetConfig.answer_form
+    weight_key: str | None = None
 
 
 PLAIN_READING = RowReading()

@@ -37,6 +37,12 @@ MANIFEST = "manifest.json"
 PARTIAL, DAMAGED = ".partial-", ".damaged"
 KEY = "dataset.prepared_dir"
 MOST_BYTES = 64 << 20  # of a manifest
+# Settings that older keys lack, and the value with which the examples are the same.
+LATER: Mapping[str, Any] = {
+    "average": "tokens",
+    "replay_apart": False,
+    "weight_key": None,
+}
 
 Stamps = dict[str, tuple[int, ...]]
 _checked: dict[Path, Stamps] = {}  # folders whose files were hashed in this process
@@ -46,6 +52,12 @@ def default_folder() -> Path:
     """Return the folder for prepared data that is used if dataset.prepared_dir is not set."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "torchprime" / "prepared"
+
+
+def chosen(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings for a key: without a later one whose value changes nothing, so that data
+    prepared before it is found."""
+    return {name: value for name, value in settings.items() if LATER.get(name, ...) != value}
 
 
 def cache_key(ingredients: Mapping[str, Any]) -> str:

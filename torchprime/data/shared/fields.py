@@ -12,6 +12,7 @@ from datetime import date, datetime
 from typing import Any
 
 MAX_WEIGHT = 10
+KEY_WEIGHTS = 1e-6, 1e6  # the range of dataset.weight_key besides 0: fp32 has room around it
 MAX_NESTING = 64  # of tools and tool calls; templates and hashes walk them recursively
 
 FIELD_MISSING = "field {} is missing"
@@ -61,6 +62,8 @@ NO_GROUP = "group_key {} is missing"
 BAD_GROUP = "group_key {} is not a string or number"
 NO_TIME = "time_key {} is missing"
 BAD_TIME = "time_key {} is not a number or an ISO date"
+NO_WEIGHT = "weight_key {} is missing"
+BAD_WEIGHT = "weight_key {} is not 0 or a number from 1e-6 to 1e6"
 NO_ID = "id_key {} is missing"
 BAD_ID = "id_key {} is not a string or number"
 DUPLICATED_ID = "duplicated id"
@@ -74,7 +77,8 @@ REASONS = (
     *(BAD_TOOL_CALLS, BAD_FUNCTION_CALL, BAD_ARGUMENTS, CALLS_DIFFER, BAD_TOOLS, TOOLS_DIFFER),
     *(TOO_NESTED, TWO_SYSTEMS, BAD_HISTORY, ONLY_LAST, NO_ASSISTANT, ALL_OFF, ROW_WEIGHT),
     *(NO_FINAL_LINE, CHOSEN_ELSEWHERE, BAD_TREE, BAD_RANK, NO_PARENT, TWO_ROOTS, TREE_AGAIN),
-    *(NO_GROUP, BAD_GROUP, NO_TIME, BAD_TIME, NO_ID, BAD_ID, DUPLICATED_ID),
+    *(NO_GROUP, BAD_GROUP, NO_TIME, BAD_TIME, NO_WEIGHT, BAD_WEIGHT),
+    *(NO_ID, BAD_ID, DUPLICATED_ID),
 )
 
 MISSING = object()  # a missing value, as opposed to null
@@ -198,6 +202,20 @@ def time_of(record: Mapping[str, Any], key: str | None) -> float | str | None:
             raise Unusable(BAD_TIME.format(key), show(value)) from None
         return moment.isoformat() if minute else day
     raise Unusable(BAD_TIME.format(key), show(value))
+
+
+def key_weight_of(record: Mapping[str, Any], key: str | None) -> float:
+    """Return the factor of the row's loss in a column; 1 without a column's name."""
+    if key is None:
+        return 1.0
+    value = decimal(lookup(record, key))
+    if value is MISSING or value is None:
+        raise Unusable(NO_WEIGHT.format(key))
+    least, most = KEY_WEIGHTS
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and (value == 0 or least <= value <= most):  # NaN compares false with everything
+        return float(value)
+    raise Unusable(BAD_WEIGHT.format(key), show(value))
 
 
 # Checks and texts --------------------------------------------------------------------------------

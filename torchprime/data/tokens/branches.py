@@ -21,13 +21,22 @@ _BRANCH_ID = re.compile(r"@\d+$")
 def branches(row: Row, last_only: bool = False) -> list[Row]:
     """Return one row for each assistant turn that carries loss, or for the last one.
 
-    Their ids are the row's with the number of the answer's message, from 1: `train.jsonl:17@4`.
+    Their ids are the row's with the number of the answer's message, from 1: `train.jsonl:17@4`. The
+    weight of the answer's message is a factor of the branch's weight: it is an example of its own.
     """
     found = []
     for i, message in enumerate(row.messages):
         if message.role == "assistant" and message.weight > 0:
             context = [replace(before, weight=0.0) for before in row.messages[:i]]
-            found.append(replace(row, row_id=f"{row.row_id}@{i + 1}", messages=(*context, message)))
+            branch = (*context, replace(message, weight=1.0))
+            found.append(
+                replace(
+                    row,
+                    row_id=f"{row.row_id}@{i + 1}",
+                    messages=branch,
+                    weight=row.weight * message.weight,
+                )
+            )
     return found[-1:] if last_only else found
 
 

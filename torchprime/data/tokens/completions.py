@@ -59,6 +59,7 @@ class Example:
         boundary: the rule that found the start of supervision.
         source: the part of a mixture it is from.
         divisible: a text that may be split into blocks if it is longer than one.
+        row_weight: the factor of the whole row in `weights`.
     """
 
     row_id: str
@@ -69,6 +70,7 @@ class Example:
     source: str = ""
     truncated: bool = False
     divisible: bool = False
+    row_weight: float = 1.0
 
     @property
     def supervised(self) -> npt.NDArray[np.bool_]:
@@ -79,6 +81,20 @@ class Example:
         targets = np.full(len(self.ids), IGNORED, dtype=np.int32)
         targets[:-1] = np.where(self.weights[1:] > 0, self.ids[1:], IGNORED)
         return targets
+
+
+def averaged(example: Example) -> Example:
+    """Return the example with token weights that sum up to its row's weight.
+
+    The loss of every example then is its own mean over tokens, whatever its length. It is divided
+    here, before packing: pieces, micro-batches and devices add up to the same sum. The first token
+    is not predicted and does not count.
+    """
+    total = example.weights[1:].sum(dtype=np.float64)
+    if total == 0:  # the row's weight is too small for fp32
+        return example
+    weights = example.weights.astype(np.float64) * (example.row_weight / total)
+    return replace(example, weights=weights.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,7 @@ def _example(row: Row, parts: _Parts, tokenizer: Tokenizer, mode: LossOn) -> Exa
         parts.boundary,
         source=row.source,
         divisible=row.kind == "text",
+        row_weight=row.weight,
     )
 
 

@@ -214,4 +214,5 @@ def _example(chat: _Chat, tokens: Tokens | NotExact, tokenizer: Tokenizer) -> Ex
         rules,
         f"{chat.rule}, {tokens.how}",
         source=chat.row.source,
+        row_weight=chat.row.weight,
     )

@@ -130,4 +130,5 @@ def _example(
         rules,
         f"marker, {tokens.how}",
         source=row.source,
+        row_weight=row.weight,
     )

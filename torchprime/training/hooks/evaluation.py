@@ -90,7 +90,7 @@ class EvaluationHook(BaseHook):
         return Past(self.first_step, tuple(self.history), tuple(self._losses)).to_dict()
 
     def on_record(self, record: StepRecord) -> None:
-        self._losses.append(record.loss)
+        self._losses.append((record.terms or {}).get("cross_entropy", record.loss))
 
     def scores_after(self, step: int) -> dict[str, float]:
         """Return the scores measured after exactly this step; {} if there are none."""

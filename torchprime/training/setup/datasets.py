@@ -19,6 +19,7 @@ from torchprime.checkpoint.hf.source import hub_name
 from torchprime.config.schema import TrainConfig
 from torchprime.config.sections.dataset import DatasetConfig, Format, MixturePart
 from torchprime.config.sections.evaluation import EvalConfig, EvalSource
+from torchprime.config.sections.loss import Average, LossConfig
 from torchprime.data.blocks.chunks import Settings
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.files.source import SourceSpec
@@ -125,21 +126,26 @@ class RunRows:
 
     @cached_property
     def heldout_parts(self) -> list[Part]:
-        """The eval section's sources, read like the training rows; with a split, the same rows."""
+        """The eval section's sources, read like the training rows; with a split, the same rows.
+
+        `dataset.weight_key` is for training: held-out loss can be compared between weights.
+        """
         d = self.dataset
         if not self.eval.enabled:
             split = self.train_parts if d.eval_fraction is not None else []
-            return [replace(p, source=replace(p.source, section="eval")) for p in split]
-        if self.eval.sources:
-            return [
+            parts = [replace(p, source=replace(p.source, section="eval")) for p in split]
+        elif self.eval.sources:
+            parts = [
                 Part(
                     replace(_source("eval", each, d.cache_dir), name=each.name),
                     self._reading(each.format, each.columns),
                 )
                 for each in self.eval.sources
             ]
-        source = _source("eval", self.eval, d.cache_dir)
-        return [Part(source, self._reading(d.format, d.columns))]
+        else:
+            source = _source("eval", self.eval, d.cache_dir)
+            parts = [Part(source, self._reading(d.format, d.columns))]
+        return [replace(p, reading=replace(p.reading, weight_key=None)) for p in parts]
 
     def _reading(self, format: Format, columns: dict[str, str]) -> RowReading:
         d = self.dataset
@@ -151,6 +157,7 @@ class RunRows:
             id_key=d.id_key,
             as_messages=d.as_messages,
             answer_form=d.answer_form,
+            weight_key=d.weight_key,
         )
 
     @cached_property
@@ -247,7 +254,7 @@ def prepare_run_data(
     d = config.dataset
     rows = RunRows.of(config)
     kept_in = _kept_in(d.prepared_dir, say)
-    settings = settings_of(d, config.seed)
+    settings = settings_of(d, config.seed, config.task.loss.average)
     workers = d.num_proc or min(MOST_WORKERS, os.cpu_count() or 1)
 
     def prepared(
@@ -275,7 +282,8 @@ def prepare_run_data(
         return RunData(rows, train, report, None, None, None)
     # All held-out rows are used, whatever their mixture.
     parts = [replace(part, weight=None, replay=False) for part in rows.heldout_parts]
-    settings = replace(settings, replay_share=None, replay_apart=False)
+    # Their loss is per token, so that it can be compared between runs.
+    settings = replace(settings, replay_share=None, replay_apart=False, average="tokens")
     heldout, heldout_report = prepared(parts, config.eval.max_examples, "eval")
     _require_sources(config.eval, heldout)
     if set(heldout_report.format.split(", ")) - set(report.format.split(", ")):
@@ -319,7 +327,9 @@ def _source(
     )
 
 
-def settings_of(dataset: DatasetConfig, seed: int) -> Settings:
+def settings_of(
+    dataset: DatasetConfig, seed: int, average: Average = LossConfig.average
+) -> Settings:
     """Return the settings that make examples of the rows of a dataset section."""
     d = dataset
     return Settings(
@@ -338,6 +348,7 @@ def settings_of(dataset: DatasetConfig, seed: int) -> Settings:
         special_tokens_in_text=d.special_tokens_in_text,
         markers=_markers(d),
         seed=seed if d.mixture else 0,
+        average=average,
         replay_apart=d.replay_schedule.enabled,
     )
 

@@ -19,6 +19,7 @@ from torchprime.config.schema import TrainConfig
 from torchprime.config.sections.adapter import AdapterConfig
 from torchprime.data.shared import cache
 from torchprime.errors import ConfigError
+from torchprime.losses.token_loss import TokenLoss
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.training.backend import StepOptions
@@ -163,7 +164,8 @@ def optimizer_of(config: TrainConfig) -> Optimizer:
 
 def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
     """Return the options of the step besides model and optimizer."""
-    task, penalty = config.task, config.regularization.penalty
+    task, loss, penalty = config.task, config.task.loss, config.regularization.penalty
+    token_loss = TokenLoss(loss.label_smoothing, loss.z_loss, loss.dft)
     return StepOptions(
         gradient_accumulation_steps=task.gradient_accumulation_steps,
         loss_chunks=task.loss_chunks,
@@ -171,15 +173,19 @@ def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
         max_grad_value=task.max_grad_value,
         master_weights=task.optimizer.master_weights,
         num_sources=num_sources,
+        token_loss=token_loss,
+        loss_terms=token_loss.terms,
         step_terms=() if penalty is None else (penalty[0],),
         penalty=None if penalty is None else Penalty(*penalty),
-        dropout_seed=_dropout_seed(config),
+        random_seed=_random_seed(config),
+        noise_alpha=task.neftune_noise_alpha or 0.0,
     )
 
 
-def _dropout_seed(config: TrainConfig) -> int | None:
-    """Return the run's seed in 32 bits with a sign; None without dropout."""
-    if not (config.adapter.enabled and config.adapter.dropout):
+def _random_seed(config: TrainConfig) -> int | None:
+    """Return the run's seed in 32 bits with a sign; None without dropout and noise."""
+    dropout = config.adapter.enabled and config.adapter.dropout
+    if not dropout and config.task.neftune_noise_alpha is None:
         return None
     folded = (config.seed ^ config.seed >> 32) & 0xFFFFFFFF
     return folded - (1 << 32 if folded >= 1 << 31 else 0)

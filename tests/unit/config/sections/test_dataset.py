@@ -39,6 +39,11 @@ def message_of(**dataset: Any) -> str:
     [
         ({"block_size": 1}, "dataset.block_size: given 1, expected at least 2"),
         ({"num_proc": 0}, "dataset.num_proc: given 0, expected at least 1"),
+        ({"weight_key": "weight"}, "dataset.weight_key: given 'weight', expected another column"),
+        (
+            {"weight_key": "x", "columns": {"weight": "x"}},
+            "dataset.weight_key: given 'x', expected another column",
+        ),
         ({"max_row_characters": 0}, "dataset.max_row_characters: given 0"),
         ({"max_unreadable_rows": -1}, "dataset.max_unreadable_rows: given -1"),
         ({"max_rejected_fraction": 1.5}, "dataset.max_rejected_fraction: given 1.5"),

@@ -25,6 +25,12 @@ def test_counts_by_hand() -> None:
     assert list(BATCH.arrays()) == list(FIELDS)
 
 
+def test_lengths_of_segments_in_each_block() -> None:
+    segments = np.array([[1, 1, 2, 0], [1, 0, 0, 0]], np.int32)
+    lengths = replace(BATCH, segment_ids=segments).segment_lengths()
+    assert np.where(segments > 0, lengths, 0).tolist() == [[2, 2, 1, 0], [1, 0, 0, 0]]
+
+
 def test_the_hash_is_sha256_of_names_types_shapes_and_bytes() -> None:
     content = b""
     for name in FIELDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torchprime.data.rows.formats import FormatDecision, decide_format
 from torchprime.data.rows.read import SAMPLE_ROWS, Row, RowReading, load_rows, open_rows, read_row
 from torchprime.data.shared import fields
 from torchprime.data.shared.fields import REASONS
+from torchprime.data.shared.notes import RowNotes
 from torchprime.errors import DataError
 
 PC = {"prompt": "p", "completion": "c"}
@@ -356,6 +358,35 @@ def test_group_and_time() -> None:
 def test_rejected_groups_and_times(fields: dict, reason: str) -> None:
     reading = RowReading(group_key="thread", time_key="at")
     assert refused(QA | fields, "question_answer", reading).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("value", "weight"), [(2, 4.0), (0.25, 0.5), ("1.5", 3.0), (0, 0.0), (1e6, 2e6)]
+)
+def test_a_weight_key_is_a_factor_beside_the_rows_weight(value: object, weight: float) -> None:
+    reading = RowReading(weight_key="meta.importance")
+    record = QA | {"weight": 2, "meta": {"importance": value}}
+    assert accepted(record, "question_answer", reading).weight == weight
+
+
+@pytest.mark.parametrize(
+    "bad", [-1, math.nan, math.inf, -math.inf, "high", "1e3", True, [1], 1e-7, 2e6, "nan"]
+)
+def test_a_bad_weight_of_a_weight_key_is_rejected(bad: object) -> None:
+    reading = RowReading(weight_key="w")
+    found = refused(QA | {"w": bad}, "question_answer", reading)
+    assert found.reason == "weight_key w is not 0 or a number from 1e-6 to 1e6" and found.detail
+    for missing in (QA, QA | {"w": None}):
+        found = refused(missing, "question_answer", reading)
+        assert found.reason == "weight_key w is missing"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_row_takes_a_weight_key(kind: str) -> None:
+    notes, reading = RowNotes(), RowReading(weight_key="w")
+    row = read_row("f:1", KINDS[kind] | {"w": 3}, kind, reading, notes=notes)
+    assert isinstance(row, Row) and row.weight == 3
+    assert "w" not in notes.to_dict()["unused_keys"]
 
 
 def test_ids_may_occur_once(write_rows: Callable[..., Path]) -> None:

@@ -201,6 +201,9 @@ def test_group_time_weight_and_id(read: Open) -> None:
         ("x", 5.0, 1.0),
         ("x", 6.0, 2.0),
     ]
+    rows, _ = read(first | {"hard": 3}, second, weight_key="hard")
+    assert [row.weight for row in rows[:2]] == [3.0, 3.0]  # type: ignore[union-attr]
+    assert isinstance(rows[2], Rejection) and rows[2].reason == "weight_key hard is missing"
     rows, _ = read(first | {"id": 1}, second | {"id": 1}, id_key="id")
     assert [row.row_id for row in rows] == ["rows.jsonl:1", "rows.jsonl:1/2", "rows.jsonl:2"]
     assert isinstance(rows[2], Rejection) and rows[2].reason == "duplicated id"

@@ -120,3 +120,10 @@ def test_a_running_neighbour_is_left_alone(tmp_path: Path) -> None:
     theirs.mkdir()
     cache.build(tmp_path, "other", {}, write)
     assert theirs.is_dir()
+
+
+def test_a_later_setting_is_in_the_key_if_it_is_not_the_default() -> None:
+    """So that data prepared before it existed is still found."""
+    older = {"packing": "bfd", "split": None}
+    assert cache.chosen({**older, "average": "tokens", "weight_key": None}) == older
+    assert cache.chosen({**older, "average": "examples"}) == {**older, "average": "examples"}

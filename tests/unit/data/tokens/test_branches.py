@@ -303,6 +303,15 @@ def test_branches_are_one_row_for_each_answer_that_carries_loss() -> None:
     assert [part.row_id for part in branches(given, last_only=True)] == ["f:1@8"]
 
 
+def test_a_branch_has_the_weight_of_its_answer() -> None:
+    turns = (Message(user("a")), Message(assistant("b"), 0.5), Message(assistant("c"), 3.0))
+    given = Row("f:1", "messages", messages=turns, weight=2.0)
+    assert [(part.weight, part.messages[-1].weight) for part in branches(given)] == [
+        (1.0, 1.0),
+        (6.0, 1.0),
+    ]
+
+
 def work(tokenizer: Tokenizer, template: ChatTemplate, **settings: Any) -> Work:
     return Work(tokenizer, template, data_settings.settings(2048, **settings))
 

@@ -15,7 +15,7 @@ from torchprime.config.sections.dataset import LossOn
 from torchprime.data.files.record import Rejection
 from torchprime.data.rows.read import QUESTION_PROMPT, Row
 from torchprime.data.tokenizer.load import Tokenizer
-from torchprime.data.tokens.completions import RULES, Example, fit_to_block, tokenize_rows
+from torchprime.data.tokens.completions import RULES, Example, averaged, fit_to_block, tokenize_rows
 from torchprime.errors import DataError
 
 MakeTokenizer = Callable[..., Tokenizer]
@@ -334,3 +334,37 @@ def test_row_weight_scales_the_loss(build: SimpleNamespace, make_tokenizer: Make
     assert example.weights.tolist() == [0, 2.5, 2.5, 2.5]
     (result,) = tokenize_rows([replace(pair("a", "b"), weight=0.0)], tokenizer, "completion")
     assert result == Rejection("f:1", "no supervised token", "the row's weight is 0")
+
+
+# Averages over examples ---------------------------------------------------------------------------
+
+
+def weighted(weights: list[float], row_weight: float) -> Example:
+    count, of = len(weights), np.float32
+    ids, rules = np.arange(count, dtype=np.int32), np.zeros(count, dtype=np.uint8)
+    return Example("f:1", ids, np.asarray(weights, of), rules, "joint", row_weight=row_weight)
+
+
+def test_an_examples_weights_add_up_to_its_rows() -> None:
+    """A turn that counts twice still does so within its example."""
+    found = averaged(weighted([0, 0, 3, 3, 6], row_weight=3)).weights
+    assert found.dtype == np.float32
+    assert found.tolist() == [0, 0, 0.75, 0.75, 1.5]
+
+
+def test_a_first_token_that_nothing_predicts_does_not_count() -> None:
+    """As after truncation on the left."""
+    assert averaged(weighted([1, 1, 0, 1], row_weight=1)).weights[1:].tolist() == [0.5, 0, 0.5]
+
+
+def test_a_truncated_example_is_averaged_over_what_is_left(
+    build: SimpleNamespace, make_tokenizer: MakeTokenizer
+) -> None:
+    whole = one(pair("ab", "cdab"), make_tokenizer(build.byte_level()))
+    kept = fit_to_block(whole, 4, "right")
+    assert isinstance(kept, Example)
+    assert averaged(kept).weights.tolist() == [0, 0, 0.5, 0.5]
+
+
+def test_a_weight_too_small_for_fp32_stays_zero() -> None:
+    assert averaged(weighted([0, 0, 0], row_weight=1e-60)).weights.tolist() == [0, 0, 0]

@@ -8,7 +8,7 @@ import torch
 from jax._src.prng import threefry_2x32
 from torch import Tensor
 
-from torchprime.adapters.counter_bits import kept, threefry
+from torchprime.counter_bits import kept, threefry, uniform
 
 
 def word(value: int) -> Tensor:
@@ -72,3 +72,24 @@ def test_a_part_of_each_token_has_the_mask_of_the_whole(first: int, width: int) 
     rows = torch.arange(6, dtype=torch.int32).view(2, 3)
     whole = kept(key, rows, 13, 0.4)
     assert torch.equal(kept(key, rows, width, 0.4, first), whole[..., first : first + width])
+
+
+def test_uniform_numbers_are_the_bits_of_jax_as_fractions() -> None:
+    key, tokens, width = (word(5), word(0x90000000)), torch.tensor([3, 900_000]), 6
+    found = uniform(key, tokens.int(), width)
+    for row, token in enumerate(tokens.tolist()):
+        counters = np.array([token] * 3 + [0, 1, 2], dtype=np.uint32)
+        words = np.asarray(threefry_2x32(np.array([5, 0x90000000], dtype=np.uint32), counters))
+        bits = words.reshape(2, 3).T.reshape(-1)  # both words of each counter side by side
+        expected = (bits >> 8).astype(np.float64) / 2**23 - 1
+        assert found[row].tolist() == expected.tolist()
+
+
+def test_uniform_numbers_are_uniform() -> None:
+    values = uniform((word(1), word(2)), torch.arange(4000, dtype=torch.int32), 64).double()
+    assert values.min() >= -1 and values.max() < 1
+    n = values.numel()
+    assert abs(values.mean()) < 4 * (1 / 3 / n) ** 0.5
+    assert abs(values.square().mean() - 1 / 3) < 4 * (4 / 45 / n) ** 0.5
+    counts = torch.histc(values.float(), 20, -1, 1).double()
+    assert ((counts - n / 20).square() / (n / 20)).sum() < 50  # chi squared, 19 degrees of freedom

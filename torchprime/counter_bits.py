@@ -8,6 +8,8 @@ counter give the same bits on every mesh and after every resume.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,20 @@ Words = tuple[Tensor, Tensor]  # int32 tensors of one shape, or shapes that broa
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 _FRACTION_BITS = 24
+
+
+class Position(NamedTuple):
+    """The place of a micro-batch in training.
+
+    Attributes:
+        seed: int32 scalar, the run's.
+        step: int32 scalar, the number of finished updates.
+        tokens: int32 [B, S], the number of each token in the step's global batch.
+    """
+
+    seed: Tensor
+    step: Tensor
+    tokens: Tensor
 
 
 def _shifted_right(x: Tensor, by: int) -> Tensor:
@@ -42,22 +58,36 @@ def threefry(key: Words, counter: Words) -> Words:
     return x, y
 
 
-def kept(key: Words, rows: Tensor, width: int, probability: float, first: int = 0) -> Tensor:
-    """Return a dropout mask, True where an entry is kept.
+def _fractions(key: Words, rows: Tensor, width: int, first: int = 0) -> Tensor:
+    """Return int32 [*rows.shape, width] from 0 to less than 2^24.
 
     Args:
         key: two int32 scalars.
         rows: int32, the number of each token; any shape.
         width: entries of a token; entry i of a token has the counter (token, i // 2).
-        probability: that an entry is dropped, in steps of 2^-24.
         first: the number of the first entry, if these are only a part of each token's.
-
-    Returns:
-        bool [*rows.shape, width].
     """
     end = (first + width + 1) // 2
     pairs = torch.arange(first // 2, end, dtype=torch.int32, device=rows.device)
     words = torch.stack(threefry(key, (rows[..., None], pairs)), dim=-1)
     bits = words.flatten(-2)[..., first % 2 :][..., :width]
-    fraction = _shifted_right(bits, 32 - _FRACTION_BITS)
+    return _shifted_right(bits, 32 - _FRACTION_BITS)
+
+
+def uniform(key: Words, rows: Tensor, width: int) -> Tensor:
+    """Return fp32 [*rows.shape, width] from -1 to less than 1, in steps of 2^-23 and so exact."""
+    return _fractions(key, rows, width).float() * 2.0 ** (1 - _FRACTION_BITS) - 1
+
+
+def kept(key: Words, rows: Tensor, width: int, probability: float, first: int = 0) -> Tensor:
+    """Return a dropout mask, True where an entry is kept.
+
+    Args:
+        key, rows, width, first: of the entries, as for `_fractions`.
+        probability: that an entry is dropped, in steps of 2^-24.
+
+    Returns:
+        bool [*rows.shape, width].
+    """
+    fraction = _fractions(key, rows, width, first)
     return fraction >= round(probability * (1 << _FRACTION_BITS))
