@@ -40,7 +40,7 @@ class Case(NamedTuple):
     Attributes:
         rate: the learning rate of all weights.
         adapter_rate: that of adapters.
-        adapter: overrides for all adapters.
+        adapter: overrides for all adapters, which train whole modules too.
         largest: rank of LoRA that the model's dims allow.
     """
 
@@ -51,22 +51,20 @@ class Case(NamedTuple):
     largest: int
 
     def variants(self) -> list[Variant]:
-        """Return the runs to compare; alpha is twice the rank."""
+        """Return the runs to compare: all weights, adapters, and if these train whole modules too,
+        one adapter alone."""
         asked = [("LoRA", rank) for rank in (4, 16, self.largest)] + [("DoRA", 16), ("QLoRA", 16)]
-        return [
-            Variant("all weights", ["adapter=none"], self.rate),
-            *(
-                Variant(
-                    f"{kind}, rank {rank}",
-                    [
-                        *(f"adapter={kind.lower()}", f"adapter.rank={rank}"),
-                        *(f"adapter.alpha={2 * rank}", *self.adapter),
-                    ],
-                    self.adapter_rate,
-                )
-                for kind, rank in asked
-            ),
-        ]
+        found = [Variant("all weights", ["adapter=none"], self.rate)]
+        found += [self._adapter(kind, rank, self.adapter) for kind, rank in asked]
+        if self.adapter:
+            alone = self._adapter("LoRA", 16, ())
+            found.append(alone._replace(name=f"{alone.name}, alone"))
+        return found
+
+    def _adapter(self, kind: str, rank: int, more: Sequence[str]) -> Variant:
+        """Return a run that trains an adapter; alpha is twice the rank."""
+        options = [f"adapter={kind.lower()}", f"adapter.rank={rank}", f"adapter.alpha={2 * rank}"]
+        return Variant(f"{kind}, rank {rank}", [*options, *more], self.adapter_rate)
 
 
 BACKEND = ["--backend", "native"]  # nothing to compile, and the losses are those of XLA

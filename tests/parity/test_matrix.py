@@ -44,6 +44,13 @@ def change(metrics: Path, step: int, factor: float) -> None:
     metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def test_adapters_agree_in_their_curves_and_tensors(matrix: ModuleType) -> None:
+    near, far = {"weights": 1e-5}, {"weights": 2e-3}
+    assert matrix.agrees({"verdict": AGREE, "pairs": [near, near]})
+    assert not matrix.agrees({"verdict": AGREE, "pairs": [near, far]})
+    assert not matrix.agrees({"verdict": DIFFER, "pairs": [near, near]})
+
+
 @pytest.mark.slow
 def test_backends_meshes_and_the_witness_are_one_training(
     matrix: ModuleType, tmp_path: Path

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from load_script import load_script
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 RATE = "task.optimizer.learning_rate=0.03"
@@ -61,3 +64,22 @@ def test_training_starts_from_a_peft_folder(
     first = json.loads((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()[0])
     before = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
     assert first["batch_hash"] == before["batch_hash"] and first["loss"] < before["loss"] - 0.01
+
+
+def test_the_parity_matrix_compares_trained_tensors(
+    trained: Path, repo_dir: Path, tmp_path: Path
+) -> None:
+    """Those of a checkpoint with those that the witness saves in PEFT's form."""
+    script = load_script(repo_dir / "experimental" / "parity_matrix" / "weights.py")
+    witness = tmp_path / script.WITNESS_FOLDER
+    shutil.copytree(trained / "export" / "adapter", witness)
+    assert script.largest_difference(tmp_path, trained, 4) == 0
+    tensors = load_file(witness / "adapter_model.safetensors")
+    name = next(name for name in tensors if "lora_B" in name)
+    tensors[name] *= 1.01
+    save_file(tensors, witness / "adapter_model.safetensors")
+    assert script.largest_difference(tmp_path, trained, 4) == pytest.approx(0.01, rel=1e-3)
+    del tensors[name]
+    save_file(tensors, witness / "adapter_model.safetensors")
+    with pytest.raises(KeyError, match="lora_B"):
+        script.largest_difference(tmp_path, trained, 4)
