@@ -50,6 +50,15 @@ def fisher(argv: list[str]) -> int:
     return fisher_main(argv)
 
 
+def plan(argv: list[str]) -> int:
+    """Say what a run needs on a device, and values to start from; no weights are read."""
+    os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
+    # late: as above
+    from torchprime.cli.plan import plan_main
+
+    return plan_main(argv)
+
+
 def compare(argv: list[str]) -> int:
     """Judge whether runs are the same training, and draw them."""
     # late: as above
@@ -127,6 +136,7 @@ CONFIG_COMMANDS: dict[str, Callable[[TrainConfig], int]] = {"prepare": prepare, 
 OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "fisher": fisher,
+    "plan": plan,
     "compare": compare,
     "resume-check": resume_check,
     "export": export,
@@ -140,6 +150,7 @@ OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
 GROUPS: dict[str, dict[str, str]] = {
     "before a run": {
         "doctor": "[--quick] [--json]",
+        "plan": "[--device NAME] --config-name NAME [key=value ...]",
         "inspect": "--config-name NAME [key=value ...]",
         "prepare": "--config-name NAME [key=value ...]",
         "fisher": "--out DIR [--examples N] --config-name NAME [key=value ...]",

@@ -1,0 +1,1 @@
+"""Advice before a run: memory by kind on a named device, and values to start from."""
