@@ -41,9 +41,10 @@ ABOUT = {
     "masters": "fp32 copies of trained weights",
     "state": "optimizer state",
     "gradients": "gradients",
-    "gathered": "weights gathered from other devices",
+    "gathered": "weights gathered from all devices",
+    "reduced": "gradients while they are summed over devices",
     "activations": "activations",
-    "logits": "one chunk of logits",
+    "working": "work space of the loss or a layer",
     "cache": "or: keys and values of generated answers",
 }
 
@@ -152,9 +153,7 @@ def _why(each: Recommendation) -> str:
 
 def _hint(found: Advised) -> str:
     need = found.configured.need
-    largest = max(
-        (kind for kind in ABOUT if kind != "cache"), key=lambda kind: getattr(need, kind)
-    )
+    largest = max((kind for kind in ABOUT if kind != "cache"), key=lambda kind: getattr(need, kind))
     advice = {
         "weights": "use more devices, or adapter=lora",
         "frozen": "use more devices, or adapter=qlora",
@@ -162,8 +161,9 @@ def _hint(found: Advised) -> str:
         "state": "use more devices, or adapter=lora",
         "gradients": "use more devices, or task.gradient_accumulation_steps=1",
         "activations": "set remat=scan_full, or smaller blocks",
-        "logits": "raise task.loss_chunks",
+        "working": "raise task.loss_chunks",
         "gathered": "use larger devices",
+        "reduced": "use larger devices",
     }[largest]
     return f"the largest part is {ABOUT[largest]}; {advice}"
 

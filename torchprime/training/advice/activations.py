@@ -1,21 +1,25 @@
-"""Bytes that the backward pass keeps, counted on a model without storage.
+"""Bytes that forward and backward pass need besides weights and gradients, counted without data.
 
-The forward pass of one and of two layers runs on tensors without data, and every tensor that
-autograd saves is counted once by its storage. The difference is one layer's share. So the count
-knows the architecture, the adapter and remat, without a formula for any of them.
+Both passes run on tensors without storage, for one and for two layers, while every new tensor's
+bytes are added and every freed one's subtracted. The difference of the two is one layer's share. So
+the count knows architecture, adapter, remat and loss, without a formula for any of them. It is that
+of eager mode: a compiler that fuses operations needs less.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 
 # Builds the model with this number of layers, without storage.
@@ -25,53 +29,112 @@ BuildLayers = Callable[[int], CausalLM]
 Core = Literal["kernel", "reference"]
 
 
-class Kept(NamedTuple):
-    """Bytes kept for the backward pass of one forward pass."""
+class Shape(NamedTuple):
+    """The shape of a micro-batch on one device, and the pieces of its loss."""
 
-    outside: int  # embedding, rotary tables, masks, final norm
-    layer: int  # of each layer
-
-    def of(self, layers: int) -> int:
-        """Return the bytes of a model with so many layers."""
-        return self.outside + layers * self.layer
+    rows: int
+    block_size: int
+    loss_chunks: int
 
 
-def kept_bytes(build: BuildLayers, rows: int, block_size: int, *, core: Core, remat: bool) -> Kept:
-    """Count what one forward pass of [rows, block_size] keeps.
+class Live(NamedTuple):
+    """Bytes besides weights and gradients.
+
+    Attributes:
+        kept: at the end of the forward pass, for the backward pass.
+        peak: at the fullest moment of both passes: in the loss, or in a layer's backward pass with
+            this layer's gradients. Those of finished layers are counted apart.
+    """
+
+    kept: int
+    peak: int
+
+
+def live_bytes(build: BuildLayers, layers: int, shape: Shape, *, core: Core, remat: bool) -> Live:
+    """Count the bytes of a model with so many layers.
 
     Args:
-        remat: only a layer's input is kept.
+        remat: only a layer's input is kept; the rest is computed again in its backward pass.
     """
-    one, two = (_count(build(n), rows, block_size, core, remat) for n in (1, 2))
-    return Kept(outside=2 * one - two, layer=two - one)
+    one, two = (_count(build(number), shape, core, remat) for number in (1, 2))
+    return Live(*(a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True)))
 
 
-def _count(model: CausalLM, rows: int, block_size: int, core: Core, remat: bool) -> int:
+def _count(model: CausalLM, shape: Shape, core: Core, remat: bool) -> Live:
     if core == "kernel":
         replace_attention_cores(model, lambda head_dim, window: _KernelFootprint())
     model.to("meta")
     layers: Any = model.model.layers
     if remat:
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, tuple[Any, int]] = {}
+            layer.forward = partial(again, layer.forward)
+    _drop_gradients_of_finished_layers(model)
+    field = torch.zeros(shape.rows, shape.block_size, dtype=torch.int32, device="meta")
+    weights = torch.zeros(field.shape, device="meta")
+    with _Counter() as counter:
+        hidden = model(field, field, field)
+        kept = counter.now
+        loss = chunked_cross_entropy(hidden, model.output_weight, field, weights, shape.loss_chunks)
+        loss.loss_sum.backward()
+    return Live(kept, counter.peak)
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            # The storage is held, so that no later one gets its address.
-            found[storage._cdata] = storage, storage.nbytes()
-        return tensor
 
-    field = torch.zeros(rows, block_size, dtype=torch.int32, device="meta")
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(field, field, field)
-    return sum(size for _, size in found.values())
+def _drop_gradients_of_finished_layers(model: CausalLM) -> None:
+    """Free the gradients of a layer when the first one of another layer is there."""
+    now: list[Tensor] = []
+    owners: list[str] = [""]
+
+    def hook(owner: str, parameter: Tensor) -> None:
+        if owner != owners[0]:
+            for each in now:
+                each.grad = None
+            now.clear()
+            owners[0] = owner
+        now.append(parameter)
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            inside = name.removeprefix("model.layers.")
+            owner = inside.partition(".")[0] if inside != name else name
+            parameter.register_post_accumulate_grad_hook(partial(hook, owner))
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the bytes of the storages that are made and freed inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {storage_of(each) for each in (*args, *(kwargs or {}).values())} - {None}
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, partial(self._see, given), out)
+        return out
+
+    def _see(self, given: set[Any], tensor: Tensor) -> None:
+        storage: Any = tensor.untyped_storage()
+        if storage in self.known or storage in given:
+            return
+        self.known.add(storage)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def storage_of(value: object) -> Any:
+    """Return a tensor's storage; None for anything else."""
+    return value.untyped_storage() if isinstance(value, Tensor) else None
 
 
 class _KernelFootprint(nn.Module):
-    """A core that keeps what flash attention keeps (Dao et al. 2022, arXiv:2205.14135)."""
+    """A core that needs the memory of flash attention (Dao 2023, arXiv:2307.08691)."""
 
     window = None
 
@@ -90,3 +153,11 @@ class _Footprint(torch.autograd.Function):
         out = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, ...]:
+        q, k, v, _, _ = ctx.saved_tensors
+        torch.empty_like(q, dtype=torch.float32)  # where the gradient of q is summed
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

@@ -13,15 +13,17 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 
 from torchprime.config.schema import TrainConfig
+from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import CausalLM
-from torchprime.training.advice.activations import Core, kept_bytes
+from torchprime.training.advice.activations import Core, Live, Shape, live_bytes
 from torchprime.training.advice.table import Devices
 from torchprime.training.optim import Optimizer
-from torchprime.training.setup.model_files import ModelFiles
+from torchprime.training.setup.adapter import Adapter, build_model
 from torchprime.training.setup.plan import (
     StoredParameter,
     estimate_memory,
@@ -32,9 +34,8 @@ from torchprime.training.setup.recipe import checked_table, optimizer_of
 WIDE = 4  # bytes of an fp32 number
 MOST_ROWS = 4096
 LAYERS_GATHERED = 2  # the layer that is computed and the next one
-# fp32 tensors [tokens, V] that live at once in a chunk of the loss, and a mask of one byte: eager
-# mode keeps each step of softmax and gradient, XLA fuses them.
-CHUNK_TENSORS = {"gpu": 5.25, "tpu": 2.0}
+# fp32 tensors [tokens, V] of one chunk of the loss: logits and their gradient. XLA fuses the rest.
+CHUNK_TENSORS = 2
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class Need:
     Attributes:
         masters: fp32 copies of trained 16-bit weights.
         state: of the optimizer.
-        gathered: weights of other devices while they are used.
-        activations: that the backward pass keeps, and one layer's that remat computes again.
-        logits: one chunk of logits with its gradients.
+        gathered: weights of all devices, while they are used.
+        reduced: a layer's gradients, while they are summed over devices.
+        activations: that the forward pass keeps for the backward pass.
+        working: more at the fullest moment: in the loss, or in one layer's backward pass.
         cache: keys and values of answers that evaluation generates; no activations live then.
     """
 
@@ -56,8 +58,9 @@ class Need:
     state: int
     gradients: int
     gathered: int
+    reduced: int
     activations: int
-    logits: int
+    working: int
     cache: int
 
     @property
@@ -68,18 +71,37 @@ class Need:
     @property
     def total(self) -> int:
         """Bytes at the fullest moment; no kind is assumed to be freed before another is needed."""
-        training = self.gradients + self.activations + self.logits
-        return self.always + self.gathered + max(training, self.cache)
+        training = self.gradients + self.activations + self.working
+        return self.always + self.gathered + self.reduced + max(training, self.cache)
 
     def to_dict(self) -> dict[str, int]:
         return {**asdict(self), "total": self.total}
+
+
+class ModelForm(NamedTuple):
+    """A model before it has weights."""
+
+    architecture: Architecture
+    adapter: Adapter | None
+
+    def build(self, dtype: torch.dtype) -> CausalLM:
+        """Return the model without storage."""
+        return build_model(self.architecture, self.adapter, dtype)
+
+    def with_layers(self, count: int) -> ModelForm:
+        """Return the form with so many layers, the adapter in all of them."""
+        architecture = replace(self.architecture, num_hidden_layers=count)
+        adapter = self.adapter
+        if adapter is not None:
+            adapter = replace(adapter, spec=replace(adapter.spec, layers=None))
+        return ModelForm(architecture, adapter)
 
 
 class Estimator:
     """Estimates a config's need on devices, for any number of rows."""
 
     def __init__(
-        self, config: TrainConfig, files: ModelFiles, devices: Devices, core: Core = "kernel"
+        self, config: TrainConfig, model: ModelForm, devices: Devices, core: Core = "kernel"
     ) -> None:
         """Read shapes and sharding.
 
@@ -89,12 +111,12 @@ class Estimator:
         Raises:
             ConfigError: names or shapes that the config's sharding table does not fit.
         """
-        self.config, self.files, self.devices, self.core = config, files, devices, core
+        self.config, self.form, self.devices, self.core = config, model, devices, core
         self.dtype: torch.dtype = getattr(torch, config.torch_dtype)
         self.mesh = config.mesh_shape()
-        model = files.build(self.dtype)
-        _, self.specs = checked_table(config, model)
-        self.stored: Mapping[str, StoredParameter] = stored_parameters(model)
+        built = model.build(self.dtype)
+        _, self.specs = checked_table(config, built)
+        self.stored: Mapping[str, StoredParameter] = stored_parameters(built)
         self.optimizer: Optimizer = optimizer_of(config)
 
     def need(self, rows: int, accumulation: int) -> Need:
@@ -111,9 +133,9 @@ class Estimator:
         )
         config = replace(self.config, task=task)
         known = estimate_memory(
-            config, self.files.architecture, self.stored, self.specs, self.optimizer
+            config, self.form.architecture, self.stored, self.specs, self.optimizer
         )
-        masters = self._masters(known.weights)
+        masters, live = self._masters(known.weights), self._live(rows)
         return Need(
             weights=known.weights,
             frozen=known.frozen,
@@ -121,8 +143,9 @@ class Estimator:
             state=known.optimizer - masters,
             gradients=self._gradients(known.gradients, accumulation),
             gathered=self._gathered(),
-            activations=rows * self._activations,
-            logits=self._logits(rows),
+            reduced=self._reduced(),
+            activations=live.kept,
+            working=live.peak - live.kept,
             cache=self._cache(),
         )
 
@@ -154,54 +177,77 @@ class Estimator:
         return sum(p.size for p in self.trained.values()) // self.mesh["tensor"] * WIDE
 
     def _gathered(self) -> int:
-        """Return the bytes of weights that FSDP gathers: two layers', and the root's own."""
-        if self.mesh["fsdp"] == 1:
+        """Return the bytes of gathered weights: two layers', and on GPUs those outside of layers.
+
+        FSDP2 gathers even on one device. A compiled program multiplies by the shards of the weights
+        outside of layers.
+        """
+        native = self.devices.kind == "gpu"
+        if not native and self.mesh["fsdp"] == 1:
             return 0
-        layers = self.files.architecture.num_hidden_layers
-        inside = outside = 0
-        for name, p in self.stored.items():
-            size = p.size * p.dtype.itemsize // self.mesh["tensor"]
-            if ".layers." in name:
-                inside += size
-            else:
-                outside += size
+        inside, outside = (
+            sum(p.size * p.dtype.itemsize for p in part) for part in self._inside_and_outside()
+        )
+        gathered = LAYERS_GATHERED * inside // self.form.architecture.num_hidden_layers
+        return (gathered + (outside if native else 0)) // self.mesh["tensor"]
+
+    def _reduced(self) -> int:
+        """Return the bytes of one layer's gradients in fp32 while FSDP2 sums them, and of the
+        result before it gets the weights' type."""
         if self.devices.kind == "tpu":
-            outside = 0  # the partitioner multiplies by the shards of these
-        return LAYERS_GATHERED * inside // layers + outside
+            return 0
+        inside, _ = self._inside_and_outside()
+        size = sum(p.size for p in inside if p.trained) * WIDE
+        size += size // self.mesh["fsdp"] if self.dtype.itemsize < WIDE else 0
+        return size // self.form.architecture.num_hidden_layers // self.mesh["tensor"]
+
+    def _inside_and_outside(self) -> tuple[list[StoredParameter], list[StoredParameter]]:
+        """Return the parameters of layers, and the others."""
+        parts: tuple[list[StoredParameter], list[StoredParameter]] = [], []
+        for name, parameter in self.stored.items():
+            parts[".layers." not in name].append(parameter)
+        return parts
+
+    def _live(self, rows: int) -> Live:
+        """Return one device's bytes besides weights and gradients, which grow by the row."""
+        pairs = zip(*self._one_and_two_rows, strict=True)
+        return Live(*(one + (rows - 1) * (two - one) for one, two in pairs))
 
     @cached_property
-    def _activations(self) -> int:
-        """Bytes of activations of one block on one device."""
-        config, tensor = self.config, self.mesh["tensor"]
-        size, layers = config.dataset.block_size, self.files.architecture.num_hidden_layers
-        count = partial(kept_bytes, self._layers, 1, size, core=self.core)
-        everything, inputs = count(remat=False), count(remat=True)
-        # Along the tensor axis a layer's input is whole, and what is inside it is cut.
-        inside = (everything.layer - inputs.layer) // tensor
-        outside = max(everything.outside, inputs.outside)
-        if not config.remat.recomputes:
-            return outside + layers * (inputs.layer + inside)
-        kept = layers if config.remat.policy == "full" else 0
-        return outside + kept * inputs.layer + inside
+    def _one_and_two_rows(self) -> tuple[Live, Live]:
+        return self._counted(1), self._counted(2)
+
+    def _counted(self, rows: int) -> Live:
+        config = self.config
+        shape = Shape(rows, config.dataset.block_size, config.task.loss_chunks)
+        layers, remat = self.form.architecture.num_hidden_layers, config.remat.recomputes
+        count = partial(live_bytes, self._layers, layers, shape, core=self.core)
+        found = count(remat=remat)
+        if self.devices.kind == "gpu":
+            return found
+        return self._fused(rows, found, count(remat=False) if remat else found)
+
+    def _fused(self, rows: int, found: Live, everything: Live) -> Live:
+        """Return the bytes of a compiled program, whose loss keeps two tensors per chunk.
+
+        Args:
+            everything: without remat.
+        """
+        config, a = self.config, self.form.architecture
+        length = math.ceil(config.dataset.block_size / config.task.loss_chunks)
+        chunk = rows * length * a.vocab_size * WIDE * CHUNK_TENSORS // self.mesh["tensor"]
+        working, kept = chunk, found.kept
+        if config.remat.recomputes:
+            working = max(chunk, everything.kept // a.num_hidden_layers)
+        if config.remat.policy == "offload":
+            kept //= a.num_hidden_layers
+        return Live(kept, kept + working)
 
     def _layers(self, count: int) -> CausalLM:
-        architecture = replace(self.files.architecture, num_hidden_layers=count)
-        adapter = self.files.adapter
-        if adapter is not None:
-            adapter = replace(adapter, spec=replace(adapter.spec, layers=None))
-        return replace(self.files, architecture=architecture, adapter=adapter).build(self.dtype)
-
-    def _logits(self, rows: int) -> int:
-        config, a = self.config, self.files.architecture
-        length = math.ceil(config.dataset.block_size / config.task.loss_chunks)
-        chunk = rows * length * a.vocab_size * WIDE * CHUNK_TENSORS[self.devices.kind]
-        hidden = rows * config.dataset.block_size * a.hidden_size * self.dtype.itemsize
-        head = "lm_head.weight" if "lm_head.weight" in self.stored else "model.embed_tokens.weight"
-        summed = a.vocab_size * a.hidden_size * WIDE if self.stored[head].trained else 0
-        return (int(chunk) + 2 * summed) // self.mesh["tensor"] + hidden
+        return self.form.with_layers(count).build(self.dtype)
 
     def _cache(self) -> int:
-        generate, a = self.config.eval.generate, self.files.architecture
+        generate, a = self.config.eval.generate, self.form.architecture
         if not (generate.enabled and self.config.holds_out):
             return 0
         rows = math.ceil(generate.batch_size / self.batch_shards)
@@ -209,5 +255,3 @@ class Estimator:
         slots = rows * min(longest, a.max_position_embeddings)
         heads = 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim
         return slots * heads * self.dtype.itemsize // self.mesh["tensor"]
-
-

@@ -144,7 +144,9 @@ def recommend_training(
         Recommendation("task.optimizer.learning_rate", rate.value, rate.reason, rate.source),
         Recommendation("task.num_epochs", passes.value, passes.reason, passes.source),
         Recommendation("task.max_steps", None, "the number of passes decides the length"),
-        Recommendation("task.lr_scheduler.warmup_ratio", warmup.value, warmup.reason, warmup.source),
+        Recommendation(
+            "task.lr_scheduler.warmup_ratio", warmup.value, warmup.reason, warmup.source
+        ),
         Recommendation("task.lr_scheduler.warmup_steps", None, "the ratio decides the warm-up"),
     ]
 
