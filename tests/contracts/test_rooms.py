@@ -34,7 +34,7 @@ ROOMS = {
     "evaluation": ["graders"],
     "metrics": ["trackers"],
     "torch_xla_models": ["compile"],
-    "training": ["optim", "regularization", "setup", "run", "hooks"],
+    "training": ["optim", "regularization", "setup", "advice", "run", "hooks"],
 }
 # Here rooms stand beside the modules that they use; elsewhere those are above all rooms.
 MIXED = {"checkpoint", "config", "metrics", "torch_xla_models", "training"}

@@ -103,28 +103,33 @@ def advise(
         ConfigError: names or shapes that the config's sharding table does not fit.
     """
     data, dtype = read_rows(config), getattr(torch, config.torch_dtype)
-    form = ModelForm(files.architecture, files.adapter)
     rows = facts_of(data)
-    counts = count_parameters(stored_parameters(form.build(dtype)), files.shapes)
+    counts = count_parameters(stored_parameters(files.build(dtype)), files.shapes)
     here = devices or Devices("cpu", "gpu", config.device_count, 0, 1.0)
     placed, found = on_devices(config, here)
-    configured = _outlook(placed, form, here, data)
+
+    def estimator(config: TrainConfig) -> Estimator:
+        adapter = files.adapter and replace(files.adapter, mesh=config.mesh_shape())
+        form = ModelForm(files.architecture, adapter)
+        return Estimator(config, form, here, longest=rows.longest)
+
+    configured = _outlook(estimator(placed), data)
     context = files.architecture.max_position_embeddings
     found.append(recommend_block_size(config, rows, context))
     wanted = config.task.global_batch_size * config.dataset.block_size
     batch: list[Recommendation] = []
     if devices is not None:
         resized = with_values(placed, {found[-1].key: found[-1].value})
-        remat = recommend_remat(Estimator(resized, form, here))
+        remat = recommend_remat(estimator(resized))
         smaller = with_values(resized, {each.key: each.value for each in remat})
-        batch = recommend_batch(Estimator(smaller, form, here), wanted)
+        batch = recommend_batch(estimator(smaller), wanted)
         found += remat if batch else []
     found += [*batch, *recommend_training(config, rows, counts.total)]
     changes = [each for each in found if _value(config, each.key) != each.value]
     advised = None
     if batch or devices is None:
         new = with_values(config, {each.key: each.value for each in changes})
-        advised = _outlook(new, form, here, read_rows(new))
+        advised = _outlook(estimator(new), read_rows(new))
     kept = [each for each in found if each not in changes and each.value is not None]
     return Advised(counts, rows, devices, configured, changes, kept, advised)
 
@@ -172,8 +177,8 @@ def _value(config: TrainConfig, key: str) -> Any:
     return found
 
 
-def _outlook(config: TrainConfig, form: ModelForm, devices: Devices, data: RunData) -> Outlook:
-    estimator, task = Estimator(config, form, devices), config.task
+def _outlook(estimator: Estimator, data: RunData) -> Outlook:
+    config, task = estimator.config, estimator.config.task
     rows = max(1, task.micro_batch_size // estimator.batch_shards)
     return Outlook(
         steps=plan_steps(config, data.train),

@@ -101,20 +101,29 @@ class Estimator:
     """Estimates a config's need on devices, for any number of rows."""
 
     def __init__(
-        self, config: TrainConfig, model: ModelForm, devices: Devices, core: Core = "kernel"
+        self,
+        config: TrainConfig,
+        form: ModelForm,
+        devices: Devices,
+        *,
+        longest: int | None = None,
+        core: Core = "kernel",
     ) -> None:
         """Read shapes and sharding.
 
         Args:
+            longest: tokens of the longest prompt; None if it is not known.
             core: the attention core that trains on the devices.
 
         Raises:
             ConfigError: names or shapes that the config's sharding table does not fit.
         """
-        self.config, self.form, self.devices, self.core = config, model, devices, core
+        self.config, self.form, self.devices = config, form, devices
+        self.longest = longest
+        self.core: Core = core
         self.dtype: torch.dtype = getattr(torch, config.torch_dtype)
         self.mesh = config.mesh_shape()
-        built = model.build(self.dtype)
+        built = form.build(self.dtype)
         _, self.specs = checked_table(config, built)
         self.stored: Mapping[str, StoredParameter] = stored_parameters(built)
         self.optimizer: Optimizer = optimizer_of(config)
@@ -171,8 +180,13 @@ class Estimator:
         return weights // self.dtype.itemsize * WIDE if narrow else 0
 
     def _gradients(self, sharded: int, accumulation: int) -> int:
-        if self.devices.kind == "tpu" or accumulation == 1:
+        if accumulation == 1:
             return sharded
+        if self.devices.kind == "tpu":
+            # The loop over micro-batches has its sums twice, as its input and as its output, the
+            # gradients of one micro-batch, and the weights that it passes on.
+            narrow = sharded // WIDE * self.dtype.itemsize
+            return 2 * sharded + 2 * narrow
         # FSDP2 sums the gradients of micro-batches in fp32, before it shards them.
         return sum(p.size for p in self.trained.values()) // self.mesh["tensor"] * WIDE
 
@@ -184,12 +198,23 @@ class Estimator:
         """
         native = self.devices.kind == "gpu"
         if not native and self.mesh["fsdp"] == 1:
-            return 0
+            return self._dequantized()
         inside, outside = (
             sum(p.size * p.dtype.itemsize for p in part) for part in self._inside_and_outside()
         )
         gathered = LAYERS_GATHERED * inside // self.form.architecture.num_hidden_layers
-        return (gathered + (outside if native else 0)) // self.mesh["tensor"]
+        gathered += outside if native else self._dequantized()
+        return gathered // self.mesh["tensor"]
+
+    def _dequantized(self) -> int:
+        """Return the bytes of two layers' weights in the run's type, if they are quantized: a
+        compiled program writes them; eager mode counts them as work space."""
+        adapter = self.form.adapter
+        if adapter is None or adapter.spec.base_type == "run":
+            return 0
+        layer = build_model(replace(self.form.architecture, num_hidden_layers=1), None, self.dtype)
+        size = sum(p.numel() for name, p in layer.named_parameters() if ".layers." in name)
+        return LAYERS_GATHERED * size * self.dtype.itemsize
 
     def _reduced(self) -> int:
         """Return the bytes of one layer's gradients in fp32 while FSDP2 sums them, and of the
@@ -251,7 +276,8 @@ class Estimator:
         if not (generate.enabled and self.config.holds_out):
             return 0
         rows = math.ceil(generate.batch_size / self.batch_shards)
-        longest = self.config.dataset.block_size + generate.max_new_tokens
+        prompt = self.longest or self.config.dataset.block_size
+        longest = prompt + generate.max_new_tokens
         slots = rows * min(longest, a.max_position_embeddings)
         heads = 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim
         return slots * heads * self.dtype.itemsize // self.mesh["tensor"]

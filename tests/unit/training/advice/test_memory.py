@@ -12,9 +12,13 @@ from forks import ForkServer
 from torchprime.config.compose import compose_config
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.training.advice.memory import Estimator, ModelForm, Need
-from torchprime.training.advice.table import Devices
+from torchprime.training.advice.table import Devices, devices_named
+from torchprime.training.setup.model_files import find_architecture
 from torchprime.training.setup.recipe import adapter_of
 
+RESULTS = Path(__file__).parents[4] / "experimental" / "tpu_report" / "results.json"
+COMPILED = {name: case for name, case in json.loads(RESULTS.read_text()).items()
+            if case.get("topology") and case.get("memory")}  # fmt: skip
 WORKER = Path(__file__).parent / "memory_worker.py"
 HERE = Devices("cpu", "gpu", 1, 2**40, 1.0)
 # layers, hidden, feed-forward, vocabulary, blocks, block size, dtype
@@ -47,7 +51,7 @@ def case(shape: str, way: str, remat: str) -> dict[str, Any]:
 def estimate(given: dict[str, Any]) -> Need:
     config = compose_config(given["argv"])
     form = ModelForm(architecture_from_hf(given["architecture"]), adapter_of(config))
-    estimator = Estimator(config, form, HERE, "reference")
+    estimator = Estimator(config, form, HERE, core="reference")
     return estimator.need(config.task.global_batch_size, 1)
 
 
@@ -82,3 +86,48 @@ def test_a_plan_that_fits_is_not_below_the_truth(
     """The tracker saw no optimizer state, since no update ran."""
     need, seen = estimate(case(*which)), measured[which]
     assert need.total - need.state - need.masters >= 0.99 * seen["peak_Total"]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_tpu_s_estimate_is_near_the_compiler_s_count(name: str) -> None:
+    """The table's part of a TPU's memory that a plan may fill rests on the lower bound."""
+    counted = COMPILED[name]
+    config = compose_config(counted["argv"])
+    found, _ = find_architecture(
+        pretrained_model=config.model.pretrained_model,
+        architecture=config.model.architecture,
+        cache_dir=None,
+    )
+    form = ModelForm(architecture_from_hf(found), adapter_of(config))
+    devices = devices_named(counted["topology"])
+    estimator = Estimator(config, form, devices, longest=1)  # the step has no generation
+    rows = max(1, config.task.micro_batch_size // estimator.batch_shards)
+    need = estimator.need(rows, config.task.gradient_accumulation_steps)
+    total = counted["memory"]["total"]
+    assert devices.fill * total <= need.total <= 1.3 * total
+
+
+@pytest.mark.parametrize(
+    ("argv", "device", "fits"),
+    [
+        ([], "h100-80gb", False),  # 16 bytes a weight: 120 GiB before any activation
+        ([], "h200-141gb:8", True),
+        (["adapter=lora"], "h100-80gb", True),
+        (["adapter=lora"], "rtx-4090", True),
+        (["adapter=lora"], "t4-16gb", False),  # 15 GiB of frozen weights
+        (["adapter=qlora"], "t4-16gb", True),
+    ],
+)
+def test_what_is_known_to_fit(argv: list[str], device: str, fits: bool) -> None:
+    devices = devices_named(device)
+    config = compose_config([
+        "--config-name", "llama-3-8b-sft-w-gsm8k", f"ici_mesh.fsdp={devices.count}",
+        "eval=none", "task.sample_prompts=0", *argv,
+    ])  # fmt: skip
+    found, _ = find_architecture(
+        pretrained_model=config.model.pretrained_model,
+        architecture=config.model.architecture,
+        cache_dir=None,
+    )
+    form = ModelForm(architecture_from_hf(found), adapter_of(config))
+    assert (Estimator(config, form, devices).largest_rows() > 0) == fits
