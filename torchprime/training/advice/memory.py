@@ -22,7 +22,7 @@ from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import CausalLM
 from torchprime.training.advice.activations import Core, Live, Shape, live_bytes
 from torchprime.training.advice.table import Devices
-from torchprime.training.optim import Optimizer
+from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.setup.adapter import Adapter, build_model
 from torchprime.training.setup.plan import (
     StoredParameter,
