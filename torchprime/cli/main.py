@@ -54,7 +54,7 @@ def plan(argv: list[str]) -> int:
     """Say what a run needs on a device, and values to start from; no weights are read."""
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
     # late: as above
-    from torchprime.cli.plan import plan_main
+    from torchprime.cli.before.plan import plan_main
 
     return plan_main(argv)
 

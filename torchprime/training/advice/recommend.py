@@ -23,7 +23,7 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What the recommendations need to know about the training rows.
+    """Facts about the training rows that recommendations depend on.
 
     Attributes:
         longest: tokens of the longest example.
