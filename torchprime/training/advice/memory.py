@@ -45,6 +45,7 @@ class Need:
     Attributes:
         masters: fp32 copies of trained 16-bit weights.
         state: of the optimizer.
+        reference: the base's weights and Fisher information, for regularization.
         gathered: weights of all devices, while they are used.
         reduced: a layer's gradients, while they are summed over devices.
         activations: that the forward pass keeps for the backward pass.
@@ -57,6 +58,7 @@ class Need:
     masters: int
     state: int
     gradients: int
+    reference: int
     gathered: int
     reduced: int
     activations: int
@@ -66,7 +68,8 @@ class Need:
     @property
     def always(self) -> int:
         """Bytes that are there from the start of a run to its end."""
-        return self.weights + self.frozen + self.masters + self.state
+        held = self.weights + self.frozen + self.reference
+        return held + self.masters + self.state
 
     @property
     def total(self) -> int:
@@ -151,6 +154,7 @@ class Estimator:
             masters=masters,
             state=known.optimizer - masters,
             gradients=self._gradients(known.gradients, accumulation),
+            reference=known.reference,
             gathered=self._gathered(),
             reduced=self._reduced(),
             activations=live.kept,
