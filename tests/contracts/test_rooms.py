@@ -53,6 +53,7 @@ TOGETHER = {
     "torch_xla_models/test_isolation.py",
     "torch_xla_models/test_long_loops.py",
     "torch_xla_models/test_loss_variants.py",
+    "torch_xla_models/test_optimizers.py",
 }
 
 

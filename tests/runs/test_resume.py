@@ -37,6 +37,7 @@ from torchprime.config.entry import run_main
 from torchprime.metrics import goodput
 from torchprime.torch_native.train import main as native
 from torchprime.training.hooks.checkpoint import NOW_FILE, CheckpointHook
+from torchprime.training.optim import adamw_8bit
 from torchprime.training.run import saver as saving
 
 Run = Callable[[list[str]], int]
@@ -166,6 +167,29 @@ def test_from_xla_to_native_and_back(
     assert run(argv) == 0
     assert "step_00000006" in capsys.readouterr().err
     agree(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "adamw_8bit"])
+def test_other_optimizers_go_on_from_xla_to_native(
+    name: str, command: Command, rows: tuple[Path, Path], tmp_path: Path, run: Run,
+    cut_short: Callable, killed_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:  # fmt: skip
+    for key in ("SMALLEST", "SMALLEST_BLOCK"):  # 8-bit state for a model of this size too
+        monkeypatch.setattr(adamw_8bit, key, 1)
+    chosen = (f"task.optimizer.name={name}", "ici_mesh.tensor=1", "ici_mesh.fsdp=4")
+    straight = tmp_path / "straight"
+    assert run(command(*overrides(straight, rows[1]), *chosen)) == 0
+    folder, argv = cut_short(3, *chosen)
+    killed_after(7)
+    with pytest.raises(Killed):
+        run_main(native, [*argv, "ici_mesh.fsdp=1"])
+    assert "step_00000003" in capsys.readouterr().err
+    assert run_main(native, [*argv, "ici_mesh.fsdp=1"]) == 0
+    assert "step_00000006" in capsys.readouterr().err
+    for ours, theirs in zip(records(folder), records(straight), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3 if "8bit" in name else 1e-5)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import liger_stand_in  # noqa: E402
 import reference  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from small_optimizers import small_optimizer  # noqa: E402
 
 from torchprime.config.compose import compose_config  # noqa: E402
 from torchprime.models.architecture import architecture_from_hf  # noqa: E402
@@ -25,8 +26,6 @@ from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_native.backend import NativeBackend  # noqa: E402
 from torchprime.torch_native.runtime import stop_processes  # noqa: E402
 from torchprime.training.backend import StepOptions  # noqa: E402
-from torchprime.training.optim.adafactor import Adafactor  # noqa: E402
-from torchprime.training.optim.adamw import AdamW  # noqa: E402
 from torchprime.training.regularization.penalty import AnchorSource, Penalty  # noqa: E402
 
 
@@ -61,10 +60,7 @@ def main(out: Path, way: dict) -> None:
         step_terms=() if penalty is None else (penalty,),
         penalty=None if penalty is None else Penalty(penalty, reference.STRENGTH),
     )
-    if way.get("optimizer") == "adafactor":
-        optimizer = Adafactor(reference.FACTOR_EPS, reference.DECAY)
-    else:
-        optimizer = AdamW(eps=reference.EPS, weight_decay=reference.DECAY)
+    optimizer = small_optimizer(way.get("optimizer", "adamw"))
     base, fisher = reference.anchors(start)
     anchors = AnchorSource(base.__getitem__, fisher.__getitem__ if penalty == "ewc" else None)
     backend.prepare_training(optimizer, options, anchors=None if penalty is None else anchors)

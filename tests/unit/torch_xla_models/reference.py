@@ -6,9 +6,13 @@ cross-entropy, torch's clipping and AdamW, on the CPU in eager mode.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import create_dynamic_map
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.optimization import Adafactor
 
@@ -115,12 +119,74 @@ def penalty_of(model, penalty: str, base: dict, fisher: dict) -> torch.Tensor:
     return STRENGTH * torch.stack([each.sum() for each in squares.values()]).sum()
 
 
-def make_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
-    """torch's AdamW, or transformers' Adafactor with a given learning rate."""
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=LR, eps=EPS)
+class Lion(torch.optim.Optimizer):
+    """The paper's ten lines."""
+
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                update = torch.sign(0.9 * m + 0.1 * p.grad)
+                p.data -= LR * (update + group["weight_decay"] * p.data)
+                m.copy_(0.99 * m + 0.01 * p.grad)
+
+
+class RoundedAdamW(torch.optim.AdamW):
+    """torch's AdamW whose moments of matrices are rounded to bitsandbytes' levels after each step,
+    one scale for each row."""
+
+    def step(self) -> None:
+        super().step()
+        for p, state in self.state.items():
+            for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+                if p.dim() == 2:
+                    state[name].copy_(rounded(state[name], create_dynamic_map(signed)))
+
+
+def rounded(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Rows as they come back from 8 bits; a second moment above 0 stays above 0."""
+    largest = values.abs().amax(1, keepdim=True)
+    index = torch.bucketize(values / largest, (levels[1:] + levels[:-1]) / 2)
+    if levels[0] == 0:
+        index = torch.where(values > 0, index.clamp(min=1), index)
+    return torch.where(largest > 0, levels[index] * largest, 0.0)
+
+
+class Both(torch.optim.Optimizer):
+    """torch's Muon for the matrices of layers, iterating in fp32, and torch's AdamW for the
+    rest."""
+
+    def __init__(self, groups: list[dict], matrices: set[torch.Tensor]) -> None:
+        def part(wanted: bool) -> list[dict]:
+            chosen = [[p for p in g["params"] if (p in matrices) == wanted] for g in groups]
+            return [{**g, "params": ps} for g, ps in zip(groups, chosen, strict=True) if ps]
+
+        super().__init__(groups, {})
+        self.muon = torch.optim.Muon(part(True), lr=LR, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(part(False), lr=LR, eps=EPS)
+
+    def step(self) -> None:
+        bfloat16, torch.Tensor.bfloat16 = torch.Tensor.bfloat16, torch.Tensor.clone
+        try:
+            self.muon.step()
+        finally:
+            torch.Tensor.bfloat16 = bfloat16
+        self.adamw.step()
+
+
+def make_optimizer(name: str, groups: list[dict], model: nn.Module) -> torch.optim.Optimizer:
+    """torch's optimizers, transformers' Adafactor with a given learning rate, or those above."""
+    layers = {p for n, p in model.named_parameters() if "layers" in n and p.dim() == 2}
     given = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
-    return Adafactor(groups, lr=LR, eps=(FACTOR_EPS, 1e-3), **given)
+    makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "adamw": lambda: torch.optim.AdamW(groups, lr=LR, eps=EPS),
+        "adafactor": lambda: Adafactor(groups, lr=LR, eps=(FACTOR_EPS, 1e-3), **given),
+        "sgd": lambda: torch.optim.SGD(groups, lr=LR, momentum=0.9, nesterov=True),
+        "lion": lambda: Lion(groups, {}),
+        "muon": lambda: Both(groups, layers),
+        "adamw_8bit": lambda: RoundedAdamW(groups, lr=LR, eps=EPS),
+    }
+    return makers[name]()
 
 
 def train(
@@ -136,7 +202,7 @@ def train(
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     plain = [p for n, p in model.named_parameters() if "norm" in n]
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = make_optimizer(optimizer_name, groups)
+    optimizer = make_optimizer(optimizer_name, groups, model)
     losses, norms, by_source, penalties = [], [], [], []
     base, fisher = anchors(start)
     for step in range(STEPS):

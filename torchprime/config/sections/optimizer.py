@@ -8,10 +8,10 @@ from typing import Literal
 from torchprime.config.checks import at_least, fraction, positive, refuse
 from torchprime.errors import ConfigError
 
-OptimizerName = Literal["adamw", "adafactor", "muon", "lion", "sgd"]
+OptimizerName = Literal["adamw", "adafactor", "muon", "lion", "sgd", "adamw_8bit"]
 # The methods that have a setting; the others refuse it.
 WITH_MOMENTUM = ("muon", "sgd")
-WITH_EPS = ("adamw", "adafactor", "muon")
+WITH_EPS = ("adamw", "adafactor", "muon", "adamw_8bit")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class OptimizerConfig:
     name: OptimizerName = "adamw"
     learning_rate: float = 1e-5
     betas: tuple[float, float] | None = None  # None: the method's own
-    eps: float | None = None  # None: the method's own, 1e-8 for adamw, 1e-30 for adafactor
+    eps: float | None = None  # None: the method's own, 1e-30 for adafactor, else 1e-8
     weight_decay: float = 0.0
     momentum: float | None = None  # None: the method's own, 0.95 for muon, 0.9 for sgd
     nesterov: bool | None = None  # None: the method's own, true for muon, false for sgd

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torchprime.training.optim.adafactor import Adafactor
 from torchprime.training.optim.adamw import AdamW
+from torchprime.training.optim.adamw_8bit import AdamW8bit
 from torchprime.training.optim.lion import Lion
 from torchprime.training.optim.muon import DEFAULTS, Muon, MuonSettings
 from torchprime.training.optim.optimizer import Optimizer
@@ -34,8 +35,9 @@ def make_optimizer(
         return Lion(betas, weight_decay)
     if name == "sgd":
         return Sgd(0.9 if momentum is None else momentum, bool(nesterov), weight_decay)
-    adamw = AdamW(betas, 1e-8 if eps is None else eps, weight_decay)
-    if name == "adamw":
+    kind = AdamW8bit if name == "adamw_8bit" else AdamW
+    adamw = kind(betas, 1e-8 if eps is None else eps, weight_decay)
+    if name != "muon":
         return adamw
     return Muon(
         adamw,

@@ -6,6 +6,7 @@ the plan and the compiled program are those of the training.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torchprime.adapters.axes import adapter_patterns
 from torchprime.adapters.lora import A, B
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.adapter.read import read_adapter
+from torchprime.config.checks import refuse
 from torchprime.config.schema import TrainConfig
 from torchprime.config.sections.adapter import AdapterConfig
 from torchprime.data.shared import cache
@@ -23,15 +25,17 @@ from torchprime.losses.token_loss import TokenLoss
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.training.backend import StepOptions
+from torchprime.training.optim.adamw_8bit import block_length
 from torchprime.training.optim.make import make_optimizer
 from torchprime.training.optim.muon import MuonSettings
-from torchprime.training.optim.optimizer import Optimizer
+from torchprime.training.optim.optimizer import Optimizer, Parameter
 from torchprime.training.regularization.penalty import Penalty
 from torchprime.training.setup.adapter import Adapter
 from torchprime.training.setup.datasets import RunData
 from torchprime.training.setup.model_files import ModelFiles, find_model
 from torchprime.training.setup.plan import (
     Plan,
+    StoredParameter,
     count_parameters,
     estimate_memory,
     plan_steps,
@@ -145,7 +149,27 @@ def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, 
             "remat.scan_layers=true needs layers that are all alike, but this model mixes full "
             "and sliding-window attention; set remat.scan_layers=false."
         )
+    _check_blocks(config, stored_parameters(model), specs)
     return table, specs
+
+
+def _check_blocks(
+    config: TrainConfig, stored: Mapping[str, StoredParameter], specs: Mapping[str, Spec]
+) -> None:
+    """Check that the tensor axis cuts no block of an 8-bit state, which is of one process."""
+    size = config.mesh_shape()["tensor"]
+    if config.task.optimizer.name != "adamw_8bit" or size == 1:
+        return
+    for name, p in stored.items():
+        block = block_length(Parameter((name,), p.shape, p.dtype)) if p.trained else None
+        if block and "tensor" in specs[name][-1] and p.shape[-1] // size % block:
+            refuse(
+                "task.optimizer.name",
+                "adamw_8bit",
+                f"another one on this mesh: ici_mesh.tensor={size} cuts the rows of {name} "
+                f"{list(p.shape)} within a block of {block} values, which share a scale",
+                "Set task.optimizer.name=adamw, or ici_mesh.tensor=1 and use the fsdp axis.",
+            )
 
 
 def optimizer_of(config: TrainConfig) -> Optimizer:

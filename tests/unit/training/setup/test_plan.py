@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from torchprime.config.compose import compose_config
+from torchprime.errors import ConfigError
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.training.setup.adapter import build_model
 from torchprime.training.setup.model_files import find_architecture
@@ -50,3 +51,34 @@ def test_what_the_host_keeps_is_not_on_the_chip() -> None:
     kept, away = estimate([*argv, "remat=scan_full"]), estimate(argv)
     inputs = 32 * 8192 * 4096 * 2  # layers x tokens x hidden, bf16
     assert kept.activations - away.activations == inputs
+
+
+def optimizer_bytes(*overrides: str) -> int:
+    run = ["task=train", "model=llama-3.2-1b", "task.max_steps=1", "torch_dtype=bfloat16"]
+    return estimate([*run, "dataset=gsm8k", *overrides]).optimizer
+
+
+def test_state_is_counted_by_its_kind() -> None:
+    hidden, inner, vocabulary, layers = 2048, 8192, 128256, 16
+    norms = hidden * (2 * layers + 1)
+    matrices = layers * (2 * hidden * hidden + 2 * 512 * hidden + 3 * hidden * inner)
+    embedding = vocabulary * hidden
+    masters = 4 * (norms + matrices + embedding)
+    expected = {
+        "adamw": 8 * (norms + matrices + embedding),
+        "lion": 4 * (norms + matrices + embedding),
+        "muon": 4 * matrices + 8 * (norms + embedding),
+        "adamw_8bit": (matrices + embedding) * (2 + 2 * 4 / 256) + 8 * norms,
+    }
+    for name, state in expected.items():
+        assert optimizer_bytes(f"task.optimizer.name={name}") == masters + state, name
+
+
+def test_a_tensor_axis_that_cuts_a_block_is_refused() -> None:
+    chosen = ["task.optimizer.name=adamw_8bit", "ici_mesh.tensor=8"]
+    optimizer_bytes(*chosen)
+    with pytest.raises(ConfigError) as caught:
+        optimizer_bytes(chosen[0], "ici_mesh.tensor=16")
+    message = str(caught.value)
+    assert "given 'adamw_8bit'" in message
+    assert "cuts the rows of model.layers.0.self_attn.o_proj.weight [2048, 2048]" in message

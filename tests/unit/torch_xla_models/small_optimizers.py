@@ -1,0 +1,17 @@
+"""Our optimizers with the reference's settings, for models of a few thousand weights."""
+
+from __future__ import annotations
+
+import reference
+
+from torchprime.training.optim import adamw_8bit
+from torchprime.training.optim.make import make_optimizer
+from torchprime.training.optim.optimizer import Optimizer
+
+
+def small_optimizer(name: str) -> Optimizer:
+    """The optimizer of this name. Matrices of any size have 8-bit state, a block for each row."""
+    adamw_8bit.SMALLEST = adamw_8bit.SMALLEST_BLOCK = 1
+    eps = reference.FACTOR_EPS if name == "adafactor" else reference.EPS
+    nesterov = True if name in ("muon", "sgd") else None
+    return make_optimizer(name, eps=eps, weight_decay=reference.DECAY, nesterov=nesterov)

@@ -1,0 +1,79 @@
+"""Each optimizer on sharded and stacked weights against its reference on whole ones, and its state
+across checkpoints and meshes."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import reference
+import torch
+from checkpoints import HALF, resumed, run, same, whole
+from small_optimizers import small_optimizer
+
+from torchprime.torch_xla_models.remat import Remat
+
+WAYS: dict[str, dict[str, Any]] = {
+    "fsdp4": dict(mesh={"fsdp": 4}),
+    "fsdp2-tensor2": dict(mesh={"fsdp": 2, "tensor": 2}),
+    "scan": dict(mesh={"fsdp": 2, "tensor": 2}, remat=Remat(scan_layers=True)),
+}
+FAST = {("muon", "scan"), ("adamw_8bit", "fsdp4")}
+CASES = [
+    pytest.param(name, way, marks=[] if (name, way) in FAST else [pytest.mark.slow])
+    for name in ("muon", "lion", "sgd", "adamw_8bit")
+    for way in WAYS
+]
+
+
+@cache
+def expected(name: str) -> dict[str, Any]:
+    return reference.train(optimizer_name=name)
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
+def test_sharded_weights_are_the_references_and_resume_exactly(
+    name: str, way: str, make_backend
+) -> None:
+    backend = make_backend(**WAYS[way], optimizer=small_optimizer(name))
+    before = backend.compiles()
+    first = run(backend, range(HALF))
+    halfway = whole(backend)
+    rest = run(backend, range(HALF, reference.STEPS))
+    assert backend.compiles() == before + 1
+    agree(dict(backend.weights()), expected(name), exact=name != "adamw_8bit")
+    assert [n.loss for n in first + rest] == pytest.approx(expected(name)["losses"], rel=1e-4)
+    again = make_backend(**WAYS[way], optimizer=small_optimizer(name), resumed=resumed(halfway))
+    same(whole(again), halfway)
+    assert run(again, range(HALF, reference.STEPS)) == rest
+    same(whole(again), whole(backend))
+    if name == "adamw_8bit":
+        layer = "model.layers.1.mlp.down_proj.weight"
+        codes, scales = (
+            halfway[f"optimizer.exp_avg_{kind}.{layer}"] for kind in ("codes", "scales")
+        )
+        assert (codes.dtype, codes.shape, scales.shape) == (torch.uint8, (16, 32), (16, 1))
+
+
+def agree(found: dict[str, torch.Tensor], reference_run: dict[str, Any], *, exact: bool) -> None:
+    """Weights agree to rounding; 8 bits may round a value between two levels to the other one."""
+    assert found.keys() == reference_run["weights"].keys()
+    for name, weight in reference_run["weights"].items():
+        moved = (weight - reference_run["start"][name]).abs().max()
+        error = (found[name] - weight).abs()
+        assert moved > 1e-3, name
+        assert error.max() < (1e-4 if exact else 2e-2) * moved, f"{name}: {error.max():.1e}"
+        assert error.mean() < 1e-4 * moved, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "adamw_8bit"])
+def test_another_mesh_continues(name: str, make_backend) -> None:
+    first = make_backend(**WAYS["fsdp4"], optimizer=small_optimizer(name))
+    run(first, range(HALF))
+    tensors = whole(first)
+    other = make_backend(**WAYS["scan"], optimizer=small_optimizer(name), resumed=resumed(tensors))
+    same(whole(other), tensors)
+    run(other, range(HALF, reference.STEPS))
+    agree(dict(other.weights()), expected(name), exact=name != "adamw_8bit")
