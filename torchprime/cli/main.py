@@ -103,6 +103,14 @@ def report(argv: list[str]) -> int:
     return report_main(argv)
 
 
+def watch(argv: list[str]) -> int:
+    """Show a run in the terminal while it goes on: loss, rate, ETA, evaluations."""
+    # late: as above
+    from torchprime.cli.watch import watch_main
+
+    return watch_main(argv)
+
+
 def chat(argv: list[str]) -> int:
     """Send prompts to a model, and to its base for comparison."""
     os.environ["USE_TORCH_XLA"] = "0"
@@ -142,6 +150,7 @@ OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "verify": verify,
     "report": report,
+    "watch": watch,
     "chat": chat,
     "lm-eval": lm_eval,
     "doctor": doctor,
@@ -155,7 +164,10 @@ GROUPS: dict[str, dict[str, str]] = {
         "prepare": "--config-name NAME [key=value ...]",
         "fisher": "--out DIR [--examples N] --config-name NAME [key=value ...]",
     },
-    "run": {"train": "[--backend xla|native] --config-name NAME [key=value ...]"},
+    "run": {
+        "train": "[--backend xla|native] --config-name NAME [key=value ...]",
+        "watch": "RUN [--once]",
+    },
     "after a run": {
         "compare": "RUN RUN [RUN ...]",
         "report": "RUN [--out DIR]",

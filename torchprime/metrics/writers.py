@@ -149,9 +149,9 @@ class ConsoleWriter:
         if isinstance(record, CheckpointRecord):  # the writer that failed has reported it
             return
         if self._bar is None:
-            say(self._line(record), self._stream)
+            say(record_line(record, self._total_steps), self._stream)
         elif isinstance(record, EvalRecord):
-            self._bar.write(shown_text(self._line(record)), file=self._stream)
+            self._bar.write(shown_text(record_line(record, self._total_steps)), file=self._stream)
         else:
             self._bar.set_postfix_str(
                 f"loss {record.loss:.4f}, lr {record.lr:.2e}, "
@@ -165,29 +165,31 @@ class ConsoleWriter:
         if self._bar is not None:
             self._bar.close()
 
-    def _line(self, record: StepRecord | EvalRecord) -> str:
-        parts = [f"step {record.step}/{self._total_steps}"]
-        if isinstance(record, StepRecord):
-            remaining = (self._total_steps - record.step) * record.step_seconds
-            parts += [
-                f"loss {record.loss:.4f}",
-                *(f"{name} {value:.4g}" for name, value in (record.terms or {}).items()),
-                f"grad_norm {record.grad_norm:.2f}",
-                f"lr {record.lr:.2e}",
-                f"{record.supervised_tokens_per_s:,.0f} supervised tok/s",
-                f"{record.step_seconds:.2f} s/step",
-                f"ETA {format_duration(remaining)}",
-            ]
-        else:
-            parts += [
-                f"eval_loss {record.eval_loss:.4f}",
-                f"eval_perplexity {record.eval_perplexity:.2f}",
-                *_source_losses(record),
-                f"{record.eval_supervised_tokens:,} supervised tokens",
-                *(f"{name} {shown(score)}" for name, score in (record.scores or {}).items()),
-                f"{record.seconds:.1f} s",
-            ]
-        return "  ".join(parts)
+
+def record_line(record: StepRecord | EvalRecord, total_steps: int) -> str:
+    """Return a record as a line for a terminal."""
+    parts = [f"step {record.step}/{total_steps}"]
+    if isinstance(record, StepRecord):
+        remaining = (total_steps - record.step) * record.step_seconds
+        parts += [
+            f"loss {record.loss:.4f}",
+            *(f"{name} {value:.4g}" for name, value in (record.terms or {}).items()),
+            f"grad_norm {record.grad_norm:.2f}",
+            f"lr {record.lr:.2e}",
+            f"{record.supervised_tokens_per_s:,.0f} supervised tok/s",
+            f"{record.step_seconds:.2f} s/step",
+            f"ETA {format_duration(remaining)}",
+        ]
+    else:
+        parts += [
+            f"eval_loss {record.eval_loss:.4f}",
+            f"eval_perplexity {record.eval_perplexity:.2f}",
+            *_source_losses(record),
+            f"{record.eval_supervised_tokens:,} supervised tokens",
+            *(f"{name} {shown(score)}" for name, score in (record.scores or {}).items()),
+            f"{record.seconds:.1f} s",
+        ]
+    return "  ".join(parts)
 
 
 def _source_losses(record: EvalRecord) -> list[str]:
