@@ -274,3 +274,7 @@ def _say_plan(prepared: Prepared) -> None:
         p.say(f"  {line}")
     p.say(f"  attention    {p.backend.attention} ({p.backend.attention_why})")
     p.say(f"  loss         {p.backend.loss} ({p.backend.loss_why})")
+    if described := config.task.loss.describe():
+        p.say(f"  minimized    {described}")
+    if config.task.neftune_noise_alpha is not None:
+        p.say(f"  noise        on embeddings, alpha {config.task.neftune_noise_alpha:g} (NEFTune)")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from torchprime.config.checks import at_least, fraction, refuse
+from torchprime.config.checks import at_least, fraction, refuse, shown
 
 Average = Literal["tokens", "examples"]
 
@@ -30,3 +30,12 @@ class LossConfig:
                 "of the target alone",
                 "Set task.loss.label_smoothing=0 or task.loss.dft=false.",
             )
+
+    def describe(self) -> str:
+        """Return what differs from the defaults, for the log; "" for nothing."""
+        values = asdict(self)
+        return ", ".join(
+            f"{each.name}={shown(values[each.name])}"
+            for each in fields(self)
+            if values[each.name] != each.default
+        )

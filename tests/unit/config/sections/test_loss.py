@@ -20,3 +20,9 @@ def test_dft_by_liger_is_refused() -> None:
     with pytest.raises(ConfigError, match="task.loss_kernel: given 'liger', expected auto or chun"):
         TaskConfig("sft", 8, max_steps=1, loss=loss, loss_kernel="liger")
     assert TaskConfig("sft", 8, max_steps=1, loss=loss, loss_kernel="chunked").loss is loss
+
+
+def test_the_log_names_what_differs_from_the_defaults() -> None:
+    assert LossConfig().describe() == ""
+    chosen = LossConfig(average="examples", z_loss=1e-4, dft=True)
+    assert chosen.describe() == "average='examples', z_loss=0.0001, dft=true"
