@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from torchprime.checkpoint.room import Need, require_room
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.config.checks import refuse
 from torchprime.config.schema import TrainConfig
+from torchprime.config.sections.loss import LossConfig
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.blocks.order import EMPTY_BLOCK, batch_indices
 from torchprime.data.blocks.pack import pack
@@ -92,6 +93,8 @@ def measure_fisher(
         DivergedError: an example whose loss or gradient is not finite.
     """
     _check(config)
+    # Fisher information is of the log-likelihood, whatever a run minimizes.
+    config = replace(config, task=replace(config.task, loss=LossConfig()))
     if os.environ.get("RANK", "0") != "0":
         say = _silent
     files = files_of(config, weights=True)
