@@ -25,6 +25,7 @@ ADAPTED = (
     "adapter=dora",
     "adapter.rank=4",
     "adapter.dropout=0.1",
+    "task.neftune_noise_alpha=5",
     "adapter.base_dtype=int8",
     "export.adapter=adapter",
     f"task.max_steps={STEPS}",

@@ -101,6 +101,8 @@ def test_a_fingerprint_of_an_older_version_is_known() -> None:
         ("task.max_steps=20", "task.max_steps", QUESTIONABLE),
         ("task.optimizer.weight_decay=0.1", "task.optimizer.weight_decay", QUESTIONABLE),
         ("task.max_grad_norm=null", "task.max_grad_norm", QUESTIONABLE),
+        ("task.loss.dft=true", "task.loss.dft", QUESTIONABLE),
+        ("task.neftune_noise_alpha=5", "task.neftune_noise_alpha", QUESTIONABLE),
         ("task.global_batch_size=16", "task.global_batch_size", REFUSED),
         ("seed=1", "seed", REFUSED),
         ("task.optimizer.name=adafactor", "task.optimizer.name", REFUSED),
