@@ -50,6 +50,14 @@ def fisher(argv: list[str]) -> int:
     return fisher_main(argv)
 
 
+def lr_range(argv: list[str]) -> int:
+    """Find the learning rates at which a config's loss falls, by one short run."""
+    # late: as above
+    from torchprime.cli.lr_range import lr_range_main
+
+    return lr_range_main(argv)
+
+
 def plan(argv: list[str]) -> int:
     """Say what a run needs on a device, and values to start from; no weights are read."""
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA where it is installed
@@ -145,6 +153,7 @@ OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "fisher": fisher,
     "plan": plan,
+    "lr-range": lr_range,
     "compare": compare,
     "resume-check": resume_check,
     "export": export,
@@ -160,6 +169,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "before a run": {
         "doctor": "[--quick] [--json]",
         "plan": "[--device NAME] --config-name NAME [key=value ...]",
+        "lr-range": "[--from R] [--to R] [--steps N] --config-name NAME [key=value ...]",
         "inspect": "--config-name NAME [key=value ...]",
         "prepare": "--config-name NAME [key=value ...]",
         "fisher": "--out DIR [--examples N] --config-name NAME [key=value ...]",
@@ -202,7 +212,9 @@ def main(argv: list[str] | None = None) -> int:
     name, *rest = argv
     if name in FLAGS:
         return complete(
-            argv, [*CONFIG_COMMANDS, *OTHER_COMMANDS], ["train", "fisher", *CONFIG_COMMANDS]
+            argv,
+            [*CONFIG_COMMANDS, *OTHER_COMMANDS],
+            ["train", "fisher", "lr-range", *CONFIG_COMMANDS],
         )
     if name in CONFIG_COMMANDS:
         return run_main(CONFIG_COMMANDS[name], rest)

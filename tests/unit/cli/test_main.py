@@ -12,7 +12,7 @@ from torchprime.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS, main
 
 COMMANDS = sorted([*CONFIG_COMMANDS, *OTHER_COMMANDS])
 GROUPS = {
-    "before a run": ["doctor", "plan", "inspect", "prepare", "fisher"],
+    "before a run": ["doctor", "plan", "lr-range", "inspect", "prepare", "fisher"],
     "run": ["train", "watch"],
     "after a run": ["compare", "report", "chat", "verify", "export", "lm-eval", "resume-check"],
 }

@@ -86,9 +86,10 @@ class OptimizerConfig:
 class SchedulerConfig:
     """Linear warm-up, then decay of this shape to `min_lr_ratio` of the peak."""
 
-    name: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt", "cosine_with_restarts"] = (
-        "linear"
-    )
+    name: Literal[
+        *("linear", "cosine", "constant", "wsd", "inverse_sqrt", "cosine_with_restarts"),
+        "exponential",
+    ] = "linear"
     warmup_steps: int | None = None
     warmup_ratio: float | None = None
     decay_steps: int | None = None  # of wsd: the updates at the end in which the rate falls
@@ -102,6 +103,14 @@ class SchedulerConfig:
         self._check_length("decay")
         fraction("task.lr_scheduler.min_lr_ratio", self.min_lr_ratio)
         at_least("task.lr_scheduler.cycles", self.cycles, 1)
+        if self.name == "exponential" and not self.min_lr_ratio:
+            refuse(
+                "task.lr_scheduler.min_lr_ratio",
+                self.min_lr_ratio,
+                "more than 0, since task.lr_scheduler.name=exponential rises from there by equal "
+                "factors",
+                "Set task.lr_scheduler.min_lr_ratio=1e-6, for example.",
+            )
         at_least("task.lr_scheduler.decay_steps", self.decay_steps, 1)
         if self.name == "wsd" and self.decay_steps is None and self.decay_ratio is None:
             raise ConfigError(

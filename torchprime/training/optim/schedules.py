@@ -20,6 +20,8 @@ class Schedule:
     - linear, cosine: from the peak to the floor, peak x min_lr_ratio, at `total_steps`
     - cosine_with_restarts: that cosine several times, each from the peak
     - inverse_sqrt: peak x sqrt(warm-up / step), not below the floor
+    - exponential: rises from the floor by equal factors to the peak at the last update; it shows
+      which learning rates train (`torchprime lr-range`)
     - wsd: constant, then from the peak to the floor in the last `decay_steps` updates
 
     Attributes:
@@ -44,6 +46,9 @@ class Schedule:
             return self.peak
         if self.name == "inverse_sqrt":
             return self.peak * max(self.min_lr_ratio, self._inverse_sqrt(step))
+        if self.name == "exponential":
+            first, last = self.warmup_steps, self.total_steps - 1
+            return self.peak * self.min_lr_ratio ** (1 - (step - first) / max(1, last - first))
         return self.peak * (self.min_lr_ratio + (1 - self.min_lr_ratio) * self._falling(step))
 
     def _inverse_sqrt(self, step: int) -> float:

@@ -56,6 +56,14 @@ def test_min_lr_ratio_is_what_is_left_at_the_end(name: str) -> None:
     assert rates[0] == 1.0 and rates[-1] == pytest.approx(0.1) and min(rates) == rates[-1]
 
 
+def test_exponential_rises_by_equal_factors() -> None:
+    schedule = Schedule("exponential", 0.1, 25, min_lr_ratio=1e-6)
+    rates = [schedule.rate(step) for step in range(25)]
+    assert rates[0] == pytest.approx(1e-7) and rates[-1] == pytest.approx(0.1)
+    factors = [b / a for a, b in zip(rates, rates[1:], strict=False)]
+    assert factors == pytest.approx([10 ** (6 / 24)] * 24)
+
+
 def test_inverse_sqrt_does_not_fall_below_min_lr_ratio() -> None:
     schedule = Schedule("inverse_sqrt", 1.0, 1000, warmup_steps=4, min_lr_ratio=0.1)
     assert schedule.rate(16) == pytest.approx(0.5) and schedule.rate(999) == 0.1
