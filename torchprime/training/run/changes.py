@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchprime.checkpoint.run.manifest import Manifest
+from torchprime.config.load import schema_defaults
 from torchprime.errors import ConfigError
 from torchprime.training.optim.make import own_betas
 
@@ -163,8 +164,9 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys that have an effect, by dotted name."""
-    flat = dict(_flat(config))
+    """Return the keys that have an effect, by dotted name. A key that the version of a checkpoint
+    did not have counts as its default."""
+    flat = {**dict(_flat(schema_defaults())), **dict(_flat(config))}
     name = flat.get("task.optimizer.name", "adamw")
     unused = [] if flat.get("adapter.rank") is not None else ["adapter."]
     unused += [] if name == "muon" else ["task.optimizer.muon."]

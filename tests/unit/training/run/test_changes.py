@@ -68,6 +68,17 @@ def test_a_checkpoint_from_before_a_key_goes_on() -> None:
     assert change.kind == REFUSED
 
 
+def test_a_section_from_after_the_checkpoint_counts_as_its_defaults() -> None:
+    before = compose_config(BASE).to_dict()
+    del before["metrics"], before["task"]["loss"]
+    assert changes(before=before) == []
+    trackers, label = changes(
+        *("task.loss.label_smoothing=0.1", "metrics.trackers=[]"), before=before
+    )[::-1]
+    assert (trackers.key, trackers.kind) == ("metrics.trackers", HARMLESS)
+    assert (label.key, label.old, label.kind) == ("task.loss.label_smoothing", 0.0, QUESTIONABLE)
+
+
 def test_a_schedule_of_replay_holds_for_the_whole_run() -> None:
     assert changes(unknown=("replay_schedule",)) == []
     scheduled = [*BASE, *SCHEDULE]
