@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,9 +28,12 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from torchprime.config.compose import compose_config
 from torchprime.config.schema import TrainConfig
+from torchprime.config.sections.loss import LossConfig
 from torchprime.data.blocks.batch import Batch
 from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
+from torchprime.losses.cross_entropy import chunked_cross_entropy
+from torchprime.losses.token_loss import TokenLoss
 from torchprime.metrics.writers import read_metrics
 from torchprime.training.loop import DataOrder
 from torchprime.training.optim.schedules import Schedule
@@ -350,6 +353,43 @@ def test_the_mask_keeps_segments_apart(
     assert abs(loss(causal) - alone) > 1e-3 * alone
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(),
+        LossConfig(label_smoothing=0.1),
+        LossConfig(dft=True),
+        LossConfig(label_smoothing=0.2, z_loss=1e-2),
+        LossConfig(dft=True, z_loss=1e-2),
+    ],
+    ids=LossConfig.describe,
+)
+def test_its_variants_of_the_loss_are_ours(witness: ModuleType, loss: LossConfig) -> None:
+    """Two computations: torch's functions on all logits, and ours in chunks."""
+    torch.manual_seed(0)
+    logits, weights = torch.randn(2, 7, 11) * 2, torch.rand(2, 7)
+    targets = torch.randint(0, 11, (2, 7))
+    targets[0, :3] = -100
+    weights[0, :3] = 0
+    kind = TokenLoss(loss.label_smoothing, loss.z_loss, loss.dft)
+    theirs, ours = (logits.clone().requires_grad_() for _ in range(2))
+    labels = {"targets": targets, "weights": weights}
+    witness.weighted_loss(
+        SimpleNamespace(logits=theirs), labels, torch.tensor(3.0), loss
+    ).backward()
+    sums = chunked_cross_entropy(ours, torch.eye(11), targets, weights, 3, kind=kind)
+    (sums.loss_sum / 3).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_its_average_over_examples(witness: ModuleType) -> None:
+    segments = torch.tensor([[1, 1, 1, 2, 2, 0], [1, 1, 2, 3, 3, 3]])
+    weights = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 1, 0, 0, 2, 1.0]])
+    found = witness.over_examples(weights, segments).tolist()
+    third = torch.tensor([2 / 3, 1 / 3]).tolist()
+    assert found == [[0, 0.5, 0.5, 0, 1, 0], [0.5, 0.5, 0, 0, *third]]
+
+
 def test_mask_of_a_small_block(witness: ModuleType) -> None:
     rows = witness.segment_mask(torch.tensor([[1, 1, 2, 0, 0]]))[0, 0].int().tolist()
     assert rows == [
@@ -410,6 +450,12 @@ def test_every_schedule_has_its_name_in_transformers(
         ("task.global_batch_size=10", 4, "a multiple of 8 = 4 processes"),
         ("task.optimizer.master_weights=false", 1, "task.optimizer.master_weights"),
         ("adapter.dropout=0.1", 1, "adapter.dropout: given 0.1, expected 0"),
+        ("task.neftune_noise_alpha=5", 1, "task.neftune_noise_alpha: given 5.0, expected null"),
+        (
+            "task.loss.average=examples dataset.packing=wrapped",
+            1,
+            "dataset.packing: given 'wrapped', expected none or bfd",
+        ),
     ],
 )
 def test_what_trainer_does_otherwise_is_refused(
@@ -417,7 +463,7 @@ def test_what_trainer_does_otherwise_is_refused(
 ) -> None:
     dtype = "bfloat16" if "master" in override else "float32"
     adapter = ["adapter=lora"] if "adapter" in override else []
-    c = compose_config([*argv, *adapter, override, f"torch_dtype={dtype}"])
+    c = compose_config([*argv, *adapter, *override.split(), f"torch_dtype={dtype}"])
     with pytest.raises(ConfigError, match=message):
         witness.check_supported(c, processes)
 
