@@ -123,12 +123,16 @@ ADAPTED = {
 MESHES = ["xla, 1 device", SQUARE, "xla, 4 micro-batches", TWO]
 EXAMPLES, SMOOTHED = "task.loss.average=examples", "task.loss.label_smoothing=0.1"
 DFT, Z_LOSS = "task.loss.dft=true", "task.loss.z_loss=1e-3"
+NEAR = ["regularization.l2_sp.strength=0.1", "regularization.kl.coefficient=0.5"]
 LOSSES = {
     "examples": Row([EXAMPLES], [*MESHES, TRAINER]),
     "smoothing, z-loss": Row([SMOOTHED, Z_LOSS], [*MESHES, TRAINER]),
     "dft": Row([DFT], [*MESHES, TRAINER]),
     "examples, smoothing, z-loss": Row([EXAMPLES, SMOOTHED, Z_LOSS], [SQUARE, TWO, TRAINER]),
     "examples, dft, z-loss": Row([EXAMPLES, DFT, Z_LOSS], [SQUARE, TWO, TRAINER]),
+    "l2-sp": Row(["regularization.l2_sp.strength=0.1"], [*MESHES, TRAINER]),
+    "kl": Row(["regularization.kl.coefficient=0.5"], [*MESHES, TRAINER]),
+    "l2-sp, kl on all": Row([*NEAR, "regularization.kl.on=all"], [*MESHES, "xla, scan and remat"]),
     # transformers draws its noise from torch's generator.
     "noise on embeddings": Row(["task.neftune_noise_alpha=5"], [*MESHES, "xla, scan and remat"]),
 }

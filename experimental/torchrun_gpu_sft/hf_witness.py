@@ -13,7 +13,7 @@ It runs on the CPU, on one GPU, and under torchrun with a whole copy of the mode
 the mesh of the config is not used. Packed blocks are kept apart by an explicit mask, [b, 1, S, S],
 which both sdpa and eager attention honour; a varlen kernel would take the place of
 `attention_mask`. There is no export, no held-out loss and no loss by source. An adapter is PEFT's
-(witness_adapter.py), without dropout.
+(witness_adapter.py), without dropout; regularization is in witness_regularization.py.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from transformers import (
 )
 from transformers.utils import logging
 from witness_adapter import ADAPTER, adapted, check_adapter
+from witness_regularization import Regularization, check_regularization
 
 from torchprime.checkpoint.hf.read import EMBEDDING, HEAD
 from torchprime.config.checks import refuse
@@ -201,6 +202,8 @@ class MasterAdamW(torch.optim.AdamW):
 class WitnessTrainer(Trainer):
     """Trainer with our blocks instead of a shuffled data set, and weights instead of counts."""
 
+    regularization: Regularization | None = None
+
     def get_train_dataloader(self) -> DataLoader:
         """In order; accelerate gives each process its blocks of every micro-batch."""
         assert isinstance(self.train_dataset, OrderedBlocks)
@@ -227,7 +230,13 @@ class WitnessTrainer(Trainer):
         mask = segment_mask(inputs.pop("segment_ids"))
         eager = self.accelerator.unwrap_model(model).config._attn_implementation == "eager"
         inputs["attention_mask"] = additive(mask) if eager else mask
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if self.regularization is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        given, weight = dict(inputs), kwargs["num_items_in_batch"]
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=weight
+        )
+        return loss + self.regularization.part(model, outputs.logits, given, weight)
 
 
 # Outputs ------------------------------------------------------------------------------------------
@@ -316,6 +325,7 @@ def check_supported(c: TrainConfig, processes: int) -> None:
         ConfigError, RuntimeSetupError: with the key and what to set instead.
     """
     check_adapter(c)
+    check_regularization(c, processes)
     if c.model.pretrained_model is None:
         refuse("model.pretrained_model", None, "a checkpoint to start from", "Name one.")
     if c.task.optimizer.name != "adamw":
@@ -598,6 +608,8 @@ def train(
         callbacks=[recorder],
         **optimizer_of(args, dtype),
     )
+    if c.regularization.enabled:
+        trainer.regularization = Regularization(c, model)
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train()

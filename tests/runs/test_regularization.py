@@ -101,11 +101,21 @@ def test_two_native_processes_find_the_same(
     check_values(out, *in_float64)
 
 
-def test_native_resumes_exactly_with_ewc_and_on_no_other_base_or_fisher(
+def near_the_base(fisher: Path) -> tuple[str, ...]:
+    """Both terms; they share one copy of the base."""
+    return (
+        f"regularization.ewc.fisher={fisher}",
+        "regularization.ewc.strength=30",
+        "regularization.kl.coefficient=0.2",
+        "regularization.kl.on=all",
+    )
+
+
+def test_native_resumes_exactly_near_its_base_and_on_no_other_base_or_fisher(
     measured: Path, command: Command, rows: Any, tiny: Path, tmp_path: Path,
     killed_after: Callable[[int], None], capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    held = (f"regularization.ewc.fisher={measured}", "regularization.ewc.strength=30")
+    held = near_the_base(measured)
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert run_main(native, command(*overrides(whole, rows[1]), *ALONE, *held)) == 0
     argv = command(*overrides(folder, rows[1]), *ALONE, *held)
@@ -116,9 +126,10 @@ def test_native_resumes_exactly_with_ewc_and_on_no_other_base_or_fisher(
     said = capsys.readouterr().err
     assert "step_00000003" in said and "reference 0.00" in said
     assert_same_run(folder, whole)
-    penalties = [record["terms"]["ewc"] for record in records(folder)]
-    assert penalties[0] == 0 and penalties[-1] > 0
-    assert records(folder)[-1]["loss"] > penalties[-1]
+    for name in ("ewc", "kl"):
+        terms = [record["terms"][name] for record in records(folder)]
+        assert terms[0] == pytest.approx(0, abs=1e-6) and terms[-1] > 1e-4
+    assert records(folder)[-1]["loss"] > sum(records(folder)[-1]["terms"].values())
 
     longer = ["task.max_steps=13", "resume.allow_changes=[task.max_steps]"]
     longer += ["task.export_checkpoint_path=null"]
@@ -143,11 +154,11 @@ def changed_base(tiny: Path, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_xla_resumes_exactly_with_ewc(
+def test_xla_resumes_exactly_near_its_base(
     measured: Path, command: Command, rows: Any, tmp_path: Path, run: Run,
     killed_after: Callable[[int], None],
 ) -> None:  # fmt: skip
-    held = (f"regularization.ewc.fisher={measured}", "regularization.ewc.strength=30", "remat=scan")
+    held = (*near_the_base(measured), "remat=scan")
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert run(command(*overrides(whole, rows[1]), *held)) == 0
     argv = command(*overrides(folder, rows[1]), *held)

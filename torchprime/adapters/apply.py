@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from torchprime.adapters.lora import AdaptedLinear
@@ -51,3 +54,21 @@ def base_name(name: str) -> str:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that training changes, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Return True if a model has adapters."""
+    return any(isinstance(module, AdaptedLinear) for module in model.modules())
+
+
+@contextmanager
+def without_adapters(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Make layers compute what the base computes, inside the context."""
+    adapted = [m for layer in layers for m in layer.modules() if isinstance(m, AdaptedLinear)]
+    try:
+        for module in adapted:
+            module.off = True
+        yield
+    finally:
+        for module in adapted:
+            module.off = False

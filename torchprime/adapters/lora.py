@@ -48,6 +48,9 @@ class AdaptedLinear(nn.Module):
         base: the frozen layer.
         spec: the adapter's description.
         number: of the layer in the model, for dropout.
+
+    Attributes:
+        off: true leaves the frozen layer alone (`without_adapters`).
     """
 
     def __init__(self, base: nn.Module, spec: AdapterSpec, number: int) -> None:
@@ -62,9 +65,12 @@ class AdaptedLinear(nn.Module):
         if spec.dora:
             self.lora_magnitude_vector = nn.Parameter(torch.empty(linear.out_features, **options))
         self.dora = spec.dora
+        self.off = False
 
     def forward(self, x_BSI: Tensor) -> Tensor:
         out = self.base_layer(x_BSI)
+        if self.off:
+            return out
         dropped = self.lora_dropout(x_BSI)
         low_rank = self.lora_B(self.lora_A(dropped) * self.scale)
         if not self.dora:

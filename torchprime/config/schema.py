@@ -213,9 +213,7 @@ class TrainConfig:
         self._check_replay()
         self._check_eval()
         self._check_adapter()
-        self.regularization.check_run(
-            has_base=self.model.pretrained_model is not None, adapter=self.adapter.enabled
-        )
+        self.regularization.check_run(self.adapter, bool(self.model.pretrained_model))
         if self.task.sample_prompts > 0 and not self.holds_out:
             refuse(
                 "task.sample_prompts",

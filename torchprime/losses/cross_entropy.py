@@ -1,42 +1,22 @@
 """Cross-entropy as (loss_sum, weight_sum), never a mean (design law 3).
 
 The sum over supervised tokens adds up exactly over micro-batches, accumulation and devices; the
-step divides once by the global weight. Logits are computed and freed chunk by chunk along the
-sequence, and the gradients are computed in the same pass. So memory holds one chunk of [B,
-S/chunks, V] instead of all logits, and no logit is computed twice.
+step divides once by the global weight. Logits are computed and freed chunk by chunk (chunks.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from torchprime.losses.chunks import ONE_DEVICE, Chunk, ChunkedSum, Needs, Spread, products
 from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss, cost_of
 
 IGNORED = -100
 
-# Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab, G groups of rows, T tokens
-# of a group.
-
-
-class _Needs(NamedTuple):
-    """The gradients that a caller needs; that of hidden states is always computed along."""
-
-    of_hidden: bool
-    of_weight: bool  # False if the output projection is frozen
-
-
-class _Chunk(NamedTuple):
-    """The weighted losses [B, C] of a chunk and, if needed, gradients of their sum."""
-
-    losses: Tensor
-    terms: list[Tensor]  # by TokenLoss.terms, summed
-    of_hidden: Tensor | None = None
-    of_weight: Tensor | None = None  # [G, D, V], of each group of rows
+# Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab.
 
 
 def _chunk(
@@ -44,10 +24,10 @@ def _chunk(
     w_VD: Tensor,
     t_BC: Tensor,
     weight_BC: Tensor,
-    needs: _Needs,
+    needs: Needs,
     groups: int,
     kind: TokenLoss,
-) -> _Chunk:
+) -> Chunk:
     """Compute one chunk.
 
     The gradient of -log softmax(z)[t] is softmax(z) - onehot(t). The one-hot is a comparison, not a
@@ -75,16 +55,10 @@ def _chunk(
         losses = cost.loss * weight_BC
         terms = [(part * weight_BC).sum() for part in (nll, cost.z_loss)[: len(kind.terms)]]
     if not any(needs):
-        return _Chunk(losses, terms)
+        return Chunk(losses, terms)
     softmax, hot = exp / total, onehot.to(exp.dtype)
     g = (softmax - hot if cost is None else cost.gradient(softmax, hot)) * weight_BC[..., None]
-    g_BCV = g.to(x_BCD.dtype)
-    grad_x = torch.matmul(g_BCV, w_VD)
-    if not needs.of_weight:
-        return _Chunk(losses, terms, grad_x)
-    # As x' g, since XLA on the CPU transposes the left side in memory: D is narrower than V.
-    x_GTD, g_GTV = (each.reshape(groups, -1, each.shape[-1]) for each in (x_BCD, g_BCV))
-    return _Chunk(losses, terms, grad_x, torch.matmul(x_GTD.transpose(1, 2), g_GTV))
+    return Chunk(losses, terms, *products(g, x_BCD, w_VD, needs, groups))
 
 
 class LossSums(NamedTuple):
@@ -94,83 +68,6 @@ class LossSums(NamedTuple):
     weight_sum: Tensor  # fp32 scalar
     each: Tensor  # fp32 [B, S], every token's share of loss_sum; carries no gradient
     terms: tuple[Tensor, ...] = ()  # detached parts of loss_sum, by StepOptions.loss_terms
-
-
-class Spread(NamedTuple):
-    """The distribution of the loss over devices; the default is one device.
-
-    The gradient of a shared weight is summed over chunks separately for each group of rows, and
-    over groups at the end. If the rows of a group are on one device, devices communicate once and
-    not once for each chunk.
-    """
-
-    groups: int = 1
-    # Annotates the sharding of the weight's gradient [V, D] where it is summed over groups.
-    cut_gradient: Callable[[Tensor], Tensor] = lambda gradient: gradient
-    # Returns (a chunk's input, the sum so far), so that the chunk starts after the sum is computed:
-    # a compiler that sees all chunks at once would keep the parts of all for one long sum.
-    in_order: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, total: (x, total)
-
-
-ONE_DEVICE = Spread()
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_BSD: Tensor,
-        w_VD: Tensor,
-        t_BS: Tensor,
-        weight_BS: Tensor,
-        chunks: int,
-        spread: Spread,
-        needs: _Needs,
-        kind: TokenLoss,
-    ) -> tuple[Tensor, ...]:
-        length = -(-x_BSD.shape[1] // chunks)
-        loss_sum = torch.zeros((), dtype=torch.float32, device=x_BSD.device)
-        losses: list[Tensor] = []
-        terms: list[Tensor] = []
-        grads_x: list[Tensor] = []
-        grad_w: Tensor | None = None
-        for start in range(0, x_BSD.shape[1], length):
-            part = slice(start, start + length)
-            x_BCD = x_BSD[:, part]
-            if grad_w is not None:
-                x_BCD, grad_w = spread.in_order(x_BCD, grad_w)
-            elif grads_x:
-                x_BCD, grads_x[-1] = spread.in_order(x_BCD, grads_x[-1])
-            chunk = _chunk(
-                x_BCD, w_VD, t_BS[:, part], weight_BS[:, part], needs, spread.groups, kind
-            )
-            loss_sum = loss_sum + chunk.losses.sum()
-            losses.append(chunk.losses)
-            more = chunk.terms
-            terms = [a + b for a, b in zip(terms, more, strict=True)] if terms else more
-            if chunk.of_hidden is not None:
-                grads_x.append(chunk.of_hidden)
-            if (gw := chunk.of_weight) is not None:
-                # Summed in fp32: with bf16 weights the sum over chunks would lose low bits.
-                grad_w = gw.float() if grad_w is None else grad_w + gw
-        if grads_x:
-            whole = None
-            if grad_w is not None:
-                # Devices exchange it in the weights' type, like every other gradient.
-                whole = spread.cut_gradient(grad_w.to(w_VD.dtype).sum(dim=0).t())
-            ctx.save_for_backward(torch.cat(grads_x, dim=1), whole)
-        each = torch.cat(losses, dim=1)
-        ctx.mark_non_differentiable(each, *terms)
-        return loss_sum, each, *terms
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: Tensor, *_: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        grad_x, grad_w = ctx.saved_tensors
-        of_weight = None if grad_w is None else grad * grad_w
-        return grad * grad_x, of_weight, None, None, None, None, None, None
 
 
 def token_weights(targets: Tensor, loss_weights: Tensor) -> Tensor:
@@ -205,8 +102,13 @@ def chunked_cross_entropy(
     weights = token_weights(targets, loss_weights)
     # Grad mode is always off inside a Function's forward, so it is read here.
     on = torch.is_grad_enabled()
-    needs = _Needs(on and hidden.requires_grad, on and output_weight.requires_grad)
-    loss_sum, each, *terms = _ChunkedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, output_weight, targets, weights, chunks, spread, needs, kind
+    needs = Needs(on and hidden.requires_grad, on and output_weight.requires_grad)
+
+    def compute(part: slice, x_BCD: Tensor, w_VD: Tensor) -> Chunk:
+        own = targets[:, part], weights[:, part]
+        return _chunk(x_BCD, w_VD, *own, needs, spread.groups, kind)
+
+    loss_sum, each, *terms = ChunkedSum.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden, output_weight, compute, chunks, spread
     )
     return LossSums(loss_sum, weights.sum(), each, tuple(terms))

@@ -8,6 +8,7 @@ loss, weight and norm are summed over processes, so that every process takes the
 from __future__ import annotations
 
 import base64
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.data.blocks.batch import Batch
 from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.losses.cross_entropy import chunked_cross_entropy
+from torchprime.losses.divergence import chunked_divergence
 from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
@@ -39,25 +41,29 @@ from torchprime.torch_native.fused_loss import (
 )
 from torchprime.torch_native.generation import Generator
 from torchprime.torch_native.mesh import data_rank, make_mesh
+from torchprime.torch_native.placement import Source
 from torchprime.torch_native.processes import make_processes
 from torchprime.torch_native.remat import apply_remat
-from torchprime.torch_native.root import Root
+from torchprime.torch_native.root import Root, on_counted_tokens
 from torchprime.torch_native.runtime import start_processes, watched
 from torchprime.torch_native.state import StateMaker, state_shards
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer
+from torchprime.training.regularization.near_base import NearBase, base_of
 from torchprime.training.regularization.penalty import AnchorSource
 from torchprime.training.step import (
     CrossEntropy,
     StepSums,
     TrainState,
     Update,
+    counted_weights,
     drawing,
     draws_of,
     eval_sums,
     finish_step,
     forward_sums,
     host_fields,
+    inputs_of,
     micro_sums,
     step_numbers,
     sums_length,
@@ -136,6 +142,7 @@ class NativeBackend:
         table: ShardingTable,
         tensor_of: Callable[[str], Tensor],
         dtype: torch.dtype,
+        base: Callable[[str], Tensor] | None = None,
     ) -> None:
         """Inject kernels, remat and torch.compile, shard the model and load this process's shards.
 
@@ -143,13 +150,17 @@ class NativeBackend:
         copies. The layers are compiled one by one, when they are first called.
         """
         self.model = model
-        inject_attention(model, self.attention, self.device.type)
-        apply_remat(model.model.layers, self.remat_policy)
-        if self.compiler is not None:
-            for layer in model.model.layers.children():
-                layer.compile(backend=self.compiler)
-        self.root = Root(model)
-        placement.load(self.root, model, table, self.mesh, tensor_of, dtype, self.device)
+        sources = [Source(model, tensor_of)]
+        if base is not None:
+            sources.append(Source(copy.deepcopy(model).requires_grad_(False), base))
+        for each, _ in sources:
+            inject_attention(each, self.attention, self.device.type)
+            apply_remat(each.model.layers, self.remat_policy)
+            if self.compiler is not None:
+                for layer in each.model.layers.children():
+                    layer.compile(backend=self.compiler)
+        self.root = Root(model, None if base is None else sources[1].model)
+        placement.load(self.root, sources, table, self.mesh, dtype, self.device)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Return an iterator over whole trained weights on the host, by their names in the model.
@@ -188,7 +199,8 @@ class NativeBackend:
         self.optimizer, self.options = optimizer, options
         self.root.cross_entropy = self._cross_entropy(options.loss_chunks)
         self.root.training_loss = self._cross_entropy(options.loss_chunks, options.token_loss)
-        maker = StateMaker(optimizer, options, self.device, resumed, anchors)
+        base = self.root.base and dict(self.root.base.named_parameters())
+        maker = StateMaker(optimizer, options, self.device, resumed, anchors, base)
         parameters = {name: maker.make(name, parameter) for name, parameter in self._trained()}
         counts = (0 if resumed is None else resumed.updates, 0)
         self.state = TrainState(
@@ -280,8 +292,9 @@ class NativeBackend:
         for index in range(count):
             fields = [field[index] for field in batch]
             root.set_requires_gradient_sync(index == count - 1)
+            near = self._near_base(fields)
             with drawing(self.model, draws_of(update, fields)):
-                loss = root(*fields, training=True)
+                loss = root(*fields, training=True, near=near)
                 loss.loss_sum.backward()
             sums += micro_sums(loss, fields, o.num_sources)
         with torch.no_grad():
@@ -296,6 +309,16 @@ class NativeBackend:
             )
         self.model.zero_grad(set_to_none=True)
         return numbers
+
+    def _near_base(self, fields: Sequence[Tensor]) -> NearBase | None:
+        """Run the base on a micro-batch, if the step has a divergence from it."""
+        kl, chunks = self.options.kl, self.options.loss_chunks
+        if kl is None:
+            return None
+        run = base_of(self.root.base or self.model, None)
+        output = self.root(instead=partial(run, *inputs_of(fields)))
+        divergence = partial(on_counted_tokens, partial(chunked_divergence, chunks=chunks))
+        return NearBase(kl, divergence, output, counted_weights(fields, kl, self.options))
 
     def _gradients(self) -> list[Tensor]:
         """Return this process's shards of the gradients: the mean over processes, as FSDP2 leaves

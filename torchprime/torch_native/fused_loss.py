@@ -172,18 +172,32 @@ def on_supervised_tokens(
     targets: Tensor,
     loss_weights: Tensor,
 ) -> LossSums:
-    """Return the same loss with logits of supervised tokens only, in a batch of one: in fine-tuning
-    half of the slots carry no loss. Their number is known on the device only: the host waits for
-    it."""
-    weights = token_weights(targets, loss_weights).flatten()
-    chosen = weights.nonzero().flatten()
+    """Return the same loss with logits of supervised tokens only: in fine-tuning half of the slots
+    carry no loss."""
+    weights = token_weights(targets, loss_weights)
+
+    def compute(hidden: Tensor, targets: Tensor, weights: Tensor) -> LossSums:
+        return cross_entropy(hidden, output_weight, targets, weights)
+
+    return on_tokens(weights, (hidden, targets, weights), compute)
+
+
+def on_tokens(
+    weights: Tensor, given: Sequence[Tensor], compute: Callable[..., LossSums]
+) -> LossSums:
+    """Compute a loss of the tokens that have a weight, in a batch of one. Their number is known on
+    the device only: the host waits for it.
+
+    Args:
+        weights: [B, S].
+        given: tensors [B, S, ...], which `compute` gets as [1, T, ...].
+    """
+    chosen = weights.flatten().nonzero().flatten()
     if not len(chosen):
         chosen = chosen.new_zeros(1)  # of weight 0, so that backward has an input
-    given = (hidden.flatten(0, 1), targets.flatten(), weights)
-    some_hidden, some_targets, some_weights = (x.index_select(0, chosen)[None] for x in given)
-    sums = cross_entropy(some_hidden, output_weight, some_targets, some_weights)
-    each = torch.zeros_like(weights).index_copy(0, chosen, sums.each[0])
-    return LossSums(sums.loss_sum, sums.weight_sum, each.view_as(targets), sums.terms)
+    sums = compute(*(x.flatten(0, 1).index_select(0, chosen)[None] for x in given))
+    each = torch.zeros_like(weights).flatten().index_copy(0, chosen, sums.each[0])
+    return LossSums(sums.loss_sum, sums.weight_sum, each.view_as(weights), sums.terms)
 
 
 def fused_cross_entropy(

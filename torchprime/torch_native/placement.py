@@ -15,8 +15,8 @@ whole vocabulary; along fsdp FSDP2 shards dim 0 of every parameter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -96,28 +96,50 @@ def check_adapter(model: CausalLM, size: int) -> None:
         )
 
 
+class Source(NamedTuple):
+    """A model without storage, and the values of its parameters by name."""
+
+    model: CausalLM
+    tensor_of: Callable[[str], Tensor]
+
+
 def load(
     root: nn.Module,
-    model: CausalLM,
+    sources: Sequence[Source],
     table: ShardingTable,
     mesh: DeviceMesh,
-    tensor_of: Callable[[str], Tensor],
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Give every parameter its storage and shard it; `root` is the module that the step calls."""
+    """Give every parameter its storage and shard it.
+
+    Args:
+        root: the module that the step calls; it has the models of all sources.
+    """
     # Shards are gathered and used in the parameters' dtype; gradients are summed in fp32.
     options: dict[str, Any] = {
         "mesh": mesh["data", "fsdp"],
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        # FSDP2 shards dim 0; a number has none, and every process holds it.
+        "ignored_params": {
+            p for source in sources for p in source.model.parameters() if not p.dim()
+        },
     }
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(placed_type(name, parameter, dtype))  # no storage yet
-        if parameter.dim() and not parameter.dtype.is_floating_point:
-            parameter.data = parameter.data.view(AS_FLOAT)
-    # FSDP2 shards dim 0; a number has none, and every process holds it.
-    numbers = {parameter for parameter in model.parameters() if not parameter.dim()}
-    options["ignored_params"] = numbers
+    for model, _ in sources:
+        for name, parameter in model.named_parameters():  # no storage yet
+            parameter.data = parameter.data.to(placed_type(name, parameter, dtype))
+            if parameter.dim() and not parameter.dtype.is_floating_point:
+                parameter.data = parameter.data.view(AS_FLOAT)
+        _shard_layers(model, table, mesh, options)
+    fully_shard(root, **options)
+    for source in sources:
+        _fill(source.model, source.tensor_of, device)
+    root.to(device)  # no conversion, but FSDP2 then uses the new shards
+
+
+def _shard_layers(
+    model: CausalLM, table: ShardingTable, mesh: DeviceMesh, options: Mapping[str, Any]
+) -> None:
     layers = model.model.layers
     assert isinstance(layers, nn.ModuleList)
     for layer in layers:
@@ -127,9 +149,6 @@ def load(
             if model.architecture.num_key_value_heads % mesh[TENSOR].size():
                 _share_kv_heads(layer, model.architecture, mesh[TENSOR])
         fully_shard(layer, **options)
-    fully_shard(root, **options)
-    _fill(model, tensor_of, device)
-    root.to(device)  # no conversion, but FSDP2 then uses the new shards
 
 
 def _shard_along_tensor(

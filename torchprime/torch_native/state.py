@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +26,7 @@ class StateMaker:
         resumed: a checkpoint, of which only the regions of this process's shards are read; None
             makes zeros.
         anchors: the values of a penalty's frozen tensors; None for a run without one.
+        base: the base's weights by name, sharded alike, if the processes have them already.
     """
 
     optimizer: Optimizer
@@ -33,6 +34,7 @@ class StateMaker:
     device: torch.device
     resumed: ResumedState | None
     anchors: AnchorSource | None = None
+    base: Mapping[str, Tensor] | None = None
 
     def make(self, name: str, parameter: Tensor) -> ParameterState:
         """Return the state of one parameter, which may be sharded."""
@@ -66,7 +68,10 @@ class StateMaker:
             return part.to(device=self.device, dtype=dtype, copy=True)
 
         fisher = self.anchors.fisher
-        base = own(self.anchors.base, parameter.dtype)
+        if self.base is None:
+            base = own(self.anchors.base, parameter.dtype)
+        else:
+            base = placement.local(self.base[name])
         return Anchor(base, None if fisher is None else own(fisher, torch.float32))
 
     def _own(

@@ -30,7 +30,8 @@ from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.data.blocks.batch import Batch
 from torchprime.errors import ConfigError
 from torchprime.generation.decode import Answer, GenerateOptions
-from torchprime.losses.cross_entropy import Spread, chunked_cross_entropy
+from torchprime.losses.chunks import Spread
+from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
@@ -131,6 +132,7 @@ class XlaBackend:
         table: ShardingTable,
         tensor_of: Callable[[str], Tensor],
         dtype: torch.dtype,
+        base: Callable[[str], Tensor] | None = None,
     ) -> None:
         """Rewrite the storage-less model for this mesh and load its weights into their shards.
 
@@ -151,6 +153,7 @@ class XlaBackend:
         )
         self.placed = placement.placements(model, table, self.mesh)
         placement.load(model, self.placed, tensor_of, dtype, self.tensors)
+        self.base = base and dict(placement.sent(model, self.placed, base, dtype, self.tensors))
         self._generator: Generator | None = None  # made on first use
 
     def _constrain_activations(self) -> None:
@@ -215,9 +218,10 @@ class XlaBackend:
     ) -> None:
         """Make the optimizer's state before the first step, so that step 2 uses step 1's graph."""
         self.optimizer, self.options = optimizer, options
-        maker = StateMaker(self.tensors, optimizer, options.master_weights, resumed, anchors)
+        master = options.master_weights
+        maker = StateMaker(self.tensors, optimizer, master, resumed, anchors, self.base)
         parameters = {
-            name: maker.make(weight, self.placed[name])
+            name: maker.make(name, weight, self.placed[name])
             for name, weight in trainable(self.model).items()
         }
         counts = (0 if resumed is None else resumed.updates, 0)
@@ -300,7 +304,9 @@ class XlaBackend:
         rate = self.tensors.send(torch.tensor(lr, dtype=torch.float32), ())
         update = Update(self.state, self.optimizer, self.options)
         spread = Spread(self._batch_shards(), self._cut_output_gradient, in_order)
-        numbers = train_step(update, self.model, tuple(batch), rate, self._accumulate, spread)
+        numbers = train_step(
+            update, self.model, tuple(batch), rate, self._accumulate, spread, self.base
+        )
         self.tensors.run([*self.state.tensors(), numbers])
         return numbers
 

@@ -8,7 +8,7 @@ optimizer's state and a penalty's anchors are placed like their weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -77,13 +77,9 @@ def load(
         dtype: of the weights; parts of quantized ones keep their own.
     """
 
-    def in_order(name: str) -> Tensor:
-        return turned(name, tensor_of(name))
-
-    for name, entry in placed.items():
+    values = sent(model, placed, tensor_of, dtype, tensors)
+    for name, moved in values:
         old = model.get_parameter(name)
-        host = host_tensor(entry, in_order, placed_type(name, old, dtype))
-        moved = tensors.send(host, entry.spec)
         _replace(model, name, nn.Parameter(moved, requires_grad=old.requires_grad))
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
@@ -98,6 +94,23 @@ def slot_spec(slot: Slot, shape: tuple[int, ...], spec: Spec, mesh: xs.Mesh) -> 
     if slot.per > 1 and slot.kept(shape)[-1] % shard_count((kept[-1],), axis_sizes(mesh)):
         kept[-1] = ()
     return tuple(kept)
+
+
+def sent(
+    model: CausalLM,
+    placed: dict[str, Placed],
+    tensor_of: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    tensors: DeviceTensors,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield a tensor on the mesh for each parameter of a model, with the values of `tensor_of`."""
+
+    def in_order(name: str) -> Tensor:
+        return turned(name, tensor_of(name))
+
+    for name, entry in placed.items():
+        host = host_tensor(entry, in_order, placed_type(name, model.get_parameter(name), dtype))
+        yield name, tensors.send(host, entry.spec)
 
 
 def host_tensor(entry: Placed, tensor_of: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
@@ -125,6 +138,7 @@ class StateMaker:
         master_weights: true adds fp32 copies of weights of other types.
         resumed: a checkpoint to read the state from; None makes zeros.
         anchors: the values of a penalty's frozen tensors; None for a run without one.
+        base: the base's weights by parameter, if the mesh has them already.
     """
 
     tensors: DeviceTensors
@@ -132,8 +146,9 @@ class StateMaker:
     master_weights: bool
     resumed: ResumedState | None
     anchors: AnchorSource | None
+    base: Mapping[str, Tensor] | None
 
-    def make(self, weight: Tensor, entry: Placed) -> ParameterState:
+    def make(self, name: str, weight: Tensor, entry: Placed) -> ParameterState:
         """Return the state of one parameter."""
         info = Parameter(entry.hf_names, tuple(weight.shape), weight.dtype, entry.stacked)
         has_master = weight.dtype != torch.float32 and self.master_weights
@@ -141,7 +156,7 @@ class StateMaker:
             slots, master = self._new(info, weight, entry, has_master)
         else:
             slots, master = self._stored(self.resumed, info, entry, has_master)
-        return ParameterState(info, weight, slots, master, self._anchor(weight, entry))
+        return ParameterState(info, weight, slots, master, self._anchor(name, weight, entry))
 
     def _new(
         self, info: Parameter, weight: Tensor, entry: Placed, has_master: bool
@@ -168,7 +183,7 @@ class StateMaker:
         }
         return slots, sent("master", Slot(info.dims)) if has_master else None
 
-    def _anchor(self, weight: Tensor, entry: Placed) -> Anchor | None:
+    def _anchor(self, name: str, weight: Tensor, entry: Placed) -> Anchor | None:
         if self.anchors is None:
             return None
         fisher = self.anchors.fisher
@@ -176,7 +191,7 @@ class StateMaker:
         def sent(tensor_of: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
             return self.tensors.send(host_tensor(entry, tensor_of, dtype), entry.spec)
 
-        base = sent(self.anchors.base, weight.dtype)
+        base = self.base[name] if self.base else sent(self.anchors.base, weight.dtype)
         return Anchor(base, None if fisher is None else sent(fisher, torch.float32))
 
 

@@ -22,6 +22,7 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.processes import Processes
+from torchprime.training.regularization.near_base import Kl
 from torchprime.training.regularization.penalty import AnchorSource, Penalty
 
 
@@ -51,6 +52,7 @@ class StepOptions:
         loss_terms: names of parts of the loss that every micro-batch sums (LossSums.terms).
         step_terms: names of numbers that an update computes once (`step.finish_step`).
         penalty: on the distance from the base's weights; its name is one of step_terms.
+        kl: the divergence from the base's answers; its name is the last of loss_terms.
         random_seed: from -2^31 to 2^31 - 1, the key of dropout in adapters and of noise; None
             without both.
         noise_alpha: of NEFTune's noise on embeddings, which is drawn by `random_seed`; 0 for none.
@@ -66,6 +68,7 @@ class StepOptions:
     loss_terms: tuple[str, ...] = ()
     step_terms: tuple[str, ...] = ()
     penalty: Penalty | None = None
+    kl: Kl | None = None
     random_seed: int | None = None
     noise_alpha: float = 0.0
 
@@ -108,6 +111,7 @@ class Backend(Protocol):
         table: ShardingTable,
         tensor_of: Callable[[str], Tensor],
         dtype: torch.dtype,
+        base: Callable[[str], Tensor] | None = None,
     ) -> None:
         """Load the weights into the storage-less model, one tensor at a time, each directly into
         its shards. A tensor from `tensor_of` may become the model's own memory, which updates write
@@ -116,6 +120,8 @@ class Backend(Protocol):
         Args:
             tensor_of: by the parameters' names in the model.
             dtype: of the weights; parts of quantized ones keep their own.
+            base: the weights of a frozen copy that steps with options.kl run; None for a run
+                without it, and under an adapter, whose base is the model itself.
         """
         ...
 

@@ -276,5 +276,7 @@ def _say_plan(prepared: Prepared) -> None:
     p.say(f"  loss         {p.backend.loss} ({p.backend.loss_why})")
     if described := config.task.loss.describe():
         p.say(f"  minimized    {described}")
+    if described := config.regularization.describe():
+        p.say(f"  near base    {described}")
     if config.task.neftune_noise_alpha is not None:
         p.say(f"  noise        on embeddings, alpha {config.task.neftune_noise_alpha:g} (NEFTune)")

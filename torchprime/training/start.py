@@ -80,7 +80,9 @@ def _place_weights(prepared: Prepared) -> None:
     p, point = prepared, prepared.point
     config, inputs, backend = p.config, p.inputs, p.backend
     # Its mapped files are closed at the end of this function.
-    backend.place(inputs.model(), p.table, _values(p), inputs.dtype)
+    adapter = inputs.files.adapter is not None
+    base = p.open_weights() if config.regularization.runs_base(adapter=adapter) else None
+    backend.place(inputs.model(), p.table, _values(p), inputs.dtype, base)
     backend.prepare_training(
         p.optimizer,
         step_options(config, len(inputs.rows.train.source_names)),
@@ -97,8 +99,7 @@ def _anchors(prepared: Prepared) -> AnchorSource | None:
     """Return the source of the values that hold the weights near the base, also on a resume: no
     checkpoint has them."""
     p, fisher = prepared, prepared.inputs.fisher
-    adapter = p.inputs.files.adapter is not None
-    if not p.config.regularization.holds_base(adapter=adapter):
+    if p.config.regularization.penalty is None:
         return None
     return AnchorSource(p.open_weights(), None if fisher is None else fisher.get)
 

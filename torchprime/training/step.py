@@ -13,7 +13,7 @@ until the host reads the number (at the next logged step).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,18 +27,22 @@ from torch.func import functional_call
 from torchprime.adapters.dropout import set_position
 from torchprime.counter_bits import Position
 from torchprime.data.blocks.batch import Batch
-from torchprime.losses.cross_entropy import ONE_DEVICE, LossSums, Spread, chunked_cross_entropy
+from torchprime.losses.chunks import ONE_DEVICE, Spread
+from torchprime.losses.cross_entropy import LossSums, chunked_cross_entropy, token_weights
+from torchprime.losses.divergence import chunked_divergence
 from torchprime.models.decoder import CausalLM
 from torchprime.models.embedding_noise import noise_on
 from torchprime.training.backend import StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer, Parameter
+from torchprime.training.regularization.near_base import Kl, NearBase, base_of, weights_of_all
 from torchprime.training.regularization.penalty import Anchor, penalty_gradient, weighted_squares
 
 # The order of the batch's fields in tuples, each [A, B/A, S] on the device.
 FIELDS = ("input_ids", "targets", "position_ids", "segment_ids", "loss_weights")
 # One more field if several sources are mixed: each token's source, for the losses by source. Then
-# one if the step draws random numbers: each token's number in the global batch. And a last one with
-# noise on embeddings: its scale for each token.
+# one for options.kl on all tokens: each token's weight in it. Then one if the step draws random
+# numbers: each token's number in the global batch. And a last one with noise on embeddings: its
+# scale for each token.
 SOURCE_FIELD = "source_ids"
 
 # hidden [b, S, D], output weight [V, D], targets [b, S], weights [b, S] -> the loss.
@@ -119,6 +123,8 @@ def host_fields(batch: Batch, options: StepOptions) -> list[Tensor]:
     """
     fields = FIELDS if batch.source_ids is None else (*FIELDS, SOURCE_FIELD)
     found = [torch.from_numpy(getattr(batch, field)) for field in fields]
+    if options.kl is not None and options.kl.on == "all":
+        found.append(weights_of_all(batch))
     if options.random_seed is None:
         return found
     numbers = torch.arange(found[0].numel(), dtype=torch.int32)
@@ -152,11 +158,31 @@ def draws_of(update: Update, fields: Sequence[Tensor]) -> Draws | None:
     return Draws(Position(folded, step.to(torch.int32), tokens), scale)
 
 
-def loss_of(model: CausalLM, fields: Sequence[Tensor], cross_entropy: CrossEntropy) -> LossSums:
-    """Return the loss of one micro-batch whose fields are [b, S]."""
+def loss_of(
+    model: CausalLM,
+    fields: Sequence[Tensor],
+    cross_entropy: CrossEntropy,
+    near: NearBase | None = None,
+) -> LossSums:
+    """Return the loss of one micro-batch whose fields are [b, S], with the divergence from the base
+    if there is one."""
     input_ids, targets, position_ids, segment_ids, loss_weights = fields[: len(FIELDS)]
     hidden = model(input_ids, position_ids, segment_ids)
-    return cross_entropy(hidden, model.output_weight, targets, loss_weights)
+    loss = cross_entropy(hidden, model.output_weight, targets, loss_weights)
+    return loss if near is None else near.add(loss, hidden, model.output_weight)
+
+
+def inputs_of(fields: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the model's inputs among the fields."""
+    return fields[0], fields[2], fields[3]
+
+
+def counted_weights(fields: Sequence[Tensor], kl: Kl, options: StepOptions) -> Tensor:
+    """Return each token's weight in the divergence from the base, [b, S]."""
+    if kl.on == "supervised":
+        return token_weights(fields[FIELDS.index("targets")], fields[FIELDS.index("loss_weights")])
+    drawn = 0 if options.random_seed is None else 2 if options.noise_alpha else 1
+    return fields[len(fields) - drawn - 1]
 
 
 @contextmanager
@@ -180,15 +206,16 @@ def drawing(model: CausalLM, draws: Draws | None) -> Iterator[None]:
             set_position(layer, None)
 
 
-class _Loss(nn.Module):
-    """A module around `loss_of`, so that it can be called with other weights."""
+class _Held(nn.Module):
+    """A module around a model, so that a function which uses the model can be called with other
+    weights."""
 
-    def __init__(self, model: CausalLM, cross_entropy: CrossEntropy) -> None:
+    def __init__(self, model: CausalLM) -> None:
         super().__init__()
-        self.model, self.cross_entropy = model, cross_entropy
+        self.model = model
 
-    def forward(self, fields: Sequence[Tensor]) -> LossSums:
-        return loss_of(self.model, fields, self.cross_entropy)
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
 
 
 def source_sums(each: Tensor, sources: Tensor, count: int) -> list[Tensor]:
@@ -203,6 +230,7 @@ def train_step(
     lr: Tensor,
     accumulate: Accumulate,
     spread: Spread = ONE_DEVICE,
+    base: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Run one update in place, all of it in tensor operations of one program.
 
@@ -213,6 +241,7 @@ def train_step(
         accumulate: runs a function over the micro-batches and sums its results. The function
             reads the trained weights it is given: in a loop on the device they have to be the
             loop's. Frozen weights are the model's own.
+        base: the weights that `Backend.place` made of its base.
 
     Returns:
         What `finish_step` returns.
@@ -222,14 +251,25 @@ def train_step(
     cross_entropy = partial(
         chunked_cross_entropy, chunks=options.loss_chunks, spread=spread, kind=options.token_loss
     )
-    loss_module = _Loss(model, cross_entropy)
+    divergence = partial(chunked_divergence, chunks=options.loss_chunks, spread=spread)
+    held, run_base = _Held(model), base_of(model, base)
     names = [f"model.{name}" for name in parameters]
 
+    def near_base(fields: Sequence[Tensor], weights: Mapping[str, Tensor]) -> NearBase | None:
+        if options.kl is None:
+            return None
+        output = functional_call(held, dict(weights), (partial(run_base, *inputs_of(fields)),))
+        counted = counted_weights(fields, options.kl, options)
+        return NearBase(options.kl, divergence, output, counted)
+
     def micro(fields: tuple[Tensor, ...], given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        near = near_base(fields, dict(zip(names, given, strict=True)))
         with torch.enable_grad(), drawing(model, draws_of(update, fields)):
             leaves = [weight.detach().requires_grad_() for weight in given]
             by_name = dict(zip(names, leaves, strict=True))
-            loss = functional_call(loss_module, by_name, (fields,))
+            loss = functional_call(
+                held, by_name, (partial(loss_of, model, fields, cross_entropy, near),)
+            )
             gradients = list(torch.autograd.grad(loss.loss_sum, leaves))
         return micro_sums(loss, fields, options.num_sources), gradients
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.trainer_pt_utils import LabelSmoother
 
-from torchprime.losses.cross_entropy import Spread, chunked_cross_entropy
+from torchprime.losses.chunks import Spread
+from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss
 
 B, S, D, V = 3, 13, 8, 29

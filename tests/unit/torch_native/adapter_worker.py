@@ -46,6 +46,7 @@ def main(out: Path, way: dict) -> None:
     options = StepOptions(
         way["accumulation"], 3, max_grad_norm=reference.CLIP, random_seed=way["seed"]
     )
+    options = reference.with_term(options, way.get("term"))
     backend.prepare_training(AdamW(eps=way["eps"], weight_decay=reference.DECAY), options)
     found: dict[str, list[float]] = {"losses": [], "norms": []}
     for step in range(way["steps"]):

@@ -20,6 +20,7 @@ from torchprime.adapters.apply import apply_adapter, trainable  # noqa: E402
 from torchprime.adapters.spec import AdapterSpec  # noqa: E402
 from torchprime.models.architecture import architecture_from_hf  # noqa: E402
 from torchprime.models.decoder import CausalLM  # noqa: E402
+from torchprime.training.regularization.near_base import Kl  # noqa: E402
 
 WORKER = Path(__file__).parent / "adapter_worker.py"
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
@@ -32,6 +33,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "fsdp2-tensor2-whole-modules": {
         "mesh": {"fsdp": 2, "tensor": 2},
         "spec": {**LORA, "modules_to_train": ["lm_head", "model.norm"], "layers": [1]},
+    },
+    "kl-fsdp2-remat-accumulate2": {
+        "mesh": {"fsdp": 2}, "spec": LORA, "remat": "full", "accumulation": 2, "term": "kl-all",
     },
 }  # fmt: skip
 QUICK = "tensor2"
@@ -65,7 +69,8 @@ def test_an_adapter_trains_as_on_one_device(
     torch.save(start, tmp_path / "start.pt")
     processes = how["mesh"].get("fsdp", 1) * how["mesh"].get("tensor", 1)
     ranks = fork_server.group(processes, WORKER, str(tmp_path), json.dumps(how))
-    expected = adapted.train(model, dropout=True)
+    kl = Kl(reference.COEFFICIENT, "all") if "term" in how else None
+    expected = adapted.train(model, dropout=True, kl=kl)
     for ended in [rank.end() for rank in ranks]:
         assert ended.code == 0, ended.printed[-3000:]
     found = json.loads((tmp_path / "numbers.json").read_text())

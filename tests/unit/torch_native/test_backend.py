@@ -40,10 +40,22 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     "adafactor": (1, {"mesh": {}, "optimizer": "adafactor"}),
     "adafactor-fsdp2": (2, {"mesh": {"fsdp": 2}, "optimizer": "adafactor"}),
     "adafactor-fsdp2-tensor2": (4, {"mesh": {"fsdp": 2, "tensor": 2}, "optimizer": "adafactor"}),
-    "l2_sp-data2": (2, {"mesh": {"data": 2}, "penalty": "l2_sp"}),
+    "l2_sp-data2": (2, {"mesh": {"data": 2}, "term": "l2_sp"}),
     "ewc-fsdp2-tensor2-tied": (
         4,
-        {"mesh": {"fsdp": 2, "tensor": 2}, "tied": True, "penalty": "ewc"},
+        {"mesh": {"fsdp": 2, "tensor": 2}, "tied": True, "term": "ewc"},
+    ),
+    "kl-supervised-fsdp2-accumulate2": (
+        2,
+        {"mesh": {"fsdp": 2}, "term": "kl-supervised", "accumulation": 2},
+    ),
+    "kl-all-hsdp-tied-remat": (
+        4,
+        {"mesh": {"data": 2, "fsdp": 2}, "tied": True, "term": "kl-all", "remat": "full"},
+    ),
+    "kl-all-tensor2-compiled": (
+        2,
+        {"mesh": {"tensor": 2}, "term": "kl-all", "compiler": "aot_eager"},
     ),
     "muon-fsdp2": (2, {"mesh": {"fsdp": 2}, "optimizer": "muon"}),
     "muon-fsdp2-tensor2": (4, {"mesh": {"fsdp": 2, "tensor": 2}, "optimizer": "muon"}),
@@ -66,6 +78,8 @@ SLOW = {
     "muon-fsdp2-tensor2",
     "lion-fsdp2",
     "sgd-fsdp2",
+    "kl-all-hsdp-tied-remat",
+    "kl-all-tensor2-compiled",
 }
 
 
@@ -90,7 +104,7 @@ def trained(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory):
                 how.get("family", "llama"),
                 how.get("optimizer", "adamw"),
                 how.get("heads", (4, 2)),
-                how.get("penalty"),
+                how.get("term"),
             )
             if key not in references:
                 references[key] = reference.train(*key)
@@ -110,7 +124,7 @@ def test_numbers_and_weights_are_the_references(way: str, trained) -> None:
     found = json.loads((out / "numbers.json").read_text())
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
-    assert found["penalties"] == pytest.approx(expected["penalties"], rel=1e-5)
+    assert found["terms"] == pytest.approx(expected["terms"], rel=1e-5)
     for ours, theirs in zip(found["by_source"], expected["by_source"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert found["held_out"] == pytest.approx(expected["held_out"], rel=1e-4)

@@ -26,7 +26,6 @@ from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_native.backend import NativeBackend  # noqa: E402
 from torchprime.torch_native.runtime import stop_processes  # noqa: E402
 from torchprime.training.backend import StepOptions  # noqa: E402
-from torchprime.training.regularization.penalty import AnchorSource, Penalty  # noqa: E402
 
 
 def main(out: Path, way: dict) -> None:
@@ -50,29 +49,22 @@ def main(out: Path, way: dict) -> None:
         model = CausalLM(architecture_from_hf(config.to_dict()))
     shipped = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
     table = ShardingTable(shipped.parameters, shipped.activations, 100)
-    backend.place(model, table, lambda name: start[name].clone(), torch.float32)
-    penalty = way.get("penalty")
-    options = StepOptions(
-        accumulation,
-        3,
-        max_grad_norm=reference.CLIP,
-        num_sources=2,
-        step_terms=() if penalty is None else (penalty,),
-        penalty=None if penalty is None else Penalty(penalty, reference.STRENGTH),
-    )
+    term = way.get("term")
+    base = reference.anchors(start)[0].__getitem__ if (term or "").startswith("kl") else None
+    backend.place(model, table, lambda name: start[name].clone(), torch.float32, base)
+    options = StepOptions(accumulation, 3, max_grad_norm=reference.CLIP, num_sources=2)
     optimizer = small_optimizer(way.get("optimizer", "adamw"))
-    base, fisher = reference.anchors(start)
-    anchors = AnchorSource(base.__getitem__, fisher.__getitem__ if penalty == "ewc" else None)
-    backend.prepare_training(optimizer, options, anchors=None if penalty is None else anchors)
+    options = reference.with_term(options, term)
+    backend.prepare_training(optimizer, options, anchors=reference.anchor_source(start, term))
 
-    losses, norms, by_source, compiles, penalties = [], [], [], [], []
+    losses, norms, by_source, compiles, terms = [], [], [], [], []
     compiled = backend.compiles()
     for step in range(reference.STEPS):
         batch = reference.make_batch(step)
         numbers = backend.read(backend.train_step(backend.put(batch, accumulation), reference.LR))
         losses.append(numbers.loss)
         norms.append(numbers.grad_norm)
-        penalties += numbers.terms.values()
+        terms += numbers.terms.values()
         compiles.append(backend.compiles() - compiled)
         weights = batch.source_weights(2)
         by_source.append([s / w for s, w in zip(numbers.source_loss_sums, weights, strict=True)])
@@ -88,7 +80,7 @@ def main(out: Path, way: dict) -> None:
             "losses": losses,
             "norms": norms,
             "by_source": by_source,
-            "penalties": penalties,
+            "terms": terms,
             "compiles": compiles,
             "held_out": loss_sum / weight_sum,
             "largest_share": held,

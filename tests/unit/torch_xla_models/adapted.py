@@ -6,6 +6,7 @@ loss is plain cross-entropy over full logits, clipping and AdamW are torch's.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.remat import Remat
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.adamw import AdamW
+from torchprime.training.regularization.near_base import Kl
 
 STEPS, SEED, EPS = 10, 20_261_130, 1e-3
 LR = 1e-2
@@ -62,6 +64,7 @@ class Way:
     accumulation: int = 1
     more: dict[str, Any] = field(default_factory=dict)
     cut_further: bool = False
+    kl: Kl | None = None
 
     def groups(self, table: ShardingTable):
         """Return the shards along the inputs of a layer, by its name."""
@@ -91,6 +94,19 @@ WAYS = {
         {"fsdp": 2, "tensor": 2},
         AdapterSpec(rank=4, alpha=8, dora=True, targets=_FEW, base_type="nf4"),
         more={"remat": Remat(scan_layers=True)},
+    ),
+    "kl-dropout-scan-accumulate2": Way(
+        {"fsdp": 2, "tensor": 2},
+        AdapterSpec(rank=4, alpha=8, dropout=0.1, targets=_FEW),
+        accumulation=2,
+        more={"remat": Remat(scan_layers=True)},
+        kl=Kl(reference.COEFFICIENT, "all"),
+    ),
+    "kl-nf4-remat": Way(
+        {"data": 2, "fsdp": 2},
+        AdapterSpec(rank=4, alpha=8, targets=_FEW, base_type="nf4"),
+        more={"remat": Remat("full")},
+        kl=Kl(reference.COEFFICIENT, "supervised"),
     ),
     "nf4-dora-tensor": Way(
         {"fsdp": 2, "tensor": 2}, AdapterSpec(rank=4, alpha=8, dora=True, base_type="nf4")
@@ -154,20 +170,39 @@ def make_model(way: Way, table: ShardingTable) -> CausalLM:
     return model
 
 
-def loss_of(model: CausalLM, batch: Batch) -> Tensor:
+def logits_of(model: CausalLM, batch: Batch) -> Tensor:
     ids, positions, segments = map(
         torch.from_numpy, (batch.input_ids, batch.position_ids, batch.segment_ids)
     )
-    logits = model.logits(ids.long(), positions.long(), segments)
+    return model.logits(ids.long(), positions.long(), segments)
+
+
+def base_of(model: CausalLM) -> CausalLM:
+    """The model with B = 0: what it computes without its adapter."""
+    base = copy.deepcopy(model)
+    for name, parameter in base.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    return base
+
+
+def divergence_of(model: CausalLM, base: CausalLM, batch: Batch, kl: Kl) -> Tensor:
+    with torch.no_grad():
+        of_base = logits_of(base, batch)
+    return kl.coefficient * reference.divergence_of(logits_of(model, batch), of_base, batch, kl.on)
+
+
+def loss_of(model: CausalLM, batch: Batch) -> Tensor:
+    logits = logits_of(model, batch)
     targets = torch.from_numpy(batch.targets).long().flatten()
     nll = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
     weights = torch.from_numpy(batch.loss_weights).flatten()
     return (nll * weights).sum() / weights.sum()
 
 
-def train(model: CausalLM, dropout: bool) -> dict[str, list[float]]:
+def train(model: CausalLM, dropout: bool, kl: Kl | None = None) -> dict[str, list[float]]:
     """Train the model in place; return the losses and gradient norms of each step."""
-    trained = trainable(model)
+    trained, base = trainable(model), base_of(model)
     decayed = [p for n, p in trained.items() if "norm" not in n and not n.endswith("bias")]
     plain = [p for n, p in trained.items() if "norm" in n or n.endswith("bias")]
     groups = [
@@ -183,6 +218,8 @@ def train(model: CausalLM, dropout: bool) -> dict[str, list[float]]:
             position = Position(seed, done, tokens.view(reference.B, reference.S))
             set_position(model, position)
         loss = loss_of(model, reference.make_batch(step))
+        if kl is not None:
+            loss = loss + divergence_of(model, base, reference.make_batch(step), kl)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), reference.CLIP)
@@ -226,6 +263,8 @@ def step_options(way: Way) -> StepOptions:
         loss_chunks=3,
         max_grad_norm=reference.CLIP,
         random_seed=SEED if way.spec.dropout else None,
+        loss_terms=() if way.kl is None else ("kl",),
+        kl=way.kl,
     )
 
 
@@ -245,7 +284,7 @@ def train_both(way: Way, shipped: ShardingTable) -> Trained:
     start = {n: p.detach().clone() for n, p in plain.named_parameters()}
     # First, as autograd looks for devices once in a process, at its first backward.
     backend = make_backend(way, start, shipped)
-    expected = train(plain, way.spec.dropout > 0)
+    expected = train(plain, way.spec.dropout > 0, way.kl)
     numbers, compiles = [], []
     for step in range(STEPS):
         before = backend.compiles()

@@ -20,7 +20,6 @@ from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_xla_models.backend import XlaBackend  # noqa: E402
 from torchprime.training.backend import ResumedState, StepOptions  # noqa: E402
 from torchprime.training.optim.adamw import AdamW  # noqa: E402
-from torchprime.training.regularization.penalty import AnchorSource, Penalty  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +36,9 @@ def shipped_table() -> ShardingTable:
 
 
 @pytest.fixture(scope="session")
-def anchored_run() -> dict:
-    """The reference run of the tied model with EWC."""
-    return reference.train(tied=True, penalty="ewc")
+def runs_with_terms() -> dict[str, dict]:
+    """Reference runs of the tied model, by the term that their steps add."""
+    return {term: reference.train(tied=True, term=term) for term in ("ewc", "kl-all")}
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +54,7 @@ def make_backend(reference_runs, shipped_table):
         optimizer=None,
         options: dict | None = None,
         resumed: ResumedState | None = None,
-        penalty: str | None = None,
+        term: str | None = None,
         **more,
     ) -> XlaBackend:
         sizes = {axis: mesh.get(axis, 1) for axis in AXES}
@@ -64,24 +63,21 @@ def make_backend(reference_runs, shipped_table):
         with torch.device("meta"):
             model = CausalLM(architecture_from_hf(config.to_dict()))
         start = reference_runs[tied]["start"]
+        base = reference.anchors(start)[0].__getitem__ if term and term.startswith("kl") else None
         if resumed is None:
-            backend.place(model, shipped_table, lambda name: start[name], dtype)
+            backend.place(model, shipped_table, lambda name: start[name], dtype, base)
         else:
             backend.place(model, shipped_table, lambda n: resumed.tensor_of(f"model.{n}"), dtype)
         chosen = StepOptions(
             gradient_accumulation_steps=accumulation,
             loss_chunks=3,
-            step_terms=() if penalty is None else (penalty,),
-            penalty=None if penalty is None else Penalty(penalty, reference.STRENGTH),
             **{"max_grad_norm": reference.CLIP, **(options or {})},
         )
-        base, fisher = reference.anchors(start)
-        anchors = AnchorSource(base.__getitem__, fisher.__getitem__ if penalty == "ewc" else None)
         backend.prepare_training(
             optimizer or AdamW(eps=reference.EPS, weight_decay=reference.DECAY),
-            chosen,
+            reference.with_term(chosen, term),
             resumed,
-            None if penalty is None else anchors,
+            reference.anchor_source(start, term),
         )
         backend.accumulation = accumulation  # pyright: ignore[reportAttributeAccessIssue]
         return backend

@@ -7,6 +7,7 @@ cross-entropy, torch's clipping and AdamW, on the CPU in eager mode.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,11 +18,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 from transformers.optimization import Adafactor
 
 from torchprime.data.blocks.batch import Batch
+from torchprime.training.backend import StepOptions
+from torchprime.training.regularization.near_base import Kl
+from torchprime.training.regularization.penalty import AnchorSource, Penalty
 
 # Adam divides by a root that is near 0 where gradients are tiny, and so amplifies their rounding:
 # an epsilon above that noise lets final weights be compared closely.
 V, B, S, LR, CLIP, DECAY, EPS, STEPS = 64, 8, 16, 3e-2, 0.5, 0.1, 1e-3, 4
 STRENGTH = 0.05  # of a penalty
+COEFFICIENT = 0.3  # of a divergence
 FACTOR_EPS = 1e-6  # the same for Adafactor, which adds it to squares
 
 CONFIG = LlamaConfig(
@@ -85,16 +90,20 @@ def make_model(tied: bool, family: str = "llama", heads: tuple[int, int] = (4, 2
     return config, model
 
 
-def loss_of(model, batch: Batch, source: int | None = None) -> torch.Tensor:
-    """The mean loss per weight, of all tokens or of one source's."""
+def logits_of(model, batch: Batch) -> torch.Tensor:
     segments = torch.from_numpy(batch.segment_ids)
     allowed = (segments[:, :, None] == segments[:, None, :]) & torch.ones(S, S).tril().bool()
     mask = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
-    logits = model(
+    return model(
         input_ids=torch.from_numpy(batch.input_ids).long(),
         position_ids=torch.from_numpy(batch.position_ids).long(),
         attention_mask=mask,
     ).logits
+
+
+def loss_of(model, batch: Batch, source: int | None = None) -> torch.Tensor:
+    """The mean loss per weight, of all tokens or of one source's."""
+    logits = logits_of(model, batch)
     targets = torch.from_numpy(batch.targets).long().flatten()
     nll = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
     weights = torch.from_numpy(batch.loss_weights).flatten()
@@ -117,6 +126,25 @@ def penalty_of(model, penalty: str, base: dict, fisher: dict) -> torch.Tensor:
     if penalty == "ewc":
         squares = {n: fisher[n] * each for n, each in squares.items()}
     return STRENGTH * torch.stack([each.sum() for each in squares.values()]).sum()
+
+
+def divergence_of(logits: torch.Tensor, of_base: torch.Tensor, batch: Batch, on: str):
+    """The mean of KL(base || model), by torch's own function, over full logits."""
+    log_p, log_q = logits.log_softmax(-1), of_base.log_softmax(-1)
+    each = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+    weights = torch.from_numpy(batch.loss_weights)
+    if on == "all":
+        weights = torch.from_numpy(batch.segment_ids > 0).float()
+    return (each * weights).sum() / weights.sum()
+
+
+def term_of(model, base_model, batch: Batch, term: str, base: dict, fisher: dict) -> torch.Tensor:
+    """The term that a step adds to its loss: ewc, l2_sp, kl-supervised or kl-all."""
+    if not term.startswith("kl"):
+        return penalty_of(model, term, base, fisher)
+    with torch.no_grad():
+        of_base = logits_of(base_model, batch)
+    return COEFFICIENT * divergence_of(logits_of(model, batch), of_base, batch, term[3:])
 
 
 class Lion(torch.optim.Optimizer):
@@ -194,24 +222,26 @@ def train(
     family: str = "llama",
     optimizer_name: str = "adamw",
     heads: tuple[int, int] = (4, 2),
-    penalty: str | None = None,
+    term: str | None = None,
 ) -> dict:
-    """Losses, gradient norms and final weights of a few updates; `penalty` is ewc or l2_sp."""
+    """Losses, gradient norms and final weights of a few updates; `term` is one of `term_of`."""
     _, model = make_model(tied, family, heads)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     decayed = [p for n, p in model.named_parameters() if "norm" not in n]
     plain = [p for n, p in model.named_parameters() if "norm" in n]
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": plain, "weight_decay": 0.0}]
     optimizer = make_optimizer(optimizer_name, groups, model)
-    losses, norms, by_source, penalties = [], [], [], []
+    losses, norms, by_source, terms = [], [], [], []
     base, fisher = anchors(start)
+    base_model = make_model(tied, family, heads)[1]
+    base_model.load_state_dict(base, strict=False)
     for step in range(STEPS):
         with torch.no_grad():
             by_source.append([loss_of(model, make_batch(step), source).item() for source in (0, 1)])
         loss = loss_of(model, make_batch(step))
-        if penalty is not None:
-            held = penalty_of(model, penalty, base, fisher)
-            penalties.append(held.item())
+        if term is not None:
+            held = term_of(model, base_model, make_batch(step), term, base, fisher)
+            terms.append(held.item())
             loss = loss + held
         optimizer.zero_grad()
         loss.backward()
@@ -226,8 +256,25 @@ def train(
         "losses": losses,
         "norms": norms,
         "by_source": by_source,
-        "penalties": penalties,
+        "terms": terms,
         "weights": weights,
         "held_out": held_out,
         "model": model,
     }
+
+
+def with_term(options: StepOptions, term: str | None) -> StepOptions:
+    """The options of a step with one of the terms of `term_of`."""
+    if term is None:
+        return options
+    if term.startswith("kl"):
+        kl = Kl(COEFFICIENT, "all" if term == "kl-all" else "supervised")
+        return replace(options, loss_terms=("kl",), kl=kl)
+    return replace(options, step_terms=(term,), penalty=Penalty(term, STRENGTH))
+
+
+def anchor_source(start: dict[str, torch.Tensor], term: str | None) -> AnchorSource | None:
+    base, fisher = anchors(start)
+    if term not in ("ewc", "l2_sp"):
+        return None
+    return AnchorSource(base.__getitem__, fisher.__getitem__ if term == "ewc" else None)

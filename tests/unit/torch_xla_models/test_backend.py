@@ -36,7 +36,15 @@ WAYS = {
         tied=True,
         remat=Remat(scan_layers=True),
         accumulation=2,
-        penalty="ewc",
+        term="ewc",
+    ),
+    "kl-scan-remat-tied-accumulate2": dict(
+        mesh={"fsdp": 2, "tensor": 2},
+        tied=True,
+        remat=Remat("full", scan_layers=True),
+        accumulation=2,
+        options={"num_sources": 2},
+        term="kl-all",
     ),
 }
 
@@ -65,13 +73,13 @@ def trained(make_backend):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_losses_norms_and_weights_are_the_references(
-    way: str, trained, reference_runs, anchored_run
+    way: str, trained, reference_runs, runs_with_terms
 ) -> None:
     backend, numbers, _ = trained(way)
     expected = reference_runs[WAYS[way].get("tied", False)]
-    if "penalty" in WAYS[way]:
-        expected = anchored_run
-        assert [n.terms["ewc"] for n in numbers] == pytest.approx(expected["penalties"], rel=1e-5)
+    if (term := WAYS[way].get("term")) is not None:
+        expected, name = runs_with_terms[term], term.partition("-")[0]
+        assert [n.terms[name] for n in numbers] == pytest.approx(expected["terms"], rel=1e-5)
     assert [n.loss for n in numbers] == pytest.approx(expected["losses"], rel=1e-5)
     assert [n.grad_norm for n in numbers] == pytest.approx(expected["norms"], rel=1e-5)
     ours = dict(backend.weights())
@@ -115,9 +123,9 @@ def test_parameters_and_state_are_really_cut(trained) -> None:
         assert "devices=[2,2]" in spec, spec
 
 
-def test_anchors_are_cut_and_never_written(trained, anchored_run) -> None:
+def test_anchors_are_cut_and_never_written(trained, reference_runs) -> None:
     backend = trained("ewc-scan-tied-accumulate2")[0]
-    base, fisher = reference.anchors(anchored_run["start"])
+    base, fisher = reference.anchors(reference_runs[True]["start"])
     for name in ("down_proj", "q_proj"):
         part = "mlp" if name == "down_proj" else "self_attn"
         anchor = backend.state.parameters[f"model.layers.stacked.{part}.{name}.weight"].anchor

@@ -18,6 +18,7 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
+from torchprime.adapters.apply import is_adapted
 from torchprime.data.blocks.batch import Batch
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
@@ -149,7 +150,8 @@ def trace_step(
     def empty(name: str) -> Tensor:
         return torch.empty(shapes[name], device="meta")
 
-    backend.place(model, table, empty, dtype)
+    runs_base = options.kl is not None and not is_adapted(model)
+    backend.place(model, table, empty, dtype, empty if runs_base else None)
     anchors = options.penalty and AnchorSource(empty, empty if options.penalty.has_fisher else None)
     backend.prepare_training(optimizer, options, anchors=anchors)
     batch = _empty_batch(shape, with_sources=options.num_sources > 1)

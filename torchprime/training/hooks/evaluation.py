@@ -27,6 +27,8 @@ from torchprime.metrics.record import EvalRecord, GradedScore, StepRecord
 from torchprime.training.backend import Backend
 from torchprime.training.evaluating import Evaluation
 from torchprime.training.loop import BaseHook, RunControl
+from torchprime.training.regularization.near_base import NAME as KL
+from torchprime.training.regularization.penalty import PENALTIES
 from torchprime.training.run.resume import KeptEvaluations, Past
 
 
@@ -90,7 +92,7 @@ class EvaluationHook(BaseHook):
         return Past(self.first_step, tuple(self.history), tuple(self._losses)).to_dict()
 
     def on_record(self, record: StepRecord) -> None:
-        self._losses.append((record.terms or {}).get("cross_entropy", record.loss))
+        self._losses.append(cross_entropy_of(record))
 
     def scores_after(self, step: int) -> dict[str, float]:
         """Return the scores measured after exactly this step; {} if there are none."""
@@ -177,3 +179,11 @@ class EvaluationHook(BaseHook):
                 "write there; the same command then resumes."
             ) from error
         return scores_of(grades, list(e.graders), e.measures)
+
+
+def cross_entropy_of(record: StepRecord) -> float:
+    """Return the part of a step's loss that held-out loss has too."""
+    terms = record.terms or {}
+    if "cross_entropy" in terms:
+        return terms["cross_entropy"]
+    return record.loss - sum(terms.get(name, 0.0) for name in (*PENALTIES, KL))

@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+PENALTIES = EWC, L2_SP = "ewc", "l2_sp"  # names of terms in a step's record
+
 
 @dataclass(frozen=True)
 class Penalty:
-    """A penalty: the name of its term in a step's record, and its strength."""
+    """A penalty by its name, and its strength."""
 
     name: str
     strength: float
@@ -26,7 +28,7 @@ class Penalty:
     @property
     def has_fisher(self) -> bool:
         """Return True if F is not 1."""
-        return self.name == "ewc"
+        return self.name == EWC
 
 
 class Anchor(NamedTuple):

@@ -39,6 +39,7 @@ REFUSED_KEYS = (
     "adapter.base_dtype", "dataset.replay_schedule",
 )  # fmt: skip
 SCHEDULE, CONSTANT = "dataset.replay_schedule", "constant"
+KL = "regularization.kl"
 # Fingerprints: the severity of a difference, and the thing that is fingerprinted.
 IDENTITIES = {
     "model": (REFUSED, "names, shapes and new rows of the weights"),
@@ -169,6 +170,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = {**dict(_flat(schema_defaults())), **dict(_flat(config))}
     name = flat.get("task.optimizer.name", "adamw")
     unused = [] if flat.get("adapter.rank") is not None else ["adapter."]
+    unused += [] if flat.get(f"{KL}.coefficient") is not None else [f"{KL}."]
     unused += [] if name == "muon" else ["task.optimizer.muon."]
     unused += [] if flat.get(f"{SCHEDULE}.start") is not None else [f"{SCHEDULE}."]
     if flat.get("task.optimizer.betas") is None:  # older versions wrote the method's own

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import NotRequired, TypedDict
 
-from torchprime.checkpoint.run.manifest import Manifest
+from torchprime.checkpoint.run.manifest import Manifest, ModelFacts
 from torchprime.config.sections.evaluation import LOSSES
 from torchprime.evaluation.selection import Evaluated
 from torchprime.training.optim.optimizer import Parameter
@@ -94,6 +94,15 @@ def make_manifest(
     backend, plan, identity = p.backend, p.plan, inputs.identity()
     parameters = [Parameter((n,), s, inputs.dtype) for n, s in inputs.files.shapes.items()]
     slots = {slot for parameter in parameters for slot in p.optimizer.slots(parameter)}
+    model: ModelFacts = {
+        "names": len(inputs.files.shapes),
+        "dtype": config.torch_dtype,
+        "parameters": inputs.files.num_parameters,
+        "hash": identity["model"],
+        "base": identity["base"],
+    }
+    if identity["fisher"] is not None:
+        model["fisher"] = identity["fisher"]
     return Manifest(
         backend=backend.name,
         mesh=config.mesh_shape(),
@@ -101,14 +110,7 @@ def make_manifest(
         config=config.to_dict(),
         versions=run_folder.versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model={
-            "names": len(inputs.files.shapes),
-            "dtype": config.torch_dtype,
-            "parameters": inputs.files.num_parameters,
-            "hash": identity["model"],
-            "base": identity["base"],
-            **({"fisher": identity["fisher"]} if identity["fisher"] else {}),
-        },
+        model=model,
         optimizer={"name": config.task.optimizer.name, "slots": sorted(slots)},
         scheduler={
             "name": schedule.name,

@@ -161,7 +161,10 @@ def _activation_bytes(config: TrainConfig, architecture: Architecture) -> int:
     tokens = rows * c.dataset.block_size
     hidden = tokens * a.hidden_size * getattr(torch, c.torch_dtype).itemsize
     tensors = {"none": 16 + 3 * a.intermediate_size // a.hidden_size, "full": 1, "offload": 0}
-    logits = 2 * 4 * rows * math.ceil(c.dataset.block_size / c.task.loss_chunks) * a.vocab_size
+    models = 1 if c.regularization.kl.coefficient is None else 2  # with logits of their own
+    logits = (
+        models * 2 * 4 * rows * math.ceil(c.dataset.block_size / c.task.loss_chunks) * a.vocab_size
+    )
     return hidden * tensors[c.remat.policy] * a.num_hidden_layers + logits
 
 

@@ -29,6 +29,8 @@ from torchprime.training.optim.adamw_8bit import block_length
 from torchprime.training.optim.make import make_optimizer
 from torchprime.training.optim.muon import MuonSettings
 from torchprime.training.optim.optimizer import Optimizer, Parameter
+from torchprime.training.regularization.near_base import NAME as KL
+from torchprime.training.regularization.near_base import Kl
 from torchprime.training.regularization.penalty import Penalty
 from torchprime.training.setup.adapter import Adapter
 from torchprime.training.setup.datasets import RunData
@@ -188,8 +190,9 @@ def optimizer_of(config: TrainConfig) -> Optimizer:
 
 def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
     """Return the options of the step besides model and optimizer."""
-    task, loss, penalty = config.task, config.task.loss, config.regularization.penalty
+    task, loss, near = config.task, config.task.loss, config.regularization
     token_loss = TokenLoss(loss.label_smoothing, loss.z_loss, loss.dft)
+    penalty, kl = near.penalty, near.kl
     return StepOptions(
         gradient_accumulation_steps=task.gradient_accumulation_steps,
         loss_chunks=task.loss_chunks,
@@ -198,9 +201,10 @@ def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
         master_weights=task.optimizer.master_weights,
         num_sources=num_sources,
         token_loss=token_loss,
-        loss_terms=token_loss.terms,
+        loss_terms=(*token_loss.terms, *([] if kl.coefficient is None else [KL])),
         step_terms=() if penalty is None else (penalty[0],),
         penalty=None if penalty is None else Penalty(*penalty),
+        kl=None if kl.coefficient is None else Kl(kl.coefficient, kl.on),
         random_seed=_random_seed(config),
         noise_alpha=task.neftune_noise_alpha or 0.0,
     )

@@ -30,6 +30,12 @@ SCRATCH = (
          "l2_sp.strength: given 1.0, expected null, since the run trains an adapter"),
         ("adapter=lora regularization.ewc.fisher=f regularization.ewc.strength=1",
          "ewc.strength: given 1.0, expected null, since the run trains an adapter"),
+        ("regularization.kl.coefficient=-1", "kl.coefficient: given -1.0, expected a number above"),
+        ("regularization.kl.on=answers", "kl.on: given 'answers'"),
+        ("adapter=lora adapter.modules_to_train=[norm] regularization.kl.coefficient=1",
+         "kl.coefficient: given 1.0, expected null, since adapter.modules_to_train"),
+        (SCRATCH.format("kl.coefficient=1"), "model.pretrained_model: given null, expected the "
+         "base .* regularization.kl.coefficient=null"),
         (SCRATCH.format("l2_sp.strength=1"), "model.pretrained_model: given null, expected the "
          "base .* regularization.l2_sp.strength=null"),
     ],
@@ -42,9 +48,22 @@ def test_refused(overrides: str, message: str) -> None:
 def test_off_by_default() -> None:
     section = compose_config(BASE).regularization
     assert section.penalty is None and not section.enabled and not section.holds_base(adapter=False)
+    assert section.describe() == ""
 
 
 def test_the_penalty_by_name() -> None:
     section = compose_config([*BASE, "regularization.l2_sp.strength=0.5"]).regularization
     assert section.penalty == ("l2_sp", 0.5)
     assert section.enabled and section.holds_base(adapter=False)
+    more = ["regularization.l2_sp.strength=0.5", "regularization.kl.coefficient=0.1"]
+    assert compose_config([*BASE, *more]).regularization.describe() == (
+        "l2_sp 0.5, kl 0.1 on supervised tokens"
+    )
+
+
+def test_the_divergence_needs_a_copy_of_the_base_unless_there_is_an_adapter() -> None:
+    section = compose_config([*BASE, "adapter=lora", "regularization.kl.coefficient=1"])
+    assert section.regularization.enabled
+    assert section.regularization.runs_base(adapter=False)
+    assert not section.regularization.runs_base(adapter=True)
+    assert not section.regularization.holds_base(adapter=True)

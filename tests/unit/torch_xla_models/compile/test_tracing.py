@@ -29,6 +29,14 @@ WAYS = {
         mesh={"fsdp": 4}, accumulation=2, remat=Remat("full", scan_layers=True)
     ),
     "fsdp2-tensor2-bf16": dict(mesh={"fsdp": 2, "tensor": 2}, dtype=torch.bfloat16),
+    "ewc-scan": dict(mesh={"fsdp": 2, "tensor": 2}, remat=Remat(scan_layers=True), term="ewc"),
+    "kl-scan-remat-accumulate2-bf16": dict(
+        mesh={"fsdp": 4},
+        accumulation=2,
+        remat=Remat("full", scan_layers=True),
+        dtype=torch.bfloat16,
+        term="kl-supervised",
+    ),
     "adafactor-sources": dict(
         mesh={"data": 2, "fsdp": 2}, optimizer=Adafactor(), options={"num_sources": 2}
     ),
@@ -58,7 +66,7 @@ def lowered(way: dict, table):
     accumulation = settings.pop("accumulation", 1)
     dtype = settings.pop("dtype", torch.float32)
     optimizer = settings.pop("optimizer", AdamW(eps=reference.EPS, weight_decay=reference.DECAY))
-    options = settings.pop("options", {})
+    options, term = settings.pop("options", {}), settings.pop("term", None)
     backend = XlaBackend(sizes, dict.fromkeys(AXES, 1), make_tensors=Placeholders, **settings)
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(reference.make_model(False)[0].to_dict()))
@@ -68,7 +76,7 @@ def lowered(way: dict, table):
         max_grad_norm=reference.CLIP,
         **options,
     )
-    shape = BatchShape(reference.B, reference.S)
+    chosen, shape = reference.with_term(chosen, term), BatchShape(reference.B, reference.S)
     return trace_step(backend, model, table, dtype, optimizer, chosen, shape)
 
 
@@ -111,12 +119,39 @@ def test_arguments_are_cut_and_donated_as_training_does(make_backend, shipped_ta
     assert kept == Counter(constants + [(tuple(t.shape), sharding_of(t)) for t in batch])
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_an_update_writes_over_what_it_replaces(accumulation: int, make_backend) -> None:
-    """All of the state, in a loop over micro-batches too: else the weights are held twice."""
+def test_the_bases_frozen_values_are_arguments_that_are_not_donated(shipped_table) -> None:
+    """One for each weight, cut like it; with EWC one more for its Fisher information."""
+    for way, count in (("ewc-scan", 2), ("kl-scan-remat-accumulate2-bf16", 1)):
+        arguments = lowered(WAYS[way], shipped_table).arguments.values()
+        frozen = Counter((a.shape, a.sharding) for a in arguments if not a.donated)
+        with torch.device("meta"):
+            model = CausalLM(architecture_from_hf(reference.make_model(False)[0].to_dict()))
+        weights = [name for name, _ in model.named_parameters() if ".layers.1." not in name]
+        others = 5 + 1 + 1  # the batch, rotary speeds, learning rate
+        assert frozen.total() == count * len(weights) + others
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "term"),
+    [
+        pytest.param(1, None, marks=pytest.mark.slow),
+        (2, None),
+        pytest.param(2, "ewc", marks=pytest.mark.slow),
+        pytest.param(2, "kl-all", marks=pytest.mark.slow),
+    ],
+)
+def test_an_update_writes_over_what_it_replaces(
+    accumulation: int, term: str | None, make_backend
+) -> None:
+    """All of the state, in a loop over micro-batches too: else the weights are held twice. And
+    nothing else: the base's values stay."""
     own = {"max_grad_value": 0.37}  # a program that no other test has had compiled
     backend = make_backend(
-        {"fsdp": 4}, accumulation=accumulation, remat=Remat(scan_layers=True), options=own
+        {"fsdp": 4},
+        accumulation=accumulation,
+        remat=Remat(scan_layers=True),
+        options=own,
+        term=term,
     )
     batch = backend.put(reference.make_batch(0), accumulation)
     backend.train_step(batch, reference.LR)

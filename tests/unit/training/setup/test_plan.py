@@ -82,3 +82,25 @@ def test_a_tensor_axis_that_cuts_a_block_is_refused() -> None:
     message = str(caught.value)
     assert "given 'adamw_8bit'" in message
     assert "cuts the rows of model.layers.0.self_attn.o_proj.weight [2048, 2048]" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bytes_each"),
+    [
+        (["regularization.l2_sp.strength=1"], 2),
+        (["regularization.ewc.strength=1", "regularization.ewc.fisher=f"], 2 + 4),
+        (["regularization.kl.coefficient=1"], 2),
+        (["regularization.kl.coefficient=1", "regularization.l2_sp.strength=1"], 2),
+        (["regularization.kl.coefficient=1", "adapter=lora"], 0),
+    ],
+)
+def test_regularizations_frozen_values_are_counted(overrides: list[str], bytes_each: int) -> None:
+    """Beside each bf16 weight of a device; and a second chunk of logits for the base's."""
+    argv = json.loads(RESULTS.read_text())["8b-v6e-8-adafactor"]["argv"]
+    model = ["model.pretrained_model=meta-llama/Llama-3.1-8B"]
+    plain, held = estimate([*argv, *model]), estimate([*argv, *model, *overrides])
+    assert held.reference == bytes_each * (plain.weights // 2)
+    assert held.total >= plain.total + held.reference or "adapter=lora" in overrides
+    logits = 2 * 4 * -(-1024 // 8) * 128_256
+    extra = held.activations - plain.activations
+    assert extra % logits == 0 and (extra > 0) == ("kl" in overrides[0])

@@ -1,0 +1,89 @@
+"""The divergence of a model from its frozen base: KL(base || model) of every token's next-token
+distribution.
+
+    sum over the vocabulary of q (log q - log p), q of the base and p of the model
+
+This is the direction of knowledge distillation (Hinton et al. 2015, arXiv:1503.02531) and of
+learning without forgetting (Li and Hoiem 2016, arXiv:1606.09282): the model must give probability
+wherever the base does. As for the cross-entropy, logits of both exist for one chunk of the sequence
+at a time, and the gradients are computed in the same pass. The base gets none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchprime.losses.chunks import ONE_DEVICE, Chunk, ChunkedSum, Needs, Spread, products
+from torchprime.losses.cross_entropy import LossSums
+
+# Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab.
+
+
+class BaseOutput(NamedTuple):
+    """The base's hidden states [B, S, D] after the final norm, and its output weight [V, D]."""
+
+    hidden: Tensor
+    output_weight: Tensor
+
+
+def chunked_divergence(
+    hidden: Tensor,
+    output_weight: Tensor,
+    base: BaseOutput,
+    weights: Tensor,
+    chunks: int = 8,
+    spread: Spread = ONE_DEVICE,
+) -> LossSums:
+    """Return the weighted sum of tokens' divergences without full logits.
+
+    Args:
+        hidden: [B, S, D] hidden states after the final norm.
+        output_weight: [V, D].
+        weights: fp32 [B, S], 0 for a token that does not count.
+        chunks: number of pieces of the sequence; memory for logits falls by this factor.
+        spread: the distribution of rows and weight over devices.
+    """
+    on = torch.is_grad_enabled()
+    needs = Needs(on and hidden.requires_grad, on and output_weight.requires_grad)
+    frozen = BaseOutput(base.hidden.detach(), base.output_weight.detach())
+    compute = partial(_chunk, base=frozen, weight_BS=weights, needs=needs, spread=spread)
+    loss_sum, each = ChunkedSum.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden, output_weight, compute, chunks, spread
+    )
+    return LossSums(loss_sum, weights.sum(), each)
+
+
+# (hidden states, output weight, the base's, weights) -> the sum.
+Divergence = Callable[[Tensor, Tensor, BaseOutput, Tensor], LossSums]
+
+
+def _chunk(
+    part: slice,
+    x_BCD: Tensor,
+    w_VD: Tensor,
+    *,
+    base: BaseOutput,
+    weight_BS: Tensor,
+    needs: Needs,
+    spread: Spread,
+) -> Chunk:
+    """Compute one chunk. The gradient of a token's divergence by the model's logits is p - q."""
+    weight_BC = weight_BS[:, part]
+    # The base's chunk waits like the model's, or its logits of all chunks could be in memory.
+    base_BCD, x_BCD = spread.in_order(base.hidden[:, part], x_BCD)
+    log_p = torch.matmul(x_BCD, w_VD.t()).float().log_softmax(dim=-1)
+    log_q = torch.matmul(base_BCD, base.output_weight.t()).float().log_softmax(dim=-1)
+    q = log_q.exp()
+    # Select instead of multiplying, so that an infinite logit of a token that does not count
+    # cannot make the sum 0 * inf.
+    divergence = torch.where(weight_BC != 0, (q * (log_q - log_p)).sum(dim=-1), 0.0)
+    losses = divergence * weight_BC
+    if not any(needs):
+        return Chunk(losses, [])
+    gradient = (log_p.exp() - q) * weight_BC[..., None]
+    return Chunk(losses, [], *products(gradient, x_BCD, w_VD, needs, spread.groups))
