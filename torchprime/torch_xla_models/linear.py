@@ -116,8 +116,12 @@ class XlaQuantized(QuantizedLinear):
 
     def weight_from(self, *stored: Tensor) -> Tensor:
         pairs = zip(self.parts, stored, strict=True)
-        whole = (_turn_back(name, self.gather(name, tensor)) for name, tensor in pairs)
-        return super().weight_from(*whole)
+        return self.weight_from_gathered(*(self.gather(name, tensor) for name, tensor in pairs))
+
+    def weight_from_gathered(self, *gathered: Tensor) -> Tensor:
+        """Return the weight [O, I] of gathered tensors, whose dims are in this backend's order."""
+        pairs = zip(self.parts, gathered, strict=True)
+        return super().weight_from(*(_turn_back(name, tensor) for name, tensor in pairs))
 
 
 class XlaInt8Linear(XlaQuantized, Int8Linear):
@@ -125,7 +129,24 @@ class XlaInt8Linear(XlaQuantized, Int8Linear):
 
 
 class XlaNf4Linear(XlaQuantized, Nf4Linear):
-    """Nf4Linear with the products above."""
+    """Nf4Linear with the products above.
+
+    A weight is dequantized as [groups, blocks, inputs of a block, outputs], without the first dim
+    if there is one group. No step from the codes to the rounded value changes the shape, so a TPU
+    does all of them in one fusion. Else it writes the scale of every weight to memory in fp32.
+    """
+
+    def weight_from_gathered(self, *gathered: Tensor) -> Tensor:
+        w = nf4.Nf4(*gathered)
+        groups, half, outputs = w.packed.shape
+        if half % nf4.BLOCK:  # a block is partly in high, partly in low bits
+            return super().weight_from_gathered(*gathered)
+        leading = (-1,) if groups == 1 else (groups, -1)
+        packed = w.packed.view(*leading, nf4.BLOCK, outputs)
+        codes = torch.cat([packed >> 4, packed & 15], dim=-3)
+        scales_OG = nf4.scales(w._replace(scale_codes=w.scale_codes.t()))
+        scales = scales_OG.t().reshape(*leading, 1, outputs)
+        return (self.level(codes) * scales).to(self.dtype).view(-1, outputs).t()
 
 
 # Here the outputs are the last dim of these parts: a TPU dequantizes them in that layout, and would

@@ -1,11 +1,22 @@
-"""The order of dims in which this backend stores the parts of a quantized weight."""
+"""Quantized weights on this backend: the order of dims in which their parts are stored, and their
+values."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch_xla
+from torch import nn
 
-from torchprime.torch_xla_models.linear import original_shape, turned, turned_spec
+from torchprime.adapters import nf4
+from torchprime.adapters.quantized import Nf4Linear
+from torchprime.torch_xla_models.linear import (
+    XlaNf4Linear,
+    original_shape,
+    replace_linears,
+    turned,
+    turned_spec,
+)
 
 # By part: the shape [O, ...] outside, then shape and spec here; outputs on tensor, inputs on fsdp.
 PARTS = {
@@ -39,3 +50,24 @@ def test_an_outputs_codes_stay_together() -> None:
     here = turned("packed", packed)
     for output in range(6):
         assert torch.equal(here[..., output], packed[output])
+
+
+# Inputs and their groups: whole blocks in the high and in the low bits, or parts of blocks.
+SIZES = [(256, 1), (256, 2), (256, 4), (384, 2), (160, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "groups"), SIZES)
+def test_nf4_weights_are_equal_to_the_bit(inputs: int, groups: int, dtype: torch.dtype) -> None:
+    """By both ways to find a level, to the values that the CPU's eager mode has."""
+    linear = nn.Linear(inputs, 48, bias=False, dtype=dtype)
+    generator = torch.Generator().manual_seed(inputs + groups)
+    linear.weight.data = torch.randn(48, inputs, generator=generator).pow(3).to(dtype)
+    expected = nf4.dequantize(nf4.quantize(linear.weight.detach(), groups), dtype)
+    model = nn.Sequential(Nf4Linear(linear, groups))
+    replace_linears(model, lambda layer, part, tensor: tensor, apart=False)
+    layer = model.to(torch_xla.device())[0]
+    assert isinstance(layer, XlaNf4Linear)
+    for level in (nf4.level_by_lookup, nf4.level_by_selects):
+        layer.level = level
+        assert torch.equal(layer.dequantized().cpu(), expected)
