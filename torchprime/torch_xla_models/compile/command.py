@@ -57,6 +57,9 @@ def compile_only(config: TrainConfig, say: Say | None = None) -> int:
 
     Returns:
         The exit code: 0 if it compiles and fits, else 1.
+
+    Raises:
+        CheckpointError: the folder of `adapter.pretrained` holds no adapter of this model.
     """
     say = say or (lambda line: print_lines([line]))
     library = find_library()
@@ -68,6 +71,9 @@ def compile_only(config: TrainConfig, say: Say | None = None) -> int:
         vocabulary=vocabulary_of(config),
     )
     architecture = architecture_from_hf(hf_config, where=where)
+    adapter = adapter_of(config)
+    if adapter is not None and adapter.start is not None:
+        adapter.start.fit(hf_config)
     say(f"compiling the step for {config.compile_only}; architecture from {where}")
     folder = (
         Path(config.output_dir) / f"{config.run_name or config.task.name}-{config.compile_only}"

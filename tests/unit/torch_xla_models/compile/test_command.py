@@ -201,6 +201,20 @@ def apart(monkeypatch, tmp_path: Path, code: str, limit_s: float = 60.0):
     return compile_only.compile_apart({}, dict(os.environ), tmp_path, limit_s, print)
 
 
+def test_an_adapter_of_another_model(monkeypatch, from_a_folder, tmp_path, capsys) -> None:
+    argv, _ = from_a_folder
+    *_, base = (each.partition("=")[2] for each in argv if "pretrained_model" in each)
+    config = json.loads((Path(base) / "config.json").read_text()) | {"hidden_size": 1024}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(compile_only, "find_library", lambda: None)
+    out = tmp_path / "out"
+    argv = [*argv, f"model.pretrained_model={tmp_path}", f"output_dir={out}"]
+    assert run_main(main, argv) == 2
+    said = capsys.readouterr().err
+    assert "does not fit the model; shapes differ: " in said and "Traceback" not in said
+    assert not out.exists()
+
+
 def test_over_the_time_limit(monkeypatch, tmp_path) -> None:
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
     with pytest.raises(RuntimeSetupError, match="compile_time_limit: .* longer than 0.05 minutes"):
