@@ -41,6 +41,7 @@ MIXED = {"checkpoint", "config", "metrics", "torch_xla_models", "training"}
 TOGETHER = {
     "checkpoint/test_s3_server.py",
     "compare/logs/test_peers.py",
+    "test_forgetting_comparison.py",
     "test_gpu_benchmark.py",
     "test_quickstart_assets.py",
     "test_vllm_deployment.py",
