@@ -25,7 +25,8 @@ def _normalize(spec: RawSpec) -> Spec:
     )
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Return True if a pattern is a dotted name; `*` stands for exactly one part."""
     parts, wanted = name.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(
         w in ("*", p) for p, w in zip(parts, wanted, strict=True)
@@ -47,7 +48,7 @@ class ShardingTable:
     def find(self, kind: Mapping[str, RawSpec], name: str) -> Spec | None:
         """Return the spec of the first pattern that matches, or None."""
         for pattern, spec in kind.items():
-            if _matches(pattern, name):
+            if matches(pattern, name):
                 return _normalize(spec)
         return None
 
@@ -98,7 +99,7 @@ class ShardingTable:
         idle = [
             pattern
             for pattern in self.activations
-            if pattern != "batch" and not any(_matches(pattern, name) for name in names)
+            if pattern != "batch" and not any(matches(pattern, name) for name in names)
         ]
         if idle:
             raise ConfigError(

@@ -342,6 +342,20 @@ def check_supported(c: TrainConfig, processes: int) -> None:
             "null: Trainer clips by norm only",
             "Set task.max_grad_value=null in both runs.",
         )
+    if c.task.optimizer.groups:
+        refuse(
+            "task.optimizer.groups",
+            [group.pattern for group in c.task.optimizer.groups],
+            "[], since Trainer has one group",
+            "Set task.optimizer.groups=[] in both runs.",
+        )
+    if c.task.lr_scheduler.name not in ("linear", "cosine", "constant"):
+        refuse(
+            "task.lr_scheduler.name",
+            c.task.lr_scheduler.name,
+            "linear, cosine or constant, which the witness has",
+            "Set one of them in both runs.",
+        )
     if c.torch_dtype == "bfloat16" and not c.task.optimizer.master_weights:
         refuse(
             "task.optimizer.master_weights",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -49,6 +50,26 @@ def apply_adapter(model: nn.Module, spec: AdapterSpec) -> list[str]:
 def base_name(name: str) -> str:
     """Return a parameter's name in the model without adapters."""
     return name.replace(BASE, ".")
+
+
+def freeze(model: nn.Module, names: Iterable[str]) -> None:
+    """Freeze parameters that are nevertheless part of checkpoints and exports, in place."""
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        module: Any = model.get_submodule(owner)
+        module.frozen_but_saved = getattr(module, "frozen_but_saved", frozenset()) | {last}
+        model.get_parameter(name).requires_grad_(False)
+
+
+def saved(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of checkpoints and exports, by name: those that training changes, and
+    those that `freeze` froze."""
+    return {
+        f"{owner}.{last}" if owner else last: parameter
+        for owner, module in model.named_modules()
+        for last, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad or last in getattr(module, "frozen_but_saved", ())
+    }
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
 from torch.profiler import ProfilerActivity, profile
 
+from torchprime.adapters.apply import saved
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.data.blocks.batch import Batch
 from torchprime.generation.decode import Answer, GenerateOptions
@@ -168,7 +169,7 @@ class NativeBackend:
         Each is gathered on every process by a collective, which waits for the device.
         """
         self._reshard()
-        return placement.gather(self._trained())
+        return placement.gather(saved(self.model).items())
 
     def _reshard(self) -> None:
         """Reshard the root's own weights, which a forward leaves gathered. A tensor passed out
@@ -225,9 +226,9 @@ class NativeBackend:
         self._reshard()
         return [
             shards
-            for name, parameter in self._trained()
+            for name, parameter in saved(self.model).items()
             for shards in state_shards(
-                name, parameter, self.state.parameters[name], self.optimizer, self.mesh
+                name, parameter, self.state.parameters.get(name), self.optimizer, self.mesh
             )
         ]
 

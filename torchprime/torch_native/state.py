@@ -90,21 +90,26 @@ class StateMaker:
 
 
 def state_shards(
-    name: str, parameter: Tensor, state: ParameterState, optimizer: Optimizer, mesh: DeviceMesh
+    name: str,
+    parameter: Tensor,
+    state: ParameterState | None,
+    optimizer: Optimizer,
+    mesh: DeviceMesh,
 ) -> list[TensorShards]:
-    """Return a parameter and its state by their names in a checkpoint.
+    """Return a parameter and its state, if it is trained, by their names in a checkpoint.
 
     Of the processes that hold the same shard, one lists its region.
     """
     offsets, sizes = placement.region(parameter)
     here = placement.writes(parameter, mesh) and 0 not in sizes
-    kept = optimizer.slots(state.info)
-    every = Slot(state.info.dims)
-    tensors = {f"model.{name}": (state.weight, every)}
-    tensors |= {
-        f"optimizer.{slot}.{name}": (tensor, kept[slot]) for slot, tensor in state.slots.items()
-    }
-    tensors |= {} if state.master is None else {f"master.{name}": (state.master, every)}
+    every = Slot(tuple(range(parameter.dim())))
+    tensors = {f"model.{name}": (placement.local(parameter), every)}
+    if state is not None:
+        kept = optimizer.slots(state.info)
+        tensors |= {
+            f"optimizer.{slot}.{name}": (tensor, kept[slot]) for slot, tensor in state.slots.items()
+        }
+        tensors |= {} if state.master is None else {f"master.{name}": (state.master, every)}
     found = []
     for full, (tensor, keeps) in tensors.items():
         chunk = keeps.kept(offsets), keeps.kept(sizes)

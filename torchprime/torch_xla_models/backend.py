@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
-from torchprime.adapters.apply import trainable
+from torchprime.adapters.apply import saved, trainable
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.data.blocks.batch import Batch
 from torchprime.errors import ConfigError
@@ -202,7 +202,7 @@ class XlaBackend:
         """Write the trained weights in their shards with torch.distributed.checkpoint, after
         waiting for the device. Scanned layers are written stacked."""
         self.synchronize()
-        weights = {name: p.detach() for name, p in trainable(self.model).items()}
+        weights = {name: p.detach() for name, p in saved(self.model).items()}
         # Copying ahead needs a stream, which XLA devices do not have.
         writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
         save(weights, storage_writer=writer, planner=SPMDSavePlanner(), no_dist=True)
@@ -235,11 +235,12 @@ class XlaBackend:
         one."""
         self.synchronize()  # the shards of a tensor that is still being computed can't be read
         found = []
-        for name, state in self.state.parameters.items():
-            entry = self.placed[name]
-            tensors = {"model": state.weight.detach()}
-            tensors |= {f"optimizer.{slot}": tensor for slot, tensor in state.slots.items()}
-            tensors |= {} if state.master is None else {"master": state.master}
+        for name, weight in saved(self.model).items():
+            entry, state = self.placed[name], self.state.parameters.get(name)
+            tensors = {"model": weight.detach()}
+            if state is not None:  # it is trained
+                tensors |= {f"optimizer.{slot}": tensor for slot, tensor in state.slots.items()}
+                tensors |= {} if state.master is None else {"master": state.master}
             for prefix, tensor in tensors.items():
                 names = [f"{prefix}.{hf_name}" for hf_name in entry.hf_names]
                 found += placement.checkpoint_shards(tensor, names, entry.stacked)

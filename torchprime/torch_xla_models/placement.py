@@ -18,7 +18,7 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
-from torchprime.adapters.apply import trainable
+from torchprime.adapters.apply import saved
 from torchprime.adapters.quantized import placed_type
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.models.decoder import CausalLM
@@ -198,8 +198,8 @@ class StateMaker:
 def gather(
     model: CausalLM, placed: dict[str, Placed], process_count: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the trained weights on the host one parameter at a time, by checkpoint name."""
-    for name, parameter in trainable(model).items():
+    """Yield the saved weights on the host one parameter at a time, by checkpoint name."""
+    for name, parameter in saved(model).items():
         entry = placed[name]
         if process_count == 1:
             host = from_local_shards(parameter.detach())

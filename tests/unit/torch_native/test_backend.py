@@ -169,3 +169,18 @@ def test_layers_share_one_graph_from_the_first_step_on(way: str, trained) -> Non
     out, _ = trained(way)
     compiles = json.loads((out / "numbers.json").read_text())["compiles"]
     assert compiles == [1] * reference.STEPS
+
+
+def test_groups_and_frozen_weights_of_two_processes(
+    fork_server: ForkServer, tmp_path: Path
+) -> None:
+    """FSDP2 with frozen parameters beside trained ones; weights() has both."""
+    how = json.dumps({"mesh": {"fsdp": 2}, "groups": True})
+    for ended in [rank.end() for rank in fork_server.group(2, WORKER, str(tmp_path), how)]:
+        assert ended.code == 0, ended.printed[-3000:]
+    found = torch.load(tmp_path / "weights.pt", weights_only=True)
+    expected = reference.train_in_groups()
+    assert found.keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        moved = (weight - expected["start"][name]).abs().max()
+        assert (found[name] - weight).abs().max() <= 1e-4 * moved, name

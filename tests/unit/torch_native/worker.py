@@ -17,7 +17,7 @@ import liger_stand_in  # noqa: E402
 import reference  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from small_optimizers import small_optimizer  # noqa: E402
+from small_optimizers import GROUPS, small_optimizer  # noqa: E402
 
 from torchprime.config.compose import compose_config  # noqa: E402
 from torchprime.models.architecture import architecture_from_hf  # noqa: E402
@@ -26,6 +26,7 @@ from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_native.backend import NativeBackend  # noqa: E402
 from torchprime.torch_native.runtime import stop_processes  # noqa: E402
 from torchprime.training.backend import StepOptions  # noqa: E402
+from torchprime.training.optim.groups import freeze_groups, grouped  # noqa: E402
 
 
 def main(out: Path, way: dict) -> None:
@@ -47,13 +48,15 @@ def main(out: Path, way: dict) -> None:
     start = {name: p.detach() for name, p in theirs.named_parameters()}
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(config.to_dict()))
+    groups = GROUPS if way.get("groups") else ()
+    freeze_groups(model, groups)
     shipped = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
     table = ShardingTable(shipped.parameters, shipped.activations, 100)
     term = way.get("term")
     base = reference.anchors(start)[0].__getitem__ if (term or "").startswith("kl") else None
     backend.place(model, table, lambda name: start[name].clone(), torch.float32, base)
     options = StepOptions(accumulation, 3, max_grad_norm=reference.CLIP, num_sources=2)
-    optimizer = small_optimizer(way.get("optimizer", "adamw"))
+    optimizer = grouped(small_optimizer(way.get("optimizer", "adamw")), groups)
     options = reference.with_term(options, term)
     backend.prepare_training(optimizer, options, anchors=reference.anchor_source(start, term))
 

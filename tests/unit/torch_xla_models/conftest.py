@@ -20,6 +20,7 @@ from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_xla_models.backend import XlaBackend  # noqa: E402
 from torchprime.training.backend import ResumedState, StepOptions  # noqa: E402
 from torchprime.training.optim.adamw import AdamW  # noqa: E402
+from torchprime.training.optim.groups import Group, freeze_groups  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +53,7 @@ def make_backend(reference_runs, shipped_table):
         accumulation: int = 1,
         dtype: torch.dtype = torch.float32,
         optimizer=None,
+        groups: tuple[Group, ...] = (),
         options: dict | None = None,
         resumed: ResumedState | None = None,
         term: str | None = None,
@@ -62,6 +64,7 @@ def make_backend(reference_runs, shipped_table):
         config, _ = reference.make_model(tied)
         with torch.device("meta"):
             model = CausalLM(architecture_from_hf(config.to_dict()))
+        freeze_groups(model, groups)
         start = reference_runs[tied]["start"]
         base = reference.anchors(start)[0].__getitem__ if term and term.startswith("kl") else None
         if resumed is None:

@@ -6,8 +6,9 @@ cross-entropy, torch's clipping and AdamW, on the CPU in eager mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,7 +151,7 @@ def term_of(model, base_model, batch: Batch, term: str, base: dict, fisher: dict
 class Lion(torch.optim.Optimizer):
     """The paper's ten lines."""
 
-    def step(self) -> None:
+    def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
             for p in group["params"]:
                 m = self.state[p].setdefault("m", torch.zeros_like(p))
@@ -163,7 +164,7 @@ class RoundedAdamW(torch.optim.AdamW):
     """torch's AdamW whose moments of matrices are rounded to bitsandbytes' levels after each step,
     one scale for each row."""
 
-    def step(self) -> None:
+    def step(self, closure: Any = None) -> Any:
         super().step()
         for p, state in self.state.items():
             for name, signed in (("exp_avg", True), ("exp_avg_sq", False)):
@@ -184,7 +185,7 @@ class Both(torch.optim.Optimizer):
     """torch's Muon for the matrices of layers, iterating in fp32, and torch's AdamW for the
     rest."""
 
-    def __init__(self, groups: list[dict], matrices: set[torch.Tensor]) -> None:
+    def __init__(self, groups: list[dict], matrices: Container[torch.Tensor]) -> None:
         def part(wanted: bool) -> list[dict]:
             chosen = [[p for p in g["params"] if (p in matrices) == wanted] for g in groups]
             return [{**g, "params": ps} for g, ps in zip(groups, chosen, strict=True) if ps]
@@ -193,7 +194,7 @@ class Both(torch.optim.Optimizer):
         self.muon = torch.optim.Muon(part(True), lr=LR, adjust_lr_fn="match_rms_adamw")
         self.adamw = torch.optim.AdamW(part(False), lr=LR, eps=EPS)
 
-    def step(self) -> None:
+    def step(self, closure: Any = None) -> Any:
         bfloat16, torch.Tensor.bfloat16 = torch.Tensor.bfloat16, torch.Tensor.clone
         try:
             self.muon.step()
@@ -278,3 +279,27 @@ def anchor_source(start: dict[str, torch.Tensor], term: str | None) -> AnchorSou
     if term not in ("ewc", "l2_sp"):
         return None
     return AnchorSource(base.__getitem__, fisher.__getitem__ if term == "ewc" else None)
+
+
+def train_in_groups() -> dict:
+    """Groups with rates of their own and frozen weights, in torch.optim.AdamW."""
+    _, model = make_model(tied=False)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    groups = []
+    for name, p in model.named_parameters():
+        lr, decay = LR, 0.0 if "norm" in name else DECAY
+        if "embed_tokens" in name or "down_proj" in name:
+            p.requires_grad_(False)
+        elif "layers.0." in name:
+            lr = 0.5 * LR
+        elif "layers.1.self_attn" in name:
+            decay = 0.4
+        if p.requires_grad:
+            groups.append({"params": [p], "lr": lr, "weight_decay": decay})
+    optimizer = torch.optim.AdamW(groups, eps=EPS)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss_of(model, make_batch(step)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+    return {"start": start, "weights": {n: p.detach() for n, p in model.named_parameters()}}

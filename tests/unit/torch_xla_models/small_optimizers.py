@@ -5,8 +5,17 @@ from __future__ import annotations
 import reference
 
 from torchprime.training.optim import adamw_8bit
+from torchprime.training.optim.groups import Group
 from torchprime.training.optim.make import make_optimizer
 from torchprime.training.optim.optimizer import Optimizer
+
+# Those of `reference.train_in_groups`.
+GROUPS = (
+    Group("model.embed_tokens", frozen=True),
+    Group("model.layers.*.mlp.down_proj", frozen=True),
+    Group("model.layers.0", lr_factor=0.5),
+    Group("model.layers.1.self_attn", weight_decay=0.4),
+)
 
 
 def small_optimizer(name: str) -> Optimizer:

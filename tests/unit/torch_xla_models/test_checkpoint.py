@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from checkpoints import HALF, resumed, run, same, whole
+from halfway import HALF, resumed, run, same, whole
 
 from torchprime.torch_xla_models.remat import Remat
 from torchprime.training.optim.adafactor import Adafactor

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import reference
 import torch
-from checkpoints import HALF, resumed, run, same, whole
-from small_optimizers import small_optimizer
+from halfway import HALF, resumed, run, same, whole
+from small_optimizers import GROUPS, small_optimizer
 
 from torchprime.torch_xla_models.remat import Remat
+from torchprime.training.optim.groups import grouped
 
 WAYS: dict[str, dict[str, Any]] = {
     "fsdp4": dict(mesh={"fsdp": 4}),
@@ -77,3 +78,31 @@ def test_another_mesh_continues(name: str, make_backend) -> None:
     same(whole(other), tensors)
     run(other, range(HALF, reference.STEPS))
     agree(dict(other.weights()), expected(name), exact=name != "adamw_8bit")
+
+
+@pytest.mark.parametrize("way", ["scan", pytest.param("fsdp2-tensor2", marks=pytest.mark.slow)])
+def test_groups_and_frozen_weights_are_torchs(way: str, make_backend) -> None:
+    """A stack's layers have rates of their own; frozen weights have no state and are saved."""
+    adamw = small_optimizer("adamw")
+    backend = make_backend(**WAYS[way], optimizer=grouped(adamw, GROUPS), groups=GROUPS)
+    before = backend.compiles()
+    run(backend, range(HALF))
+    halfway = whole(backend)
+    rest = run(backend, range(HALF, reference.STEPS))
+    assert backend.compiles() == before + 1
+    expected = reference.train_in_groups()
+    found = dict(backend.weights())
+    assert found.keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        moved = (weight - expected["start"][name]).abs().max()
+        error = (found[name] - weight).abs().max()
+        frozen = "embed_tokens" in name or "down_proj" in name
+        assert (moved == 0) == frozen
+        assert error == 0 if frozen else error < 1e-4 * moved, name
+        assert f"model.{name}" in halfway
+        assert (f"optimizer.exp_avg.{name}" in halfway) == (not frozen)
+    again = make_backend(
+        **WAYS[way], optimizer=grouped(adamw, GROUPS), groups=GROUPS, resumed=resumed(halfway)
+    )
+    assert run(again, range(HALF, reference.STEPS)) == rest
+    same(whole(again), whole(backend))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchprime.config.checks import at_least, fraction, positive, refuse
+from torchprime.config.checks import at_least, fraction, not_empty, positive, refuse
 from torchprime.errors import ConfigError
 
 OptimizerName = Literal["adamw", "adafactor", "muon", "lion", "sgd", "adamw_8bit"]
@@ -29,6 +29,31 @@ class MuonConfig:
 
 
 @dataclass(frozen=True)
+class GroupConfig:
+    """Settings of the parameters that a pattern covers: a name, `*` for one part of it, or the name
+    of a module. The first group that covers a parameter decides."""
+
+    pattern: str
+    lr_factor: float = 1.0
+    weight_decay: float | None = None  # None: the optimizer's own; a number: also of norms, biases
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        key = f"task.optimizer.groups (pattern {self.pattern!r})"
+        not_empty("task.optimizer.groups.pattern", self.pattern)
+        positive(f"{key}.lr_factor", self.lr_factor)
+        at_least(f"{key}.weight_decay", self.weight_decay, 0)
+        if self.frozen and (self.lr_factor != 1 or self.weight_decay is not None):
+            refuse(
+                f"{key}.frozen",
+                True,
+                "false, since the group has an lr_factor or a weight_decay, which frozen weights "
+                "do not need",
+                "Take them out, or set frozen=false.",
+            )
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     name: OptimizerName = "adamw"
     learning_rate: float = 1e-5
@@ -38,6 +63,7 @@ class OptimizerConfig:
     momentum: float | None = None  # None: the method's own, 0.95 for muon, 0.9 for sgd
     nesterov: bool | None = None  # None: the method's own, true for muon, false for sgd
     muon: MuonConfig = field(default_factory=MuonConfig)
+    groups: list[GroupConfig] = field(default_factory=list)
     # fp32 copies of bf16 weights: without them small updates are rounded away.
     master_weights: bool = True
 
@@ -49,6 +75,15 @@ class OptimizerConfig:
         at_least("task.optimizer.weight_decay", self.weight_decay, 0)
         fraction("task.optimizer.momentum", self.momentum, one_allowed=False)
         self._check_effect()
+        patterns = [group.pattern for group in self.groups]
+        for number, pattern in enumerate(patterns):
+            if pattern in patterns[:number]:
+                refuse(
+                    f"task.optimizer.groups[{number}].pattern",
+                    pattern,
+                    "another than before: the first group that covers a parameter decides",
+                    "Take one of the two groups out.",
+                )
 
     def _check_effect(self) -> None:
         """Refuse keys that the method does not have."""

@@ -41,10 +41,11 @@ from torchprime.torch_xla_models.runtime import (
     TPU_FLAGS,
     with_flags,
 )
+from torchprime.training.optim.groups import freeze_groups
 from torchprime.training.setup.adapter import build_model
 from torchprime.training.setup.model_files import find_architecture
 from torchprime.training.setup.plan import stored_parameters
-from torchprime.training.setup.recipe import adapter_of, checked_table, vocabulary_of
+from torchprime.training.setup.recipe import adapter_of, checked_table, groups_of, vocabulary_of
 
 REPORT = "compile_report.json"
 # Autograd counts an XLA client's devices in a signed byte, and fails from 128 on.
@@ -195,6 +196,7 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
     mesh, dtype = config.mesh_shape(), getattr(torch, config.torch_dtype)
     adapter = adapter_of(config)
     model = build_model(a, adapter, dtype)
+    freeze_groups(model, groups_of(config))
     stored = stored_parameters(model)
     plain = stored if adapter is None else stored_parameters(build_model(a, None, dtype))
     _, specs = checked_table(config, model)

@@ -58,9 +58,11 @@ from torchprime.torch_xla_models.compile.tracing import (
     trace_step,
 )
 from torchprime.torch_xla_models.train import make_backend
+from torchprime.training.optim.groups import freeze_groups
 from torchprime.training.setup.adapter import build_model
 from torchprime.training.setup.recipe import (
     adapter_of,
+    groups_of,
     optimizer_of,
     sharding_table,
     step_options,
@@ -118,6 +120,7 @@ def trace(config: TrainConfig, architecture: dict[str, Any]) -> Lowered:
     dtype = getattr(torch, config.torch_dtype)
     found = architecture_from_hf(architecture, where="model")
     model = build_model(found, adapter_of(config), dtype)
+    freeze_groups(model, groups_of(config))
     return trace_step(
         backend,
         model,

@@ -95,6 +95,8 @@ class Parameter(NamedTuple):
 class Optimizer(Protocol):
     """An optimizer: state slots by name, and an in-place update of one parameter."""
 
+    weight_decay: float
+
     def slots(self, parameter: Parameter) -> dict[str, Slot]: ...
 
     def update(

@@ -31,12 +31,13 @@ HARMLESS_KEYS = (
     "task.sample_prompts", "selection", "export", "adapter.init", "adapter.pretrained",
     "regularization.ewc.fisher",
 )  # fmt: skip
+FROZEN = "task.optimizer.groups[frozen]"
 REFUSED_KEYS = (
     "seed", "torch_dtype", "task.global_batch_size", "task.optimizer.name",
     "task.optimizer.master_weights", "model.add_special_tokens", "model.resize_embeddings",
     "model.pad_vocab_to_multiple", "adapter.rank", "adapter.alpha", "adapter.scaling",
     "adapter.targets", "adapter.layers", "adapter.modules_to_train", "adapter.dora",
-    "adapter.base_dtype", "dataset.replay_schedule",
+    "adapter.base_dtype", FROZEN, "dataset.replay_schedule",
 )  # fmt: skip
 SCHEDULE, CONSTANT = "dataset.replay_schedule", "constant"
 KL = "regularization.kl"
@@ -169,6 +170,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     did not have counts as its default."""
     flat = {**dict(_flat(schema_defaults())), **dict(_flat(config))}
     name = flat.get("task.optimizer.name", "adamw")
+    flat[FROZEN] = _frozen(flat.get("task.optimizer.groups") or [])
     unused = [] if flat.get("adapter.rank") is not None else ["adapter."]
     unused += [] if flat.get(f"{KL}.coefficient") is not None else [f"{KL}."]
     unused += [] if name == "muon" else ["task.optimizer.muon."]
@@ -176,6 +178,14 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if flat.get("task.optimizer.betas") is None:  # older versions wrote the method's own
         flat["task.optimizer.betas"] = list(own_betas(name))
     return {key: value for key, value in flat.items() if not key.startswith(tuple(unused))}
+
+
+def _frozen(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+    """Return what decides which parameters are frozen: the patterns up to the last that freezes."""
+    deciding = [(group["pattern"], group["frozen"]) for group in groups]
+    while deciding and not deciding[-1][1]:
+        deciding.pop()
+    return deciding
 
 
 def _given(config: Mapping[str, Any], key: str) -> Any:

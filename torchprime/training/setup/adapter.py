@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchprime.adapters.apply import apply_adapter, base_name
+from torchprime.adapters.apply import apply_adapter, base_name, saved
 from torchprime.adapters.lora import AdaptedLinear, initial_values
 from torchprime.adapters.quantized import QuantizedLinear, quantize_base, quantized
 from torchprime.adapters.spec import AdapterSpec
@@ -102,7 +102,7 @@ class AdaptedTensors:
     ) -> None:
         self.model, self.spec, self.base = model, spec, base
         self.given, self.seed, self.dtype = trained, seed, dtype
-        self.trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.trained = saved(model).keys()
         adapted = [n for n, m in model.named_modules() if isinstance(m, AdaptedLinear)]
         self.numbers = {name: number for number, name in enumerate(adapted)}
         self.parts: dict[str, Tensor] = {}

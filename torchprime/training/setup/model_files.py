@@ -29,6 +29,7 @@ from torchprime.files.json_files import read_json, read_json_if_there
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.decoder import CausalLM, initial_tensor
 from torchprime.models.new_rows import NewRows
+from torchprime.training.optim.groups import Group, freeze_groups
 from torchprime.training.setup.adapter import Adapter, build_model
 from torchprime.training.setup.vocabulary import Vocabulary, VocabularyRequest, fit_vocabulary
 
@@ -46,6 +47,7 @@ class ModelFiles:
     shapes: Mapping[str, Shape]  # of every weight but an adapter's, by Hugging Face name
     vocabulary: Vocabulary | None = None  # if the config changes the vocabulary
     adapter: Adapter | None = None  # None: all weights are trained
+    groups: tuple[Group, ...] = ()  # of parameters; some may be frozen
 
     @property
     def new_rows(self) -> NewRows | None:
@@ -57,8 +59,15 @@ class ModelFiles:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def build(self, dtype: torch.dtype) -> CausalLM:
-        """Return the model without storage, with its adapter; its weights are of type dtype."""
-        return build_model(self.architecture, self.adapter, dtype)
+        """Return the model without storage, with its adapter and frozen weights; its weights are of
+        type dtype.
+
+        Raises:
+            ConfigError: an adapter or groups of parameters that do not fit the model.
+        """
+        model = build_model(self.architecture, self.adapter, dtype)
+        freeze_groups(model, self.groups)
+        return model
 
     def fingerprint(self) -> str:
         """Return the sha256 of the architecture, the weights' names and shapes and their new rows:

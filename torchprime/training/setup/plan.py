@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from torchprime.adapters.apply import saved
 from torchprime.config.schema import TrainConfig
 from torchprime.data.blocks.budget import Budget, Spread, batch_budget
 from torchprime.data.blocks.dataset import PackedDataset
@@ -56,6 +57,7 @@ class StoredParameter(NamedTuple):
     shape: Shape
     dtype: torch.dtype
     trained: bool
+    saved: bool = True  # it is part of checkpoints
 
     @property
     def size(self) -> int:
@@ -64,8 +66,9 @@ class StoredParameter(NamedTuple):
 
 def stored_parameters(model: nn.Module) -> dict[str, StoredParameter]:
     """Return the parameters of a model, which may be without storage, by name."""
+    in_checkpoints = saved(model)
     return {
-        name: StoredParameter(tuple(p.shape), p.dtype, p.requires_grad)
+        name: StoredParameter(tuple(p.shape), p.dtype, p.requires_grad, name in in_checkpoints)
         for name, p in model.named_parameters()
     }
 
@@ -171,11 +174,13 @@ def _activation_bytes(config: TrainConfig, architecture: Architecture) -> int:
 def checkpoint_bytes(
     config: TrainConfig, stored: Mapping[str, StoredParameter], optimizer: Optimizer
 ) -> int:
-    """Return the size of a checkpoint's tensors: trained weights, master copies and the optimizer's
+    """Return the size of a checkpoint's tensors: saved weights, master copies and the optimizer's
     state."""
     trained = {name: p for name, p in stored.items() if p.trained}
     whole: dict[str, Spec] = {name: ((),) * len(p.shape) for name, p in trained.items()}
-    return sum(_trained_bytes(config, trained, whole, optimizer))
+    frozen = [p for p in stored.values() if p.saved and not p.trained]
+    more = sum(p.size * p.dtype.itemsize for p in frozen)
+    return sum(_trained_bytes(config, trained, whole, optimizer)) + more
 
 
 @dataclass(frozen=True)

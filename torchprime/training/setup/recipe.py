@@ -26,6 +26,7 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim.adamw_8bit import block_length
+from torchprime.training.optim.groups import Group, grouped
 from torchprime.training.optim.make import make_optimizer
 from torchprime.training.optim.muon import MuonSettings
 from torchprime.training.optim.optimizer import Optimizer, Parameter
@@ -60,7 +61,13 @@ def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
     adapter = adapter_of(config)
     if adapter is not None and adapter.start is not None:
         adapter.start.fit(found.hf_config)
-    return replace(found, adapter=adapter)
+    return replace(found, adapter=adapter, groups=groups_of(config))
+
+
+def groups_of(config: TrainConfig) -> tuple[Group, ...]:
+    """Return the config's groups of parameters."""
+    groups = config.task.optimizer.groups
+    return tuple(Group(g.pattern, g.lr_factor, g.weight_decay, g.frozen) for g in groups)
 
 
 def adapter_of(config: TrainConfig) -> Adapter | None:
@@ -151,8 +158,26 @@ def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, 
             "remat.scan_layers=true needs layers that are all alike, but this model mixes full "
             "and sliding-window attention; set remat.scan_layers=false."
         )
-    _check_blocks(config, stored_parameters(model), specs)
+    stored = stored_parameters(model)
+    if config.remat.scan_layers:
+        _check_layers(stored)
+    _check_blocks(config, stored, specs)
     return table, specs
+
+
+def _check_layers(stored: Mapping[str, StoredParameter]) -> None:
+    """Check that a parameter is trained in all layers of a scan, or frozen in all."""
+    trained: dict[str, bool] = {}
+    for name, p in stored.items():
+        layer, _, part = name.removeprefix("model.layers.").partition(".")
+        if layer.isdecimal() and trained.setdefault(part, p.trained) != p.trained:
+            refuse(
+                "remat.scan_layers",
+                True,
+                f"false, since {part} is trained in some layers and frozen in others",
+                "Set remat.scan_layers=false, or write `*` for the layer in each pattern of "
+                "task.optimizer.groups.",
+            )
 
 
 def _check_blocks(
@@ -177,7 +202,7 @@ def _check_blocks(
 def optimizer_of(config: TrainConfig) -> Optimizer:
     """Return the optimizer with its settings; the learning rate enters each step as data."""
     o = config.task.optimizer
-    return make_optimizer(
+    made = make_optimizer(
         o.name,
         betas=o.betas,
         eps=o.eps,
@@ -186,6 +211,7 @@ def optimizer_of(config: TrainConfig) -> Optimizer:
         nesterov=o.nesterov,
         muon=MuonSettings(o.muon.adjust_lr, o.muon.adamw_lr_factor, o.muon.steps),
     )
+    return grouped(made, groups_of(config))
 
 
 def step_options(config: TrainConfig, num_sources: int) -> StepOptions:

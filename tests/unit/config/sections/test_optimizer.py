@@ -30,6 +30,14 @@ OPT, LR = "task.optimizer.", "task.lr_scheduler."
             [f"{OPT}name=muon", f"{OPT}muon.steps=0"],
             [f"{OPT}muon.steps: given 0, expected"],
         ),
+        (
+            [f"{OPT}groups=[{{pattern: model.norm, frozen: true, lr_factor: 0.5}}]"],
+            ["groups (pattern 'model.norm').frozen: given true", "has an lr_factor"],
+        ),
+        (
+            [f"{OPT}groups=[{{pattern: a, frozen: true}}, {{pattern: a}}]"],
+            [f"{OPT}groups[1].pattern: given 'a'", "the first group"],
+        ),
         ([f"{LR}name=wsd"], [f"{LR}decay_steps and {LR}decay_ratio: given null and null"]),
         (
             [f"{LR}name=wsd", f"{LR}decay_steps=2", f"{LR}decay_ratio=0.1"],

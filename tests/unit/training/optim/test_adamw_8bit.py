@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map
-from bitsandbytes.optim import AdamW8bit as TheirAdamW8bit
+from bitsandbytes.optim.adamw import AdamW8bit as TheirAdamW8bit
 from torch import Tensor
 from updates import LR, STEPS, ours, small_model
 

@@ -38,6 +38,7 @@ def small_model() -> tuple[Tensors, list[Tensors]]:
         gradients.append({n: p.grad for n, p in model.named_parameters()})
         with torch.no_grad():
             for p in model.parameters():
+                assert p.grad is not None
                 p -= 0.1 * p.grad
         model.zero_grad(set_to_none=True)
     return weights, gradients

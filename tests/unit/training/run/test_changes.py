@@ -172,6 +172,17 @@ def test_another_optimizer_is_refused_by_its_name() -> None:
             refuse_changes(found, ["task.optimizer"], "p")
 
 
+def test_groups_may_change_but_for_what_is_frozen() -> None:
+    groups = "task.optimizer.groups"
+    config = compose_config([*BASE, f"{groups}=[{{pattern: a, frozen: true}}]"]).to_dict()
+    found = changes(f"{groups}=[{{pattern: a, frozen: true}},{{pattern: b}}]", before=config)
+    assert [(c.key, c.kind) for c in found] == [(groups, QUESTIONABLE)]
+    found = changes(before=config)
+    assert (f"{groups}[frozen]", REFUSED) in [(c.key, c.kind) for c in found]
+    with pytest.raises(ConfigError, match=r"refused +task.optimizer.groups\[frozen\]"):
+        refuse_changes(found, ["task.optimizer"], "p")
+
+
 def test_the_gravest_come_first() -> None:
     found = changes("seed=1", "ici_mesh.fsdp=4", "task.max_steps=20", identity={"eval": None})
     assert [c.kind for c in found] == [REFUSED, QUESTIONABLE, QUESTIONABLE, HARMLESS]
