@@ -151,10 +151,10 @@ def _token_by_token(kind: TokenLoss, hidden, weight, targets, loss_weights):
 @pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("name", KINDS)
 def test_variants_equal_a_loop_over_tokens(name: str, chunks: int) -> None:
-    kind, case = KINDS[name], _case()
-    loss, terms, grad_h, grad_w = _token_by_token(kind, *case)
-    h, w = (x.clone().requires_grad_() for x in case[:2])
-    ours = chunked_cross_entropy(h, w, *case[2:], chunks, Spread(3), kind)
+    kind, (hidden, weight, targets, loss_weights) = KINDS[name], _case()
+    loss, terms, grad_h, grad_w = _token_by_token(kind, hidden, weight, targets, loss_weights)
+    h, w = (x.clone().requires_grad_() for x in (hidden, weight))
+    ours = chunked_cross_entropy(h, w, targets, loss_weights, chunks, Spread(3), kind)
     (ours.loss_sum * 0.5).backward()
     torch.testing.assert_close(ours.loss_sum.double(), loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.each.sum(), ours.loss_sum.detach(), rtol=1e-6, atol=0)
@@ -185,7 +185,7 @@ def test_variants_leave_ignored_tokens_out(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_variants_never_make_the_full_logits(name: str) -> None:
-    case, largest = _case(), [0]
+    (hidden, weight, targets, loss_weights), largest = _case(), [0]
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -195,8 +195,9 @@ def test_variants_never_make_the_full_logits(name: str) -> None:
             return out
 
     with Sizes():
-        h, w = (x.requires_grad_() for x in case[:2])
-        chunked_cross_entropy(h, w, *case[2:], 4, kind=KINDS[name]).loss_sum.backward()
+        h, w = (x.requires_grad_() for x in (hidden, weight))
+        sums = chunked_cross_entropy(h, w, targets, loss_weights, 4, kind=KINDS[name])
+        sums.loss_sum.backward()
     assert largest[0] == B * 4 * V
 
 

@@ -6,6 +6,7 @@ loss written out from its definition. Both backends are compared with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -169,8 +170,8 @@ def noise_of(batch: Batch, step: int, width: int) -> Tensor:
         for segment in set(segments.tolist()) - {0}:
             (places,) = np.nonzero(segments == segment)
             numbers = torch.from_numpy(b * len(segments) + places).int()
-            amount = ALPHA / np.sqrt(len(places) * width)
-            found[b, places] = uniform(key, numbers, width) * np.float32(amount)
+            amount = ALPHA / math.sqrt(len(places) * width)
+            found[b, places] = uniform(key, numbers, width) * amount
     return found
 
 
