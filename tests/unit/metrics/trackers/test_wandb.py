@@ -71,6 +71,7 @@ def test_offline_without_a_login_and_continued(tmp_path: Path, step_record: Step
         tracker.table(first + 2, ANSWERS)
         tracker.artifact([report])
         tracker.close("finished")
+        wandb.teardown()  # as at a process' exit: its service has then written everything
         ids.append(run.remembered("wandb")["id"])
     assert ids[0] == ids[1], "the second start continues the run of the first"
     files = sorted((folder / "trackers" / "wandb").glob("offline-run-*/*.wandb"))
