@@ -56,6 +56,8 @@ class Case(NamedTuple):
         asked = [("LoRA", rank) for rank in (4, 16, self.largest)] + [("DoRA", 16), ("QLoRA", 16)]
         found = [Variant("all weights", ["adapter=none"], self.rate)]
         found += [self._adapter(kind, rank, self.adapter) for kind, rank in asked]
+        int8 = self._adapter("LoRA", 16, (*self.adapter, "adapter.base_dtype=int8"))
+        found.append(int8._replace(name=f"{int8.name}, int8 base"))
         if self.adapter:
             alone = self._adapter("LoRA", 16, ())
             found.append(alone._replace(name=f"{alone.name}, alone"))
