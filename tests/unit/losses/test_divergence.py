@@ -60,11 +60,11 @@ def test_a_frozen_output_weight_gets_no_gradient() -> None:
 
 
 def test_the_base_itself_has_none_and_no_token_is_counted_without_weight() -> None:
-    given, weights = inputs()
-    same = chunked_divergence(*given[:2], BaseOutput(*given[:2]), weights)
+    (x, w, base_x, base_w), weights = inputs()
+    same = chunked_divergence(x, w, BaseOutput(x, w), weights)
     assert same.loss_sum == 0
-    given[0][weights == 0] = float("inf")
-    found = chunked_divergence(*given[:2], BaseOutput(*given[2:]), weights)
+    x[weights == 0] = float("inf")
+    found = chunked_divergence(x, w, BaseOutput(base_x, base_w), weights)
     assert torch.isfinite(found.loss_sum)
 
 
