@@ -131,15 +131,20 @@ class XlaInt8Linear(XlaQuantized, Int8Linear):
 class XlaNf4Linear(XlaQuantized, Nf4Linear):
     """Nf4Linear with the products above.
 
-    A weight is dequantized as [groups, blocks, inputs of a block, outputs], without the first dim
-    if there is one group. No step from the codes to the rounded value changes the shape, so a TPU
-    does all of them in one fusion. Else it writes the scale of every weight to memory in fp32.
+    Attributes:
+        in_blocks: a weight is dequantized as [groups, blocks, inputs of a block, outputs], without
+            the first dim if there is one group. No step from the codes to the rounded value changes
+            the shape, so a TPU does all of them in one fusion. Else it writes the scale of every
+            weight to memory in fp32. (XLA on the CPU would copy the codes of all layers.)
     """
+
+    in_blocks = False
 
     def weight_from_gathered(self, *gathered: Tensor) -> Tensor:
         w = nf4.Nf4(*gathered)
         groups, half, outputs = w.packed.shape
-        if half % nf4.BLOCK:  # a block is partly in high, partly in low bits
+        # A block that lies partly in the high and partly in the low bits has no such shape.
+        if not self.in_blocks or half % nf4.BLOCK:
             return super().weight_from_gathered(*gathered)
         leading = (-1,) if groups == 1 else (groups, -1)
         packed = w.packed.view(*leading, nf4.BLOCK, outputs)
@@ -200,4 +205,4 @@ def replace_linears(
             child.gather, child.apart = partial(gather, name), apart
             child.keep(**{part: turned(part, getattr(child, part)) for part in child.parts})
             if xr.device_type() == "TPU":
-                child.level = nf4.level_by_selects
+                child.level, child.in_blocks = nf4.level_by_selects, True

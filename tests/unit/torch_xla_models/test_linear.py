@@ -59,7 +59,7 @@ SIZES = [(256, 1), (256, 2), (256, 4), (384, 2), (160, 1)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("inputs", "groups"), SIZES)
 def test_nf4_weights_are_equal_to_the_bit(inputs: int, groups: int, dtype: torch.dtype) -> None:
-    """By both ways to find a level, to the values that the CPU's eager mode has."""
+    """As a TPU and as a CPU dequantizes them, to the values that the CPU's eager mode has."""
     linear = nn.Linear(inputs, 48, bias=False, dtype=dtype)
     generator = torch.Generator().manual_seed(inputs + groups)
     linear.weight.data = torch.randn(48, inputs, generator=generator).pow(3).to(dtype)
@@ -68,6 +68,6 @@ def test_nf4_weights_are_equal_to_the_bit(inputs: int, groups: int, dtype: torch
     replace_linears(model, lambda layer, part, tensor: tensor, apart=False)
     layer = model.to(torch_xla.device())[0]
     assert isinstance(layer, XlaNf4Linear)
-    for level in (nf4.level_by_lookup, nf4.level_by_selects):
-        layer.level = level
+    for level, in_blocks in ((nf4.level_by_selects, True), (nf4.level_by_lookup, False)):
+        layer.level, layer.in_blocks = level, in_blocks
         assert torch.equal(layer.dequantized().cpu(), expected)
