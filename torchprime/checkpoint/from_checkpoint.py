@@ -125,17 +125,17 @@ def export_checkpoint(
     place.probe()
     with CheckpointReader(storage, name) as reader, tempfile.TemporaryDirectory() as temporary:
         kept = Path(temporary)
-        _fetch_small_files(reader, kept)
+        fetch_small_files(reader, kept)
         written = read_facts(kept / FACTS)
         if written.adapter is not None:
             _refuse_dtype(dtype)
             result = _export_adapter(reader, kept, place, written, base)
             return _told(result, place, name, say)
         facts = replace(written, dtype=dtype or written.dtype)
-        tensor_of = partial(_tensor, reader, _prefixes(reader, facts))
+        tensor_of = tensors_of(reader, facts)
         result = write_export(
             place,
-            small_files=partial(_copy_small_files, kept, written, facts),
+            small_files=partial(copy_small_files, kept, written, facts),
             weights=((weight, tensor_of(weight)) for weight in facts.spec),
             layout=facts.layout,
             certify=lambda folder, hashes: certify(
@@ -143,8 +143,8 @@ def export_checkpoint(
                 hashes,
                 facts=facts,
                 origin=f"{name} of {facts.source}",
-                trained=_decoder_logits(folder, facts, tensor_of),
-                base=_base(facts, base),
+                trained=decoder_logits_of(folder, facts, tensor_of, "from the checkpoint"),
+                base=base_of(facts, base),
             ),
         )
     return _told(result, place, name, say)
@@ -183,7 +183,7 @@ def _export_adapter(
     trained = {name: reader.get(f"model.{name}") for name in names}
 
     def small_files(folder: Path) -> None:
-        _copy_small_files(kept, facts, facts, folder)
+        copy_small_files(kept, facts, facts, folder)
         adapter.replace_files(folder, facts)
 
     return write_export(
@@ -197,7 +197,7 @@ def _export_adapter(
             facts=facts,
             origin=f"{reader.name} of {facts.source}",
             trained=_adapted_logits(kept, facts, trained, base),
-            base=_base(facts, base),
+            base=base_of(facts, base),
         ),
     )
 
@@ -254,7 +254,7 @@ def add_weights(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> Certific
 # Content of the checkpoint ------------------------------------------------------------------------
 
 
-def _fetch_small_files(reader: CheckpointReader, folder: Path) -> None:
+def fetch_small_files(reader: CheckpointReader, folder: Path) -> None:
     """Copy hf/ to a local folder, without weights and certificate (checkpoint.hf=true)."""
     prefix = f"{HF}/"
     names = [name.removeprefix(prefix) for name in reader.manifest.files if name.startswith(prefix)]
@@ -270,7 +270,7 @@ def _fetch_small_files(reader: CheckpointReader, folder: Path) -> None:
         write_bytes(path, reader.storage.read_bytes(f"{reader.name}/{prefix}{name}"))
 
 
-def _copy_small_files(kept: Path, written: ExportFacts, facts: ExportFacts, folder: Path) -> None:
+def copy_small_files(kept: Path, written: ExportFacts, facts: ExportFacts, folder: Path) -> None:
     """Copy the small files unchanged, except the fields that name the dtype."""
     for path in sorted(kept.rglob("*")):
         name = path.relative_to(kept).as_posix()
@@ -297,6 +297,12 @@ def _prefixes(reader: CheckpointReader, facts: ExportFacts) -> Mapping[str, str]
     return {name: prefix(name) for name in facts.spec}
 
 
+def tensors_of(reader: CheckpointReader, facts: ExportFacts) -> Callable[[str], Tensor]:
+    """Return the source of a checkpoint's weights by name, in fp32 if the facts say so and the
+    checkpoint has it."""
+    return partial(_tensor, reader, _prefixes(reader, facts))
+
+
 def _tensor(reader: CheckpointReader, prefixes: Mapping[str, str], name: str) -> Tensor:
     return reader.get(f"{prefixes[name]}.{name}")
 
@@ -304,18 +310,21 @@ def _tensor(reader: CheckpointReader, prefixes: Mapping[str, str], name: str) ->
 # Inputs of the checks -----------------------------------------------------------------------------
 
 
-def _decoder_logits(
-    folder: Path, facts: ExportFacts, tensor_of: Callable[[str], Tensor]
+def decoder_logits_of(
+    folder: Path, facts: ExportFacts, tensor_of: Callable[[str], Tensor], origin: str
 ) -> PromptLogits | str:
-    """Return the logits that our decoder computes from the checkpoint's tensors, or the reason why
-    it can't."""
+    """Return the logits that our decoder computes from tensors, or the reason why it can't.
+
+    Args:
+        origin: where the tensors come from, for people.
+    """
     config = read_json(folder / "config.json")
     architecture = architecture_from_hf(config)
     if reason := no_room(facts.layout.num_parameters, facts.dtype):
         return reason
     ids = prompt_ids(folder, architecture)
     logits = decoder_logits(config, tensor_of, facts.dtype, ids)
-    return PromptLogits(ids, logits, "torchprime's decoder on the CPU, from the checkpoint")
+    return PromptLogits(ids, logits, f"torchprime's decoder on the CPU, {origin}")
 
 
 def _adapted_logits(
@@ -323,7 +332,7 @@ def _adapted_logits(
 ) -> PromptLogits | str:
     """Return the logits that our decoder computes from the base and a checkpoint's adapter, or the
     reason why it can't."""
-    base = _base(facts, given)
+    base = base_of(facts, given)
     if not isinstance(base, Path):
         return base or "training began from random weights"
     found = SafetensorsReader(base)
@@ -332,7 +341,7 @@ def _adapted_logits(
     return checkpoint_logits(facts, config, found.get, trained, kept)
 
 
-def _base(facts: ExportFacts, given: Path | None) -> Path | str | None:
+def base_of(facts: ExportFacts, given: Path | None) -> Path | str | None:
     """Return the base's folder, the reason why there is none, or None if training began from random
     weights."""
     if given is not None:

@@ -93,6 +93,15 @@ def export(argv: list[str]) -> int:
     return export_main(argv)
 
 
+def average(argv: list[str]) -> int:
+    """Average the weights of several checkpoints of a model; no accelerator needed."""
+    os.environ["USE_TORCH_XLA"] = "0"
+    # late: as above
+    from torchprime.cli.average import average_main
+
+    return average_main(argv)
+
+
 def verify(argv: list[str]) -> int:
     """Check an export by its certificate: files, weights, logits, stop tokens."""
     os.environ["USE_TORCH_XLA"] = "0"
@@ -157,6 +166,7 @@ OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "compare": compare,
     "resume-check": resume_check,
     "export": export,
+    "average": average,
     "verify": verify,
     "report": report,
     "watch": watch,
@@ -184,6 +194,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "chat": "--model DIR [--base DIR]",
         "verify": "DIR",
         "export": "CHECKPOINT --out DIR, or --adapter DIR --merge --out DIR",
+        "average": "CHECKPOINT CHECKPOINT [...] --out DIR, or --last K RUN --out DIR",
         "lm-eval": "DIR --tasks NAME[,NAME ...]",
         "resume-check": "RUN [--config-name NAME] [key=value ...]",
     },

@@ -113,6 +113,42 @@ class EvalRecord:
 
 
 @dataclass(frozen=True)
+class SpikeRecord:
+    """A step whose loss or gradient norm was above its limit, also if it was not a logged one.
+
+    Attributes:
+        skipped: its update was left out.
+    """
+
+    kind: ClassVar[str] = "spike"
+
+    step: int
+    loss: float
+    grad_norm: float
+    loss_limit: float
+    grad_norm_limit: float
+    batch_hash: str
+    skipped: bool
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SpikeRecord:
+        """Make it from a line of metrics.jsonl. Raise a TypeError if a value is missing."""
+        return cls(**_fields(cls, values))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+    def describe(self) -> str:
+        """Return its line for the terminal."""
+        done = "its update was skipped" if self.skipped else "its update was made"
+        return (
+            f"spike: loss {self.loss:.4f} (limit {self.loss_limit:.4f})  "
+            f"grad_norm {self.grad_norm:.2f} (limit {self.grad_norm_limit:.2f})  "
+            f"batch {self.batch_hash[:12]}  {done}"
+        )
+
+
+@dataclass(frozen=True)
 class CheckpointRecord:
     """A completed checkpoint. Training paused for `stall_seconds` of `write_seconds`."""
 
@@ -157,7 +193,7 @@ class TimeRecord:
 
 
 def _fields(
-    record: type[StepRecord | EvalRecord | TimeRecord], values: Mapping[str, Any]
+    record: type[StepRecord | EvalRecord | SpikeRecord | TimeRecord], values: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the values that are fields of the record."""
     names = {field.name for field in dataclasses.fields(record)}
@@ -165,7 +201,7 @@ def _fields(
 
 
 NESTED = ("source_losses", "terms")  # the fields whose numbers are nested one level down
-Record = StepRecord | EvalRecord | CheckpointRecord
+Record = StepRecord | EvalRecord | SpikeRecord | CheckpointRecord
 
 
 def to_json(record: Record | TimeRecord) -> str:

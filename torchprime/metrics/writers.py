@@ -27,6 +27,7 @@ from torchprime.metrics.record import (
     EvalRecord,
     GradedScore,
     Record,
+    SpikeRecord,
     StepRecord,
     TimeRecord,
     from_json,
@@ -150,7 +151,7 @@ class ConsoleWriter:
             return
         if self._bar is None:
             say(record_line(record, self._total_steps), self._stream)
-        elif isinstance(record, EvalRecord):
+        elif isinstance(record, EvalRecord | SpikeRecord):
             self._bar.write(shown_text(record_line(record, self._total_steps)), file=self._stream)
         else:
             self._bar.set_postfix_str(
@@ -166,10 +167,12 @@ class ConsoleWriter:
             self._bar.close()
 
 
-def record_line(record: StepRecord | EvalRecord, total_steps: int) -> str:
+def record_line(record: StepRecord | EvalRecord | SpikeRecord, total_steps: int) -> str:
     """Return a record as a line for a terminal."""
     parts = [f"step {record.step}/{total_steps}"]
-    if isinstance(record, StepRecord):
+    if isinstance(record, SpikeRecord):
+        parts.append(record.describe())
+    elif isinstance(record, StepRecord):
         remaining = (total_steps - record.step) * record.step_seconds
         parts += [
             f"loss {record.loss:.4f}",

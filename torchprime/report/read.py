@@ -35,7 +35,7 @@ from torchprime.evaluation.selection import (
 )
 from torchprime.files.atomic import read_regular_text
 from torchprime.metrics.goodput import Goodput, read_account
-from torchprime.metrics.record import EvalRecord, StepRecord
+from torchprime.metrics.record import EvalRecord, SpikeRecord, StepRecord
 from torchprime.metrics.writers import read_metrics
 from torchprime.report.answers import Answers, read_answers
 from torchprime.report.run_facts import RunFacts
@@ -202,6 +202,7 @@ def _gather(
     run_facts = RunFacts.from_dict(facts)
     steps = [StepRecord.from_dict(record) for record in _of_kind(records, "train")]
     evaluations = [EvalRecord.from_dict(record) for record in _of_kind(records, "eval")]
+    spikes = [SpikeRecord.from_dict(record) for record in _of_kind(records, "spike")]
     stalls = [record["stall_seconds"] for record in records if record["kind"] == "checkpoint"]
     history = [Evaluated.of(record.to_dict()) for record in evaluations]
     rule = _rule(config)
@@ -219,7 +220,7 @@ def _gather(
         evaluations=evaluations,
         history=history,
         best=best,
-        messages=_messages(config, run_facts, steps, history, rule, export),
+        messages=_messages(config, run_facts, steps, history, rule, export, spikes),
         headings=headings,
         rows=rows,
         gates=rule.gate_rows(history),
@@ -263,6 +264,7 @@ def _messages(
     history: Sequence[Evaluated],
     rule: Rule,
     export: Export | None,
+    spikes: Sequence[SpikeRecord],
 ) -> list[str]:
     done = _last_step(steps, history)
     total = facts.total_steps
@@ -280,11 +282,27 @@ def _messages(
         messages.append(
             f"The run was started {len(facts.starts)} times; it resumed after step {told}."
         )
+    messages += spike_messages(spikes)
     if history:
         messages.append(_selection(config, history, rule, export))
     for end in range(3, len(history) + 1):
         if (warning := overfitting(history[:end])) is not None:
             messages.append(f"warning: {warning}.")
+    return messages
+
+
+def spike_messages(spikes: Sequence[SpikeRecord]) -> list[str]:
+    """Return a warning about the updates that were skipped as spikes, and one about the others."""
+    messages = []
+    for skipped, done in ((True, "were skipped as spikes"), (False, "were spikes and made")):
+        steps = [f"{spike.step:,}" for spike in spikes if spike.skipped == skipped]
+        if steps:
+            more = f" and {len(steps) - 10:,} more" if len(steps) > 10 else ""
+            told = f"{', '.join(steps[:10])}{more}"
+            messages.append(
+                f"warning: {len(steps):,} updates {done}: steps {told}. metrics.jsonl has their "
+                "values and the hashes of their batches."
+            )
     return messages
 
 

@@ -47,11 +47,13 @@ from torchprime.torch_native.processes import make_processes
 from torchprime.torch_native.remat import apply_remat
 from torchprime.torch_native.root import Root, on_counted_tokens
 from torchprime.torch_native.runtime import start_processes, watched
-from torchprime.torch_native.state import StateMaker, state_shards
+from torchprime.torch_native.state import StateMaker, state_shards, whole_shards
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.regularization.near_base import NearBase, base_of
 from torchprime.training.regularization.penalty import AnchorSource
+from torchprime.training.spikes import NAME as SPIKES
+from torchprime.training.spikes import first_state
 from torchprime.training.step import (
     CrossEntropy,
     StepSums,
@@ -207,6 +209,9 @@ class NativeBackend:
         self.state = TrainState(
             parameters, *(torch.tensor(float(n), device=self.device) for n in counts)
         )
+        if options.spikes is not None:
+            stored = None if resumed is None else resumed.spikes
+            self.state.spikes = first_state(options.spikes, stored).to(self.device)
         self.copies = [placement.copies(p, self.mesh) for _, p in self._trained()]
 
     def _cross_entropy(self, chunks: int, kind: TokenLoss = CROSS_ENTROPY) -> CrossEntropy:
@@ -224,13 +229,16 @@ class NativeBackend:
         memory, not copies; nothing waits for the device before they are read.
         """
         self._reshard()
-        return [
+        found = [
             shards
             for name, parameter in saved(self.model).items()
             for shards in state_shards(
                 name, parameter, self.state.parameters.get(name), self.optimizer, self.mesh
             )
         ]
+        if self.state.spikes is not None:
+            found.append(whole_shards(SPIKES, self.state.spikes, here=self.processes.index == 0))
+        return found
 
     @watched
     def progress(self) -> tuple[int, int]:

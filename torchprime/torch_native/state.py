@@ -117,3 +117,10 @@ def state_shards(
         chunks, read = ([chunk], partial(list, [tensor])) if here else ([], list)
         found.append(TensorShards(full, shape, tensor.dtype, chunks, read, live=True))
     return found
+
+
+def whole_shards(name: str, tensor: Tensor, *, here: bool) -> TensorShards:
+    """Return a tensor that all processes hold whole; one of them lists it."""
+    shape = tuple(tensor.shape)
+    chunks, read = ([((0,) * len(shape), shape)], partial(list, [tensor])) if here else ([], list)
+    return TensorShards(name, shape, tensor.dtype, chunks, read, live=True)

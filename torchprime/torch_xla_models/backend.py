@@ -52,6 +52,8 @@ from torchprime.torch_xla_models.runtime import check_loop_requirements
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.regularization.penalty import AnchorSource
+from torchprime.training.spikes import NAME as SPIKES
+from torchprime.training.spikes import first_state
 from torchprime.training.step import (
     Micro,
     TrainState,
@@ -227,6 +229,9 @@ class XlaBackend:
         counts = (0 if resumed is None else resumed.updates, 0)
         step, bad_step = (self.tensors.send(torch.tensor(float(n)), ()) for n in counts)
         self.state = TrainState(parameters, step, bad_step)
+        if options.spikes is not None:
+            stored = None if resumed is None else resumed.spikes
+            self.state.spikes = self.tensors.send(first_state(options.spikes, stored), ((),))
         self.tensors.materialize(self.state.tensors())
 
     def checkpoint_tensors(self) -> list[TensorShards]:
@@ -244,6 +249,8 @@ class XlaBackend:
             for prefix, tensor in tensors.items():
                 names = [f"{prefix}.{hf_name}" for hf_name in entry.hf_names]
                 found += placement.checkpoint_shards(tensor, names, entry.stacked)
+        if self.state.spikes is not None:
+            found += placement.checkpoint_shards(self.state.spikes, [SPIKES], stacked=False)
         return found
 
     def progress(self) -> tuple[int, int]:

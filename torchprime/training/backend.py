@@ -24,6 +24,7 @@ from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.processes import Processes
 from torchprime.training.regularization.near_base import Kl
 from torchprime.training.regularization.penalty import AnchorSource, Penalty
+from torchprime.training.spikes import Spike, SpikeOptions
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class StepNumbers:
     bad_step: int  # first update whose loss or gradient was not finite, 0 if none
     source_loss_sums: tuple[float, ...] = ()  # in nats, when several sources are mixed
     terms: dict[str, float] = field(default_factory=dict)
+    spikes: tuple[Spike, ...] = ()  # among the last `SpikeOptions.ring` updates
+    spikes_in_a_row: int = 0  # until this step
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class StepOptions:
     kl: Kl | None = None
     random_seed: int | None = None
     noise_alpha: float = 0.0
+    spikes: SpikeOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,12 @@ class ResumedState:
 
     Attributes:
         tensor_of: gives a tensor, or the region of it with these (offsets, sizes).
+        spikes: the state of `training/spikes.py`; None if the checkpoint has none.
     """
 
     tensor_of: Callable[..., Tensor]
     updates: int
+    spikes: Tensor | None = None
 
 
 class Backend(Protocol):

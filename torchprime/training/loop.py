@@ -24,9 +24,10 @@ from torchprime.data.blocks.order import batch_indices, steps_per_epoch
 from torchprime.data.blocks.replay import ReplayOrder
 from torchprime.errors import DivergedError, RecompileError
 from torchprime.metrics.goodput import COMPILE, DATA, OTHER, STEP, Ledger
-from torchprime.metrics.record import StepRecord
+from torchprime.metrics.record import SpikeRecord, StepRecord
 from torchprime.metrics.throughput import Stopwatch, host_memory_bytes, mfu
 from torchprime.training.backend import Backend, StepNumbers
+from torchprime.training.spikes import SpikeOptions
 
 PREFETCHED = 2
 
@@ -42,6 +43,8 @@ class Hook(Protocol):
 
     def on_record(self, record: StepRecord) -> None: ...
 
+    def on_spike(self, record: SpikeRecord) -> None: ...
+
     def on_end(self) -> None: ...
 
 
@@ -55,6 +58,8 @@ class BaseHook:
     def after_step(self, step: int, last: bool) -> None: ...
 
     def on_record(self, record: StepRecord) -> None: ...
+
+    def on_spike(self, record: SpikeRecord) -> None: ...
 
     def on_end(self) -> None: ...
 
@@ -226,6 +231,7 @@ class TrainLoop:
     flops_per_token: float
     hooks: Sequence[Hook]
     control: RunControl
+    spikes: SpikeOptions | None = None
 
     def run(self, steps: range) -> StepNumbers:
         """Run these updates and return the last one's numbers; NaN if there are no updates. The
@@ -263,6 +269,7 @@ class TrainLoop:
             done, last = step + 1, step + 1 == steps.stop
             if done % self.logging_steps == 0 or last:
                 numbers = self._read(handle)
+                self._report_spikes(numbers, after=(done - 1) // self.logging_steps)
                 record = self._record(done, loaded, numbers)
                 for hook in self.hooks:
                     hook.on_record(record)
@@ -274,6 +281,7 @@ class TrainLoop:
                 hook.after_step(done, last or control.stop_reason is not None)
             if control.stop_reason is not None and not last:
                 numbers = self._read(handle)
+                self._report_spikes(numbers, after=(done - 1) // self.logging_steps)
                 break
         return numbers
 
@@ -289,6 +297,32 @@ class TrainLoop:
             f"{batch.hash()}). No weight was changed by that step or after it. Lower "
             "task.optimizer.learning_rate, set task.max_grad_norm, or look at that batch's rows."
         )
+
+    def _report_spikes(self, numbers: StepNumbers, after: int) -> None:
+        """Pass the spikes since the last logged step to the hooks.
+
+        Args:
+            after: the last logged step before this one, in units of logging_steps.
+
+        Raises:
+            DivergedError: a whole window of updates was skipped in a row.
+        """
+        options = self.spikes
+        if options is None:
+            return
+        for spike in numbers.spikes:
+            if spike.step > after * self.logging_steps:
+                batch_hash = self.order.batch(spike.step - 1).hash()
+                record = SpikeRecord(*spike, batch_hash=batch_hash, skipped=options.skip)
+                for hook in self.hooks:
+                    hook.on_spike(record)
+        if options.skip and numbers.spikes_in_a_row >= options.window:
+            raise DivergedError(
+                f"The last {numbers.spikes_in_a_row} updates were spikes and were skipped, at "
+                f"least as many as task.spike.window={options.window}: the loss or the gradient "
+                "norm stays above its old level. Lower task.optimizer.learning_rate, raise "
+                "task.spike.deviations, or set task.spike.action=warn."
+            )
 
     def _record(self, done: int, loaded: Loaded, numbers: StepNumbers) -> StepRecord:
         backend, lap = self.backend, self.control.watch.lap()

@@ -32,7 +32,7 @@ from torchprime.training.run.tracking import Tracking, start_tracking
 from torchprime.training.setup.adapter import AdaptedTensors
 from torchprime.training.setup.plan import data_order, flops_per_token
 from torchprime.training.setup.probe import probe_isolation
-from torchprime.training.setup.recipe import step_options
+from torchprime.training.setup.recipe import spike_options, step_options
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,7 @@ def _make_run(prepared: Prepared, ledger: Ledger) -> Run:
         ),
         hooks=hooks,
         control=control,
+        spikes=spike_options(config),
     )
     return Run(p, loop, snapshots, saver, tracking, times)
 

@@ -36,6 +36,7 @@ from torchprime.training.backend import StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer, Parameter
 from torchprime.training.regularization.near_base import Kl, NearBase, base_of, weights_of_all
 from torchprime.training.regularization.penalty import Anchor, penalty_gradient, weighted_squares
+from torchprime.training.spikes import SKIPPED, STREAK, judge, spikes_in
 
 # The order of the batch's fields in tuples, each [A, B/A, S] on the device.
 FIELDS = ("input_ids", "targets", "position_ids", "segment_ids", "loss_weights")
@@ -82,10 +83,12 @@ class TrainState:
     parameters: dict[str, ParameterState]
     step: Tensor  # fp32 scalar, finished updates
     bad_step: Tensor  # fp32 scalar, 1-based number of the first update with a non-finite loss, or 0
+    spikes: Tensor | None = None  # of spikes.py, if the run watches for them
 
     def tensors(self) -> list[Tensor]:
         """Return everything that an update writes, in a fixed order."""
         found = [self.step, self.bad_step]
+        found += [] if self.spikes is None else [self.spikes]
         for parameter in self.parameters.values():
             found += [parameter.weight, *parameter.slots.values()]
             found += [] if parameter.master is None else [parameter.master]
@@ -327,7 +330,7 @@ def finish_step(
         fp32 [4]: the loss, which is the mean per supervised weight plus penalties; gradient norm
         before clipping, weight sum, and the number of the first update with a non-finite loss (0 if
         there is none). Then the step's terms, the loss's terms (per supervised weight too), and
-        with several sources the loss sum of each.
+        with several sources the loss sum of each, and the state of spikes.py if there is one.
     """
     # A batch of empty blocks only has weight 0; its sums are 0 as well.
     divisor = sums.supervised.clamp(min=1e-12)
@@ -345,13 +348,14 @@ def finish_step(
 
     norm = over_shards(g.pow(2).sum() for g in gradients()).sqrt()
     ready = clipped(gradients(), norm, options.max_grad_norm, options.max_grad_value)
-    apply_update(state, update.optimizer, ready, lr, torch.isfinite(loss) & torch.isfinite(norm))
+    apply_update(update, ready, lr, loss, norm)
     own = [terms[name] for name in options.step_terms]
     numbers = torch.stack([loss, norm, sums.supervised, state.bad_step, *own])
     of_loss, by_source = sums.losses[1:].split(
         [len(options.loss_terms), len(sums.losses) - 1 - len(options.loss_terms)]
     )
-    return torch.cat([numbers, of_loss / divisor, by_source])
+    watched = [] if state.spikes is None else [state.spikes]
+    return torch.cat([numbers, of_loss / divisor, by_source, *watched])
 
 
 def penalties(
@@ -388,20 +392,33 @@ def clipped(
 
 
 def apply_update(
-    state: TrainState, optimizer: Optimizer, gradients: Iterable[Tensor], lr: Tensor, finite: Tensor
+    update: Update, gradients: Iterable[Tensor], lr: Tensor, loss: Tensor, norm: Tensor
 ) -> None:
-    """Update parameters and state in place, or nothing if this or an earlier step was bad."""
-    step = state.step + 1
-    good = finite & (state.bad_step == 0)
+    """Update parameters and state in place. Nothing changes if this or an earlier step was bad;
+    only counters change if it is a spike to be skipped.
+
+    Args:
+        loss, norm: of this update; it is bad if one of them is not finite.
+    """
+    state, spikes = update.state, update.options.spikes
+    step, finite = state.step + 1, torch.isfinite(loss) & torch.isfinite(norm)
+    counted, good = step, finite & (state.bad_step == 0)
+    updated = good
+    if spikes is not None and state.spikes is not None:
+        # The optimizer's own count leaves skipped updates out.
+        counted = step - state.spikes[SKIPPED] if spikes.skip else step
+        spike, watched = judge(state.spikes, loss, norm, step, spikes)
+        updated = good & ~spike if spikes.skip else good
+        state.spikes.copy_(torch.where(good, watched, state.spikes))
     for parameter, gradient in zip(state.parameters.values(), gradients, strict=True):
         weight, slots, wide = parameter.weight, parameter.slots, parameter.wide
-        new = optimizer.update(parameter.info, wide, gradient, slots, lr, step)
-        value = torch.where(good, new.pop("weight"), wide)
+        new = update.optimizer.update(parameter.info, wide, gradient, slots, lr, counted)
+        value = torch.where(updated, new.pop("weight"), wide)
         if parameter.master is not None:
             parameter.master.copy_(value)
         weight.copy_(value.to(weight.dtype))
         for name, tensor in new.items():
-            slots[name].copy_(torch.where(good, tensor, slots[name]))
+            slots[name].copy_(torch.where(updated, tensor, slots[name]))
     state.bad_step.copy_(torch.where(finite | (state.bad_step > 0), state.bad_step, step))
     state.step.copy_(torch.where(good, step, state.step))
 
@@ -410,6 +427,8 @@ def step_numbers(vector: Sequence[float], options: StepOptions) -> StepNumbers:
     """Return the numbers from the result of `finish_step`, once it is on the host."""
     names = (*options.step_terms, *options.loss_terms)
     rest = vector[BAD_STEP + 1 :]
+    watched = [] if options.spikes is None else rest[-options.spikes.length :]
+    rest = rest[: len(rest) - len(watched)]
     return StepNumbers(
         vector[LOSS],
         vector[GRAD_NORM],
@@ -417,6 +436,8 @@ def step_numbers(vector: Sequence[float], options: StepOptions) -> StepNumbers:
         int(vector[BAD_STEP]),
         tuple(rest[len(names) :]),
         dict(zip(names, rest, strict=False)),
+        spikes_in(watched),
+        int(watched[STREAK]) if watched else 0,
     )
 
 

@@ -18,6 +18,7 @@ import fsspec
 import pytest
 import torch
 import transformers
+from saved_checkpoints import saver
 from tiny_llama import SHAPE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -265,3 +266,9 @@ def finish(writer: FolderWriter, **changes: Any) -> None:
 def run_checkpoint() -> SimpleNamespace:
     """The functions above, for tests: a conftest is not for importing."""
     return SimpleNamespace(manifest=make_manifest, cut=cut, write=write_checkpoint, finish=finish)
+
+
+@pytest.fixture
+def save(run_checkpoint, tokenizer_folder) -> Callable[..., None]:
+    """Write a run's checkpoint, each tensor in two parts."""
+    return saver(run_checkpoint, tokenizer_folder)

@@ -9,6 +9,7 @@ from torchprime.config.checks import at_least, positive, refuse
 from torchprime.config.paths import PathOrUrl, is_url
 from torchprime.config.sections.loss import LossConfig
 from torchprime.config.sections.optimizer import OptimizerConfig, SchedulerConfig
+from torchprime.config.sections.spike import SpikeConfig
 from torchprime.errors import ConfigError
 
 
@@ -29,6 +30,7 @@ class TaskConfig:
     loss_kernel: Literal["auto", "liger", "chunked"] = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
     # Relative: inside the run's folder; or a URL (gs://, s3://).
     export_checkpoint_path: PathOrUrl | None = None
     convert_to_safetensors: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchprime.metrics.record import Record, StepRecord
+from torchprime.metrics.record import Record, SpikeRecord, StepRecord
 from torchprime.metrics.writers import Writer
 from torchprime.training.loop import BaseHook
 
@@ -19,6 +19,9 @@ class MetricsHook(BaseHook):
 
     def on_record(self, record: StepRecord) -> None:
         self.last = record
+        self.emit(record)
+
+    def on_spike(self, record: SpikeRecord) -> None:
         self.emit(record)
 
     def emit(self, record: Record) -> None:

@@ -175,6 +175,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     unused += [] if flat.get(f"{KL}.coefficient") is not None else [f"{KL}."]
     unused += [] if name == "muon" else ["task.optimizer.muon."]
     unused += [] if flat.get(f"{SCHEDULE}.start") is not None else [f"{SCHEDULE}."]
+    unused += [] if flat.get("task.spike.window") is not None else ["task.spike."]
     if flat.get("task.optimizer.betas") is None:  # older versions wrote the method's own
         flat["task.optimizer.betas"] = list(own_betas(name))
     return {key: value for key, value in flat.items() if not key.startswith(tuple(unused))}

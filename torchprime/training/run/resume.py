@@ -41,11 +41,12 @@ from torchprime.evaluation.selection import EarlyStopping, Evaluated
 from torchprime.files.atomic import read_plain, write_text
 from torchprime.files.foreign_names import inside
 from torchprime.files.private_folders import require_private
-from torchprime.metrics.record import StepRecord
+from torchprime.metrics.record import SpikeRecord, StepRecord
 from torchprime.metrics.writers import read_metrics
 from torchprime.training.backend import Backend, ResumedState, StepNumbers
 from torchprime.training.processes import Processes
 from torchprime.training.run import folder as run_folder
+from torchprime.training.spikes import NAME as SPIKES
 
 METRICS = "metrics.jsonl"
 EVALUATION = "evaluation"  # the hook's key in a manifest
@@ -68,7 +69,9 @@ class ResumePoint:
 
     def state(self) -> ResumedState:
         """Return the input for the backend's state."""
-        return ResumedState(self.reader.get, self.step)
+        watched = SPIKES in self.reader.tensor_names()
+        spikes = self.reader.get(SPIKES) if watched else None
+        return ResumedState(self.reader.get, self.step, spikes)
 
     def weight(self, name: str) -> Tensor:
         """Return a weight by its Hugging Face name."""
@@ -328,7 +331,11 @@ def cut_metrics(path: Path, step: int) -> None:
     if not path.is_file():
         return
     lines = read_plain(path).split("\n")[:-1]  # a line torn by a kill is dropped
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    records = [json.loads(line) for line in lines]
+    logged = [r["step"] for r in records if r["kind"] == StepRecord.kind and r["step"] <= step]
+    until = {SpikeRecord.kind: max(logged, default=0)}  # later ones are in the checkpoint
+    pairs = zip(lines, records, strict=True)
+    kept = [line for line, r in pairs if r["step"] <= until.get(r["kind"], step)]
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 

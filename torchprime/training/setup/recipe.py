@@ -45,6 +45,7 @@ from torchprime.training.setup.plan import (
     stored_parameters,
 )
 from torchprime.training.setup.vocabulary import VocabularyRequest
+from torchprime.training.spikes import SpikeOptions
 
 
 def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
@@ -233,7 +234,17 @@ def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
         kl=None if kl.coefficient is None else Kl(kl.coefficient, kl.on),
         random_seed=_random_seed(config),
         noise_alpha=task.neftune_noise_alpha or 0.0,
+        spikes=spike_options(config),
     )
+
+
+def spike_options(config: TrainConfig) -> SpikeOptions | None:
+    """Return the options of the watch for spikes; None if it is off."""
+    spike = config.task.spike
+    if spike.window is None:
+        return None
+    skip = spike.action == "skip"
+    return SpikeOptions(spike.window, spike.deviations, skip, config.logging_steps)
 
 
 def _random_seed(config: TrainConfig) -> int | None:
