@@ -19,7 +19,7 @@ from torchprime.torch_native.train import main as native
 from torchprime.training.loop import DataOrder
 
 POISONED = (7, 8)  # 1-based; logged are steps 4, 8 and 12, checkpoints come after 3, 6, 9 and 12
-SPIKES = ("task.spike.window=4", "task.spike.deviations=3", "logging_steps=4")
+SPIKES = ("task.spike.window=4", "task.spike.deviations=5", "logging_steps=4")
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def check(
     assert start(arguments(whole)) == 0
     found = spikes(whole)
     assert [line["step"] for line in found] == list(POISONED)
-    assert all(line["skipped"] and line["loss"] > line["loss_limit"] for line in found)
+    assert all(line["skipped"] and line["grad_norm"] > line["grad_norm_limit"] for line in found)
     assert len({line["batch_hash"] for line in found}) == 2
     told = capsys.readouterr().err
     assert told.count("its update was skipped") == 2 and "step 7/12  spike: loss" in told

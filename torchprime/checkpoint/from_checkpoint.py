@@ -53,6 +53,7 @@ from torchprime.models.architecture import architecture_from_hf
 
 HF = "hf"  # the export's folder in a checkpoint
 CHECKPOINTS = "checkpoints"  # the checkpoints' folder in a run's folder
+EMA = "optimizer.ema"  # before the names of the weights' moving average
 CONTINUED = "training continued after this checkpoint"  # so its weights are not compared
 
 
@@ -106,6 +107,7 @@ def export_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     base: Path | None = None,
+    average: bool = True,
     say: Callable[[str], None],
 ) -> ExportResult:
     """Export the checkpoint `name` to `out`, whole or not at all, and prove it.
@@ -115,6 +117,7 @@ def export_checkpoint(
         dtype: of the exported weights; None for the one that was trained in. For float32 the
             master weights are taken, if there are any.
         base: the folder of the base's weights; None looks where they lay during the run.
+        average: take the weights' moving average if the checkpoint has one.
 
     Raises:
         CheckpointError: used target, a checkpoint without what an export needs, a failed check; in
@@ -132,7 +135,9 @@ def export_checkpoint(
             result = _export_adapter(reader, kept, place, written, base)
             return _told(result, place, name, say)
         facts = replace(written, dtype=dtype or written.dtype)
-        tensor_of = tensors_of(reader, facts)
+        tensor_of = tensors_of(reader, facts, average)
+        averaged = average and has_average(reader)
+        name = f"the moving average in {name}" if averaged else name
         result = write_export(
             place,
             small_files=partial(copy_small_files, kept, written, facts),
@@ -284,12 +289,14 @@ def copy_small_files(kept: Path, written: ExportFacts, facts: ExportFacts, folde
         write_text(folder / CARD, facts.card_text())
 
 
-def _prefixes(reader: CheckpointReader, facts: ExportFacts) -> Mapping[str, str]:
-    """Return, for each weight, which of its tensors is exported: `model`, or `master` if that is
-    more precise and was requested."""
+def _prefixes(reader: CheckpointReader, facts: ExportFacts, average: bool) -> Mapping[str, str]:
+    """Return, for each weight, which of its tensors is exported: the moving average if requested,
+    `model`, or `master` if that is more precise and was requested."""
     there = set(reader.tensor_names())
 
     def prefix(name: str) -> str:
+        if average and f"{EMA}.{name}" in there:
+            return EMA
         coarse = f"model.{name}" in there and reader.dtype(f"model.{name}") != torch.float32
         wanted = facts.dtype == torch.float32 and coarse and f"master.{name}" in there
         return "master" if wanted else "model"
@@ -297,10 +304,17 @@ def _prefixes(reader: CheckpointReader, facts: ExportFacts) -> Mapping[str, str]
     return {name: prefix(name) for name in facts.spec}
 
 
-def tensors_of(reader: CheckpointReader, facts: ExportFacts) -> Callable[[str], Tensor]:
-    """Return the source of a checkpoint's weights by name, in fp32 if the facts say so and the
-    checkpoint has it."""
-    return partial(_tensor, reader, _prefixes(reader, facts))
+def has_average(reader: CheckpointReader) -> bool:
+    """Return True if the checkpoint has a moving average of the weights (task.ema_decay)."""
+    return any(name.startswith(f"{EMA}.") for name in reader.tensor_names())
+
+
+def tensors_of(
+    reader: CheckpointReader, facts: ExportFacts, average: bool = True
+) -> Callable[[str], Tensor]:
+    """Return the source of a checkpoint's weights by name: their moving average if there is one and
+    `average`; else the weights, in fp32 if the facts say so and the checkpoint has it."""
+    return partial(_tensor, reader, _prefixes(reader, facts, average))
 
 
 def _tensor(reader: CheckpointReader, prefixes: Mapping[str, str], name: str) -> Tensor:

@@ -57,6 +57,11 @@ def export_main(argv: list[str]) -> int:
     add("--adapter", metavar="ADAPTER", help="a PEFT folder or hub name, instead of CHECKPOINT")
     add("--merge", action="store_true", help="merge the adapter into the base's weights")
     add(
+        "--raw",
+        action="store_true",
+        help="the weights themselves, of a checkpoint that has their moving average, too",
+    )
+    add(
         "--base-dtype",
         choices=["run", "int8", "nf4"],
         help="values of the base that the adapter is merged into: run its own, int8 or nf4 the "
@@ -83,6 +88,8 @@ def _check_usage(given: argparse.Namespace) -> None:
         wrong = f"--adapter: given with CHECKPOINT {given.checkpoint}"
     elif given.adapter is not None and not given.merge:
         wrong = "--adapter: given without --merge"
+    elif given.adapter is not None and given.raw:
+        wrong = "--raw: given with --adapter"
     elif given.adapter is None and given.merge:
         wrong = "--merge: given without --adapter"
     elif given.adapter is None and given.base_dtype is not None:
@@ -110,14 +117,16 @@ def _export_checkpoint(given: argparse.Namespace) -> int:
     out = place("--out", given.out)
     source = place("CHECKPOINT", given.checkpoint)
     if not is_url(source) and (Path(source) / CERTIFICATE).is_file():
-        if given.dtype is not None or given.base is not None:
+        if given.dtype is not None or given.base is not None or given.raw:
             raise ConfigError(
-                f"--dtype, --base: given with {source}, which is an export and is copied as it is. "
-                "Leave them out, or name a checkpoint."
+                f"--dtype, --base, --raw: given with {source}, which is an export and is "
+                "copied as it is. Leave them out, or name a checkpoint."
             )
         send_export(Path(source), out, _say)
         return 0
     storage, name = find_checkpoint(source, _say)
     dtype = None if given.dtype is None else DTYPES[given.dtype]
-    export_checkpoint(storage, name, out, dtype=dtype, base=base_weights(given.base), say=_say)
+    base = base_weights(given.base)
+    average = not given.raw
+    export_checkpoint(storage, name, out, dtype=dtype, base=base, average=average, say=_say)
     return 0

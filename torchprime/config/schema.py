@@ -273,6 +273,7 @@ class TrainConfig:
                 "Set adapter.modules_to_train=[embed_tokens], and lm_head if the model has one.",
             )
         for key, given, expected in (
+            ("task.ema_decay", self.task.ema_decay, None),
             ("task.convert_to_safetensors", self.task.convert_to_safetensors, True),
             ("checkpoint.hf", self.checkpoint.hf, False),
         ):

@@ -41,18 +41,23 @@ def _export(
     """Export the best step's weights from its checkpoint, or the last one's from the device."""
     p, config = run.prepared, run.prepared.config
     metrics: dict[str, float | str] = {**run.snapshots.metrics_at(step, loss, step)}
+    chosen = step
     if config.export.which == "best":
         best = best_step(run)
-        if best is not None and best != step:
-            if p.backend.processes.index == 0:
-                others_wait()
-                _export_checkpoint(p, place, best)
-            return
-        if best is None:
+        if best is not None:
+            chosen = best
+        else:
             failed = p.choosing.rule.failed_at_end(run.snapshots.history)
             why = failed or "no value was finite"
             metrics["selection"] = f"no step qualifies (the last one: not {why}); the last step"
             p.say(f"export.which=best: {metrics['selection']} is exported instead")
+    if chosen != step or config.task.ema_decay is not None:
+        if chosen == step and p.backend.processes.first_does(partial(_saved, run, step)) is None:
+            _save(run, step)
+        if p.backend.processes.index == 0:
+            others_wait()
+            _export_checkpoint(p, place, chosen)
+        return
     if config.task.convert_to_safetensors:
         p.exporter.write(place, p.backend, metrics, step=step, others_wait=others_wait)
     else:
@@ -68,7 +73,8 @@ def best_step(run: Run) -> int | None:
 def _export_checkpoint(prepared: Prepared, place: ExportPlace, step: int) -> None:
     p, storage = prepared, prepared.catalog.storage
     name = p.catalog.name_of(step)
-    p.say(f"the best step is {step}: exporting {storage.describe(name)}")
+    which = "best" if p.config.export.which == "best" else "last"
+    p.say(f"the {which} step is {step}: exporting {storage.describe(name)}")
     p.catalog.check(name)
     p.exporter.write_checkpoint(place, storage, name, p.inputs.files.folder)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torchprime.config.checks import at_least, positive, refuse
+from torchprime.config.checks import at_least, fraction, positive, refuse
 from torchprime.config.paths import PathOrUrl, is_url
 from torchprime.config.sections.loss import LossConfig
 from torchprime.config.sections.optimizer import OptimizerConfig, SchedulerConfig
@@ -31,6 +31,8 @@ class TaskConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
+    # Exponential moving average of the weights, which is exported instead of them; null: none.
+    ema_decay: float | None = None
     # Relative: inside the run's folder; or a URL (gs://, s3://).
     export_checkpoint_path: PathOrUrl | None = None
     convert_to_safetensors: bool = True
@@ -60,6 +62,14 @@ class TaskConfig:
                 "a folder, since task.convert_to_safetensors=false leaves shards that are not "
                 "proved, and only a proved export is sent to a URL",
                 "Set task.convert_to_safetensors=true, or a folder.",
+            )
+        fraction("task.ema_decay", self.ema_decay, one_allowed=False)
+        if self.ema_decay is not None and not self.convert_to_safetensors:
+            refuse(
+                "task.convert_to_safetensors",
+                False,
+                "true, since task.ema_decay exports the average from a checkpoint",
+                "Set it to true, or task.ema_decay=null.",
             )
         positive("task.max_shard_size_gb", self.max_shard_size_gb)
         at_least("task.sample_prompts", self.sample_prompts, 0)

@@ -34,7 +34,8 @@ HARMLESS_KEYS = (
 FROZEN = "task.optimizer.groups[frozen]"
 REFUSED_KEYS = (
     "seed", "torch_dtype", "task.global_batch_size", "task.optimizer.name",
-    "task.optimizer.master_weights", "model.add_special_tokens", "model.resize_embeddings",
+    "task.optimizer.master_weights", "task.ema_decay",
+    "model.add_special_tokens", "model.resize_embeddings",
     "model.pad_vocab_to_multiple", "adapter.rank", "adapter.alpha", "adapter.scaling",
     "adapter.targets", "adapter.layers", "adapter.modules_to_train", "adapter.dora",
     "adapter.base_dtype", FROZEN, "dataset.replay_schedule",

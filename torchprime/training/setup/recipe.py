@@ -26,6 +26,7 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim.adamw_8bit import block_length
+from torchprime.training.optim.ema import WithEma
 from torchprime.training.optim.groups import Group, grouped
 from torchprime.training.optim.make import make_optimizer
 from torchprime.training.optim.muon import MuonSettings
@@ -202,7 +203,7 @@ def _check_blocks(
 
 def optimizer_of(config: TrainConfig) -> Optimizer:
     """Return the optimizer with its settings; the learning rate enters each step as data."""
-    o = config.task.optimizer
+    o, decay = config.task.optimizer, config.task.ema_decay
     made = make_optimizer(
         o.name,
         betas=o.betas,
@@ -212,7 +213,8 @@ def optimizer_of(config: TrainConfig) -> Optimizer:
         nesterov=o.nesterov,
         muon=MuonSettings(o.muon.adjust_lr, o.muon.adamw_lr_factor, o.muon.steps),
     )
-    return grouped(made, groups_of(config))
+    optimizer = grouped(made, groups_of(config))
+    return optimizer if decay is None else WithEma(optimizer, decay)
 
 
 def step_options(config: TrainConfig, num_sources: int) -> StepOptions:
