@@ -20,7 +20,7 @@ class WithEma:
     """
 
     def __init__(self, inner: Optimizer, decay: float) -> None:
-        self.inner, self.decay = inner, decay
+        self.inner, self.decay, self.weight_decay = inner, decay, inner.weight_decay
 
     def slots(self, parameter: Parameter) -> dict[str, Slot]:
         return {**self.inner.slots(parameter), EMA: Slot(parameter.dims)}
