@@ -97,7 +97,7 @@ def average(argv: list[str]) -> int:
     """Average the weights of several checkpoints of a model; no accelerator needed."""
     os.environ["USE_TORCH_XLA"] = "0"
     # late: as above
-    from torchprime.cli.average import average_main
+    from torchprime.cli.weights.average import average_main
 
     return average_main(argv)
 

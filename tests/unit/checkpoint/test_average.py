@@ -17,7 +17,7 @@ from torchprime.checkpoint.proof.recheck import recheck
 from torchprime.checkpoint.proof.verify import load_transformers
 from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.reader import CheckpointReader
-from torchprime.cli.average import average_main
+from torchprime.cli.weights.average import average_main
 
 Weights = dict[str, torch.Tensor]
 

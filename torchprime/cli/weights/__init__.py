@@ -1,0 +1,1 @@
+"""Commands that combine the weights of several models."""
