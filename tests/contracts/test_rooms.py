@@ -23,7 +23,7 @@ MANY_ARGUMENTS = {
 # The rooms of a folder, the lowest first: each may import those before it.
 ROOMS = {
     "checkpoint": ["hf", "proof", "run", "adapter"],
-    "cli": ["shared", "before"],
+    "cli": ["shared", "before", "weights"],
     "compare": ["logs"],
     "config": ["sections"],
     "data": [

@@ -52,8 +52,7 @@ from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.regularization.near_base import NearBase, base_of
 from torchprime.training.regularization.penalty import AnchorSource
-from torchprime.training.spikes import NAME as SPIKES
-from torchprime.training.spikes import first_state
+from torchprime.training.spikes import NAME, first_state
 from torchprime.training.step import (
     CrossEntropy,
     StepSums,
@@ -210,8 +209,8 @@ class NativeBackend:
             parameters, *(torch.tensor(float(n), device=self.device) for n in counts)
         )
         if options.spikes is not None:
-            stored = None if resumed is None else resumed.spikes
-            self.state.spikes = first_state(options.spikes, stored).to(self.device)
+            state = first_state(options.spikes, resumed and resumed.spikes)
+            self.state.spikes = state.to(self.device)
         self.copies = [placement.copies(p, self.mesh) for _, p in self._trained()]
 
     def _cross_entropy(self, chunks: int, kind: TokenLoss = CROSS_ENTROPY) -> CrossEntropy:
@@ -237,7 +236,7 @@ class NativeBackend:
             )
         ]
         if self.state.spikes is not None:
-            found.append(whole_shards(SPIKES, self.state.spikes, here=self.processes.index == 0))
+            found.append(whole_shards(NAME, self.state.spikes, here=self.processes.index == 0))
         return found
 
     @watched

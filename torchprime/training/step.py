@@ -394,12 +394,8 @@ def clipped(
 def apply_update(
     update: Update, gradients: Iterable[Tensor], lr: Tensor, loss: Tensor, norm: Tensor
 ) -> None:
-    """Update parameters and state in place. Nothing changes if this or an earlier step was bad;
-    only counters change if it is a spike to be skipped.
-
-    Args:
-        loss, norm: of this update; it is bad if one of them is not finite.
-    """
+    """Update parameters and state in place. Nothing changes if this or an earlier step was bad
+    (loss or norm not finite); only counters change if it is a spike to be skipped."""
     state, spikes = update.state, update.options.spikes
     step, finite = state.step + 1, torch.isfinite(loss) & torch.isfinite(norm)
     counted, good = step, finite & (state.bad_step == 0)
