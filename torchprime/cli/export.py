@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
 from torchprime.checkpoint.adapter.merged_export import Merge, export_merged
 from torchprime.checkpoint.adapter.read import read_adapter
 from torchprime.checkpoint.from_checkpoint import export_checkpoint, find_checkpoint, send_export
@@ -18,11 +16,11 @@ from torchprime.checkpoint.hf.source import resolve_pretrained
 from torchprime.checkpoint.proof.certificate import CERTIFICATE
 from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.cli.shared.base import base_weights
+from torchprime.cli.shared.dtypes import DTYPES
 from torchprime.config.paths import is_url, name_or_folder, place
 from torchprime.errors import ConfigError
 from torchprime.text.terminal import print_lines
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 USAGES = (
     "expected CHECKPOINT --out DIR, or --adapter ADAPTER --merge [--base BASE] --out DIR to merge "
     "a PEFT folder into its base"

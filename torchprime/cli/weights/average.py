@@ -9,8 +9,8 @@ import argparse
 import math
 
 from torchprime.checkpoint.average import export_average, last_checkpoints
-from torchprime.cli.export import DTYPES
 from torchprime.cli.shared.arguments import make_parser, positive, run_command
+from torchprime.cli.shared.dtypes import DTYPES
 from torchprime.config.paths import place
 from torchprime.errors import ConfigError
 from torchprime.text.terminal import print_lines
