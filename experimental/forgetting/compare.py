@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -260,9 +261,10 @@ def measure_fisher(inputs: Inputs) -> None:
 
 
 def run(variant: Variant, seed: int, inputs: Inputs) -> Result:
-    """Train once and return the result."""
+    """Train once and return the result. What an unfinished run left is removed."""
     name = re.sub(r"\W+", "-", f"{variant.name} {seed}").strip("-").lower()
     folder, started = inputs.folder / "runs" / name, time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
     argv = [*COMMON, *inputs.overrides(), *variant.overrides, f"seed={seed}"]
     argv += [f"output_dir={folder.parent}", f"run_name={name}", "resume=never"]
     if code := run_main(train, argv):
