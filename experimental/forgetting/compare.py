@@ -40,6 +40,7 @@ from torchprime.torch_native.train import main as train
 BLOCK = 128
 HELD_OUT, REPLAYED = 60, 300  # stories
 RATE, ADAPTER_RATE = 1e-3, 3e-3
+MARKERS = "os^Dv<>Phd"
 LOST = 0.1  # right answers that a strength may cost
 ON_ALL = "regularization.kl.on=all"
 # A story is longer than a block and is cut: the model never saw the end token.
@@ -374,27 +375,30 @@ def write_table(points: Sequence[Point], results: Sequence[Result], path: Path) 
 
 
 def draw(points: Sequence[Point], groups: Mapping[str, str], path: Path) -> None:
-    """Draw accuracy against the rise of the loss, with the intervals of both."""
+    """Draw accuracy against the rise of the loss, with the intervals of both. A group has a colour,
+    a variant a marker."""
     colours = {group: f"C{n}" for n, group in enumerate(dict.fromkeys(groups.values()))}
-    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
-    for p in points:
+    figure, axes = plt.subplots(figsize=(8.5, 4.8), layout="constrained")
+    for place, p in enumerate(points):
         value, colour = p.right.value, colours[groups[p.name]]
         axes.errorbar(
             p.rise,
             value,
             xerr=[[p.rise - p.lowest], [p.highest - p.rise]],
             yerr=[[value - p.right.low], [p.right.high - value]],
-            fmt="o",
+            fmt=MARKERS[place % len(MARKERS)],
             color=colour,
             elinewidth=0.8,
+            label=p.name,
         )
-        axes.annotate(p.name, (p.rise, value), xytext=(5, 5), textcoords="offset points", size=9)
+    axes.set_xscale("symlog", linthresh=0.01)  # a rise may be below 0
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
     axes.set(
         xlabel="rise of the loss on held-out stories, nats per token (left is better)",
         ylabel="right answers to held-out questions (up is better)",
     )
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
