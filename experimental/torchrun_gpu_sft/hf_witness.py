@@ -32,7 +32,7 @@ from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -233,7 +233,7 @@ class WitnessTrainer(Trainer):
         if self.regularization is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         given, weight = dict(inputs), kwargs["num_items_in_batch"]
-        loss, outputs = super().compute_loss(
+        loss, outputs = cast(Any, super()).compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=weight
         )
         return loss + self.regularization.part(model, outputs.logits, given, weight)

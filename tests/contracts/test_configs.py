@@ -220,7 +220,7 @@ def test_quickstart_assets_are_where_the_configs_say() -> None:
 def test_what_a_run_grades_and_chooses_by_exists(run: str) -> None:
     config = compose_config(["--config-name", run, *(GIVEN if run == "default" else [])])
     assert set(make_graders(config.eval)) == set(config.eval.metrics) - {*LOSSES}
-    make_choosing(config.eval, config.selection)
+    make_choosing(config)
     if config.eval.graders and config.task.name == "sft":
         assert config.export.which == "best" and config.selection.gates
 

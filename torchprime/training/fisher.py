@@ -54,6 +54,8 @@ class SquaredGradients:
     rate, which is the batch's weight here, it is that of the summed loss.
     """
 
+    weight_decay = 0.0
+
     def slots(self, parameter: Parameter) -> dict[str, Slot]:
         return {SQUARES: Slot(parameter.dims)}
 

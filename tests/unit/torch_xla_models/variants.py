@@ -48,6 +48,8 @@ SHAPES = [
 class Plain:
     """An optimizer that takes the gradient times the learning rate away, so that it can be read."""
 
+    weight_decay = 0.0
+
     def slots(self, parameter: Any) -> dict[str, Any]:
         return {}
 

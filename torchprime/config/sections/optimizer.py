@@ -9,6 +9,9 @@ from torchprime.config.checks import at_least, fraction, not_empty, positive, re
 from torchprime.errors import ConfigError
 
 OptimizerName = Literal["adamw", "adafactor", "muon", "lion", "sgd", "adamw_8bit"]
+ScheduleName = Literal[
+    "linear", "cosine", "constant", "wsd", "inverse_sqrt", "cosine_with_restarts", "exponential"
+]
 # The methods that have a setting; the others refuse it.
 WITH_MOMENTUM = ("muon", "sgd")
 WITH_EPS = ("adamw", "adafactor", "muon", "adamw_8bit")
@@ -121,10 +124,7 @@ class OptimizerConfig:
 class SchedulerConfig:
     """Linear warm-up, then decay of this shape to `min_lr_ratio` of the peak."""
 
-    name: Literal[
-        *("linear", "cosine", "constant", "wsd", "inverse_sqrt", "cosine_with_restarts"),
-        "exponential",
-    ] = "linear"
+    name: ScheduleName = "linear"
     warmup_steps: int | None = None
     warmup_ratio: float | None = None
     decay_steps: int | None = None  # of wsd: the updates at the end in which the rate falls

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def packed(examples: list[Example]) -> PackedDataset:
     return PackedDataset.from_examples(examples, block_size=10, pad_id=0, packing="bfd_split")
 
 
-def shown(data: PackedDataset, tokenizer: Tokenizer, **options: int):
+def shown(data: PackedDataset, tokenizer: Tokenizer, **options: Any):
     return first_batches(data, tokenizer, seed=3, global_batch_size=2, **options)
 
 
