@@ -206,9 +206,11 @@ def tried(inputs: Inputs) -> list[Tried]:
     """Return the methods whose strength is chosen by a search."""
     fisher = f"regularization.ewc.fisher={inputs.folder / 'fisher'}"
     return [
-        Tried("EWC", (0.5, 5, 50, 500), lambda s: (fisher, f"regularization.ewc.strength={s}")),
-        Tried("L2-SP", (1e-3, 1e-2, 0.1, 1), lambda s: (f"regularization.l2_sp.strength={s}",)),
-        Tried("KL", (0.1, 1, 10), lambda c: (f"regularization.kl.coefficient={c}", ON_ALL)),
+        Tried(
+            "EWC", (0.5, 5, 50, 500, 5000), lambda s: (fisher, f"regularization.ewc.strength={s}")
+        ),
+        Tried("L2-SP", (1e-3, 1e-2, 0.1, 1, 10), lambda s: (f"regularization.l2_sp.strength={s}",)),
+        Tried("KL", (0.1, 1, 10, 100), lambda c: (f"regularization.kl.coefficient={c}", ON_ALL)),
     ]
 
 
