@@ -59,7 +59,8 @@ def test_the_same_command_goes_on_exactly(
     assert [start["step"] for start in facts["starts"]] == [0, step // EVERY * EVERY]
     spent = facts["goodput"]["seconds"]
     assert sum(spent.values()) == pytest.approx(facts["goodput"]["wall_seconds"])
-    assert spent["compile"] > 0 and spent["evaluation"] > 0 and spent["lost"] > 0
+    # Runs of this process share compiled programs, so this one may not have compiled.
+    assert spent["compile"] >= 0 and spent["evaluation"] > 0 and spent["lost"] > 0
 
 
 def test_a_complete_run_is_left_alone(

@@ -198,6 +198,7 @@ def test_run_folder_says_what_ran(first: Run, tiny: Path) -> None:
         "run.json",
         "data_report.json",
         "metrics.jsonl",
+        "times.jsonl",
         "report.md",
         "report.html",
         "tensorboard",

@@ -23,7 +23,6 @@ SAME = {
     "max_seq_length": "dataset.block_size",
     "metric_for_best_model": "selection.ranking",
     "model_name_or_path": "model.pretrained_model",
-    "neftune_noise_alpha": "task.neftune_noise_alpha",
     "num_train_epochs": "task.num_epochs",
     "optim": "task.optimizer.name",
     "resume_from_checkpoint": "resume.source",

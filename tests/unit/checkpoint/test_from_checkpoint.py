@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import saved_checkpoints
 import torch
 import transformers
 from saved_checkpoints import NAME, facts_of, hf_folder, trained
@@ -98,9 +99,12 @@ def test_templates_in_no_order_stay_as_the_run_wrote_them(
     (folder / "tokenizer.json").write_bytes((tokenizer_folder / "tokenizer.json").read_bytes())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     original = hf_folder
-    monkeypatch.setitem(
-        globals(), "hf_folder", lambda checkpoint, facts, _: original(checkpoint, facts, folder)
-    )
+
+    def of_folder(checkpoint, facts, _):
+        return original(checkpoint, facts, folder)
+
+    monkeypatch.setitem(globals(), "hf_folder", of_folder)
+    monkeypatch.setattr(saved_checkpoints, "hf_folder", of_folder)  # of the fixture `save`
     weights = trained(llama)
     save(local, llama, weights)
     wanted = contents(at_the_end(tmp_path / "end", llama, weights))

@@ -270,7 +270,10 @@ def test_export_whose_certificate_fails_is_2(
     [
         (["run", "--out", "exported"], "already holds"),
         (["nowhere", "--out", "out"], "There is no whole checkpoint at nowhere"),
-        (["exported", "--out", "out", "--dtype", "fp32"], "--dtype, --base: given with exported"),
+        (
+            ["exported", "--out", "out", "--dtype", "fp32"],
+            "--dtype, --base, --raw: given with exported",
+        ),
         (["run"], "required: --out"),
         (["run", "--out", "out", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["run", "--out", "out", "--base", "./nowhere"], "There is no local folder ./nowhere"),

@@ -14,7 +14,16 @@ COMMANDS = sorted([*CONFIG_COMMANDS, *OTHER_COMMANDS])
 GROUPS = {
     "before a run": ["doctor", "plan", "lr-range", "inspect", "prepare", "fisher"],
     "run": ["train", "watch"],
-    "after a run": ["compare", "report", "chat", "verify", "export", "lm-eval", "resume-check"],
+    "after a run": [
+        "compare",
+        "report",
+        "chat",
+        "verify",
+        "export",
+        "average",
+        "lm-eval",
+        "resume-check",
+    ],
 }
 
 
@@ -32,7 +41,7 @@ def test_help_groups_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_each_commands_module_is_named_as_it_is_typed() -> None:
     folder = Path(torchprime.cli.__file__).parent
-    files = [*folder.glob("*.py"), *folder.glob("before/*.py")]
+    files = [path for room in (".", "before", "weights") for path in (folder / room).glob("*.py")]
     modules = {path.stem for path in files} - {"__init__", "main"}
     named = {name.replace("-", "_") for name in COMMANDS}
     # `inspect` is a module of the standard library.

@@ -25,6 +25,7 @@ NO_PATHS = {  # texts that are no paths; a new text key has to be put here or ge
     "dataset.template_date", "dataset.response_marker", "dataset.instruction_marker",
     "dataset.id_key", "dataset.group_key", "dataset.time_key", "dataset.weight_key",
     "eval.hf_dataset_config_name", "eval.split", "selection.early_stopping.metric",
+    "metrics.project",
 }  # fmt: skip
 
 
@@ -62,6 +63,8 @@ def config_with(key: str, value: str) -> TrainConfig:
     for section in sections:
         node = node.setdefault(section, {})
     node[leaf] = value
+    if leaf == "fisher":
+        node["strength"] = 0.5
     if leaf == "hf_dataset_name":
         node["file_dataset_path"] = None
         node.setdefault("split", "train")

@@ -57,7 +57,11 @@ def source(*, loss_step: int | None = 4, evaluated: bool = True) -> Snapshots:
 
 def test_a_snapshot_has_the_scores_of_exactly_its_step() -> None:
     found = source().take(4)
-    assert cast(Any, found.manifest).scores == {"eval_loss": 2.0, "accuracy": 0.5}
+    assert cast(Any, found.manifest).scores == {
+        "eval_loss": 2.0,
+        "accuracy": 0.5,
+        "base eval_loss": 3.0,  # for gates, from the first evaluation
+    }
     assert found.writers == ["writer"]
     assert cast(Any, source().take(5).manifest).scores == {}
 
