@@ -71,7 +71,7 @@ def test_relations(relation: str, passing: float, failing: float) -> None:
         (["format_pass >= much"], ["eval_loss asc"], r"selection.gates\[0\].*and a number"),
         (["eval_loss <= base / 2"], ["eval_loss asc"], r"selection.gates\[0\].*base \+ - \*"),
         (["eval_loss <= base + nan"], ["eval_loss asc"], r"selection.gates\[0\].*base \+ - \*"),
-        (["eval_loss[generals] < 2"], ["eval_loss asc"], r"mean eval_loss\[general\].*eval.sources"),
+        (["eval_loss[genera] < 2"], ["eval_loss asc"], r"mean eval_loss\[general\].*eval.sources"),
         (["eval_loss[x] < 2"], ["eval_loss asc"], r"measures: eval_loss, .*name that source in"),
         (["formt_pass > 0"], ["eval_loss asc"], r"selection.gates\[0\].*Did you mean format_pass"),
         ([], ["eval_loss"], r"selection.ranking\[0\]: given 'eval_loss'.*asc .* or desc"),

@@ -32,8 +32,8 @@ def test_early_stopping_may_watch_one_source() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("early_stopping.metric='eval_loss[generals]'", "early_stopping.metric.*mean eval_loss.gen"),
-        ("ranking=['eval_loss[generals] asc']", r"ranking\[0\].*mean eval_loss\[general\]"),
+        ("early_stopping.metric='eval_loss[genera]'", "early_stopping.metric.*mean eval_loss.gen"),
+        ("ranking=['eval_loss[genera] asc']", r"ranking\[0\].*mean eval_loss\[general\]"),
         ("gates=['eval_loss[web] <= base']", r"gates\[0\].*name that source in eval.sources"),
     ],
 )
