@@ -82,8 +82,9 @@ def uniform(key: Words, rows: Tensor, width: int) -> Tensor:
 def kept(key: Words, rows: Tensor, width: int, probability: float, first: int = 0) -> Tensor:
     """Return a dropout mask, True where an entry is kept.
 
+    Entries are those of `_fractions`, with the same arguments.
+
     Args:
-        key, rows, width, first: of the entries, as for `_fractions`.
         probability: that an entry is dropped, in steps of 2^-24.
 
     Returns:
