@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -20,15 +19,15 @@ from torchprime.config.checks import refuse
 from torchprime.config.compose import compose_config
 from torchprime.config.paths import local_path
 from torchprime.config.schema import TrainConfig
+from torchprime.config.topologies import GIB
 from torchprime.files.atomic import write_text
 from torchprime.text.terminal import print_json, print_lines, say
-from torchprime.training.advice.advise import Advised, Outlook, advise
+from torchprime.training.advice.advise import Advised, Outlook, advise, tree_of
 from torchprime.training.advice.recommend import Recommendation
 from torchprime.training.advice.table import devices_named
 from torchprime.training.setup.datasets import prepare_run_data, template_of
 from torchprime.training.setup.recipe import files_of
 
-GIB = 2**30
 EPILOG = """\
 The recommended values are baselines to test: each line has its reason and source. A config whose
 mesh has another number of devices than --device is planned with all of them on the fsdp axis.
@@ -111,13 +110,8 @@ def _as_yaml(config_name: str, changes: Sequence[Recommendation]) -> str:
         *(f"# {each.key}: {_why(each)}" for each in changes),
         "",
     ]
-    tree: dict[str, Any] = {"defaults": [config_name, "_self_"]}
-    for each in changes:
-        *sections, last = each.key.split(".")
-        inside = tree
-        for section in sections:
-            inside = inside.setdefault(section, {})
-        inside[last] = each.value
+    defaults = {"defaults": [config_name, "_self_"]}
+    tree = defaults | tree_of({each.key: each.value for each in changes})
     return "\n".join(header) + yaml.safe_dump(tree, sort_keys=False)
 
 

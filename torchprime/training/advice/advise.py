@@ -152,6 +152,11 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: values that don't fit each other.
     """
+    return _replaced(config, tree_of(values))
+
+
+def tree_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested dicts of values that are given by dotted keys."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *sections, last = key.split(".")
@@ -159,7 +164,7 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
         for section in sections:
             inside = inside.setdefault(section, {})
         inside[last] = value
-    return _replaced(config, tree)
+    return tree
 
 
 def _replaced(section: Any, values: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 
 from torchprime.adapters.apply import saved
 from torchprime.config.schema import TrainConfig
+from torchprime.config.topologies import GIB
 from torchprime.data.blocks.budget import Budget, Spread, batch_budget
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.blocks.order import steps_per_epoch
@@ -24,7 +25,6 @@ from torchprime.sharding import Spec, shard_count
 from torchprime.training.loop import DataOrder
 from torchprime.training.optim.optimizer import Optimizer, Parameter
 
-GIB = 2**30
 Shape = tuple[int, ...]
 
 
