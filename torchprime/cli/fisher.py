@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from torchprime.cli.shared.arguments import make_parser, positive
+from torchprime.cli.shared.arguments import make_parser, positive, run_with_rest
 from torchprime.cli.train import NAMES, choose_backend
 from torchprime.config.entry import run_main
 from torchprime.config.paths import local_path
@@ -49,10 +49,10 @@ def fisher_main(argv: list[str]) -> int:
         help=f"in the order of the seed; all if there are fewer (default: {EXAMPLES:,})",
     )
     add("--backend", choices=list(NAMES), help="instead of the one that fits this host")
-    try:
-        given, rest = parser.parse_known_args(argv)
-    except SystemExit as stop:  # argparse has printed the help or the error
-        return stop.code if isinstance(stop.code, int) else 2
+    return run_with_rest(parser, argv, _compose)
+
+
+def _compose(given: argparse.Namespace, rest: list[str]) -> int:
     return run_main(lambda config: _measure(config, given), rest, lambda: _program(given))
 
 

@@ -11,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-from torchprime.cli.shared.arguments import make_parser, positive
+from torchprime.cli.shared.arguments import make_parser, positive, run_with_rest
 from torchprime.cli.train import NAMES, train
 from torchprime.config.checks import refuse
 from torchprime.config.entry import run_main
@@ -19,7 +19,7 @@ from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError, DivergedError
 from torchprime.files.atomic import write_text
 from torchprime.metrics.writers import read_metrics
-from torchprime.text.terminal import print_lines, reported
+from torchprime.text.terminal import print_lines
 
 STEPS, FROM, TO = 100, 1e-7, 1e-1
 EPILOG = """\
@@ -51,11 +51,7 @@ def lr_range_main(argv: list[str]) -> int:
     add("--to", dest="last", type=float, default=TO, help=f"last rate (default: {TO:g})")
     add("--steps", type=positive, default=STEPS, help=f"updates (default: {STEPS})")
     add("--backend", choices=list(NAMES), help="instead of the one that fits this host")
-    try:
-        given, rest = parser.parse_known_args(argv)
-    except SystemExit as stop:  # argparse has printed the help or the error
-        return stop.code if isinstance(stop.code, int) else 2
-    return reported(lambda: _run(given, rest))
+    return run_with_rest(parser, argv, _run)
 
 
 def _run(given: argparse.Namespace, rest: list[str]) -> int:

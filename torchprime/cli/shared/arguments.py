@@ -42,8 +42,22 @@ def run_command(
     parser: argparse.ArgumentParser, argv: list[str], command: Callable[[argparse.Namespace], int]
 ) -> int:
     """Parse the arguments and run the command with them; return the exit code."""
+    return _parsed(lambda: parser.parse_intermixed_args(argv), command)
+
+
+def run_with_rest(
+    parser: argparse.ArgumentParser,
+    argv: list[str],
+    command: Callable[[argparse.Namespace, list[str]], int],
+) -> int:
+    """Run a command with its own arguments and the rest, which a run's config takes; return the
+    exit code."""
+    return _parsed(lambda: parser.parse_known_args(argv), lambda both: command(*both))
+
+
+def _parsed(parse: Callable[[], Any], command: Callable[[Any], int]) -> int:
     try:
-        given = parser.parse_intermixed_args(argv)
+        given = parse()
     except SystemExit as stop:  # argparse has printed the help or the error
         return stop.code if isinstance(stop.code, int) else 2
     return reported(lambda: command(given))
