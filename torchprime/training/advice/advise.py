@@ -129,7 +129,8 @@ def advise(
     advised = None
     if batch or devices is None:
         new = with_values(config, {each.key: each.value for each in changes})
-        advised = _outlook(estimator(new), read_rows(new))
+        same = new.dataset == config.dataset
+        advised = _outlook(estimator(new), data if same else read_rows(new))
     kept = [each for each in found if each not in changes and each.value is not None]
     return Advised(counts, rows, devices, configured, changes, kept, advised)
 
