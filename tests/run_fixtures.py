@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,6 @@ from torchprime.config.entry import run_main
 from torchprime.data.prepare import prepare_dataset
 from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.torch_xla_models.train import main
-from torchprime.training.hooks.checkpoint import CheckpointHook
 from torchprime.training.loop import DataOrder
 from torchprime.training.setup.datasets import RunRows, settings_of
 
@@ -143,20 +143,8 @@ def whole(
 
 @pytest.fixture
 def killed_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Ends a run behind a step, as a kill would: nothing gets a chance to tidy up."""
-
-    def arm(step: int) -> None:
-        original = CheckpointHook.after_step
-
-        def after_step(self: CheckpointHook, done: int, last: bool) -> None:
-            original(self, done, last)
-            if done == step:
-                monkeypatch.setattr(CheckpointHook, "after_step", original)
-                raise interrupted.Killed
-
-        monkeypatch.setattr(CheckpointHook, "after_step", after_step)
-
-    return arm
+    """Ends the next run behind a step."""
+    return partial(interrupted.kill_after, monkeypatch)
 
 
 @pytest.fixture

@@ -177,6 +177,7 @@ def test_other_optimizers_go_on_from_xla_to_native(
     cut_short: Callable, killed_after: Callable[[int], None], monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
 ) -> None:  # fmt: skip
+    """To rounding, since XLA made the first gradients; test_process_resume.py has exact resumes."""
     for key in ("SMALLEST", "SMALLEST_BLOCK"):  # 8-bit state for a model of this size too
         monkeypatch.setattr(adamw_8bit, key, 1)
     chosen = (f"task.optimizer.name={name}", "ici_mesh.tensor=1", "ici_mesh.fsdp=4")

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import interrupted
-import numpy as np
 import pytest
 from interrupted import ALONE, Killed, assert_same_run
 
 from torchprime.config.entry import run_main
-from torchprime.data.blocks.batch import Batch
 from torchprime.torch_native.train import main as native
-from torchprime.training.loop import DataOrder
 
 POISONED = (7, 8)  # 1-based; logged are steps 4, 8 and 12, checkpoints come after 3, 6, 9 and 12
 SPIKES = ("task.spike.window=4", "task.spike.deviations=5", "logging_steps=4")
@@ -24,16 +20,7 @@ SPIKES = ("task.spike.window=4", "task.spike.deviations=5", "logging_steps=4")
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches whose targets are one rare token, weighted as the real ones were."""
-    clean = DataOrder.batch
-
-    def batch(order: DataOrder, step: int) -> Batch:
-        found = clean(order, step)
-        if step + 1 not in POISONED:
-            return found
-        return replace(found, targets=np.where(found.targets < 0, found.targets, 3).astype("int32"))
-
-    monkeypatch.setattr(DataOrder, "batch", batch)
+    interrupted.poison(monkeypatch, POISONED)
 
 
 def spikes(folder: Path) -> list[dict[str, Any]]:

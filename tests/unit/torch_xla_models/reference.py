@@ -156,7 +156,7 @@ class Lion(torch.optim.Optimizer):
             for p in group["params"]:
                 m = self.state[p].setdefault("m", torch.zeros_like(p))
                 update = torch.sign(0.9 * m + 0.1 * p.grad)
-                p.data -= LR * (update + group["weight_decay"] * p.data)
+                p.data -= group.get("lr", LR) * (update + group["weight_decay"] * p.data)
                 m.copy_(0.99 * m + 0.01 * p.grad)
 
 
@@ -281,10 +281,8 @@ def anchor_source(start: dict[str, torch.Tensor], term: str | None) -> AnchorSou
     return AnchorSource(base.__getitem__, fisher.__getitem__ if term == "ewc" else None)
 
 
-def train_in_groups() -> dict:
-    """Groups with rates of their own and frozen weights, in torch.optim.AdamW."""
-    _, model = make_model(tied=False)
-    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+def in_groups(model: nn.Module) -> list[dict]:
+    """A group for each trained weight, some with rates of their own. Others are frozen."""
     groups = []
     for name, p in model.named_parameters():
         lr, decay = LR, 0.0 if "norm" in name else DECAY
@@ -296,7 +294,14 @@ def train_in_groups() -> dict:
             decay = 0.4
         if p.requires_grad:
             groups.append({"params": [p], "lr": lr, "weight_decay": decay})
-    optimizer = torch.optim.AdamW(groups, eps=EPS)
+    return groups
+
+
+def train_in_groups() -> dict:
+    """Groups with rates of their own and frozen weights, in torch.optim.AdamW."""
+    _, model = make_model(tied=False)
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(in_groups(model), eps=EPS)
     for step in range(STEPS):
         optimizer.zero_grad()
         loss_of(model, make_batch(step)).backward()
