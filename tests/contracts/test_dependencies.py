@@ -16,7 +16,7 @@ BELOW_GENERATION = {"config", *LEAVES}
 BELOW_EVALUATION = {*BELOW_GENERATION, "generation"}
 BELOW_REPORT = {*BELOW_EVALUATION, "evaluation"}
 BELOW_TRAINING = {*BELOW_REPORT, "report"}
-BELOW_BACKENDS = {*BELOW_TRAINING, "training"}
+BELOW_BACKENDS = {*BELOW_TRAINING, "training", "sweep"}
 # Modules and rooms below all others, in an order: each may import those before it.
 BELOW = ["errors", "text", "files", "host_memory", "raw_tokenizer", "counter_bits"]
 EVERYWHERE = set(BELOW)
@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": BELOW_EVALUATION,
     "report": BELOW_REPORT,
     "training": BELOW_TRAINING,
+    "sweep": BELOW_TRAINING,
     **{backend: BELOW_BACKENDS for backend in BACKENDS},
     "cli": {*BELOW_BACKENDS, *BACKENDS},
 }

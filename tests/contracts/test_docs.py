@@ -19,8 +19,10 @@ from load_script import load_script
 from torchprime import __version__
 from torchprime.cli.main import CONFIG_COMMANDS, OTHER_COMMANDS
 from torchprime.cli.train import take_flag
+from torchprime.config.command_line import parse_command
 from torchprime.config.compose import compose_config, configs_dir
 from torchprime.config.load import free_sections, known_keys, schema_defaults
+from torchprime.config.many_runs.jobs import read_multirun
 from torchprime.config.schema import TrainConfig
 from torchprime.training.backend import Backend
 
@@ -244,6 +246,10 @@ def test_commands_compose(page: str) -> None:
     for line in command_lines(page):
         if line.startswith(tuple(TRAIN)):
             _, argv = take_flag(shlex.split(line, comments=True)[2:])
+            if "-m" in argv:  # Hydra's plugins are not installed here
+                own = [word for word in argv if not word.startswith(("hydra.", "hydra/"))]
+                read_multirun(parse_command(own))
+                continue
             compose_config([word for word in argv if word not in ("--cfg", "job")])
         elif line.startswith("torchprime "):
             command, *argv = shlex.split(line, comments=True)[1:]

@@ -23,9 +23,9 @@ MANY_ARGUMENTS = {
 # The rooms of a folder, the lowest first: each may import those before it.
 ROOMS = {
     "checkpoint": ["hf", "proof", "run", "adapter"],
-    "cli": ["shared", "before", "weights"],
+    "cli": ["shared", "before", "weights", "sweeps"],
     "compare": ["logs"],
-    "config": ["sections"],
+    "config": ["sections", "many_runs"],
     "data": [
         *("shared", "files", "messages", "rows", "tokenizer"),
         *("templates", "tokens", "blocks", "leaks"),

@@ -120,6 +120,15 @@ def report(argv: list[str]) -> int:
     return report_main(argv)
 
 
+def sweep(argv: list[str]) -> int:
+    """Rank several runs in one table with their curves; `train -m` makes such runs."""
+    os.environ["USE_TORCH_XLA"] = "0"
+    # late: as above
+    from torchprime.cli.sweeps.sweep import sweep_main
+
+    return sweep_main(argv)
+
+
 def watch(argv: list[str]) -> int:
     """Show a run in the terminal while it goes on: loss, rate, ETA, evaluations."""
     # late: as above
@@ -169,6 +178,7 @@ OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "average": average,
     "verify": verify,
     "report": report,
+    "sweep": sweep,
     "watch": watch,
     "chat": chat,
     "lm-eval": lm_eval,
@@ -185,12 +195,13 @@ GROUPS: dict[str, dict[str, str]] = {
         "fisher": "--out DIR [--examples N] --config-name NAME [key=value ...]",
     },
     "run": {
-        "train": "[--backend xla|native] --config-name NAME [key=value ...]",
+        "train": "[--backend xla|native] [-m] --config-name NAME [key=value[,value] ...]",
         "watch": "RUN [--once]",
     },
     "after a run": {
         "compare": "RUN RUN [RUN ...]",
         "report": "RUN [--out DIR]",
+        "sweep": "report DIR [DIR ...] [--out FOLDER]",
         "chat": "--model DIR [--base DIR]",
         "verify": "DIR",
         "export": "CHECKPOINT --out DIR, or --adapter DIR --merge --out DIR",

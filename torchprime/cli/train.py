@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from torchprime.config.entry import run_main
+from torchprime.config.many_runs.processes import this_program
 from torchprime.config.schema import TrainConfig
-from torchprime.config.sweep import this_program
 from torchprime.errors import ConfigError
+from torchprime.sweep.command import run_sweep
 from torchprime.text.terminal import print_lines, reported, say
 from torchprime.torch_native import train as native
 from torchprime.torch_xla_models import train as xla
@@ -135,5 +136,8 @@ def _train(argv: list[str]) -> int:
         print_lines([HELP])
     chosen = [] if asked is None else [FLAG, asked]
     return run_main(
-        lambda config: train(config, asked), rest, lambda: [*this_program(argv), *chosen]
+        lambda config: train(config, asked),
+        rest,
+        lambda: [*this_program(argv), *chosen],
+        run_sweep,
     )

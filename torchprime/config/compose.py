@@ -4,27 +4,27 @@ Hydra finds the YAML files (the user's `--config-dir` first, then ours), merges 
 overrides to the schema's defaults; load.py then makes the result a TrainConfig. A run uses Hydra's
 compose API, so Hydra makes no `outputs/` folder or log file and keeps the working directory. Flags
 that only show something (`--cfg job`, `--help`, `--info`, ...) go to a real `hydra.main`, so that
-they act as Hydra's users expect. So does `-m`, whose sweeper lists the runs (sweep.py).
+they act as Hydra's users expect. So does `-m` (many_runs/).
 
 torch is not imported here: the entry point sets up the XLA environment from the config first.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import hydra
 import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
@@ -39,6 +39,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import torchprime
+from torchprime.config.command_line import (
+    DEFAULT_CONFIG,
+    Command,
+    parse_command,
+    user_folder,
+)
+from torchprime.config.hydra_plugins import missing_plugin
 from torchprime.config.load import (
     free_sections,
     known_keys,
@@ -49,15 +56,14 @@ from torchprime.config.load import (
     unknown_key_message,
 )
 from torchprime.config.other_names import advice_for
-from torchprime.config.overrides import in_full, quoted, refuse_hydras
-from torchprime.config.paths import local_path
+from torchprime.config.overrides import quoted, refuse_hydras
 from torchprime.config.schema import TrainConfig
-from torchprime.errors import ConfigError, UserError
+from torchprime.errors import ConfigError
 
-DEFAULT_CONFIG = "default"
 SCHEMA_NODE = "torchprime_schema"
 _PACKAGE = Path(torchprime.__file__).resolve().parent
-_HYDRA_VERSION = "1.3"
+HYDRA_VERSION = "1.3"
+FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 def configs_dir() -> Path:
@@ -80,174 +86,69 @@ def compose_config(argv: list[str]) -> TrainConfig:
     if command.many_runs:
         raise ConfigError("-m: given to a command that makes one run. Leave -m out.")
     if command.shows:
-        _run_hydra_main(command, lambda _: None)
+        _show(command)
         raise SystemExit(0)
-    return _finish(_compose(command), command.config_name)
+    return finish_config(compose_command(command), command.config_name)
 
 
-@dataclass(frozen=True)
-class Command:
-    """A parsed command line."""
+def run_hydra_main(
+    command: Command, task: Callable[[DictConfig], Any], settings: Sequence[str]
+) -> None:
+    """Pass a command to hydra.main; `task` is called for each run of a multirun.
 
-    config_name: str
-    config_dir: Path | None
-    overrides: list[str]
-    flags: list[str]  # for hydra.main, in its own spelling
-    many_runs: bool
+    A UserError of a task that runs in this process ends all runs and is raised here, outside of
+    Hydra, which would print a traceback.
 
-    @property
-    def shows(self) -> bool:
-        """Return True if the command prints something instead of running."""
-        return bool(self.flags) and not self.many_runs
-
-    @property
-    def composes(self) -> bool:
-        """Return True if the printed text is made from the composed config."""
-        return "--cfg" in self.flags or "--info" in self.flags
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise ConfigError(f"command line: {message}. See --help.")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--config-name", "-cn", default=DEFAULT_CONFIG)
-    parser.add_argument("--config-dir", "-cd")
-    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
-    parser.add_argument("--package", "-p")
-    parser.add_argument("--info", "-i", nargs="?", const="all")
-    for flag in (
-        ["--resolve"],
-        ["--help", "-h"],
-        ["--hydra-help"],
-        ["--version"],
-        ["--shell-completion", "-sc"],
-        ["--run", "-r"],
-        ["--multirun", "-m"],
-    ):
-        parser.add_argument(*flag, action="store_true")
-    return parser
-
-
-def parse_command(argv: list[str]) -> Command:
-    """Parse flags and overrides in any order, with all checks that need no YAML."""
-    given, unknown = _parser().parse_known_intermixed_args(argv)
-    if unknown:
-        word = unknown[0].lstrip("-")
-        if "=" in word:
-            raise ConfigError(
-                f"{unknown[0]}: given with dashes, expected an override without. Write {word}."
-            )
-        raise ConfigError(
-            f"{unknown[0]}: no such flag. Expected --config-name, --config-dir, --cfg job, --info, "
-            "--help or -m; overrides are written key=value."
-        )
-    if given.info is not None and "=" in given.info:  # an override after a bare --info
-        given.overrides.insert(0, given.info)
-        given.info = "all"
-    flags: list[str] = []
-    for name in ("cfg", "package", "info"):
-        if getattr(given, name) is not None:
-            flags += [f"--{name}", getattr(given, name)]
-    for name in ("resolve", "help", "hydra_help", "version", "shell_completion"):
-        if getattr(given, name):
-            flags.append("--" + name.replace("_", "-"))
-    if {"--package", "--resolve"} & set(flags) and "--cfg" not in flags:
-        raise ConfigError("--package and --resolve: expected together with --cfg job. Add it.")
-    many_runs = given.multirun and not flags
-    return Command(
-        config_name=given.config_name,
-        config_dir=_user_folder(given.config_dir),
-        overrides=[in_full(text, many_runs=many_runs) for text in given.overrides],
-        flags=flags,
-        many_runs=many_runs,
-    )
-
-
-def _user_folder(given: str | None) -> Path | None:
-    if given is None:
-        return None
-    folder = local_path("--config-dir", given).resolve()
-    if not folder.is_dir():
-        raise ConfigError(
-            f"--config-dir: given {given!r}, expected a folder of configs, but {folder} is none. "
-            "Give its path, absolute or relative to where you are."
-        )
-    return folder
-
-
-@dataclass(frozen=True)
-class Job:
-    """One of several runs: its own command line (without the program's name), and its config."""
-
-    argv: list[str]
-    overrides: list[str]
-    config: TrainConfig
-
-
-def compose_jobs(command: Command) -> list[Job]:
-    """Compose and check every run of a command with -m; none has started."""
-    jobs: list[Job] = []
-
-    def collect(composed: DictConfig) -> None:
-        config = _finish(composed, f"{command.config_name}_{len(jobs)}")
-        given = [str(each) for each in HydraConfig.get().overrides.task]
-        argv = ["--config-name", command.config_name, *given]
-        if command.config_dir is not None:
-            argv[:0] = ["--config-dir", str(command.config_dir)]
-        if composed.get("run_name") is None:
-            argv.append(f"run_name={quoted(str(config.run_name))}")
-        jobs.append(Job(argv, given, config))
-
-    _run_hydra_main(command, collect)
-    return jobs
-
-
-def _run_hydra_main(command: Command, take: Callable[[DictConfig], None]) -> None:
-    """Pass a command to hydra.main; `take` is called for each job of a multirun.
-
-    An error in one job ends all jobs and is raised here, outside of Hydra, which would print a
-    traceback.
+    Args:
+        settings: overrides of Hydra's own, after those of the command.
     """
-    mistakes: list[UserError] = []
-
-    def job(composed: DictConfig) -> None:
-        try:
-            take(composed)
-        except UserError as error:
-            mistakes.append(error)
-            raise SystemExit(error.exit_code) from None
-
-    if command.composes:
-        _compose(command)  # for its messages: hydra.main would print its own
-    elif command.many_runs:
-        _parse_overrides(command)
     wrapped = hydra.main(
-        version_base=_HYDRA_VERSION, config_path=str(configs_dir()), config_name=DEFAULT_CONFIG
-    )(job)
+        version_base=HYDRA_VERSION, config_path=str(configs_dir()), config_name=DEFAULT_CONFIG
+    )(task)
     flags = ["--multirun"] if command.many_runs else command.flags
+    name = ["--config-name", command.config_name]
     before = sys.argv
     try:
-        with TemporaryDirectory() as scratch, _user_configs_first(command.config_dir):
-            name = ["--config-name", command.config_name]
-            sys.argv = [before[0], *flags, *name, *command.overrides, *_quiet(scratch)]
+        with _user_configs_first(command.config_dir), _raising(command.many_runs):
+            sys.argv = [before[0], *flags, *name, *command.overrides, *settings]
             wrapped()
-    except SystemExit:
-        if mistakes:
-            raise mistakes[0] from None
-        raise
     finally:
         sys.argv = before
 
 
-def _quiet(scratch: str) -> list[str]:
-    """Stop Hydra from making an output folder and a log file: a run has its own folder."""
+@contextmanager
+def _raising(many_runs: bool) -> Iterator[None]:
+    """Let hydra.main raise the exceptions of several runs, which it would print."""
+    before = os.environ.get(FULL_ERROR)
+    if many_runs:
+        os.environ[FULL_ERROR] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(FULL_ERROR, None)
+        else:
+            os.environ[FULL_ERROR] = before
+
+
+def _show(command: Command) -> None:
+    """Let hydra.main print what a flag asks for."""
+    if command.composes:
+        compose_command(command)  # for its messages: hydra.main would print its own
+    with TemporaryDirectory() as scratch:
+        run_hydra_main(command, lambda _: None, quiet_settings(Path(scratch)))
+
+
+def quiet_settings(folder: Path) -> list[str]:
+    """Return the overrides that stop Hydra from making an output folder and a log file for one run,
+    which has its own.
+
+    Args:
+        folder: for what a multirun writes.
+    """
     return [
         "hydra.run.dir=.",
-        f"hydra.sweep.dir='{scratch}'",
+        f"hydra.sweep.dir={quoted(str(folder))}",
         "hydra.output_subdir=null",
         "hydra/job_logging=none",
         "hydra/hydra_logging=none",
@@ -269,12 +170,17 @@ class _UserConfigs(SearchPathPlugin):
 def _user_configs_first(folder: Path | None) -> Iterator[None]:
     Plugins.instance().register(_UserConfigs)
     ConfigStore.instance().store(name=SCHEMA_NODE, node=schema_defaults(), provider="torchprime")
-    OmegaConf.register_new_resolver("torchprime", _resolve_path, replace=True)
+    register_folders()
     _UserConfigs.folder = folder
     try:
         yield
     finally:
         _UserConfigs.folder = None
+
+
+def register_folders() -> None:
+    """Make OmegaConf resolve `${torchprime:...}`, in each process that gets a composed config."""
+    OmegaConf.register_new_resolver("torchprime", _resolve_path, replace=True)
 
 
 def _resolve_path(name: str) -> str:
@@ -287,16 +193,27 @@ def _resolve_path(name: str) -> str:
     return str(folders[name])
 
 
-def _compose(command: Command) -> DictConfig:
-    """Compose with Hydra, and turn exceptions of Hydra and OmegaConf into ours."""
-    overrides = _parse_overrides(command)
+def compose_command(command: Command, *, with_hydra: bool = False) -> DictConfig:
+    """Compose with Hydra.
+
+    Args:
+        with_hydra: the result has Hydra's own section, too.
+    """
+    overrides = parse_overrides(command)
     GlobalHydra.instance().clear()
+    with (
+        told_plainly(command, overrides),
+        _user_configs_first(command.config_dir),
+        hydra.initialize_config_dir(str(configs_dir()), version_base=HYDRA_VERSION),
+    ):
+        return hydra.compose(command.config_name, command.overrides, return_hydra_config=with_hydra)
+
+
+@contextmanager
+def told_plainly(command: Command, overrides: list[Override]) -> Iterator[None]:
+    """Turn exceptions of Hydra and OmegaConf into ours."""
     try:
-        with (
-            _user_configs_first(command.config_dir),
-            hydra.initialize_config_dir(str(configs_dir()), version_base=_HYDRA_VERSION),
-        ):
-            return hydra.compose(command.config_name, command.overrides)
+        yield
     except MissingConfigException as error:
         raise ConfigError(_missing_config_message(error, command)) from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -306,7 +223,8 @@ def _compose(command: Command) -> DictConfig:
         raise ConfigError(f"YAML cannot be read: {error}") from error
 
 
-def _finish(composed: DictConfig, default_run_name: str) -> TrainConfig:
+def finish_config(composed: DictConfig, default_run_name: str) -> TrainConfig:
+    """Return the checked config; `default_run_name` is for one that names no run."""
     try:
         config = load_config(composed)
     except MissingMandatoryValue as error:
@@ -318,7 +236,7 @@ def _finish(composed: DictConfig, default_run_name: str) -> TrainConfig:
     return config
 
 
-def _parse_overrides(command: Command) -> list[Override]:
+def parse_overrides(command: Command) -> list[Override]:
     """Parse overrides with Hydra's grammar, and check that the schema has each changed key."""
     groups, keys = _groups(command.config_dir), known_keys()
     for text in command.overrides:
@@ -366,9 +284,9 @@ def _unknown_override(override: Override, groups: list[str]) -> str:
     return unknown_key_message(key, given)
 
 
-def _groups(user_folder: Path | None) -> list[str]:
+def _groups(own: Path | None) -> list[str]:
     """Return the groups: the folders of configs from which an option is chosen."""
-    folders = [folder for folder in (user_folder, configs_dir()) if folder is not None]
+    folders = [folder for folder in (own, configs_dir()) if folder is not None]
     return sorted(
         {
             path.name
@@ -379,9 +297,9 @@ def _groups(user_folder: Path | None) -> list[str]:
     )
 
 
-def is_group(key: str, user_folder: str | None) -> bool:
+def is_group(key: str, own: str | None) -> bool:
     """Return True for a group from which an option is chosen, False for a key."""
-    return key in _groups(_user_folder(user_folder))
+    return key in _groups(user_folder(own))
 
 
 def _options(command: Command, group: str) -> list[str]:
@@ -403,6 +321,8 @@ def _missing_config_message(error: MissingConfigException, command: Command) -> 
     else:
         key, written, kind = group or "defaults", f"{group}={close}", "an option"
     advice = f"Did you mean {written}? " if close else ""
+    if (advice_for_plugin := missing_plugin(key, option)) is not None:
+        return advice_for_plugin
     listing = ", ".join(options) or "none"
     return (
         f"{key}: given {option!r}, but there is no such config. {advice}Expected {kind} of: "
@@ -419,7 +339,8 @@ def _free_key_message(error: Exception, overrides: list[Override], command: Comm
         if section is None or line is None or line not in str(error) or not changes:
             continue
         others = [each for each in command.overrides if each != line]
-        present = OmegaConf.select(_compose(replace(command, overrides=others)), section) or {}
+        composed = compose_command(replace(command, overrides=others))
+        present = OmegaConf.select(composed, section) or {}
         close = nearest(key, [f"{section}.{name}" for name in present])
         advice = f"Did you mean {close}? " if close else ""
         return (

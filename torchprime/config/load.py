@@ -12,7 +12,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
@@ -83,6 +83,15 @@ def schema_defaults(cls: type[Any] = TrainConfig) -> dict[str, Any]:
             value = spec.default
             defaults[spec.name] = list(value) if isinstance(value, tuple) else value
     return defaults
+
+
+def flat_keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys with their values, of nested sections."""
+    for key, item in config.items():
+        if isinstance(item, Mapping):
+            yield from flat_keys(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:

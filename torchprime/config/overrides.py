@@ -27,18 +27,16 @@ _SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|str|int|float
 _RUN_FOLDER = (
     "A run's folder is <output_dir>/<run_name>. Set output_dir=FOLDER run_name=NAME instead."
 )
-_ONE_BY_ONE = "-m makes its runs one after another, each in a process of its own. Leave it out."
 # Settings that Hydra users expect, and advice for each, by the beginning of the key.
 HYDRA_ADVICE: Mapping[str, str] = {
     "hydra.run.": _RUN_FOLDER,
-    "hydra.sweep.": f"{_RUN_FOLDER} Without run_name, the runs of -m are NAME_0, NAME_1, ...",
+    "hydra.sweep.subdir": "A run of -m is named by the values that differ. To name it, sweep "
+    "run_name, or write run_name=NAME_${seed}, for example.",
     "hydra.output_subdir": f"The config of a run is its folder's config.yaml. {_RUN_FOLDER}",
     "hydra.job.chdir": "A run stays in the folder where it was started. Leave it out.",
-    "hydra.launcher": _ONE_BY_ONE,
-    "hydra/launcher": _ONE_BY_ONE,
-    "hydra.sweeper": _ONE_BY_ONE,
-    "hydra/sweeper": _ONE_BY_ONE,
 }
+# Those that several runs have.
+OF_SWEEPS = ("hydra/launcher", "hydra.launcher.", "hydra/sweeper", "hydra.sweeper.", "hydra.sweep.")
 
 
 @cache
@@ -121,4 +119,5 @@ def refuse_hydras(key: str, given: str, *, uses_hydra: bool) -> None:
             refuse(key, given, "a key of the run's config, not Hydra's own", advice)
     if not uses_hydra:
         expected = "a key of the run's config; Hydra's own do nothing in one run"
-        refuse(key, given, expected, "Leave it out.")
+        fix = "For several runs add -m." if key.startswith(OF_SWEEPS) else "Leave it out."
+        refuse(key, given, expected, fix)

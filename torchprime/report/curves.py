@@ -54,10 +54,9 @@ def charts(
     Args:
         lower: the graders for which lower is better.
     """
-    loss = [_series("training", [(record.step, record.loss) for record in steps])]
+    loss = [Series("training", training_points(steps))]
     if evaluations:
-        heldout = [(record.step, record.eval_loss) for record in evaluations]
-        loss.append(_series("held out", heldout, dots=True))
+        loss.append(Series("held out", heldout_points(evaluations), dots=True))
     for name in dict.fromkeys(n for record in evaluations for n in record.source_losses or {}):
         losses = [(record.step, (record.source_losses or {}).get(name)) for record in evaluations]
         own = [(step, value) for step, value in losses if value is not None]
@@ -73,8 +72,22 @@ def charts(
     return [chart for chart in drawn if any(each.points for each in chart.series)]
 
 
+def training_points(steps: Sequence[StepRecord]) -> list[Point]:
+    """Return the finite training losses by step."""
+    return _finite((record.step, record.loss) for record in steps)
+
+
+def heldout_points(evaluations: Sequence[EvalRecord]) -> list[Point]:
+    """Return the finite held-out losses by step."""
+    return _finite((record.step, record.eval_loss) for record in evaluations)
+
+
+def _finite(points: Iterable[Point]) -> list[Point]:
+    return [(step, value) for step, value in points if math.isfinite(value)]
+
+
 def _series(name: str, points: Iterable[Point], dots: bool = False) -> Series:
-    return Series(name, [(s, v) for s, v in points if math.isfinite(v)], dots=dots)
+    return Series(name, _finite(points), dots=dots)
 
 
 def _score_charts(history: Sequence[Evaluated], lower: Collection[str]) -> list[Chart]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -32,6 +32,7 @@ from torchprime.evaluation.selection import (
     Rule,
     overfitting,
     parse_rule,
+    with_base,
 )
 from torchprime.files.atomic import read_regular_text
 from torchprime.metrics.goodput import Goodput, read_account
@@ -77,7 +78,9 @@ class RunReport:
     Attributes:
         facts: from run.json.
         steps, evaluations: the records of metrics.jsonl, in the order of steps.
+        rule: by which the run chooses its best step.
         best: the step that the run's rule puts first; None if none qualifies.
+        finished: all steps are done, or early stopping ended the run.
         messages: what happened, for a person; warnings are those that start with "warning: ".
         headings, rows: base, last and best compared (before_after.table); none where nothing was
             held out.
@@ -94,7 +97,9 @@ class RunReport:
     steps: list[StepRecord]
     evaluations: list[EvalRecord]
     history: list[Evaluated]
+    rule: Rule
     best: int | None
+    finished: bool
     messages: list[str]
     headings: list[str]
     rows: list[list[str]]
@@ -111,6 +116,12 @@ class RunReport:
     def lower_note(self) -> str:
         """The sentence that names the graders for which lower is better; "" if there are none."""
         return f"Lower is better: {', '.join(self.lower)}." if self.lower else ""
+
+    @property
+    def best_scores(self) -> dict[str, float]:
+        """The scores of the best step, with those of the first evaluation for the gates."""
+        best = next(one for one in self.history if one.step == self.best)
+        return with_base(best.scores, self.history[0].scores)
 
     @property
     def last_step(self) -> int:
@@ -219,7 +230,9 @@ def _gather(
         steps=steps,
         evaluations=evaluations,
         history=history,
+        rule=rule,
         best=best,
+        finished=_ending(config, run_facts, steps, history).finished,
         messages=_messages(config, run_facts, steps, history, rule, export, spikes),
         headings=headings,
         rows=rows,
@@ -266,17 +279,7 @@ def _messages(
     export: Export | None,
     spikes: Sequence[SpikeRecord],
 ) -> list[str]:
-    done = _last_step(steps, history)
-    total = facts.total_steps
-    messages = []
-    stopping = _stopping(config)
-    stopped = stopping.reason(history) if stopping is not None and history else None
-    if done >= total:
-        messages.append(f"All {total:,} steps are done.")
-    elif stopped is not None:
-        messages.append(f"Early stopping after step {done:,} of {total:,}: {stopped}.")
-    else:
-        messages.append(f"warning: the run is not finished: step {done:,} of {total:,} was logged.")
+    messages = [_ending(config, facts, steps, history).told]
     if len(facts.starts) > 1:
         told = ", ".join(f"{step:,}" for step in facts.starts[1:])
         messages.append(
@@ -289,6 +292,30 @@ def _messages(
         if (warning := overfitting(history[:end])) is not None:
             messages.append(f"warning: {warning}.")
     return messages
+
+
+class _Ending(NamedTuple):
+    """The end of a run, for a person."""
+
+    finished: bool
+    told: str
+
+
+def _ending(
+    config: Mapping[str, Any],
+    facts: RunFacts,
+    steps: Sequence[StepRecord],
+    history: Sequence[Evaluated],
+) -> _Ending:
+    done, total = _last_step(steps, history), facts.total_steps
+    if done >= total:
+        return _Ending(True, f"All {total:,} steps are done.")
+    stopping = _stopping(config)
+    stopped = stopping.reason(history) if stopping is not None and history else None
+    if stopped is not None:
+        return _Ending(True, f"Early stopping after step {done:,} of {total:,}: {stopped}.")
+    told = f"warning: the run is not finished: step {done:,} of {total:,} was logged."
+    return _Ending(False, told)
 
 
 def spike_messages(spikes: Sequence[SpikeRecord]) -> list[str]:

@@ -27,6 +27,8 @@ class RunFacts:
         trained: parameters that an adapter's run trained, of its own and of the model's.
         versions: of packages, by name.
         fingerprints: those of FINGERPRINTS that the run has.
+        block_size: tokens of a block.
+        supervised_per_update: supervised tokens of an update, the mean over an epoch.
     """
 
     total_steps: int
@@ -43,6 +45,8 @@ class RunFacts:
     mesh: dict[str, int]
     versions: dict[str, str]
     fingerprints: dict[str, str]
+    block_size: int
+    supervised_per_update: float
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> RunFacts:
@@ -64,6 +68,8 @@ class RunFacts:
             mesh=dict(content["mesh"]),
             versions=dict(content["versions"]),
             fingerprints={name: found[name] for name in FINGERPRINTS if found.get(name)},
+            block_size=plan["budget"]["block_size"],
+            supervised_per_update=plan["budget"]["supervised_tokens_per_update"]["mean"],
         )
 
     @property

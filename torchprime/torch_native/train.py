@@ -14,6 +14,7 @@ import sys
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig
 from torchprime.errors import ConfigError
+from torchprime.sweep.command import run_sweep
 
 
 def make_backend(config: TrainConfig):
@@ -54,4 +55,4 @@ def main(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run_main(main, sweep=run_sweep))

@@ -12,6 +12,7 @@ from typing import Any
 
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig
+from torchprime.sweep.command import run_sweep
 from torchprime.torch_xla_models.runtime import prepare_environment
 
 
@@ -59,4 +60,4 @@ def main(config: TrainConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    sys.exit(run_main(main, sweep=run_sweep))

@@ -17,6 +17,7 @@ GROUPS = {
     "after a run": [
         "compare",
         "report",
+        "sweep",
         "chat",
         "verify",
         "export",
@@ -41,7 +42,11 @@ def test_help_groups_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_each_commands_module_is_named_as_it_is_typed() -> None:
     folder = Path(torchprime.cli.__file__).parent
-    files = [path for room in (".", "before", "weights") for path in (folder / room).glob("*.py")]
+    files = [
+        path
+        for room in (".", "before", "weights", "sweeps")
+        for path in (folder / room).glob("*.py")
+    ]
     modules = {path.stem for path in files} - {"__init__", "main"}
     named = {name.replace("-", "_") for name in COMMANDS}
     # `inspect` is a module of the standard library.

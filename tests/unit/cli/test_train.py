@@ -151,11 +151,11 @@ def test_the_runs_of_a_sweep_get_the_same_backend(monkeypatch, given: str, one_r
     monkeypatch.setattr(sys, "orig_argv", ["python", "bin/torchprime", *argv])
     started = []
     monkeypatch.setattr(
-        "torchprime.config.entry.run_jobs",
-        lambda jobs, program: started.append((len(jobs), program[1:])) or 0,
+        "torchprime.cli.train.run_sweep",
+        lambda command, program: started.append((command.overrides, program[1:])) or 0,
     )
     assert main(argv) == 0
-    assert started == [(2, ["bin/torchprime", *one_run.split()])]
+    assert started == [(["seed=1,2"], ["bin/torchprime", *one_run.split()])]
 
 
 def test_choosing_does_not_import_torch_xla() -> None:

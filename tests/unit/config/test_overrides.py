@@ -81,9 +81,9 @@ def test_quotes_keep_any_text(text: str) -> None:
     ("override", "said"),
     [
         ("hydra.run.dir=/tmp/x", "output_dir=FOLDER run_name=NAME"),
-        ("hydra.sweep.dir=x", "NAME_0"),
+        ("hydra.sweep.dir=x", "For several runs add -m"),
         ("hydra.job.chdir=true", "where it was started"),
-        ("hydra/launcher=joblib", "one after another"),
+        ("hydra/launcher=joblib", "For several runs add -m"),
         ("hydra.verbose=true", "do nothing in one run"),
         ("report_to=wandb", "tensorboard --logdir outputs"),
         ("task.report_to=none", "tensorboard --logdir outputs"),

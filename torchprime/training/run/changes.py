@@ -10,12 +10,12 @@ resume.allow_changes. A refused one would give a run that no single config descr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torchprime.checkpoint.run.manifest import Manifest
-from torchprime.config.load import schema_defaults
+from torchprime.config.load import flat_keys, schema_defaults
 from torchprime.errors import ConfigError
 from torchprime.training.optim.make import own_betas
 
@@ -158,18 +158,10 @@ def _kind(key: str) -> str:
     return HARMLESS if _begins_with(key, HARMLESS_KEYS) else QUESTIONABLE
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            yield from _flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
-
-
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys that have an effect, by dotted name. A key that the version of a checkpoint
     did not have counts as its default."""
-    flat = {**dict(_flat(schema_defaults())), **dict(_flat(config))}
+    flat = {**dict(flat_keys(schema_defaults())), **dict(flat_keys(config))}
     name = flat.get("task.optimizer.name", "adamw")
     flat[FROZEN] = _frozen(flat.get("task.optimizer.groups") or [])
     unused = [] if flat.get("adapter.rank") is not None else ["adapter."]

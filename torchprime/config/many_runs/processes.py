@@ -1,4 +1,4 @@
-"""Multirun (`-m`): all runs are composed and checked, then each runs in its own process.
+"""Several runs of one command: all are composed and checked, then each runs in its own process.
 
 A run sets state for its whole process: the number of XLA devices, the process group. A second run
 in the same process would find the state of the first. So each job starts the same program again
@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
-from torchprime.config.compose import Job
+from torchprime.config.many_runs.jobs import Job
+from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError
 from torchprime.text.terminal import say
 
@@ -48,10 +49,11 @@ def this_program(argv: Sequence[str]) -> list[str]:
 
 
 class Ended(NamedTuple):
-    """The end of a job's process; `stopped` if this process was asked to stop meanwhile."""
+    """The end of a run; `stopped` if this process was asked to stop meanwhile."""
 
     code: int
     stopped: bool
+    message: str = ""
 
 
 def run_jobs(jobs: Sequence[Job], program: Sequence[str]) -> int:
@@ -60,7 +62,8 @@ def run_jobs(jobs: Sequence[Job], program: Sequence[str]) -> int:
     A failed job does not stop the others. A signal goes to the running job, which may save a
     checkpoint; later jobs are not started.
     """
-    _refuse_shared_folders(jobs)
+    advice = "Leave run_name out: each job then gets the config's name and its number."
+    refuse_shared_folders([job.config for job in jobs], advice)
     labels, codes = _labels(jobs), []
     for number, job in enumerate(jobs):
         say(f"job {number + 1} of {len(jobs)}: {labels[number]}")
@@ -82,14 +85,15 @@ def _labels(jobs: Sequence[Job]) -> list[str]:
     return [" ".join(each for each in job.overrides if each not in common) for job in jobs]
 
 
-def _refuse_shared_folders(jobs: Sequence[Job]) -> None:
+def refuse_shared_folders(configs: Sequence[TrainConfig], advice: str) -> None:
+    """Raise a ConfigError with this advice if two runs would write the same folder."""
     seen: dict[tuple[str, str | None], int] = {}
-    for number, job in enumerate(jobs, start=1):
-        place = job.config.output_dir, job.config.run_name
-        if place in seen and not job.config.dry_run:
+    for number, config in enumerate(configs, start=1):
+        place = config.output_dir, config.run_name
+        if place in seen and not config.dry_run:
             raise ConfigError(
                 f"-m: jobs {seen[place]} and {number} would both write {'/'.join(map(str, place))}."
-                " Leave run_name out: each job then gets the config's name and its number."
+                f" {advice}"
             )
         seen[place] = number
 
@@ -97,13 +101,18 @@ def _refuse_shared_folders(jobs: Sequence[Job]) -> None:
 def _run(command: Sequence[str]) -> Ended:
     """Run in a separate session, so that a signal reaches the child once: from this process."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    with _forwarding(child) as received:
+    with forwarding(child) as received:
         code = child.wait()
-    return Ended(128 - code if code < 0 else code, bool(received))
+    return Ended(exit_code(code), bool(received))
+
+
+def exit_code(returned: int) -> int:
+    """Return a process' exit code as a shell gives it: 128 and the number of a signal."""
+    return 128 - returned if returned < 0 else returned
 
 
 @contextmanager
-def _forwarding(child: subprocess.Popen) -> Iterator[list[int]]:
+def forwarding(child: subprocess.Popen) -> Iterator[list[int]]:
     """Forward signals to the child; yield the list of those received."""
     received: list[int] = []
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from torchprime.config.compose import compose_config, compose_jobs, parse_command
+from torchprime.config.command_line import parse_command
+from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
-from torchprime.config.sweep import run_jobs
+from torchprime.config.many_runs.jobs import compose_jobs
+from torchprime.config.many_runs.processes import run_jobs
 from torchprime.errors import ConfigError
 
 ENTRY = """
