@@ -22,9 +22,11 @@ from torchprime.config.load import flat_keys
 from torchprime.config.many_runs.further import VARIABLE
 from torchprime.config.many_runs.processes import Ended, exit_code, forwarding
 from torchprime.config.schema import TrainConfig
+from torchprime.files.atomic import open_plain
 from torchprime.sweep.jobs import INCIDENTAL, SweepJob
 from torchprime.text.terminal import say
 
+APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 KEPT_LINES = 60  # of a run's messages, in which the reason of a failure is looked for
 MOST_CHARACTERS = 600  # of that reason
 POLL_SECONDS = 0.1
@@ -157,5 +159,5 @@ class _Child:
             text = line.decode(errors="replace").rstrip("\n")
             say(text, sys.stderr)
             self._lines.append(text)
-            with open(self._log, "a", encoding="utf-8") as file:
+            with os.fdopen(open_plain(self._log, APPEND), "a", encoding="utf-8") as file:
                 file.write(f"{text}\n")

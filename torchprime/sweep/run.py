@@ -8,10 +8,9 @@ from pathlib import Path
 
 from torchprime.checkpoint.run.lock import run_lock
 from torchprime.config.checks import refuse
-from torchprime.config.command_line import Command
 from torchprime.config.compose import quiet_settings
 from torchprime.config.hydra_plugins import BASIC, OPTUNA, SWEEPER
-from torchprime.config.many_runs.jobs import Multirun, compose_jobs, launch_jobs, read_multirun
+from torchprime.config.many_runs.jobs import Multirun, compose_jobs, launch_jobs
 from torchprime.config.many_runs.processes import refuse_shared_folders, run_jobs
 from torchprime.evaluation.selection import Rule, parse_rule
 from torchprime.files.atomic import make_folder
@@ -36,7 +35,7 @@ DIRECTION = "hydra.sweeper.direction"
 SAMPLER_SEED = "hydra.sweeper.sampler.seed"
 
 
-def make_sweep(command: Command, program: Sequence[str]) -> int:
+def make_sweep(many: Multirun, program: Sequence[str]) -> int:
     """Make the runs of a command with -m and the sweep's table; return the first nonzero exit code.
 
     Every run is checked before the first one starts, except where a sweeper chooses values by
@@ -46,13 +45,12 @@ def make_sweep(command: Command, program: Sequence[str]) -> int:
         program: the command line that starts a run, up to the run's own arguments.
 
     Raises:
-        ConfigError: a wrong key or value, or a plugin that is not installed.
+        ConfigError: a wrong value, or a folder with other runs.
         RuntimeSetupError: another process works in the sweep's folder.
     """
-    many = read_multirun(command)
     if many.config.dry_run or many.config.compile_only is not None:  # they leave no run
         many.require_basic()
-        return run_jobs(compose_jobs(command), program)
+        return run_jobs(compose_jobs(many.command), program)
     selection = many.config.selection
     rule = parse_rule(selection.gates, selection.ranking, many.config.measured)
     folder = sweep_folder(many)

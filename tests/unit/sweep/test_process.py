@@ -1,4 +1,4 @@
-"""When a run may follow in the process of another, and the message of one that failed."""
+"""Runs that follow in the process of another, and the message of one that failed."""
 
 from __future__ import annotations
 
