@@ -13,6 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # XLA's own passes and the partitioner as ever, but machine code without LLVM's optimizations, which
 # are half of a compile. `make test-slow` sets XLA_FLAGS to nothing, and so has them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# jax reads it when it starts: as many devices as the meshes over which kernels are mapped have.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 # `make test` has a process for each core: a second thread in one would spin for want of a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Prepared data is kept apart from the user's, and gone after the tests.

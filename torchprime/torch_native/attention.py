@@ -134,9 +134,9 @@ def choose_kernel(
         The kernel's name and why.
     """
     obstacle = _flash_obstacle(device_type, full_precision, capability, flash)
-    if wanted == "splash":
+    if wanted in ("splash", "splash_jax"):
         raise ConfigError(
-            "model.attention_kernel=splash runs on TPUs only, and this run is on "
+            f"model.attention_kernel={wanted} runs on TPUs only, and this run is on "
             f"{device_type}; use auto, flash, flex or reference."
         )
     if wanted == "flex" and device_type == "cpu" and not flex_trains_on_cpu():

@@ -15,7 +15,7 @@ class ModelConfig:
 
     pretrained_model: HubNameOrFolder | None = None
     tokenizer_name: HubNameOrFolder | None = None
-    attention_kernel: Literal["auto", "splash", "flash", "flex", "reference"] = "auto"
+    attention_kernel: Literal["auto", "splash", "splash_jax", "flash", "flex", "reference"] = "auto"
     # HF config.json keys, to train from scratch or plan without the weights.
     architecture: dict[str, Any] | None = None
     add_special_tokens: list[str] = field(default_factory=list)

@@ -1,0 +1,66 @@
+"""The splash core on a mesh of four devices, its kernels run by Pallas' interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch_xla
+from torch import Tensor, nn
+
+from torchprime.models.attention import ReferenceAttention
+from torchprime.torch_xla_models.mesh import make_mesh
+from torchprime.torch_xla_models.splash.attention import SplashAttention
+from torchprime.torch_xla_models.splash.blocks import Limits
+from torchprime.torch_xla_models.splash.calls import kv_repeats
+
+B, H, S, h = 2, 4, 256, 64
+# Two segments and padding; one whole row.
+SEGMENTS = torch.tensor([[1] * 100 + [2] * 130 + [0] * 26, [1] * S], dtype=torch.int32)
+LIMITS = Limits(128, 128, 128, 128)
+
+
+def run(core: nn.Module, kv_heads: int, device: str) -> list[Tensor]:
+    """Return the result and the gradients of q, k and v."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(B, n, S, h, generator=g) for n in (H, kv_heads, kv_heads, H))
+    leaves = [t.to(device).requires_grad_() for t in (q, k, v)]
+    prepared = core.prepare(SEGMENTS.to(device))  # pyright: ignore
+    with torch.no_grad():
+        alone = core(*leaves, prepared)
+    out = core(*leaves, prepared)
+    found = torch.autograd.grad(out, leaves, grad.to(device))
+    torch_xla.sync()
+    assert torch.equal(alone.cpu(), out.detach().cpu())
+    return [t.detach().cpu() for t in (out, *found)]
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "window", "own"), [(2, None, True), (1, 40, True), (2, 40, False)]
+)
+def test_splash_is_the_reference_core(kv_heads: int, window: int | None, own: bool) -> None:
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 1, "tensor": 1})
+    axes = ("data", "fsdp")
+    splash = SplashAttention(h, window, mesh, axes, LIMITS, own_backward=own, interpret=True)
+    found = run(splash, kv_heads, "xla")
+    for ours, expected in zip(found, run(ReferenceAttention(h, window), kv_heads, "cpu")):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_prepare_finds_the_first_position_of_every_segment() -> None:
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 1}, {"data": 1, "fsdp": 1, "tensor": 1})
+    splash = SplashAttention(h, None, mesh, ("data", "fsdp"), LIMITS)
+    ids = torch.tensor([[1, 1, 2, 1, 0, 0]], dtype=torch.int32)
+    prepared = splash.prepare(ids.to("xla")).cpu()
+    assert prepared.tolist() == [[[1, 1, 2, 1, 0, 0], [0, 0, 2, 0, 4, 4]]]
+    assert prepared.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "shards"), [(32, 8, 1), (32, 8, 16), (12, 3, 2), (28, 4, 28), (8, 1, 8)]
+)
+def test_kv_heads_are_repeated_no_more_than_a_cut_needs(
+    heads: int, kv_heads: int, shards: int
+) -> None:
+    repeats = kv_repeats(heads, kv_heads, shards)
+    fits = [r for r in range(1, heads // kv_heads + 1) if (heads // kv_heads) % r == 0]
+    assert repeats == min(r for r in fits if kv_heads * r % shards == 0)

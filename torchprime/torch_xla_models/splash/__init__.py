@@ -1,0 +1,1 @@
+"""Attention on a TPU: jax's splash kernel forward, and a backward kernel of our own."""

@@ -1,0 +1,120 @@
+"""The attention core on a TPU: the splash kernels with the core's two methods.
+
+Scores [S, S] are never stored, and blocks outside the causal mask or the window are not computed.
+The forward's result and log-sum-exp are kept for the backward, which computes the scores once more
+and nothing else again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch_xla.distributed.spmd as xs
+from torch import Tensor, nn
+from torch_xla.core.xla_builder import call_jax
+
+from torchprime.torch_xla_models.mesh import axis_sizes
+from torchprime.torch_xla_models.splash import calls
+from torchprime.torch_xla_models.splash.blocks import Limits, blocks_for
+
+HEAD_AXIS = "tensor"
+
+
+class _Attend(torch.autograd.Function):
+    """Attention whose backward is our kernel."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, setup: calls.Setup):  # type: ignore[override]
+        given = (q, k, v, segments)
+        out, log_sum_exp = call_jax(calls.attend_and_save, (*given, setup), {}, "splash_forward")
+        ctx.setup = setup
+        ctx.save_for_backward(*given, out, log_sum_exp)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        given = (*ctx.saved_tensors, grad.contiguous(), ctx.setup)
+        return *call_jax(calls.gradients, given, {}, "splash_backward"), None, None
+
+
+class _AttendByJax(torch.autograd.Function):
+    """Attention whose backward is jax's."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, setup: calls.Setup):  # type: ignore[override]
+        given = (q, k, v, segments)
+        ctx.setup = setup
+        ctx.save_for_backward(*given)
+        return call_jax(calls.attend, (*given, setup), {}, "splash_forward")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        given = (*ctx.saved_tensors, grad.contiguous(), ctx.setup)
+        return *call_jax(calls.gradients_by_jax, given, {}, "splash_backward"), None, None
+
+
+class SplashAttention(nn.Module):
+    """Causal attention within segments, by kernels.
+
+    Args:
+        window: positions that a query sees, its own among them; None for all.
+        batch_axes: mesh axes over which the batch is cut.
+        limits: largest blocks for this chip.
+        own_backward: the backward is ours, else jax's.
+        interpret: run the kernels by the interpreter, which needs no TPU.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        window: int | None,
+        mesh: xs.Mesh,
+        batch_axes: tuple[str, ...],
+        limits: Limits,
+        *,
+        own_backward: bool = True,
+        interpret: bool = False,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.scale, self.window = head_dim, head_dim**-0.5, window
+        self.head_shards = axis_sizes(mesh)[HEAD_AXIS]
+        self.mesh, self.batch_axes, self.limits = str(mesh), batch_axes, limits
+        self.own_backward, self.interpret = own_backward, interpret
+
+    def prepare(self, segment_ids: Tensor) -> Tensor:
+        """Return int32 [B, 2, S] for segment_ids [B, S]: the ids, and for each position the first
+        one with its id."""
+        length = segment_ids.shape[1]
+        place = torch.arange(length, device=segment_ids.device, dtype=torch.int32)
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        first = torch.where(same, place, length).amin(dim=-1)
+        return torch.stack([segment_ids.int(), first.int()], dim=1)
+
+    def setup(self, length: int, itemsize: int) -> calls.Setup:
+        """Return the kernels' settings for a sequence of this length.
+
+        Args:
+            itemsize: bytes of one value of queries, keys and values.
+        """
+        return calls.Setup(
+            mesh=self.mesh,
+            batch_axes=self.batch_axes,
+            head_axis=HEAD_AXIS,
+            blocks=blocks_for(length, self.head_dim, itemsize, self.limits),
+            window=self.window,
+            own_backward=self.own_backward,
+            interpret=self.interpret,
+        )
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor) -> Tensor:
+        """Return [B, H, S, h] for q [B, H, S, h] and k, v [B, K, S, h]."""
+        repeats = calls.kv_repeats(q.shape[1], k.shape[1], self.head_shards)
+        if repeats > 1:
+            k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
+        q, k, v = ((q * self.scale).contiguous(), k.contiguous(), v.contiguous())
+        setup = self.setup(q.shape[2], q.element_size())
+        if torch.is_grad_enabled():
+            kernel: Any = _Attend if self.own_backward else _AttendByJax
+            return kernel.apply(q, k, v, prepared, setup)  # type: ignore[no-any-return]
+        return call_jax(calls.attend, (q, k, v, prepared, setup), {}, "splash_forward")
