@@ -11,10 +11,9 @@ from torch import nn
 from torchprime.errors import ConfigError
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
-from torchprime.torch_xla_models.devices import device_kind
-from torchprime.torch_xla_models.splash.blocks import KERNEL_MULTIPLE, LIMITS, Limits
+from torchprime.torch_xla_models.splash.blocks import KERNEL_MULTIPLE
 
-# Kernels of a TPU; the second has jax's backward instead of ours.
+# Kernels of a TPU: ours, and jax's.
 SPLASH, SPLASH_BY_JAX = "splash", "splash_jax"
 
 
@@ -60,10 +59,8 @@ def inject_attention(
         # jax is imported where it is needed; a run on the reference core may do without.
         from torchprime.torch_xla_models.splash.attention import SplashAttention
 
-        limits = LIMITS.get(device_kind().split("-")[0], Limits())
-
         def make(head_dim: int, window: int | None) -> nn.Module:
-            own = kernel == SPLASH
-            return SplashAttention(head_dim, window, mesh, batch_axes, limits, own_backward=own)
+            by_jax = kernel == SPLASH_BY_JAX
+            return SplashAttention(head_dim, window, mesh, batch_axes, by_jax=by_jax)
 
     replace_attention_cores(model, make)

@@ -16,18 +16,18 @@ from torch_xla.core.xla_builder import call_jax
 
 from torchprime.torch_xla_models.mesh import axis_sizes
 from torchprime.torch_xla_models.splash import calls
-from torchprime.torch_xla_models.splash.blocks import Limits, blocks_for
+from torchprime.torch_xla_models.splash.blocks import blocks_for
 
 HEAD_AXIS = "tensor"
 
 
 class _Attend(torch.autograd.Function):
-    """Attention whose backward is our kernel."""
+    """Attention by our kernels."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, setup: calls.Setup):  # type: ignore[override]
         given = (q, k, v, segments)
-        out, log_sum_exp = call_jax(calls.attend_and_save, (*given, setup), {}, "splash_forward")
+        out, log_sum_exp = call_jax(calls.attend, (*given, setup), {}, "splash_forward")
         ctx.setup = setup
         ctx.save_for_backward(*given, out, log_sum_exp)
         return out
@@ -39,19 +39,19 @@ class _Attend(torch.autograd.Function):
 
 
 class _AttendByJax(torch.autograd.Function):
-    """Attention whose backward is jax's."""
+    """Attention by jax's kernels, whose backward computes the forward again."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, setup: calls.Setup):  # type: ignore[override]
         given = (q, k, v, segments)
         ctx.setup = setup
         ctx.save_for_backward(*given)
-        return call_jax(calls.attend, (*given, setup), {}, "splash_forward")
+        return call_jax(calls.attend_by_jax, (*given, setup), {}, "jax_splash_forward")
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         given = (*ctx.saved_tensors, grad.contiguous(), ctx.setup)
-        return *call_jax(calls.gradients_by_jax, given, {}, "splash_backward"), None, None
+        return *call_jax(calls.gradients_by_jax, given, {}, "jax_splash_backward"), None, None
 
 
 class SplashAttention(nn.Module):
@@ -60,8 +60,7 @@ class SplashAttention(nn.Module):
     Args:
         window: positions that a query sees, its own among them; None for all.
         batch_axes: mesh axes over which the batch is cut.
-        limits: largest blocks for this chip.
-        own_backward: the backward is ours, else jax's.
+        by_jax: by jax's kernels instead of ours.
         interpret: run the kernels by the interpreter, which needs no TPU.
     """
 
@@ -71,16 +70,15 @@ class SplashAttention(nn.Module):
         window: int | None,
         mesh: xs.Mesh,
         batch_axes: tuple[str, ...],
-        limits: Limits,
         *,
-        own_backward: bool = True,
+        by_jax: bool = False,
         interpret: bool = False,
     ) -> None:
         super().__init__()
         self.head_dim, self.scale, self.window = head_dim, head_dim**-0.5, window
         self.head_shards = axis_sizes(mesh)[HEAD_AXIS]
-        self.mesh, self.batch_axes, self.limits = str(mesh), batch_axes, limits
-        self.own_backward, self.interpret = own_backward, interpret
+        self.mesh, self.batch_axes = str(mesh), batch_axes
+        self.by_jax, self.interpret = by_jax, interpret
 
     def prepare(self, segment_ids: Tensor) -> Tensor:
         """Return int32 [B, 2, S] for segment_ids [B, S]: the ids, and for each position the first
@@ -101,9 +99,8 @@ class SplashAttention(nn.Module):
             mesh=self.mesh,
             batch_axes=self.batch_axes,
             head_axis=HEAD_AXIS,
-            blocks=blocks_for(length, self.head_dim, itemsize, self.limits),
+            blocks=blocks_for(length, self.head_dim, itemsize),
             window=self.window,
-            own_backward=self.own_backward,
             interpret=self.interpret,
         )
 
@@ -114,7 +111,5 @@ class SplashAttention(nn.Module):
             k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
         q, k, v = ((q * self.scale).contiguous(), k.contiguous(), v.contiguous())
         setup = self.setup(q.shape[2], q.element_size())
-        if torch.is_grad_enabled():
-            kernel: Any = _Attend if self.own_backward else _AttendByJax
-            return kernel.apply(q, k, v, prepared, setup)  # type: ignore[no-any-return]
-        return call_jax(calls.attend, (q, k, v, prepared, setup), {}, "splash_forward")
+        kernels: Any = _AttendByJax if self.by_jax else _Attend
+        return kernels.apply(q, k, v, prepared, setup)  # type: ignore[no-any-return]

@@ -24,22 +24,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torchprime.torch_xla_models.splash.blocks import Blocks
-
-LANES = 128
-# exp(MASKED - log-sum-exp) is 0 and MASKED is finite, so that nothing is NaN.
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-# Contractions: over both last dims, last with first, first with first.
-LAST_LAST = (((1,), (1,)), ((), ()))
-LAST_FIRST = (((1,), (0,)), ((), ()))
-FIRST_FIRST = (((0,), (0,)), ((), ()))
+from torchprime.torch_xla_models.splash.kernel_parts import (
+    FIRST_FIRST,
+    LANES,
+    LAST_FIRST,
+    LAST_LAST,
+    Tile,
+    product,
+    read_segments,
+    rows_of,
+)
 
 
 def backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segment_ids: jax.Array,
-    first_keys: jax.Array,
+    segments: jax.Array,
     out: jax.Array,
     log_sum_exp: jax.Array,
     grad: jax.Array,
@@ -53,8 +54,7 @@ def backward(
     Args:
         q: [H, S, h], scaled.
         k, v: [K, S, h], K divides H.
-        segment_ids: [S], int32.
-        first_keys: [S], int32, the first position of each position's segment.
+        segments: [2, S], int32: ids, and the first position of each position's segment.
         out, grad: [H, S, h], the forward's result and its gradient.
         log_sum_exp: [H, S], fp32, of each query's scores.
         window: positions that a query sees, its own among them; None for all.
@@ -74,7 +74,7 @@ def backward(
         return head, span, 0
 
     queries = pl.BlockSpec((None, blocks.queries, h), of_queries)
-    rows = pl.BlockSpec((None, 1, blocks.queries), of_rows)
+    row = pl.BlockSpec((None, 1, blocks.queries), of_rows)
     keys = pl.BlockSpec((None, blocks.span, h), of_keys)
     query_ids = pl.BlockSpec((1, blocks.queries), lambda span, head, member, step, *_: (0, step))
     key_ids = pl.BlockSpec((blocks.span, LANES), lambda span, *_: (span, 0))
@@ -83,15 +83,17 @@ def backward(
         lambda span, head, member, step, *_: (span, head * group + member, step, 0),
     )
     dq_dtype = q.dtype if spans == 1 else jnp.float32
+    name = f"splash_backward_q{blocks.queries}_k{blocks.keys}_span{blocks.span}"
+    tile = Tile(blocks.queries, blocks.keys, window)
     kernel = pl.pallas_call(
-        partial(_kernel, blocks=blocks, group=group, window=window),
+        partial(_kernel, tile=tile, span=blocks.span, group=group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(spans, K, group, steps),
-            in_specs=[queries, keys, keys, query_ids, key_ids, rows, rows, queries],
+            in_specs=[queries, keys, keys, query_ids, key_ids, row, row, queries],
             out_specs=[partial_dq, keys, keys],
             scratch_shapes=[
-                pltpu.VMEM((blocks.queries, h), jnp.float32),
+                pltpu.VMEM((h, blocks.queries), jnp.float32),
                 pltpu.VMEM((blocks.span, h), jnp.float32),
                 pltpu.VMEM((blocks.span, h), jnp.float32),
             ],
@@ -104,20 +106,13 @@ def backward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=blocks.memory
         ),
-        name=f"splash_backward_q{blocks.queries}_k{blocks.keys}_span{blocks.span}",
+        name=name,
         interpret=interpret,
     )
-    dq, dk, dv = kernel(
-        jnp.min(first_keys.reshape(steps, blocks.queries), axis=1),
-        q,
-        k,
-        v,
-        segment_ids[None, :],
-        jnp.broadcast_to(segment_ids[:, None], (S, LANES)),
-        log_sum_exp[:, None, :],
-        delta[:, None, :],
-        grad,
-    )
+    first, ids, wide_ids = read_segments(segments, blocks.queries)
+    rows = (log_sum_exp[:, None, :], delta[:, None, :])
+    with jax.named_scope(name):
+        dq, dk, dv = kernel(first, q, k, v, ids, wide_ids, *rows, grad)
     whole = dq[0]
     for part in dq[1:]:  # additions fuse; a reduction over a leading dim does not
         whole = whole + part
@@ -141,13 +136,12 @@ def _kernel(
     dk_sum,
     dv_sum,
     *,
-    blocks: Blocks,
+    tile: Tile,
+    span: int,
     group: int,
-    window: int | None,
 ) -> None:
-    """Add one block of queries of one head to the sums of a span. Scores are [keys, queries]."""
-    span, member, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    query_start, span_start = step * blocks.queries, span * blocks.span
+    """Add one block of queries of one head to the sums of a span. `dq_sum` is [h, queries]."""
+    part, member, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
     @pl.when((member == 0) & (step == 0))
     def _():
@@ -155,37 +149,24 @@ def _kernel(
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
     dq_sum[...] = jnp.zeros_like(dq_sum)
-    start = first[step]
-    if window is not None:
-        start = jnp.maximum(start, query_start - window + 1)
-    low = jnp.maximum(start - span_start, 0) // blocks.keys
-    end = jnp.clip(query_start + blocks.queries - span_start, 0, blocks.span)
-    high = (end + blocks.keys - 1) // blocks.keys
 
     def body(number, _):
-        offset = pl.multiple_of(number * blocks.keys, blocks.keys)
-        rows = pl.ds(offset, blocks.keys)
+        rows = rows_of(number, tile.keys)
         q, grad, k, v = q_ref[...], grad_ref[...], k_ref[rows, :], v_ref[rows, :]
-        scores = lax.dot_general(k, q, LAST_LAST, preferred_element_type=jnp.float32)
-        shape = (blocks.keys, blocks.queries)
-        key = lax.broadcasted_iota(jnp.int32, shape, 0) + (span_start + offset)
-        query = lax.broadcasted_iota(jnp.int32, shape, 1) + query_start
-        key_ids = jnp.tile(key_ids_ref[rows, :], (1, blocks.queries // LANES))
-        visible = (key <= query) & (key_ids == query_ids_ref[...])
-        if window is not None:
-            visible &= key > query - window
-        p = jnp.exp(jnp.where(visible, scores, MASKED) - log_sum_exp_ref[...])
-        dv_sum[rows, :] += lax.dot_general(
-            p.astype(grad.dtype), grad, LAST_FIRST, preferred_element_type=jnp.float32
-        )
-        dp = lax.dot_general(v, grad, LAST_LAST, preferred_element_type=jnp.float32)
+        key_start = part * span + number * tile.keys
+        scores = product(k, q, LAST_LAST)
+        scores = tile.masked(scores, step, key_start, key_ids_ref[rows, :], query_ids_ref[...])
+        p = jnp.exp(scores - log_sum_exp_ref[...])
+        dv_sum[rows, :] += product(p.astype(grad.dtype), grad, LAST_FIRST)
+        dp = product(v, grad, LAST_LAST)
         ds = ((dp - delta_ref[...]) * p).astype(q.dtype)
-        dk_sum[rows, :] += lax.dot_general(ds, q, LAST_FIRST, preferred_element_type=jnp.float32)
-        dq_sum[...] += lax.dot_general(ds, k, FIRST_FIRST, preferred_element_type=jnp.float32)
+        dk_sum[rows, :] += product(ds, q, LAST_FIRST)
+        dq_sum[...] += product(k, ds, FIRST_FIRST)
         return 0
 
+    low, high = tile.range(first[step], step, part * span, span)
     lax.fori_loop(low, high, body, 0)
-    dq_ref[...] = dq_sum[...].astype(dq_ref.dtype)
+    dq_ref[...] = dq_sum[...].T.astype(dq_ref.dtype)
 
     @pl.when((member == group - 1) & (step == pl.num_programs(3) - 1))
     def _():

@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec
 from torch_xla.distributed.spmd import Mesh
 
 from torchprime.torch_xla_models.splash.backward_kernel import backward
-from torchprime.torch_xla_models.splash.blocks import Blocks
+from torchprime.torch_xla_models.splash.blocks import Blocks, largest_divisor
+from torchprime.torch_xla_models.splash.forward_kernel import forward
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,6 @@ class Setup:
         batch_axes: mesh axes over which the batch is cut.
         head_axis: mesh axis over which heads are cut.
         window: positions that a query sees, its own among them; None for all.
-        own_backward: the backward is ours, else jax's.
         interpret: run the kernels by the interpreter, on any device.
     """
 
@@ -43,34 +43,21 @@ class Setup:
     head_axis: str
     blocks: Blocks
     window: int | None = None
-    own_backward: bool = True
     interpret: bool = False
 
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, setup: Setup
-) -> jax.Array:
-    """Return [B, H, S, h] for scaled q [B, H, S, h], k and v [B, K, S, h] and segments
-    [B, 2, S]: ids, and the first position of each position's segment."""
-
-    def row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-        kernel = _forward_kernel(q, setup, save_residuals=False)
-        return kernel(q, k, v, segment_ids=_ids(segments))  # type: ignore[no-any-return]
-
-    return _on_mesh(row, setup, "qqqs", "q")(q, k, v, segments)  # type: ignore[no-any-return]
-
-
-def attend_and_save(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, setup: Setup
 ) -> tuple[jax.Array, jax.Array]:
-    """Return what `attend` returns, and the log-sum-exp of each query's scores, [B, H, S] in
-    fp32."""
+    """Return the result [B, H, S, h], and the log-sum-exp of each query's scores, [B, H, S] in
+    fp32.
 
-    def row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> Any:
-        kernel = _forward_kernel(q, setup, save_residuals=True)
-        out, (log_sum_exp,) = kernel(q, k, v, segment_ids=_ids(segments))
-        return out, log_sum_exp
-
+    Args:
+        q: [B, H, S, h], scaled.
+        k, v: [B, K, S, h].
+        segments: [B, 2, S]: ids, and the first position of each position's segment.
+    """
+    row = partial(forward, blocks=setup.blocks, window=setup.window, interpret=setup.interpret)
     return _on_mesh(row, setup, "qqqs", "ql")(q, k, v, segments)  # type: ignore[no-any-return]
 
 
@@ -84,23 +71,21 @@ def gradients(
     grad: jax.Array,
     setup: Setup,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the gradients of q, k and v from what `attend_and_save` returned."""
-
-    def row(q: Any, k: Any, v: Any, segments: Any, *results: Any) -> Any:
-        return backward(
-            q,
-            k,
-            v,
-            segments[0],
-            segments[1],
-            *results,
-            blocks=setup.blocks,
-            window=setup.window,
-            interpret=setup.interpret,
-        )
-
+    """Return the gradients of q, k and v from what `attend` returned and its gradient."""
+    row = partial(backward, blocks=setup.blocks, window=setup.window, interpret=setup.interpret)
     call = _on_mesh(row, setup, "qqqsqlq", "qqq")
     return call(q, k, v, segments, out, log_sum_exp, grad)  # type: ignore[no-any-return]
+
+
+def attend_by_jax(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, setup: Setup
+) -> jax.Array:
+    """Return the result [B, H, S, h] by jax's splash kernel, from what `attend` takes."""
+
+    def row(q: Any, k: Any, v: Any, segments: Any) -> Any:
+        return _kernel_of_jax(q, setup)(q, k, v, segment_ids=_ids(segments))
+
+    return _on_mesh(row, setup, "qqqs", "q")(q, k, v, segments)  # type: ignore[no-any-return]
 
 
 def gradients_by_jax(
@@ -114,7 +99,7 @@ def gradients_by_jax(
     """Return the gradients of q, k and v by jax's backward, which computes the forward again."""
 
     def row(q: Any, k: Any, v: Any, segments: Any, grad: Any) -> Any:
-        kernel = _forward_kernel(q, setup, save_residuals=False)
+        kernel = _kernel_of_jax(q, setup)
         _, pull = jax.vjp(lambda q, k, v: kernel(q, k, v, segment_ids=_ids(segments)), q, k, v)
         return pull(grad)
 
@@ -148,29 +133,30 @@ def _ids(segments: jax.Array) -> Any:
     return kernels.SegmentIds(segments[0], segments[0])
 
 
-def _forward_kernel(q: jax.Array, setup: Setup, *, save_residuals: bool) -> Any:
+def _kernel_of_jax(q: jax.Array, setup: Setup) -> Any:
+    """Return jax's kernel for queries [H, S, h]."""
     heads, length, _ = q.shape
     mask: Any = masks.CausalMask((length, length))
     if setup.window is not None:
         # jax's window counts positions back from the query; ours counts the query too.
         back = setup.window - 1
         mask &= masks.LocalMask((length, length), window_size=(back, back), offset=0)
-    size, product = setup.blocks.forward, setup.blocks.forward_product
-    sizes = partial(kernels.BlockSizes, block_q=size, block_kv=size, block_kv_compute=product)
-    if not setup.own_backward:
-        sizes = partial(
-            sizes,
-            block_q_dkv=size,
-            block_kv_dkv=size,
-            block_kv_dkv_compute=product,
-            use_fused_bwd_kernel=True,
-        )
+    size = setup.blocks.queries
+    product = largest_divisor(size, setup.blocks.keys)
+    sizes = kernels.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=product,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=product,
+        use_fused_bwd_kernel=True,
+    )
     return kernels.make_splash_mha(
         mask=masks.MultiHeadMask([mask] * heads),
         head_shards=1,
         q_seq_shards=1,
-        block_sizes=sizes(),
-        save_residuals=save_residuals,
+        block_sizes=sizes,
         interpret=setup.interpret,
     )
 

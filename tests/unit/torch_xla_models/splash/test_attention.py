@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from torchprime.models.attention import ReferenceAttention
 from torchprime.torch_xla_models.mesh import make_mesh
 from torchprime.torch_xla_models.splash.attention import SplashAttention
-from torchprime.torch_xla_models.splash.blocks import Limits
 from torchprime.torch_xla_models.splash.calls import kv_repeats
 
 B, H, S, h = 2, 4, 256, 64
 # Two segments and padding; one whole row.
 SEGMENTS = torch.tensor([[1] * 100 + [2] * 130 + [0] * 26, [1] * S], dtype=torch.int32)
-LIMITS = Limits(128, 128, 128, 128)
 
 
 def run(core: nn.Module, kv_heads: int, device: str) -> list[Tensor]:
@@ -35,20 +33,22 @@ def run(core: nn.Module, kv_heads: int, device: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "window", "own"), [(2, None, True), (1, 40, True), (2, 40, False)]
+    ("kv_heads", "window", "by_jax"), [(2, None, False), (1, 40, False), (2, 40, True)]
 )
-def test_splash_is_the_reference_core(kv_heads: int, window: int | None, own: bool) -> None:
+def test_splash_is_the_reference_core(kv_heads: int, window: int | None, by_jax: bool) -> None:
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 1, "tensor": 1})
     axes = ("data", "fsdp")
-    splash = SplashAttention(h, window, mesh, axes, LIMITS, own_backward=own, interpret=True)
+    splash = SplashAttention(h, window, mesh, axes, by_jax=by_jax, interpret=True)
     found = run(splash, kv_heads, "xla")
-    for ours, expected in zip(found, run(ReferenceAttention(h, window), kv_heads, "cpu")):
+    for ours, expected in zip(
+        found, run(ReferenceAttention(h, window), kv_heads, "cpu"), strict=True
+    ):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_prepare_finds_the_first_position_of_every_segment() -> None:
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 1}, {"data": 1, "fsdp": 1, "tensor": 1})
-    splash = SplashAttention(h, None, mesh, ("data", "fsdp"), LIMITS)
+    splash = SplashAttention(h, None, mesh, ("data", "fsdp"))
     ids = torch.tensor([[1, 1, 2, 1, 0, 0]], dtype=torch.int32)
     prepared = splash.prepare(ids.to("xla")).cpu()
     assert prepared.tolist() == [[[1, 1, 2, 1, 0, 0], [0, 0, 2, 0, 4, 4]]]

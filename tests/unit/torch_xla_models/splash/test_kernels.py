@@ -1,0 +1,102 @@
+"""The kernels in Pallas' interpreter, against attention written out in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from torchprime.torch_xla_models.splash.backward_kernel import backward
+from torchprime.torch_xla_models.splash.blocks import Blocks
+from torchprime.torch_xla_models.splash.forward_kernel import forward
+
+# Of 384 positions: three segments and padding; one that starts late in a block; an id that returns.
+SEGMENTS = {
+    "packed": [1] * 100 + [2] * 130 + [3] * 124 + [0] * 30,
+    "one": [1] * 384,
+    "halves": [1] * 128 + [2] * 128,
+    "returning": [1] * 200 + [2] * 100 + [1] * 84,
+}
+
+
+def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray, seen: np.ndarray, grad: np.ndarray):
+    """Attention [H, S, h] with keys repeated per head: out, log-sum-exp, and the gradients."""
+    group = len(q) // len(k)
+    wide_k, wide_v = np.repeat(k, group, 0), np.repeat(v, group, 0)
+    scores = np.where(seen, np.einsum("hsd,htd->hst", q, wide_k), -np.inf)
+    top = scores.max(-1, keepdims=True)
+    total = np.exp(scores - top).sum(-1, keepdims=True)
+    p = np.exp(scores - top) / total
+    out = p @ wide_v
+    dp = grad @ wide_v.transpose(0, 2, 1)
+    ds = p * (dp - (p * dp).sum(-1, keepdims=True))
+    dk = np.einsum("hst,hsd->htd", ds, q).reshape(len(k), group, *k.shape[1:]).sum(1)
+    dv = np.einsum("hst,hsd->htd", p, grad).reshape(len(k), group, *k.shape[1:]).sum(1)
+    return out, (top + np.log(total))[..., 0], (ds @ wide_k, dk, dv)
+
+
+def visible(ids: np.ndarray, window: int | None) -> np.ndarray:
+    back = np.arange(len(ids))[:, None] - np.arange(len(ids))
+    return (back >= 0) & (ids[:, None] == ids) & (back < (window or len(ids)))
+
+
+class Row:
+    """One row of queries, keys, values and gradient, and what is expected of it."""
+
+    def __init__(
+        self, heads: Sequence[int], segments: str, window: int | None, length: int = 384
+    ) -> None:
+        H, K, h = heads
+        r = np.random.default_rng(0)
+        self.ids = np.array(SEGMENTS[segments][:length])
+        self.window = window
+        q, k, v, grad = (r.normal(size=(n, length, h)) for n in (H, K, K, H))
+        self.given = [q * h**-0.5, k, v]
+        self.grad = grad
+        seen = visible(self.ids, window)
+        self.out, self.log_sum_exp, self.gradients = naive(*self.given, seen, grad)
+
+    def kernels(self, blocks: Blocks) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Return what the forward returns, and the backward after it."""
+        first = [int(np.argmax(self.ids == each)) for each in self.ids]
+        segments = jnp.asarray(np.stack([self.ids, first]), jnp.int32)
+        options: Any = {"blocks": blocks, "window": self.window, "interpret": True}
+        given = [jnp.asarray(x, jnp.float32) for x in self.given]
+        results = forward(*given, segments, **options)
+        grad = jnp.asarray(self.grad, jnp.float32)
+        return list(results), list(backward(*given, segments, *results, grad, **options))
+
+
+@pytest.mark.parametrize(
+    ("heads", "segments", "window", "sizes"),
+    [
+        ((4, 2, 64), "packed", None, (128, 128, 384, 384)),
+        ((2, 2, 128), "one", 100, (384, 128, 384, 384)),  # one block of queries, a window
+        ((4, 1, 64), "packed", 40, (128, 128, 256, 128)),  # spans: partial results
+        ((2, 1, 32), "returning", None, (128, 384, 384, 384)),
+    ],
+)
+def test_kernels_are_attention_written_out(
+    heads: Sequence[int], segments: str, window: int | None, sizes: Sequence[int]
+) -> None:
+    length = 256 if sizes[2] == 256 else 384
+    row = Row(heads, segments, window, length)
+    results, gradients = row.kernels(Blocks(*sizes))
+    expected = [row.out, row.log_sum_exp, *row.gradients]
+    for ours, wanted in zip([*results, *gradients], expected, strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
+def test_keys_before_the_segments_of_a_block_are_not_computed() -> None:
+    """NaN in keys and values of the first segment does not reach later blocks of queries."""
+    row = Row((1, 1, 32), "halves", None, 256)
+    row.given[1][:, :128], row.given[2][:, :128] = np.nan, np.nan
+    results, gradients = row.kernels(Blocks(128, 128, 256, 256))
+    for ours, wanted in zip(
+        [*results, *gradients], [row.out, row.log_sum_exp, *row.gradients], strict=True
+    ):
+        np.testing.assert_allclose(ours[:, 128:], wanted[:, 128:], rtol=0, atol=1e-5)

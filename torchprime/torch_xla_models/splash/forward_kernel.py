@@ -1,0 +1,143 @@
+"""The forward of attention as one Pallas kernel for a TPU.
+
+Softmax is accumulated over blocks of keys (FlashAttention, arXiv:2205.14135). The keys and values
+of a kv head stay in the chip's vector memory while all query heads of its group pass by. Unlike
+jax's splash kernel it computes no block of keys that lies before the segments of its queries, and
+writes one log-sum-exp for each query instead of 128 copies.
+
+A sequence too long for the vector memory is cut into spans of keys, which follow one another in
+the innermost dimension of the grid.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from torchprime.torch_xla_models.splash.blocks import Blocks
+from torchprime.torch_xla_models.splash.kernel_parts import (
+    FIRST_FIRST,
+    LANES,
+    LAST_LAST,
+    MASKED,
+    Tile,
+    product,
+    read_segments,
+    rows_of,
+)
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    *,
+    blocks: Blocks,
+    window: int | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the result [H, S, h] of one row, and each query's log-sum-exp [H, S] in fp32.
+
+    Args:
+        q: [H, S, h], scaled.
+        k, v: [K, S, h], K divides H.
+        segments: [2, S], int32: ids, and the first position of each position's segment.
+        window: positions that a query sees, its own among them; None for all.
+    """
+    H, S, h = q.shape
+    K, group = k.shape[0], H // k.shape[0]
+    span = blocks.forward_span
+    queries = pl.BlockSpec(
+        (None, blocks.queries, h), lambda head, member, step, *_: (head * group + member, step, 0)
+    )
+    row = pl.BlockSpec(
+        (None, 1, blocks.queries), lambda head, member, step, *_: (head * group + member, 0, step)
+    )
+    keys = pl.BlockSpec((None, span, h), lambda head, member, step, part, *_: (head, part, 0))
+    query_ids = pl.BlockSpec((1, blocks.queries), lambda head, member, step, *_: (0, step))
+    key_ids = pl.BlockSpec((span, LANES), lambda head, member, step, part, *_: (part, 0))
+    name = f"splash_forward_q{blocks.queries}_k{blocks.keys}_span{span}"
+    tile = Tile(blocks.queries, blocks.keys, window)
+    kernel = pl.pallas_call(
+        partial(_kernel, tile=tile, span=span),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(K, group, S // blocks.queries, S // span),
+            in_specs=[queries, keys, keys, query_ids, key_ids],
+            out_specs=[queries, row],
+            scratch_shapes=[
+                pltpu.VMEM((1, blocks.queries), jnp.float32),
+                pltpu.VMEM((1, blocks.queries), jnp.float32),
+                pltpu.VMEM((h, blocks.queries), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((H, 1, S), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=blocks.memory,
+        ),
+        name=name,
+        interpret=interpret,
+    )
+    first, ids, wide_ids = read_segments(segments, blocks.queries)
+    with jax.named_scope(name):
+        out, log_sum_exp = kernel(first, q, k, v, ids, wide_ids)
+    return out, log_sum_exp[:, 0]
+
+
+def _kernel(
+    first,
+    q_ref,
+    k_ref,
+    v_ref,
+    query_ids_ref,
+    key_ids_ref,
+    out_ref,
+    log_sum_exp_ref,
+    top,
+    total,
+    mixed,
+    *,
+    tile: Tile,
+    span: int,
+) -> None:
+    """Add a span of keys to one block of queries of one head. `mixed` is [h, queries]."""
+    step, part = pl.program_id(2), pl.program_id(3)
+
+    @pl.when(part == 0)
+    def _():
+        top[...] = jnp.full_like(top, MASKED)
+        total[...] = jnp.zeros_like(total)
+        mixed[...] = jnp.zeros_like(mixed)
+
+    def body(number, _):
+        rows = rows_of(number, tile.keys)
+        scores = product(k_ref[rows, :], q_ref[...], LAST_LAST)
+        key_start = part * span + number * tile.keys
+        scores = tile.masked(scores, step, key_start, key_ids_ref[rows, :], query_ids_ref[...])
+        # A block of masked keys gives ones here; a query's own key comes later and cancels them.
+        new_top = jnp.maximum(top[...], jnp.max(scores, axis=0, keepdims=True))
+        p = jnp.exp(scores - new_top)
+        kept = jnp.exp(top[...] - new_top)
+        top[...] = new_top
+        total[...] = total[...] * kept + jnp.sum(p, axis=0, keepdims=True)
+        v = v_ref[rows, :]
+        mixed[...] = mixed[...] * kept + product(v, p.astype(v.dtype), FIRST_FIRST)
+        return 0
+
+    low, high = tile.range(first[step], step, part * span, span)
+    lax.fori_loop(low, high, body, 0)
+
+    @pl.when(part == pl.num_programs(3) - 1)
+    def _():
+        out_ref[...] = (mixed[...] / total[...]).T.astype(out_ref.dtype)
+        log_sum_exp_ref[...] = top[...] + jnp.log(total[...])

@@ -1,0 +1,107 @@
+"""What the forward and the backward kernel share: which keys a block of queries sees, and blocks of
+arrays.
+
+Scores are computed as [keys, queries], so that one value for each query (its log-sum-exp, its
+segment) is a row, which lies along the lanes as it does in HBM.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+LANES = 128
+# exp(MASKED - x) is 0 for a score x, and MASKED is finite, so that nothing is NaN.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+# Contractions: over both last dims, last with first, first with first.
+LAST_LAST = (((1,), (1,)), ((), ()))
+LAST_FIRST = (((1,), (0,)), ((), ()))
+FIRST_FIRST = (((0,), (0,)), ((), ()))
+
+
+class Tile(NamedTuple):
+    """Scores that are computed at once.
+
+    Attributes:
+        queries: queries of a block.
+        keys: keys of a product.
+        window: positions that a query sees, its own among them; None for all.
+    """
+
+    queries: int
+    keys: int
+    window: int | None
+
+    def range(self, first: Any, step: Any, span_start: Any, span: int) -> tuple[Any, Any]:
+        """Return the products of a span that a block of queries needs, as (low, high).
+
+        Left out are keys after the last query, before the first key of any query's segment, and
+        outside the window of all.
+
+        Args:
+            first: the first position of any segment in the block of queries.
+            step: number of the block of queries.
+        """
+        start = step * self.queries
+        if self.window is not None:
+            first = jnp.maximum(first, start - self.window + 1)
+        low = jnp.maximum(first - span_start, 0) // self.keys
+        end = jnp.clip(start + self.queries - span_start, 0, span)
+        return low, (end + self.keys - 1) // self.keys
+
+    def masked(
+        self, scores: jax.Array, step: Any, key_start: Any, key_ids: jax.Array, ids: jax.Array
+    ) -> jax.Array:
+        """Return the scores [keys, queries] with MASKED where the query does not see the key.
+
+        Args:
+            key_start: position of the first key.
+            key_ids: segment of each key, [keys, LANES], equal along the lanes.
+            ids: segment of each query, [1, queries].
+        """
+        key = lax.broadcasted_iota(jnp.int32, scores.shape, 0) + key_start
+        query = lax.broadcasted_iota(jnp.int32, scores.shape, 1) + step * self.queries
+        visible = key <= query
+        visible &= jnp.tile(key_ids, (1, self.queries // LANES)) == ids
+        if self.window is not None:
+            visible &= key > query - self.window
+        return jnp.where(visible, scores, MASKED)
+
+
+class Segments(NamedTuple):
+    """The segments of a row, as the kernels read them.
+
+    Attributes:
+        first: [blocks of queries], the first position of any segment in a block.
+        queries: [1, S].
+        keys: [S, LANES].
+    """
+
+    first: jax.Array
+    queries: jax.Array
+    keys: jax.Array
+
+
+def read_segments(segments: jax.Array, queries: int) -> Segments:
+    """Return the segments of a row from their ids and first positions, [2, S].
+
+    Args:
+        queries: queries of a block.
+    """
+    ids, first = segments
+    wide = jnp.broadcast_to(ids[:, None], (len(ids), LANES))
+    return Segments(jnp.min(first.reshape(-1, queries), axis=1), ids[None, :], wide)
+
+
+def product(left: jax.Array, right: jax.Array, contraction: Any) -> jax.Array:
+    """Return a product accumulated in fp32."""
+    return lax.dot_general(left, right, contraction, preferred_element_type=jnp.float32)
+
+
+def rows_of(number: Any, size: int) -> Any:
+    """Return the slice of a block by its number."""
+    return pl.ds(pl.multiple_of(number * size, size), size)
