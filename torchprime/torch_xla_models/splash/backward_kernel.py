@@ -83,7 +83,7 @@ def backward(
         lambda span, head, member, step, *_: (span, head * group + member, step, 0),
     )
     dq_dtype = q.dtype if spans == 1 else jnp.float32
-    name = f"splash_backward_q{blocks.queries}_k{blocks.keys}_span{blocks.span}"
+    name = "splash_backward"
     tile = Tile(blocks.queries, blocks.keys, window)
     kernel = pl.pallas_call(
         partial(_kernel, tile=tile, span=blocks.span, group=group),
