@@ -34,6 +34,10 @@ from torchprime.torch_xla_models.compile.worker import KERNEL_IR_VERSION  # noqa
 from torchprime.torch_xla_models.splash.backward_kernel import backward  # noqa: E402
 from torchprime.torch_xla_models.splash.blocks import blocks_for  # noqa: E402
 from torchprime.torch_xla_models.splash.forward_kernel import forward  # noqa: E402
+from torchprime.torch_xla_models.splash.kernel_parts import (  # noqa: E402
+    Inputs,
+    KernelOptions,
+)
 
 CHIPS = {"v6e": "v6e:2x2", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
 ROWS = 2
@@ -73,15 +77,17 @@ def compiled(shape: Shape, device: object) -> list[float | str]:
     k = array(shape.kv_heads, shape.length, shape.head_dim)
     segments = array(2, shape.length, dtype=jnp.int32)
     log_sum_exp = array(shape.heads, shape.length, dtype=jnp.float32)
+    given = Inputs(q, k, k, segments)  # type: ignore[arg-type]
+    options = KernelOptions(blocks, shape.window)
     found: list[float | str] = []
-    for kernel, given in (
-        (forward, (q, k, k, segments)),
-        (backward, (q, k, k, segments, q, log_sum_exp, q)),
+    for kernel, arrays in (
+        (forward, (given,)),
+        (backward, (given, q, log_sum_exp, q)),
     ):
         start = time.monotonic()
-        rows = jax.vmap(partial(kernel, blocks=blocks, window=shape.window))
+        rows = jax.vmap(partial(kernel, options=options))
         try:
-            jax.jit(rows).lower(*given).compile()
+            jax.jit(rows).lower(*arrays).compile()
             found.append(time.monotonic() - start)
         except jax.errors.JaxRuntimeError as error:
             found.append(str(error).splitlines()[0])

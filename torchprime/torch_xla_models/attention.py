@@ -56,7 +56,7 @@ def inject_attention(
     """Put the chosen kernel into every layer."""
     make: Callable[[int, int | None], nn.Module] = ReferenceAttention
     if kernel in (SPLASH, SPLASH_BY_JAX):
-        # jax is imported where it is needed; a run on the reference core may do without.
+        # late: jax is imported only where it is needed
         from torchprime.torch_xla_models.splash.attention import SplashAttention
 
         def make(head_dim: int, window: int | None) -> nn.Module:

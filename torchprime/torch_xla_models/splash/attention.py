@@ -17,6 +17,7 @@ from torch_xla.core.xla_builder import call_jax
 from torchprime.torch_xla_models.mesh import axis_sizes
 from torchprime.torch_xla_models.splash import calls
 from torchprime.torch_xla_models.splash.blocks import blocks_for
+from torchprime.torch_xla_models.splash.kernel_parts import Inputs, KernelOptions
 
 HEAD_AXIS = "tensor"
 
@@ -25,33 +26,33 @@ class _Attend(torch.autograd.Function):
     """Attention by our kernels."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, setup: calls.Setup):  # type: ignore[override]
-        given = (q, k, v, segments)
-        out, log_sum_exp = call_jax(calls.attend, (*given, setup), {}, "splash_forward")
+    def forward(ctx, setup: calls.Setup, *given: Tensor):  # type: ignore[override]
+        found = call_jax(calls.attend, (Inputs(*given), setup), {}, "splash_forward")
         ctx.setup = setup
-        ctx.save_for_backward(*given, out, log_sum_exp)
-        return out
+        ctx.save_for_backward(*given, *found)
+        return found[0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        given = (*ctx.saved_tensors, grad.contiguous(), ctx.setup)
-        return *call_jax(calls.gradients, given, {}, "splash_backward"), None, None
+        *given, out, log_sum_exp = ctx.saved_tensors
+        arguments = (Inputs(*given), out, log_sum_exp, grad.contiguous(), ctx.setup)
+        return None, *call_jax(calls.gradients, arguments, {}, "splash_backward"), None
 
 
 class _AttendByJax(torch.autograd.Function):
     """Attention by jax's kernels, whose backward computes the forward again."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, segments: Tensor, setup: calls.Setup):  # type: ignore[override]
-        given = (q, k, v, segments)
+    def forward(ctx, setup: calls.Setup, *given: Tensor):  # type: ignore[override]
         ctx.setup = setup
         ctx.save_for_backward(*given)
-        return call_jax(calls.attend_by_jax, (*given, setup), {}, "jax_splash_forward")
+        return call_jax(calls.attend_by_jax, (Inputs(*given), setup), {}, "jax_splash_forward")
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        given = (*ctx.saved_tensors, grad.contiguous(), ctx.setup)
-        return *call_jax(calls.gradients_by_jax, given, {}, "jax_splash_backward"), None, None
+        arguments = (Inputs(*ctx.saved_tensors), grad.contiguous(), ctx.setup)
+        found = call_jax(calls.gradients_by_jax, arguments, {}, "jax_splash_backward")
+        return None, *found, None
 
 
 class SplashAttention(nn.Module):
@@ -99,9 +100,9 @@ class SplashAttention(nn.Module):
             mesh=self.mesh,
             batch_axes=self.batch_axes,
             head_axis=HEAD_AXIS,
-            blocks=blocks_for(length, self.head_dim, itemsize),
-            window=self.window,
-            interpret=self.interpret,
+            kernel=KernelOptions(
+                blocks_for(length, self.head_dim, itemsize), self.window, self.interpret
+            ),
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor) -> Tensor:
@@ -112,4 +113,4 @@ class SplashAttention(nn.Module):
         q, k, v = ((q * self.scale).contiguous(), k.contiguous(), v.contiguous())
         setup = self.setup(q.shape[2], q.element_size())
         kernels: Any = _AttendByJax if self.by_jax else _Attend
-        return kernels.apply(q, k, v, prepared, setup)  # type: ignore[no-any-return]
+        return kernels.apply(setup, q, k, v, prepared)  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ A sequence too long for the vector memory is cut into spans of keys; each gives 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,42 +24,51 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from torchprime.torch_xla_models.splash.blocks import Blocks
 from torchprime.torch_xla_models.splash.kernel_parts import (
     FIRST_FIRST,
     LANES,
     LAST_FIRST,
     LAST_LAST,
+    Inputs,
+    KernelOptions,
     Tile,
     product,
     read_segments,
     rows_of,
+    tile_of,
 )
 
 
+class _Refs(NamedTuple):
+    """The kernel's blocks: inputs, outputs, and sums in fp32. `dq_sum` is [h, queries]."""
+
+    q: Any
+    k: Any
+    v: Any
+    query_ids: Any
+    key_ids: Any
+    log_sum_exp: Any
+    delta: Any
+    grad: Any
+    dq: Any
+    dk: Any
+    dv: Any
+    dq_sum: Any
+    dk_sum: Any
+    dv_sum: Any
+
+
 def backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    out: jax.Array,
-    log_sum_exp: jax.Array,
-    grad: jax.Array,
-    *,
-    blocks: Blocks,
-    window: int | None = None,
-    interpret: bool = False,
+    given: Inputs, out: jax.Array, log_sum_exp: jax.Array, grad: jax.Array, options: KernelOptions
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of q, k and v of one row.
 
     Args:
-        q: [H, S, h], scaled.
-        k, v: [K, S, h], K divides H.
-        segments: [2, S], int32: ids, and the first position of each position's segment.
         out, grad: [H, S, h], the forward's result and its gradient.
         log_sum_exp: [H, S], fp32, of each query's scores.
-        window: positions that a query sees, its own among them; None for all.
     """
+    q, k, v, segments = given
+    blocks = options.blocks
     H, S, h = q.shape
     K, group = k.shape[0], H // k.shape[0]
     spans, steps = S // blocks.span, S // blocks.queries
@@ -84,9 +94,8 @@ def backward(
     )
     dq_dtype = q.dtype if spans == 1 else jnp.float32
     name = "splash_backward"
-    tile = Tile(blocks.queries, blocks.keys, window)
     kernel = pl.pallas_call(
-        partial(_kernel, tile=tile, span=blocks.span, group=group),
+        partial(_kernel, tile=tile_of(options), span=blocks.span, group=group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(spans, K, group, steps),
@@ -107,7 +116,7 @@ def backward(
             dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=blocks.memory
         ),
         name=name,
-        interpret=interpret,
+        interpret=options.interpret,
     )
     first, ids, wide_ids = read_segments(segments, blocks.queries)
     rows = (log_sum_exp[:, None, :], delta[:, None, :])
@@ -119,56 +128,37 @@ def backward(
     return whole.astype(q.dtype), dk, dv
 
 
-def _kernel(
-    first,
-    q_ref,
-    k_ref,
-    v_ref,
-    query_ids_ref,
-    key_ids_ref,
-    log_sum_exp_ref,
-    delta_ref,
-    grad_ref,
-    dq_ref,
-    dk_ref,
-    dv_ref,
-    dq_sum,
-    dk_sum,
-    dv_sum,
-    *,
-    tile: Tile,
-    span: int,
-    group: int,
-) -> None:
-    """Add one block of queries of one head to the sums of a span. `dq_sum` is [h, queries]."""
+def _kernel(first: Any, *refs: Any, tile: Tile, span: int, group: int) -> None:
+    """Add one block of queries of one head to the sums of a span."""
+    r = _Refs(*refs)
     part, member, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
     @pl.when((member == 0) & (step == 0))
     def _():
-        dk_sum[...] = jnp.zeros_like(dk_sum)
-        dv_sum[...] = jnp.zeros_like(dv_sum)
+        r.dk_sum[...] = jnp.zeros_like(r.dk_sum)
+        r.dv_sum[...] = jnp.zeros_like(r.dv_sum)
 
-    dq_sum[...] = jnp.zeros_like(dq_sum)
+    r.dq_sum[...] = jnp.zeros_like(r.dq_sum)
 
     def body(number, _):
         rows = rows_of(number, tile.keys)
-        q, grad, k, v = q_ref[...], grad_ref[...], k_ref[rows, :], v_ref[rows, :]
+        q, grad, k, v = r.q[...], r.grad[...], r.k[rows, :], r.v[rows, :]
         key_start = part * span + number * tile.keys
         scores = product(k, q, LAST_LAST)
-        scores = tile.masked(scores, step, key_start, key_ids_ref[rows, :], query_ids_ref[...])
-        p = jnp.exp(scores - log_sum_exp_ref[...])
-        dv_sum[rows, :] += product(p.astype(grad.dtype), grad, LAST_FIRST)
+        scores = tile.masked(scores, step, key_start, r.key_ids[rows, :], r.query_ids[...])
+        p = jnp.exp(scores - r.log_sum_exp[...])
+        r.dv_sum[rows, :] += product(p.astype(grad.dtype), grad, LAST_FIRST)
         dp = product(v, grad, LAST_LAST)
-        ds = ((dp - delta_ref[...]) * p).astype(q.dtype)
-        dk_sum[rows, :] += product(ds, q, LAST_FIRST)
-        dq_sum[...] += product(k, ds, FIRST_FIRST)
+        ds = ((dp - r.delta[...]) * p).astype(q.dtype)
+        r.dk_sum[rows, :] += product(ds, q, LAST_FIRST)
+        r.dq_sum[...] += product(k, ds, FIRST_FIRST)
         return 0
 
     low, high = tile.range(first[step], step, part * span, span)
     lax.fori_loop(low, high, body, 0)
-    dq_ref[...] = dq_sum[...].T.astype(dq_ref.dtype)
+    r.dq[...] = r.dq_sum[...].T.astype(r.dq.dtype)
 
     @pl.when((member == group - 1) & (step == pl.num_programs(3) - 1))
     def _():
-        dk_ref[...] = dk_sum[...].astype(dk_ref.dtype)
-        dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+        r.dk[...] = r.dk_sum[...].astype(r.dk.dtype)
+        r.dv[...] = r.dv_sum[...].astype(r.dv.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -22,127 +22,112 @@ from jax.sharding import PartitionSpec
 from torch_xla.distributed.spmd import Mesh
 
 from torchprime.torch_xla_models.splash.backward_kernel import backward
-from torchprime.torch_xla_models.splash.blocks import Blocks, largest_divisor
+from torchprime.torch_xla_models.splash.blocks import largest_divisor
 from torchprime.torch_xla_models.splash.forward_kernel import forward
+from torchprime.torch_xla_models.splash.kernel_parts import Inputs, KernelOptions
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the kernels of a model's layers share.
+    """Settings of a layer's attention on a mesh.
 
     Attributes:
         mesh: the mesh as torch_xla writes it.
         batch_axes: mesh axes over which the batch is cut.
         head_axis: mesh axis over which heads are cut.
-        window: positions that a query sees, its own among them; None for all.
-        interpret: run the kernels by the interpreter, on any device.
+        kernel: settings of the kernels.
     """
 
     mesh: str
     batch_axes: tuple[str, ...]
     head_axis: str
-    blocks: Blocks
-    window: int | None = None
-    interpret: bool = False
+    kernel: KernelOptions
 
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, setup: Setup
-) -> tuple[jax.Array, jax.Array]:
+class Specs(NamedTuple):
+    """Cuts of arrays over the mesh: [B, heads, S, h], [B, heads, S] and [B, 2, S]."""
+
+    wide: PartitionSpec
+    flat: PartitionSpec
+    segments: PartitionSpec
+
+    @property
+    def given(self) -> Inputs:
+        return Inputs(self.wide, self.wide, self.wide, self.segments)  # type: ignore[arg-type]
+
+
+def attend(given: Inputs, setup: Setup) -> tuple[jax.Array, jax.Array]:
     """Return the result [B, H, S, h], and the log-sum-exp of each query's scores, [B, H, S] in
-    fp32.
-
-    Args:
-        q: [B, H, S, h], scaled.
-        k, v: [B, K, S, h].
-        segments: [B, 2, S]: ids, and the first position of each position's segment.
-    """
-    row = partial(forward, blocks=setup.blocks, window=setup.window, interpret=setup.interpret)
-    return _on_mesh(row, setup, "qqqs", "ql")(q, k, v, segments)  # type: ignore[no-any-return]
+    fp32."""
+    specs = _specs(setup)
+    row = partial(forward, options=setup.kernel)
+    return _on_mesh(row, setup, (specs.given,), (specs.wide, specs.flat))(given)
 
 
 def gradients(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    out: jax.Array,
-    log_sum_exp: jax.Array,
-    grad: jax.Array,
-    setup: Setup,
+    given: Inputs, out: jax.Array, log_sum_exp: jax.Array, grad: jax.Array, setup: Setup
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of q, k and v from what `attend` returned and its gradient."""
-    row = partial(backward, blocks=setup.blocks, window=setup.window, interpret=setup.interpret)
-    call = _on_mesh(row, setup, "qqqsqlq", "qqq")
-    return call(q, k, v, segments, out, log_sum_exp, grad)  # type: ignore[no-any-return]
+    specs = _specs(setup)
+    row = partial(backward, options=setup.kernel)
+    ins = (specs.given, specs.wide, specs.flat, specs.wide)
+    return _on_mesh(row, setup, ins, (specs.wide,) * 3)(given, out, log_sum_exp, grad)
 
 
-def attend_by_jax(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, setup: Setup
-) -> jax.Array:
-    """Return the result [B, H, S, h] by jax's splash kernel, from what `attend` takes."""
-
-    def row(q: Any, k: Any, v: Any, segments: Any) -> Any:
-        return _kernel_of_jax(q, setup)(q, k, v, segment_ids=_ids(segments))
-
-    return _on_mesh(row, setup, "qqqs", "q")(q, k, v, segments)  # type: ignore[no-any-return]
+def attend_by_jax(given: Inputs, setup: Setup) -> jax.Array:
+    """Return the result [B, H, S, h] by jax's splash kernel."""
+    specs = _specs(setup)
+    row = partial(_row_by_jax, options=setup.kernel)
+    return _on_mesh(row, setup, (specs.given,), specs.wide)(given)
 
 
 def gradients_by_jax(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    grad: jax.Array,
-    setup: Setup,
+    given: Inputs, grad: jax.Array, setup: Setup
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of q, k and v by jax's backward, which computes the forward again."""
 
-    def row(q: Any, k: Any, v: Any, segments: Any, grad: Any) -> Any:
-        kernel = _kernel_of_jax(q, setup)
-        _, pull = jax.vjp(lambda q, k, v: kernel(q, k, v, segment_ids=_ids(segments)), q, k, v)
+    def row(given: Inputs, grad: jax.Array) -> Any:
+        def result(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return _row_by_jax(Inputs(q, k, v, given.segments), setup.kernel)
+
+        _, pull = jax.vjp(result, *given[:3])
         return pull(grad)
 
-    return _on_mesh(row, setup, "qqqsq", "qqq")(q, k, v, segments, grad)  # type: ignore[no-any-return]
+    specs = _specs(setup)
+    return _on_mesh(row, setup, (specs.given, specs.wide), (specs.wide,) * 3)(given, grad)
 
 
-def _on_mesh(row: Callable[..., Any], setup: Setup, given: str, returned: str) -> Any:
-    """Map a function of one row over the batch, on each device's shard.
-
-    Args:
-        given, returned: a letter for each array: q for [B, heads, S, h], l for [B, heads, S], s for
-            [B, 2, S].
-    """
+def _specs(setup: Setup) -> Specs:
     batch, heads = setup.batch_axes, setup.head_axis
-    specs = {
-        "q": PartitionSpec(batch, heads, None, None),
-        "l": PartitionSpec(batch, heads, None),
-        "s": PartitionSpec(batch, None, None),
-    }
-    outs = tuple(specs[letter] for letter in returned)
-    return shard_map(
-        jax.vmap(row),
-        mesh=Mesh.from_str(setup.mesh).get_jax_mesh(),  # pyright: ignore
-        in_specs=tuple(specs[letter] for letter in given),
-        out_specs=outs if len(outs) > 1 else outs[0],
-        check_rep=False,
+    return Specs(
+        PartitionSpec(batch, heads, None, None),
+        PartitionSpec(batch, heads, None),
+        PartitionSpec(batch, None, None),
     )
 
 
-def _ids(segments: jax.Array) -> Any:
-    return kernels.SegmentIds(segments[0], segments[0])
+def _on_mesh(row: Callable[..., Any], setup: Setup, ins: Any, outs: Any) -> Callable[..., Any]:
+    """Map a function of one row over the batch, on each device's shard."""
+    mesh = Mesh.from_str(setup.mesh).get_jax_mesh()  # pyright: ignore
+    return shard_map(jax.vmap(row), mesh=mesh, in_specs=ins, out_specs=outs, check_rep=False)
 
 
-def _kernel_of_jax(q: jax.Array, setup: Setup) -> Any:
+def _row_by_jax(given: Inputs, options: KernelOptions) -> jax.Array:
+    ids = given.segments[0]
+    kernel = _kernel_of_jax(given.q, options)
+    return kernel(*given[:3], segment_ids=kernels.SegmentIds(ids, ids))
+
+
+def _kernel_of_jax(q: jax.Array, options: KernelOptions) -> Any:
     """Return jax's kernel for queries [H, S, h]."""
     heads, length, _ = q.shape
     mask: Any = masks.CausalMask((length, length))
-    if setup.window is not None:
+    if options.window is not None:
         # jax's window counts positions back from the query; ours counts the query too.
-        back = setup.window - 1
+        back = options.window - 1
         mask &= masks.LocalMask((length, length), window_size=(back, back), offset=0)
-    size = setup.blocks.queries
-    product = largest_divisor(size, setup.blocks.keys)
+    size = options.blocks.queries
+    product = largest_divisor(size, options.blocks.keys)
     sizes = kernels.BlockSizes(
         block_q=size,
         block_kv=size,
@@ -157,7 +142,7 @@ def _kernel_of_jax(q: jax.Array, setup: Setup) -> Any:
         head_shards=1,
         q_seq_shards=1,
         block_sizes=sizes,
-        interpret=setup.interpret,
+        interpret=options.interpret,
     )
 
 

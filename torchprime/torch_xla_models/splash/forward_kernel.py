@@ -12,6 +12,7 @@ the innermost dimension of the grid.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,37 +20,40 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from torchprime.torch_xla_models.splash.blocks import Blocks
 from torchprime.torch_xla_models.splash.kernel_parts import (
     FIRST_FIRST,
     LANES,
     LAST_LAST,
     MASKED,
+    Inputs,
+    KernelOptions,
     Tile,
     product,
     read_segments,
     rows_of,
+    tile_of,
 )
 
 
-def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    *,
-    blocks: Blocks,
-    window: int | None = None,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Return the result [H, S, h] of one row, and each query's log-sum-exp [H, S] in fp32.
+class _Refs(NamedTuple):
+    """The kernel's blocks: inputs, outputs, and memory that stays. `mixed` is [h, queries]."""
 
-    Args:
-        q: [H, S, h], scaled.
-        k, v: [K, S, h], K divides H.
-        segments: [2, S], int32: ids, and the first position of each position's segment.
-        window: positions that a query sees, its own among them; None for all.
-    """
+    q: Any
+    k: Any
+    v: Any
+    query_ids: Any
+    key_ids: Any
+    out: Any
+    log_sum_exp: Any
+    top: Any
+    total: Any
+    mixed: Any
+
+
+def forward(given: Inputs, options: KernelOptions) -> tuple[jax.Array, jax.Array]:
+    """Return the result [H, S, h] of one row, and each query's log-sum-exp [H, S] in fp32."""
+    q, k, v, segments = given
+    blocks = options.blocks
     H, S, h = q.shape
     K, group = k.shape[0], H // k.shape[0]
     span = blocks.forward_span
@@ -63,9 +67,8 @@ def forward(
     query_ids = pl.BlockSpec((1, blocks.queries), lambda head, member, step, *_: (0, step))
     key_ids = pl.BlockSpec((span, LANES), lambda head, member, step, part, *_: (part, 0))
     name = "splash_forward"
-    tile = Tile(blocks.queries, blocks.keys, window)
     kernel = pl.pallas_call(
-        partial(_kernel, tile=tile, span=span),
+        partial(_kernel, tile=tile_of(options), span=span),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(K, group, S // blocks.queries, S // span),
@@ -86,7 +89,7 @@ def forward(
             vmem_limit_bytes=blocks.memory,
         ),
         name=name,
-        interpret=interpret,
+        interpret=options.interpret,
     )
     first, ids, wide_ids = read_segments(segments, blocks.queries)
     with jax.named_scope(name):
@@ -94,44 +97,30 @@ def forward(
     return out, log_sum_exp[:, 0]
 
 
-def _kernel(
-    first,
-    q_ref,
-    k_ref,
-    v_ref,
-    query_ids_ref,
-    key_ids_ref,
-    out_ref,
-    log_sum_exp_ref,
-    top,
-    total,
-    mixed,
-    *,
-    tile: Tile,
-    span: int,
-) -> None:
-    """Add a span of keys to one block of queries of one head. `mixed` is [h, queries]."""
+def _kernel(first: Any, *refs: Any, tile: Tile, span: int) -> None:
+    """Add a span of keys to one block of queries of one head."""
+    r = _Refs(*refs)
     step, part = pl.program_id(2), pl.program_id(3)
 
     @pl.when(part == 0)
     def _():
-        top[...] = jnp.full_like(top, MASKED)
-        total[...] = jnp.zeros_like(total)
-        mixed[...] = jnp.zeros_like(mixed)
+        r.top[...] = jnp.full_like(r.top, MASKED)
+        r.total[...] = jnp.zeros_like(r.total)
+        r.mixed[...] = jnp.zeros_like(r.mixed)
 
     def body(number, _):
         rows = rows_of(number, tile.keys)
-        scores = product(k_ref[rows, :], q_ref[...], LAST_LAST)
+        scores = product(r.k[rows, :], r.q[...], LAST_LAST)
         key_start = part * span + number * tile.keys
-        scores = tile.masked(scores, step, key_start, key_ids_ref[rows, :], query_ids_ref[...])
+        scores = tile.masked(scores, step, key_start, r.key_ids[rows, :], r.query_ids[...])
         # A block of masked keys gives ones here; a query's own key comes later and cancels them.
-        new_top = jnp.maximum(top[...], jnp.max(scores, axis=0, keepdims=True))
+        new_top = jnp.maximum(r.top[...], jnp.max(scores, axis=0, keepdims=True))
         p = jnp.exp(scores - new_top)
-        kept = jnp.exp(top[...] - new_top)
-        top[...] = new_top
-        total[...] = total[...] * kept + jnp.sum(p, axis=0, keepdims=True)
-        v = v_ref[rows, :]
-        mixed[...] = mixed[...] * kept + product(v, p.astype(v.dtype), FIRST_FIRST)
+        kept = jnp.exp(r.top[...] - new_top)
+        r.top[...] = new_top
+        r.total[...] = r.total[...] * kept + jnp.sum(p, axis=0, keepdims=True)
+        v = r.v[rows, :]
+        r.mixed[...] = r.mixed[...] * kept + product(v, p.astype(v.dtype), FIRST_FIRST)
         return 0
 
     low, high = tile.range(first[step], step, part * span, span)
@@ -139,5 +128,5 @@ def _kernel(
 
     @pl.when(part == pl.num_programs(3) - 1)
     def _():
-        out_ref[...] = (mixed[...] / total[...]).T.astype(out_ref.dtype)
-        log_sum_exp_ref[...] = top[...] + jnp.log(total[...])
+        r.out[...] = (r.mixed[...] / r.total[...]).T.astype(r.out.dtype)
+        r.log_sum_exp[...] = r.top[...] + jnp.log(r.total[...])

@@ -1,5 +1,4 @@
-"""What the forward and the backward kernel share: which keys a block of queries sees, and blocks of
-arrays.
+"""Parts of both kernels: their inputs, and the keys that a block of queries sees.
 
 Scores are computed as [keys, queries], so that one value for each query (its log-sum-exp, its
 segment) is a row, which lies along the lanes as it does in HBM.
@@ -7,12 +6,15 @@ segment) is a row, which lies along the lanes as it does in HBM.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+
+from torchprime.torch_xla_models.splash.blocks import Blocks
 
 LANES = 128
 # exp(MASKED - x) is 0 for a score x, and MASKED is finite, so that nothing is NaN.
@@ -21,6 +23,35 @@ MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 LAST_LAST = (((1,), (1,)), ((), ()))
 LAST_FIRST = (((1,), (0,)), ((), ()))
 FIRST_FIRST = (((0,), (0,)), ((), ()))
+
+
+class Inputs(NamedTuple):
+    """The arrays of one row; with a batch in front, those of several.
+
+    Attributes:
+        q: [H, S, h], scaled.
+        k, v: [K, S, h], K divides H.
+        segments: [2, S], int32: ids, and the first position of each position's segment.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    segments: jax.Array
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """Settings of both kernels.
+
+    Attributes:
+        window: positions that a query sees, its own among them; None for all.
+        interpret: run by the interpreter, on any device.
+    """
+
+    blocks: Blocks
+    window: int | None = None
+    interpret: bool = False
 
 
 class Tile(NamedTuple):
@@ -84,6 +115,11 @@ class Segments(NamedTuple):
     first: jax.Array
     queries: jax.Array
     keys: jax.Array
+
+
+def tile_of(options: KernelOptions) -> Tile:
+    """Return the scores that are computed at once."""
+    return Tile(options.blocks.queries, options.blocks.keys, options.window)
 
 
 def read_segments(segments: jax.Array, queries: int) -> Segments:

@@ -1,9 +1,8 @@
-"""The kernels in Pallas' interpreter, against attention written out in float64."""
+"""Both kernels in Pallas' interpreter, against attention written out in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import pytest
 from torchprime.torch_xla_models.splash.backward_kernel import backward
 from torchprime.torch_xla_models.splash.blocks import Blocks
 from torchprime.torch_xla_models.splash.forward_kernel import forward
+from torchprime.torch_xla_models.splash.kernel_parts import Inputs, KernelOptions
 
 # Of 384 positions: three segments and padding; one that starts late in a block; an id that returns.
 SEGMENTS = {
@@ -64,11 +64,12 @@ class Row:
         """Return what the forward returns, and the backward after it."""
         first = [int(np.argmax(self.ids == each)) for each in self.ids]
         segments = jnp.asarray(np.stack([self.ids, first]), jnp.int32)
-        options: Any = {"blocks": blocks, "window": self.window, "interpret": True}
-        given = [jnp.asarray(x, jnp.float32) for x in self.given]
-        results = forward(*given, segments, **options)
+        options = KernelOptions(blocks, self.window, interpret=True)
+        q, k, v = (jnp.asarray(x, jnp.float32) for x in self.given)
+        given = Inputs(q, k, v, segments)
+        results = forward(given, options)
         grad = jnp.asarray(self.grad, jnp.float32)
-        return list(results), list(backward(*given, segments, *results, grad, **options))
+        return list(results), list(backward(given, *results, grad, options))
 
 
 @pytest.mark.parametrize(
