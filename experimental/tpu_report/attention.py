@@ -77,7 +77,7 @@ def compiled(shape: Shape, device: object) -> list[float | str]:
     k = array(shape.kv_heads, shape.length, shape.head_dim)
     segments = array(2, shape.length, dtype=jnp.int32)
     log_sum_exp = array(shape.heads, shape.length, dtype=jnp.float32)
-    given = Inputs(q, k, k, segments)  # type: ignore[arg-type]
+    given = Inputs(q, k, k, segments)
     options = KernelOptions(blocks, shape.window)
     found: list[float | str] = []
     for kernel, arrays in (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import nn
@@ -54,13 +52,14 @@ def inject_attention(
     model: CausalLM, kernel: str, mesh: xs.Mesh, batch_axes: tuple[str, ...]
 ) -> None:
     """Put the chosen kernel into every layer."""
-    make: Callable[[int, int | None], nn.Module] = ReferenceAttention
-    if kernel in (SPLASH, SPLASH_BY_JAX):
-        # late: jax is imported only where it is needed
-        from torchprime.torch_xla_models.splash.attention import SplashAttention
+    if kernel not in (SPLASH, SPLASH_BY_JAX):
+        replace_attention_cores(model, ReferenceAttention)
+        return
+    # late: jax is imported only where it is needed
+    from torchprime.torch_xla_models.splash.attention import SplashAttention
 
-        def make(head_dim: int, window: int | None) -> nn.Module:
-            by_jax = kernel == SPLASH_BY_JAX
-            return SplashAttention(head_dim, window, mesh, batch_axes, by_jax=by_jax)
+    def make(head_dim: int, window: int | None) -> nn.Module:
+        by_jax = kernel == SPLASH_BY_JAX
+        return SplashAttention(head_dim, window, mesh, batch_axes, by_jax=by_jax)
 
     replace_attention_cores(model, make)

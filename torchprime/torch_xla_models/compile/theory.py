@@ -171,7 +171,7 @@ def kernel_flops(kernels: Mapping[str, int], s: Sizes) -> int:
     half = s.rows * (s.heads // s.tensor) * s.head_size * s.block_size**2
     total = 0
     for name, calls in kernels.items():
-        is_backward = name.startswith("splash_backward") or "dkv" in name.split("_segmented")[0]
+        is_backward = "splash_backward" in name or "dkv" in name.split("_segmented")[0]
         products = 5 if is_backward else 2
         total += calls * products * half
     return total

@@ -53,7 +53,7 @@ class Specs(NamedTuple):
 
     @property
     def given(self) -> Inputs:
-        return Inputs(self.wide, self.wide, self.wide, self.segments)  # type: ignore[arg-type]
+        return Inputs(self.wide, self.wide, self.wide, self.segments)
 
 
 def attend(given: Inputs, setup: Setup) -> tuple[jax.Array, jax.Array]:

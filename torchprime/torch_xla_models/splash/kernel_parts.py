@@ -26,7 +26,8 @@ FIRST_FIRST = (((0,), (0,)), ((), ()))
 
 
 class Inputs(NamedTuple):
-    """The arrays of one row; with a batch in front, those of several.
+    """The arrays of one row, or of several with a batch in front. They are jax's in the kernels and
+    torch's outside.
 
     Attributes:
         q: [H, S, h], scaled.
@@ -34,10 +35,10 @@ class Inputs(NamedTuple):
         segments: [2, S], int32: ids, and the first position of each position's segment.
     """
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    segments: jax.Array
+    q: Any
+    k: Any
+    v: Any
+    segments: Any
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def test_a_quantized_base_is_gathered_in_four_bits(lora: Sizes, qlora: Sizes) ->
 
 
 def test_kernels_count_the_causal_half(sizes: Sizes) -> None:
-    ours = {"splash_forward": 1, "splash_backward": 1}
+    ours = {"vmap_splash_forward_": 1, "vmap_splash_backward_": 1}
     jaxs = {"splash_mha_fwd_segmented_residuals_block": 1, "splash_mha_dkv_segmented_block": 1}
     # Forward q k' and p v over half of 1024 x 1024, for 8 rows and 32 heads of 128; backward five.
     half = 2 * 8 * 32 * 128 * 1024 * 1024 // 2
