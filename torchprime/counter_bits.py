@@ -34,7 +34,7 @@ class Position(NamedTuple):
     tokens: Tensor
 
 
-def _shifted_right(x: Tensor, by: int) -> Tensor:
+def shifted_right(x: Tensor, by: int) -> Tensor:
     """Return x shifted right, with zeros from the left."""
     # torch_xla 2.9 divides instead, and rounds towards 0: with the lowest bits cleared nothing is
     # rounded. >> keeps the sign, so the bits that it shifts in are cleared too.
@@ -42,7 +42,7 @@ def _shifted_right(x: Tensor, by: int) -> Tensor:
 
 
 def _rotated(x: Tensor, by: int) -> Tensor:
-    return (x << by) | _shifted_right(x, 32 - by)
+    return (x << by) | shifted_right(x, 32 - by)
 
 
 def threefry(key: Words, counter: Words) -> Words:
@@ -71,7 +71,7 @@ def _fractions(key: Words, rows: Tensor, width: int, first: int = 0) -> Tensor:
     pairs = torch.arange(first // 2, end, dtype=torch.int32, device=rows.device)
     words = torch.stack(threefry(key, (rows[..., None], pairs)), dim=-1)
     bits = words.flatten(-2)[..., first % 2 :][..., :width]
-    return _shifted_right(bits, 32 - _FRACTION_BITS)
+    return shifted_right(bits, 32 - _FRACTION_BITS)
 
 
 def uniform(key: Words, rows: Tensor, width: int) -> Tensor:

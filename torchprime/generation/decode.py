@@ -7,8 +7,8 @@ reads the new tokens (`Decoding`) and ends the batch when every row has met a st
 limit.
 
 A sampled token is the argmax of logits / temperature + Gumbel noise. The noise is a hash of (seed,
-the prompt's index in the call, the token's number, the vocabulary id). So a prompt's answer does
-not depend on its batch, the mesh or the backend, up to rounding.
+the prompt's number, the token's number, the vocabulary id). So a prompt's answer does not depend on
+its batch, the mesh or the backend, up to rounding.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from torchprime.counter_bits import shifted_right
 from torchprime.errors import ConfigError, DataError
 
 SMALLEST_BUCKET = 64
@@ -53,6 +54,8 @@ class GenerateOptions:
         temperature: 0 takes the most likely token.
         top_k: sample among the k most likely; None for all.
         top_p: sample among the smallest set of tokens with this total probability.
+        numbers: int32 numbers, one for each prompt, for the noise of sampling; None for the
+            prompts' places in the call.
         batch_size: prompts per batch, over all devices.
     """
 
@@ -63,6 +66,7 @@ class GenerateOptions:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
+    numbers: tuple[int, ...] | None = None
     batch_size: int = 32
 
     def __post_init__(self) -> None:
@@ -105,12 +109,14 @@ class PromptBatch:
         ids: int32 [B, S], each prompt at the right end of its row.
         padding: int32 [B], slots of a row that hold no prompt.
         rows: int32 [B], the prompts' places in the call; -1 for fillers.
+        numbers: int32 [B], the prompts' numbers in the noise; -1 for fillers.
         chunks: programs of `chunk` tokens that may follow the first token.
     """
 
     ids: npt.NDArray[np.int32]
     padding: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int32]
+    numbers: npt.NDArray[np.int32]
     chunk: int
     chunks: int
 
@@ -123,7 +129,8 @@ class PromptBatch:
         """Return the rows of one of `count` parts."""
         size = len(self.rows) // count
         rows = slice(index * size, (index + 1) * size)
-        return replace(self, ids=self.ids[rows], padding=self.padding[rows], rows=self.rows[rows])
+        names = ("ids", "padding", "rows", "numbers")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
 
 def plan_batches(
@@ -161,11 +168,12 @@ def plan_batches(
         length = bucket(len(prompts[numbers[-1]]), options.max_length)
         ids = np.zeros((size, length), np.int32)
         padding = np.full(size, length - 1, np.int32)  # a filler is one token long
-        rows = np.full(size, -1, np.int32)
+        rows, drawn = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
         for row, number in enumerate(numbers):
             rows[row], padding[row] = number, length - len(prompts[number])
             ids[row, padding[row] :] = prompts[number]
-        batches.append(PromptBatch(ids, padding, rows, chunk, chunks))
+            drawn[row] = number if options.numbers is None else options.numbers[number]
+        batches.append(PromptBatch(ids, padding, rows, drawn, chunk, chunks))
     return batches
 
 
@@ -247,7 +255,7 @@ def choose(
     Args:
         logits: fp32 [B, V].
         options: of which only `choice` is read, the numbers are in `sampling`.
-        rows: int32 [B], the prompts' places in the call.
+        rows: int32 [B], the prompts' numbers.
         number: int32 scalar, how many tokens were made before.
 
     Returns:
@@ -308,6 +316,6 @@ def _mixed(x: Tensor) -> Tensor:
     """Return a bijection of 32 bits in which every input bit flips about half of the output's
     bits."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, None)):
-        x = x ^ ((x >> shift) & (2 ** (32 - shift) - 1))  # int32 shifts keep the sign: mask it off
+        x = x ^ shifted_right(x, shift)
         x = x if factor is None else x * factor
     return x

@@ -142,7 +142,7 @@ class Generator:
     ) -> dict[int, Answer]:
         ids, padding, rows = (
             torch.from_numpy(field).to(self.device)
-            for field in (batch.ids, batch.padding, batch.rows)
+            for field in (batch.ids, batch.padding, batch.numbers)
         )
         sampling = Sampling(*(t.to(self.device) for t in sampling_tensors(options)))
         decoding = Decoding(batch, prompts, options)

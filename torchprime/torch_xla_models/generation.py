@@ -193,7 +193,7 @@ class Generator:
         )
         (ids,) = self.tensors.send_batch([torch.from_numpy(batch.ids)], (self.batch_axes, ()))
         padding, rows = self.tensors.send_batch(
-            [torch.from_numpy(batch.padding), torch.from_numpy(batch.rows)], ((),)
+            [torch.from_numpy(batch.padding), torch.from_numpy(batch.numbers)], ((),)
         )
         decoding = Decoding(batch, prompts, options)
 

@@ -64,9 +64,20 @@ def test_chunks_hold_what_may_follow_and_little_more(new: int) -> None:
 def test_parts_of_a_batch_are_its_rows() -> None:
     batch = plan_batches([[n] for n in range(1, 5)], options())[0]
     parts = [batch.part(index, 2) for index in range(2)]
-    for field in ("ids", "padding", "rows"):
+    for field in ("ids", "padding", "rows", "numbers"):
         whole = np.concatenate([getattr(part, field) for part in parts])
         assert np.array_equal(whole, getattr(batch, field))
+
+
+def test_a_prompt_keeps_its_number_in_every_batch() -> None:
+    prompts = [[1] * n for n in (5, 2, 9)]
+    for size in (1, 2, 4):
+        given = options(batch_size=size, numbers=(7, -(2**31), 2**31 - 1))
+        batches = plan_batches(prompts, given)
+        pairs = {(int(r), int(n)) for b in batches for r, n in zip(b.rows, b.numbers, strict=True)}
+        assert pairs - {(-1, -1)} == {(0, 7), (1, -(2**31)), (2, 2**31 - 1)}
+    (batch,) = plan_batches(prompts, options())
+    assert np.array_equal(batch.numbers, batch.rows)
 
 
 def test_few_prompts_make_a_small_batch() -> None:

@@ -16,7 +16,7 @@ import torch_xla
 
 from torchprime.config.schema import AXES
 from torchprime.errors import DataError
-from torchprime.generation.decode import Answer
+from torchprime.generation.decode import Answer, gumbel_noise, sampling_tensors
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_xla_models.backend import XlaBackend
@@ -156,6 +156,18 @@ def test_sampling_depends_on_the_prompts_place_alone(truths, shipped_table) -> N
         assert backend.generate(answers.prompts(), given) == found[size]
     assert found[4] == found[8]
     assert found[4] != truths["qwen2"][1]
+
+
+def test_the_noise_is_that_of_the_host() -> None:
+    """So that answers sampled on XLA and elsewhere are the same: the hash exactly, logarithms to
+    rounding."""
+    seed = sampling_tensors(answers.options(seed=2**40 + 5)).seed
+    rows = torch.tensor([0, -(2**31), 2**31 - 1, 12345], dtype=torch.int32)
+    number = torch.tensor(17, dtype=torch.int32)
+    expected = gumbel_noise(seed, rows, number, 500)
+    device = torch_xla.device()
+    found = gumbel_noise(seed.to(device), rows.to(device), number.to(device), 500).cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_prompt_without_room_names_itself(truths, shipped_table) -> None:
