@@ -23,7 +23,7 @@ MANY_ARGUMENTS = {
 # The rooms of a folder, the lowest first: each may import those before it.
 ROOMS = {
     "checkpoint": ["hf", "proof", "run", "adapter"],
-    "cli": ["shared", "before", "weights", "sweeps"],
+    "cli": ["shared", "before", "weights", "answers", "sweeps"],
     "compare": ["logs"],
     "config": ["sections", "many_runs"],
     "data": [
@@ -33,7 +33,7 @@ ROOMS = {
     "evaluation": ["graders"],
     "metrics": ["trackers"],
     "torch_xla_models": ["compile", "splash"],
-    "training": ["optim", "regularization", "setup", "advice", "run", "hooks"],
+    "training": ["optim", "regularization", "setup", "advice", "run", "hooks", "inference"],
 }
 # Here rooms stand beside the modules that they use; elsewhere those are above all rooms.
 MIXED = {"checkpoint", "config", "metrics", "torch_xla_models", "training"}

@@ -6,20 +6,19 @@ It runs on the backend that `torchprime train` would choose, with the config's m
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable
-from typing import Any
 
 from torchprime.cli.shared.arguments import make_parser, positive, run_with_rest
-from torchprime.cli.train import NAMES, choose_backend
+from torchprime.cli.shared.backends import (
+    NAMES,
+    MakeBackend,
+    choose_backend,
+    refuse_sweep,
+    with_backend,
+)
 from torchprime.config.entry import run_main
 from torchprime.config.paths import local_path
 from torchprime.config.schema import TrainConfig
-from torchprime.errors import ConfigError
 from torchprime.text.terminal import say
-from torchprime.torch_native import train as native
-from torchprime.torch_xla_models import train as xla
-from torchprime.torch_xla_models.runtime import prepare_environment
 
 EXAMPLES = 1000
 EPILOG = """\
@@ -53,37 +52,23 @@ def fisher_main(argv: list[str]) -> int:
 
 
 def _compose(given: argparse.Namespace, rest: list[str]) -> int:
-    return run_main(lambda config: _measure(config, given), rest, lambda: _program(given))
-
-
-def _program(given: argparse.Namespace) -> list[str]:
-    """Refuse a sweep, whose runs would all write the same folder."""
-    raise ConfigError(
-        f"-m: given with torchprime fisher, which writes one folder (--out {given.out}). Start one "
-        "command for each config."
+    return run_main(
+        lambda config: _measure(config, given),
+        rest,
+        lambda: refuse_sweep("fisher", f"writes one folder (--out {given.out})"),
     )
 
 
 def _measure(config: TrainConfig, given: argparse.Namespace) -> int:
-    backend, reason, _ = choose_backend(given.backend, None)
-    if os.environ.get("RANK", "0") == "0":
-        say(f"backend {backend} ({NAMES[backend]}): {reason}")
-    if backend == "xla":
-        prepare_environment(config.device_count)
-        _run(config, xla.make_backend, given)
-        return 0
-    os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA if it is installed
-    # late: it needs torch, and a wrong config is refused without it
-    from torchprime.torch_native.runtime import group
-
-    with group():
-        _run(config, native.make_backend, given)
+    with_backend(
+        config,
+        choose_backend(given.backend, None),
+        lambda make_backend: _run(config, make_backend, given),
+    )
     return 0
 
 
-def _run(
-    config: TrainConfig, make_backend: Callable[[TrainConfig], Any], given: argparse.Namespace
-) -> None:
+def _run(config: TrainConfig, make_backend: MakeBackend, given: argparse.Namespace) -> None:
     # late: transformers looks for torch_xla when imported, and imports it
     from torchprime.training.fisher import FisherRequest, measure_fisher
 

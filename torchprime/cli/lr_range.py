@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 from torchprime.cli.shared.arguments import make_parser, positive, run_with_rest
-from torchprime.cli.train import NAMES, train
+from torchprime.cli.shared.backends import NAMES, refuse_sweep
+from torchprime.cli.train import train
 from torchprime.config.checks import refuse
 from torchprime.config.entry import run_main
 from torchprime.config.schema import TrainConfig
-from torchprime.errors import ConfigError, DivergedError
+from torchprime.errors import DivergedError
 from torchprime.files.atomic import write_text
 from torchprime.metrics.writers import read_metrics
 from torchprime.text.terminal import print_lines
@@ -70,13 +72,8 @@ def _run(given: argparse.Namespace, rest: list[str]) -> int:
         f"task.optimizer.learning_rate={given.last}",
         f"task.lr_scheduler.min_lr_ratio={given.first / given.last}",
     ]
-    return run_main(lambda config: _test(config, given), [*rest, *asked], _no_sweep)
-
-
-def _no_sweep() -> list[str]:
-    raise ConfigError(
-        "-m: given with torchprime lr-range, which makes one run. Start a command for each config."
-    )
+    no_sweep = partial(refuse_sweep, "lr-range", "makes one run")
+    return run_main(lambda config: _test(config, given), [*rest, *asked], no_sweep)
 
 
 def _name(rest: list[str]) -> str:

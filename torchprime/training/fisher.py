@@ -15,7 +15,6 @@ along the axes data and fsdp share the memory but not the work.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,11 +36,9 @@ from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.blocks.order import EMPTY_BLOCK, batch_indices
 from torchprime.data.blocks.pack import pack
 from torchprime.errors import DivergedError
-from torchprime.training.backend import Backend, StepOptions
+from torchprime.training.backend import Backend
+from torchprime.training.inference.placed import place_pretrained, read_inputs
 from torchprime.training.optim.optimizer import Parameter, Slot
-from torchprime.training.setup.inputs import RunInputs
-from torchprime.training.setup.model_files import pretrained_tensors
-from torchprime.training.setup.recipe import checked_table, files_of
 
 SQUARES = "squares"
 REPORT_EVERY = 100  # examples between two lines for the user
@@ -88,7 +85,7 @@ def measure_fisher(
     """Compute the Fisher information of the config's base on its training rows, and write it.
 
     Args:
-        say: prints a line for the user, on the first process only.
+        say: prints a line for the user; called on the first process only.
 
     Raises:
         ConfigError: a config without base, or with an adapter.
@@ -97,16 +94,13 @@ def measure_fisher(
     _check(config)
     # Fisher information is of the log-likelihood, whatever a run minimizes.
     config = replace(config, task=replace(config.task, loss=LossConfig()))
-    if os.environ.get("RANK", "0") != "0":
-        say = _silent
-    files = files_of(config, weights=True)
-    pretrained_tensors(files, getattr(torch, config.torch_dtype))  # checks names and shapes
-    inputs = RunInputs.read(config, files, None, say)
+    inputs = read_inputs(config, say)
+    files = inputs.files
     layout = WeightLayout(files.shapes, torch.float32, int(config.task.max_shard_size_gb * 1e9))
     backend = make_backend(inputs.config)
     backend.processes.first_does(partial(_require_place, request.out, layout))
     base = backend.processes.first_does(files.base_fingerprint)
-    _place(inputs, backend)
+    place_pretrained(inputs, backend, SquaredGradients())
     data = one_by_one(inputs.rows.train)
     count = min(request.examples, data.num_blocks)
     say(f"Fisher information of {count:,} examples out of {data.num_blocks:,}")
@@ -121,10 +115,6 @@ def measure_fisher(
             pass
     say(f"wrote {request.out}: {weight:,.0f} supervised weight in {count:,} examples")
     return facts
-
-
-def _silent(line: str) -> None:
-    """Print nothing: another process does."""
 
 
 def _check(config: TrainConfig) -> None:
@@ -143,16 +133,6 @@ def _require_place(out: Path, layout: WeightLayout) -> None:
     """Check now that the folder can be written."""
     ExportPlace.of(out).require_new()
     require_room([Need("the Fisher information", out, layout.num_bytes + 1_000_000, 8, "--out")])
-
-
-def _place(inputs: RunInputs, backend: Backend) -> None:
-    """Place the base's weights, and make the sums of squares."""
-    config, model = inputs.config, inputs.model()
-    table, _ = checked_table(config, model)
-    backend.check(model, table)
-    backend.place(model, table, pretrained_tensors(inputs.files, inputs.dtype), inputs.dtype)
-    options = StepOptions(loss_chunks=config.task.loss_chunks, master_weights=False)
-    backend.prepare_training(SquaredGradients(), options)
 
 
 def one_by_one(data: PackedDataset) -> PackedDataset:

@@ -40,7 +40,7 @@ from torchprime.training.run.resume import Past, ResumePoint
 from torchprime.training.setup.inputs import RunInputs, open_fisher
 from torchprime.training.setup.model_files import ModelFiles
 from torchprime.training.setup.plan import Plan
-from torchprime.training.setup.recipe import as_in, files_of, optimizer_of, plan_run
+from torchprime.training.setup.recipe import files_of, optimizer_of, plan_run, with_adapter
 
 Say = Callable[[str], None]
 # Opens the source of initial values: from a weight's name to its tensor.
@@ -181,7 +181,7 @@ def _read(
     if not c.dry_run:
         resuming.may_go_on(c.resume.source, folder, catalog)
     files = files_of(c, weights=not c.dry_run)
-    c = _with_adapter(c, files, say)
+    c = with_adapter(c, files, say)
     if not c.dry_run:
         open_weights(files)  # checks names and shapes
     fisher = open_fisher(c.regularization, files)
@@ -194,18 +194,6 @@ def _read(
     inputs = RunInputs.read(c, files, resuming.recorded_date(c.resume.source, catalog), say)
     inputs = replace(inputs, fisher=fisher)
     return inputs, make_evaluation(inputs, choosing, graders, folder), catalog
-
-
-def _with_adapter(config: TrainConfig, files: ModelFiles, say: Say) -> TrainConfig:
-    """Return the config with the description of the adapter that training starts from."""
-    adapter = files.adapter
-    if adapter is None or adapter.start is None:
-        return config
-    if note := adapter.start.base_note(config.model.pretrained_model or ""):
-        say(f"note: {note}")
-    section = as_in(config.adapter, adapter.spec)
-    say(f"starting from the adapter {adapter.start.where} (rank {section.rank})")
-    return replace(config, adapter=section)
 
 
 def _with_base(inputs: RunInputs, processes: Processes) -> RunInputs:

@@ -29,7 +29,6 @@ from torchprime.training.run import resume as resuming
 from torchprime.training.run.facts import run_facts
 from torchprime.training.run.saver import Retention, Saver
 from torchprime.training.run.tracking import Tracking, start_tracking
-from torchprime.training.setup.adapter import AdaptedTensors
 from torchprime.training.setup.plan import data_order, flops_per_token
 from torchprime.training.setup.probe import probe_isolation
 from torchprime.training.setup.recipe import spike_options, step_options
@@ -107,19 +106,8 @@ def _anchors(prepared: Prepared) -> AnchorSource | None:
 def _values(prepared: Prepared) -> Callable[[str], Tensor]:
     """Return the source of the parameters' values by name: checkpoint, base and new ones."""
     p, inputs, point = prepared, prepared.inputs, prepared.point
-    adapter = inputs.files.adapter
-    if adapter is None:
-        return p.open_weights() if point is None else point.weight
-    started = None if adapter.start is None else adapter.start.tensors.__getitem__
-    trained = started if point is None else point.weight
-    return AdaptedTensors(
-        inputs.model(),
-        adapter.spec,
-        p.open_weights(),
-        trained=trained,
-        seed=p.config.seed,
-        dtype=inputs.dtype,
-    )
+    trained = None if point is None else point.weight
+    return inputs.values(p.open_weights, trained)
 
 
 def _seed(prepared: Prepared) -> None:

@@ -13,6 +13,7 @@ import torchprime.torch_native.train
 import torchprime.torch_xla_models.train
 from torchprime.cli import train
 from torchprime.cli.main import main
+from torchprime.cli.shared import backends
 from torchprime.errors import ConfigError
 from torchprime.training.run.folder import command
 
@@ -30,13 +31,13 @@ def host(monkeypatch: pytest.MonkeyPatch):
             monkeypatch.delenv(name, raising=False)
         for name, value in env.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(train, "host_has_tpu", lambda: tpus > 0)
-        monkeypatch.setattr(train, "tpu_chips", lambda: ["/dev/accel0"] * tpus)
+        monkeypatch.setattr(backends, "host_has_tpu", lambda: tpus > 0)
+        monkeypatch.setattr(backends, "tpu_chips", lambda: ["/dev/accel0"] * tpus)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         find = importlib.util.find_spec
         monkeypatch.setattr(
-            train.importlib.util,
+            backends.importlib.util,
             "find_spec",
             lambda name: (object() if torch_xla else None) if name == "torch_xla" else find(name),
         )
@@ -68,7 +69,7 @@ def test_each_host_gets_its_backend(
     host, env, devices, asked, compile_only, backend, reason
 ) -> None:
     host(env, **devices)
-    chosen = train.choose_backend(asked, compile_only)
+    chosen = backends.choose_backend(asked, compile_only)
     assert chosen.backend == backend and reason in chosen.reason
     # Whoever did not choose is told how to.
     assert bool(chosen.instead) == (asked is None and reason != "compile_only")
@@ -76,13 +77,13 @@ def test_each_host_gets_its_backend(
 
 def test_several_gpus_are_told_of_torchrun(host) -> None:
     host({}, gpus=8)
-    assert "torchrun --standalone --nproc_per_node=8" in train.choose_backend(None, None).instead
+    assert "torchrun --standalone --nproc_per_node=8" in backends.choose_backend(None, None).instead
 
 
 def test_xla_in_several_processes_of_a_host_is_refused(host) -> None:
     host(TORCHRUN)
     with pytest.raises(ConfigError, match="under torchrun with 4 processes.*--backend native"):
-        train.choose_backend("xla", None)
+        backends.choose_backend("xla", None)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_the_command_says_what_it_chose_and_trains(host, monkeypatch, capsys, ar
 
         return run
 
-    monkeypatch.setattr(train, "MAINS", {name: entry(name) for name in train.NAMES})
+    monkeypatch.setattr(train, "MAINS", {name: entry(name) for name in backends.NAMES})
     assert main(["train", *argv]) == 75
     said = capsys.readouterr()
     assert ran == [(backend, 7)]
@@ -160,7 +161,7 @@ def test_the_runs_of_a_sweep_get_the_same_backend(monkeypatch, given: str, one_r
 
 def test_choosing_does_not_import_torch_xla() -> None:
     code = (
-        "import sys; from torchprime.cli import train; train.choose_backend(None, None);"
+        "import sys; from torchprime.cli.shared import backends as b; b.choose_backend(None, None);"
         "print([name for name in ('torch_xla', 'transformers', 'jax') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

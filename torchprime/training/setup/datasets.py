@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from torchprime.checkpoint.hf.source import hub_name
 from torchprime.config.schema import TrainConfig
@@ -64,9 +64,9 @@ class RunData:
     heldout_report: DataReport | None
     leaks: LeakReport | None
 
-    def rejected_heldout(self) -> set[str]:
-        """Return the ids of held-out rows of which the preparation rejected all or one answer."""
-        report = self.heldout_report
+    def rejected(self, side: Literal["train", "eval"]) -> set[str]:
+        """Return the ids of rows of which the preparation rejected all or one answer."""
+        report = self.report if side == "train" else self.heldout_report
         found = [] if report is None else report.rejected.values()
         apart = self.sources.dataset.turns != WHOLE
         return {row_of(i) if apart else i for ids in found for i in ids}

@@ -14,6 +14,7 @@ from torchprime.config.schema import TrainConfig
 from torchprime.config.sections.regularization import RegularizationConfig
 from torchprime.data.templates.render import ChatTemplate
 from torchprime.models.decoder import CausalLM
+from torchprime.training.setup.adapter import AdaptedTensors, TensorOf
 from torchprime.training.setup.datasets import RunData, prepare_run_data, template_of
 from torchprime.training.setup.model_files import ModelFiles
 
@@ -64,6 +65,29 @@ class RunInputs:
     def model(self) -> CausalLM:
         """Return the model without storage, with its adapter."""
         return self.files.build(self.dtype)
+
+    def values(
+        self, open_weights: Callable[[], TensorOf], trained: TensorOf | None = None
+    ) -> TensorOf:
+        """Return the source of the parameters' values by name.
+
+        Args:
+            open_weights: opens the source of the weights; of the base's, under an adapter.
+            trained: a checkpoint's values; None starts with the weights, and with the adapter that
+                the config names or a new one.
+        """
+        adapter = self.files.adapter
+        if adapter is None:
+            return open_weights() if trained is None else trained
+        started = None if adapter.start is None else adapter.start.tensors.__getitem__
+        return AdaptedTensors(
+            self.model(),
+            adapter.spec,
+            open_weights(),
+            trained=started if trained is None else trained,
+            seed=self.config.seed,
+            dtype=self.dtype,
+        )
 
     @property
     def micro_batch_size(self) -> int:

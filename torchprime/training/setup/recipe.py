@@ -6,7 +6,7 @@ the plan and the compiled program are those of the training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +115,18 @@ def as_in(section: AdapterConfig, spec: AdapterSpec) -> AdapterConfig:
         modules_to_train=list(spec.modules_to_train),
         dora=spec.dora,
     )
+
+
+def with_adapter(config: TrainConfig, files: ModelFiles, say: Callable[[str], None]) -> TrainConfig:
+    """Return the config with the description of the adapter that training starts from."""
+    adapter = files.adapter
+    if adapter is None or adapter.start is None:
+        return config
+    if note := adapter.start.base_note(config.model.pretrained_model or ""):
+        say(f"note: {note}")
+    section = as_in(config.adapter, adapter.spec)
+    say(f"starting from the adapter {adapter.start.where} (rank {section.rank})")
+    return replace(config, adapter=section)
 
 
 def vocabulary_of(config: TrainConfig) -> VocabularyRequest:
