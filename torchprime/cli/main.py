@@ -146,6 +146,22 @@ def chat(argv: list[str]) -> int:
     return chat_main(argv)
 
 
+def evaluate(argv: list[str]) -> int:
+    """Measure a model's held-out loss and grade its answers, as a run of the config does."""
+    # late: as above
+    from torchprime.cli.answers.evaluate import evaluate_main
+
+    return evaluate_main(argv)
+
+
+def sample(argv: list[str]) -> int:
+    """Sample answers to a config's rows and keep the right ones as training rows."""
+    # late: as above
+    from torchprime.cli.answers.sample import sample_main
+
+    return sample_main(argv)
+
+
 def lm_eval(argv: list[str]) -> int:
     """Score an export on standard benchmarks, by EleutherAI's lm-eval harness."""
     os.environ["USE_TORCH_XLA"] = "0"
@@ -181,6 +197,8 @@ OTHER_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sweep": sweep,
     "watch": watch,
     "chat": chat,
+    "evaluate": evaluate,
+    "sample": sample,
     "lm-eval": lm_eval,
     "doctor": doctor,
 }
@@ -206,6 +224,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "verify": "DIR",
         "export": "CHECKPOINT --out DIR, or --adapter DIR --merge --out DIR",
         "average": "CHECKPOINT CHECKPOINT [...] --out DIR, or --last K RUN --out DIR",
+        "evaluate": "MODEL --out DIR [--engine NAME] --config-name NAME [key=value ...]",
+        "sample": "MODEL --out DIR [--answers K] [--keep N] --config-name NAME [key=value ...]",
         "lm-eval": "DIR --tasks NAME[,NAME ...]",
         "resume-check": "RUN [--config-name NAME] [key=value ...]",
     },
@@ -236,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         return complete(
             argv,
             [*CONFIG_COMMANDS, *OTHER_COMMANDS],
-            ["train", "fisher", "lr-range", *CONFIG_COMMANDS],
+            ["train", "fisher", "lr-range", "evaluate", "sample", *CONFIG_COMMANDS],
         )
     if name in CONFIG_COMMANDS:
         return run_main(CONFIG_COMMANDS[name], rest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torchprime.evaluation.selection import Evaluated
 from torchprime.metrics.writers import shown
@@ -30,7 +30,11 @@ def columns(history: Sequence[Evaluated], best_step: int | None) -> dict[str, Ev
 
 def table(history: Sequence[Evaluated], best_step: int | None) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows: a metric's name, with its count, and its value in each column."""
-    chosen = columns(history, best_step)
+    return table_of(columns(history, best_step))
+
+
+def table_of(chosen: Mapping[str, Evaluated]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of these evaluations, by heading; see `table`."""
     names = list(dict.fromkeys(name for one in chosen.values() for name in one.scores))
     rows = []
     for name in names:
@@ -50,7 +54,11 @@ def _cell(one: Evaluated, name: str) -> str:
 
 def table_lines(history: Sequence[Evaluated], best_step: int | None) -> list[str]:
     """Return the table for a terminal; 95% intervals in brackets."""
-    headings, rows = table(history, best_step)
+    return lines_of(*table(history, best_step))
+
+
+def lines_of(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table's lines, in columns."""
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

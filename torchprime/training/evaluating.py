@@ -102,7 +102,7 @@ def make_evaluation(
     g = eval.generate
     prompts = []
     if g.enabled:
-        rejected = inputs.rows.rejected_heldout()
+        rejected = inputs.rows.rejected("eval")
         kept = (row for row in inputs.rows.sources.asked() if row.row_id not in rejected)
         for row in islice(kept, g.max_examples):
             asked = question_of(row, tokenizer, inputs.template)

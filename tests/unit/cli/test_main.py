@@ -22,6 +22,8 @@ GROUPS = {
         "verify",
         "export",
         "average",
+        "evaluate",
+        "sample",
         "lm-eval",
         "resume-check",
     ],
@@ -44,7 +46,7 @@ def test_each_commands_module_is_named_as_it_is_typed() -> None:
     folder = Path(torchprime.cli.__file__).parent
     files = [
         path
-        for room in (".", "before", "weights", "sweeps")
+        for room in (".", "before", "weights", "answers", "sweeps")
         for path in (folder / room).glob("*.py")
     ]
     modules = {path.stem for path in files} - {"__init__", "main"}

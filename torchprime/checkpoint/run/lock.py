@@ -36,8 +36,16 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(
+    folder: Path,
+    key: str = "output_dir",
+    another: str = "give this one its own name (run_name=NAME)",
+) -> Iterator[None]:
     """Hold the folder's lock. The operating system releases it when the process ends.
+
+    Args:
+        key: names the config's key or the command's argument in messages.
+        another: what a user can do instead of waiting for the lock.
 
     Raises:
         RuntimeSetupError: another process holds it, or the folder can't be written.
@@ -48,12 +56,12 @@ def run_lock(folder: Path) -> Iterator[None]:
     except OSError as error:
         if os.path.lexists(path) and not _is_plain(path):
             raise RuntimeSetupError(
-                f"output_dir: {path} is not a file of this run ({error.strerror}): it is a link, "
+                f"{key}: {path} is not a file of this run ({error.strerror}): it is a link, "
                 "or has a second name. Remove it, once you know who put it there."
             ) from error
         raise RuntimeSetupError(
-            f"output_dir: {folder} can't be written ({error.strerror}). Make it writable, or set "
-            "output_dir to a folder that is."
+            f"{key}: {folder} can't be written ({error.strerror}). Make it writable, or set "
+            f"{key} to a folder that is."
         ) from error
     try:
         try:
@@ -61,12 +69,12 @@ def run_lock(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise RuntimeSetupError(
                 f"{folder} is in use by {_holder(descriptor)}. Wait for that run or stop it; or "
-                "give this one its own name (run_name=NAME)."
+                f"{another}."
             ) from error
         except OSError as error:
             raise RuntimeSetupError(
-                f"output_dir: the file system of {folder} has no locks ({error.strerror}), and two "
-                "runs in one folder would destroy each other. Set output_dir to a local folder; "
+                f"{key}: the file system of {folder} has no locks ({error.strerror}), and two "
+                f"runs in one folder would destroy each other. Set {key} to a local folder; "
                 "checkpoints can go elsewhere (checkpoint.folder)."
             ) from error
         os.ftruncate(descriptor, 0)

@@ -1,0 +1,68 @@
+"""`torchprime evaluate MODEL --out DIR --config-name NAME`: a model's held-out loss and answers.
+
+It measures what a run of the config measures after its last step, of any Hugging Face folder or
+PEFT adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from torchprime.cli.shared.arguments import make_parser, run_with_rest
+from torchprime.cli.shared.backends import is_first, refuse_sweep
+from torchprime.cli.shared.engines import add_engine_flags, with_engine
+from torchprime.config.entry import run_main
+from torchprime.config.paths import local_path, name_or_folder
+from torchprime.config.schema import TrainConfig
+from torchprime.text.terminal import print_lines, say
+
+if TYPE_CHECKING:
+    from torchprime.training.inference.engine import OpenEngine
+
+EPILOG = """\
+DIR gets evaluation.json and samples.jsonl, in the form of a run's metrics.jsonl and
+evaluations/step_*.jsonl. The table of scores is printed.
+
+Exit code: 0; 2 if nothing was written.
+"""
+
+
+def evaluate_main(argv: list[str]) -> int:
+    """Run `evaluate` with the arguments after it; return the exit code."""
+    parser = make_parser(
+        "torchprime evaluate",
+        "Measure a model's held-out loss, and grade its answers, as a run of the config does.",
+        EPILOG,
+    )
+    parser.usage = (
+        "torchprime evaluate MODEL --out DIR [--engine NAME] --config-name NAME [key=value ...]"
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a Hugging Face or PEFT folder, or a hub name")
+    add("--out", metavar="DIR", required=True, help="new or empty folder")
+    add_engine_flags(parser)
+    return run_with_rest(parser, argv, _compose)
+
+
+def _compose(given: argparse.Namespace, rest: list[str]) -> int:
+    return run_main(
+        lambda config: _evaluate(config, given),
+        rest,
+        lambda: refuse_sweep("evaluate", f"writes one folder (--out {given.out})"),
+    )
+
+
+def _evaluate(config: TrainConfig, given: argparse.Namespace) -> int:
+    def use(open_engine: OpenEngine) -> None:
+        # late: transformers looks for torch_xla when imported, and imports it
+        from torchprime.training.inference.evaluate import EvaluateRequest, evaluate_model
+
+        model = name_or_folder("MODEL", given.model)
+        request = EvaluateRequest(model, local_path("--out", given.out))
+        lines = evaluate_model(config, request, open_engine, say)
+        if is_first():
+            print_lines([*lines, f"wrote {given.out}"])
+
+    with_engine(config, given, use)
+    return 0
