@@ -3,6 +3,7 @@
     python experimental/tpu_report/run.py            cases that are missing or failed
     python experimental/tpu_report/run.py --fresh    all cases again
     python experimental/tpu_report/run.py 8b-v6e-8   these cases again
+    python experimental/tpu_report/run.py --keep outputs/tpu 8b-v6e-8    and keep what they write
 
 Each case is the training command with `compile_only`. It runs in its own processes and needs
 minutes and up to 10 GB of memory. Its report goes into results.json, from which the tables are
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,8 @@ RESULTS = Path(__file__).with_name("results.json")
 PAGE = REPO / "docs" / "tpu.md"
 END = "<!-- end of table -->"
 GIB = 2**30
+# Parts of an entry that a version wrote whose estimate was too high.
+OUTDATED = ("hbm_bytes_estimate", "roofline_estimate_s", "slot_tokens_per_s_per_chip_estimate")
 
 NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k"]
 ADAFACTOR = ["task.optimizer.name=adafactor"]
@@ -88,8 +92,12 @@ ADAPTED = list(adapters.cases())
 ALL = [*CASES, *ADAPTED]
 
 
-def compile_case(case: Case) -> dict[str, Any]:
-    """Run one case and return its entry for results.json."""
+def compile_case(case: Case, keep: Path | None = None) -> dict[str, Any]:
+    """Run one case and return its entry for results.json.
+
+    Args:
+        keep: the folder to leave its program in.
+    """
     hopeless = adapters.too_large(case) if case in ADAPTED else None
     if hopeless is not None:
         return {"what": case.what, "argv": case.argv, "wall_s": 0, **hopeless}
@@ -105,6 +113,8 @@ def compile_case(case: Case) -> dict[str, Any]:
         if not path.is_file():
             return {"what": case.what, "failed": done.stderr.strip().splitlines()[-1:]}
         report = json.loads(path.read_text())
+        if keep is not None:
+            shutil.copytree(path.parent, keep / case.name, dirs_exist_ok=True)
     report.pop("error", None)
     return {
         "what": case.what,
@@ -118,7 +128,7 @@ def row(case: Case, r: dict[str, Any]) -> str:
     """Return a line of the table."""
     cells = [case.what, case.slice_]
     if "settings" not in r:
-        return "| " + " | ".join([*cells, "does not compile", *[""] * 6]) + " |"
+        return "| " + " | ".join([*cells, "does not compile", *[""] * 8]) + " |"
     s = r["settings"]
     rows = s["global_batch_size"] // s["gradient_accumulation_steps"]
     cells.append(f"{s['gradient_accumulation_steps']} x {rows} x {s['block_size']}")
@@ -128,7 +138,7 @@ def row(case: Case, r: dict[str, Any]) -> str:
         used, limit = (shortage[key] / GIB for key in ("used", "limit"))
         return (
             "| "
-            + " | ".join([*cells, f"**no**: {used:.2f} of {limit:.2f}", *[""] * 5, seconds])
+            + " | ".join([*cells, f"**no**: {used:.2f} of {limit:.2f}", *[""] * 7, seconds])
             + " |"
         )
     no = "" if r["fits"] else "**no**: "
@@ -139,9 +149,21 @@ def row(case: Case, r: dict[str, Any]) -> str:
         found = moved.get(kind, {"bytes": 0})["bytes"]
         cells.append(f"{found / GIB:.1f} ({theory[kind] / GIB:.1f})")
     cells.append(f"{r['flops']['ratio']:.3f}")
-    cells.append(f"{r['slot_tokens_per_s_per_chip_estimate']:,.0f}")
+    cells += estimate_cells(r.get("estimate"))
     cells.append(seconds)
     return "| " + " | ".join(cells) + " |"
+
+
+def estimate_cells(e: dict[str, Any] | None) -> list[str]:
+    """Return the cells of the estimate; empty for a report that was made before it."""
+    if e is None:
+        return ["", "", ""]
+    alone = [e["alone_s"][kind] for kind in ("compute", "hbm", "ici")]
+    return [
+        f"{e['step_s']:.3f} ({', '.join(f'{s:.3f}' for s in alone)})",
+        f"{e['slot_tokens_per_s_per_chip']:,.0f}",
+        f"{e['compiler']['seconds']:.3f}",
+    ]
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -149,7 +171,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     heads = [
         "Step", "Slice", "Micro-batches x blocks x tokens", "GiB per chip",
         "arguments + temporaries", "gathered GiB (theory)", "reduce-scattered GiB (theory)",
-        "products / formula", "slot tokens/s per chip, estimate", "compile s",
+        "products / formula", "seconds of a step, estimate (compute, memory, interconnect alone)",
+        "slot tokens/s per chip, estimate", "compiler's own cycles, s", "compile s",
     ]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     lines += [row(case, results[case.name]) for case in CASES if case.name in results]
@@ -170,7 +193,8 @@ def read_results() -> dict[str, dict[str, Any]]:
     """Return the results of the cases whose command is the same as when they were made."""
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     return {
-        case.name: found[case.name] | {"what": case.what}
+        case.name: {k: v for k, v in found[case.name].items() if k not in OUTDATED}
+        | {"what": case.what}
         for case in ALL
         if found.get(case.name, {}).get("argv") == case.argv
     }
@@ -182,6 +206,7 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", help="names of cases; none: all missing or failed")
     parser.add_argument("--fresh", action="store_true", help="all cases again")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
+    parser.add_argument("--keep", type=Path, help="a folder for the compiled programs")
     parser.add_argument("--page", action="store_true", help="only write the page")
     given = parser.parse_args()
     by_name = {case.name: case for case in ALL}
@@ -194,7 +219,10 @@ def main() -> int:
         wanted = []
     with ThreadPoolExecutor(given.jobs) as pool:
         # Each once, in the order given.
-        made = {pool.submit(compile_case, by_name[name]): name for name in dict.fromkeys(wanted)}
+        made = {
+            pool.submit(compile_case, by_name[name], given.keep): name
+            for name in dict.fromkeys(wanted)
+        }
         for each in as_completed(made):
             # Read again: another process may have finished a case meanwhile.
             results = {**read_results(), made[each]: each.result()}

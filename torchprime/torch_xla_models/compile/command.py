@@ -31,8 +31,8 @@ from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.sharding import shard_count
 from torchprime.text.terminal import print_lines
 from torchprime.torch_xla_models.compile.fitting import find_nearest, weights_per_chip
-from torchprime.torch_xla_models.compile.hlo import Program
-from torchprime.torch_xla_models.compile.library import Library, find_library
+from torchprime.torch_xla_models.compile.hlo.program import Program
+from torchprime.torch_xla_models.compile.library import Library, check_chip, find_library
 from torchprime.torch_xla_models.compile.report import describe, judge, read_shortage
 from torchprime.torch_xla_models.compile.theory import Sizes, Weight
 from torchprime.torch_xla_models.runtime import (
@@ -60,9 +60,12 @@ def compile_only(config: TrainConfig, say: Say | None = None) -> int:
         The exit code: 0 if it compiles and fits, else 1.
 
     Raises:
+        ConfigError: the compiler does not know the slice's chip.
         CheckpointError: the folder of `adapter.pretrained` holds no adapter of this model.
     """
     say = say or (lambda line: print_lines([line]))
+    assert config.compile_only is not None
+    check_chip(topology(config.compile_only))
     library = find_library()
     hf_config, where = find_architecture(
         pretrained_model=config.model.pretrained_model,

@@ -15,7 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from torchprime.errors import RuntimeSetupError
+from torchprime.config.topologies import Topology
+from torchprime.errors import ConfigError, RuntimeSetupError
 
 # The version for torch_xla 2.9.0. Memory figures and limits of kernels depend on it.
 VERSION = "0.0.21"
@@ -23,6 +24,20 @@ VERSION = "0.0.21"
 # without metadata, that needs flax; an installed one replaces it.
 TORCHAX = "0.0.7"
 INSTALL = f"pip install --no-deps libtpu=={VERSION} torchax=={TORCHAX}"
+
+
+def check_chip(slice_: Topology) -> None:
+    """Check that the compiler knows a slice's chip.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not slice_.chip.compiles:
+        raise ConfigError(
+            f"compile_only={slice_.name}: given a slice of {slice_.chip.name} chips, expected one "
+            f"that libtpu {VERSION} knows; torch_xla 2.9.0 goes with that version, and it answers "
+            "'Invalid TPU external name'. Set compile_only=v6e-8, for example."
+        )
 
 
 class Library(NamedTuple):

@@ -1,9 +1,9 @@
 """The report on a compiled step: memory, traffic, operations and a lower bound of its time.
 
 The compiler's memory figures are compared with the chip, traffic between chips with what the
-sharding needs in theory, operations with the analytic formula. The time is estimated from the
-published speeds of the chip. The code depends on no compiler: a `Program`, a
-model's sizes and the compiler's figures go in, plain containers come out.
+sharding needs in theory, operations with the analytic formula. The time is an estimate
+(estimate.py). The code depends on no compiler: a `Program`, a model's sizes and the compiler's
+figures go in, plain containers come out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torchprime.config.topologies import GIB, Chip
-from torchprime.torch_xla_models.compile.hlo import COLLECTIVES, Program
+from torchprime.torch_xla_models.compile.estimate import estimate
+from torchprime.torch_xla_models.compile.hlo.collectives import COLLECTIVES
+from torchprime.torch_xla_models.compile.hlo.program import Program
 from torchprime.torch_xla_models.compile.theory import (
     Sizes,
     kernel_flops,
@@ -169,25 +171,7 @@ def judge_traffic(found: Mapping[str, Mapping[str, int]], theory: Mapping[str, i
     return said
 
 
-# -- time ------------------------------------------------------------------------------------------
-
-# Times that the payload crosses a link of a chip, with many chips in the ring.
-_CROSSINGS = {"all-reduce": 2}
-
-
-def roofline(
-    flops: int, hbm_bytes: int, moved: Mapping[str, Mapping[str, int]], chip: Chip
-) -> dict[str, float]:
-    """Return the seconds that each part would take alone at the published speeds, the longest of
-    them, and their sum. Memory traffic is an upper estimate, so a step can be faster than the
-    longest."""
-    ici = sum(_CROSSINGS.get(kind, 1) * numbers["bytes"] for kind, numbers in moved.items())
-    parts = {
-        "compute": flops / chip.flops,
-        "hbm": hbm_bytes / chip.hbm_bytes_per_s,
-        "ici": ici / chip.ici_bytes_per_s,
-    }
-    return {**parts, "overlapped": max(parts.values()), "in_turn": sum(parts.values())}
+# -- all together ---------------------------------------------------------------------------------
 
 
 def judge(program: Program, memory: Mapping[str, int], sizes: Sizes, chip: Chip) -> dict[str, Any]:
@@ -195,9 +179,6 @@ def judge(program: Program, memory: Mapping[str, int], sizes: Sizes, chip: Chip)
     found, theory = traffic(program), traffic_in_theory(sizes)
     kernels = dict(program.kernels())
     products, expected = program.product_flops(), products_in_theory(sizes)
-    attention = kernel_flops(kernels, sizes)
-    hbm = program.hbm_bytes()
-    times = roofline(products + attention, hbm, found, chip)
     return {
         "memory": memory_use(memory, chip),
         "collectives": found,
@@ -207,14 +188,12 @@ def judge(program: Program, memory: Mapping[str, int], sizes: Sizes, chip: Chip)
             "products": products,
             "products_in_theory": expected,
             "ratio": products / expected,
-            "kernels_estimate": attention,
+            "kernels_estimate": kernel_flops(kernels, sizes),
         },
-        "hbm_bytes_estimate": hbm,
         "kernels": {name.split("_block")[0]: calls for name, calls in kernels.items()},
         "fusions": program.count("fusion"),
         "loops": program.loops,
-        "roofline_estimate_s": times,
-        "slot_tokens_per_s_per_chip_estimate": sizes.tokens / sizes.tensor / times["overlapped"],
+        "estimate": estimate(program, chip, sizes),
     }
 
 
@@ -229,7 +208,7 @@ def describe(report: Mapping[str, Any]) -> str:
     if "memory" in r:
         lines += _memory_lines(r["memory"])
         lines += _traffic_lines(r)
-        lines += _work_lines(r)
+        lines += work_lines(r)
     elif r["shortage"] is not None:
         lines += _shortage_lines(r["shortage"])
     else:
@@ -320,8 +299,10 @@ def _traffic_lines(r: Mapping[str, Any]) -> list[str]:
     return lines or ["collectives  none worth counting"]
 
 
-def _work_lines(r: Mapping[str, Any]) -> list[str]:
-    f, t = r["flops"], r["roofline_estimate_s"]
+def work_lines(r: Mapping[str, Any]) -> list[str]:
+    """Return the lines about operations, kernels and time."""
+    f, e = r["flops"], r["estimate"]
+    bound, alone, own = e["bound_by_s"], e["alone_s"], e["compiler"]
     kernels = ", ".join(f"{name} x {calls}" for name, calls in r["kernels"].items())
     loops = ", ".join(map(str, r["loops"])) or "none"
     return [
@@ -329,10 +310,15 @@ def _work_lines(r: Mapping[str, Any]) -> list[str]:
         f"what the formula says; about {f['kernels_estimate']:.2e} in kernels",
         f"kernels      {kernels or 'none'}",
         f"program      {r['fusions']} fusions; loops of {loops} trips",
-        f"estimate     {t['overlapped']:.3f} s a step by published peaks (compute "
-        f"{t['compute']:.3f}, memory {t['hbm']:.3f}, interconnect {t['ici']:.3f}; one after the "
-        f"other {t['in_turn']:.3f}), {r['slot_tokens_per_s_per_chip_estimate']:,.0f} slot tokens/s "
-        "a chip. An estimate, not a measurement",
+        f"estimate     {e['step_s']:.3f} s a step by published peaks, "
+        f"{e['slot_tokens_per_s_per_chip']:,.0f} slot tokens/s a chip; a lower bound, not a "
+        "measurement",
+        f"             bound by compute {bound['compute']:.3f} s, by memory {bound['hbm']:.3f}, by "
+        f"the interconnect {bound['ici']:.3f}; waiting for transfers {bound['wait']:.3f}",
+        f"             each alone: compute {alone['compute']:.3f} s, memory {alone['hbm']:.3f} "
+        f"({e['hbm_bytes'] / 1e9:,.0f} GB), interconnect {alone['ici']:.3f}",
+        f"compiler     its own cycles: {own['seconds']:.3f} s at {own['clock_hz'] / 1e9:.2f} GHz, "
+        "without kernels and collectives",
     ]
 
 

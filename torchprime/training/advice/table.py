@@ -12,7 +12,7 @@ import yaml
 from torchprime.config.checks import refuse
 from torchprime.config.compose import assets_dir
 from torchprime.config.load import nearest
-from torchprime.config.topologies import GIB, TOPOLOGIES, topology
+from torchprime.config.topologies import GIB, TOPOLOGIES, canonical, topology
 
 Kind = Literal["gpu", "tpu"]
 
@@ -85,8 +85,7 @@ def devices_named(given: str) -> Devices:
             refuse("--device", given, f"{name}, or {name}:8 for eight of them", "Give a number.")
         count = int(number) if colon else 1
         return Devices(name, "gpu", count, int(gpus[name] * GIB), table()["fill"]["gpu"])
-    slices = [*TOPOLOGIES, *(each.replace("v5e", "v5litepod") for each in TOPOLOGIES)]
-    if name not in slices or colon:
+    if canonical(name) not in TOPOLOGIES or colon:
         close = nearest(name, [*gpus, *TOPOLOGIES])
         refuse(
             "--device",

@@ -25,7 +25,7 @@ from torchprime.models.architecture import architecture_from_hf
 from torchprime.torch_xla_models.attention import choose_kernel
 from torchprime.torch_xla_models.compile import command as compile_only
 from torchprime.torch_xla_models.compile import library as tpu_library
-from torchprime.torch_xla_models.compile.hlo import Program
+from torchprime.torch_xla_models.compile.hlo.program import Program
 from torchprime.torch_xla_models.compile.library import Library, find_library
 from torchprime.torch_xla_models.train import main
 from torchprime.training.setup.model_files import find_architecture
@@ -176,6 +176,14 @@ def test_without_libtpu_the_command_that_installs_it(monkeypatch, capsys, tmp_pa
     said = capsys.readouterr().err
     assert "pip install --no-deps libtpu==0.0.21" in said and "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+def test_a_chip_that_libtpu_does_not_know(capsys, tmp_path) -> None:
+    given = ["compile_only=v7x-8", "mesh=fsdp8", f"output_dir={tmp_path}"]
+    assert run_main(main, [*TINY, *given]) == 2
+    said = capsys.readouterr().err
+    assert "compile_only=v7x-8: given a slice of v7x chips" in said and "libtpu 0.0.21" in said
+    assert "Traceback" not in said and not list(tmp_path.iterdir())
 
 
 def test_another_libtpu_is_refused(monkeypatch, tmp_path) -> None:

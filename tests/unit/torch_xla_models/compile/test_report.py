@@ -8,14 +8,13 @@ from torchprime.config.compose import compose_config
 from torchprime.config.topologies import CHIPS, GIB
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.torch_xla_models.compile.command import settings, step_sizes
-from torchprime.torch_xla_models.compile.hlo import Program
+from torchprime.torch_xla_models.compile.hlo.program import Program
 from torchprime.torch_xla_models.compile.report import (
     adapter_lines,
     allocation_in_words,
     judge_traffic,
     memory_use,
     read_shortage,
-    roofline,
     traffic,
 )
 from torchprime.torch_xla_models.compile.theory import Sizes
@@ -139,11 +138,3 @@ def test_a_gathers_bytes_by_type() -> None:
     program = Program("\n".join(["ENTRY %main (x: u8[250]) -> u8[24] {", *body, "}"]))
     numbers = {"places": 3, "runs": 3, "bytes": 1624, "types": {"u8": 1024, "bf16": 600}}
     assert traffic(program) == {"all-gather": numbers}
-
-
-def test_roofline() -> None:
-    moved = {"all-gather": {"bytes": int(400e9)}, "all-reduce": {"bytes": int(200e9)}}
-    times = roofline(int(918e12), int(3200e9), moved, CHIPS["v6e"])
-    assert times == {
-        "compute": 1.0, "hbm": 2.0, "ici": 2.0, "overlapped": 2.0, "in_turn": 5.0
-    }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from torchprime.torch_xla_models.compile.hlo import Program
+from torchprime.torch_xla_models.compile.hlo.program import Program
 
 
 def compiled(function, *shapes) -> Program:
@@ -121,38 +121,3 @@ def test_kernels_by_runs() -> None:
 def test_a_batched_product_as_the_tpu_writes_it() -> None:
     """Batch dims are window dims with gaps, of which only the diagonal meets: 4 pairs, not 16."""
     assert Program(TPU).product_flops() == 2 * 4 * 96 * 24 * 16
-
-
-SLICES = """HloModule slices, is_scheduled=true
-
-%inner (s: bf16[8,64,32], i: s32[]) -> bf16[64,32] {
-  %s = bf16[8,64,32]{2,1,0} parameter(0)
-  %i = s32[] parameter(1)
-  %cut = bf16[1,64,32]{2,1,0} dynamic-slice(%s, %i), dynamic_slice_sizes={1,64,32}
-  ROOT %flat = bf16[64,32]{1,0} bitcast(%cut)
-}
-
-%outer (x: bf16[16,32], t: bf16[8,64,32], j: s32[]) -> bf16[16,64] {
-  %x = bf16[16,32]{1,0} parameter(0)
-  %t = bf16[8,64,32]{2,1,0} parameter(1)
-  %j = s32[] parameter(2)
-  %weight = bf16[64,32]{1,0} fusion(%t, %j), kind=kLoop, calls=%inner
-  ROOT %dot = bf16[16,64]{1,0} dot(%x, %weight), lhs_contracting_dims={1}, rhs_contracting_dims={1}
-}
-
-ENTRY %main (a: bf16[16,32], stack: bf16[8,64,32], k: s32[]) -> bf16[16,64] {
-  %a = bf16[16,32]{1,0} parameter(0)
-  %stack = bf16[8,64,32]{2,1,0} parameter(1)
-  %k = s32[]{:S(6)} parameter(2)
-  %started = (bf16[8,64,32]{2,1,0}, bf16[1,64,32]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%stack), slice={[0:1], [0:64], [0:32]}
-  %done = bf16[1,64,32]{2,1,0:S(1)} slice-done(%started)
-  ROOT %fused = bf16[16,64]{1,0} fusion(%a, %stack, %k), kind=kOutput, calls=%outer
-}
-"""
-
-
-def test_of_a_stack_that_is_sliced_only_the_slice_is_read() -> None:
-    """By a fusion inside another one, and by a copy to a memory on the core."""
-    layer = 64 * 32 * 2
-    fused = 16 * 32 * 2 + layer + 16 * 64 * 2
-    assert Program(SLICES).hbm_bytes() == fused + layer

@@ -1,0 +1,1 @@
+"""A compiled XLA program (HLO text): parsed, counted, and timed by a chip's published speeds."""

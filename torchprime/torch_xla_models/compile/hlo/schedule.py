@@ -1,0 +1,243 @@
+"""Time of a program by published speeds: each operation's, and the step's in program order.
+
+A scheduled program's text has its operations in the order in which a core starts them. Each takes
+the longest of three times: its matrix products at the chip's peak, its bytes in HBM, and its bytes
+over the links. Between the start and the end of an asynchronous transfer, the transfer uses what
+the operations leave of HBM and links; at its end the core waits for the rest of it.
+
+This is a lower bound of what a chip needs: operations that are no products cost only their memory
+traffic, kernels run at the peak, and nothing has a latency.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from torchprime.config.topologies import Chip
+from torchprime.torch_xla_models.compile.hlo.collectives import Collective, as_collective
+from torchprime.torch_xla_models.compile.hlo.memory import Traffic
+from torchprime.torch_xla_models.compile.hlo.parsing import Instruction
+from torchprime.torch_xla_models.compile.hlo.program import Program, branches, kernel_name
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+class Seconds(NamedTuple):
+    """The times of an operation, each as if the others cost nothing."""
+
+    compute: float = 0.0
+    hbm: float = 0.0
+    ici: float = 0.0
+
+    @property
+    def longest(self) -> float:
+        return max(self)
+
+    @property
+    def bound(self) -> str:
+        """The name of the longest time."""
+        return max(self._fields, key=lambda name: getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation of the program with what it costs in one run."""
+
+    name: str
+    purpose: str  # as named by the traced program
+    runs: int  # in one step
+    flops: int
+    traffic: Traffic
+    crossing: int  # bytes that leave the chip over its links
+    cycles: int | None  # the compiler's own estimate; kernels, collectives and copies have none
+    seconds: Seconds
+
+
+class Clock:
+    """The time of a core with two kinds of transfer beside it: in HBM and over the links.
+
+    Attributes:
+        spent: seconds by what the core was bound by, `wait` for the end of a transfer.
+    """
+
+    def __init__(self) -> None:
+        self.spent = dict.fromkeys((*Seconds._fields, "wait"), 0.0)
+        self._under_way: list[tuple[str, list[float]]] = []  # in the order of their starts
+
+    def work(self, cost: Seconds) -> None:
+        """Let the core do an operation; transfers use what it leaves of HBM and links."""
+        self.spent[cost.bound] += cost.longest
+        self._advance(cost.longest, cost)
+
+    def start(self, key: str, cost: Seconds) -> None:
+        """Start a transfer."""
+        self._under_way.append((key, [cost.hbm, cost.ici]))
+
+    def wait(self, key: str) -> None:
+        """Let the core wait for the end of a transfer. Those before it go first."""
+        places = [place for place, (name, _) in enumerate(self._under_way) if name == key]
+        if places:
+            self._wait_for(places[0] + 1)
+            del self._under_way[places[0]]
+
+    def finish(self) -> None:
+        """Wait for all transfers."""
+        self._wait_for(len(self._under_way))
+        self._under_way.clear()
+
+    def _wait_for(self, count: int) -> None:
+        left = [sum(each[kind] for _, each in self._under_way[:count]) for kind in (0, 1)]
+        self.spent["wait"] += max(left)
+        self._advance(max(left), Seconds())
+
+    def _advance(self, duration: float, cost: Seconds) -> None:
+        for kind, free in enumerate((duration - cost.hbm, duration - cost.ici)):
+            for _, left in self._under_way:
+                done = min(free, left[kind])
+                left[kind] -= done
+                free -= done
+
+
+class Schedule:
+    """A program's operations and their times on a chip.
+
+    Args:
+        kernel_flops: the operations of one call of a custom kernel, by its name.
+    """
+
+    def __init__(self, program: Program, chip: Chip, kernel_flops: Callable[[str], int]) -> None:
+        self.program, self.chip, self._kernel_flops = program, chip, kernel_flops
+
+    @cached_property
+    def operations(self) -> dict[str, Operation]:
+        """The operations that cost anything, by name."""
+        found = (self._operation(*each) for each in self.program.operations())
+        return {each.name: each for each in found if each.seconds.longest or each.cycles}
+
+    @cached_property
+    def total(self) -> Seconds:
+        """The times of all operations of a step, each summed as if the others cost nothing."""
+        all_ = self.operations.values()
+        sums = (sum(each.runs * each.seconds[kind] for each in all_) for kind in range(3))
+        return Seconds(*sums)
+
+    @property
+    def cycles(self) -> int:
+        """The compiler's own estimate of a step: the cycles of all operations that have one."""
+        return sum(each.runs * (each.cycles or 0) for each in self.operations.values())
+
+    def step(self) -> dict[str, float]:
+        """Return the seconds of a step, with transfers beside the operations where they are
+        asynchronous: bound by `compute`, `hbm` and `ici`, and in `wait` for transfers."""
+        clock = Clock()
+        self._run(self.program.entry, clock)
+        clock.finish()
+        return clock.spent
+
+    def _operation(self, computation: str, each: Instruction) -> Operation:
+        traffic = self.program.traffic(computation, each)
+        flops = self.program.flops(computation, each)
+        kernel = kernel_name(each)
+        flops += 0 if kernel is None else self._kernel_flops(kernel)
+        crossing = sum(one.crossing for one in self._own_collectives(computation, each))
+        cycles = _CYCLES.search(each.rest)
+        return Operation(
+            each.name,
+            each.purpose,
+            self.program.runs[computation],
+            flops,
+            traffic,
+            crossing,
+            int(cycles.group(1)) if cycles else None,
+            Seconds(
+                flops / self.chip.flops,
+                sum(traffic) / self.chip.hbm_bytes_per_s,
+                crossing / self.chip.ici_bytes_per_s,
+            ),
+        )
+
+    # -- collectives ---------------------------------------------------------------------------
+
+    def _collectives(self, computation: str, each: Instruction) -> Iterator[Collective]:
+        """Yield the collectives of an operation, those in its fusions too."""
+        one = as_collective(computation, each, 1)
+        if one is not None:
+            yield one
+        for name in each.called if each.kind in ("fusion", "async-start") else ():
+            for inner in self.program.computations.get(name, {}).values():
+                yield from self._collectives(name, inner)
+
+    def _own_collectives(self, computation: str, each: Instruction) -> list[Collective]:
+        """Return the collectives that an operation does or starts, without those that it carries
+        for another one or ends."""
+        found = list(self._collectives(computation, each))
+        carried = set() if self._begins(each) else self._asynchronous
+        return [one for one in found if one.channel not in carried]
+
+    @cached_property
+    def _asynchronous(self) -> set[str]:
+        """The channels of collectives that a fusion starts and another one ends."""
+        return {
+            one.channel
+            for name, each in self.program.operations()
+            if self._begins(each)
+            for one in self._collectives(name, each)
+        }
+
+    def _begins(self, each: Instruction) -> bool:
+        return self._root_calls(each, "AsyncCollectiveStart")
+
+    def _root_calls(self, each: Instruction, target: str) -> bool:
+        inside = self.program.computations.get(each.called[0], {}) if each.called else {}
+        return each.kind == "fusion" and any(
+            i.root and i.kind == "custom-call" and f'"{target}"' in i.rest for i in inside.values()
+        )
+
+    # -- in order ------------------------------------------------------------------------------
+
+    def _run(self, computation: str, clock: Clock) -> None:
+        for act in self._acts(computation):
+            act(clock)
+
+    def _acts(self, computation: str) -> list[Callable[[Clock], None]]:
+        """Return what a computation does to a clock, in order."""
+        if computation not in self._made:
+            instructions = self.program.computations[computation].values()
+            acts = (self._act(computation, each) for each in instructions)
+            self._made[computation] = [act for act in acts if act is not None]
+        return self._made[computation]
+
+    @cached_property
+    def _made(self) -> dict[str, list[Callable[[Clock], None]]]:
+        return {}
+
+    def _act(self, computation: str, each: Instruction) -> Callable[[Clock], None] | None:
+        if each.kind == "while":
+            body, count = each.attribute("body") or "", self.program.trips(computation, each)
+            return lambda clock: self._repeat(body, count, clock)
+        if each.kind in ("call", "conditional"):
+            called = each.called if each.kind == "call" else branches(each)
+            return lambda clock: [self._run(name, clock) for name in called] and None
+        if each.kind.endswith("-done"):
+            return lambda clock: clock.wait(each.operands[0])
+        if self._root_calls(each, "AsyncCollectiveDone"):
+            channels = sorted({one.channel for one in self._collectives(computation, each)})
+            return lambda clock: [clock.wait(f"channel {name}") for name in channels] and None
+        operation = self.operations.get(each.name)
+        if operation is None:
+            return None
+        cost = operation.seconds
+        if self._begins(each):
+            (first, *_) = self._collectives(computation, each)
+            return lambda clock: clock.start(f"channel {first.channel}", cost)
+        if each.kind.endswith("-start"):
+            return lambda clock: clock.start(each.name, cost)
+        return lambda clock: clock.work(cost)
+
+    def _repeat(self, body: str, count: int, clock: Clock) -> None:
+        for _ in range(count):
+            self._run(body, clock)
