@@ -195,7 +195,7 @@ class _Reading:
 
 
 class _Part(NamedTuple):
-    """What is written of an array in place: the bytes, and the parameter that is written over."""
+    """The part of an array that is written in place: its bytes, and the parameter written over."""
 
     nbytes: int
     parameter: str

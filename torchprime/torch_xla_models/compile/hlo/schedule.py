@@ -53,7 +53,7 @@ class Operation:
     flops: int
     traffic: Traffic
     crossing: int  # bytes that leave the chip over its links
-    cycles: int | None  # the compiler's own estimate; kernels, collectives and copies have none
+    cycles: int | None  # the compiler's own estimate; kernels and transfers have none
     seconds: Seconds
 
 
@@ -102,6 +102,15 @@ class Clock:
                 free -= done
 
 
+class _Act(NamedTuple):
+    """The effect of an instruction on a clock."""
+
+    verb: str  # "work", "start" or "wait" for a transfer, "run" a computation
+    name: str
+    times: int = 1
+    cost: Seconds = Seconds()
+
+
 class Schedule:
     """A program's operations and their times on a chip.
 
@@ -111,6 +120,7 @@ class Schedule:
 
     def __init__(self, program: Program, chip: Chip, kernel_flops: Callable[[str], int]) -> None:
         self.program, self.chip, self._kernel_flops = program, chip, kernel_flops
+        self._acts: dict[str, list[_Act]] = {}  # by computation
 
     @cached_property
     def operations(self) -> dict[str, Operation]:
@@ -200,44 +210,39 @@ class Schedule:
     # -- in order ------------------------------------------------------------------------------
 
     def _run(self, computation: str, clock: Clock) -> None:
-        for act in self._acts(computation):
-            act(clock)
-
-    def _acts(self, computation: str) -> list[Callable[[Clock], None]]:
-        """Return what a computation does to a clock, in order."""
-        if computation not in self._made:
+        if computation not in self._acts:
             instructions = self.program.computations[computation].values()
-            acts = (self._act(computation, each) for each in instructions)
-            self._made[computation] = [act for act in acts if act is not None]
-        return self._made[computation]
+            self._acts[computation] = [
+                act for each in instructions for act in self._acts_of(computation, each)
+            ]
+        for act in self._acts[computation]:
+            if act.verb == "run":
+                for _ in range(act.times):
+                    self._run(act.name, clock)
+            elif act.verb == "start":
+                clock.start(act.name, act.cost)
+            elif act.verb == "wait":
+                clock.wait(act.name)
+            else:
+                clock.work(act.cost)
 
-    @cached_property
-    def _made(self) -> dict[str, list[Callable[[Clock], None]]]:
-        return {}
-
-    def _act(self, computation: str, each: Instruction) -> Callable[[Clock], None] | None:
-        if each.kind == "while":
-            body, count = each.attribute("body") or "", self.program.trips(computation, each)
-            return lambda clock: self._repeat(body, count, clock)
-        if each.kind in ("call", "conditional"):
-            called = each.called if each.kind == "call" else branches(each)
-            return lambda clock: [self._run(name, clock) for name in called] and None
-        if each.kind.endswith("-done"):
-            return lambda clock: clock.wait(each.operands[0])
-        if self._root_calls(each, "AsyncCollectiveDone"):
-            channels = sorted({one.channel for one in self._collectives(computation, each)})
-            return lambda clock: [clock.wait(f"channel {name}") for name in channels] and None
+    def _acts_of(self, computation: str, each: Instruction) -> Iterator[_Act]:
+        """Yield the effects of an instruction on a clock, in order."""
         operation = self.operations.get(each.name)
-        if operation is None:
-            return None
-        cost = operation.seconds
-        if self._begins(each):
+        if each.kind == "while":
+            yield _Act("run", each.attribute("body") or "", self.program.trips(computation, each))
+        elif each.kind in ("call", "conditional"):
+            for name in each.called if each.kind == "call" else branches(each):
+                yield _Act("run", name)
+        elif each.kind.endswith("-done"):
+            yield _Act("wait", each.operands[0])
+        elif self._root_calls(each, "AsyncCollectiveDone"):
+            for name in sorted({one.channel for one in self._collectives(computation, each)}):
+                yield _Act("wait", f"channel {name}")
+        elif operation is not None and self._begins(each):
             (first, *_) = self._collectives(computation, each)
-            return lambda clock: clock.start(f"channel {first.channel}", cost)
-        if each.kind.endswith("-start"):
-            return lambda clock: clock.start(each.name, cost)
-        return lambda clock: clock.work(cost)
-
-    def _repeat(self, body: str, count: int, clock: Clock) -> None:
-        for _ in range(count):
-            self._run(body, clock)
+            yield _Act("start", f"channel {first.channel}", cost=operation.seconds)
+        elif operation is not None and each.kind.endswith("-start"):
+            yield _Act("start", each.name, cost=operation.seconds)
+        elif operation is not None:
+            yield _Act("work", each.name, cost=operation.seconds)
