@@ -121,6 +121,18 @@ def schedule() -> Schedule:
     return Schedule(Program(PROGRAM), CHIP, kernel_flops)
 
 
+def test_counts(schedule: Schedule) -> None:
+    program = schedule.program
+    assert program.loops == [3]  # its counter passes through copies
+    layers, carrier = 3 * 2 * 128 * 64 * 64, 2 * 256 * 64 * 64
+    assert program.product_flops() == layers + carrier
+    copies, slices, gather = 3 * A, 3 * A, A + 4 * A
+    assert program.hbm_bytes() == copies + slices + gather
+    payloads = {each.kind: (each.payload, each.crossing) for each in program.collectives()}
+    # Of four chips, three parts of the whole come from others; sums go round twice.
+    assert payloads == {"all-gather": (4 * A, 3 * A), "all-reduce": (A, 2 * A * 3 // 4)}
+
+
 def test_operations(schedule: Schedule) -> None:
     """In seconds of compute, HBM and links."""
     assert {name: each.seconds for name, each in schedule.operations.items()} == {
