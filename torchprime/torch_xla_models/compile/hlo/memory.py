@@ -77,12 +77,11 @@ def _is_silent_call(each: Instruction) -> bool:
 
 def _start(each: Instruction, whole: list[int]) -> Traffic:
     """Return the bytes of an asynchronous operation; its result has the operands in it too."""
-    arrays = [array for array in each.arrays if array.shape or array.in_hbm]
     if each.kind == "copy-start":  # (result, operand, flag)
-        return Traffic(whole[0], arrays[0].nbytes if arrays[0].in_hbm else 0)
+        return Traffic(whole[0], each.arrays[0].nbytes if each.arrays[0].in_hbm else 0)
     if each.kind == "all-reduce-start":  # only the result
         return Traffic(sum(whole), each.hbm_bytes)
-    results = arrays[len(whole) :]  # (operands, results, flags)
+    results = each.arrays[len(whole) :]  # (operands, results, flags)
     written = sum(array.nbytes for array in results if array.in_hbm and array.shape)
     if each.kind.removesuffix("-start") in SLICES:
         return Traffic(results[0].nbytes if whole[0] else 0, written)
