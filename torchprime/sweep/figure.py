@@ -28,9 +28,11 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b0568f", "#7a6a00", "#7a4fa3")
 STYLE = (
     ".curve text,.key{font:11px sans-serif;fill:#667079}.title{font:bold 12px sans-serif}"
     ".curve text.y{text-anchor:end;dominant-baseline:middle}.curve text.x{text-anchor:middle}"
-    ".grid{stroke:#e3e6e9}.line{fill:none;stroke:var(--c);stroke-width:1.6}"
-    ".band{fill:var(--c);opacity:.16}.dot{fill:var(--c)}"
-    + "".join(f".c{n}{{--c:{colour}}}" for n, colour in enumerate(COLOURS))
+    ".grid{stroke:#e3e6e9}.line{fill:none;stroke-width:1.6}.band{opacity:.16}"
+    + "".join(
+        f".line.c{n}{{stroke:{colour}}}.band.c{n},.dot.c{n}{{fill:{colour}}}"
+        for n, colour in enumerate(COLOURS)
+    )
 )
 
 
@@ -83,7 +85,7 @@ def standalone(charts: Sequence[tuple[Chart, int]]) -> str:
             parts.append(f'<text class="key" x="32" y="{y + 4}">{escape(series.name)}</text>')
         top += LINE * len(chart.series)
         placed = f'<svg y="{top}" width="{WIDTH}" height="{HEIGHT}" '
-        parts.append(svg(chart, last, None).replace("<svg ", placed, 1))
+        parts.append(str(svg(chart, last, None)).replace("<svg ", placed, 1))
         top += HEIGHT
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{top}" '

@@ -10,11 +10,14 @@ a command with more values adds to them.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from torchprime.config.overrides import quoted
 from torchprime.config.paths import local_path
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError, DataError
-from torchprime.files.atomic import make_folder, read_regular_text, write_json
+from torchprime.files.atomic import make_folder, open_plain, read_regular_text, write_json
 
 JOBS = ".sweep"  # the folder of the jobs in that of the sweep
 MOST_BYTES = 16 << 20  # of a job's file
@@ -144,6 +147,20 @@ def write_job(folder: Path, job: SweepJob, code: int | None = None, message: str
     make_folder(path.parent)
     content = JobFile(job.name, job.varied, job.argv, job.config.to_dict(), code, message)
     write_json(path, asdict(content))
+
+
+@contextmanager
+def job_lock(folder: Path, name: str) -> Iterator[None]:
+    """Wait until no other process makes this run, and keep others out: a sweeper may propose the
+    same values twice at once."""
+    path = job_path(folder, name, ".lock")
+    make_folder(path.parent)
+    descriptor = open_plain(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_job(folder: Path, name: str) -> JobFile | None:

@@ -23,6 +23,7 @@ from torchprime.report.read import RunReport, read_report
 from torchprime.report.write import MARKDOWN as REPORT
 from torchprime.sweep.jobs import (
     SweepJob,
+    job_lock,
     job_path,
     read_job,
     refuse_other_run,
@@ -39,6 +40,11 @@ def make_run(job: SweepJob, folder: Path, processes: RunProcesses) -> Ended:
     Args:
         folder: of the sweep.
     """
+    with job_lock(folder, job.name):
+        return _make_run(job, folder, processes)
+
+
+def _make_run(job: SweepJob, folder: Path, processes: RunProcesses) -> Ended:
     before = read_job(folder, job.name)
     run = folder / job.name
     if before is not None and (before.finished and run.is_dir() or _is_complete(run)):

@@ -22,6 +22,7 @@ JSON, MARKDOWN, PAGE, FIGURE, WINNER = (
     "sweep.json", "sweep.md", "sweep.html", "curves.svg", "winner.yaml",
 )  # fmt: skip
 NOT_OF_A_CONFIG = ("output_dir", "run_name", "resume")
+SHOWN_DIGITS = 8  # of a value in the table
 SHOWN_CHARACTERS = 12  # of a fingerprint
 
 
@@ -105,7 +106,7 @@ def short_table(found: Table) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 "-" if row.rank is None else str(row.rank),
-                *(row.varied.get(key, "-") for key in keys),
+                *(_short(row.varied.get(key, "-")) for key in keys),
                 *(shown_measure(measured.get(name)) for name in metrics),
                 "-" if row.best_step is None else f"{row.best_step:,}",
                 "-" if row.seconds is None else format_duration(row.seconds),
@@ -113,6 +114,16 @@ def short_table(found: Table) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return ["rank", *keys.values(), *metrics, "best step", "time", "state"], rows
+
+
+def _short(value: str) -> str:
+    """Return a value for the table; a number with many digits has four."""
+    if value.count(".") != 1 or len(value) <= SHOWN_DIGITS:
+        return value
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value
 
 
 def facts_table(found: Table) -> tuple[list[str], list[list[str]]]:

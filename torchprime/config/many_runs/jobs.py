@@ -94,6 +94,7 @@ def read_multirun(command: Command) -> Multirun:
     given = parse_overrides(command)
     swept = [each for each in given if each.is_sweep_override()]
     plain = [each.input_line or "" for each in given if not each.is_sweep_override()]
+    _require_once(given, swept)
     firsts = [text for each in swept for text in _with_first_value(each)]
     composed = compose_command(replace(command, overrides=[*plain, *firsts]), with_hydra=True)
     hydra = composed.hydra
@@ -137,6 +138,17 @@ def _params(hydra: DictConfig) -> list[Override]:
             f"{PARAMS}: {error.override!r} cannot be read as key=value. Write several values as "
             "1,2,3 or, for optuna, interval(1,3)."
         ) from error
+
+
+def _require_once(given: Sequence[Override], swept: Sequence[Override]) -> None:
+    """Refuse a key with several values that is given again: sweepers disagree on which counts."""
+    for each in swept:
+        lines = [other.input_line for other in given if other.key_or_group == each.key_or_group]
+        if len(lines) > 1:
+            raise ConfigError(
+                f"{each.key_or_group}: given {len(lines)} times ({' and '.join(map(str, lines))}), "
+                "expected once. Keep the one with several values."
+            )
 
 
 def _require_sweeper(name: str) -> None:

@@ -57,6 +57,7 @@ def test_the_first_values_are_composed() -> None:
         (["hydra/launcher=jobli"], "Expected one of: basic, joblib, ray"),
         (["hydra/sweeper=ax"], "hydra/sweeper: given 'ax', but there is no such plugin"),
         (["hydra.sweep.subdir=x"], "named by the values that differ"),
+        (["seed=3", "seed=1,2"], "seed: given 2 times (seed=3 and seed=1,2), expected once"),
         (["hydra.run.dir=x"], "output_dir=FOLDER run_name=NAME"),
     ],
 )
