@@ -47,7 +47,7 @@ class Chunk(NamedTuple):
     """The weighted losses [B, C] of a chunk and, if needed, gradients of their sum."""
 
     losses: Tensor
-    terms: list[Tensor]  # named sums beside the loss
+    terms: list[Tensor]  # named sums beside the loss, one for each row [B]
     of_hidden: Tensor | None = None
     of_weight: Tensor | None = None  # [G, D, V], of each group of rows
 
@@ -80,7 +80,8 @@ class ChunkedSum(torch.autograd.Function):
         ctx: Any, x_BSD: Tensor, w_VD: Tensor, compute: Compute, chunks: int, spread: Spread
     ) -> tuple[Tensor, ...]:
         length = -(-x_BSD.shape[1] // chunks)
-        loss_sum = torch.zeros((), dtype=torch.float32, device=x_BSD.device)
+        # Sums stay apart for each row until the end, where devices add theirs once.
+        rows = torch.zeros(x_BSD.shape[0], dtype=torch.float32, device=x_BSD.device)
         losses: list[Tensor] = []
         terms: list[Tensor] = []
         grads_x: list[Tensor] = []
@@ -93,7 +94,7 @@ class ChunkedSum(torch.autograd.Function):
             elif grads_x:
                 x_BCD, grads_x[-1] = spread.in_order(x_BCD, grads_x[-1])
             chunk = compute(part, x_BCD, w_VD)
-            loss_sum = loss_sum + chunk.losses.sum()
+            rows = rows + chunk.losses.sum(dim=1)
             losses.append(chunk.losses)
             more = chunk.terms
             terms = [a + b for a, b in zip(terms, more, strict=True)] if terms else more
@@ -108,9 +109,9 @@ class ChunkedSum(torch.autograd.Function):
                 # Devices exchange it in the weights' type, like every other gradient.
                 whole = spread.cut_gradient(grad_w.to(w_VD.dtype).sum(dim=0).t())
             ctx.save_for_backward(torch.cat(grads_x, dim=1), whole)
-        each = torch.cat(losses, dim=1)
-        ctx.mark_non_differentiable(each, *terms)
-        return loss_sum, each, *terms
+        each, sums = torch.cat(losses, dim=1), [term.sum() for term in terms]
+        ctx.mark_non_differentiable(each, *sums)
+        return rows.sum(), each, *sums
 
     @staticmethod
     @once_differentiable

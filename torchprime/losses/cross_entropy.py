@@ -24,6 +24,7 @@ def _chunk(
     w_VD: Tensor,
     t_BC: Tensor,
     weight_BC: Tensor,
+    mean_row: Tensor | None,
     needs: Needs,
     groups: int,
     kind: TokenLoss,
@@ -49,11 +50,11 @@ def _chunk(
     else:
         log_z = torch.where(weight_BC != 0, (total.log() + top).squeeze(-1), 0.0)
         mean = None
-        if kind.label_smoothing:
-            mean = torch.where(weight_BC != 0, logits.mean(dim=-1), 0.0)
+        if mean_row is not None:
+            mean = torch.where(weight_BC != 0, (x_BCD * mean_row).sum(dim=-1), 0.0)
         cost = cost_of(kind, nll, log_z, mean, w_VD.shape[0])
         losses = cost.loss * weight_BC
-        terms = [(part * weight_BC).sum() for part in (nll, cost.z_loss)[: len(kind.terms)]]
+        terms = [(part * weight_BC).sum(dim=1) for part in (nll, cost.z_loss)[: len(kind.terms)]]
     if not any(needs):
         return Chunk(losses, terms)
     softmax, hot = exp / total, onehot.to(exp.dtype)
@@ -103,10 +104,15 @@ def chunked_cross_entropy(
     # Grad mode is always off inside a Function's forward, so it is read here.
     on = torch.is_grad_enabled()
     needs = Needs(on and hidden.requires_grad, on and output_weight.requires_grad)
+    # The mean logit of label smoothing, as the product with the mean row: devices that hold parts
+    # of the vocabulary communicate once for it, and not once for each chunk.
+    mean_row = None
+    if kind.label_smoothing:
+        mean_row = output_weight.detach().mean(dim=0, dtype=torch.float32)
 
     def compute(part: slice, x_BCD: Tensor, w_VD: Tensor) -> Chunk:
         own = targets[:, part], weights[:, part]
-        return _chunk(x_BCD, w_VD, *own, needs, spread.groups, kind)
+        return _chunk(x_BCD, w_VD, *own, mean_row, needs, spread.groups, kind)
 
     loss_sum, each, *terms = ChunkedSum.apply(  # pyright: ignore[reportGeneralTypeIssues]
         hidden, output_weight, compute, chunks, spread

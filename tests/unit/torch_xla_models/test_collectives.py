@@ -1,9 +1,5 @@
-"""A scanned step under FSDP communicates weights, not activations.
-
-Runs one step in a process of its own with XLA's dump on, and reads the partitioned program. Without
-annotations on what a layer keeps, the partitioner cuts kept activations like the weights and
-gathers them over the whole batch, which costs more with every token.
-"""
+"""What a compiled program communicates: read from the partitioned program, which a process of its
+own dumps."""
 
 from __future__ import annotations
 
@@ -44,20 +40,57 @@ backend.read(backend.train_step(backend.put(reference.make_batch(0), 1), 1e-3))
 """
 
 
-@pytest.mark.slow
-def test_scan_under_fsdp_gathers_no_activation(tmp_path: Path) -> None:
+LOSS = """
+import torch
+import torch_xla.runtime as xr
+xr.use_spmd()
+from torchprime.losses.cross_entropy import chunked_cross_entropy
+from torchprime.losses.token_loss import TokenLoss
+from torchprime.torch_xla_models.mesh import execute, make_mesh, to_device
+
+axes = dict(data=1, fsdp=1, expert=1, context=1, tensor=2)
+mesh = make_mesh(axes, dict.fromkeys(axes, 1))
+hidden = to_device(torch.randn(4, 16, 16), mesh, ((), (), ())).requires_grad_()
+weight = to_device(torch.randn(64, 16), mesh, (("tensor",), ())).requires_grad_()
+targets = to_device(torch.randint(0, 64, (4, 16)), mesh, ((), ()))
+weights = to_device(torch.rand(4, 16), mesh, ((), ()))
+for kind in (TokenLoss(), TokenLoss(label_smoothing=0.1)):
+    for chunks in (2, 4):
+        loss = chunked_cross_entropy(hidden, weight, targets, weights, chunks, kind=kind)
+        gradients = torch.autograd.grad(loss.loss_sum, (hidden, weight))
+        execute([loss.loss_sum, *loss.terms, *gradients])
+        print(loss.loss_sum.item(), *(term.item() for term in loss.terms))
+"""
+
+
+def programs(code: str, folder: Path) -> list[str]:
+    """The programs that a process with two devices compiled, in their order."""
     environment = {
         **os.environ,
         "CPU_NUM_DEVICES": "2",
-        "XLA_FLAGS": f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text",
+        "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
     }
-    code = STEP.format(tests=str(Path(__file__).parent))
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    programs = list(tmp_path.glob("*after_optimizations.txt"))
-    program = max(programs, key=lambda path: path.stat().st_size).read_text()
+    return [path.read_text() for path in sorted(folder.glob("*after_optimizations.txt"))]
+
+
+def test_label_smoothing_communicates_once_and_not_in_each_chunk(tmp_path: Path) -> None:
+    """The vocabulary is sharded. A chunk of the cross-entropy reduces its largest logit, its sum of
+    exponentials, its target's logit, and the gradient of its hidden states."""
+    counts = [program.count(" all-reduce(") for program in programs(LOSS, tmp_path)]
+    plain, longer, smooth, longer_smooth = (count for count in counts if count)
+    assert longer - plain == longer_smooth - smooth == 2 * 4
+    assert smooth - plain == 1
+
+
+@pytest.mark.slow
+def test_scan_under_fsdp_gathers_no_activation(tmp_path: Path) -> None:
+    """Without annotations on what a layer keeps, the partitioner cuts kept activations like the
+    weights and gathers them over the whole batch, which costs more with every token."""
+    program = max(programs(STEP.format(tests=str(Path(__file__).parent)), tmp_path), key=len)
     bodies = loop_bodies(program)
     assert len(bodies) == 2  # the layers forward, the layers backward
     tokens = reference.B * reference.S
