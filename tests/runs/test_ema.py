@@ -9,7 +9,7 @@ from pathlib import Path
 import interrupted
 import pytest
 import torch
-from interrupted import ALONE, STEPS, Killed, assert_same_run
+from interrupted import ALONE, STEPS, Killed, assert_same_run, records
 
 from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.run.catalog import Catalog
@@ -45,6 +45,13 @@ def check(
     for name in exported.names():
         average, weight = reader.get(f"optimizer.ema.{name}"), reader.get(f"model.{name}")
         assert torch.equal(exported.get(name), average) and not torch.equal(average, weight)
+    # What was measured at the end is what a run from the export measures before its first step.
+    other = tmp_path / "other"
+    further = (f"model.pretrained_model={whole / 'export'}", f"output_dir={tmp_path}")
+    more = ("run_name=other", "task.max_steps=1", "task.ema_decay=null", *ALONE)
+    assert run_main(native, [*argv(whole), *further, *more]) == 0
+    measured = records(whole, "eval")[-1]["eval_loss"]
+    assert records(other, "eval")[0]["eval_loss"] == pytest.approx(measured, rel=1e-6)
     raw = tmp_path / "raw"
     checkpoint = str(whole / "checkpoints" / Catalog.name_of(STEPS))
     assert export_main([checkpoint, "--raw", "--out", str(raw)]) == 0

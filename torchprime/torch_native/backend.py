@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -47,7 +48,7 @@ from torchprime.torch_native.processes import make_processes
 from torchprime.torch_native.remat import apply_remat
 from torchprime.torch_native.root import Root, on_counted_tokens
 from torchprime.torch_native.runtime import start_processes, watched
-from torchprime.torch_native.state import StateMaker, state_shards, whole_shards
+from torchprime.torch_native.state import StateMaker, averaged, state_shards, whole_shards
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.regularization.near_base import NearBase, base_of
@@ -396,6 +397,15 @@ class NativeBackend:
                 return self.model.logits(ids, positions, torch.ones_like(ids)).cpu()[0]
         finally:
             root.reshard()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the moving averages in the place of the weights inside. A copy of this process's
+        shards keeps the weights."""
+        self._reshard()
+        with averaged(self.state.parameters.values()):
+            yield
+            self._reshard()
 
     def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
         """Generate answers to prompts, in the prompts' order.

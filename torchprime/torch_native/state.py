@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -87,6 +88,20 @@ class StateMaker:
             return torch.zeros(sizes, dtype=keeps.dtype, device=self.device)
         part = resumed.tensor_of(full_name, (list(offsets), list(sizes)))
         return part.to(device=self.device, dtype=keeps.dtype, copy=True)
+
+
+@contextmanager
+def averaged(parameters: Iterable[ParameterState]) -> Iterator[None]:
+    """Put the moving averages in the place of the weights inside; nothing without averages."""
+    pairs = [(p.weight, p.average) for p in parameters if p.average is not None]
+    kept = [weight.clone() for weight, _ in pairs]
+    for weight, average in pairs:
+        weight.copy_(average)
+    try:
+        yield
+    finally:
+        for (weight, _), value in zip(pairs, kept, strict=True):
+            weight.copy_(value)
 
 
 def state_shards(

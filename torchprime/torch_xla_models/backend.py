@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -388,6 +389,23 @@ class XlaBackend:
         with torch.no_grad():
             out = self.model.logits(*sent)
         return out.cpu()[0, : len(input_ids)]
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the model read the moving averages inside: of fp32 weights the state's own tensors,
+        of others a copy in their type. The weights' tensors stay the ones that a step writes to."""
+        parameters = self.state.parameters.items()
+        averages = {name: p.average for name, p in parameters if p.average is not None}
+        copies = {
+            name: constrain(average.to(weight.dtype), self.mesh, self.placed[name].spec)
+            for name, average in averages.items()
+            if (weight := self.state.parameters[name].weight).dtype != average.dtype
+        }
+        if copies:
+            self.tensors.run(list(copies.values()))
+        averages |= copies
+        with placement.instead(self.model, averages):
+            yield
 
     def generate(self, prompts: Sequence[Sequence[int]], options: GenerateOptions) -> list[Answer]:
         """Generate answers to prompts, in the prompts' order.

@@ -9,6 +9,7 @@ optimizer's state and a penalty's anchors are placed like their weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -128,6 +129,21 @@ def host_tensor(entry: Placed, tensor_of: Callable[[str], Tensor], dtype: torch.
 def _replace(model: CausalLM, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, parameter)
+
+
+@contextmanager
+def instead(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a model read other tensors as its parameters of these names inside."""
+    split = [(*name.rpartition(".")[::2], tensor) for name, tensor in tensors.items()]
+    places = [(model.get_submodule(owner), leaf, tensor) for owner, leaf, tensor in split]
+    own = [module._parameters[leaf] for module, leaf, _ in places]
+    try:
+        for module, leaf, tensor in places:
+            module._parameters[leaf] = tensor  # pyright: ignore[reportArgumentType]
+        yield
+    finally:
+        for (module, leaf, _), parameter in zip(places, own, strict=True):
+            module._parameters[leaf] = parameter
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ and never sees a config object.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -169,6 +170,12 @@ class Backend(Protocol):
 
     def read_eval(self, handles: list[Any]) -> tuple[float, ...]:
         """Return (loss sum, weight sum, then the loss sum by source) over several eval steps."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Return a context in which `eval_step`, `generate` and `logits` use the moving average of
+        the trained weights (training/optim/ema.py); the weights themselves if the optimizer has
+        none. At least one update was made, and none is made inside."""
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -53,6 +53,13 @@ class Trained:
             update = Update(b.state, b.optimizer, b.options)
             finish_step(update, sums, torch.tensor(reference.LR), over_shards=b._over_shards)
 
+    def held_out(self) -> float:
+        """The held-out loss of the average."""
+        b = self.backend
+        with b.averaged():
+            loss, weight = b.read_eval([b.eval_step(b.put(reference.make_batch(99), 1))])
+        return loss / weight
+
     def whole(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint, put together from all processes."""
         found: list = [None] * dist.get_world_size()
@@ -83,6 +90,7 @@ def train(name: str) -> dict[str, Tensor]:
     for step in range(HALF):
         straight.update(step)
     again = make(name, resumed(straight.whole()))
+    straight.held_out()  # changes nothing
     for step in range(HALF, reference.STEPS):
         straight.update(step)
         again.update(step)
@@ -90,7 +98,7 @@ def train(name: str) -> dict[str, Tensor]:
     assert found.keys() == after.keys()
     for key, tensor in found.items():
         assert torch.equal(tensor, after[key]), (name, key)
-    return found
+    return found | {"held_out": torch.tensor(straight.held_out())}
 
 
 def main(out: Path) -> None:

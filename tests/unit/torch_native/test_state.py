@@ -41,6 +41,7 @@ def tensors(folder: Path, name: str, size: int) -> dict[str, Tensor]:
 def test_two_processes_are_one_bit_for_bit(name: str, found: Path) -> None:
     one, two = tensors(found, name, 1), tensors(found, name, 2)
     assert one.keys() == two.keys()
+    torch.testing.assert_close(one.pop("held_out"), two["held_out"], rtol=1e-6, atol=0)
     for key, tensor in one.items():
         assert torch.equal(two[key], tensor), key
 
@@ -63,6 +64,7 @@ def test_groups_and_averages_are_those_of_a_loop(name: str, found: Path) -> None
             assert error.max() < (2e-2 if name == "adamw_8bit" else 1e-4) * moved, (kind, n)
             assert error.mean() < 1e-4 * moved, (kind, n)
         assert (weight - ours[f"optimizer.ema.{n}"]).abs().max() > 0.1 * moved
+    torch.testing.assert_close(ours["held_out"], expected["of_averages"]["loss"], rtol=1e-4, atol=0)
     if name == "adamw_8bit":
         codes = ours["optimizer.exp_avg_codes.model.layers.1.self_attn.q_proj.weight"]
         assert codes.dtype == torch.uint8
@@ -81,5 +83,12 @@ def naive(name: str) -> dict[str, dict[str, Tensor]]:
         now = {n: p.detach().clone() for n, p in trained.items()}
         before = averages or now
         averages = {n: EMA_DECAY * before[n] + (1 - EMA_DECAY) * now[n] for n in now}
-    weights = {n: p.detach() for n, p in model.named_parameters()}
-    return {"start": start, "weights": weights, "averages": averages}
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.load_state_dict(averages, strict=False)
+    loss = reference.loss_of(model, reference.make_batch(99)).detach()
+    return {
+        "start": start,
+        "weights": weights,
+        "averages": averages,
+        "of_averages": {"loss": loss},
+    }

@@ -6,13 +6,15 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import answers
 import pytest
 import reference
 import torch
 from halfway import HALF, resumed, run, same, whole
-from small_optimizers import GROUPS, small_optimizer
+from small_optimizers import EMA_DECAY, GROUPS, small_optimizer
 
 from torchprime.torch_xla_models.remat import Remat
+from torchprime.training.optim.ema import WithEma
 from torchprime.training.optim.groups import grouped
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -66,6 +68,44 @@ def agree(found: dict[str, torch.Tensor], reference_run: dict[str, Any], *, exac
         assert moved > 1e-3, name
         assert error.max() < (1e-4 if exact else 2e-2) * moved, f"{name}: {error.max():.1e}"
         assert error.mean() < 1e-4 * moved, name
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
+def test_evaluation_measures_the_average_and_changes_nothing(
+    dtype: torch.dtype, make_backend
+) -> None:
+    """Held-out loss and answers are those of a model whose weights are the averages."""
+    way = {**WAYS["scan"], "dtype": dtype}
+    optimizer = WithEma(small_optimizer("adamw"), EMA_DECAY)
+    backend = make_backend(**way, optimizer=optimizer)
+    run(backend, range(HALF))
+    tensors = whole(backend)
+    names = [name for name, _ in backend.weights()]
+    averages = {f"model.{name}": tensors[f"optimizer.ema.{name}"].to(dtype) for name in names}
+    other = make_backend(**way, optimizer=optimizer, resumed=resumed(tensors | averages))
+    given = answers.options(max_length=80, batch_size=8)
+    prompts = [[t % reference.V for t in p] for p in answers.prompts((3, 20))]
+
+    def measured(of: Any) -> tuple:
+        handle = of.eval_step(of.put(reference.make_batch(99), 1))
+        return (
+            of.read_eval([handle]),
+            of.generate(prompts, given),
+            of.logits(list(range(11))).tolist(),
+        )
+
+    expected = measured(other)
+    with backend.averaged():
+        assert measured(backend) == expected
+    assert measured(backend)[0] != expected[0]
+    same(whole(backend), tensors)
+    before = backend.compiles()
+    rest = run(backend, range(HALF, reference.STEPS))
+    assert backend.compiles() == before
+    again = make_backend(**way, optimizer=optimizer, resumed=resumed(tensors))
+    assert run(again, range(HALF, reference.STEPS)) == rest
 
 
 @pytest.mark.slow

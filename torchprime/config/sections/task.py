@@ -31,7 +31,7 @@ class TaskConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
-    # Exponential moving average of the weights, which is exported instead of them; null: none.
+    # Exponential moving average of the weights, evaluated and exported instead of them; null: none.
     ema_decay: float | None = None
     # Relative: inside the run's folder; or a URL (gs://, s3://).
     export_checkpoint_path: PathOrUrl | None = None

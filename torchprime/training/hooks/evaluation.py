@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import TypedDict, cast
 
@@ -128,11 +129,13 @@ class EvaluationHook(BaseHook):
         self.backend.synchronize()  # unfinished steps count as the steps' time
         with self.control.watch.paused(), self.control.ledger.at(EVALUATION):
             started = time.perf_counter()
-            with self.control.guard.watch("held-out step", (batch_size, data.block_size)):
-                loss = heldout_loss(self.backend, data, batch_size)
             generated: AnswerFields = {}
-            if answers and self.evaluation.prompts:
-                generated = self._answers(step)
+            # What is measured is what is exported. Before the first update there is no average.
+            with self.backend.averaged() if step else nullcontext():
+                with self.control.guard.watch("held-out step", (batch_size, data.block_size)):
+                    loss = heldout_loss(self.backend, data, batch_size)
+                if answers and self.evaluation.prompts:
+                    generated = self._answers(step)
             now = time.perf_counter()
             self.seconds += now - started
             record = EvalRecord(
