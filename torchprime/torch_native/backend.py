@@ -7,7 +7,6 @@ loss, weight and norm are summed over processes, so that every process takes the
 
 from __future__ import annotations
 
-import base64
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import FSDPModule
-from torch.profiler import ProfilerActivity, profile
 
 from torchprime.adapters.apply import saved
 from torchprime.checkpoint.run.shards import TensorShards
@@ -47,7 +45,7 @@ from torchprime.torch_native.placement import Source
 from torchprime.torch_native.processes import make_processes
 from torchprime.torch_native.remat import apply_remat
 from torchprime.torch_native.root import Root, on_counted_tokens
-from torchprime.torch_native.runtime import start_processes, watched
+from torchprime.torch_native.runtime import OwnDevice, start_processes, watched
 from torchprime.torch_native.state import StateMaker, averaged, state_shards, whole_shards
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer
@@ -77,7 +75,7 @@ from torchprime.training.step import (
 PER_HEAD = ("q_norm", "k_norm")
 
 
-class NativeBackend:
+class NativeBackend(OwnDevice):
     """The implementation of `torchprime.training.backend.Backend` on torch.distributed."""
 
     name = "torch_native"
@@ -121,7 +119,6 @@ class NativeBackend:
             torch.backends.cuda.matmul.allow_tf32 = False
         self.rank = data_rank(self.mesh)
         self.tensor_group = self.mesh["tensor"].get_group()
-        self._profile: profile | None = None
 
     # -- weights in and out --------------------------------------------------------------------
 
@@ -251,23 +248,6 @@ class NativeBackend:
     def preempted(self, step: int) -> bool:
         """Return False: torch.distributed has no notice of a preemption."""
         return False
-
-    def seed(self, seed: int) -> None:
-        """Seed this process's CUDA generator; a CPU has none besides torch's own."""
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-
-    def rng_state(self) -> str:
-        """Return the CUDA generator's state in base64; "" on a CPU."""
-        if self.device.type != "cuda":
-            return ""
-        return base64.b64encode(torch.cuda.get_rng_state(self.device).numpy().tobytes()).decode()
-
-    def set_rng_state(self, state: str) -> None:
-        """Restore a state that `rng_state` returned; nothing on a CPU, or for ""."""
-        if self.device.type == "cuda" and state:
-            values = torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8)
-            torch.cuda.set_rng_state(values, self.device)
 
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
         """Start copying this process's rows to its device, without waiting.
@@ -432,29 +412,9 @@ class NativeBackend:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def start_profile(self, folder: str) -> None:
-        """Start torch's profiler; every process writes its own trace to the folder."""
-        activities = [ProfilerActivity.CPU]
-        activities += [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
-        handler = torch.profiler.tensorboard_trace_handler(folder)
-        self._profile = profile(activities=activities, on_trace_ready=handler)
-        self._profile.start()
-
-    def stop_profile(self) -> None:
-        """Stop the profiler, which writes the trace."""
-        assert self._profile is not None
-        self._profile.stop()
-        self._profile = None
-
     def compiles(self) -> int:
         """Return the number of graphs that torch.compile made; none in eager mode."""
         if self.compiler is None:
             return 0
         counters: Any = torch._dynamo.utils.counters
         return int(counters["stats"]["unique_graphs"])
-
-    def device_memory_bytes(self) -> int | None:
-        """Return the peak bytes in use on this process's device, if it reports them."""
-        if self.device.type != "cuda":
-            return None
-        return int(torch.cuda.max_memory_allocated(self.device))

@@ -13,6 +13,7 @@ before NCCL would.
 
 from __future__ import annotations
 
+import base64
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.text.terminal import say
@@ -197,3 +199,50 @@ def watched(method: Function) -> Function:
             return method(*args, **kwargs)
 
     return wrapped  # pyright: ignore[reportReturnType]
+
+
+# The device ---------------------------------------------------------------------------------------
+
+
+class OwnDevice:
+    """The methods of a backend that concern this process's device alone."""
+
+    device: torch.device
+    _profile: profile | None = None
+
+    def seed(self, seed: int) -> None:
+        """Seed this process's CUDA generator; a CPU has none besides torch's own."""
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def rng_state(self) -> str:
+        """Return the CUDA generator's state in base64; "" on a CPU."""
+        if self.device.type != "cuda":
+            return ""
+        return base64.b64encode(torch.cuda.get_rng_state(self.device).numpy().tobytes()).decode()
+
+    def set_rng_state(self, state: str) -> None:
+        """Restore a state that `rng_state` returned; nothing on a CPU, or for ""."""
+        if self.device.type == "cuda" and state:
+            values = torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8)
+            torch.cuda.set_rng_state(values, self.device)
+
+    def start_profile(self, folder: str) -> None:
+        """Start torch's profiler; every process writes its own trace to the folder."""
+        activities = [ProfilerActivity.CPU]
+        activities += [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
+        handler = torch.profiler.tensorboard_trace_handler(folder)
+        self._profile = profile(activities=activities, on_trace_ready=handler)
+        self._profile.start()
+
+    def stop_profile(self) -> None:
+        """Stop the profiler, which writes the trace."""
+        assert self._profile is not None
+        self._profile.stop()
+        self._profile = None
+
+    def device_memory_bytes(self) -> int | None:
+        """Return the peak bytes in use on this process's device, if it reports them."""
+        if self.device.type != "cuda":
+            return None
+        return int(torch.cuda.max_memory_allocated(self.device))

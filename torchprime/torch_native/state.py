@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.torch_native import placement
 from torchprime.training.backend import ResumedState, StepOptions
+from torchprime.training.optim.ema import EMA
 from torchprime.training.optim.optimizer import Optimizer, Parameter, Slot
 from torchprime.training.regularization.penalty import Anchor, AnchorSource
 from torchprime.training.step import ParameterState
@@ -93,7 +94,7 @@ class StateMaker:
 @contextmanager
 def averaged(parameters: Iterable[ParameterState]) -> Iterator[None]:
     """Put the moving averages in the place of the weights inside; nothing without averages."""
-    pairs = [(p.weight, p.average) for p in parameters if p.average is not None]
+    pairs = [(p.weight, p.slots[EMA]) for p in parameters if EMA in p.slots]
     kept = [weight.clone() for weight, _ in pairs]
     for weight, average in pairs:
         weight.copy_(average)

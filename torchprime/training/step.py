@@ -33,7 +33,6 @@ from torchprime.losses.divergence import chunked_divergence
 from torchprime.models.decoder import CausalLM
 from torchprime.models.embedding_noise import noise_on
 from torchprime.training.backend import StepNumbers, StepOptions
-from torchprime.training.optim.ema import EMA
 from torchprime.training.optim.optimizer import Optimizer, Parameter
 from torchprime.training.regularization.near_base import Kl, NearBase, base_of, weights_of_all
 from torchprime.training.regularization.penalty import Anchor, penalty_gradient, weighted_squares
@@ -66,11 +65,6 @@ class ParameterState(NamedTuple):
     slots: dict[str, Tensor]
     master: Tensor | None  # the fp32 copy of a bf16 weight
     anchor: Anchor | None = None  # of a penalty; no step writes it
-
-    @property
-    def average(self) -> Tensor | None:
-        """The moving average of the weight in fp32, if the optimizer has one."""
-        return self.slots.get(EMA)
 
     @property
     def wide(self) -> Tensor:
