@@ -19,11 +19,17 @@ IGNORED = -100
 # Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab.
 
 
+class _Labels(NamedTuple):
+    """Targets and weights of tokens, each [B, C]."""
+
+    targets: Tensor
+    weights: Tensor
+
+
 def _chunk(
     x_BCD: Tensor,
     w_VD: Tensor,
-    t_BC: Tensor,
-    weight_BC: Tensor,
+    labels: _Labels,
     mean_row: Tensor | None,
     needs: Needs,
     groups: int,
@@ -34,6 +40,7 @@ def _chunk(
     The gradient of -log softmax(z)[t] is softmax(z) - onehot(t). The one-hot is a comparison, not a
     gather: it stays local when the vocabulary is sharded, and it fuses.
     """
+    t_BC, weight_BC = labels
     logits = torch.matmul(x_BCD, w_VD.t()).float()
     vocabulary = torch.arange(w_VD.shape[0], device=t_BC.device, dtype=t_BC.dtype)
     onehot = t_BC[..., None] == vocabulary
@@ -111,8 +118,8 @@ def chunked_cross_entropy(
         mean_row = output_weight.detach().mean(dim=0, dtype=torch.float32)
 
     def compute(part: slice, x_BCD: Tensor, w_VD: Tensor) -> Chunk:
-        own = targets[:, part], weights[:, part]
-        return _chunk(x_BCD, w_VD, *own, mean_row, needs, spread.groups, kind)
+        own = _Labels(targets[:, part], weights[:, part])
+        return _chunk(x_BCD, w_VD, own, mean_row, needs, spread.groups, kind)
 
     loss_sum, each, *terms = ChunkedSum.apply(  # pyright: ignore[reportGeneralTypeIssues]
         hidden, output_weight, compute, chunks, spread

@@ -51,7 +51,6 @@ from torchprime.torch_xla_models.processes import make_processes
 from torchprime.torch_xla_models.remat import NO_REMAT, Remat, apply_remat, device_loop
 from torchprime.torch_xla_models.runtime import check_loop_requirements
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
-from torchprime.training.optim.ema import EMA
 from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.regularization.penalty import AnchorSource
 from torchprime.training.spikes import NAME as SPIKES
@@ -395,16 +394,7 @@ class XlaBackend:
     def averaged(self) -> Iterator[None]:
         """Let the model read the moving averages inside: of fp32 weights the state's own tensors,
         of others a copy in their type. The weights' tensors stay the ones that a step writes to."""
-        parameters = self.state.parameters.items()
-        averages = {name: p.slots[EMA] for name, p in parameters if EMA in p.slots}
-        copies = {
-            name: constrain(average.to(weight.dtype), self.mesh, self.placed[name].spec)
-            for name, average in averages.items()
-            if (weight := self.state.parameters[name].weight).dtype != average.dtype
-        }
-        if copies:
-            self.tensors.run(list(copies.values()))
-        averages |= copies
+        averages = placement.averages(self.state.parameters, self.placed, self.tensors)
         with placement.instead(self.model, averages):
             yield
 

@@ -26,9 +26,10 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec, shard_count
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.linear import original_shape, turned, turned_spec
-from torchprime.torch_xla_models.mesh import axis_sizes
+from torchprime.torch_xla_models.mesh import axis_sizes, constrain
 from torchprime.torch_xla_models.remat import STACKED
 from torchprime.training.backend import ResumedState
+from torchprime.training.optim.ema import EMA
 from torchprime.training.optim.optimizer import Optimizer, Parameter, Slot
 from torchprime.training.regularization.penalty import Anchor, AnchorSource
 from torchprime.training.step import ParameterState
@@ -129,6 +130,21 @@ def host_tensor(entry: Placed, tensor_of: Callable[[str], Tensor], dtype: torch.
 def _replace(model: CausalLM, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def averages(
+    parameters: Mapping[str, ParameterState], placed: Mapping[str, Placed], tensors: DeviceTensors
+) -> dict[str, Tensor]:
+    """Return the moving averages of weights, in the weights' type, by the parameters' names."""
+    found = {name: p.slots[EMA] for name, p in parameters.items() if EMA in p.slots}
+    copies = {
+        name: constrain(average.to(weight.dtype), tensors.mesh, placed[name].spec)
+        for name, average in found.items()
+        if (weight := parameters[name].weight).dtype != average.dtype
+    }
+    if copies:
+        tensors.run(list(copies.values()))
+    return found | copies
 
 
 @contextmanager

@@ -1,5 +1,5 @@
-"""What a compiled program communicates: read from the partitioned program, which a process of its
-own dumps."""
+"""The collectives of compiled programs, read from partitioned programs that a process of its own
+dumps."""
 
 from __future__ import annotations
 
