@@ -44,6 +44,7 @@ TOGETHER = {
     "test_forgetting_comparison.py",
     "test_gpu_benchmark.py",
     "test_quickstart_assets.py",
+    "test_sampled_rows_study.py",
     "test_vllm_deployment.py",
     "torch_native/test_adapters.py",
     "torch_native/test_loss_variants.py",
