@@ -116,6 +116,7 @@ def test_a_sampled_answer_depends_on_its_row_alone(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["eval=none", "--out", "{tmp}/new"], "MODEL: given 'eval=none'"),
         (["no/such", "--out", "{tmp}/new"], "There is no local folder no/such"),
         (["{base}", "--out", "{tmp}"], "--out: given '{tmp}', expected a new or empty folder"),
         (["{base}", "--out", "{tmp}/new", "eval=none", "task.sample_prompts=0"], "eval: given"),
@@ -129,7 +130,7 @@ def test_a_mistake_is_one_message(
     filled = {"tmp": tmp_path, "base": repo_dir / "torchprime" / "assets" / "quickstart" / "base"}
     given = [each.format(**filled) for each in argv]
     config = [] if "eval=none" in given else COMMON[4:]
-    full = ["evaluate", *given, "--engine", "native", *COMMON[:4], *config]
+    full = ["evaluate", *COMMON[:2], *given, "--engine", "native", *COMMON[2:4], *config]
     assert main(full) == 2
     error = capsys.readouterr().err
     assert said.format(**filled) in error and "Traceback" not in error

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from torchprime.cli.shared.arguments import make_parser, run_with_rest
+from torchprime.cli.shared.arguments import make_parser, run_with_rest, with_model_first
 from torchprime.cli.shared.backends import is_first, refuse_sweep
-from torchprime.cli.shared.engines import add_engine_flags, with_engine
+from torchprime.cli.shared.engines import add_engine_flags, model_argument, with_engine
 from torchprime.config.entry import run_main
-from torchprime.config.paths import local_path, name_or_folder
+from torchprime.config.paths import local_path
 from torchprime.config.schema import TrainConfig
 from torchprime.text.terminal import print_lines, say
 
@@ -42,7 +42,7 @@ def evaluate_main(argv: list[str]) -> int:
     add("model", metavar="MODEL", help="a Hugging Face or PEFT folder, or a hub name")
     add("--out", metavar="DIR", required=True, help="new or empty folder")
     add_engine_flags(parser)
-    return run_with_rest(parser, argv, _compose)
+    return run_with_rest(parser, with_model_first(argv), _compose)
 
 
 def _compose(given: argparse.Namespace, rest: list[str]) -> int:
@@ -58,7 +58,7 @@ def _evaluate(config: TrainConfig, given: argparse.Namespace) -> int:
         # late: transformers looks for torch_xla when imported, and imports it
         from torchprime.training.inference.evaluate import EvaluateRequest, evaluate_model
 
-        model = name_or_folder("MODEL", given.model)
+        model = model_argument(given)
         request = EvaluateRequest(model, local_path("--out", given.out))
         lines = evaluate_model(config, request, open_engine, say)
         if is_first():

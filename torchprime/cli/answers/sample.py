@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from torchprime.cli.shared.arguments import make_parser, positive, run_with_rest
+from torchprime.cli.shared.arguments import make_parser, positive, run_with_rest, with_model_first
 from torchprime.cli.shared.backends import refuse_sweep
-from torchprime.cli.shared.engines import add_engine_flags, with_engine
+from torchprime.cli.shared.engines import add_engine_flags, model_argument, with_engine
 from torchprime.config.entry import run_main
-from torchprime.config.paths import local_path, name_or_folder
+from torchprime.config.paths import local_path
 from torchprime.config.schema import TrainConfig
 from torchprime.text.terminal import say
 
@@ -60,7 +60,7 @@ def sample_main(argv: list[str]) -> int:
     add("--max-new-tokens", type=int, metavar="N", help="default: eval.generate.max_new_tokens")
     add("--seed", type=int, metavar="N", help="default: the config's")
     add_engine_flags(parser)
-    return run_with_rest(parser, argv, _compose)
+    return run_with_rest(parser, with_model_first(argv), _compose)
 
 
 def _count_or_all(text: str) -> int | None:
@@ -81,7 +81,7 @@ def _sample(config: TrainConfig, given: argparse.Namespace) -> int:
         from torchprime.training.inference.sample import SampleRequest, sample_rows
 
         request = SampleRequest(
-            model=name_or_folder("MODEL", given.model),
+            model=model_argument(given),
             out=local_path("--out", given.out),
             side=given.rows,
             limit=given.limit,

@@ -6,10 +6,17 @@ Imports are light: experimental/vllm_tpu_deployment uses it in an environment wi
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchprime.text.terminal import reported, say
+
+# Hydra's flags that take a value, with their short forms.
+CONFIG_FLAGS = {
+    **dict.fromkeys(("--config-name", "-cn"), "--config-name"),
+    **dict.fromkeys(("--config-dir", "-cd"), "--config-dir"),
+    **dict.fromkeys(("--config-path", "-cp"), "--config-path"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,6 +43,17 @@ def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
+
+
+def with_model_first(argv: Sequence[str]) -> list[str]:
+    """Return a command line whose config flags are one word each (`--config-name=NAME`), so that a
+    positional argument is never taken for their values."""
+    words, found = iter(argv), []
+    for word in words:
+        name = CONFIG_FLAGS.get(word)
+        value = None if name is None else next(words, None)
+        found.append(word if value is None else f"{name}={value}")
+    return found
 
 
 def run_command(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from torchprime.cli.shared.backends import NAMES, MakeBackend, choose_backend, with_backend
+from torchprime.config.checks import refuse
+from torchprime.config.paths import name_or_folder
 from torchprime.config.schema import TrainConfig
 
 if TYPE_CHECKING:
@@ -18,6 +21,22 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `with_engine` reads."""
     help = "instead of the backend that fits this host"
     parser.add_argument("--engine", choices=list(NAMES), help=help)
+
+
+def model_argument(given: argparse.Namespace) -> str:
+    """Return the model that a command is given.
+
+    Raises:
+        ConfigError: an override in its place, or a path as `checked_path` refuses it.
+    """
+    if "=" in given.model and not os.path.lexists(given.model):
+        refuse(
+            "MODEL",
+            given.model,
+            "a folder or a hub name before the overrides",
+            "Write the model first.",
+        )
+    return name_or_folder("MODEL", given.model)
 
 
 def with_engine(
