@@ -15,6 +15,7 @@ from torchprime.files.atomic import make_folder, write_json, write_text
 from torchprime.files.private_folders import require_private
 from torchprime.metrics.writers import format_duration
 from torchprime.sweep.figure import charts_of, standalone, svg_of
+from torchprime.sweep.groups import SEED, OverSeeds, groups_of
 from torchprime.sweep.rows import Measured, Row, Table, read_table
 from torchprime.text.markdown_text import inline, table
 
@@ -22,6 +23,10 @@ JSON, MARKDOWN, PAGE, FIGURE, WINNER = (
     "sweep.json", "sweep.md", "sweep.html", "curves.svg", "winner.yaml",
 )  # fmt: skip
 NOT_OF_A_CONFIG = ("output_dir", "run_name", "resume")
+SEEDS_NOTE = (
+    "Means over the seeds, ranked by the same rule. In brackets: 95% intervals of all answers "
+    "together. Elsewhere the lowest and the highest run."
+)
 SHOWN_DIGITS = 8  # of a value in the table
 SHOWN_CHARACTERS = 12  # of a fingerprint
 
@@ -79,6 +84,7 @@ def _content(found: Table) -> dict[str, object]:
         "varied": list(found.varied),
         "winner": None if found.winner is None else found.winner.run,
         "notes": found.notes,
+        "over_seeds": [asdict(group) for group in groups_of(found)],
         "rows": [asdict(row) for row in found.rows],
     }
 
@@ -114,6 +120,26 @@ def short_table(found: Table) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return ["rank", *keys.values(), *metrics, "best step", "time", "state"], rows
+
+
+def seeds_table(found: Table) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of the runs over their seeds; no rows for a sweep without seeds."""
+    keys = [key for key in found.varied if key != SEED]
+    rows = []
+    for group in groups_of(found):
+        cells = (_shown_over_seeds(group.metrics.get(name)) for name in found.metrics)
+        rank = "-" if group.rank is None else str(group.rank)
+        values = (_short(group.varied.get(key, "-")) for key in keys)
+        rows.append([rank, *values, str(len(group.runs)), *cells])
+    return ["rank", *(found.varied[key] for key in keys), "seeds", *found.metrics], rows
+
+
+def _shown_over_seeds(over: OverSeeds | None) -> str:
+    if over is None:
+        return "-"
+    if over.low is None or over.high is None:
+        return f"{over.mean:,.4f}, {over.lowest:,.4f} to {over.highest:,.4f}"
+    return f"{over.mean:.1%} ({100 * over.low:.1f} to {100 * over.high:.1f})"
 
 
 def _short(value: str) -> str:
@@ -189,6 +215,7 @@ def _page(found: Table, name: str) -> dict[str, object]:
     """Return the values of the page's template."""
     headings, rows = short_table(found)
     facts_headings, facts = facts_table(found)
+    seeds_headings, over_seeds = seeds_table(found)
     return {
         "title": name,
         "headline": headline(found),
@@ -196,6 +223,9 @@ def _page(found: Table, name: str) -> dict[str, object]:
         "headings": headings,
         "rows": rows,
         "winner": found.winner is not None,
+        "seeds_headings": seeds_headings,
+        "over_seeds": over_seeds,
+        "seeds_note": SEEDS_NOTE,
         "failures": failures(found),
         "facts_headings": facts_headings,
         "facts": facts,
