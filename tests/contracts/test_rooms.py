@@ -45,6 +45,7 @@ TOGETHER = {
     "test_gpu_benchmark.py",
     "test_quickstart_assets.py",
     "test_sampled_rows_study.py",
+    "test_studies.py",
     "test_vllm_deployment.py",
     "torch_native/test_adapters.py",
     "torch_native/test_loss_variants.py",
