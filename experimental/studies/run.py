@@ -56,28 +56,7 @@ COMMON = (
 ALL, LORA = ("adapter=none",), ("adapter=lora", "adapter.rank=16", "adapter.alpha=32")
 TITLES = {"rows": "Right answers by the number of training rows",
           "rates": "Right answers by the learning rate"}  # fmt: skip
-HEADER = """\
-# What does a small fine-tune depend on?
-
-For users: right answers by the number of rows, the learning rate and what is trained, measured on two small models.
-
-Every number is of the last step of a run on the native backend, in fp32 on a CPU, with a cosine schedule. Answers have to match
-exactly. The interval is Wilson's, of the answers of all seeds together: the seeds ask the same questions, so it is too narrow
-where these are few. LoRA has rank 16 and alpha 32; for `stories` it trains the embedding, too. A smaller set of rows is a part
-of each larger one, and all sets get equally many updates.
-
-`quickstart` is the shipped model with 200 held-out questions. `stories` is a pretrained model of 260,032 parameters with 165
-questions about short stories, and 60 about others. The commands, each of which goes on after a kill:
-
-```text
-python experimental/studies/run.py rows quickstart --out outputs/studies --page docs/studies.md
-python experimental/studies/run.py rates quickstart --out outputs/studies --page docs/studies.md
-python experimental/studies/run.py rows stories --model stories260K --rows tinystories_qa.jsonl \\
-    --out outputs/studies --page docs/studies.md
-python experimental/studies/run.py rates stories --model stories260K --rows tinystories_qa.jsonl \\
-    --out outputs/studies --page docs/studies.md
-```
-"""
+HEADER = Path(__file__).with_name("header.md").read_text(encoding="utf-8")  # of a new page
 AXES = {"rows": "training rows", "rates": "learning rate"}
 
 
@@ -229,7 +208,7 @@ def draw(study: Study, points: Sequence[Point], path: Path) -> None:
 
 
 def write_section(page: Path, title: str, lines: Sequence[str]) -> None:
-    """Put lines under a heading of a page, in place of those that are there; make a missing page."""
+    """Put lines under a heading of a page, instead of those there; make a missing page."""
     text = page.read_text(encoding="utf-8") if page.exists() else HEADER
     section = f"## {title}\n\n" + "\n".join(lines) + "\n"
     before, heading, rest = text.partition(f"## {title}\n")
