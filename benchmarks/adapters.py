@@ -172,14 +172,14 @@ def make_cases(batches: list[Any], rank: int) -> dict[str, Case]:
     os.environ["USE_TORCH_XLA"] = "0"  # PEFT's transformers is eager
 
     from torchprime.config.schema import AXES
+    from torchprime.config.sections.remat import RematConfig
     from torchprime.torch_native.backend import NativeBackend
     from torchprime.torch_xla_models.backend import XlaBackend
-    from torchprime.torch_xla_models.remat import Remat
 
     one: dict[str, int] = dict.fromkeys(AXES, 1)
 
     def xla() -> Any:
-        return XlaBackend(one, one, remat=Remat(scan_layers=True))
+        return XlaBackend(one, one, remat=RematConfig(scan_layers=True))
 
     return {
         FULL: make_ours(xla(), batches, False, rank),

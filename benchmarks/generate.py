@@ -99,17 +99,17 @@ def ours(case: dict[str, Any], folder: Path, new: int) -> Callable[[list], list]
 
     from torchprime.config.compose import compose_config
     from torchprime.config.schema import AXES
+    from torchprime.config.sections.remat import RematConfig
     from torchprime.generation.decode import GenerateOptions
     from torchprime.models.architecture import architecture_from_hf
     from torchprime.models.decoder import CausalLM
     from torchprime.sharding import ShardingTable
     from torchprime.torch_xla_models.backend import XlaBackend
-    from torchprime.torch_xla_models.remat import Remat
 
     axes: dict[str, int] = dict.fromkeys(AXES, 1)
     mesh = axes | {"data": devices}
     backend = XlaBackend(
-        mesh, axes, remat=Remat(scan_layers=case.get("scan", False)), full_precision=True
+        mesh, axes, remat=RematConfig(scan_layers=case.get("scan", False)), full_precision=True
     )
     sharding = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
     with torch.device("meta"):

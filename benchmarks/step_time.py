@@ -123,16 +123,16 @@ def run_ours(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
 
     from torchprime.config.compose import compose_config
     from torchprime.config.schema import AXES
+    from torchprime.config.sections.remat import RematConfig
     from torchprime.models.architecture import architecture_from_hf
     from torchprime.models.decoder import CausalLM, initial_tensor
     from torchprime.sharding import ShardingTable
     from torchprime.torch_xla_models.backend import XlaBackend
-    from torchprime.torch_xla_models.remat import Remat
     from torchprime.training.backend import StepOptions
     from torchprime.training.optim.adamw import AdamW
 
     axes: dict[str, int] = dict.fromkeys(AXES, 1)
-    remat = Remat(case.get("remat", "none"), scan_layers=case.get("scan", False))
+    remat = RematConfig(case.get("remat", "none"), scan_layers=case.get("scan", False))
     backend = XlaBackend(axes, axes, remat=remat)
     sharding = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
     with torch.device("meta"):

@@ -27,6 +27,7 @@ from torchprime.config.sections.evaluation import (
 from torchprime.config.sections.metrics import MetricsConfig
 from torchprime.config.sections.model import ModelConfig
 from torchprime.config.sections.regularization import RegularizationConfig
+from torchprime.config.sections.remat import RematConfig
 from torchprime.config.sections.task import TaskConfig
 from torchprime.config.topologies import check_devices, topology
 from torchprime.errors import ConfigError
@@ -93,29 +94,6 @@ def _check_axes_once(key: str, spec: AxisSpec) -> None:
             f"each axis for at most one dim ({', '.join(twice)} is listed twice)",
             "Replace one of them by null.",
         )
-
-
-@dataclass(frozen=True)
-class RematConfig:
-    """Trades of compile time and memory against recomputation, applied from outside the model."""
-
-    scan_layers: bool = False
-    policy: Literal["none", "full", "offload"] = "none"
-    optimization_barrier: bool = False
-
-    def __post_init__(self) -> None:
-        if self.policy == "offload" and not self.scan_layers:
-            refuse(
-                "remat.policy",
-                "offload",
-                "none or full where layers are not in a loop",
-                "Set remat=scan_offload, or remat.scan_layers=true.",
-            )
-
-    @property
-    def recomputes(self) -> bool:
-        """Return True if only a layer's input is kept for the backward pass."""
-        return self.policy != "none"
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,18 @@ from torchprime.models.architecture import Architecture
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.rope import inverse_frequencies, rotary_tables, rotate
 
+# Outputs inside a layer that remat can keep or compute again, by the names of a config
+# (config/sections/remat.py): modules of the layer.
+NAMED_OUTPUTS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "core_out": "self_attn.core",
+    "attn_out": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+}
+
 # Shape suffixes: B batch, S sequence, D hidden, H heads, K kv heads, h head size, F ffn, V vocab.
 
 

@@ -28,6 +28,7 @@ from torch_xla.experimental.distributed_checkpoint import SPMDSavePlanner
 
 from torchprime.adapters.apply import saved, trainable
 from torchprime.checkpoint.run.shards import TensorShards
+from torchprime.config.sections.remat import RematConfig
 from torchprime.data.blocks.batch import Batch
 from torchprime.errors import ConfigError
 from torchprime.generation.decode import Answer, GenerateOptions
@@ -48,7 +49,7 @@ from torchprime.torch_xla_models.linear import replace_linears, turned_spec
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain, in_order, make_mesh
 from torchprime.torch_xla_models.placement import StateMaker
 from torchprime.torch_xla_models.processes import make_processes
-from torchprime.torch_xla_models.remat import NO_REMAT, Remat, apply_remat, device_loop
+from torchprime.torch_xla_models.remat import apply_remat, device_loop
 from torchprime.torch_xla_models.runtime import check_loop_requirements
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer
@@ -89,7 +90,7 @@ class XlaBackend:
         dcn_mesh: Mapping[str, int],
         *,
         kernels: Kernels = Kernels(),
-        remat: Remat = NO_REMAT,
+        remat: RematConfig | None = None,
         full_precision: bool = False,
         compile_cache: str | None = None,
         make_tensors: Callable[[xs.Mesh], DeviceTensors] = DeviceTensors,
@@ -117,7 +118,7 @@ class XlaBackend:
         self.processes = make_processes()
         self.attention, self.attention_why = choose_kernel(kernels.attention, kernels.block_size)
         self.loss, self.loss_why = _choose_loss(kernels.loss)
-        self.remat = remat
+        self.remat = remat or RematConfig()
         self.options = StepOptions()
         self._watches_preemption = False
         check_loop_requirements()
@@ -173,7 +174,8 @@ class XlaBackend:
     def _shard_layer_output(self, name: str, out: Tensor) -> Tensor:
         full = f"model.layers.0.{name}" if name else "model.layers.0"
         spec = self.table.find(self.table.activations, full)
-        return out if spec is None else constrain(out, self.mesh, spec)
+        # A log-sum-exp has the dims of attention's result but the last.
+        return out if spec is None else constrain(out, self.mesh, spec[: out.dim()])
 
     def _shard_layer_gradient(self, name: str, gradient: Tensor) -> Tensor:
         spec = self.table.find(self.table.parameters, f"model.layers.0.{name}")

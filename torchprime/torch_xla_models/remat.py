@@ -1,10 +1,10 @@
 """Passes over the stack of layers: scan, rematerialization, backward barriers.
 
 All three replace the container or wrap its members; the layers are unchanged. Scan and remat share
-one mechanism: a function that runs a layer, stores some of the values its backward needs, and in
-the backward traces the layer again, fetching stored values and recomputing the rest. Since XLA
-tensors are lazy, a fetched value makes the code that would recompute it dead: storing the
-outputs of the matrix products saves all but the attention scores, storing nothing is full remat.
+one mechanism: a function that runs a layer, stores the tensors that the config names, and in the
+backward traces the layer again, fetching stored values and recomputing the rest. Since XLA tensors
+are lazy, a fetched value makes the code that would recompute it dead: storing the outputs of the
+matrix products saves all but the attention scores, storing nothing is full remat.
 
 Scan holds each parameter of all layers in one stacked tensor [layers, ...] and loops over it on the
 device, so that compile time does not grow with depth and no per-step stacking is paid.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
@@ -27,9 +26,10 @@ from torch_xla.experimental.scan import _scan_impl_flat
 from torch_xla.experimental.stablehlo_custom_call import place_to_device, place_to_host
 
 from torchprime.adapters.dropout import CounterDropout, set_position
+from torchprime.config.sections.remat import LAYER_INPUT, NAMES, RematConfig
 from torchprime.counter_bits import Position
 from torchprime.errors import ConfigError
-from torchprime.models.decoder import CausalLM, LayerContext
+from torchprime.models.decoder import NAMED_OUTPUTS, CausalLM, LayerContext
 from torchprime.torch_xla_models.linear import XlaLinear
 
 STACKED = "stacked"
@@ -49,17 +49,12 @@ def device_loop(
     return _scan_impl_flat(body, list(carry), list(xs), reverse=reverse)
 
 
-# Outputs of a layer that its backward does not recompute: those of its matrix products. The norms,
-# activations and attention probabilities between them are recomputed from these.
-KEPT: tuple[str, ...] = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.core",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-)
+def modules_of(name: str, layer: nn.Module) -> list[str]:
+    """Return the modules of a layer whose outputs are kept for a name. An attention kernel has one
+    for each result that its backward needs."""
+    module = NAMED_OUTPUTS[name]
+    parts = [f"{module}.{part}" for part, _ in layer.get_submodule(module).named_children()]
+    return parts if name == "core_out" and parts else [module]
 
 
 class _Fetched(torch.autograd.Function):
@@ -81,8 +76,7 @@ class LayerRunner:
 
     Args:
         template: the layer whose code is run, with weights given in the call.
-        policy: `none` keeps the outputs of KEPT for the backward, `full` only the layer's input,
-            `offload` the same in the host's memory (`ScannedLayers` on a TPU; else as `full`).
+        remat: the tensors that are kept for the backward, and those of them in the host's memory.
         shard_gradient: annotates the gradient of a weight, by its name in the layer.
         shard_output: annotates a module's output, by its name in the layer ("" for the layer's
             own).
@@ -91,7 +85,7 @@ class LayerRunner:
     def __init__(
         self,
         template: nn.Module,
-        policy: str,
+        remat: RematConfig,
         shard_gradient: Callable[[str, Tensor], Tensor],
         shard_output: Callable[[str, Tensor], Tensor],
     ) -> None:
@@ -100,9 +94,14 @@ class LayerRunner:
         named = dict(template.named_parameters())
         self.names = list(named)
         self.trained = [parameter.requires_grad for parameter in named.values()]
-        self.kept_names = KEPT if policy == "none" else ()
         # A CPU's virtual devices are in host memory already, and do not know the annotation.
-        self.offload = policy == "offload" and xr.device_type() == "TPU"
+        away = remat.offloaded if xr.device_type() == "TPU" else ()
+        names = [name for name in NAMES[1:] if name not in remat.recomputed]
+        kept = [(module, name) for name in names for module in modules_of(name, template)]
+        self.kept_names = [module for module, _ in kept]
+        # The module by which an output is annotated: the core's for each of its results.
+        self.owners = {module: NAMED_OUTPUTS[name] for module, name in kept}
+        self.offloaded = [name in away for name in (LAYER_INPUT, *(name for _, name in kept))]
 
     def call(self, x: Tensor, weights: Sequence[Tensor], context: LayerContext) -> Tensor:
         """Return the layer's output, called normally."""
@@ -116,7 +115,7 @@ class LayerRunner:
         outputs: dict[str, Tensor] = {}
 
         def keep(name: str, out: Tensor) -> Tensor:
-            outputs[name] = self.shard_output(name, out)
+            outputs[name] = self.shard_output(self.owners[name], out)
             return outputs[name]
 
         with torch.no_grad(), self._on_outputs(keep):
@@ -137,7 +136,7 @@ class LayerRunner:
         values = dict(zip(self.kept_names, kept[1:], strict=True))
 
         def fetch(name: str, out: Tensor) -> Any:
-            return _Fetched.apply(out, self.shard_output(name, values[name]))
+            return _Fetched.apply(out, self.shard_output(self.owners[name], values[name]))
 
         with torch.enable_grad(), self._on_outputs(fetch):
             out = self.call(x, leaves, context)
@@ -145,6 +144,16 @@ class LayerRunner:
             grad_x, *grad_weights = torch.autograd.grad(out, [x, *trained], grad)
         pairs = zip(compress(self.names, self.trained), grad_weights, strict=True)
         return grad_x, [self.shard_gradient(name, g) for name, g in pairs]
+
+    def put_away(self, kept: Sequence[Tensor]) -> list[Tensor]:
+        """Return what `forward` kept, with some of it moved to the host's memory."""
+        pairs = zip(kept, self.offloaded, strict=True)
+        return [place_to_host(tensor) if away else tensor for tensor, away in pairs]
+
+    def fetch_back(self, kept: Sequence[Tensor]) -> list[Tensor]:
+        """Return what `put_away` returned, on the device."""
+        pairs = zip(kept, self.offloaded, strict=True)
+        return [place_to_device(tensor) if away else tensor for tensor, away in pairs]
 
     def for_each(self, gradients: Sequence[Tensor]) -> list[Tensor | None]:
         """Return a gradient for each weight, None for a frozen one, from those of `backward`."""
@@ -171,31 +180,33 @@ class LayerRunner:
 
 
 class _Remat(torch.autograd.Function):
-    """One layer whose activations are recomputed in the backward."""
+    """One layer whose backward recomputes what is not kept."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx, runner: LayerRunner, barrier: bool, context: LayerContext, x: Tensor, *weights: Tensor
     ):
         ctx.runner, ctx.barrier, ctx.context = runner, barrier, context
-        ctx.save_for_backward(x, *weights)
-        return runner.forward(x, weights, context)[0]
+        out, kept = runner.forward(x, weights, context)
+        ctx.size = len(kept)
+        ctx.save_for_backward(*kept, *weights)
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        x, *weights = ctx.saved_tensors
+        kept, weights = ctx.saved_tensors[: ctx.size], ctx.saved_tensors[ctx.size :]
         # Behind the barrier the compiler can't recognize that this forward was computed before, and
         # so does not keep the first one's activations alive to reuse them.
-        behind = [t.clone() for t in (x, grad)]
-        xm.optimization_barrier_(behind)
-        grad_x, grad_weights = ctx.runner.backward([behind[0]], weights, ctx.context, behind[1])
+        *behind, grad = (t.clone() for t in (*kept, grad))
+        xm.optimization_barrier_([*behind, grad])
+        grad_x, grad_weights = ctx.runner.backward(behind, weights, ctx.context, grad)
         if ctx.barrier:
             xm.optimization_barrier_([grad_x, *grad_weights])
         return None, None, None, grad_x, *ctx.runner.for_each(grad_weights)
 
 
 class RematLayer(nn.Module):
-    """A layer under full remat; its parameters keep their names."""
+    """A layer under remat; its parameters keep their names."""
 
     def __init__(self, layer: nn.Module, runner: LayerRunner, barrier: bool) -> None:
         super().__init__()
@@ -224,7 +235,7 @@ class _Scan(torch.autograd.Function):
             h, *rest = carry
             with _positioned(runner.template, rest, ctx.has_position) as context:
                 out, kept = runner.forward(h, weights, context)
-            return [out, *rest], [place_to_host(t) for t in kept] if runner.offload else kept
+            return [out, *rest], runner.put_away(kept)
 
         carry, kept = device_loop(body, [x, *flat], stacked)
         ctx.save_for_backward(*flat, *kept, *stacked)
@@ -240,8 +251,7 @@ class _Scan(torch.autograd.Function):
 
         def body(carry: Sequence[Tensor], xs: Sequence[Tensor]):
             g, *rest = carry
-            kept, weights = xs[:kept_size], xs[kept_size:]
-            kept = [place_to_device(t) for t in kept] if runner.offload else kept
+            kept, weights = runner.fetch_back(xs[:kept_size]), xs[kept_size:]
             with _positioned(runner.template, rest, ctx.has_position) as context:
                 grad_x, grad_weights = runner.backward(kept, weights, context, g)
             return [grad_x, *rest], grad_weights
@@ -368,30 +378,9 @@ def _check_equal(layers: Sequence[nn.Module]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Remat:
-    """Rematerialization of a stack of layers.
-
-    Attributes:
-        policy: `none` keeps activations, `full` keeps only each layer's input, `offload` keeps
-            it in the host's memory (scanned, on a TPU).
-        scan_layers: one loop over stacked parameters instead of unrolled layers.
-        optimization_barrier: unrolled only (a loop's iterations are apart anyway): the backward of
-            a layer ends before the next one's begins, so that gradients of all layers are not held
-            to be reduced together.
-    """
-
-    policy: str = "none"
-    scan_layers: bool = False
-    optimization_barrier: bool = False
-
-
-NO_REMAT = Remat()
-
-
 def apply_remat(
     model: CausalLM,
-    remat: Remat,
+    remat: RematConfig,
     *,
     shard_gradient: Callable[[str, Tensor], Tensor],
     shard_output: Callable[[str, Tensor], Tensor],
@@ -408,14 +397,14 @@ def apply_remat(
     assert isinstance(layers, nn.ModuleList)
 
     def runner(layer: nn.Module) -> LayerRunner:
-        return LayerRunner(layer, remat.policy, shard_gradient, shard_output)
+        return LayerRunner(layer, remat, shard_gradient, shard_output)
 
     if remat.scan_layers:
         model.model.layers = ScannedLayers(list(layers), runner(layers[0]))
         return
     input_has_gradient = model.model.embed_tokens.weight.requires_grad
     for index, layer in enumerate(layers):
-        if remat.policy != "none":
+        if not remat.keeps_everything:
             layers[index] = RematLayer(layer, runner(layer), remat.optimization_barrier)
         elif remat.optimization_barrier and input_has_gradient:
             layer.register_full_backward_hook(_barrier_after)

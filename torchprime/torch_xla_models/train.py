@@ -24,17 +24,15 @@ def make_backend(config: TrainConfig, **more: Any):
     """
     # late: importing torch_xla fixes the device and the number of virtual devices
     from torchprime.torch_xla_models.backend import Kernels, XlaBackend
-    from torchprime.torch_xla_models.remat import Remat
 
     kernels = Kernels(
         config.model.attention_kernel, config.task.loss_kernel, config.dataset.block_size
     )
-    remat = Remat(config.remat.policy, config.remat.scan_layers, config.remat.optimization_barrier)
     return XlaBackend(
         {axis: getattr(config.ici_mesh, axis) for axis in AXES},
         {axis: getattr(config.dcn_mesh, axis) for axis in AXES},
         kernels=kernels,
-        remat=remat,
+        remat=config.remat,
         full_precision=config.torch_dtype == "float32",
         compile_cache=None if config.compile_only or config.dry_run else config.compile_cache,
         **more,

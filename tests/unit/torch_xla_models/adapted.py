@@ -23,13 +23,13 @@ from torchprime.adapters.quantized import quantize_base
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.config.compose import compose_config
 from torchprime.config.schema import AXES
+from torchprime.config.sections.remat import RematConfig
 from torchprime.counter_bits import Position
 from torchprime.data.blocks.batch import Batch
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models.backend import XlaBackend
-from torchprime.torch_xla_models.remat import Remat
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.adamw import AdamW
 from torchprime.training.regularization.near_base import Kl
@@ -80,7 +80,7 @@ class Way:
         return of
 
 
-_SCAN = Remat("full", scan_layers=True)
+_SCAN = RematConfig(policy="full", scan_layers=True)
 _FEW = ("q_proj", "down_proj")  # a mask's operations take long to compile
 
 WAYS = {
@@ -93,19 +93,19 @@ WAYS = {
     "nf4-dora-scan-tensor": Way(
         {"fsdp": 2, "tensor": 2},
         AdapterSpec(rank=4, alpha=8, dora=True, targets=_FEW, base_type="nf4"),
-        more={"remat": Remat(scan_layers=True)},
+        more={"remat": RematConfig(scan_layers=True)},
     ),
     "kl-dropout-scan-accumulate2": Way(
         {"fsdp": 2, "tensor": 2},
         AdapterSpec(rank=4, alpha=8, dropout=0.1, targets=_FEW),
         accumulation=2,
-        more={"remat": Remat(scan_layers=True)},
+        more={"remat": RematConfig(scan_layers=True)},
         kl=Kl(reference.COEFFICIENT, "all"),
     ),
     "kl-nf4-remat": Way(
         {"data": 2, "fsdp": 2},
         AdapterSpec(rank=4, alpha=8, targets=_FEW, base_type="nf4"),
-        more={"remat": Remat("full")},
+        more={"remat": RematConfig(policy="full")},
         kl=Kl(reference.COEFFICIENT, "supervised"),
     ),
     "nf4-dora-tensor": Way(
@@ -121,12 +121,12 @@ WAYS = {
     "lora-barrier": Way(
         {"fsdp": 4},
         AdapterSpec(rank=4, alpha=8, targets=_FEW),
-        more={"remat": Remat(optimization_barrier=True)},
+        more={"remat": RematConfig(optimization_barrier=True)},
     ),
     "lora-scan-tensor": Way(
         {"fsdp": 2, "tensor": 2},
         AdapterSpec(rank=4, alpha=8),
-        more={"remat": Remat(scan_layers=True)},
+        more={"remat": RematConfig(scan_layers=True)},
         cut_further=True,
     ),
     "int8-dora-dropout-accumulate2": Way(
@@ -143,12 +143,12 @@ WAYS = {
     "nf4-remat": Way(
         {"data": 2, "fsdp": 2},
         AdapterSpec(rank=4, alpha=8, targets=_FEW, base_type="nf4"),
-        more={"remat": Remat("full")},
+        more={"remat": RematConfig(policy="full")},
     ),
     "some-layers-remat-barrier": Way(
         {"fsdp": 4},
         AdapterSpec(rank=4, alpha=8, dropout=0.1, layers=(1,), modules_to_train=("embed_tokens",)),
-        more={"remat": Remat("full", optimization_barrier=True)},
+        more={"remat": RematConfig(policy="full", optimization_barrier=True)},
     ),
 }
 

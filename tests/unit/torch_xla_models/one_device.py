@@ -15,11 +15,11 @@ import answers  # noqa: E402
 import torch  # noqa: E402
 
 from torchprime.config.compose import compose_config  # noqa: E402
+from torchprime.config.sections.remat import RematConfig  # noqa: E402
 from torchprime.models.architecture import architecture_from_hf  # noqa: E402
 from torchprime.models.decoder import CausalLM  # noqa: E402
 from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_xla_models.backend import XlaBackend  # noqa: E402
-from torchprime.torch_xla_models.remat import Remat  # noqa: E402
 
 
 def main(out: Path, names: list[str]) -> None:
@@ -29,7 +29,7 @@ def main(out: Path, names: list[str]) -> None:
     for name in names:
         weights = dict(answers.make_model(name).named_parameters())
         ones = dict.fromkeys(AXES, 1)
-        backend = XlaBackend(ones, ones, remat=Remat(scan_layers=name == "qwen3"))
+        backend = XlaBackend(ones, ones, remat=RematConfig(scan_layers=name == "qwen3"))
         with torch.device("meta"):
             model = CausalLM(architecture_from_hf(answers.CONFIGS[name].to_dict()))
         backend.place(model, table, lambda n, w=weights: w[n].detach(), torch.float32)

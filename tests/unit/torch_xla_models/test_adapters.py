@@ -22,6 +22,7 @@ from torchprime.adapters import int8, nf4
 from torchprime.adapters.apply import trainable
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.config.schema import AXES
+from torchprime.config.sections.remat import RematConfig
 from torchprime.counter_bits import kept
 from torchprime.errors import ConfigError
 from torchprime.generation.decode import GenerateOptions
@@ -29,7 +30,7 @@ from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.compile.tracing import BatchShape, Placeholders, trace_step
 from torchprime.torch_xla_models.linear import turned
-from torchprime.torch_xla_models.remat import Remat, ScannedLayers
+from torchprime.torch_xla_models.remat import ScannedLayers
 from torchprime.training.backend import ResumedState
 from torchprime.training.optim.adamw import AdamW
 
@@ -203,7 +204,7 @@ def test_a_step_compiled_ahead_holds_every_weight_and_writes_over_state_alone(
 
 def test_a_scan_over_layers_that_differ(shipped_table) -> None:
     spec = AdapterSpec(rank=4, alpha=8, layers=(1,))
-    way = adapted.Way({"fsdp": 4}, spec, more={"remat": Remat(scan_layers=True)})
+    way = adapted.Way({"fsdp": 4}, spec, more={"remat": RematConfig(scan_layers=True)})
     model = adapted.make_model(way, shipped_table)
     message = r"remat.scan_layers: .*layer 0 and layer 1 in mlp.down_proj.*scan_layers=false"
     with pytest.raises(ConfigError, match=message):

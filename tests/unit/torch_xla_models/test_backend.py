@@ -13,35 +13,37 @@ import reference
 import torch
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from torchprime.config.sections.remat import RematConfig
 from torchprime.errors import ConfigError
 from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.backend import Kernels, XlaBackend
-from torchprime.torch_xla_models.remat import Remat
 from torchprime.training.optim.adamw import AdamW
 
 WAYS = {
     "fsdp4": dict(mesh={"fsdp": 4}, options={"num_sources": 2}),
     "fsdp2-tensor2-tied": dict(mesh={"fsdp": 2, "tensor": 2}, tied=True),
     "data2-fsdp2-accumulate2": dict(mesh={"data": 2, "fsdp": 2}, accumulation=2),
-    "fsdp4-remat-barrier": dict(mesh={"fsdp": 4}, remat=Remat("full", optimization_barrier=True)),
-    "scan": dict(mesh={"fsdp": 2, "tensor": 2}, remat=Remat(scan_layers=True)),
+    "fsdp4-remat-barrier": dict(
+        mesh={"fsdp": 4}, remat=RematConfig(policy="attention", optimization_barrier=True)
+    ),
+    "scan": dict(mesh={"fsdp": 2, "tensor": 2}, remat=RematConfig(scan_layers=True)),
     "scan-remat-accumulate2": dict(
         mesh={"fsdp": 4},
-        remat=Remat("full", scan_layers=True),
+        remat=RematConfig(policy="full", scan_layers=True),
         accumulation=2,
         options={"num_sources": 2},
     ),
     "ewc-scan-tied-accumulate2": dict(
         mesh={"fsdp": 2, "tensor": 2},
         tied=True,
-        remat=Remat(scan_layers=True),
+        remat=RematConfig(scan_layers=True),
         accumulation=2,
         term="ewc",
     ),
     "kl-scan-remat-tied-accumulate2": dict(
         mesh={"fsdp": 2, "tensor": 2},
         tied=True,
-        remat=Remat("full", scan_layers=True),
+        remat=RematConfig(policy="full", scan_layers=True),
         accumulation=2,
         options={"num_sources": 2},
         term="kl-all",

@@ -7,12 +7,14 @@ import reference
 import torch
 from halfway import HALF, resumed, run, same, whole
 
-from torchprime.torch_xla_models.remat import Remat
+from torchprime.config.sections.remat import RematConfig
 from torchprime.training.optim.adafactor import Adafactor
 
 FSDP4 = dict(mesh={"fsdp": 4})
 CUT_BOTH_WAYS = dict(mesh={"fsdp": 2, "tensor": 2})
-SCANNED = dict(mesh={"data": 2, "fsdp": 2}, remat=Remat("full", scan_layers=True), accumulation=2)
+SCANNED = dict(
+    mesh={"data": 2, "fsdp": 2}, remat=RematConfig(policy="full", scan_layers=True), accumulation=2
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,9 @@ def test_another_way_goes_on(before: dict, after: dict, make_backend, halves) ->
 @pytest.mark.slow
 def test_masters_and_factored_state(make_backend) -> None:
     """bf16 weights with fp32 copies, row and column means of a stack."""
-    way = dict(mesh={"fsdp": 2, "tensor": 2}, remat=Remat(scan_layers=True), dtype=torch.bfloat16)
+    way = dict(
+        mesh={"fsdp": 2, "tensor": 2}, remat=RematConfig(scan_layers=True), dtype=torch.bfloat16
+    )
     first = make_backend(**way, optimizer=Adafactor())
     run(first, range(HALF))
     tensors = whole(first)

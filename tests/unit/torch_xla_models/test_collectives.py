@@ -23,12 +23,12 @@ from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM, initial_tensor
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models.backend import XlaBackend
-from torchprime.torch_xla_models.remat import Remat
+from torchprime.config.sections.remat import RematConfig
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim.adamw import AdamW
 
 axes = dict(data=1, fsdp=2, expert=1, context=1, tensor=1)
-backend = XlaBackend(axes, dict.fromkeys(axes, 1), remat=Remat(scan_layers=True))
+backend = XlaBackend(axes, dict.fromkeys(axes, 1), remat=RematConfig(scan_layers=True))
 with torch.device("meta"):
     model = CausalLM(architecture_from_hf(reference.CONFIG.to_dict()))
 shapes = {{n: p.shape for n, p in model.named_parameters()}}

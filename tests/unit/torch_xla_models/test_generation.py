@@ -15,18 +15,18 @@ import torch
 import torch_xla
 
 from torchprime.config.schema import AXES
+from torchprime.config.sections.remat import RematConfig
 from torchprime.errors import DataError
 from torchprime.generation.decode import Answer, gumbel_noise, sampling_tensors
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_xla_models.backend import XlaBackend
-from torchprime.torch_xla_models.remat import Remat
 
 WAYS = {
     "llama-tied": dict(mesh={"fsdp": 2, "tensor": 2}),
     "qwen2": dict(mesh={"tensor": 4}),  # more than there are kv heads
-    "qwen3": dict(mesh={"fsdp": 2, "tensor": 2}, remat=Remat(scan_layers=True)),
-    "mistral": dict(mesh={"data": 2, "fsdp": 2}, remat=Remat("full")),
+    "qwen3": dict(mesh={"fsdp": 2, "tensor": 2}, remat=RematConfig(scan_layers=True)),
+    "mistral": dict(mesh={"data": 2, "fsdp": 2}, remat=RematConfig(policy="full")),
 }
 
 
@@ -106,7 +106,9 @@ def test_training_goes_on_as_if_nothing_was_generated(scan, make_backend, refere
     """The third step has to be the first one's program: if generation took weights for something
     else, torch_xla would no longer update them in place."""
     own = {"max_grad_value": 1e6}  # clips nothing; but no other test has this program compiled
-    backend = make_backend({"fsdp": 2, "tensor": 2}, remat=Remat(scan_layers=scan), options=own)
+    backend = make_backend(
+        {"fsdp": 2, "tensor": 2}, remat=RematConfig(scan_layers=scan), options=own
+    )
     expected = reference_runs[False]["losses"]
     given = answers.options(max_length=80, batch_size=8)
     prompts = [[t % reference.V for t in p] for p in answers.prompts((3, 20))]

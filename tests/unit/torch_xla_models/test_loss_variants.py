@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import variants
 
-from torchprime.torch_xla_models.remat import Remat
+from torchprime.config.sections.remat import RematConfig
 
 WAYS: dict[str, dict[str, Any]] = {
     "fsdp4-accumulate2": {"mesh": {"fsdp": 4}, "accumulation": 2},
@@ -41,7 +41,7 @@ def test_a_step_is_the_one_of_a_loop_over_examples(name: str, way: str, make_bac
     "way",
     [
         pytest.param({"mesh": {"fsdp": 4}, "accumulation": 2}, marks=[pytest.mark.slow]),
-        {"mesh": {"fsdp": 2, "tensor": 2}, "remat": Remat("full", scan_layers=True)},
+        {"mesh": {"fsdp": 2, "tensor": 2}, "remat": RematConfig(policy="full", scan_layers=True)},
     ],
     ids=["fsdp4-accumulate2", "fsdp2-tensor2-scan"],
 )

@@ -13,14 +13,14 @@ import torch
 from halfway import HALF, resumed, run, same, whole
 from small_optimizers import EMA_DECAY, GROUPS, small_optimizer
 
-from torchprime.torch_xla_models.remat import Remat
+from torchprime.config.sections.remat import RematConfig
 from torchprime.training.optim.ema import WithEma
 from torchprime.training.optim.groups import grouped
 
 WAYS: dict[str, dict[str, Any]] = {
     "fsdp4": dict(mesh={"fsdp": 4}),
     "fsdp2-tensor2": dict(mesh={"fsdp": 2, "tensor": 2}),
-    "scan": dict(mesh={"fsdp": 2, "tensor": 2}, remat=Remat(scan_layers=True)),
+    "scan": dict(mesh={"fsdp": 2, "tensor": 2}, remat=RematConfig(scan_layers=True)),
 }
 FAST = {("muon", "scan"), ("adamw_8bit", "fsdp4")}
 CASES = [

@@ -232,7 +232,7 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
         rows=config.task.micro_batch_size // (mesh["data"] * mesh["fsdp"]),
         accumulation=config.task.gradient_accumulation_steps,
         loss_chunks=config.task.loss_chunks,
-        full_remat=config.remat.recomputes,
+        recomputed=config.remat.recomputed,
         dora=adapter is not None and adapter.spec.dora,
         dropout=adapter is not None and adapter.spec.dropout > 0,
     )

@@ -31,9 +31,13 @@ def changes(config: TrainConfig, rows: int, *, scannable: bool = True) -> Iterat
     """
     mesh = config.ici_mesh
     scanned = config.remat.scan_layers
-    same: Change = {} if config.remat.recomputes else {"remat.policy": "full"}
-    if scannable and not scanned:
-        same["remat.scan_layers"] = True
+    loop: Change = {"remat.scan_layers": True} if scannable and not scanned else {}
+    changed_names = [key for key in ("save", "recompute") if getattr(config.remat, key)]
+    same: Change = {**loop, **{f"remat.{key}": [] for key in changed_names}}
+    if config.remat.policy not in ("full", "offload"):
+        if config.remat.policy != "attention":
+            yield {**loop, "remat.policy": "attention"}
+        same["remat.policy"] = "full"
     if same:
         yield same
     if mesh.data > 1:

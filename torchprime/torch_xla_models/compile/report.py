@@ -109,7 +109,7 @@ def _known_arrays(s: Sizes) -> Iterator[tuple[tuple[int, ...], str]]:
     yield (s.rows, chunk, vocab), f"logits of one loss chunk, or their gradient ({fewer})"
     yield (s.rows, chunk, s.hidden), "hidden states of one loss chunk"
     yield (vocab, s.hidden), "the whole embedding or output weight, or its gradient"
-    hint = "" if s.full_remat else " (remat=scan_full keeps less)"
+    hint = "" if s.recomputed else " (remat=scan_full keeps less)"
     for shape, what in (
         ((s.rows, s.block_size, s.hidden), "hidden states"),
         ((s.rows, s.block_size, ffn), "MLP activations"),

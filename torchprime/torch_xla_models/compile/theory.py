@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from torchprime.models.decoder import NAMED_OUTPUTS
+
 Shape = tuple[int, ...]
 
 
@@ -67,7 +69,7 @@ class Sizes:
     rows: int  # blocks of a micro-batch on one chip
     accumulation: int
     loss_chunks: int
-    full_remat: bool
+    recomputed: tuple[str, ...]  # of the tensors that remat names
     dora: bool = False
     dropout: bool = False
 
@@ -98,8 +100,8 @@ def traffic_in_theory(s: Sizes) -> dict[str, int]:
     reduces and scatters its gradient, for every micro-batch. A frozen weight has no gradient, and a
     frozen embedding or output weight is not needed in the backward. Gradients of adapter matrices
     that are whole on every chip are summed. Tensor parallelism sums hidden states after attention
-    and MLP, forward and backward, and with full remat after attention once more. Copies along data
-    sum their parts of the gradients.
+    and MLP, forward and backward, and after attention once more if that is recomputed. Copies along
+    data sum their parts of the gradients.
     """
     cut = {name: w for name, w in s.weights.items() if w.pieces > 1}
     once = sum(w.gathered for w in cut.values())
@@ -108,7 +110,7 @@ def traffic_in_theory(s: Sizes) -> dict[str, int]:
     whole = [w for w in s.trained() if w.pieces == 1 and len(w.shape) == 2]
     summed = s.trained() if s.data > 1 else whole if s.fsdp > 1 else []
     hidden = s.tokens * s.hidden * s.weight_bytes
-    sums = (5 if s.full_remat else 4) * s.layers * hidden if s.tensor > 1 else 0
+    sums = (5 if "attn_out" in s.recomputed else 4) * s.layers * hidden if s.tensor > 1 else 0
     return {
         "all-gather": s.accumulation * (once + again),
         "reduce-scatter": s.accumulation * gradients,
@@ -120,8 +122,8 @@ def products_in_theory(s: Sizes) -> int:
     """Return the operations of one chip in products with weights in one step, by formula.
 
     Each weight and token takes two forward, two for the gradient of the product's input, and two
-    for the weight's own gradient if it is trained. Full remat recomputes all of a layer but its
-    last product, which is not needed: two more. DoRA needs that too, for the gradient of its
+    for the weight's own gradient if it is trained, and two more if remat recomputes it. A layer's
+    last product is not needed again. DoRA needs that too, for the gradient of its
     magnitude, and computes the norm of each merged weight once per pass and micro-batch.
     """
     per_token = sum(passes * size for size, passes in _products(s))
@@ -138,7 +140,7 @@ def _products(s: Sizes) -> Iterator[tuple[int, int]]:
         if len(shape) != 2 or looked_up:
             continue
         layer = name.removesuffix(".weight")
-        again = s.full_remat and ".layers." in name
+        again = ".layers." in name and _is_recomputed(s, layer)
         dora = s.dora and layer in adapted
         last = name.endswith(".down_proj.weight") and not dora
         passes = 4 + 2 * (name in whole) + 2 * (again and not last)
@@ -147,14 +149,23 @@ def _products(s: Sizes) -> Iterator[tuple[int, int]]:
     for name, weight in s.weights.items():
         if ".lora_A." in name or ".lora_B." in name:
             last = name.endswith(".down_proj.lora_B.weight") and not s.dora
-            yield weight.size, 6 + 2 * (s.full_remat and not last)
+            layer = name.partition(".lora_")[0]
+            yield weight.size, 6 + 2 * (not last and _is_recomputed(s, layer))
+
+
+def _is_recomputed(s: Sizes, layer: str) -> bool:
+    """Return True if the backward computes the output of this linear layer again; that of the last
+    one follows the one before."""
+    names = {module: name for name, module in NAMED_OUTPUTS.items()}
+    inside = layer.split(".layers.")[-1].partition(".")[2]
+    return names.get(inside, "up") in s.recomputed
 
 
 def _norms(s: Sizes) -> int:
     """Return the operations of the products B A whose norms DoRA needs, of the whole model."""
     if not s.dora:
         return 0
-    passes = 2 if s.full_remat else 1
+    passes = 2 if s.recomputed else 1
     ranks = {
         name.partition(".lora_A.")[0]: weight.shape[0]
         for name, weight in s.weights.items()

@@ -7,8 +7,6 @@ and nothing else again.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
@@ -23,20 +21,20 @@ HEAD_AXIS = "tensor"
 
 
 class _Attend(torch.autograd.Function):
-    """Attention by our kernels."""
+    """Attention whose forward was computed by our kernel, for the backward by the other."""
 
     @staticmethod
-    def forward(ctx, setup: calls.Setup, *given: Tensor):  # type: ignore[override]
-        found = call_jax(calls.attend, (Inputs(*given), setup), {}, "splash_forward")
+    def forward(ctx, setup: calls.Setup, out: Tensor, log_sum_exp: Tensor, *given: Tensor):  # type: ignore[override]
         ctx.setup = setup
-        ctx.save_for_backward(*given, *found)
-        return found[0]
+        ctx.save_for_backward(out, log_sum_exp, *given)
+        return out.clone()
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        *given, out, log_sum_exp = ctx.saved_tensors
+        out, log_sum_exp, *given = ctx.saved_tensors
         arguments = (Inputs(*given), out, log_sum_exp, grad.contiguous(), ctx.setup)
-        return None, *call_jax(calls.gradients, arguments, {}, "splash_backward"), None
+        gradients = call_jax(calls.gradients, arguments, {}, "splash_backward")
+        return None, None, None, *gradients, None
 
 
 class _AttendByJax(torch.autograd.Function):
@@ -80,6 +78,9 @@ class SplashAttention(nn.Module):
         self.head_shards = axis_sizes(mesh)[HEAD_AXIS]
         self.mesh, self.batch_axes = str(mesh), batch_axes
         self.by_jax, self.interpret = by_jax, interpret
+        # Named, so that remat can keep both results of the forward (remat.py).
+        if not by_jax:
+            self.out, self.log_sum_exp = nn.Identity(), nn.Identity()
 
     def prepare(self, segment_ids: Tensor) -> Tensor:
         """Return int32 [B, 2, S] for segment_ids [B, S]: the ids, and for each position the first
@@ -112,5 +113,9 @@ class SplashAttention(nn.Module):
             k, v = (t.repeat_interleave(repeats, dim=1) for t in (k, v))
         q, k, v = ((q * self.scale).contiguous(), k.contiguous(), v.contiguous())
         setup = self.setup(q.shape[2], q.element_size())
-        kernels: Any = _AttendByJax if self.by_jax else _Attend
-        return kernels.apply(setup, q, k, v, prepared)  # type: ignore[no-any-return]
+        if self.by_jax:
+            return _AttendByJax.apply(setup, q, k, v, prepared)  # type: ignore[no-any-return]
+        given = Inputs(q.detach(), k.detach(), v.detach(), prepared)
+        out, log_sum_exp = call_jax(calls.attend, (given, setup), {}, "splash_forward")
+        out, log_sum_exp = self.out(out), self.log_sum_exp(log_sum_exp)
+        return _Attend.apply(setup, out, log_sum_exp, q, k, v, prepared)  # type: ignore[no-any-return]

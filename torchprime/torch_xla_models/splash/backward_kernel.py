@@ -1,11 +1,10 @@
 """The backward of attention as one Pallas kernel for a TPU.
 
-For one row of a batch it computes the gradients of queries, keys and values in one pass over the
-scores, each computed once (FlashAttention-2, arXiv:2307.08691, algorithm 2). A kv head's keys,
-values and their fp32 gradients stay in the chip's vector memory while all query heads of its group
-pass by, so no partial gradient goes to HBM, keys and values are not repeated, and dq has one
-rounding. jax's own backward writes dq once per block of keys, in the dtype of q, and adds them up
-later.
+It computes the gradients of queries, keys and values in one pass over the scores, each computed
+once (FlashAttention-2, arXiv:2307.08691, algorithm 2). A kv head's keys, values and their fp32
+gradients stay in the chip's vector memory while all query heads of its group pass by, so no partial
+gradient goes to HBM, keys and values are not repeated, and dq has one rounding. jax's own backward
+writes dq once per block of keys, in the dtype of q, and adds them up later.
 
 Keys that no query of a block can see are not computed: later ones, those before its earliest
 segment's first position, and those outside the window.
@@ -61,46 +60,47 @@ class _Refs(NamedTuple):
 def backward(
     given: Inputs, out: jax.Array, log_sum_exp: jax.Array, grad: jax.Array, options: KernelOptions
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the gradients of q, k and v of one row.
+    """Return the gradients of q, k and v.
 
     Args:
-        out, grad: [H, S, h], the forward's result and its gradient.
-        log_sum_exp: [H, S], fp32, of each query's scores.
+        out, grad: [B, H, S, h], the forward's result and its gradient.
+        log_sum_exp: [B, H, S], fp32, of each query's scores.
     """
     q, k, v, segments = given
     blocks = options.blocks
-    H, S, h = q.shape
-    K, group = k.shape[0], H // k.shape[0]
+    B, H, S, h = q.shape
+    K, group = k.shape[1], H // k.shape[1]
     spans, steps = S // blocks.span, S // blocks.queries
     delta = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1)
 
-    def of_queries(span, head, member, step, *_):
-        return head * group + member, step, 0
+    def of_queries(row, span, head, member, step, *_):
+        return row, head * group + member, step, 0
 
-    def of_rows(span, head, member, step, *_):
-        return head * group + member, 0, step
+    def of_results(row, span, head, member, step, *_):
+        return row, head * group + member, 0, step
 
-    def of_keys(span, head, *_):
-        return head, span, 0
+    def of_parts(row, span, head, member, step, *_):
+        return span, row, head * group + member, step, 0
 
-    queries = pl.BlockSpec((None, blocks.queries, h), of_queries)
-    row = pl.BlockSpec((None, 1, blocks.queries), of_rows)
-    keys = pl.BlockSpec((None, blocks.span, h), of_keys)
-    query_ids = pl.BlockSpec((1, blocks.queries), lambda span, head, member, step, *_: (0, step))
-    key_ids = pl.BlockSpec((blocks.span, LANES), lambda span, *_: (span, 0))
-    partial_dq = pl.BlockSpec(
-        (None, None, blocks.queries, h),
-        lambda span, head, member, step, *_: (span, head * group + member, step, 0),
+    queries = pl.BlockSpec((None, None, blocks.queries, h), of_queries)
+    results = pl.BlockSpec((None, None, 1, blocks.queries), of_results)
+    parts = pl.BlockSpec((None, None, None, blocks.queries, h), of_parts)
+    keys = pl.BlockSpec(
+        (None, None, blocks.span, h), lambda row, span, head, *_: (row, head, span, 0)
     )
+    query_ids = pl.BlockSpec(
+        (None, 1, blocks.queries), lambda row, span, head, member, step, *_: (row, 0, step)
+    )
+    key_ids = pl.BlockSpec((None, blocks.span, LANES), lambda row, span, *_: (row, span, 0))
     dq_dtype = q.dtype if spans == 1 else jnp.float32
     name = "splash_backward"
     kernel = pl.pallas_call(
         partial(_kernel, tile=tile_of(options), span=blocks.span, group=group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(spans, K, group, steps),
-            in_specs=[queries, keys, keys, query_ids, key_ids, row, row, queries],
-            out_specs=[partial_dq, keys, keys],
+            grid=(B, spans, K, group, steps),
+            in_specs=[queries, keys, keys, query_ids, key_ids, results, results, queries],
+            out_specs=[parts, keys, keys],
             scratch_shapes=[
                 pltpu.VMEM((h, blocks.queries), jnp.float32),
                 pltpu.VMEM((blocks.span, h), jnp.float32),
@@ -108,18 +108,18 @@ def backward(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((spans, H, S, h), dq_dtype),
+            jax.ShapeDtypeStruct((spans, *q.shape), dq_dtype),
             jax.ShapeDtypeStruct(k.shape, k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 4, vmem_limit_bytes=blocks.memory
+            dimension_semantics=("arbitrary",) * 5, vmem_limit_bytes=blocks.memory
         ),
         name=name,
         interpret=options.interpret,
     )
     first, ids, wide_ids = read_segments(segments, blocks.queries)
-    rows = (log_sum_exp[:, None, :], delta[:, None, :])
+    rows = (log_sum_exp[:, :, None], delta[:, :, None])
     with jax.named_scope(name):
         dq, dk, dv = kernel(first, q, k, v, ids, wide_ids, *rows, grad)
     whole = dq[0]
@@ -131,7 +131,8 @@ def backward(
 def _kernel(first: Any, *refs: Any, tile: Tile, span: int, group: int) -> None:
     """Add one block of queries of one head to the sums of a span."""
     r = _Refs(*refs)
-    part, member, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    row, part = pl.program_id(0), pl.program_id(1)
+    member, step = pl.program_id(3), pl.program_id(4)
 
     @pl.when((member == 0) & (step == 0))
     def _():
@@ -154,11 +155,11 @@ def _kernel(first: Any, *refs: Any, tile: Tile, span: int, group: int) -> None:
         r.dq_sum[...] += product(k, ds, FIRST_FIRST)
         return 0
 
-    low, high = tile.range(first[step], step, part * span, span)
+    low, high = tile.range(first[row, step], step, part * span, span)
     lax.fori_loop(low, high, body, 0)
     r.dq[...] = r.dq_sum[...].T.astype(r.dq.dtype)
 
-    @pl.when((member == group - 1) & (step == pl.num_programs(3) - 1))
+    @pl.when((member == group - 1) & (step == pl.num_programs(4) - 1))
     def _():
         r.dk[...] = r.dk_sum[...].astype(r.dk.dtype)
         r.dv[...] = r.dv_sum[...].astype(r.dv.dtype)

@@ -60,8 +60,8 @@ def attend(given: Inputs, setup: Setup) -> tuple[jax.Array, jax.Array]:
     """Return the result [B, H, S, h], and the log-sum-exp of each query's scores, [B, H, S] in
     fp32."""
     specs = _specs(setup)
-    row = partial(forward, options=setup.kernel)
-    return _on_mesh(row, setup, (specs.given,), (specs.wide, specs.flat))(given)
+    kernel = partial(forward, options=setup.kernel)
+    return _on_mesh(kernel, setup, (specs.given,), (specs.wide, specs.flat))(given)
 
 
 def gradients(
@@ -69,16 +69,16 @@ def gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of q, k and v from what `attend` returned and its gradient."""
     specs = _specs(setup)
-    row = partial(backward, options=setup.kernel)
+    kernel = partial(backward, options=setup.kernel)
     ins = (specs.given, specs.wide, specs.flat, specs.wide)
-    return _on_mesh(row, setup, ins, (specs.wide,) * 3)(given, out, log_sum_exp, grad)
+    return _on_mesh(kernel, setup, ins, (specs.wide,) * 3)(given, out, log_sum_exp, grad)
 
 
 def attend_by_jax(given: Inputs, setup: Setup) -> jax.Array:
     """Return the result [B, H, S, h] by jax's splash kernel."""
     specs = _specs(setup)
-    row = partial(_row_by_jax, options=setup.kernel)
-    return _on_mesh(row, setup, (specs.given,), specs.wide)(given)
+    rows = jax.vmap(partial(_row_by_jax, options=setup.kernel))
+    return _on_mesh(rows, setup, (specs.given,), specs.wide)(given)
 
 
 def gradients_by_jax(
@@ -94,7 +94,7 @@ def gradients_by_jax(
         return pull(grad)
 
     specs = _specs(setup)
-    return _on_mesh(row, setup, (specs.given, specs.wide), (specs.wide,) * 3)(given, grad)
+    return _on_mesh(jax.vmap(row), setup, (specs.given, specs.wide), (specs.wide,) * 3)(given, grad)
 
 
 def _specs(setup: Setup) -> Specs:
@@ -106,10 +106,10 @@ def _specs(setup: Setup) -> Specs:
     )
 
 
-def _on_mesh(row: Callable[..., Any], setup: Setup, ins: Any, outs: Any) -> Callable[..., Any]:
-    """Map a function of one row over the batch, on each device's shard."""
+def _on_mesh(kernel: Callable[..., Any], setup: Setup, ins: Any, outs: Any) -> Callable[..., Any]:
+    """Run a kernel on each device's shard of the batch and the heads."""
     mesh = Mesh.from_str(setup.mesh).get_jax_mesh()  # pyright: ignore
-    return shard_map(jax.vmap(row), mesh=mesh, in_specs=ins, out_specs=outs, check_rep=False)
+    return shard_map(kernel, mesh=mesh, in_specs=ins, out_specs=outs, check_rep=False)
 
 
 def _row_by_jax(given: Inputs, options: KernelOptions) -> jax.Array:

@@ -51,29 +51,36 @@ class _Refs(NamedTuple):
 
 
 def forward(given: Inputs, options: KernelOptions) -> tuple[jax.Array, jax.Array]:
-    """Return the result [H, S, h] of one row, and each query's log-sum-exp [H, S] in fp32."""
+    """Return the result [B, H, S, h], and each query's log-sum-exp [B, H, S] in fp32."""
     q, k, v, segments = given
     blocks = options.blocks
-    H, S, h = q.shape
-    K, group = k.shape[0], H // k.shape[0]
+    B, H, S, h = q.shape
+    K, group = k.shape[1], H // k.shape[1]
     span = blocks.forward_span
-    queries = pl.BlockSpec(
-        (None, blocks.queries, h), lambda head, member, step, *_: (head * group + member, step, 0)
+
+    def of_queries(row, head, member, step, *_):
+        return row, head * group + member, step, 0
+
+    def of_results(row, head, member, step, *_):
+        return row, head * group + member, 0, step
+
+    queries = pl.BlockSpec((None, None, blocks.queries, h), of_queries)
+    results = pl.BlockSpec((None, None, 1, blocks.queries), of_results)
+    keys = pl.BlockSpec(
+        (None, None, span, h), lambda row, head, _, __, part, *___: (row, head, part, 0)
     )
-    row = pl.BlockSpec(
-        (None, 1, blocks.queries), lambda head, member, step, *_: (head * group + member, 0, step)
+    query_ids = pl.BlockSpec(
+        (None, 1, blocks.queries), lambda row, _, __, step, *___: (row, 0, step)
     )
-    keys = pl.BlockSpec((None, span, h), lambda head, member, step, part, *_: (head, part, 0))
-    query_ids = pl.BlockSpec((1, blocks.queries), lambda head, member, step, *_: (0, step))
-    key_ids = pl.BlockSpec((span, LANES), lambda head, member, step, part, *_: (part, 0))
+    key_ids = pl.BlockSpec((None, span, LANES), lambda row, _, __, ___, part, *____: (row, part, 0))
     name = "splash_forward"
     kernel = pl.pallas_call(
         partial(_kernel, tile=tile_of(options), span=span),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(K, group, S // blocks.queries, S // span),
+            grid=(B, K, group, S // blocks.queries, S // span),
             in_specs=[queries, keys, keys, query_ids, key_ids],
-            out_specs=[queries, row],
+            out_specs=[queries, results],
             scratch_shapes=[
                 pltpu.VMEM((1, blocks.queries), jnp.float32),
                 pltpu.VMEM((1, blocks.queries), jnp.float32),
@@ -82,10 +89,10 @@ def forward(given: Inputs, options: KernelOptions) -> tuple[jax.Array, jax.Array
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((H, 1, S), jnp.float32),
+            jax.ShapeDtypeStruct((B, H, 1, S), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel",) * 4 + ("arbitrary",),
             vmem_limit_bytes=blocks.memory,
         ),
         name=name,
@@ -94,13 +101,13 @@ def forward(given: Inputs, options: KernelOptions) -> tuple[jax.Array, jax.Array
     first, ids, wide_ids = read_segments(segments, blocks.queries)
     with jax.named_scope(name):
         out, log_sum_exp = kernel(first, q, k, v, ids, wide_ids)
-    return out, log_sum_exp[:, 0]
+    return out, log_sum_exp[:, :, 0]
 
 
 def _kernel(first: Any, *refs: Any, tile: Tile, span: int) -> None:
     """Add a span of keys to one block of queries of one head."""
     r = _Refs(*refs)
-    step, part = pl.program_id(2), pl.program_id(3)
+    row, step, part = pl.program_id(0), pl.program_id(3), pl.program_id(4)
 
     @pl.when(part == 0)
     def _():
@@ -123,10 +130,10 @@ def _kernel(first: Any, *refs: Any, tile: Tile, span: int) -> None:
         r.mixed[...] = r.mixed[...] * kept + product(v, p.astype(v.dtype), FIRST_FIRST)
         return 0
 
-    low, high = tile.range(first[step], step, part * span, span)
+    low, high = tile.range(first[row, step], step, part * span, span)
     lax.fori_loop(low, high, body, 0)
 
-    @pl.when(part == pl.num_programs(3) - 1)
+    @pl.when(part == pl.num_programs(4) - 1)
     def _():
         r.out[...] = (r.mixed[...] / r.total[...]).T.astype(r.out.dtype)
         r.log_sum_exp[...] = r.top[...] + jnp.log(r.total[...])

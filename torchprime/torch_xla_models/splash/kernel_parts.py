@@ -26,13 +26,12 @@ FIRST_FIRST = (((0,), (0,)), ((), ()))
 
 
 class Inputs(NamedTuple):
-    """The arrays of one row, or of several with a batch in front. They are jax's in the kernels and
-    torch's outside.
+    """The arrays that both kernels read. They are jax's in the kernels and torch's outside.
 
     Attributes:
-        q: [H, S, h], scaled.
-        k, v: [K, S, h], K divides H.
-        segments: [2, S], int32: ids, and the first position of each position's segment.
+        q: [B, H, S, h], scaled.
+        k, v: [B, K, S, h], K divides H.
+        segments: [B, 2, S], int32: ids, and the first position of each position's segment.
     """
 
     q: Any
@@ -105,12 +104,12 @@ class Tile(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """The segments of a row, as the kernels read them.
+    """The segments, as the kernels read them.
 
     Attributes:
-        first: [blocks of queries], the first position of any segment in a block.
-        queries: [1, S].
-        keys: [S, LANES].
+        first: [B, blocks of queries], the first position of any segment in a block.
+        queries: [B, 1, S].
+        keys: [B, S, LANES].
     """
 
     first: jax.Array
@@ -124,14 +123,16 @@ def tile_of(options: KernelOptions) -> Tile:
 
 
 def read_segments(segments: jax.Array, queries: int) -> Segments:
-    """Return the segments of a row from their ids and first positions, [2, S].
+    """Return the segments from their ids and first positions, [B, 2, S].
 
     Args:
         queries: queries of a block.
     """
-    ids, first = segments
-    wide = jnp.broadcast_to(ids[:, None], (len(ids), LANES))
-    return Segments(jnp.min(first.reshape(-1, queries), axis=1), ids[None, :], wide)
+    ids, first = segments[:, 0], segments[:, 1]
+    rows, length = ids.shape
+    wide = jnp.broadcast_to(ids[:, :, None], (rows, length, LANES))
+    blocks = first.reshape(rows, length // queries, queries)
+    return Segments(jnp.min(blocks, axis=2), ids[:, None, :], wide)
 
 
 def product(left: jax.Array, right: jax.Array, contraction: Any) -> jax.Array:

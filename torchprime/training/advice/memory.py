@@ -27,6 +27,7 @@ from torchprime.training.setup.adapter import Adapter, build_model
 from torchprime.training.setup.plan import (
     StoredParameter,
     estimate_memory,
+    kept_elements,
     stored_parameters,
 )
 from torchprime.training.setup.recipe import checked_table, optimizer_of
@@ -268,9 +269,18 @@ class Estimator:
         working, kept = chunk, found.kept
         if config.remat.recomputes:
             working = max(chunk, everything.kept // a.num_hidden_layers)
-        if config.remat.policy == "offload":
-            kept //= a.num_hidden_layers
+            kept += self._named(rows)
+        if "layer_input" in config.remat.offloaded:
+            kept -= (found.kept * (a.num_hidden_layers - 1)) // a.num_hidden_layers
         return Live(kept, kept + working)
+
+    def _named(self, rows: int) -> int:
+        """Return the bytes that remat keeps on the device besides each layer's input."""
+        names = [name for name in self.config.remat.saved if name != "layer_input"]
+        elements = kept_elements(self.form.architecture, names) // self.mesh["tensor"]
+        tokens = rows * self.config.dataset.block_size
+        layers = self.form.architecture.num_hidden_layers
+        return tokens * elements * layers * self.dtype.itemsize
 
     def _layers(self, count: int) -> CausalLM:
         return self.form.with_layers(count).build(self.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -33,9 +33,9 @@ class Memory:
     """Estimated bytes on one device.
 
     Weights, master copies, optimizer state and gradients follow from shapes and sharding.
-    Activations are what the backward pass needs: each layer's input under full remat, nothing
-    if host memory holds it, otherwise about 16 + 3 F/D hidden-sized tensors per layer; plus one
-    chunk of logits with its gradient.
+    Activations are what the backward pass needs: under remat the tensors of a layer that stay on
+    the device, such as its input, otherwise about 16 + 3 F/D hidden-sized tensors per layer; plus
+    one chunk of logits with its gradient.
     """
 
     weights: int  # that are trained
@@ -162,13 +162,33 @@ def _activation_bytes(config: TrainConfig, architecture: Architecture) -> int:
     c, a, mesh = config, architecture, config.mesh_shape()
     rows = max(1, c.task.micro_batch_size // (mesh["data"] * mesh["fsdp"]))
     tokens = rows * c.dataset.block_size
-    hidden = tokens * a.hidden_size * getattr(torch, c.torch_dtype).itemsize
-    tensors = {"none": 16 + 3 * a.intermediate_size // a.hidden_size, "full": 1, "offload": 0}
+    itemsize = getattr(torch, c.torch_dtype).itemsize
     models = 1 if c.regularization.kl.coefficient is None else 2  # with logits of their own
     logits = (
         models * 2 * 4 * rows * math.ceil(c.dataset.block_size / c.task.loss_chunks) * a.vocab_size
     )
-    return hidden * tensors[c.remat.policy] * a.num_hidden_layers + logits
+    if c.remat.recomputes:
+        layer = tokens * kept_elements(a, c.remat.saved) * itemsize
+    else:
+        layer = tokens * (16 * a.hidden_size + 3 * a.intermediate_size) * itemsize
+    return layer * a.num_hidden_layers + logits
+
+
+def kept_elements(a: Architecture, names: Iterable[str]) -> int:
+    """Return the elements that a layer keeps for a token, by the names that remat has for them. A
+    kernel's log-sum-exp is small and left out."""
+    wide, narrow = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    sizes = {
+        "layer_input": a.hidden_size,
+        "q": wide,
+        "k": narrow,
+        "v": narrow,
+        "core_out": wide,
+        "attn_out": a.hidden_size,
+        "gate": a.intermediate_size,
+        "up": a.intermediate_size,
+    }
+    return sum(sizes[name] for name in names)
 
 
 def checkpoint_bytes(

@@ -32,6 +32,7 @@ def test_changes_begin_with_what_leaves_the_mathematics_alone() -> None:
     config = compose_config([*NAMED, "remat=none"])
     found = list(changes(config, rows=8))
     scan = {"remat.scan_layers": True}
+    assert found.pop(0) == {**scan, "remat.policy": "attention"}
     assert found[0] == {**scan, "remat.policy": "full"}
     assert found[1] == {**scan, "remat.policy": "offload"}
     assert found[2] == {**found[0], "task.gradient_accumulation_steps": 8}
@@ -55,7 +56,11 @@ def test_changes_begin_with_what_leaves_the_mathematics_alone() -> None:
     ]
     # Layers that differ cannot be one loop, and only a loop's inputs are offloaded.
     for change in changes(config, rows=8, scannable=False):
-        assert change["remat.policy"] == "full" and "remat.scan_layers" not in change
+        assert change["remat.policy"] in ("attention", "full")
+        assert "remat.scan_layers" not in change
+    # A user's own names are given up with the policy.
+    own = compose_config([*NAMED, "remat=scan_attention", "remat.save=[up]"])
+    assert next(changes(own, rows=8)) == {"remat.policy": "full", "remat.save": []}
     # Copies of the weights are given up before anything else is.
     copies = compose_config([*NAMED, "ici_mesh.data=2", "ici_mesh.fsdp=4"])
     assert next(changes(copies, rows=8)) == {"ici_mesh.data": 1, "ici_mesh.fsdp": 8}

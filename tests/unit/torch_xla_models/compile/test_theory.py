@@ -63,8 +63,13 @@ def test_products_of_the_named_run(sizes: Sizes) -> None:
     head = 128256 * 4096
     by_hand = 8192 * (6 * (32 * layer + head) + 2 * 32 * (layer - 4096 * 14336))
     assert products_in_theory(sizes) == by_hand == pytest.approx(4.5243e14, rel=1e-4)
-    kept = dataclasses.replace(sizes, full_remat=False)
+    kept = dataclasses.replace(sizes, recomputed=())
     assert products_in_theory(kept) == 8192 * 6 * (32 * layer + head)
+    # With remat.policy=attention only the two wide products of the MLP are computed again.
+    attention = sizes_of("remat.policy=attention")
+    assert attention.recomputed == ("gate", "up")
+    more = 8192 * 2 * 32 * 2 * 4096 * 14336
+    assert products_in_theory(attention) == products_in_theory(kept) + more
 
 
 def test_traffic_of_fsdp(sizes: Sizes) -> None:
@@ -80,6 +85,8 @@ def test_traffic_of_tensor_parallelism() -> None:
     theory = traffic_in_theory(sizes)
     assert theory["all-gather"] == 2 * 2 * (8_030_261_248 - 65 * 4096) // 4
     assert theory["all-reduce"] == 5 * 32 * (32 * 1024) * 4096 * 2
+    kept = sizes_of("ici_mesh.fsdp=2", "ici_mesh.tensor=4", "remat.policy=attention")
+    assert traffic_in_theory(kept)["all-reduce"] == 4 * 32 * (32 * 1024) * 4096 * 2
 
 
 def test_counts_of_an_adapter(lora: Sizes, qlora: Sizes) -> None:
@@ -94,7 +101,7 @@ def test_frozen_weights_have_no_gradient_products(lora: Sizes, qlora: Sizes) -> 
     trained = 32 * (6 * LORA + 2 * (LORA - 16 * 4096))
     assert products_in_theory(lora) == 8192 * (frozen + trained)
     assert products_in_theory(qlora) == products_in_theory(lora)
-    kept = dataclasses.replace(lora, full_remat=False)
+    kept = dataclasses.replace(lora, recomputed=())
     assert products_in_theory(kept) == 8192 * (4 * (32 * LAYER + HEAD) + 32 * 6 * LORA)
     whole = sizes_of("adapter=lora", "adapter.modules_to_train=[lm_head]")
     assert products_in_theory(whole) - products_in_theory(lora) == 8192 * 2 * HEAD

@@ -14,26 +14,28 @@ from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
 from torchprime.config.schema import AXES
+from torchprime.config.sections.remat import RematConfig
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.compile.tracing import BatchShape, Placeholders, trace_step
 from torchprime.torch_xla_models.mesh import device_order
-from torchprime.torch_xla_models.remat import Remat
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim.adafactor import Adafactor
 from torchprime.training.optim.adamw import AdamW
 
 WAYS = {
     "scan-remat-accumulate2": dict(
-        mesh={"fsdp": 4}, accumulation=2, remat=Remat("full", scan_layers=True)
+        mesh={"fsdp": 4}, accumulation=2, remat=RematConfig(policy="full", scan_layers=True)
     ),
     "fsdp2-tensor2-bf16": dict(mesh={"fsdp": 2, "tensor": 2}, dtype=torch.bfloat16),
-    "ewc-scan": dict(mesh={"fsdp": 2, "tensor": 2}, remat=Remat(scan_layers=True), term="ewc"),
+    "ewc-scan": dict(
+        mesh={"fsdp": 2, "tensor": 2}, remat=RematConfig(scan_layers=True), term="ewc"
+    ),
     "kl-scan-remat-accumulate2-bf16": dict(
         mesh={"fsdp": 4},
         accumulation=2,
-        remat=Remat("full", scan_layers=True),
+        remat=RematConfig(policy="full", scan_layers=True),
         dtype=torch.bfloat16,
         term="kl-supervised",
     ),
@@ -149,7 +151,7 @@ def test_an_update_writes_over_what_it_replaces(
     backend = make_backend(
         {"fsdp": 4},
         accumulation=accumulation,
-        remat=Remat(scan_layers=True),
+        remat=RematConfig(scan_layers=True),
         options=own,
         term=term,
     )

@@ -7,8 +7,12 @@ import torch
 import torch_xla
 from torch import Tensor, nn
 
+from torchprime.config.sections.remat import RematConfig
+from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.attention import ReferenceAttention
+from torchprime.models.decoder import DecoderLayer, LayerContext
 from torchprime.torch_xla_models.mesh import make_mesh
+from torchprime.torch_xla_models.remat import LayerRunner
 from torchprime.torch_xla_models.splash.attention import SplashAttention
 from torchprime.torch_xla_models.splash.calls import kv_repeats
 
@@ -44,6 +48,38 @@ def test_splash_is_the_reference_core(kv_heads: int, window: int | None, by_jax:
         found, run(ReferenceAttention(h, window), kv_heads, "cpu"), strict=True
     ):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("policy", ["attention", "full"])
+def test_the_forward_is_not_computed_again_if_its_results_are_kept(policy: str) -> None:
+    """The program of a layer's gradients, whose weights and kept tensors are given."""
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 1, "tensor": 1})
+    sizes = {"hidden_size": H * h, "intermediate_size": 128, "vocab_size": 32, "head_dim": h}
+    numbers = {"num_hidden_layers": 1, "num_attention_heads": H, "num_key_value_heads": 2}
+    config = {"model_type": "llama", "max_position_embeddings": S, **sizes, **numbers}
+    torch.manual_seed(0)
+    layer = DecoderLayer(architecture_from_hf(config), None, 0)
+    splash = SplashAttention(h, None, mesh, ("data", "fsdp"), interpret=True)
+    x, grad = torch.randn(2, B, S, H * h)
+    cos, sin = torch.ones(1, 1, S, h // 2), torch.zeros(1, 1, S, h // 2)
+    reference = ReferenceAttention(h)
+    context = LayerContext(cos, sin, (reference.prepare(SEGMENTS),))
+    wanted = torch.autograd.grad(layer(x, context), list(layer.parameters()), grad)
+
+    layer.self_attn.core = splash
+    layer.to("xla")
+    remat = RematConfig(policy=policy)  # pyright: ignore
+    runner = LayerRunner(layer, remat, lambda _, t: t, lambda _, t: t)
+    context = LayerContext(cos.to("xla"), sin.to("xla"), (splash.prepare(SEGMENTS.to("xla")),))
+    weights = [p.detach() for p in layer.parameters()]
+    _, kept = runner.forward(x.to("xla"), weights, context)
+    torch_xla.sync()
+    _, gradients = runner.backward(kept, weights, context, grad.to("xla"))
+    program = torch_xla._XLAC._get_xla_tensors_hlo(gradients)  # pyright: ignore
+    assert ("splash_forward" in program) == (policy == "full")
+    assert "splash_backward" in program
+    for ours, expected in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_prepare_finds_the_first_position_of_every_segment() -> None:

@@ -63,13 +63,18 @@ class Row:
     def kernels(self, blocks: Blocks) -> tuple[list[jax.Array], list[jax.Array]]:
         """Return what the forward returns, and the backward after it."""
         first = [int(np.argmax(self.ids == each)) for each in self.ids]
-        segments = jnp.asarray(np.stack([self.ids, first]), jnp.int32)
+        # A row of one segment in front of it, so that rows are not mixed up.
+        plain = np.stack([np.ones_like(self.ids), np.zeros_like(self.ids)])
+        segments = jnp.asarray(np.stack([plain, np.stack([self.ids, first])]), jnp.int32)
         options = KernelOptions(blocks, self.window, interpret=True)
-        q, k, v = (jnp.asarray(x, jnp.float32) for x in self.given)
+        q, k, v, grad = (
+            jnp.asarray(np.stack([np.ones_like(x), x]), jnp.float32)
+            for x in (*self.given, self.grad)
+        )
         given = Inputs(q, k, v, segments)
         out, log_sum_exp = forward(given, options)
-        grad = jnp.asarray(self.grad, jnp.float32)
-        return [out, log_sum_exp], list(backward(given, out, log_sum_exp, grad, options))
+        gradients = backward(given, out, log_sum_exp, grad, options)
+        return [out[1], log_sum_exp[1]], [each[1] for each in gradients]
 
 
 @pytest.mark.parametrize(
