@@ -1,4 +1,4 @@
-"""What the backward of a layer finds in memory, and what it computes again."""
+"""The tensors that a layer keeps for its backward, and those that are computed again."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Row:
         self.given = [q * h**-0.5, k, v]
         self.grad = grad
         seen = visible(self.ids, window)
-        self.out, self.log_sum_exp, self.gradients = naive(*self.given, seen, grad)
+        self.out, self.log_sum_exp, self.gradients = naive(q * h**-0.5, k, v, seen, grad)
 
     def kernels(self, blocks: Blocks) -> tuple[list[jax.Array], list[jax.Array]]:
         """Return what the forward returns, and the backward after it."""
