@@ -33,8 +33,10 @@ SIZES = ("64", "72")
 def start(out: Path, *argv: str, backend: str = "native") -> subprocess.Popen:
     """The sweep as a user starts it."""
     command = [sys.executable, "-m", "torchprime.cli.main", "train", "--backend", backend, "-m"]
+    given = {each.partition("=")[0] for each in argv}
+    small = [each for each in SMALL if each.partition("=")[0] not in given]
     return subprocess.Popen(
-        [*command, "-cn", "quickstart", *SMALL, "mesh=single", f"output_dir={out}", *argv],
+        [*command, "-cn", "quickstart", *small, "mesh=single", f"output_dir={out}", *argv],
         env={key: value for key, value in os.environ.items() if key not in INHERITED},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
