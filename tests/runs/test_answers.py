@@ -76,7 +76,9 @@ def test_the_backends_agree_on_an_export(run_on: RunOn, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_an_adapter_is_evaluated_beside_its_base(tmp_path: Path) -> None:
+def test_an_adapter_is_evaluated_beside_its_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also where the config names no adapter, or none of these ranks."""
     argv = [*COMMON, "mesh=single", "adapter=lora", "adapter.rank=4", "export.adapter=adapter"]
     argv += ["task.max_steps=2", "eval.every_steps=2", "task.sample_prompts=0"]
@@ -87,6 +89,9 @@ def test_an_adapter_is_evaluated_beside_its_base(tmp_path: Path) -> None:
     assert record["eval_loss"] == [x for x in lines if x["kind"] == "eval"][-1]["eval_loss"]
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert content["sha256"].keys() == {"weights", "adapter"}
+    vllm = ["--engine", "vllm", "--url", "http://127.0.0.1:1/v1", *COMMON, "mesh=single"]
+    assert main(["evaluate", str(tmp_path / "run" / "export"), "--out", "none", *vllm]) == 2
+    assert "--engine: given 'vllm', expected xla or native" in capsys.readouterr().err
 
 
 def sample(out: Path, engine: str, *more: str) -> bytes:
@@ -117,6 +122,7 @@ def test_a_sampled_answer_depends_on_its_row_alone(
     ("argv", "said"),
     [
         (["eval=none", "--out", "{tmp}/new"], "MODEL: given 'eval=none'"),
+        (["{base}", "--out", "{tmp}/new", "--url", "http://127.0.0.1:1/v1"], "--engine vllm"),
         (["no/such", "--out", "{tmp}/new"], "There is no local folder no/such"),
         (["{base}", "--out", "{tmp}"], "--out: given '{tmp}', expected a new or empty folder"),
         (["{base}", "--out", "{tmp}/new", "eval=none", "task.sample_prompts=0"], "eval: given"),

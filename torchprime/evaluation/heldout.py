@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from torchprime.data.blocks.batch import Batch
 from torchprime.data.blocks.dataset import PackedDataset
@@ -27,6 +29,54 @@ class HeldoutLoss(NamedTuple):
 
     mean: float
     by_source: dict[str, float | None] | None
+
+
+LogprobsOf = Callable[[Sequence[Sequence[int]]], list[list[float]]]
+
+
+def loss_by_logprobs(logprobs_of: LogprobsOf, data: PackedDataset, batch_size: int) -> HeldoutLoss:
+    """Return the same mean as `heldout_loss`, of an engine that scores whole sequences.
+
+    Args:
+        logprobs_of: from token ids to the log-probabilities, in nats, of all of each but the first.
+        batch_size: blocks whose sequences are scored at a time.
+    """
+    names = data.source_names
+    losses, weights = np.zeros(len(names)), np.zeros(len(names))
+    for start in range(0, data.num_blocks, batch_size):
+        blocks = np.arange(start, min(start + batch_size, data.num_blocks), dtype=np.int64)
+        pieces = list(_scored_pieces(data.batch(blocks)))
+        for piece, logprobs in zip(pieces, logprobs_of([p.ids for p in pieces]), strict=True):
+            losses[piece.source] -= float(np.dot(piece.weights, np.asarray(logprobs)))
+            weights[piece.source] += float(piece.weights.sum())
+    by_source = None
+    if len(names) > 1:
+        sums = zip(names, losses.tolist(), weights.tolist(), strict=True)
+        by_source = {name: loss / weight if weight else None for name, loss, weight in sums}
+    return HeldoutLoss(float(losses.sum() / weights.sum()), by_source)
+
+
+class _Piece(NamedTuple):
+    """A segment up to its last target: ids, and the weight of each but the first."""
+
+    ids: list[int]
+    weights: npt.NDArray[np.float64]
+    source: int
+
+
+def _scored_pieces(batch: Batch) -> Iterator[_Piece]:
+    for row, segments in enumerate(batch.segment_ids):
+        for segment in range(1, int(segments.max()) + 1):
+            places = np.flatnonzero(segments == segment)
+            weights = batch.loss_weights[row, places].astype(np.float64)
+            used = np.flatnonzero(weights > 0)
+            if not len(used):
+                continue
+            end = int(used[-1]) + 1  # tokens that predict; the last target follows them
+            ids = [*batch.input_ids[row, places[:end]], batch.targets[row, places[end - 1]]]
+            sources = batch.source_ids
+            source = 0 if sources is None else int(sources[row, places[0]])
+            yield _Piece(list(map(int, ids)), weights[:end], source)
 
 
 def heldout_loss(backend: EvalBackend, data: PackedDataset, batch_size: int) -> HeldoutLoss:

@@ -10,7 +10,8 @@ import pytest
 from torchprime.data.blocks.batch import Batch
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.blocks.order import EMPTY_BLOCK
-from torchprime.evaluation.heldout import heldout_loss
+from torchprime.data.tokens.completions import Example
+from torchprime.evaluation.heldout import heldout_loss, loss_by_logprobs
 
 BLOCKS, S = 5, 4
 g = np.random.default_rng(2)
@@ -78,3 +79,40 @@ def test_each_source_has_its_own_mean(size: int) -> None:
         here = source == SOURCES
         expected = (LOSSES * WEIGHTS)[here].sum() / WEIGHTS[here].sum()
         assert found.by_source[name] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 9])
+@pytest.mark.parametrize("sources", [["a"], ["a", "b", "c"]])
+def test_scored_sequences_give_the_mean_over_all_tokens(
+    batch_size: int, sources: list[str]
+) -> None:
+    """Log-probabilities that are a function of the id: the mean is computed from the examples."""
+    random = np.random.default_rng(3)
+    examples = []
+    for number, length in enumerate((3, 7, 2, 5, 20)):  # the last one is split into blocks
+        weights = random.integers(0, 3, length).astype(np.float32) * (np.arange(length) > 0)
+        weights[-1] = 1.0
+        ids = random.integers(1, 100, length).astype(np.int32)
+        rules = np.zeros(length, np.uint8)
+        source = sources[0 if number < 3 else -1]
+        examples.append(
+            Example(str(number), ids, weights, rules, "x", source=source, divisible=length > 8)
+        )
+    data = PackedDataset.from_examples(examples, block_size=8, pad_id=0, packing="bfd")
+    asked: list[int] = []
+
+    def logprobs_of(sequences: Any) -> list[list[float]]:
+        asked.extend(map(len, sequences))
+        return [[-n / 100 for n in ids[1:]] for ids in sequences]
+
+    found = loss_by_logprobs(logprobs_of, data, batch_size)
+    pairs = {e.row_id: (float(e.weights @ e.ids) / 100, float(e.weights.sum())) for e in examples}
+    total, weight = (sum(column) for column in zip(*pairs.values(), strict=True))
+    assert found.mean == pytest.approx(total / weight)
+    assert max(asked) <= 9  # a block, and the target that follows it
+    if len(data.source_names) > 1:
+        first = [pairs[name] for name in ("0", "1", "2")]
+        assert found.by_source is not None
+        assert found.by_source["a"] == pytest.approx(
+            sum(p[0] for p in first) / sum(p[1] for p in first)
+        )

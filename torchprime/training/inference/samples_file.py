@@ -62,7 +62,7 @@ class SamplesFile:
         self.out, self.path = out, out / SAMPLES
         self.per_row, self.chunk = per_row, chunk
 
-    def open(self, settings: Mapping[str, Any], versions: Mapping[str, str]) -> int:
+    def open(self, settings: Mapping[str, Any], versions: Mapping[str, object]) -> int:
         """Make the folder, or check that it has the same settings; return the number of rows that
         are done.
 

@@ -11,6 +11,7 @@ import pytest
 
 from torchprime.config.compose import compose_config
 from torchprime.config.schema import TrainConfig
+from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.evaluation.heldout import HeldoutLoss
 from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.training.inference.engine import Engine, OpenEngine
@@ -37,6 +38,10 @@ class Parrot:
         return [Answer(self.encode(word), word != "cut") for word in words]
 
 
+def loss(data: PackedDataset, batch_size: int) -> HeldoutLoss:
+    return HeldoutLoss(1.5, None)
+
+
 @pytest.fixture
 def parrot() -> Callable[..., tuple[OpenEngine, list[int]]]:
     """Make an engine, and the list of the sizes of its calls."""
@@ -50,7 +55,7 @@ def parrot() -> Callable[..., tuple[OpenEngine, list[int]]]:
                 return inputs.files.tokenizer.encode_ids([text])[0]
 
             made = Parrot(encode, dies_after, calls)
-            yield Engine("parrot", made, lambda *_: HeldoutLoss(1.5, None), OneProcess())
+            yield Engine("parrot", made, loss, OneProcess())
 
         return open_engine, calls
 

@@ -1,4 +1,5 @@
-"""A stand-in for vLLM, with the calls that deploy.py makes of it: it says each prompt backwards."""
+"""A stand-in for vLLM, with the calls that deploy.py and vllm_worker.py make of it: it says each
+prompt backwards. Ids end with the first stop token; the log-probability of id n is -n / 100."""
 
 import os
 from pathlib import Path
@@ -9,8 +10,8 @@ import tokenizers
 
 
 class SamplingParams:
-    def __init__(self, temperature, max_tokens, seed):
-        self.max_tokens = max_tokens
+    def __init__(self, max_tokens, temperature=1.0, seed=None, stop_token_ids=(), **more):
+        self.max_tokens, self.stops = max_tokens, list(stop_token_ids)
 
 
 class LLM:
@@ -26,6 +27,10 @@ class LLM:
         return self.tokenizer
 
     def generate(self, prompts, sampling, use_tqdm):
+        if isinstance(prompts[0], dict):
+            given = sampling if isinstance(sampling, list) else [sampling] * len(prompts)
+            pairs = zip(prompts, given, strict=True)
+            return [self._ids(prompt["prompt_token_ids"], each) for prompt, each in pairs]
         return [self._output(text, self.tokenizer.encode(text), sampling) for text in prompts]
 
     def chat(self, conversations, sampling, use_tqdm, chat_template_kwargs=None):
@@ -38,6 +43,15 @@ class LLM:
             )
             for chat in conversations
         ]
+
+    def _ids(self, prompt, sampling):
+        made = [*prompt[::-1], *sampling.stops[:1]][: sampling.max_tokens]
+        ended = "stop" if made[-1] in sampling.stops else "length"
+        scores = [None, *({n: SimpleNamespace(logprob=-n / 100)} for n in prompt[1:])]
+        answer = SimpleNamespace(token_ids=made, finish_reason=ended)
+        return SimpleNamespace(
+            outputs=[answer], prompt_token_ids=prompt, prompt_logprobs=scores, text=""
+        )
 
     def _output(self, prompt, ids, sampling):
         answer = SimpleNamespace(
