@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import nn
@@ -9,6 +12,8 @@ from torch import nn
 from torchprime.errors import ConfigError
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
+from torchprime.text.terminal import say
+from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.splash.blocks import KERNEL_MULTIPLE
 
 # Kernels of a TPU: ours, and jax's.
@@ -63,3 +68,26 @@ def inject_attention(
         return SplashAttention(head_dim, window, mesh, batch_axes, by_jax=by_jax)
 
     replace_attention_cores(model, make)
+
+
+def check_attention(
+    model: CausalLM, kernel: str, dtype: torch.dtype, tensors: DeviceTensors, *, quiet: bool
+) -> None:
+    """Compare the kernel with the reference core on the devices, for each window of the model, and
+    report the result. On the reference core, or if tensors hold no data, there is nothing to do.
+
+    Raises:
+        RuntimeSetupError: they differ by more than rounding.
+    """
+    if kernel not in (SPLASH, SPLASH_BY_JAX) or not tensors.hold_data:
+        return
+    # late: jax is imported only where it is needed
+    from torchprime.torch_xla_models.splash.self_check import Heads, check_kernel
+
+    a = model.architecture
+    heads = Heads(a.num_attention_heads, a.num_key_value_heads)
+    cores: Any = model.model.preparers
+    for core in cores:
+        told = check_kernel(core, kernel, heads, dtype, tensors)
+        if not quiet:
+            say(f"  {told}")

@@ -37,7 +37,12 @@ from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
-from torchprime.torch_xla_models.attention import KERNEL_MULTIPLE, choose_kernel, inject_attention
+from torchprime.torch_xla_models.attention import (
+    KERNEL_MULTIPLE,
+    check_attention,
+    choose_kernel,
+    inject_attention,
+)
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.devices import (
     device_kind,
@@ -147,6 +152,8 @@ class XlaBackend:
         self.model, self.table = model, table
         self.batch_spec = ((), table.batch_axes(), ())
         inject_attention(model, self.attention, self.mesh, table.batch_axes())
+        first = self.processes.index == 0
+        check_attention(model, self.attention, dtype, self.tensors, quiet=not first)
         self._constrain_activations()
         replace_linears(model.model, self._gather_quantized, apart=not self.remat.scan_layers)
         apply_remat(

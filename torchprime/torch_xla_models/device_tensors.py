@@ -21,6 +21,8 @@ from torchprime.torch_xla_models.mesh import constrain, execute, send_batch, to_
 class DeviceTensors:
     """Tensors that hold data, each sharded by its spec over the mesh."""
 
+    hold_data = True
+
     def __init__(self, mesh: xs.Mesh) -> None:
         self.mesh = mesh
 

@@ -49,6 +49,8 @@ class Lowered(NamedTuple):
 class Placeholders(DeviceTensors):
     """Tensors without storage. Reading one would end the process, so no code here does."""
 
+    hold_data = False
+
     def __init__(self, mesh: xs.Mesh) -> None:
         super().__init__(mesh)
         self.lowered: Lowered | None = None
