@@ -56,7 +56,6 @@ COMMON = (
 ALL, LORA = ("adapter=none",), ("adapter=lora", "adapter.rank=16", "adapter.alpha=32")
 TITLES = {"rows": "Right answers by the number of training rows",
           "rates": "Right answers by the learning rate"}  # fmt: skip
-HEADER = Path(__file__).with_name("header.md").read_text(encoding="utf-8")  # of a new page
 AXES = {"rows": "training rows", "rates": "learning rate"}
 
 
@@ -209,7 +208,7 @@ def draw(study: Study, points: Sequence[Point], path: Path) -> None:
 
 def write_section(page: Path, title: str, lines: Sequence[str]) -> None:
     """Put lines under a heading of a page, instead of those there; make a missing page."""
-    text = page.read_text(encoding="utf-8") if page.exists() else HEADER
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
     section = f"## {title}\n\n" + "\n".join(lines) + "\n"
     before, heading, rest = text.partition(f"## {title}\n")
     if not heading:

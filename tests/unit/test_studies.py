@@ -54,5 +54,4 @@ def test_a_section_is_replaced_and_others_stay(script: Any, tmp_path: Path) -> N
     for title, line in (("One", "1"), ("Two", "2"), ("Three", "3"), ("Two", "new")):
         script.write_section(page, title, [line])
     text = page.read_text()
-    assert text.startswith(script.HEADER)
     assert text.endswith("## One\n\n1\n\n## Two\n\nnew\n\n## Three\n\n3\n")
