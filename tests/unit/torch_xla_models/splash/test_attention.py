@@ -11,7 +11,7 @@ from torchprime.config.sections.remat import RematConfig
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import DecoderLayer, LayerContext
-from torchprime.torch_xla_models.mesh import make_mesh
+from torchprime.torch_xla_models.mesh import execute, make_mesh
 from torchprime.torch_xla_models.remat import LayerRunner
 from torchprime.torch_xla_models.splash.attention import SplashAttention
 from torchprime.torch_xla_models.splash.calls import kv_repeats
@@ -31,7 +31,7 @@ def run(core: nn.Module, kv_heads: int, device: str) -> list[Tensor]:
         alone = core(*leaves, prepared)
     out = core(*leaves, prepared)
     found = torch.autograd.grad(out, leaves, grad.to(device))
-    torch_xla.sync()
+    execute([alone, out, *found])
     assert torch.equal(alone.cpu(), out.detach().cpu())
     return [t.detach().cpu() for t in (out, *found)]
 
@@ -73,7 +73,7 @@ def test_the_forward_is_not_computed_again_if_its_results_are_kept(policy: str) 
     context = LayerContext(cos.to("xla"), sin.to("xla"), (splash.prepare(SEGMENTS.to("xla")),))
     weights = [p.detach() for p in layer.parameters()]
     _, kept = runner.forward(x.to("xla"), weights, context)
-    torch_xla.sync()
+    execute(kept)
     _, gradients = runner.backward(kept, weights, context, grad.to("xla"))
     program = torch_xla._XLAC._get_xla_tensors_hlo(gradients)  # pyright: ignore
     assert ("splash_forward" in program) == (policy == "full")
