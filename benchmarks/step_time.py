@@ -132,7 +132,7 @@ def run_ours(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
     from torchprime.training.optim.adamw import AdamW
 
     axes: dict[str, int] = dict.fromkeys(AXES, 1)
-    remat = RematConfig(case.get("remat", "none"), scan_layers=case.get("scan", False))
+    remat = RematConfig(policy=case.get("remat", "none"), scan_layers=case.get("scan", False))
     backend = XlaBackend(axes, axes, remat=remat)
     sharding = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
     with torch.device("meta"):

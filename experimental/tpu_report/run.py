@@ -71,6 +71,8 @@ CASES = [
     Case("8b-v6e-8-8192", "v6e-8", "Llama 3 8B, blocks of 8192", [*NAMED, *long_blocks(8)]),
     Case("8b-v6e-8-8192-attention", "v6e-8", "Llama 3 8B, blocks of 8192, attention kept",
          [*NAMED, *long_blocks(8), "remat=scan_attention"]),
+    Case("8b-v6e-8-8192-core", "v6e-8", "Llama 3 8B, blocks of 8192, attention's result kept",
+         [*NAMED, *long_blocks(8), "remat.save=[core_out]"]),
     Case("8b-v6e-8-8192-bf16", "v6e-8", "Llama 3 8B, blocks of 8192, no master weights",
          [*NAMED, *long_blocks(8), *NO_MASTERS]),
     Case("8b-v6e-8-8192-bf16-offload", "v6e-8",
