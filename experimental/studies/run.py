@@ -197,6 +197,9 @@ def draw(study: Study, points: Sequence[Point], path: Path) -> None:
         above = [high - mean for mean, (_, high) in zip(means, ends, strict=True)]
         axes.errorbar([p.x for p in own], means, yerr=[below, above], marker="o", label=name)
     axes.set_xscale("log")
+    values = sorted({p.x for p in points})
+    axes.set_xticks(values, [f"{value:,g}" for value in values])
+    axes.set_xticks([], minor=True)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
     axes.set(xlabel=AXES[study.kind], ylabel="right answers to held-out questions")
     axes.grid(alpha=0.3)
