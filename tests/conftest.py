@@ -20,6 +20,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Prepared data is kept apart from the user's, and gone after the tests.
 _prepared = tempfile.TemporaryDirectory(prefix="torchprime-tests-")
 os.environ["XDG_CACHE_HOME"] = _prepared.name
+# torchax, through which torch_xla calls kernels, is beside libtpu (`make libtpu`). It alone goes
+# on the path: with libtpu there, too, a host would look like one with a TPU.
+_torchax = Path(sys.prefix) / "libtpu" / "torchax"
+if _torchax.is_dir():
+    _folder = Path(_prepared.name) / "packages"
+    _folder.mkdir()
+    (_folder / "torchax").symlink_to(_torchax)
+    sys.path.insert(0, str(_folder))
 
 from torchprime.torch_xla_models.runtime import prepare_environment  # noqa: E402
 

@@ -36,6 +36,7 @@ def run(core: nn.Module, kv_heads: int, device: str) -> list[Tensor]:
     return [t.detach().cpu() for t in (out, *found)]
 
 
+@pytest.mark.usefixtures("torchax")
 @pytest.mark.parametrize(
     ("kv_heads", "window", "by_jax"), [(2, None, False), (1, 40, False), (2, 40, True)]
 )
@@ -50,6 +51,7 @@ def test_splash_is_the_reference_core(kv_heads: int, window: int | None, by_jax:
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.usefixtures("torchax")
 @pytest.mark.parametrize("policy", ["attention", "full"])
 def test_the_forward_is_not_computed_again_if_its_results_are_kept(policy: str) -> None:
     """The program of a layer's gradients, whose weights and kept tensors are given."""

@@ -12,6 +12,8 @@ from torchprime.torch_xla_models.splash import attention
 from torchprime.torch_xla_models.splash.attention import SplashAttention
 from torchprime.torch_xla_models.splash.self_check import Heads, check_kernel
 
+pytestmark = pytest.mark.usefixtures("torchax")
+
 
 def checked(window: int | None) -> str:
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 1, "tensor": 1})
