@@ -25,12 +25,16 @@ def test_a_right_kernel_passes() -> None:
     assert "splash agrees with the reference core here" in checked(window=40)
 
 
-def test_a_wrong_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("factor", "told"), [(1.05, "5.0%"), (float("nan"), "nan%")])
+def test_a_wrong_gradient_is_refused(
+    factor: float, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wrong(function, arguments, *rest):
         found = right(function, arguments, *rest)
-        return found if len(found) == 2 else (found[0], 1.05 * found[1], found[2])
+        return found if len(found) == 2 else (found[0], factor * found[1], found[2])
 
     right = attention.call_jax
     monkeypatch.setattr(attention, "call_jax", wrong)
-    with pytest.raises(RuntimeSetupError, match="on this device dk differs .* by 5.0%.*splash_jax"):
+    match = f"on this device dk differs .* by {told}.*splash_jax"
+    with pytest.raises(RuntimeSetupError, match=match):
         checked(window=None)
