@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torchprime.config.schema import TrainConfig
 from torchprime.errors import DivergedError
 from torchprime.files.atomic import write_text
 from torchprime.metrics.writers import read_metrics
-from torchprime.text.terminal import print_lines
+from torchprime.text.terminal import is_first_process, print_lines
 
 STEPS, FROM, TO = 100, 1e-7, 1e-1
 EPILOG = """\
@@ -91,7 +90,7 @@ def _test(config: TrainConfig, given: argparse.Namespace) -> int:
         train(config, given.backend)
     except DivergedError:  # the losses before it are in the records
         print_lines(["the loss was not finite at the last learning rate"])
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         _report(Path(config.output_dir) / str(config.run_name))
     return 0
 

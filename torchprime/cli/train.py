@@ -6,7 +6,6 @@ The backends' own entry points, `torchprime/torch_xla_models/train.py` and
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from torchprime.cli.shared.backends import FLAG, NAMES, TORCHRUN, choose_backend
@@ -15,7 +14,7 @@ from torchprime.config.many_runs.processes import this_program
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError
 from torchprime.sweep.command import run_sweep
-from torchprime.text.terminal import print_lines, reported, say
+from torchprime.text.terminal import is_first_process, print_lines, reported, say
 from torchprime.torch_native import train as native
 from torchprime.torch_xla_models import train as xla
 
@@ -55,7 +54,7 @@ def take_flag(argv: list[str]) -> tuple[str | None, list[str]]:
 def train(config: TrainConfig, asked: str | None = None) -> int:
     """Choose a backend, print which one and why, and train on it; the exit code."""
     backend, reason, instead = choose_backend(asked, config.compile_only)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         more = f" ({instead})" if instead else ""
         say(f"backend {backend} ({NAMES[backend]}): {reason}{more}")
     return MAINS[backend](config)

@@ -66,8 +66,8 @@ def make_sweep(many: Multirun, program: Sequence[str]) -> int:
             else:
                 _launch(many, SweepTask(many, list(program), folder), settings)
         finally:
-            write_sweep([folder], folder)
-        print_lines(summary_lines([folder], folder))
+            found = write_sweep([folder], folder)
+        print_lines(summary_lines(found, folder))
         return next((job.code for job in read_jobs(folder) if job.code), 0)
 
 
@@ -137,6 +137,8 @@ def _one_after_another(jobs: Sequence[SweepJob], program: Sequence[str], folder:
     processes = RunProcesses(program)
     try:
         for number, job in enumerate(jobs, start=1):
+            if number > 1:
+                write_sweep([folder], folder)
             say(f"run {number} of {len(jobs)}: {job.name}")
             ended = make_run(job, folder, processes)
             if ended.code:
@@ -144,7 +146,6 @@ def _one_after_another(jobs: Sequence[SweepJob], program: Sequence[str], folder:
                 say(f"{job.name}: exit code {ended.code}: {ended.message} ({log})")
             if ended.stopped:
                 return
-            write_sweep([folder], folder)
     finally:
         processes.close()
 

@@ -31,8 +31,8 @@ SHOWN_DIGITS = 8  # of a value in the table
 SHOWN_CHARACTERS = 12  # of a fingerprint
 
 
-def write_sweep(places: Sequence[Path], folder: Path) -> None:
-    """Write the result of these runs into a folder.
+def write_sweep(places: Sequence[Path], folder: Path) -> Table:
+    """Write the result of these runs into a folder, and return their table.
 
     Args:
         places: each a run's folder, or a folder of runs such as a sweep's.
@@ -62,11 +62,11 @@ def write_sweep(places: Sequence[Path], folder: Path) -> None:
         ) from error
     if WINNER not in texts:
         (folder / WINNER).unlink(missing_ok=True)
+    return found
 
 
-def summary_lines(places: Sequence[Path], folder: Path) -> list[str]:
-    """Return the table of these runs for the terminal, and the paths of the result."""
-    found = read_table(places)
+def summary_lines(found: Table, folder: Path) -> list[str]:
+    """Return a sweep's table for the terminal, and the paths of the result in its folder."""
     headings, rows = short_table(found)
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     lines = [

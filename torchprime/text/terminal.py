@@ -37,6 +37,25 @@ def shown(text: str) -> str:
     return "".join(p if JOINERS.fullmatch(p) else clean(p) for p in JOINERS.split(text))
 
 
+def is_first_process() -> bool:
+    """Return True on the process that talks to the user. torchrun gives the rank before a backend
+    does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def only_first(say: Callable[[str], None], first: bool | None = None) -> Callable[[str], None]:
+    """Return `say` on the first process, and a function that prints nothing on the others.
+
+    Args:
+        first: True on the first process; None to ask `is_first_process`.
+    """
+    return say if (is_first_process() if first is None else first) else _silent
+
+
+def _silent(text: str) -> None:
+    """Print nothing: another process does."""
+
+
 def say(text: str, stream: TextIO | None = None) -> None:
     """Print a message with one write and flush it.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from torchprime.config.sections.model import SPLASH_KERNELS
 from torchprime.errors import ConfigError
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
@@ -134,7 +135,7 @@ def choose_kernel(
         The kernel's name and why.
     """
     obstacle = _flash_obstacle(device_type, full_precision, capability, flash)
-    if wanted in ("splash", "splash_jax"):
+    if wanted in SPLASH_KERNELS:
         raise ConfigError(
             f"model.attention_kernel={wanted} runs on TPUs only, and this run is on "
             f"{device_type}; use auto, flash, flex or reference."

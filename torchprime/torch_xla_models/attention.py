@@ -9,15 +9,13 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import nn
 
+from torchprime.config.sections.model import SPLASH, SPLASH_BY_JAX, SPLASH_KERNELS
 from torchprime.errors import ConfigError
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 from torchprime.text.terminal import say
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.splash.blocks import KERNEL_MULTIPLE
-
-# Kernels of a TPU: ours, and jax's.
-SPLASH, SPLASH_BY_JAX = "splash", "splash_jax"
 
 
 def choose_kernel(wanted: str, block_size: int) -> tuple[str, str]:
@@ -28,7 +26,7 @@ def choose_kernel(wanted: str, block_size: int) -> tuple[str, str]:
     """
     device = xr.device_type()
     fits = block_size % KERNEL_MULTIPLE == 0
-    on_tpu = wanted in (SPLASH, SPLASH_BY_JAX)
+    on_tpu = wanted in SPLASH_KERNELS
     if on_tpu and device != "TPU":
         raise ConfigError(
             f"model.attention_kernel={wanted} runs on TPUs only, and this run is on "
@@ -57,7 +55,7 @@ def inject_attention(
     model: CausalLM, kernel: str, mesh: xs.Mesh, batch_axes: tuple[str, ...]
 ) -> None:
     """Put the chosen kernel into every layer."""
-    if kernel not in (SPLASH, SPLASH_BY_JAX):
+    if kernel not in SPLASH_KERNELS:
         replace_attention_cores(model, ReferenceAttention)
         return
     # late: jax is imported only where it is needed
@@ -79,7 +77,7 @@ def check_attention(
     Raises:
         RuntimeSetupError: they differ by more than rounding.
     """
-    if kernel not in (SPLASH, SPLASH_BY_JAX) or not tensors.hold_data:
+    if kernel not in SPLASH_KERNELS or not tensors.hold_data:
         return
     # late: jax is imported only where it is needed
     from torchprime.torch_xla_models.splash.self_check import Heads, check_kernel

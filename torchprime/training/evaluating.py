@@ -6,18 +6,21 @@ a metric that does not exist, a prompt that leaves no room. Later code gets no c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypedDict, cast
 
 from torchprime.config.schema import TrainConfig
 from torchprime.config.sections.evaluation import EvalConfig
 from torchprime.evaluation.behaviour import Prompt, check_prompts
 from torchprime.evaluation.graders.make import MEASURES, make_grader
-from torchprime.evaluation.graders.samples import Grader
+from torchprime.evaluation.graders.samples import Grader, Sample
+from torchprime.evaluation.intervals import Score
 from torchprime.evaluation.selection import EarlyStopping, Rule, known_metric, parse_rule
 from torchprime.generation.decode import GenerateOptions
+from torchprime.metrics.record import GradedScore
 from torchprime.training.setup.datasets import question_of
 from torchprime.training.setup.inputs import RunInputs
 
@@ -128,3 +131,19 @@ def make_evaluation(
         folder,
         choosing,
     )
+
+
+class AnswerFields(TypedDict, total=False):
+    """The fields of an EvalRecord that describe answers, absent where none were generated."""
+
+    scores: dict[str, GradedScore]
+    generated_tokens: int
+    generate_seconds: float
+
+
+def answer_fields(scores: Mapping[str, Score], samples: Sequence[Sample]) -> AnswerFields:
+    """Return what a record says of graded answers."""
+    return {
+        "scores": {name: cast("GradedScore", asdict(score)) for name, score in scores.items()},
+        "generated_tokens": sum(sample.tokens for sample in samples),
+    }

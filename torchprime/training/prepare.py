@@ -6,7 +6,6 @@ table, batch budget, the checkpoint to resume from, the places to write to.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.config.schema import TrainConfig
 from torchprime.metrics.trackers.choose import require_libraries
 from torchprime.sharding import ShardingTable
+from torchprime.text.terminal import only_first
 from torchprime.training.backend import Backend, StepNumbers
 from torchprime.training.evaluating import (
     Choosing,
@@ -129,12 +129,9 @@ def prepare(
         lock: of the run's folder; taken here if the folder exists.
         say: prints a line for the user.
     """
-    first = os.environ.get("RANK", "0") == "0"  # torchrun gives it before the backend does
-    inputs, evaluation, catalog = _read(
-        config, open_weights, lock.folder, say if first else _silent
-    )
+    inputs, evaluation, catalog = _read(config, open_weights, lock.folder, only_first(say))
     backend = make_backend(inputs.config)
-    say = say if backend.processes.index == 0 else _silent
+    say = only_first(say, backend.processes.index == 0)
     optimizer = optimizer_of(config)
     table, plan = plan_run(inputs.config, inputs.files, inputs.rows, optimizer)
     backend.check(inputs.model(), table)
@@ -163,10 +160,6 @@ def prepare(
     _check_outputs(prepared)
     _say_plan(prepared)
     return prepared
-
-
-def _silent(line: str) -> None:
-    """Print nothing: another process does."""
 
 
 def _read(

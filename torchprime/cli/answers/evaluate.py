@@ -10,12 +10,12 @@ import argparse
 from typing import TYPE_CHECKING
 
 from torchprime.cli.shared.arguments import make_parser, run_with_rest, with_model_first
-from torchprime.cli.shared.backends import is_first, refuse_sweep
+from torchprime.cli.shared.backends import refuse_sweep
 from torchprime.cli.shared.engines import add_engine_flags, model_argument, with_engine
 from torchprime.config.entry import run_main
 from torchprime.config.paths import local_path
 from torchprime.config.schema import TrainConfig
-from torchprime.text.terminal import print_lines, say
+from torchprime.text.terminal import is_first_process, print_lines, say
 
 if TYPE_CHECKING:
     from torchprime.training.inference.engine import OpenEngine
@@ -61,7 +61,7 @@ def _evaluate(config: TrainConfig, given: argparse.Namespace) -> int:
         model = model_argument(given)
         request = EvaluateRequest(model, local_path("--out", given.out))
         lines = evaluate_model(config, request, open_engine, say)
-        if is_first():
+        if is_first_process():
             print_lines([*lines, f"wrote {given.out}"])
 
     with_engine(config, given, use)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError
-from torchprime.text.terminal import say
+from torchprime.text.terminal import is_first_process, say
 from torchprime.torch_native import train as native
 from torchprime.torch_xla_models import train as xla
 from torchprime.torch_xla_models.runtime import host_has_tpu, prepare_environment, tpu_chips
@@ -82,16 +82,11 @@ def _without_tpu() -> Choice:
     return Choice("xla", reason, f"for the other: {FLAG} native")
 
 
-def is_first() -> bool:
-    """Return True on the process that talks to the user."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def with_backend(config: TrainConfig, chosen: Choice, use: Callable[[MakeBackend], None]) -> None:
     """Prepare this process for a backend, print which one and why, and call `use` with the function
     that makes it."""
     backend, reason, _ = chosen
-    if is_first():
+    if is_first_process():
         say(f"backend {backend} ({NAMES[backend]}): {reason}")
     if backend == "xla":
         prepare_environment(config.device_count)

@@ -39,6 +39,5 @@ def _report(given: argparse.Namespace) -> int:
             "Add --out FOLDER."
         )
     out = places[0] if given.out is None else local_path("--out", given.out)
-    write_sweep(places, out)
-    print_lines(summary_lines(places, out), "backslashreplace")
+    print_lines(summary_lines(write_sweep(places, out), out), "backslashreplace")
     return 0

@@ -8,6 +8,10 @@ from typing import Any, Literal
 from torchprime.config.checks import at_least, not_empty, special_tokens
 from torchprime.config.paths import HubNameOrFolder
 
+# Attention kernels of a TPU: ours, and jax's.
+SPLASH, SPLASH_BY_JAX = "splash", "splash_jax"
+SPLASH_KERNELS = (SPLASH, SPLASH_BY_JAX)
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -23,6 +23,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from torchprime.torch_xla_models.splash.blocks import KERNEL_MEMORY
 from torchprime.torch_xla_models.splash.kernel_parts import (
     FIRST_FIRST,
     LANES,
@@ -113,7 +114,7 @@ def backward(
             jax.ShapeDtypeStruct(v.shape, v.dtype),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 5, vmem_limit_bytes=blocks.memory
+            dimension_semantics=("arbitrary",) * 5, vmem_limit_bytes=KERNEL_MEMORY
         ),
         name=name,
         interpret=options.interpret,

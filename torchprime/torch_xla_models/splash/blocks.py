@@ -26,14 +26,12 @@ class Blocks:
         keys: keys of one product; divides the spans.
         forward_span: keys that are in vector memory at the same time; divides the sequence.
         span: the same in the backward, with their gradients.
-        memory: vector memory that a kernel may use, in bytes.
     """
 
     queries: int
     keys: int
     forward_span: int
     span: int
-    memory: int = KERNEL_MEMORY
 
 
 def blocks_for(length: int, head_dim: int, itemsize: int) -> Blocks:

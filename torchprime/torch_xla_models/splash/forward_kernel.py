@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from torchprime.torch_xla_models.splash.blocks import KERNEL_MEMORY
 from torchprime.torch_xla_models.splash.kernel_parts import (
     FIRST_FIRST,
     LANES,
@@ -93,7 +94,7 @@ def forward(given: Inputs, options: KernelOptions) -> tuple[jax.Array, jax.Array
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) * 4 + ("arbitrary",),
-            vmem_limit_bytes=blocks.memory,
+            vmem_limit_bytes=KERNEL_MEMORY,
         ),
         name=name,
         interpret=options.interpret,

@@ -11,8 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from typing import TypedDict, cast
+from dataclasses import dataclass, replace
 
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.errors import RuntimeSetupError
@@ -24,9 +23,9 @@ from torchprime.evaluation.selection import Evaluated, overfitting
 from torchprime.files.atomic import write_text
 from torchprime.files.private_folders import own_folder
 from torchprime.metrics.goodput import EVALUATION
-from torchprime.metrics.record import EvalRecord, GradedScore, StepRecord
+from torchprime.metrics.record import EvalRecord, StepRecord
 from torchprime.training.backend import Backend
-from torchprime.training.evaluating import Evaluation
+from torchprime.training.evaluating import AnswerFields, Evaluation, answer_fields
 from torchprime.training.loop import BaseHook, RunControl
 from torchprime.training.regularization.near_base import NAME as KL
 from torchprime.training.regularization.penalty import PENALTIES
@@ -45,14 +44,6 @@ class HeldOut:
     data: PackedDataset
     batch_size: int
     every_steps: int | None
-
-
-class AnswerFields(TypedDict, total=False):
-    """The fields of an EvalRecord that describe answers, absent where none were generated."""
-
-    scores: dict[str, GradedScore]
-    generated_tokens: int
-    generate_seconds: float
 
 
 class EvaluationHook(BaseHook):
@@ -163,11 +154,7 @@ class EvaluationHook(BaseHook):
             samples = ask(self.backend, e.prompts, e.options, e.decode)
         seconds = time.perf_counter() - started
         scores = self.backend.processes.first_does(lambda: self._grade(step, samples))
-        return {
-            "scores": {name: cast("GradedScore", asdict(score)) for name, score in scores.items()},
-            "generated_tokens": sum(sample.tokens for sample in samples),
-            "generate_seconds": seconds,
-        }
+        return {**answer_fields(scores, samples), "generate_seconds": seconds}
 
     def _grade(self, step: int, samples: Sequence[Sample]) -> dict[str, Score]:
         e = self.evaluation

@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 from torchprime.config.checks import refuse
 from torchprime.config.schema import TrainConfig
@@ -20,11 +19,18 @@ from torchprime.evaluation.behaviour import Grades, ask, grade, sample_lines, sc
 from torchprime.evaluation.graders.samples import Sample
 from torchprime.evaluation.selection import Evaluated, parse_rule
 from torchprime.files.atomic import atomic_folder, write_json, write_text
-from torchprime.metrics.record import EvalRecord, GradedScore
-from torchprime.training.evaluating import Choosing, Evaluation, make_evaluation, make_graders
+from torchprime.metrics.record import EvalRecord
+from torchprime.text.terminal import only_first
+from torchprime.training.evaluating import (
+    Choosing,
+    Evaluation,
+    answer_fields,
+    make_evaluation,
+    make_graders,
+)
 from torchprime.training.inference.engine import Engine, OpenEngine
 from torchprime.training.inference.model import fingerprint_of, with_model
-from torchprime.training.inference.placed import only_first, read_inputs
+from torchprime.training.inference.placed import read_inputs
 from torchprime.training.run.folder import versions
 from torchprime.training.setup.inputs import RunInputs
 
@@ -123,11 +129,7 @@ def _with_scores(
     if not samples:
         return record
     scores = scores_of(grades, list(evaluation.graders), evaluation.measures)
-    return replace(
-        record,
-        scores={name: cast("GradedScore", asdict(score)) for name, score in scores.items()},
-        generated_tokens=sum(sample.tokens for sample in samples),
-    )
+    return replace(record, **answer_fields(scores, samples))
 
 
 def _write(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchprime.config.schema import TrainConfig
+from torchprime.text.terminal import only_first
 from torchprime.training.backend import Backend, StepOptions
 from torchprime.training.optim.optimizer import Optimizer, Parameter, Slot
 from torchprime.training.setup.inputs import RunInputs
@@ -38,16 +38,6 @@ class NoUpdates:
         step: Tensor,
     ) -> dict[str, Tensor]:
         raise AssertionError("this backend was placed without training")
-
-
-def only_first(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Return `say` on the first process, and a function that prints nothing on the others."""
-    # torchrun gives the rank before the backend does
-    return say if os.environ.get("RANK", "0") == "0" else _silent
-
-
-def _silent(line: str) -> None:
-    """Print nothing: another process does."""
 
 
 def read_inputs(config: TrainConfig, say: Callable[[str], None]) -> RunInputs:

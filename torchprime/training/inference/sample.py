@@ -32,11 +32,12 @@ from torchprime.evaluation.graders.samples import Grader
 from torchprime.files.atomic import make_folder, write_text
 from torchprime.files.json_files import read_json
 from torchprime.generation.decode import GenerateOptions
+from torchprime.text.terminal import only_first
 from torchprime.training.evaluating import make_graders
 from torchprime.training.inference.engine import Engine, OpenEngine
 from torchprime.training.inference.kept_rows import KeepRule, count_kept, kept_records
 from torchprime.training.inference.model import fingerprint_of, with_model
-from torchprime.training.inference.placed import only_first, read_inputs
+from torchprime.training.inference.placed import read_inputs
 from torchprime.training.inference.samples_file import (
     ROWS,
     SETTINGS,
