@@ -64,7 +64,8 @@ def backward(
     """Return the gradients of q, k and v.
 
     Args:
-        out, grad: [B, H, S, h], the forward's result and its gradient.
+        out: [B, H, S, h], the forward's result.
+        grad: [B, H, S, h], the gradient by out.
         log_sum_exp: [B, H, S], fp32, of each query's scores.
     """
     q, k, v, segments = given
