@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
-from torch import nn
+from torch import Tensor, nn
 
 from torchprime.config.sections.model import SPLASH, SPLASH_BY_JAX, SPLASH_KERNELS
 from torchprime.errors import ConfigError
@@ -51,13 +52,14 @@ def choose_kernel(wanted: str, block_size: int) -> tuple[str, str]:
     return SPLASH, "auto on TPU"
 
 
-def inject_attention(
-    model: CausalLM, kernel: str, mesh: xs.Mesh, batch_axes: tuple[str, ...]
-) -> None:
-    """Put the chosen kernel into every layer."""
+# Makes the core of a layer from its head size and its window.
+MakeCore = Callable[[int, int | None], nn.Module]
+
+
+def core_maker(kernel: str, mesh: xs.Mesh, batch_axes: tuple[str, ...]) -> MakeCore:
+    """Return what makes a layer's attention core with the chosen kernel."""
     if kernel not in SPLASH_KERNELS:
-        replace_attention_cores(model, ReferenceAttention)
-        return
+        return ReferenceAttention
     # late: jax is imported only where it is needed
     from torchprime.torch_xla_models.splash.attention import SplashAttention
 
@@ -65,7 +67,48 @@ def inject_attention(
         by_jax = kernel == SPLASH_BY_JAX
         return SplashAttention(head_dim, window, mesh, batch_axes, by_jax=by_jax)
 
-    replace_attention_cores(model, make)
+    return make
+
+
+def inject_attention(
+    model: CausalLM, kernel: str, mesh: xs.Mesh, batch_axes: tuple[str, ...]
+) -> None:
+    """Put the chosen kernel into every layer."""
+    replace_attention_cores(model, core_maker(kernel, mesh, batch_axes))
+
+
+class KernelOrReference(nn.Module):
+    """The attention core for prompts: the kernel at the lengths that it allows, or the reference
+    core. Prompts are padded to a power of two or to the model's context, so both occur."""
+
+    def __init__(self, kernel: nn.Module, reference: nn.Module) -> None:
+        super().__init__()
+        self.kernel, self.reference = kernel, reference
+
+    def of(self, length: int) -> Any:
+        """Return the core for this number of positions."""
+        return self.reference if length % KERNEL_MULTIPLE else self.kernel
+
+    def prepare(self, segment_ids: Tensor) -> Any:
+        """Prepare segment_ids [B, S] for the core of their length."""
+        return self.of(segment_ids.shape[1]).prepare(segment_ids)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Any) -> Tensor:
+        """Return [B, H, S, h] for q [B, H, S, h] and k, v [B, K, S, h]."""
+        return self.of(q.shape[2])(q, k, v, prepared)
+
+
+def prompt_core_maker(make_kernel: MakeCore) -> MakeCore:
+    """Return what makes the core that reads prompts, from what makes training's core."""
+    if make_kernel is ReferenceAttention:
+        return make_kernel
+
+    def make(head_dim: int, window: int | None) -> nn.Module:
+        return KernelOrReference(
+            make_kernel(head_dim, window), ReferenceAttention(head_dim, window)
+        )
+
+    return make
 
 
 def check_attention(

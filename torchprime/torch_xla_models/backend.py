@@ -413,8 +413,8 @@ class XlaBackend:
         Two programs per batch size and bucket, sharded like training's activations. Every process
         runs them for all prompts and reads all answers.
         """
-        if self._generator is None:
-            self._generator = Generator(self.model, self.tensors, self.table, self.placed)
+        given = self.tensors, self.table, self.placed, self.attention
+        self._generator = self._generator or Generator(self.model, *given)
         return self._generator.generate(prompts, options)
 
     def synchronize(self) -> None:

@@ -40,9 +40,9 @@ from torchprime.generation.decode import (
     plan_batches,
     sampling_tensors,
 )
-from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
+from torchprime.torch_xla_models.attention import core_maker, prompt_core_maker
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.linear import XlaLinear
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain
@@ -148,6 +148,7 @@ class Generator:
         tensors: makes tensors on the mesh and executes traced programs.
         table: the sharding of activations.
         placed: the sharding of parameters.
+        kernel: training's attention kernel, which reads prompts too.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Generator:
         tensors: DeviceTensors,
         table: ShardingTable,
         placed: Mapping[str, Placed],
+        kernel: str,
     ) -> None:
         self.model, self.tensors, self.placed = model, tensors, placed
         self.mesh = mesh = tensors.mesh
@@ -163,6 +165,7 @@ class Generator:
         self.loops: dict[tuple[Any, ...], RecordedLoop] = {}  # by shapes and choice
         sizes = axis_sizes(mesh)
         self.batch_axes = table.batch_axes()
+        self.make_core = prompt_core_maker(core_maker(kernel, mesh, self.batch_axes))
         self.multiple = 1
         for axis in self.batch_axes:
             self.multiple *= sizes[axis]
@@ -176,9 +179,9 @@ class Generator:
         on_cpu = xr.device_type() == "CPU"
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            # Splash works in tiles of 128 positions, and a prompt's bucket may have 64.
-            make_core, match = ReferenceAttention, by_sums if on_cpu else by_product
-            stack.enter_context(cached_attention(self.model, self._cut_heads, make_core, match))
+            match = by_sums if on_cpu else by_product
+            cached = cached_attention(self.model, self._cut_heads, self.make_core, match)
+            stack.enter_context(cached)
             if batches and on_cpu:
                 stack.enter_context(self._turned())
             for batch in batches:

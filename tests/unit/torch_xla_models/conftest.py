@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch_xla._internal.jax_workarounds import maybe_get_torchax
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -86,3 +87,10 @@ def make_backend(reference_runs, shipped_table):
         return backend
 
     return make
+
+
+@pytest.fixture(scope="session")
+def torchax() -> None:
+    """Skip tests that call a kernel from torch where torchax, which they need, is missing."""
+    if maybe_get_torchax() is None:
+        pytest.skip("torchax, through which torch_xla calls kernels, is not here (make libtpu)")

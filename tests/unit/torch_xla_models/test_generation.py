@@ -92,6 +92,34 @@ def test_one_device(names: list[str], truths, tmp_path: Path) -> None:
         assert [Answer(*a) for a in found[name]] == truths[name][1], name
 
 
+@pytest.mark.usefixtures("torchax")
+def test_prompts_are_read_by_the_kernel(truths, shipped_table, monkeypatch) -> None:
+    """By Pallas' interpreter: a bucket of 64, where it is the reference core, and one of 128."""
+    # late: it loads jax
+    from torchprime.torch_xla_models.splash.attention import SplashAttention
+
+    model, _ = truths["mistral"]
+    scan = RematConfig(scan_layers=True)
+    backend = placed("mistral", model, shipped_table, {"fsdp": 2, "tensor": 2}, remat=scan)
+    read: list[int] = []
+
+    class Interpreted(SplashAttention):
+        def __init__(self, *given, **how) -> None:
+            super().__init__(*given, **how, interpret=True)
+
+        def forward(self, q, k, v, prepared):
+            read.append(q.shape[2])
+            return super().forward(q, k, v, prepared)
+
+    name = "torchprime.torch_xla_models.splash.attention.SplashAttention"
+    monkeypatch.setattr(name, Interpreted)
+    backend.attention = "splash"
+    asked, given = answers.prompts((100, 3, 77, 128)), answers.options(max_length=256, batch_size=2)
+    found = backend.generate(asked, given)
+    assert read and set(read) == {128}
+    assert found == answers.expected(model, asked, given)
+
+
 def test_a_batch_ends_with_its_longest_answer(truths, shipped_table, monkeypatch) -> None:
     model, free = truths["llama-tied"]
     backend = placed("llama-tied", model, shipped_table, **WAYS["llama-tied"])
