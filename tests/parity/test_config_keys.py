@@ -44,6 +44,26 @@ LLAMA3: dict[str, Any] = dict(
     original_max_position_embeddings=16,
 )
 LINEAR = {"rope_type": "linear", "factor": 2.0}
+YARN: dict[str, Any] = dict(
+    rope_type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=16,
+    beta_fast=3.0,
+    beta_slow=0.5,
+    attention_factor=None,
+    mscale=1.3,
+    mscale_all_dim=0.7,
+    truncate=False,
+)
+LONGROPE: dict[str, Any] = dict(
+    rope_type="longrope",
+    short_factor=[1.0, 1.1, 1.2, 1.3],
+    long_factor=[1.0, 1.5, 2.0, 3.0],
+    original_max_position_embeddings=16,
+    factor=None,
+    attention_factor=None,
+)
+# A name with a dash: a family with another rope, for which only the rope's keys are changed.
 FAMILIES = {
     "llama": {"rope_theta": 100.0, "rope_scaling": LLAMA3, "head_dim": 8},
     "mistral": {"rope_theta": 100.0, "sliding_window": 6},
@@ -51,6 +71,17 @@ FAMILIES = {
     "qwen3": {
         **{"head_dim": 8, "rope_parameters": {"rope_theta": 100.0, **LLAMA3}},
         **{"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    },
+    "llama-dynamic": {
+        **{"rope_theta": 100.0, "head_dim": 8},
+        "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
+    },
+    "llama-yarn": {"rope_theta": 100.0, "rope_scaling": YARN, "head_dim": 8},
+    "qwen3-yarn": {"head_dim": 8, "rope_parameters": {"rope_theta": 100.0, **YARN}},
+    "llama-longrope": {"rope_theta": 100.0, "rope_scaling": LONGROPE, "head_dim": 8},
+    "mistral-longrope": {
+        **{"sliding_window": None, "head_dim": 8},
+        "rope_parameters": {"rope_theta": 100.0, **LONGROPE},
     },
 }
 VALUES: list[Any] = [
@@ -69,6 +100,7 @@ MORE_KEYS = (
     ),
     *("quantization_config", "text_config", "auto_map", "unheard_of"),
 )
+ROPE_KEYS = ("partial_rotary_factor", "llama_4_scaling_beta")
 KINDS = ["full_attention", "sliding_attention"]
 SPECIAL: dict[str, list[Any]] = {
     "layer_types": [[a, b] for a in KINDS for b in KINDS] + [["full_attention"], ["x", "y"]],
@@ -85,12 +117,24 @@ SPECIAL: dict[str, list[Any]] = {
         {"type": "linear", "rope_type": "default", "factor": 2.0},
         {"rope_type": "default"},
         {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "dynamic"},
+        YARN,
+        {"rope_type": "yarn", "factor": 2.0},
+        {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
+        LONGROPE,
+        {**LONGROPE, "factor": 2.0},
+        {**LONGROPE, "short_factor": [1.0]},
+        {**LONGROPE, "long_factor": [1.0, 2.0, None, 3.0]},
+        {"rope_type": "proportional", "factor": 2.0},
+        {"rope_type": "axial"},
         {"rope_type": ["linear"], "factor": 2.0},
         LLAMA3,
         {**LLAMA3, "rope_theta": 100.0},
         {"full_attention": LINEAR},
     ],
 }
+LISTS = ([1.0, 1.5, 2.0, 2.5], [1, 2, 3, 4], [1.0, 0.0, 1.0, 1.0], [1.0] * 3, [1.0, "x", 2.0, 3.0])
+SPECIAL["short_factor"] = SPECIAL["long_factor"] = list(LISTS)
 SPECIAL["rope_parameters"] = [*SPECIAL["rope_scaling"], {"rope_theta": 100.0}]
 
 
@@ -98,18 +142,25 @@ def _cases() -> list[tuple[str, str, Any]]:
     """(family, key, value): rope.X is the key X of the rope's object."""
     cases = []
     for family, switches in FAMILIES.items():
-        config_class = type(AutoConfig.for_model(family))
-        fields = [field.name for field in dataclasses.fields(config_class)]
-        for key in dict.fromkeys([*BASE, *fields, *MORE_KEYS]):
-            cases += [(family, key, value) for value in [*VALUES, *SPECIAL.get(key, [])]]
-        if "rope_parameters" in switches or "rope_scaling" in switches:
-            for key in (*LLAMA3, "type", "rope_theta", "partial_rotary_factor"):
-                cases += [(family, f"rope.{key}", value) for value in VALUES]
+        if "-" not in family:
+            config_class = type(AutoConfig.for_model(family))
+            fields = [field.name for field in dataclasses.fields(config_class)]
+            for key in dict.fromkeys([*BASE, *fields, *MORE_KEYS]):
+                cases += [(family, key, value) for value in [*VALUES, *SPECIAL.get(key, [])]]
+        else:
+            for key in ("rope_theta", "original_max_position_embeddings", "head_dim"):
+                cases += [(family, key, value) for value in [*VALUES, *SPECIAL.get(key, [])]]
+        rope = switches.get("rope_parameters") or switches.get("rope_scaling")
+        if isinstance(rope, dict):
+            for key in dict.fromkeys([*LLAMA3, *rope, "type", "rope_theta", *ROPE_KEYS]):
+                values = [*VALUES, *SPECIAL.get(key, [])]
+                cases += [(family, f"rope.{key}", value) for value in values]
     return cases
 
 
 def _changed(family: str, key: str, value: Any) -> dict[str, Any]:
-    config = copy.deepcopy({"model_type": family, **BASE, **FAMILIES[family]})
+    kind = family.partition("-")[0]
+    config = copy.deepcopy({"model_type": kind, **BASE, **FAMILIES[family]})
     if key.startswith("rope."):
         name = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
         config[name][key.removeprefix("rope.")] = value
@@ -242,6 +293,11 @@ def test_the_bases_show_every_switch() -> None:
         ("mistral", "sliding_window", 7),
         ("qwen2", "rope_parameters", {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}),
         ("qwen3", "max_window_layers", 0),
+        ("llama-dynamic", "rope.factor", 8.0),
+        *(("llama-yarn", f"rope.{key}", 2.0) for key in ("factor", "beta_fast", "beta_slow")),
+        *(("llama-yarn", f"rope.{key}", 2.0) for key in ("mscale", "attention_factor")),
+        ("llama-longrope", "rope.long_factor", [1.0, 2.0, 3.0, 4.0]),
+        ("llama-longrope", "rope.attention_factor", 2.0),
     ):
         base = _reference(_changed(family, "unheard_of", 1))
         changed = _reference(_changed(family, key, value))

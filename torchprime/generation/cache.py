@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from torchprime.models.decoder import CausalLM, LayerContext
-from torchprime.models.rope import rotary_tables
 
 # Shape suffixes: B batch, S sequence, D hidden, H heads, K kv heads, h head size, C cache slots.
 
@@ -127,12 +126,13 @@ def cached_attention(
             attention.core = core
 
 
-def read_prompts(model: CausalLM, ids: Tensor, padding: Tensor) -> tuple[Tensor, Cache]:
+def read_prompts(model: CausalLM, ids: Tensor, padding: Tensor, slots: int) -> tuple[Tensor, Cache]:
     """Run prompts through the model (prefill).
 
     Args:
         ids: integers [B, S], padded on the left.
         padding: int32 [B], how many of a row's slots are padding.
+        slots: of the cache that decoding will use, of which the prompts fill the first S.
 
     Returns:
         The hidden states [B, D] of each row's last token, after the final norm, and the keys and
@@ -143,7 +143,7 @@ def read_prompts(model: CausalLM, ids: Tensor, padding: Tensor) -> tuple[Tensor,
     positions = places - padding[:, None]
     segments = (positions >= 0).to(torch.int32)
     prepared = tuple(core.prepare(segments) for core in decoder.preparers)
-    hidden, cache = _through_layers(decoder, ids, positions.clamp(min=0), prepared, None)
+    hidden, cache = _through_layers(decoder, ids, (positions.clamp(min=0), slots), prepared, None)
     return decoder.norm(hidden[:, -1:])[:, 0], cache
 
 
@@ -162,10 +162,11 @@ def next_hidden(
     """
     decoder: Any = model.model
     # The slots are the second to last dim, stacked or not.
-    places = torch.arange(cache.keys[0].shape[-2], dtype=torch.int32, device=ids.device)
+    slots = cache.keys[0].shape[-2]
+    places = torch.arange(slots, dtype=torch.int32, device=ids.device)
     masks = tuple(_mask(places, padding, slot, window) for window in decoder.windows)
     positions = (slot - padding)[:, None]
-    hidden, new = _through_layers(decoder, ids[:, None], positions, masks, cache)
+    hidden, new = _through_layers(decoder, ids[:, None], (positions, slots), masks, cache)
     return decoder.norm(hidden)[:, 0], new
 
 
@@ -181,11 +182,16 @@ def _mask(places: Tensor, padding: Tensor, slot: Tensor, window: int | None) -> 
 def _through_layers(
     decoder: Any,
     ids: Tensor,
-    positions: Tensor,
+    places: tuple[Tensor, int],
     prepared: tuple[Any, ...],
     cache: Cache | None,
 ) -> tuple[Tensor, Cache]:
+    """Return hidden states [B, S, D] before the final norm, and new keys and values.
+
+    Args:
+        places: positions [B, S], and the number of slots of the cache.
+    """
     x_BSD = decoder.embed_tokens(ids)
-    cos, sin = rotary_tables(decoder.rotary_speeds, positions, x_BSD.dtype)
+    cos, sin = decoder.rotary(*places, x_BSD.dtype)
     hidden, keys, values = decoder.layers.with_cache(x_BSD, LayerContext(cos, sin, prepared), cache)
     return hidden, Cache(tuple(keys), tuple(values))

@@ -73,6 +73,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
     heads = values.integer("num_attention_heads", most=2**14)
     window, windowed_from = _sliding_window(values, family, layers)
     context = values.integer("max_position_embeddings", family.context, most=2**40)
+    head_dim = _head_dim(values, family, hidden, heads)
     architecture = Architecture(
         family=name,
         vocab_size=values.integer("vocab_size", most=2**24),
@@ -81,9 +82,9 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=_kv_heads(values, family, heads),
-        head_dim=_head_dim(values, family, hidden, heads),
+        head_dim=head_dim,
         rms_norm_eps=values.number("rms_norm_eps", 1e-6, equal=True),
-        rope=read_rope(values, context),
+        rope=read_rope(values, context, family.rope, head_dim),
         qkv_bias=_has(values, family.qkv_bias),
         out_bias=_has(values, family.out_bias),
         mlp_bias=_has(values, family.mlp_bias),

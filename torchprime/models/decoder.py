@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from torchprime.models.architecture import Architecture
 from torchprime.models.attention import ReferenceAttention
-from torchprime.models.rope import inverse_frequencies, rotary_tables, rotate
+from torchprime.models.rope import RotaryTables, rotate
 
 # Outputs inside a layer that remat can keep or compute again, by the names of a config
 # (config/sections/remat.py): modules of the layer.
@@ -40,8 +40,8 @@ NAMED_OUTPUTS = {
 class LayerContext(NamedTuple):
     """The inputs that all layers read and none changes."""
 
-    cos: Tensor  # [B, 1, S, h/2]
-    sin: Tensor  # [B, 1, S, h/2]
+    cos: Tensor  # [B, 1, S, rotated pairs of a head]
+    sin: Tensor  # the same
     attention: tuple[Tensor, ...]  # per kind of attention core: its `prepare(segment_ids)`
 
 
@@ -165,16 +165,11 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.preparers = [ReferenceAttention(a.head_dim, window) for window in self.windows]
-        # On the CPU even if the parameters are made without storage: a constant, not a weight.
-        speeds = torch.tensor(
-            inverse_frequencies(a.rope, a.head_dim), dtype=torch.float32, device="cpu"
-        )
-        self.rotary_speeds: Tensor
-        self.register_buffer("rotary_speeds", speeds, persistent=False)
+        self.rotary = RotaryTables(a.rope, a.head_dim)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
         x_BSD = self.embed_tokens(input_ids)
-        cos, sin = rotary_tables(self.rotary_speeds, position_ids, x_BSD.dtype)
+        cos, sin = self.rotary(position_ids, position_ids.shape[1], x_BSD.dtype)
         prepared = tuple(core.prepare(segment_ids) for core in self.preparers)
         return self.norm(self.layers(x_BSD, LayerContext(cos, sin, prepared)))
 

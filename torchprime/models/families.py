@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from torchprime.models.rope_config import RopeTraits
+
 
 class Bias(NamedTuple):
     """A switch for the biases of some linear layers.
@@ -42,6 +44,7 @@ class Family:
         qk_norm: queries and keys are normalized per head before the rotation.
         window: the layers with a sliding window: none, all (`sliding_window`), or those from
             `max_window_layers` on (if `use_sliding_window`).
+        rope: defaults and kinds of the rope settings.
     """
 
     hf_class: str
@@ -53,6 +56,7 @@ class Family:
     mlp_bias: Bias = NEVER
     qk_norm: bool = False
     window: Literal["none", "all", "upper"] = "none"
+    rope: RopeTraits = RopeTraits()
 
 
 FAMILIES: dict[str, Family] = {

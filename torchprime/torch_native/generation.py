@@ -154,7 +154,7 @@ class Generator:
 
         length = batch.ids.shape[1]
         with waiting("reading prompts"):
-            hidden, read = read_prompts(self.model, ids, padding)
+            hidden, read = read_prompts(self.model, ids, padding, batch.slots)
             cache = _allocated(read, batch.slots)
             token = token_of(hidden, 0)
             decoding.add([token.tolist()])

@@ -200,7 +200,7 @@ class Generator:
         )
         decoding = Decoding(batch, prompts, options)
 
-        hidden, cache = read_prompts(self.model, ids, padding)
+        hidden, cache = read_prompts(self.model, ids, padding, batch.slots)
         cache = self._cut(_widened(cache, batch.slots - batch.ids.shape[1]))
         logits = self.step.logits(hidden)
         token = self._cut_rows(choose(logits, options, sampling, rows, self._scalar(0)))

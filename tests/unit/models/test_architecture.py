@@ -84,7 +84,16 @@ def test_the_original_context_may_stand_outside_of_the_rope() -> None:
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported are llama"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 4.0}}, "rope type 'mrope'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor is missing"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0, 1.0, 1.0]}},
+            r"rope_scaling.short_factor is \[1.0, 1.0, 1.0\], expected a list of 4 numbers",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2, "llama_4_scaling_beta": 0.1}},
+            "rope_parameters.llama_4_scaling_beta is 0.1, expected null",
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
         ({"vocab_size": None}, "vocab_size is missing, expected a whole number from 1 to"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),

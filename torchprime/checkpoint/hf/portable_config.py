@@ -113,8 +113,14 @@ def _written(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": a.max_position_embeddings,
         **_biases(a),
         **_window(a, config),
-        **both_spellings(a.rope),
+        **_rope(a),
     }
+
+
+def _rope(a: Architecture) -> dict[str, Any]:
+    """Return the keys of the rotary positions."""
+    partial = FAMILIES[a.family].rope.partial is not None
+    return both_spellings(a.rope, a.max_position_embeddings, partial=partial)
 
 
 def _biases(a: Architecture) -> dict[str, bool]:

@@ -85,7 +85,8 @@ class ModelFiles:
         return self._fingerprint(replace(architecture, rope=rope))
 
     def _fingerprint(self, architecture: Architecture) -> str:
-        described = {"architecture": asdict(architecture), "shapes": dict(self.shapes)}
+        told = {**asdict(architecture), "rope": architecture.rope.described()}
+        described = {"architecture": told, "shapes": dict(self.shapes)}
         if self.new_rows is not None:
             described["new_rows"] = asdict(self.new_rows)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
