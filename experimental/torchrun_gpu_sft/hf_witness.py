@@ -396,8 +396,8 @@ def check_supported(c: TrainConfig, processes: int) -> None:
 
 def check_windows(files: ModelFiles, block_size: int) -> None:
     """Replace the model's own mask, and with it a sliding window, by an explicit one."""
-    window = files.architecture.sliding_window
-    if window is not None and window < block_size:
+    window = min((w for w in files.architecture.windows if w is not None), default=block_size)
+    if window < block_size:
         raise ConfigError(
             f"dataset.block_size: given {block_size}, expected at most {window}, the sliding "
             "window of this model's attention, which the witness' mask does not have. Set "

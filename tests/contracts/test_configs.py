@@ -179,12 +179,12 @@ def test_named_model_has_its_published_numbers(
     model: str, theta: float, eps: float, max_position: int, tied: bool
 ) -> None:
     found = architecture_from_hf(architecture_of(model))
-    assert (found.rope.theta, found.rms_norm_eps) == (theta, eps)
+    assert (found.ropes[0].theta, found.rms_norm_eps) == (theta, eps)
     assert (found.max_position_embeddings, found.tie_word_embeddings) == (max_position, tied)
     factor = {"llama-3.1-8b": 8.0, "llama-3.1-70b": 8.0, "llama-3.2-1b": 32.0}.get(model)
-    assert found.rope.kind == ("llama3" if factor else "default")
+    assert found.ropes[0].kind == ("llama3" if factor else "default")
     if factor:
-        assert found.rope.factor == factor and found.rope.original_max_position == 8192
+        assert found.ropes[0].factor == factor and found.ropes[0].original_max_position == 8192
 
 
 @pytest.mark.parametrize("mesh", ["single", "fsdp8", "fsdp2_tensor2", "two_slices_fsdp8"])

@@ -32,7 +32,7 @@ ROOMS = {
     ],
     "evaluation": ["graders"],
     "metrics": ["trackers"],
-    "torch_xla_models": ["compile", "splash"],
+    "torch_xla_models": ["layers", "compile", "splash"],
     "training": ["optim", "regularization", "setup", "advice", "run", "hooks", "inference"],
 }
 # Here rooms stand beside the modules that they use; elsewhere those are above all rooms.

@@ -35,6 +35,7 @@ from torchprime.errors import ConfigError, RuntimeSetupError, UserError
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.losses.token_loss import TokenLoss
 from torchprime.metrics.writers import read_metrics
+from torchprime.models.layer_kinds import LayerKind
 from torchprime.training.loop import DataOrder
 from torchprime.training.optim.schedules import Schedule
 from torchprime.training.setup.datasets import prepare_run_data
@@ -493,7 +494,8 @@ def test_new_rows_are_those_of_our_run(witness: ModuleType, argv: list[str]) -> 
 
 def test_a_window_smaller_than_a_block_is_refused(witness: ModuleType, config: TrainConfig) -> None:
     files = witness.files_of(config, weights=False)
-    windowed = replace(files, architecture=replace(files.architecture, sliding_window=64))
+    layers = (LayerKind(), LayerKind(64))
+    windowed = replace(files, architecture=replace(files.architecture, layers=layers))
     witness.check_windows(windowed, 64)
     with pytest.raises(UserError, match="sliding window"):
         witness.check_windows(windowed, 65)

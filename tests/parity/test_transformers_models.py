@@ -49,6 +49,12 @@ CONFIGS = {
     "qwen2-window": Qwen2Config(
         **SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
+    "qwen2-layer-types": Qwen2Config(
+        **SMALL,
+        use_sliding_window=True,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     "qwen3": Qwen3Config(**SMALL, head_dim=16),
     "mistral": MistralConfig(**SMALL, sliding_window=6),
 }

@@ -109,7 +109,7 @@ def test_a_rope_in_two_spellings_of_which_one_was_edited_is_refused(
     with pytest.raises(CheckpointError, match=r"differ in rope_type \(default and linear\)"):
         found(folder)
     one = {key: value for key, value in config.items() if key != "rope_parameters"}
-    assert architecture_from_hf(one).rope.kind == "linear"
+    assert architecture_from_hf(one).ropes[0].kind == "linear"
 
 
 @pytest.mark.slow

@@ -26,8 +26,8 @@ from torchprime.models.decoder import CausalLM, LayerContext
 
 
 class Cache(NamedTuple):
-    """Keys and values by layer, each [B, K, C, h]; one entry [layers, ...] for all layers if the
-    container loops over stacked layers."""
+    """Keys and values by layer, each [B, K, C, h]; one entry [layers, ...] for the layers that a
+    container's loop has in one stack."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -113,11 +113,11 @@ def cached_attention(
     attentions = [layer.self_attn for layer in decoder.layers.templates()]
     cores, preparers = [attention.core for attention in attentions], decoder.preparers
     for attention, core in zip(attentions, cores, strict=True):
-        window = decoder.windows[attention.kind]
+        window = model.architecture.windows[attention.kind]
         reads = core if make_core is None else make_core(head_dim, window)
         attention.core = CachedAttention(reads, head_dim, finish, match)
     if make_core is not None:
-        decoder.preparers = [make_core(head_dim, window) for window in decoder.windows]
+        decoder.preparers = [make_core(head_dim, window) for window in model.architecture.windows]
     try:
         yield
     finally:
@@ -164,7 +164,7 @@ def next_hidden(
     # The slots are the second to last dim, stacked or not.
     slots = cache.keys[0].shape[-2]
     places = torch.arange(slots, dtype=torch.int32, device=ids.device)
-    masks = tuple(_mask(places, padding, slot, window) for window in decoder.windows)
+    masks = tuple(_mask(places, padding, slot, window) for window in model.architecture.windows)
     positions = (slot - padding)[:, None]
     hidden, new = _through_layers(decoder, ids[:, None], (positions, slots), masks, cache)
     return decoder.norm(hidden)[:, 0], new
@@ -192,6 +192,6 @@ def _through_layers(
         places: positions [B, S], and the number of slots of the cache.
     """
     x_BSD = decoder.embed_tokens(ids)
-    cos, sin = decoder.rotary(*places, x_BSD.dtype)
-    hidden, keys, values = decoder.layers.with_cache(x_BSD, LayerContext(cos, sin, prepared), cache)
+    context = LayerContext(decoder.tables(*places, x_BSD.dtype), prepared)
+    hidden, keys, values = decoder.layers.with_cache(x_BSD, context, cache)
     return hidden, Cache(tuple(keys), tuple(values))

@@ -9,17 +9,21 @@ name, so that a checkpoint is never run as another model. The reference is trans
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torchprime.errors import CheckpointError
 from torchprime.models.config_values import ConfigValues
 from torchprime.models.families import FAMILIES, Bias, Family
+from torchprime.models.layer_kinds import LayerKind, read_layer_kinds
 from torchprime.models.rope_config import Rope, read_rope
 from torchprime.models.unsupported import quantized, unsupported_family
 
-# transformers' defaults for an absent key.
-WINDOW, FIRST_WINDOWED = 4096, 28
+# Fields with defaults that a fingerprint has whatever their value, as in version 0.1.0.
+IN_0_1_0 = (
+    *("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tie_word_embeddings"),
+    *("max_position_embeddings", "initializer_range"),
+)
 MOST_LAYERS = 1024  # a layer is a module: an absurd number would fill the memory
 
 
@@ -36,20 +40,51 @@ class Architecture:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope: Rope
+    ropes: tuple[Rope, ...]
+    layers: tuple[LayerKind, ...]
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    sliding_window: int | None = None
-    windowed_from_layer: int = 0
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
 
-    def window_of_layer(self, index: int) -> int | None:
-        """Return the attention window of a layer in positions; None for full causal attention."""
-        return self.sliding_window if index >= self.windowed_from_layer else None
+    @property
+    def rope(self) -> Rope:
+        """The first rope, which is that of layers without a window if there are several."""
+        return self.ropes[0]
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The different windows of the layers' attention, in the layers' order."""
+        return tuple(dict.fromkeys(kind.window for kind in self.layers))
+
+    def described(self) -> dict[str, Any]:
+        """Return the settings for a fingerprint.
+
+        Layers of one kind, or with a window from one layer on, and one rope are written as version
+        0.1.0 did. Fields that came later are left out at their defaults. So the fingerprints of
+        older runs stay valid.
+        """
+        told = {
+            each.name: value
+            for each in fields(self)
+            if (value := getattr(self, each.name)) != each.default or each.name in IN_0_1_0
+        }
+        layers, ropes = told.pop("layers"), [rope.described() for rope in told.pop("ropes")]
+        windowed = [kind.window is not None for kind in layers]
+        first = windowed.index(True) if True in windowed else 0
+        window = layers[-1].window
+        upper = tuple(LayerKind(window if i >= first else None) for i in range(len(layers)))
+        if layers == upper and len(ropes) == 1:
+            return {
+                **told,
+                "rope": ropes[0],
+                "sliding_window": window,
+                "windowed_from_layer": first,
+            }
+        return {**told, "layers": layers, "ropes": ropes}
 
 
 def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json") -> Architecture:
@@ -71,7 +106,6 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
     _refuse_unknown_mathematics(values)
     hidden, layers = values.integer("hidden_size"), _layers(values)
     heads = values.integer("num_attention_heads", most=2**14)
-    window, windowed_from = _sliding_window(values, family, layers)
     context = values.integer("max_position_embeddings", family.context, most=2**40)
     head_dim = _head_dim(values, family, hidden, heads)
     architecture = Architecture(
@@ -84,13 +118,12 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         num_key_value_heads=_kv_heads(values, family, heads),
         head_dim=head_dim,
         rms_norm_eps=values.number("rms_norm_eps", 1e-6, equal=True),
-        rope=read_rope(values, context, family.rope, head_dim),
+        ropes=(read_rope(values, context, family.rope, head_dim),),
+        layers=read_layer_kinds(values, family, layers),
         qkv_bias=_has(values, family.qkv_bias),
         out_bias=_has(values, family.out_bias),
         mlp_bias=_has(values, family.mlp_bias),
         qk_norm=family.qk_norm,
-        sliding_window=window,
-        windowed_from_layer=windowed_from,
         tie_word_embeddings=values.flag("tie_word_embeddings"),
         max_position_embeddings=context,
         initializer_range=values.number("initializer_range", 0.02, equal=True),
@@ -149,57 +182,3 @@ def _refuse_unknown_mathematics(values: ConfigValues) -> None:
     # null counts as false here: transformers tests the value's truth.
     if "is_causal" in values.content and values.get("is_causal") is not True:
         raise values.fault("is_causal", "true: only causal models are supported")
-
-
-def _sliding_window(values: ConfigValues, family: Family, layers: int) -> tuple[int | None, int]:
-    """Return the window in positions and the first layer that has it, as transformers reads the
-    keys."""
-    largest = 2**40
-    # If absent, transformers uses 4096 in these families; null means no window.
-    null = "sliding_window" in values.content and "sliding_window" not in values
-    window = None if null else values.integer("sliding_window", WINDOW, most=largest)
-    if family.window == "upper":
-        window = window if values.flag("use_sliding_window") else None
-        first = values.integer("max_window_layers", FIRST_WINDOWED, least=0, most=largest)
-    else:
-        window = window if family.window == "all" or "sliding_window" in values else None
-        first = 0
-    first = layers if window is None else min(first, layers)
-    first = _by_layer_types(values, family, layers, window, first)
-    if family.window == "none" or first == layers:
-        return None, 0
-    return window, first
-
-
-def _by_layer_types(
-    values: ConfigValues, family: Family, layers: int, window: int | None, first: int
-) -> int:
-    """Return the first layer with a window according to layer_types.
-
-    transformers reads the list in the Qwen families only, vLLM in all: in the others it must
-    agree with the rest of the config.
-    """
-    types = values.get("layer_types")
-    if types is None:
-        return first
-    full, sliding = "full_attention", "sliding_attention"
-    known = isinstance(types, list) and all(kind in (full, sliding) for kind in types)
-    if not known or len(types) != layers:
-        raise values.fault("layer_types", f"a list of {layers} times {full} or {sliding}")
-    told = types.index(sliding) if sliding in types else layers
-    if family.window != "upper":
-        windowed = family.window == "all" and window is not None
-        if window is not None and types != [sliding if windowed else full] * layers:
-            raise values.fault("layer_types", "null: this family has one kind of layer")
-        return first
-    if sliding in types and window is None:
-        raise values.fault(
-            "layer_types",
-            f"no {sliding}, since there is no window (sliding_window, use_sliding_window)",
-        )
-    if full in types[told:]:
-        raise CheckpointError(
-            f"{values.where}: layer_types alternate between full and sliding attention; supported "
-            "is one switch from full to sliding (max_window_layers)."
-        )
-    return told

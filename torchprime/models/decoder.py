@@ -1,4 +1,4 @@
-"""The decoder: embedding, a stack of equal layers, final norm. Hugging Face parameter names.
+"""The decoder: embedding, a stack of layers, final norm. Hugging Face parameter names.
 
 ids -> embed_tokens -> layers (each: attention within segments, gated MLP) -> norm -> hidden states.
 The output projection is separate (`output_weight`), because the loss multiplies by it chunk by
@@ -11,7 +11,7 @@ replace the container or a layer's attention core, or hang hooks on any module b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from torchprime.models.architecture import Architecture
 from torchprime.models.attention import ReferenceAttention
+from torchprime.models.layer_kinds import LayerKind
 from torchprime.models.rope import RotaryTables, rotate
 
 # Outputs inside a layer that remat can keep or compute again, by the names of a config
@@ -40,9 +41,18 @@ NAMED_OUTPUTS = {
 class LayerContext(NamedTuple):
     """The inputs that all layers read and none changes."""
 
-    cos: Tensor  # [B, 1, S, rotated pairs of a head]
-    sin: Tensor  # the same
-    attention: tuple[Tensor, ...]  # per kind of attention core: its `prepare(segment_ids)`
+    rotary: tuple[tuple[Tensor, Tensor], ...]  # per rope: cos and sin, each [B, 1, S, pairs]
+    attention: tuple[Tensor, ...]  # per window: the core's `prepare(segment_ids)`
+
+    def flat(self) -> list[Tensor]:
+        """Return all tensors in a list, as a loop carries them."""
+        return [*(each for tables in self.rotary for each in tables), *self.attention]
+
+    def with_tensors(self, flat: Sequence[Tensor]) -> LayerContext:
+        """Return a context of the same structure with the tensors of `flat`."""
+        count = 2 * len(self.rotary)
+        pairs = tuple((flat[i], flat[i + 1]) for i in range(0, count, 2))
+        return LayerContext(pairs, tuple(flat[count:]))
 
 
 class RMSNorm(nn.Module):
@@ -62,10 +72,10 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; the core is replaceable."""
 
-    def __init__(self, a: Architecture, window: int | None, kind: int) -> None:
+    def __init__(self, a: Architecture, kind: LayerKind) -> None:
         super().__init__()
         self.head_dim = a.head_dim
-        self.kind = kind
+        self.kind, self.rope = a.windows.index(kind.window), kind.rope
         D, wide, narrow = (
             a.hidden_size,
             a.num_attention_heads * a.head_dim,
@@ -79,7 +89,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
             self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
         self.qk_norm = a.qk_norm
-        self.core: nn.Module = ReferenceAttention(a.head_dim, window)
+        self.core: nn.Module = ReferenceAttention(a.head_dim, kind.window)
 
     def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
         B, S, _ = x_BSD.shape
@@ -88,8 +98,10 @@ class Attention(nn.Module):
         v_BKSh = self.v_proj(x_BSD).view(B, S, -1, self.head_dim).transpose(1, 2)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q_BHSh = rotate(q.transpose(1, 2), context.cos, context.sin)
-        k_BKSh = rotate(k.transpose(1, 2), context.cos, context.sin)
+        q_BHSh, k_BKSh = q.transpose(1, 2), k.transpose(1, 2)
+        if self.rope is not None:
+            tables = context.rotary[self.rope]
+            q_BHSh, k_BKSh = rotate(q_BHSh, *tables), rotate(k_BKSh, *tables)
         mixed = self.core(q_BHSh, k_BKSh, v_BKSh, context.attention[self.kind])
         return self.o_proj(mixed.transpose(1, 2).reshape(B, S, -1))
 
@@ -111,9 +123,9 @@ class DecoderLayer(nn.Module):
     """A layer: x + attention(norm(x)), then x + mlp(norm(x)). Pure: reads only its arguments and
     weights."""
 
-    def __init__(self, a: Architecture, window: int | None, kind: int) -> None:
+    def __init__(self, a: Architecture, kind: LayerKind) -> None:
         super().__init__()
-        self.self_attn = Attention(a, window, kind)
+        self.self_attn = Attention(a, kind)
         self.mlp = MLP(a)
         self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
@@ -142,12 +154,26 @@ class LayerStack(nn.ModuleList):
         part of the cache (if it is not None), and its new keys and values are returned too."""
         keys, values = [], []
         for index, layer in enumerate(self):
-            core: Any = layer.self_attn.core  # pyright: ignore[reportAttributeAccessIssue]
-            core.cache = None if cache is None else (cache.keys[index], cache.values[index])
-            x_BSD = layer(x_BSD, context)
-            keys.append(core.new[0])
-            values.append(core.new[1])
+            old = None if cache is None else (cache.keys[index], cache.values[index])
+            x_BSD, (key, value) = with_cache(layer, x_BSD, context, old)
+            keys.append(key)
+            values.append(value)
         return x_BSD, keys, values
+
+
+def with_cache(
+    layer: nn.Module, x_BSD: Tensor, context: LayerContext, cache: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Run a layer while a core of generation/cache.py is installed; return its output and its new
+    keys and values.
+
+    Args:
+        cache: the layer's keys and values; None during prefill.
+    """
+    core: Any = layer.get_submodule("self_attn.core")
+    core.cache = cache
+    x_BSD = layer(x_BSD, context)
+    return x_BSD, core.new
 
 
 class Decoder(nn.Module):
@@ -157,21 +183,24 @@ class Decoder(nn.Module):
         super().__init__()
         self.architecture = a
         self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
-        # Attention cores differ only by window; each kind prepares its mask once per forward.
-        self.windows = list(dict.fromkeys(a.window_of_layer(i) for i in range(a.num_hidden_layers)))
-        self.layers: nn.Module = LayerStack(
-            DecoderLayer(a, a.window_of_layer(i), self.windows.index(a.window_of_layer(i)))
-            for i in range(a.num_hidden_layers)
-        )
+        self.layers: nn.Module = LayerStack(DecoderLayer(a, kind) for kind in a.layers)
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        self.preparers = [ReferenceAttention(a.head_dim, window) for window in self.windows]
-        self.rotary = RotaryTables(a.rope, a.head_dim)
+        # Attention cores differ only by window; each prepares its mask once per forward.
+        self.preparers = [ReferenceAttention(a.head_dim, window) for window in a.windows]
+        self.rotary = nn.ModuleList(RotaryTables(rope, a.head_dim) for rope in a.ropes)
+
+    def tables(
+        self, position_ids: Tensor, length: int, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return each rope's cosines and sines for positions [B, S] in sequences of a length."""
+        return tuple(make(position_ids, length, dtype) for make in self.rotary)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
         x_BSD = self.embed_tokens(input_ids)
-        cos, sin = self.rotary(position_ids, position_ids.shape[1], x_BSD.dtype)
         prepared = tuple(core.prepare(segment_ids) for core in self.preparers)
-        return self.norm(self.layers(x_BSD, LayerContext(cos, sin, prepared)))
+        length = position_ids.shape[1]
+        context = LayerContext(self.tables(position_ids, length, x_BSD.dtype), prepared)
+        return self.norm(self.layers(x_BSD, context))
 
 
 class CausalLM(nn.Module):
@@ -206,7 +235,8 @@ def replace_attention_cores(
 ) -> None:
     """Inject an attention kernel: `make_core(head_dim, window)` replaces every reference core."""
     decoder: Any = model.model
-    decoder.preparers = [make_core(model.architecture.head_dim, w) for w in decoder.windows]
+    a = model.architecture
+    decoder.preparers = [make_core(a.head_dim, window) for window in a.windows]
     for layer in decoder.layers:
         attention = layer.self_attn
         attention.core = make_core(attention.head_dim, attention.core.window)

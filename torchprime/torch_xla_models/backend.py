@@ -50,11 +50,12 @@ from torchprime.torch_xla_models.devices import (
     multiply_in_full_precision,
 )
 from torchprime.torch_xla_models.generation import Generator
+from torchprime.torch_xla_models.layers.scan import device_loop
 from torchprime.torch_xla_models.linear import replace_linears, turned_spec
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain, in_order, make_mesh
 from torchprime.torch_xla_models.placement import StateMaker
 from torchprime.torch_xla_models.processes import make_processes
-from torchprime.torch_xla_models.remat import apply_remat, device_loop
+from torchprime.torch_xla_models.remat import apply_remat
 from torchprime.torch_xla_models.runtime import check_loop_requirements
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer
@@ -146,8 +147,7 @@ class XlaBackend:
         """Rewrite the storage-less model for this mesh and load its weights into their shards.
 
         Attention kernels, sharding constraints of activations, linear layers that take transposed
-        weights, then scan and remat. Scanned layers hold each weight stacked, as [layers, ...].
-        Every process reads every tensor and sends the shards of its own devices.
+        weights, then scan and remat. Every process reads all tensors and sends its shards.
         """
         self.model, self.table = model, table
         self.batch_spec = ((), table.batch_axes(), ())

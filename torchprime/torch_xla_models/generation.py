@@ -44,10 +44,10 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.torch_xla_models.attention import core_maker, prompt_core_maker
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
+from torchprime.torch_xla_models.layers.scan import device_loop
 from torchprime.torch_xla_models.linear import XlaLinear
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain
 from torchprime.torch_xla_models.placement import Placed
-from torchprime.torch_xla_models.remat import device_loop
 
 TENSOR = "tensor"
 

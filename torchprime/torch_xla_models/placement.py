@@ -25,9 +25,9 @@ from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec, shard_count
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
+from torchprime.torch_xla_models.layers.scan import names_in_stack
 from torchprime.torch_xla_models.linear import original_shape, turned, turned_spec
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain
-from torchprime.torch_xla_models.remat import STACKED
 from torchprime.training.backend import ResumedState
 from torchprime.training.optim.ema import EMA
 from torchprime.training.optim.optimizer import Optimizer, Parameter, Slot
@@ -49,20 +49,21 @@ def placements(model: CausalLM, table: ShardingTable, mesh: xs.Mesh) -> dict[str
     Raises:
         ConfigError: from the table: unmatched, indivisible or large unsharded parameters.
     """
-    marker = f"layers.{STACKED}."
-    layers = range(model.architecture.num_hidden_layers)
     held: dict[str, tuple[str, ...]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    stacked: set[str] = set()
     for name, parameter in model.named_parameters():
-        stacked = marker in name
-        held[name] = tuple(name.replace(marker, f"layers.{i}.") for i in layers if stacked or not i)
-        shape = original_shape(name, parameter.shape[stacked:])
+        found = names_in_stack(name, len(parameter)) if parameter.dim() else None
+        stacked.update([name] if found else [])
+        held[name] = found or (name,)
+        shape = original_shape(name, parameter.shape[bool(found) :])
         shapes.update(dict.fromkeys(held[name], shape))
     specs = table.parameter_specs(shapes, axis_sizes(mesh))
     placed = {}
     for name, names in held.items():
-        stacked, spec = marker in name, turned_spec(name, specs[names[0]])
-        placed[name] = Placed(names, stacked, ((), *spec) if stacked else spec)
+        spec = turned_spec(name, specs[names[0]])
+        whole = ((), *spec) if name in stacked else spec
+        placed[name] = Placed(names, name in stacked, whole)
     return placed
 
 

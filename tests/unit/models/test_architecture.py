@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -33,7 +34,7 @@ def test_rope_in_the_spellings_of_transformers_4_and_5() -> None:
     older = {"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **SCALING}}
     new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **SCALING}}
     for spelling in (old, older, new, {**old, **new}):
-        assert architecture_from_hf({**LLAMA, **spelling}).rope == wanted
+        assert architecture_from_hf({**LLAMA, **spelling}).ropes == (wanted,)
 
 
 def test_what_transformers_5_writes_is_read(tmp_path) -> None:
@@ -41,7 +42,7 @@ def test_what_transformers_5_writes_is_read(tmp_path) -> None:
         tmp_path
     )
     config = json.loads((tmp_path / "config.json").read_text())
-    assert architecture_from_hf(config).rope.theta == 123.0
+    assert architecture_from_hf(config).ropes[0].theta == 123.0
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,9 @@ def test_two_spellings_that_differ_are_refused_by_name(new: dict, old: dict, key
 def test_the_original_context_may_stand_outside_of_the_rope() -> None:
     inside = {key: SCALING[key] for key in SCALING if key != "original_max_position_embeddings"}
     config = {**LLAMA, "rope_scaling": {"type": "llama3", **inside}, "max_position_embeddings": 99}
-    assert architecture_from_hf(config).rope.original_max_position == 99
+    assert architecture_from_hf(config).ropes[0].original_max_position == 99
     config["original_max_position_embeddings"] = 32
-    assert architecture_from_hf(config).rope.original_max_position == 32
+    assert architecture_from_hf(config).ropes[0].original_max_position == 32
     config["rope_scaling"] = {"type": "llama3", **SCALING}
     with pytest.raises(CheckpointError, match="rope_scaling.original_max_position_embeddings is"):
         architecture_from_hf(config)
@@ -120,13 +121,24 @@ def test_what_cannot_be_computed_is_refused(change: dict, message: str) -> None:
         architecture_from_hf({**LLAMA, **change})
 
 
-def test_a_window_that_alternates_is_refused() -> None:
-    mixed = {
-        **LLAMA,
-        "model_type": "qwen3",
-        "use_sliding_window": True,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention"],
-    }
-    with pytest.raises(CheckpointError, match="alternate"):
-        architecture_from_hf(mixed)
+@pytest.mark.parametrize(
+    ("change", "digest"),
+    [
+        ({"rope_theta": 5e5}, "73e5e6b929bfad98"),
+        ({"model_type": "mistral", "sliding_window": 7}, "e038bb606383a745"),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "max_window_layers": 1,
+            },
+            "5f3ec18fbe794b46",
+        ),
+    ],
+)
+def test_a_fingerprint_of_a_run_by_version_0_1_0_stays(change: dict, digest: str) -> None:
+    """The hashes were made with that version's fields."""
+    config = {**LLAMA, "num_hidden_layers": 3, "num_key_value_heads": 2, **change}
+    told = json.dumps(architecture_from_hf(config).described(), sort_keys=True)
+    assert hashlib.sha256(told.encode()).hexdigest().startswith(digest)

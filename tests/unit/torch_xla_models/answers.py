@@ -29,7 +29,14 @@ CONFIGS = {
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     # The first layer sees everything, the second a window; biases.
     "qwen2": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=20, max_window_layers=1),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    # Layers that alternate, and one more than two rounds.
+    "qwen3": Qwen3Config(
+        **SHAPE | {"num_hidden_layers": 5},
+        head_dim=16,
+        use_sliding_window=True,
+        sliding_window=12,
+        layer_types=(["sliding_attention", "full_attention"] * 3)[:5],
+    ),
     "mistral": MistralConfig(**SHAPE, sliding_window=12),
 }
 LIMIT, NEW = 160, 40

@@ -93,8 +93,17 @@ def make_model(tied: bool, family: str = "llama", heads: tuple[int, int] = (4, 2
 
 def logits_of(model, batch: Batch) -> torch.Tensor:
     segments = torch.from_numpy(batch.segment_ids)
-    allowed = (segments[:, :, None] == segments[:, None, :]) & torch.ones(S, S).tril().bool()
-    mask = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
+    same = segments[:, :, None] == segments[:, None, :]
+    place = torch.arange(S)
+    distance = place[:, None] - place
+
+    def mask_of(allowed: torch.Tensor) -> torch.Tensor:
+        return torch.where(same & allowed, 0.0, torch.finfo(torch.float32).min)[:, None]
+
+    mask: Any = mask_of(distance >= 0)
+    if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+        near = (distance >= 0) & (distance < model.config.sliding_window)
+        mask = {"full_attention": mask, "sliding_attention": mask_of(near)}
     return model(
         input_ids=torch.from_numpy(batch.input_ids).long(),
         position_ids=torch.from_numpy(batch.position_ids).long(),

@@ -26,11 +26,12 @@ from torchprime.config.sections.remat import RematConfig
 from torchprime.counter_bits import kept
 from torchprime.errors import ConfigError
 from torchprime.generation.decode import GenerateOptions
+from torchprime.models.layer_kinds import repeating_groups
 from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.compile.tracing import BatchShape, Placeholders, trace_step
+from torchprime.torch_xla_models.layers.scan import ScannedLayers
 from torchprime.torch_xla_models.linear import turned
-from torchprime.torch_xla_models.remat import ScannedLayers
 from torchprime.training.backend import ResumedState
 from torchprime.training.optim.adamw import AdamW
 
@@ -208,7 +209,8 @@ def test_a_scan_over_layers_that_differ(shipped_table) -> None:
     model = adapted.make_model(way, shipped_table)
     message = r"remat.scan_layers: .*layer 0 and layer 1 in mlp.down_proj.*scan_layers=false"
     with pytest.raises(ConfigError, match=message):
-        ScannedLayers(list(model.model.layers), None)  # type: ignore
+        groups = repeating_groups(model.architecture.layers)
+        ScannedLayers(list(model.model.layers), groups, None, None)  # type: ignore
 
 
 def test_dropout_masks_are_equal_to_the_bit() -> None:

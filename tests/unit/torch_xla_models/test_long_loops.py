@@ -6,7 +6,7 @@ import torch
 
 from torchprime.config.schema import AXES
 from torchprime.torch_xla_models.backend import XlaBackend
-from torchprime.torch_xla_models.remat import device_loop
+from torchprime.torch_xla_models.layers.scan import device_loop
 
 
 def test_products_in_a_long_loop_are_right() -> None:

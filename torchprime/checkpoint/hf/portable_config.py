@@ -24,6 +24,7 @@ from torchprime.errors import CheckpointError
 from torchprime.files.json_files import token_ids
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.families import FAMILIES
+from torchprime.models.layer_kinds import FULL, SLIDING
 from torchprime.models.rope_config import ORIGINAL, PARTIAL, both_spellings
 
 # Keys of remote code, of the source's place, of quantization, of parts that are not exported; and
@@ -137,8 +138,8 @@ def _biases(a: Architecture) -> dict[str, bool]:
 class WindowKeys(TypedDict, total=False):
     """The sliding-window keys of config.json, of which each family has its own.
 
-    Layers from `max_window_layers` on attend to the last `sliding_window` tokens only;
-    `layer_types` says the same by layer.
+    `layer_types` names the layers that attend to the last `sliding_window` tokens only. Readers
+    that do not know it take those from `max_window_layers` on.
     """
 
     use_sliding_window: bool
@@ -151,19 +152,19 @@ def _window(a: Architecture, config: Mapping[str, Any]) -> WindowKeys:
     """Return the sliding-window keys. If sliding_window were absent, a family's default would
     apply; with it, layer_types must fit."""
     kind = FAMILIES[a.family].window
+    windows = [layer.window for layer in a.layers]
+    window = next((each for each in windows if each is not None), None)
     if kind == "none":
         return {}
     if kind == "all":
-        return {"sliding_window": a.sliding_window}
-    if a.sliding_window is None:
+        return {"sliding_window": window}
+    if window is None:
         return {"use_sliding_window": False, "sliding_window": None}
-    first = a.windowed_from_layer
-    types = ["full_attention", "sliding_attention"]
     return {
         "use_sliding_window": True,
-        "sliding_window": a.sliding_window,
-        "max_window_layers": first,
-        "layer_types": [types[layer >= first] for layer in range(a.num_hidden_layers)],
+        "sliding_window": window,
+        "max_window_layers": windows.index(window),
+        "layer_types": [FULL if each is None else SLIDING for each in windows],
     }
 
 

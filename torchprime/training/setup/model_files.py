@@ -72,21 +72,21 @@ class ModelFiles:
     def fingerprint(self) -> str:
         """Return the sha256 of the architecture, the weights' names and shapes and their new rows:
         equal hashes, equal programs."""
-        return self._fingerprint(self.architecture)
+        return self._fingerprint(self.architecture.described())
 
     def older_fingerprint(self) -> str:
         """Return the fingerprint that version 0.1.0 gave this model.
 
         That version recorded the context in every rope; only `llama3` uses it.
         """
-        architecture, rope = self.architecture, self.architecture.rope
-        if rope.kind != "llama3":
-            rope = replace(rope, original_max_position=architecture.max_position_embeddings)
-        return self._fingerprint(replace(architecture, rope=rope))
+        described = self.architecture.described()
+        rope = described.get("rope")
+        if rope is not None and rope["kind"] != "llama3":
+            rope["original_max_position"] = self.architecture.max_position_embeddings
+        return self._fingerprint(described)
 
-    def _fingerprint(self, architecture: Architecture) -> str:
-        told = {**asdict(architecture), "rope": architecture.rope.described()}
-        described = {"architecture": told, "shapes": dict(self.shapes)}
+    def _fingerprint(self, architecture: dict[str, Any]) -> str:
+        described = {"architecture": architecture, "shapes": dict(self.shapes)}
         if self.new_rows is not None:
             described["new_rows"] = asdict(self.new_rows)
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,6 @@ from torchprime.config.checks import refuse
 from torchprime.config.schema import TrainConfig
 from torchprime.config.sections.adapter import AdapterConfig
 from torchprime.data.shared import cache
-from torchprime.errors import ConfigError
 from torchprime.losses.token_loss import TokenLoss
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
@@ -167,11 +166,6 @@ def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, 
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     specs = table.parameter_specs(shapes, config.mesh_shape())
     table.check_activations(name for name, _ in model.named_modules())
-    if config.remat.scan_layers and len(model.model.windows) > 1:
-        raise ConfigError(
-            "remat.scan_layers=true needs layers that are all alike, but this model mixes full "
-            "and sliding-window attention; set remat.scan_layers=false."
-        )
     stored = stored_parameters(model)
     if config.remat.scan_layers:
         _check_layers(stored)

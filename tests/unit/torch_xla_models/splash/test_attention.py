@@ -11,8 +11,9 @@ from torchprime.config.sections.remat import RematConfig
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import DecoderLayer, LayerContext
+from torchprime.models.layer_kinds import LayerKind
+from torchprime.torch_xla_models.layers.runner import LayerRunner
 from torchprime.torch_xla_models.mesh import execute, make_mesh
-from torchprime.torch_xla_models.remat import LayerRunner
 from torchprime.torch_xla_models.splash.attention import SplashAttention
 from torchprime.torch_xla_models.splash.calls import kv_repeats
 
@@ -60,19 +61,19 @@ def test_the_forward_is_not_computed_again_if_its_results_are_kept(policy: str) 
     numbers = {"num_hidden_layers": 1, "num_attention_heads": H, "num_key_value_heads": 2}
     config = {"model_type": "llama", "max_position_embeddings": S, **sizes, **numbers}
     torch.manual_seed(0)
-    layer = DecoderLayer(architecture_from_hf(config), None, 0)
+    layer = DecoderLayer(architecture_from_hf(config), LayerKind())
     splash = SplashAttention(h, None, mesh, ("data", "fsdp"), interpret=True)
     x, grad = torch.randn(2, B, S, H * h)
     cos, sin = torch.ones(1, 1, S, h // 2), torch.zeros(1, 1, S, h // 2)
     reference = ReferenceAttention(h)
-    context = LayerContext(cos, sin, (reference.prepare(SEGMENTS),))
+    context = LayerContext(((cos, sin),), (reference.prepare(SEGMENTS),))
     wanted = torch.autograd.grad(layer(x, context), list(layer.parameters()), grad)
 
     layer.self_attn.core = splash
     layer.to("xla")
     remat = RematConfig(policy=policy)  # pyright: ignore
     runner = LayerRunner(layer, remat, lambda _, t: t, lambda _, t: t)
-    context = LayerContext(cos.to("xla"), sin.to("xla"), (splash.prepare(SEGMENTS.to("xla")),))
+    context = LayerContext(((cos.to("xla"), sin.to("xla")),), (splash.prepare(SEGMENTS.to("xla")),))
     weights = [p.detach() for p in layer.parameters()]
     _, kept = runner.forward(x.to("xla"), weights, context)
     execute(kept)

@@ -1,0 +1,135 @@
+"""The kinds of a decoder's layers: which keys a layer attends to, and by which rope.
+
+    config.json (sliding_window, layer_types, ...)  ->  one LayerKind for each layer
+    the kinds of all layers                         ->  repeating groups, which a scan loops over
+
+Reference: transformers 5 reads the same keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from torchprime.models.config_values import ConfigValues
+from torchprime.models.families import Family
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+# transformers' defaults for an absent key.
+WINDOW, FIRST_WINDOWED = 4096, 28
+LARGEST = 2**40
+LONGEST_PERIOD = 32
+
+
+class LayerKind(NamedTuple):
+    """The properties in which the layers of one model may differ.
+
+    Attributes:
+        window: of the attention, in positions; None for full causal attention.
+        rope: the index of the layer's rope in `Architecture.ropes`; None: queries and keys are not
+            rotated.
+    """
+
+    window: int | None = None
+    rope: int | None = 0
+
+
+def read_layer_kinds(values: ConfigValues, family: Family, layers: int) -> tuple[LayerKind, ...]:
+    """Read the kind of every layer from a config, as transformers does.
+
+    Raises:
+        CheckpointError: a key of a wrong type or size; a list that does not fit the model.
+    """
+    window = _window(values, family)
+    types = _types(values, layers)
+    if family.window == "upper":
+        return _upper(values, types, window, layers)
+    windowed = family.window == "all" and window is not None
+    if (
+        types is not None
+        and window is not None
+        and types != [SLIDING if windowed else FULL] * layers
+    ):
+        raise values.fault("layer_types", "null: this family has one kind of layer")
+    return (LayerKind(window if windowed else None),) * layers
+
+
+def _window(values: ConfigValues, family: Family) -> int | None:
+    """Return sliding_window. If absent, transformers uses 4096 in these families; null means no
+    window."""
+    null = "sliding_window" in values.content and "sliding_window" not in values
+    window = None if null else values.integer("sliding_window", WINDOW, most=LARGEST)
+    if family.window == "upper":
+        return window if values.flag("use_sliding_window") else None
+    return window if family.window == "all" or "sliding_window" in values else None
+
+
+def _types(values: ConfigValues, layers: int) -> list[str] | None:
+    """Return layer_types, of which transformers takes no notice in some families and vLLM in
+    none."""
+    types = values.get("layer_types")
+    if types is None:
+        return None
+    known = isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types)
+    if not known or len(types) != layers:
+        raise values.fault("layer_types", f"a list of {layers} times {FULL} or {SLIDING}")
+    return types
+
+
+def _upper(
+    values: ConfigValues, types: list[str] | None, window: int | None, layers: int
+) -> tuple[LayerKind, ...]:
+    """Return the kinds of a family whose layers from `max_window_layers` on have a window."""
+    first = values.integer("max_window_layers", FIRST_WINDOWED, least=0, most=LARGEST)
+    if window is None:
+        if types is not None and SLIDING in types:
+            raise values.fault(
+                "layer_types",
+                f"no {SLIDING}, since there is no window (sliding_window, use_sliding_window)",
+            )
+        return (LayerKind(),) * layers
+    if types is None:
+        types = [SLIDING if layer >= first else FULL for layer in range(layers)]
+    return tuple(LayerKind(window if kind == SLIDING else None) for kind in types)
+
+
+class Group(NamedTuple):
+    """Layers that repeat: `period` layers after another, `repeats` times."""
+
+    first: int
+    period: int
+    repeats: int
+
+    def stack(self, place: int) -> range:
+        """Return the layers at one place of the period."""
+        return range(self.first + place, self.first + self.period * self.repeats, self.period)
+
+
+def repeating_groups(kinds: Sequence[Hashable]) -> list[Group]:
+    """Divide layers into groups with the fewest different bodies, then the fewest groups.
+
+    Gemma 3's 26 layers are 4 times (5 local, 1 global) and 2 local ones. A loop's body has
+    `period` layers, so the work of a compiler grows with the sum of the periods, not with the
+    depth. A group that does not repeat has one layer.
+    """
+    count = len(kinds)
+    # By the number of layers before: bodies, groups, and the last group of the best division.
+    best: list[tuple[int, int, Group | None]] = [(0, 0, None)]
+    best += [(count + 1, 0, None)] * count
+    for first in range(count):
+        for period in range(1, min(LONGEST_PERIOD, count - first) + 1):
+            end = first + period
+            while end < count and kinds[end] == kinds[end - period]:
+                end += 1
+            for repeats in range(1 if period == 1 else 2, (end - first) // period + 1):
+                bodies, groups = best[first][0] + period, best[first][1] + 1
+                after = first + period * repeats
+                if (bodies, groups) <= best[after][:2]:  # if equal, the longer group first
+                    best[after] = bodies, groups, Group(first, period, repeats)
+    found: list[Group] = []
+    while count:
+        last = best[count][2]
+        assert last is not None
+        found.append(last)
+        count = last.first
+    return found[::-1]

@@ -1,0 +1,1 @@
+"""The stack of layers under XLA: one layer forward and backward, and loops over layers."""
