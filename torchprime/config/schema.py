@@ -163,6 +163,10 @@ class TrainConfig:
     compile_only: str | None = None
     compile_time_limit: float = 30.0  # minutes
     compile_search: bool = True  # if the step does not fit, compile changed settings until one fits
+    # A Python environment with a newer jax and libtpu: compile the same step with that version too.
+    compile_libtpu: LocalFolder | None = None
+    # Let libtpu overlap collectives with computation, where its version does.
+    async_collectives: bool = True
     # Compiled programs on a TPU, kept across restarts; auto: in the user's cache folder.
     compile_cache: CompileCache | None = "auto"
     allow_recompile: bool = False
@@ -182,6 +186,13 @@ class TrainConfig:
         if self.compile_only is not None:
             slices = math.prod(getattr(self.dcn_mesh, axis) for axis in AXES)
             check_devices(topology(self.compile_only), self.mesh_shape(), slices)
+        elif self.compile_libtpu is not None:
+            refuse(
+                "compile_libtpu",
+                self.compile_libtpu,
+                "null, since no step is compiled for a slice",
+                "Set compile_only=v6e-8 too.",
+            )
         self._check_run_name()
         self._check_profile()
         self._check_model()

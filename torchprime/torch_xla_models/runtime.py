@@ -35,6 +35,9 @@ TPU_FLAGS: dict[str, str] = {
     "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
     "xla_tpu_assign_all_reduce_scatter_layout": "true",
 }
+# Newer versions of libtpu refuse this on v6e, as it can hang or give wrong results there; in 0.0.21
+# it is on by default.
+ASYNC_COLLECTIVES_FLAG = "xla_tpu_enable_async_collective_fusion"
 # Flags that torch_xla 2.9 sets by itself if it finds a chip, so that a compile without one has them
 # too.
 TORCH_XLA_FLAGS: dict[str, str] = {
@@ -47,6 +50,15 @@ TORCH_XLA_V5_FLAGS: dict[str, str] = {
     "xla_enable_async_all_gather": "true",
     "xla_enable_async_collective_permute": "true",
 }
+
+
+def tpu_flags(async_collectives: bool) -> dict[str, str]:
+    """Return the flags that a run gives to libtpu.
+
+    Args:
+        async_collectives: overlap collectives with computation.
+    """
+    return TPU_FLAGS | ({} if async_collectives else {ASYNC_COLLECTIVES_FLAG: "false"})
 
 
 def with_flags(given: str, flags: Mapping[str, str]) -> str:
@@ -66,12 +78,13 @@ def host_has_tpu() -> bool:
     return bool(tpu_chips()) and importlib.util.find_spec("libtpu") is not None
 
 
-def prepare_environment(device_count: int) -> None:
+def prepare_environment(device_count: int, *, async_collectives: bool = True) -> None:
     """Set PJRT_DEVICE, CPU_NUM_DEVICES, XLA_FLAGS and LIBTPU_INIT_ARGS where the user did not,
     raise PJRT_NPROC to a safe value, and print the device.
 
     Args:
         device_count: product of the mesh's axes.
+        async_collectives: as the config says; for a TPU only.
 
     Raises:
         RuntimeSetupError: torch_xla is not installed or was imported too early.
@@ -86,7 +99,7 @@ def prepare_environment(device_count: int) -> None:
     chosen = os.environ.get("PJRT_DEVICE")
     if chosen in (None, "TPU") and host_has_tpu():
         given = os.environ.get("LIBTPU_INIT_ARGS", "")
-        os.environ["LIBTPU_INIT_ARGS"] = with_flags(given, TPU_FLAGS)
+        os.environ["LIBTPU_INIT_ARGS"] = with_flags(given, tpu_flags(async_collectives))
     elif chosen is None:
         os.environ["PJRT_DEVICE"] = chosen = "CPU"
         noun = "device" if device_count == 1 else "devices"

@@ -46,7 +46,7 @@ def main(config: TrainConfig) -> int:
         from torchprime.torch_xla_models.compile.command import compile_only
 
         return compile_only(config)
-    prepare_environment(config.device_count)
+    prepare_environment(config.device_count, async_collectives=config.async_collectives)
     # late: transformers looks for torch_xla when imported, and imports it
     from torchprime.metrics.goodput import Ledger, seconds_since_process_start
     from torchprime.training.sft import SFTTrainer

@@ -89,7 +89,7 @@ def with_backend(config: TrainConfig, chosen: Choice, use: Callable[[MakeBackend
     if is_first_process():
         say(f"backend {backend} ({NAMES[backend]}): {reason}")
     if backend == "xla":
-        prepare_environment(config.device_count)
+        prepare_environment(config.device_count, async_collectives=config.async_collectives)
         use(xla.make_backend)
         return
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA if it is installed

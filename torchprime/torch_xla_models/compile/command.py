@@ -3,16 +3,14 @@
 The config defines the step; the architecture comes from the model's config.json only. Tracing
 and compiling happen in a separate process (worker.py), since a compiler that fails can end
 its process and the number of devices is fixed in one. Its result is judged here
-(torch_xla_models/compile/report.py), printed, and written to compile_report.json.
+(torch_xla_models/compile/report.py), printed, and written to compile_report.json. With
+`compile_libtpu` another version of the compiler gets the same module, and the report has both.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -23,22 +21,28 @@ from typing import Any
 import torch
 
 from torchprime.config.schema import AXES, TrainConfig
-from torchprime.config.topologies import Topology, topology
-from torchprime.errors import RuntimeSetupError, UserError
-from torchprime.files.atomic import make_folder, open_new, write_json, write_text
+from torchprime.config.topologies import topology
+from torchprime.files.atomic import make_folder, write_json
 from torchprime.files.private_folders import require_private
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.sharding import shard_count
 from torchprime.text.terminal import print_lines
+from torchprime.torch_xla_models.compile.apart import run_apart
 from torchprime.torch_xla_models.compile.fitting import find_nearest, weights_per_chip
 from torchprime.torch_xla_models.compile.hlo.program import Program
 from torchprime.torch_xla_models.compile.library import Library, check_chip, find_library
+from torchprime.torch_xla_models.compile.other_compiler import (
+    OtherCompiler,
+    compile_with,
+    find_other,
+    known_flags,
+)
 from torchprime.torch_xla_models.compile.report import describe, judge, read_shortage
 from torchprime.torch_xla_models.compile.theory import Sizes, Weight
 from torchprime.torch_xla_models.runtime import (
     TORCH_XLA_FLAGS,
     TORCH_XLA_V5_FLAGS,
-    TPU_FLAGS,
+    tpu_flags,
     with_flags,
 )
 from torchprime.training.optim.groups import freeze_groups
@@ -67,6 +71,7 @@ def compile_only(config: TrainConfig, say: Say | None = None) -> int:
     assert config.compile_only is not None
     check_chip(topology(config.compile_only))
     library = find_library()
+    other = None if config.compile_libtpu is None else find_other(config.compile_libtpu)
     hf_config, where = find_architecture(
         pretrained_model=config.model.pretrained_model,
         architecture=config.model.architecture,
@@ -85,10 +90,17 @@ def compile_only(config: TrainConfig, say: Say | None = None) -> int:
     require_private(folder, "output_dir/run_name")
     make_folder(folder)
 
-    def compile_one(candidate: TrainConfig) -> dict[str, Any]:
-        return compile_report(candidate, hf_config, architecture, library, folder, say)
+    def compile_one(candidate: TrainConfig, module: Path | None = None) -> dict[str, Any]:
+        return compile_report(candidate, hf_config, architecture, library, folder, module)
 
-    report = compile_one(config)
+    with tempfile.TemporaryDirectory(prefix="torchprime-module-") as scratch:
+        module = None if other is None else Path(scratch) / "module.vhlo"
+        report = compile_one(config, module)
+        if other is not None and module is not None:
+            write_json(folder / REPORT, report)
+            say(f"compiling the same module with libtpu {other.libtpu}, jax {other.jax}")
+            sizes = step_sizes(config, architecture)
+            report["other"] = other_report(config, sizes, other, module, folder)
     write_json(folder / REPORT, report)  # the next step may take long
     if report["compiles"] and not report["fits"] and config.compile_search:
         limit = topology(report["topology"]).chip.hbm_bytes
@@ -107,31 +119,27 @@ def compile_report(
     architecture: Architecture,
     library: Library,
     folder: Path,
-    say: Say,
+    module: Path | None,
 ) -> dict[str, Any]:
     """Compile once and return the content of compile_report.json. The program is written to
-    program.txt."""
+    program.txt.
+
+    Args:
+        module: a file to keep the module in, in jax's portable format.
+    """
     assert config.compile_only is not None
     slice_ = topology(config.compile_only)
-    slices = math.prod(getattr(config.dcn_mesh, axis) for axis in AXES)
     sizes = step_sizes(config, architecture)
     request = {
-        "config": config.to_dict(),
-        "architecture": dict(hf_config),
-        "topology": slice_.name,
-        "slices": slices,
+        **_step_request(config, hf_config),
+        "compile": True,
+        "portable": None if module is None else str(module),
     }
-    result = compile_apart(
-        request,
-        environment(slice_, config.device_count, library, os.environ),
-        folder,
-        config.compile_time_limit * 60,
-        say,
-    )
+    result = _run_worker(config, request, library, folder)
     trained, frozen = sizes.counts()
     report = {
         "topology": slice_.name,
-        "chips": slice_.chips * slices,
+        "chips": slice_.chips * request["slices"],
         "mesh": config.mesh_shape(),
         "settings": settings(config),
         "parameters": trained + frozen,
@@ -154,6 +162,63 @@ def compile_report(
         "shortage": shortage,
         "error": result["error"],
     }
+
+
+def save_module(
+    config: TrainConfig,
+    hf_config: Mapping[str, Any],
+    library: Library,
+    folder: Path,
+    module: Path,
+) -> None:
+    """Trace and lower the step without compiling it, and write it in jax's portable format."""
+    request = {**_step_request(config, hf_config), "compile": False, "portable": str(module)}
+    _run_worker(config, request, library, folder)
+
+
+def _step_request(config: TrainConfig, hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    assert config.compile_only is not None
+    return {
+        "config": config.to_dict(),
+        "architecture": dict(hf_config),
+        "topology": topology(config.compile_only).name,
+        "slices": _slices(config),
+    }
+
+
+def _slices(config: TrainConfig) -> int:
+    return math.prod(getattr(config.dcn_mesh, axis) for axis in AXES)
+
+
+def _run_worker(
+    config: TrainConfig, request: Mapping[str, Any], library: Library, folder: Path
+) -> dict[str, Any]:
+    command = [sys.executable, "-m", "torchprime.torch_xla_models.compile.worker"]
+    env = environment(config, library, os.environ)
+    return run_apart(command, request, env, folder, config.compile_time_limit * 60)
+
+
+def other_report(
+    config: TrainConfig, sizes: Sizes, other: OtherCompiler, module: Path, folder: Path
+) -> dict[str, Any]:
+    """Compile the module by another version and return the same figures of its program. That is
+    written to a folder of its own, named by the version."""
+    assert config.compile_only is not None
+    slice_ = topology(config.compile_only)
+    request = {
+        "module": str(module),
+        "libtpu_name": slice_.libtpu_name,
+        "host_shape": slice_.host_shape,
+        "slices": _slices(config),
+    }
+    own = folder / f"libtpu-{other.libtpu}"
+    env = other_environment(config, os.environ)
+    result = compile_with(other, request, env, own, config.compile_time_limit * 60)
+    found = {key: result[key] for key in ("versions", "compiler", "flags", "seconds")}
+    if "error" in result:
+        return {**found, "fits": False, "error": result["error"]}
+    judged = judge(Program((own / "program.txt").read_text()), result["memory"], sizes, slice_.chip)
+    return {**found, "fits": judged["memory"]["fits"], **judged}
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
@@ -241,86 +306,40 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
 # -- the other process -----------------------------------------------------------------------------
 
 
-def environment(
-    slice_: Topology, devices: int, library: Library, given: Mapping[str, str]
-) -> dict[str, str]:
+def environment(config: TrainConfig, library: Library, given: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the compiling process: virtual devices for tracing, libtpu for
     compiling, and training's flags."""
-    flags = TORCH_XLA_FLAGS | (TORCH_XLA_V5_FLAGS if slice_.chip.name.startswith("v5") else {})
     path = [*library.python_path, str(Path(__file__).resolve().parents[3])]
+    return {
+        **_common_environment(config, given),
+        "PYTHONPATH": os.pathsep.join([*path, *filter(None, [given.get("PYTHONPATH")])]),
+        "PJRT_DEVICE": "CPU",
+        "CPU_NUM_DEVICES": str(min(config.device_count, MOST_DEVICES)),
+        "USE_TORCH_XLA": "0",
+        "TPU_LIBRARY_PATH": str(library.path),
+    }
+
+
+def other_environment(config: TrainConfig, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of another version's process, without flags that it does not know."""
+    found = _common_environment(config, given)
+    return {**found, "LIBTPU_INIT_ARGS": known_flags(found["LIBTPU_INIT_ARGS"])}
+
+
+def _common_environment(config: TrainConfig, given: Mapping[str, str]) -> dict[str, str]:
+    assert config.compile_only is not None
+    chip = topology(config.compile_only).chip
+    flags = tpu_flags(config.async_collectives) | TORCH_XLA_FLAGS
+    flags |= TORCH_XLA_V5_FLAGS if chip.name.startswith("v5") else {}
     # Descriptions of a TPU host (TPU_ACCELERATOR_TYPE and the like) would be believed.
     kept = {name: value for name, value in given.items() if not name.startswith("TPU_")}
     return {
         **kept,
-        "PYTHONPATH": os.pathsep.join([*path, *filter(None, [given.get("PYTHONPATH")])]),
-        "PJRT_DEVICE": "CPU",
-        "CPU_NUM_DEVICES": str(min(devices, MOST_DEVICES)),
         "JAX_PLATFORMS": "cpu",
-        "USE_TORCH_XLA": "0",
         "TF_CPP_MIN_LOG_LEVEL": "2",
-        "TPU_LIBRARY_PATH": str(library.path),
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "LIBTPU_INIT_ARGS": with_flags(given.get("LIBTPU_INIT_ARGS", ""), TPU_FLAGS | flags),
+        "LIBTPU_INIT_ARGS": with_flags(given.get("LIBTPU_INIT_ARGS", ""), flags),
     }
-
-
-def compile_apart(
-    request: Mapping[str, Any],
-    env: Mapping[str, str],
-    folder: Path,
-    limit_s: float,
-    say: Say,
-) -> dict[str, Any]:
-    """Run worker.py in a separate process and return its result.
-
-    Raises:
-        RuntimeSetupError: over the time limit, or the process ended without a result.
-        UserError: what the config's step itself objects to.
-    """
-    with tempfile.TemporaryDirectory(prefix="torchprime-compile-") as scratch:
-        asked, log = Path(scratch) / "request.json", Path(scratch) / "log.txt"
-        write_text(asked, json.dumps(request))
-        command = [sys.executable, "-m", "torchprime.torch_xla_models.compile.worker"]
-        with open_new(log) as out:
-            process = subprocess.Popen(
-                [*command, str(asked), str(folder.absolute()), str(os.getpid())],
-                env=dict(env),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code = process.wait(limit_s)
-            except subprocess.TimeoutExpired:
-                raise RuntimeSetupError(
-                    f"compile_time_limit: the compiler took longer than {limit_s / 60:g} minutes. "
-                    "Allow it more (compile_time_limit=60), or give it less: with "
-                    "remat.scan_layers=true it compiles one layer instead of all."
-                ) from None
-            finally:
-                _end(process)
-        path = folder / "result.json"
-        if code != 0 or not path.is_file():
-            raise RuntimeSetupError(_died(code, log.read_text(errors="replace")))
-        result = json.loads(path.read_text())
-        path.unlink()
-    if "user_error" in result:
-        raise UserError(result["user_error"])
-    return result
-
-
-def _end(process: subprocess.Popen[Any]) -> None:
-    """End the process and all its children."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _died(code: int, log: str) -> str:
-    how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    tail = "\n  ".join(log.strip().splitlines()[-12:])
-    hint = " The host ran out of memory?" if code == -signal.SIGKILL else ""
-    return f"The compiler's process ended with {how} and no result.{hint} It said last:\n  {tail}"

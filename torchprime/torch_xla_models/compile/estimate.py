@@ -17,10 +17,12 @@ def estimate(program: Program, chip: Chip, sizes: Sizes) -> dict[str, Any]:
 
     Returns:
         `step_s`, its parts by what the core was `bound_by_s` (`wait`: for transfers), the seconds
-        of compute, HBM and links `alone_s`, the `compiler`'s cycles of the operations that have
+        of compute, HBM and links `alone_s`, those of the core's operations one by one without any
+        transfer (`operations_s`), the `compiler`'s cycles of the operations that have
         them, at the chip's clock, the `longest` operations, and slot tokens per second and chip.
     """
-    schedule = Schedule(program, chip, lambda name: kernel_flops({name: 1}, sizes))
+    kernels = kernel_flops(program.kernels(), sizes)
+    schedule = Schedule(program, chip, kernels.__getitem__)
     spent = schedule.step()
     step = sum(spent.values())
     operations = sorted(schedule.operations.values(), key=_longest, reverse=True)
@@ -28,6 +30,7 @@ def estimate(program: Program, chip: Chip, sizes: Sizes) -> dict[str, Any]:
         "step_s": step,
         "bound_by_s": spent,
         "alone_s": schedule.total._asdict(),
+        "operations_s": schedule.one_by_one,
         "hbm_bytes": program.hbm_bytes(),
         "slot_tokens_per_s_per_chip": sizes.tokens / sizes.tensor / step,
         "compiler": {

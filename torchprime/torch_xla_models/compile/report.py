@@ -18,6 +18,7 @@ from torchprime.config.topologies import GIB, Chip
 from torchprime.torch_xla_models.compile.estimate import estimate
 from torchprime.torch_xla_models.compile.hlo.collectives import COLLECTIVES
 from torchprime.torch_xla_models.compile.hlo.program import Program
+from torchprime.torch_xla_models.compile.side_by_side import describe_both
 from torchprime.torch_xla_models.compile.theory import (
     Sizes,
     kernel_flops,
@@ -37,12 +38,18 @@ def memory_use(stats: Mapping[str, int], chip: Chip) -> dict[str, Any]:
     """Return the bytes of one chip by use, and True if the chip has them.
 
     Arguments are weights, optimizer state and batch; the step writes its results over them.
-    Temporaries are the live arrays at the step's peak.
+    Temporaries are the live arrays at the step's peak. `host` are those in the host's memory.
     """
     parts = {part: stats[part] for part in MEMORY_PARTS}
     parts["output"] = stats["output"] - stats["alias"]
     total = sum(parts.values())
-    return {**parts, "total": total, "limit": chip.hbm_bytes, "fits": total <= chip.hbm_bytes}
+    return {
+        **parts,
+        "total": total,
+        "limit": chip.hbm_bytes,
+        "fits": total <= chip.hbm_bytes,
+        "host": stats.get("host_temp", 0),
+    }
 
 
 _SIZE = r"([\d.]+)([KMG]?)"
@@ -178,6 +185,7 @@ def judge(program: Program, memory: Mapping[str, int], sizes: Sizes, chip: Chip)
     """Return the content of compile_report.json about a compiled program."""
     found, theory = traffic(program), traffic_in_theory(sizes)
     kernels = dict(program.kernels())
+    each = kernel_flops(kernels, sizes)
     products, expected = program.product_flops(), products_in_theory(sizes)
     return {
         "memory": memory_use(memory, chip),
@@ -188,7 +196,7 @@ def judge(program: Program, memory: Mapping[str, int], sizes: Sizes, chip: Chip)
             "products": products,
             "products_in_theory": expected,
             "ratio": products / expected,
-            "kernels_estimate": kernel_flops(kernels, sizes),
+            "kernels_estimate": sum(calls * each[name] for name, calls in kernels.items()),
         },
         "kernels": {name.split("_block")[0]: calls for name, calls in kernels.items()},
         "fusions": program.count("fusion"),
@@ -220,6 +228,8 @@ def describe(report: Mapping[str, Any]) -> str:
         f"torch_xla {r['versions']['torch_xla']}"
     )
     lines.append(f"flags        {' '.join(r['flags'])}")
+    if r.get("other") is not None:
+        lines += describe_both(r, r["other"])
     if r.get("nearest") is not None:
         lines += _nearest_lines(r["nearest"])
     return "\n".join([lines[0], *(f"  {line}" for line in lines[1:])])
@@ -271,9 +281,11 @@ def adapter_lines(r: Mapping[str, Any]) -> list[str]:
 
 
 def _memory_lines(m: Mapping[str, Any]) -> list[str]:
+    host = f"; {_gib(m['host'])} in the host's memory" if m["host"] else ""
     return [
         f"memory       {_gib(m['total'])} of {_gib(m['limit'])} a chip: weights, state and batch "
         f"{_gib(m['argument'])}, temporaries {_gib(m['temp'])}, code {_gib(m['generated_code'])}"
+        f"{host}"
     ]
 
 

@@ -7,7 +7,7 @@ compares them with the compiled program.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torchprime.models.decoder import NAMED_OUTPUTS
@@ -175,14 +175,24 @@ def _norms(s: Sizes) -> int:
     return 2 * passes * s.accumulation * sum(sizes)
 
 
-def kernel_flops(kernels: Mapping[str, int], s: Sizes) -> int:
-    """Return the operations of the attention kernels of one chip: the causal half of a block,
-    segments not subtracted. A forward kernel has two products of the scores' size, the backward one
-    five."""
+def kernel_flops(kernels: Collection[str], s: Sizes) -> dict[str, int]:
+    """Return the operations of one call of each attention kernel on one chip: the causal half of a
+    block, segments not subtracted.
+
+    A forward kernel has two products of the scores' size, a backward one five. jax's splash kernels
+    can have two backward kernels instead, for the gradients of keys and values and for those of
+    queries: both compute the scores and their gradients, and have four and three products.
+    """
     half = s.rows * (s.heads // s.tensor) * s.head_size * s.block_size**2
-    total = 0
-    for name, calls in kernels.items():
-        is_backward = "splash_backward" in name or "dkv" in name.split("_segmented")[0]
-        products = 5 if is_backward else 2
-        total += calls * products * half
-    return total
+    # "splash_mha_dq_segmented_block_q=..." and the like
+    names = {name: name.split("_segmented")[0].split("_block")[0] for name in kernels}
+    apart = any(name.endswith("_dq") for name in names.values())
+    return {name: half * _kernel_products(short, apart) for name, short in names.items()}
+
+
+def _kernel_products(name: str, apart: bool) -> int:
+    if name.endswith("_dq"):
+        return 3
+    if "dkv" in name:
+        return 4 if apart else 5
+    return 5 if "splash_backward" in name else 2

@@ -5,8 +5,8 @@ it.
 
 The request holds a config and an architecture. The environment was set by process PID, which waits
 (command.py), since torch_xla and jax read it when imported. The results go into FOLDER: result.json
-(config, memory, or the compiler's message) and program.txt, the partitioned and
-scheduled program of one chip.
+(config, memory, or the compiler's message), program.txt, the partitioned and scheduled program of
+one chip. The request may name a file for the module in jax's portable format (executables.py).
 
 Tracing happens on virtual CPU devices, fewer than chips if autograd could not count them. Code
 that asks for the device gets the TPU whose description libtpu gives: its mesh follows the
@@ -15,11 +15,8 @@ links between chips, splash attention is lowered for it, and torch_xla uses its 
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -34,22 +31,26 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from jax._src import tpu_custom_call
 from jax._src.interpreters import mlir as jax_mlir
-from jax.experimental import topologies
 from jax.sharding import Mesh as JaxMesh
-from jaxlib import (
-    _jax,  # pyright: ignore[reportAttributeAccessIssue]
-    xla_client,
-)
+from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 from jaxlib.mlir import ir
 
 from torchprime.config.load import load_config
 from torchprime.config.schema import TrainConfig
-from torchprime.config.topologies import Topology, topology
+from torchprime.config.topologies import topology
 from torchprime.errors import UserError
 from torchprime.files.atomic import write_text
 from torchprime.metrics.throughput import host_memory_bytes
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.text.terminal import print_lines
+from torchprime.torch_xla_models.compile.executables import (
+    compile_for,
+    end_with,
+    measures,
+    to_portable,
+    tpu_devices,
+    version_of,
+)
 from torchprime.torch_xla_models.compile.tracing import (
     Argument,
     BatchShape,
@@ -71,19 +72,6 @@ from torchprime.training.setup.recipe import (
 # The newest version of the kernels' intermediate language that libtpu 0.0.21 reads; jax 0.7.1
 # writes a newer one if it has no TPU to ask.
 KERNEL_IR_VERSION = 7
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-
-
-def tpu_devices(slice_: Topology, slices: int) -> list[Any]:
-    """Return the devices of a TPU that this host does not have, in the order of their ids."""
-    many = {"num_slices": slices} if slices > 1 else {}
-    description = topologies.get_topology_desc(
-        platform="tpu",
-        topology_name=slice_.libtpu_name,
-        chips_per_host_bounds=slice_.host_shape,
-        **many,
-    )
-    return sorted(description.devices, key=lambda device: device.id)
 
 
 def pretend(devices: Sequence[Any], name: str) -> None:
@@ -160,48 +148,16 @@ def _with(attributes: Any, argument: Argument | None) -> Any:
     return ir.DictAttr.get(found)
 
 
-def compile_for(devices: Sequence[Any], module: bytes) -> Any:
-    """Return the executable, with the options that torch_xla gives under SPMD."""
-    assignment = xla_client.DeviceAssignment.create(np.array([[d.id for d in devices]]))
-    options = xla_client.CompileOptions()
-    options.num_replicas, options.num_partitions = 1, len(devices)
-    options.device_assignment = assignment
-    build = options.executable_build_options
-    build.num_replicas, build.num_partitions = 1, len(devices)
-    build.device_assignment = assignment
-    build.use_spmd_partitioning = True
-    build.use_shardy_partitioner = False
-    build.allow_spmd_sharding_propagation_to_output = [True]
-    return devices[0].client.compile(
-        module,
-        executable_devices=xla_client.DeviceList(tuple(devices)),
-        compile_options=options,
-    )
-
-
-def measures(executable: Any) -> dict[str, Any]:
-    """Return the bytes of one chip by use, and the compiler's own counts (which count a loop's body
-    once)."""
-    stats = executable.get_compiled_memory_stats()
-    names = [name for name in dir(stats) if name.endswith("_size_in_bytes")]
-    cost = executable.cost_analysis()
-    cost = cost[0] if isinstance(cost, list) else cost
-    return {
-        "memory": {name.removesuffix("_size_in_bytes"): getattr(stats, name) for name in names},
-        "cost": {key: cost[key] for key in ("flops", "bytes accessed") if key in cost},
-    }
-
-
 def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Trace, lower and compile the request; return the result."""
     config = load_config(request["config"])
     slice_ = topology(request["topology"])
     xr.use_spmd()
     xr.global_runtime_device_count()  # starts the CPU's client
-    devices = tpu_devices(slice_, request["slices"])
+    devices = tpu_devices(slice_.libtpu_name, slice_.host_shape, request["slices"])
     assert len(devices) == config.device_count
     result: dict[str, Any] = {
-        "versions": {name: _version(name) for name in ("torch", "torch_xla", "jax", "libtpu")},
+        "versions": {name: version_of(name) for name in ("torch", "torch_xla", "jax", "libtpu")},
         "compiler": devices[0].client.platform_version,
         "flags": os.environ.get("LIBTPU_INIT_ARGS", "").split(),
         "seconds": {},
@@ -221,7 +177,11 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     result["arguments"] = len(lowered.arguments)
     result["module_bytes"] = len(module)
     del lowered
+    if request["portable"] is not None:
+        Path(request["portable"]).write_bytes(to_portable(module))
     lap("lower")
+    if not request["compile"]:
+        return result
     try:
         executable = compile_for(devices, module)
     except (RuntimeError, ValueError) as error:  # jaxlib's own are RuntimeErrors
@@ -235,24 +195,9 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     return result
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _end_with(parent: int) -> None:
-    """Have the kernel end this process with its parent, since nobody waits for the result then. A
-    parent that ends in order does so itself (`command._end`)."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
-        sys.exit("The command that asked for this compile has ended.")
-
-
 def main(argv: list[str]) -> int:
     """Compile and return 0 if result.json is written, whatever its content."""
-    _end_with(int(argv[2]))
+    end_with(int(argv[2]))
     request, folder = json.loads(Path(argv[0]).read_text()), Path(argv[1])
     try:
         result = run(request, folder)

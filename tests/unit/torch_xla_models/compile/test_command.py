@@ -4,9 +4,7 @@ what is said where that cannot be."""
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -19,8 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
-from torchprime.config.topologies import topology
-from torchprime.errors import ConfigError, RuntimeSetupError, UserError
+from torchprime.errors import ConfigError, RuntimeSetupError
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.torch_xla_models.attention import choose_kernel
 from torchprime.torch_xla_models.compile import command as compile_only
@@ -199,15 +196,6 @@ def test_another_libtpu_is_refused(monkeypatch, tmp_path) -> None:
         find_library()
 
 
-def apart(monkeypatch, tmp_path: Path, code: str, limit_s: float = 60.0):
-    """`compile_apart` with other code in the place of the compiler's process."""
-    script = tmp_path / "tpu_compile"
-    script.write_text(f"#!{sys.executable}\n{code}")
-    script.chmod(0o755)
-    monkeypatch.setattr(compile_only.sys, "executable", str(script))
-    return compile_only.compile_apart({}, dict(os.environ), tmp_path, limit_s, print)
-
-
 def test_an_adapter_of_another_model(monkeypatch, from_a_folder, tmp_path, capsys) -> None:
     argv, _ = from_a_folder
     *_, base = (each.partition("=")[2] for each in argv if "pretrained_model" in each)
@@ -220,14 +208,6 @@ def test_an_adapter_of_another_model(monkeypatch, from_a_folder, tmp_path, capsy
     said = capsys.readouterr().err
     assert "does not fit the model; shapes differ: " in said and "Traceback" not in said
     assert not out.exists()
-
-
-def test_over_the_time_limit(monkeypatch, tmp_path) -> None:
-    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
-    with pytest.raises(RuntimeSetupError, match="compile_time_limit: .* longer than 0.05 minutes"):
-        apart(monkeypatch, tmp_path, code + "time.sleep(600)", limit_s=3)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIG_DFL)
 
 
 def compilers(folder: Path) -> list[Path]:
@@ -257,20 +237,6 @@ def test_the_compiler_ends_with_a_command_that_is_killed(library, tmp_path) -> N
     assert not (folder / "result.json").exists()  # it did not come to its end
 
 
-def test_a_compiler_that_ends_its_process(monkeypatch, tmp_path) -> None:
-    code = "import os; print('Check failed: x', flush=True); os.abort()"
-    with pytest.raises(RuntimeSetupError, match=r"(?s)signal SIGABRT.*Check failed: x"):
-        apart(monkeypatch, tmp_path, code)
-
-
-def test_what_the_step_objects_to_is_a_users_error(monkeypatch, tmp_path) -> None:
-    """A block size that the kernel cannot take, say, is found where the step is traced."""
-    objection = "model.attention_kernel=splash works in tiles of 128 positions, but ..."
-    code = f"import sys, json; json.dump({{'user_error': {objection!r}}}, open('RESULT', 'w'))"
-    with pytest.raises(UserError, match="works in tiles of 128"):
-        apart(monkeypatch, tmp_path, code.replace("RESULT", str(tmp_path / "result.json")))
-
-
 def test_a_block_size_that_the_kernel_cannot_take(monkeypatch) -> None:
     monkeypatch.setenv("PJRT_DEVICE", "TPU")  # as in the compiling process
     with pytest.raises(ConfigError, match="tiles of 128 .*block_size=1000 is not a multiple"):
@@ -282,8 +248,16 @@ def test_a_block_size_that_the_kernel_cannot_take(monkeypatch) -> None:
 def test_the_environment_tells_of_no_other_tpu() -> None:
     library = Library(Path("/x/libtpu.so"), "0.0.21", ("/x",))
     given = {"TPU_ACCELERATOR_TYPE": "v4-8", "LIBTPU_INIT_ARGS": "--mine=1", "HOME": "/h"}
-    found = compile_only.environment(topology("v5e-4"), 4, library, given)
+    found = compile_only.environment(compose_config(TINY), library, given)
     assert "TPU_ACCELERATOR_TYPE" not in found and found["HOME"] == "/h"
     flags = found["LIBTPU_INIT_ARGS"].split()
     assert flags[0] == "--mine=1" and "--xla_enable_async_all_gather=true" in flags
     assert found["CPU_NUM_DEVICES"] == "4" and found["PYTHONPATH"].startswith("/x")
+
+
+def test_a_setting_turns_asynchronous_collectives_off() -> None:
+    library = Library(Path("/x/libtpu.so"), "0.0.21", ())
+    off = "--xla_tpu_enable_async_collective_fusion=false"
+    for argv, expected in ((TINY, False), ([*TINY, "async_collectives=false"], True)):
+        found = compile_only.environment(compose_config(argv), library, {})
+        assert (off in found["LIBTPU_INIT_ARGS"].split()) is expected

@@ -18,7 +18,11 @@ from functools import cached_property
 from typing import NamedTuple
 
 from torchprime.config.topologies import Chip
-from torchprime.torch_xla_models.compile.hlo.collectives import Collective, as_collective
+from torchprime.torch_xla_models.compile.hlo.collectives import (
+    COLLECTIVES,
+    Collective,
+    as_collective,
+)
 from torchprime.torch_xla_models.compile.hlo.memory import Traffic
 from torchprime.torch_xla_models.compile.hlo.parsing import Instruction
 from torchprime.torch_xla_models.compile.hlo.program import Program, branches, kernel_name
@@ -55,6 +59,7 @@ class Operation:
     crossing: int  # bytes that leave the chip over its links
     cycles: int | None  # the compiler's own estimate; kernels and transfers have none
     seconds: Seconds
+    is_transfer: bool = False  # a collective, or the start of an asynchronous one or of a copy
 
 
 class Clock:
@@ -136,6 +141,16 @@ class Schedule:
         return Seconds(*sums)
 
     @property
+    def one_by_one(self) -> float:
+        """The seconds of the core's operations in a step, each the longer of compute and HBM;
+        without collectives and asynchronous transfers."""
+        return sum(
+            each.runs * max(each.seconds.compute, each.seconds.hbm)
+            for each in self.operations.values()
+            if not each.is_transfer
+        )
+
+    @property
     def cycles(self) -> int:
         """The compiler's own estimate of a step: the cycles of all operations that have one."""
         return sum(each.runs * (each.cycles or 0) for each in self.operations.values())
@@ -168,6 +183,7 @@ class Schedule:
                 sum(traffic) / self.chip.hbm_bytes_per_s,
                 crossing / self.chip.ici_bytes_per_s,
             ),
+            each.kind.endswith("-start") or each.kind in COLLECTIVES or self._begins(each),
         )
 
     # -- collectives ---------------------------------------------------------------------------
