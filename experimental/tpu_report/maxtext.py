@@ -156,7 +156,7 @@ def compile_theirs(
         "attention=flash", "dataset_type=synthetic", "enable_checkpointing=false",
         f"base_output_directory={folder}", *step.options, *more,
     ]  # fmt: skip
-    subprocess.run([python, STEP, folder, base, *options], env=env, check=True)
+    subprocess.run([python, "-I", STEP, folder, base, *options], env=env, check=True)
     result = json.loads((folder / "result.json").read_text())
     return figures(result, folder / "program.txt", sizes, chip)
 
