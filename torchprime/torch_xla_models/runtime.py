@@ -35,8 +35,8 @@ TPU_FLAGS: dict[str, str] = {
     "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": "1",
     "xla_tpu_assign_all_reduce_scatter_layout": "true",
 }
-# Newer versions of libtpu refuse this on v6e, as it can hang or give wrong results there; in 0.0.21
-# it is on by default.
+# On by default in libtpu 0.0.21. Newer versions leave it out on v6e, and warn of hangs and wrong
+# results there.
 ASYNC_COLLECTIVES_FLAG = "xla_tpu_enable_async_collective_fusion"
 # Flags that torch_xla 2.9 sets by itself if it finds a chip, so that a compile without one has them
 # too.

@@ -88,6 +88,13 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def write_new(path: Path, text: str) -> None:
+    """Write a new file in the place of an older one, never through a link."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "w") as file:
+        file.write(text)
+
+
 def end_with(parent: int) -> None:
     """Have the kernel end this process with its parent, since nobody waits for the result then. A
     parent that ends in order does so itself (`apart.run_apart`)."""
@@ -114,7 +121,7 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
             result["error"] = str(error)
         else:
             (program,) = executable.hlo_modules()
-            (folder / "program.txt").write_text(program.to_string())
+            write_new(folder / "program.txt", program.to_string())
             result |= measures(executable)
     return {**result, "seconds": {"compile": time.perf_counter() - began}}
 
@@ -123,7 +130,7 @@ def main(argv: list[str]) -> None:
     """Compile and write result.json, whatever its content."""
     end_with(int(argv[2]))
     request, folder = json.loads(Path(argv[0]).read_text()), Path(argv[1])
-    (folder / "result.json").write_text(json.dumps(run(request, folder)))
+    write_new(folder / "result.json", json.dumps(run(request, folder)))
 
 
 if __name__ == "__main__":
