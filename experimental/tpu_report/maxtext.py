@@ -93,11 +93,14 @@ STEPS = {
     ),
 }  # fmt: skip
 # The programs of each step: ours by our overrides, MaxText's by its options.
-OURS: dict[str, list[str]] = {"ours": [], "ours-core": ["remat.save=[core_out]"]}
+OURS: dict[str, list[str]] = {
+    "ours": [],
+    "ours-offload": ["remat=scan_offload", "remat.offload=[core_out]"],
+}
 THEIRS: dict[str, list[str]] = {"defaults": [], "recipe": RECIPE}
 WORDS = {
     "ours": "torchprime, the named run's remat",
-    "ours-core": "torchprime, attention's result kept",
+    "ours-offload": "torchprime, layer inputs and attention's results on the host",
     "defaults": "MaxText, its defaults",
     "recipe": "MaxText, its 8B recipe",
 }

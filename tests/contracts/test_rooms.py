@@ -43,6 +43,7 @@ TOGETHER = {
     "compare/logs/test_peers.py",
     "test_forgetting_comparison.py",
     "test_gpu_benchmark.py",
+    "test_maxtext_table.py",
     "test_quickstart_assets.py",
     "test_sampled_rows_study.py",
     "test_studies.py",
