@@ -37,6 +37,7 @@ from torchprime.torch_xla_models.splash.forward_kernel import forward  # noqa: E
 from torchprime.torch_xla_models.splash.kernel_parts import (  # noqa: E402
     Inputs,
     KernelOptions,
+    head_shape,
 )
 
 CHIPS = {"v6e": "v6e:2x2", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
@@ -77,12 +78,16 @@ def compiled(shape: Shape, device: object) -> list[float | str]:
     k = array(shape.kv_heads, shape.length, shape.head_dim)
     segments = array(2, shape.length, dtype=jnp.int32)
     log_sum_exp = array(shape.heads, shape.length, dtype=jnp.float32)
-    given = Inputs(q, k, k, segments)
+    v, out = (
+        array(*head_shape(ROWS, n, shape.length, shape.head_dim)[1:])
+        for n in (shape.kv_heads, shape.heads)
+    )
+    given = Inputs(q, k, v, segments)
     options = KernelOptions(blocks, shape.window)
     found: list[float | str] = []
     for kernel, arrays in (
         (forward, (given,)),
-        (backward, (given, q, log_sum_exp, q)),
+        (backward, (given, out, log_sum_exp, out)),
     ):
         start = time.monotonic()
         call = partial(kernel, options=options)

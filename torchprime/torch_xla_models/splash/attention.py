@@ -15,7 +15,7 @@ from torch_xla.core.xla_builder import call_jax
 from torchprime.torch_xla_models.mesh import axis_sizes
 from torchprime.torch_xla_models.splash import calls
 from torchprime.torch_xla_models.splash.blocks import blocks_for
-from torchprime.torch_xla_models.splash.kernel_parts import Inputs, KernelOptions
+from torchprime.torch_xla_models.splash.kernel_parts import Inputs, KernelOptions, in_rows
 
 HEAD_AXIS = "tensor"
 
@@ -115,7 +115,11 @@ class SplashAttention(nn.Module):
         setup = self.setup(q.shape[2], q.element_size())
         if self.by_jax:
             return _AttendByJax.apply(setup, q, k, v, prepared)  # type: ignore[no-any-return]
+        rows = in_rows(self.head_dim)
+        if rows:
+            v = v.transpose(1, 2).flatten(2)
         given = Inputs(q.detach(), k.detach(), v.detach(), prepared)
         out, log_sum_exp = call_jax(calls.attend, (given, setup), {}, "splash_forward")
         out, log_sum_exp = self.out(out), self.log_sum_exp(log_sum_exp)
-        return _Attend.apply(setup, out, log_sum_exp, q, k, v, prepared)  # type: ignore[no-any-return]
+        mixed = _Attend.apply(setup, out, log_sum_exp, q, k, v, prepared)
+        return mixed.unflatten(2, (-1, self.head_dim)).transpose(1, 2) if rows else mixed  # type: ignore

@@ -32,6 +32,7 @@ from torchprime.torch_xla_models.splash.kernel_parts import (
     Inputs,
     KernelOptions,
     Tile,
+    head_block,
     product,
     read_segments,
     rows_of,
@@ -48,7 +49,7 @@ class _Refs(NamedTuple):
     query_ids: Any
     key_ids: Any
     log_sum_exp: Any
-    delta: Any
+    out: Any
     grad: Any
     dq: Any
     dk: Any
@@ -61,11 +62,11 @@ class _Refs(NamedTuple):
 def backward(
     given: Inputs, out: jax.Array, log_sum_exp: jax.Array, grad: jax.Array, options: KernelOptions
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the gradients of q, k and v.
+    """Return the gradients of q, k and v, arranged as these are.
 
     Args:
-        out: [B, H, S, h], the forward's result.
-        grad: [B, H, S, h], the gradient by out.
+        out: the forward's result.
+        grad: the gradient by out, arranged as it is.
         log_sum_exp: [B, H, S], fp32, of each query's scores.
     """
     q, k, v, segments = given
@@ -73,10 +74,9 @@ def backward(
     B, H, S, h = q.shape
     K, group = k.shape[1], H // k.shape[1]
     spans, steps = S // blocks.span, S // blocks.queries
-    delta = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1)
 
     def of_queries(row, span, head, member, step, *_):
-        return row, head * group + member, step, 0
+        return row, head * group + member, step
 
     def of_results(row, span, head, member, step, *_):
         return row, head * group + member, 0, step
@@ -84,12 +84,15 @@ def backward(
     def of_parts(row, span, head, member, step, *_):
         return span, row, head * group + member, step, 0
 
-    queries = pl.BlockSpec((None, None, blocks.queries, h), of_queries)
+    def of_keys(row, span, head, *_):
+        return row, head, span
+
+    queries = pl.BlockSpec((None, None, blocks.queries, h), lambda *i: (*of_queries(*i), 0))
     results = pl.BlockSpec((None, None, 1, blocks.queries), of_results)
     parts = pl.BlockSpec((None, None, None, blocks.queries, h), of_parts)
-    keys = pl.BlockSpec(
-        (None, None, blocks.span, h), lambda row, span, head, *_: (row, head, span, 0)
-    )
+    keys = pl.BlockSpec((None, None, blocks.span, h), lambda *i: (*of_keys(*i), 0))
+    values = head_block(blocks.span, h, of_keys)
+    mixed = head_block(blocks.queries, h, of_queries)
     query_ids = pl.BlockSpec(
         (None, 1, blocks.queries), lambda row, span, head, member, step, *_: (row, 0, step)
     )
@@ -101,8 +104,8 @@ def backward(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, spans, K, group, steps),
-            in_specs=[queries, keys, keys, query_ids, key_ids, results, results, queries],
-            out_specs=[parts, keys, keys],
+            in_specs=[queries, keys, values, query_ids, key_ids, results, mixed, mixed],
+            out_specs=[parts, keys, values],
             scratch_shapes=[
                 pltpu.VMEM((h, blocks.queries), jnp.float32),
                 pltpu.VMEM((blocks.span, h), jnp.float32),
@@ -121,9 +124,8 @@ def backward(
         interpret=options.interpret,
     )
     first, ids, wide_ids = read_segments(segments, blocks.queries)
-    rows = (log_sum_exp[:, :, None], delta[:, :, None])
     with jax.named_scope(name):
-        dq, dk, dv = kernel(first, q, k, v, ids, wide_ids, *rows, grad)
+        dq, dk, dv = kernel(first, q, k, v, ids, wide_ids, log_sum_exp[:, :, None], out, grad)
     whole = dq[0]
     for part in dq[1:]:  # additions fuse; a reduction over a leading dim does not
         whole = whole + part
@@ -142,6 +144,8 @@ def _kernel(first: Any, *refs: Any, tile: Tile, span: int, group: int) -> None:
         r.dv_sum[...] = jnp.zeros_like(r.dv_sum)
 
     r.dq_sum[...] = jnp.zeros_like(r.dq_sum)
+    parts = r.out[...].astype(jnp.float32) * r.grad[...].astype(jnp.float32)
+    delta = jnp.sum(parts.T, axis=0, keepdims=True)
 
     def body(number, _):
         rows = rows_of(number, tile.keys)
@@ -152,7 +156,7 @@ def _kernel(first: Any, *refs: Any, tile: Tile, span: int, group: int) -> None:
         p = jnp.exp(scores - r.log_sum_exp[...])
         r.dv_sum[rows, :] += product(p.astype(grad.dtype), grad, LAST_FIRST)
         dp = product(v, grad, LAST_LAST)
-        ds = ((dp - r.delta[...]) * p).astype(q.dtype)
+        ds = ((dp - delta) * p).astype(q.dtype)
         r.dk_sum[rows, :] += product(ds, q, LAST_FIRST)
         r.dq_sum[...] += product(k, ds, FIRST_FIRST)
         return 0

@@ -24,7 +24,7 @@ from torch_xla.distributed.spmd import Mesh
 from torchprime.torch_xla_models.splash.backward_kernel import backward
 from torchprime.torch_xla_models.splash.blocks import largest_divisor
 from torchprime.torch_xla_models.splash.forward_kernel import forward
-from torchprime.torch_xla_models.splash.kernel_parts import Inputs, KernelOptions
+from torchprime.torch_xla_models.splash.kernel_parts import Inputs, KernelOptions, in_rows
 
 
 @dataclass(frozen=True)
@@ -45,33 +45,36 @@ class Setup:
 
 
 class Specs(NamedTuple):
-    """Cuts of arrays over the mesh: [B, heads, S, h], [B, heads, S] and [B, 2, S]."""
+    """Cuts of arrays over the mesh: [B, heads, S, h], those that `in_rows` describes, [B, heads, S]
+    and [B, 2, S]."""
 
     wide: PartitionSpec
+    mixed: PartitionSpec
     flat: PartitionSpec
     segments: PartitionSpec
 
     @property
     def given(self) -> Inputs:
-        return Inputs(self.wide, self.wide, self.wide, self.segments)
+        return Inputs(self.wide, self.wide, self.mixed, self.segments)
 
 
 def attend(given: Inputs, setup: Setup) -> tuple[jax.Array, jax.Array]:
-    """Return the result [B, H, S, h], and the log-sum-exp of each query's scores, [B, H, S] in
-    fp32."""
-    specs = _specs(setup)
+    """Return the result, arranged as `in_rows` says, and the log-sum-exp of each query's scores,
+    [B, H, S] in fp32."""
+    specs = _specs(setup, in_rows(given.q.shape[-1]))
     kernel = partial(forward, options=setup.kernel)
-    return _on_mesh(kernel, setup, (specs.given,), (specs.wide, specs.flat))(given)
+    return _on_mesh(kernel, setup, (specs.given,), (specs.mixed, specs.flat))(given)
 
 
 def gradients(
     given: Inputs, out: jax.Array, log_sum_exp: jax.Array, grad: jax.Array, setup: Setup
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of q, k and v from what `attend` returned and its gradient."""
-    specs = _specs(setup)
+    specs = _specs(setup, in_rows(given.q.shape[-1]))
     kernel = partial(backward, options=setup.kernel)
-    ins = (specs.given, specs.wide, specs.flat, specs.wide)
-    return _on_mesh(kernel, setup, ins, (specs.wide,) * 3)(given, out, log_sum_exp, grad)
+    ins = (specs.given, specs.mixed, specs.flat, specs.mixed)
+    outs = specs.given[:3]
+    return _on_mesh(kernel, setup, ins, outs)(given, out, log_sum_exp, grad)
 
 
 def attend_by_jax(given: Inputs, setup: Setup) -> jax.Array:
@@ -97,10 +100,12 @@ def gradients_by_jax(
     return _on_mesh(jax.vmap(row), setup, (specs.given, specs.wide), (specs.wide,) * 3)(given, grad)
 
 
-def _specs(setup: Setup) -> Specs:
+def _specs(setup: Setup, rows: bool = False) -> Specs:
     batch, heads = setup.batch_axes, setup.head_axis
+    wide = PartitionSpec(batch, heads, None, None)
     return Specs(
-        PartitionSpec(batch, heads, None, None),
+        wide,
+        PartitionSpec(batch, None, heads) if rows else wide,
         PartitionSpec(batch, heads, None),
         PartitionSpec(batch, None, None),
     )

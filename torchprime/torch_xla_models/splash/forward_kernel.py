@@ -29,6 +29,8 @@ from torchprime.torch_xla_models.splash.kernel_parts import (
     Inputs,
     KernelOptions,
     Tile,
+    head_block,
+    head_shape,
     product,
     read_segments,
     rows_of,
@@ -52,7 +54,8 @@ class _Refs(NamedTuple):
 
 
 def forward(given: Inputs, options: KernelOptions) -> tuple[jax.Array, jax.Array]:
-    """Return the result [B, H, S, h], and each query's log-sum-exp [B, H, S] in fp32."""
+    """Return the result, arranged as `in_rows` says, and each query's log-sum-exp [B, H, S] in
+    fp32."""
     q, k, v, segments = given
     blocks = options.blocks
     B, H, S, h = q.shape
@@ -60,16 +63,17 @@ def forward(given: Inputs, options: KernelOptions) -> tuple[jax.Array, jax.Array
     span = blocks.forward_span
 
     def of_queries(row, head, member, step, *_):
-        return row, head * group + member, step, 0
+        return row, head * group + member, step
 
     def of_results(row, head, member, step, *_):
         return row, head * group + member, 0, step
 
-    queries = pl.BlockSpec((None, None, blocks.queries, h), of_queries)
+    def of_keys(row, head, _, __, part, *___):
+        return row, head, part
+
+    queries = pl.BlockSpec((None, None, blocks.queries, h), lambda *i: (*of_queries(*i), 0))
     results = pl.BlockSpec((None, None, 1, blocks.queries), of_results)
-    keys = pl.BlockSpec(
-        (None, None, span, h), lambda row, head, _, __, part, *___: (row, head, part, 0)
-    )
+    keys = pl.BlockSpec((None, None, span, h), lambda *i: (*of_keys(*i), 0))
     query_ids = pl.BlockSpec(
         (None, 1, blocks.queries), lambda row, _, __, step, *___: (row, 0, step)
     )
@@ -80,8 +84,8 @@ def forward(given: Inputs, options: KernelOptions) -> tuple[jax.Array, jax.Array
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, K, group, S // blocks.queries, S // span),
-            in_specs=[queries, keys, keys, query_ids, key_ids],
-            out_specs=[queries, results],
+            in_specs=[queries, keys, head_block(span, h, of_keys), query_ids, key_ids],
+            out_specs=[head_block(blocks.queries, h, of_queries), results],
             scratch_shapes=[
                 pltpu.VMEM((1, blocks.queries), jnp.float32),
                 pltpu.VMEM((1, blocks.queries), jnp.float32),
@@ -89,7 +93,7 @@ def forward(given: Inputs, options: KernelOptions) -> tuple[jax.Array, jax.Array
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct(head_shape(B, H, S, h), q.dtype),
             jax.ShapeDtypeStruct((B, H, 1, S), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(

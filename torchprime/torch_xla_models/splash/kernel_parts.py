@@ -6,6 +6,7 @@ segment) is a row, which lies along the lanes as it does in HBM.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,7 +31,8 @@ class Inputs(NamedTuple):
 
     Attributes:
         q: [B, H, S, h], scaled.
-        k, v: [B, K, S, h], K divides H.
+        k: [B, K, S, h], K divides H.
+        v: values of K heads, arranged as `in_rows` says.
         segments: [B, 2, S], int32: ids, and the first position of each position's segment.
     """
 
@@ -52,6 +54,40 @@ class KernelOptions:
     blocks: Blocks
     window: int | None = None
     interpret: bool = False
+
+
+def in_rows(head_dim: int) -> bool:
+    """Return True if values, results and their gradients are [B, S, heads * h], as the products
+    before and after attention have them; else they are [B, heads, S, h].
+
+    A block of one head is whole tiles in such an array only if heads are whole lanes wide. Queries
+    and keys come from the rotary embedding, which works on [B, heads, S, h] anyway.
+    """
+    return head_dim % LANES == 0
+
+
+def head_block(size: int, head_dim: int, place: Callable[..., tuple[Any, Any, Any]]) -> Any:
+    """Return the specification of a block of one head, in an array arranged as `in_rows` says.
+
+    Args:
+        size: positions of a block.
+        place: the numbers of row, head and block of positions, from the grid's indices.
+    """
+    if not in_rows(head_dim):
+        return pl.BlockSpec((None, None, size, head_dim), lambda *i: (*place(*i), 0))
+
+    def in_row(*indices: Any) -> tuple[Any, Any, Any]:
+        row, head, block = place(*indices)
+        return row, block, head
+
+    return pl.BlockSpec((None, size, head_dim), in_row)
+
+
+def head_shape(rows: int, heads: int, length: int, head_dim: int) -> tuple[int, ...]:
+    """Return the shape of an array arranged as `in_rows` says."""
+    if in_rows(head_dim):
+        return rows, length, heads * head_dim
+    return rows, heads, length, head_dim
 
 
 class Tile(NamedTuple):

@@ -12,7 +12,7 @@ import pytest
 from torchprime.torch_xla_models.splash.backward_kernel import backward
 from torchprime.torch_xla_models.splash.blocks import Blocks
 from torchprime.torch_xla_models.splash.forward_kernel import forward
-from torchprime.torch_xla_models.splash.kernel_parts import Inputs, KernelOptions
+from torchprime.torch_xla_models.splash.kernel_parts import Inputs, KernelOptions, in_rows
 
 # Of 384 positions: three segments and padding; one that starts late in a block; an id that returns.
 SEGMENTS = {
@@ -71,10 +71,22 @@ class Row:
             jnp.asarray(np.stack([np.ones_like(x), x]), jnp.float32)
             for x in (*self.given, self.grad)
         )
-        given = Inputs(q, k, v, segments)
+        given = Inputs(q, k, arranged(v), segments)
         out, log_sum_exp = forward(given, options)
-        gradients = backward(given, out, log_sum_exp, grad, options)
-        return [out[1], log_sum_exp[1]], [each[1] for each in gradients]
+        dq, dk, dv = backward(given, out, log_sum_exp, arranged(grad), options)
+        apart = [by_heads(each, q.shape[-1])[1] for each in (out, dv)]
+        return [apart[0], log_sum_exp[1]], [dq[1], dk[1], apart[1]]
+
+
+def arranged(x: jax.Array) -> jax.Array:
+    """[B, heads, S, h] as the kernels take values and gradients."""
+    rows, heads, length, h = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(rows, length, heads * h) if in_rows(h) else x
+
+
+def by_heads(x: jax.Array, h: int) -> jax.Array:
+    """What the kernels return, as [B, heads, S, h]."""
+    return jnp.swapaxes(x.reshape(*x.shape[:2], -1, h), 1, 2) if in_rows(h) else x
 
 
 @pytest.mark.parametrize(
@@ -84,6 +96,7 @@ class Row:
         ((2, 2, 128), "one", 100, (384, 128, 384, 384)),  # one block of queries, a window
         ((4, 1, 64), "packed", 40, (128, 128, 256, 128)),  # spans: partial results
         ((2, 1, 32), "returning", None, (128, 384, 384, 384)),
+        ((4, 2, 128), "packed", None, (128, 128, 256, 128)),  # heads side by side, with spans
     ],
 )
 def test_kernels_are_attention_written_out(
