@@ -79,13 +79,13 @@ class Row:
 
 
 def arranged(x: jax.Array) -> jax.Array:
-    """[B, heads, S, h] as the kernels take values and gradients."""
+    """Values and gradients [B, heads, S, h] as the kernels take them."""
     rows, heads, length, h = x.shape
     return jnp.swapaxes(x, 1, 2).reshape(rows, length, heads * h) if in_rows(h) else x
 
 
 def by_heads(x: jax.Array, h: int) -> jax.Array:
-    """What the kernels return, as [B, heads, S, h]."""
+    """Results of the kernels as [B, heads, S, h]."""
     return jnp.swapaxes(x.reshape(*x.shape[:2], -1, h), 1, 2) if in_rows(h) else x
 
 
