@@ -45,6 +45,9 @@ PUBLISHED_PARAMETERS = {
     "qwen3-0.6b": 596_049_920,
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
+    "phi-4": 14_659_507_200,
+    "phi-4-mini": 3_836_021_760,
+    "smollm3-3b": 3_075_098_624,
 }
 
 
@@ -173,6 +176,9 @@ def test_every_named_architecture_has_a_published_size() -> None:
         ("qwen3-0.6b", 1_000_000, 1e-6, 40960, True),
         ("qwen3-8b", 1_000_000, 1e-6, 40960, False),
         ("qwen3-14b", 1_000_000, 1e-6, 40960, False),
+        ("phi-4", 250_000, 1e-5, 16384, False),
+        ("phi-4-mini", 10_000, 1e-5, 131_072, True),
+        ("smollm3-3b", 5_000_000, 1e-6, 65536, True),
     ],
 )
 def test_named_model_has_its_published_numbers(
@@ -182,7 +188,8 @@ def test_named_model_has_its_published_numbers(
     assert (found.ropes[0].theta, found.rms_norm_eps) == (theta, eps)
     assert (found.max_position_embeddings, found.tie_word_embeddings) == (max_position, tied)
     factor = {"llama-3.1-8b": 8.0, "llama-3.1-70b": 8.0, "llama-3.2-1b": 32.0}.get(model)
-    assert found.ropes[0].kind == ("llama3" if factor else "default")
+    kind = "longrope" if model == "phi-4-mini" else "llama3" if factor else "default"
+    assert found.ropes[0].kind == kind
     if factor:
         assert found.ropes[0].factor == factor and found.ropes[0].original_max_position == 8192
 
@@ -195,7 +202,7 @@ def test_default_sharding_covers_every_family(mesh: str) -> None:
         config.sharding.activations,
         config.sharding.max_unsharded_params,
     )
-    for model in ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-math-1.5b", "qwen3-8b"):
+    for model in ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-math-1.5b", "qwen3-8b", "phi-4"):
         shapes = shapes_of(model)
         assert set(table.parameter_specs(shapes, config.mesh_shape())) == set(shapes)
     assert table.batch_axes() == ("data", "fsdp")

@@ -72,6 +72,16 @@ FAMILIES = {
         **{"head_dim": 8, "rope_parameters": {"rope_theta": 100.0, **LLAMA3}},
         **{"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     },
+    "smollm3": {
+        **{"rope_theta": 100.0, "head_dim": 8, "pad_token_id": None, "sliding_window": 5},
+        **{"use_sliding_window": True, "no_rope_layer_interval": 2},
+    },
+    "phi3": {
+        **{"rope_theta": 100.0, "head_dim": 8, "num_attention_heads": 2, "pad_token_id": None},
+        **{"sliding_window": 6, "partial_rotary_factor": 0.5},
+        "original_max_position_embeddings": 16,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.0, 2.0]},
+    },
     "llama-dynamic": {
         **{"rope_theta": 100.0, "head_dim": 8},
         "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
@@ -103,6 +113,7 @@ MORE_KEYS = (
 ROPE_KEYS = ("partial_rotary_factor", "llama_4_scaling_beta")
 KINDS = ["full_attention", "sliding_attention"]
 SPECIAL: dict[str, list[Any]] = {
+    "no_rope_layers": [[0, 1], [1, 0, 0], [0, 0], [1, 1], [True, False], [1.0, 0.0], [2, 1], [1]],
     "layer_types": [[a, b] for a in KINDS for b in KINDS] + [["full_attention"], ["x", "y"]],
     "hidden_act": ["swish", "gelu", "relu"],
     "dtype": ["float16", "bfloat16", "garbage"],

@@ -18,8 +18,10 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from torchprime.losses.cross_entropy import chunked_cross_entropy
@@ -36,6 +38,13 @@ LLAMA3_ROPE: dict[str, Any] = dict(
     low_freq_factor=1.0,
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
+)
+PHI_IDS: dict[str, Any] = dict(bos_token_id=0, eos_token_id=1, pad_token_id=None)
+PHI_LONG: dict[str, Any] = dict(
+    partial_rotary_factor=0.75,
+    # Below the longest row of every batch here, by which transformers chooses the factors.
+    original_max_position_embeddings=10,
+    rope_scaling=dict(type="longrope", short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 1.5, 2.0]),
 )
 CONFIGS = {
     "llama2": LlamaConfig(**SMALL),
@@ -57,6 +66,30 @@ CONFIGS = {
     ),
     "qwen3": Qwen3Config(**SMALL, head_dim=16),
     "mistral": MistralConfig(**SMALL, sliding_window=6),
+    "llama-yarn": LlamaConfig(
+        **SMALL,
+        rope_parameters=dict(
+            rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16
+        ),
+    ),
+    "smollm3": SmolLM3Config(**SMALL, pad_token_id=None, no_rope_layers=[1, 0, 1]),
+    "smollm3-window": SmolLM3Config(
+        **SMALL,
+        pad_token_id=None,
+        no_rope_layer_interval=2,
+        use_sliding_window=True,
+        sliding_window=5,
+        # No biases of keys: without rotation their gradient is zero, and its rounding is compared.
+        mlp_bias=True,
+        tie_word_embeddings=False,
+    ),
+    "phi3-window": Phi3Config(**SMALL, **PHI_IDS, sliding_window=6),
+    "phi4-mini-short": Phi3Config(
+        **{**SMALL, **PHI_IDS, **PHI_LONG, "original_max_position_embeddings": S}
+    ),
+    "phi4-mini": Phi3Config(
+        **SMALL, **PHI_IDS, tie_word_embeddings=True, max_position_embeddings=64, **PHI_LONG
+    ),
 }
 # Segments of each block; 0 is padding.
 BATCHES = {
@@ -103,7 +136,7 @@ def _reference(config, ids, positions, segments):
             parameter.data.normal_(0.0, 0.15)
     types = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
-    if config.model_type == "mistral":
+    if config.model_type in ("mistral", "phi3"):
         mask = _mask(segments, window)
     elif types and "sliding_attention" in types:
         mask = {

@@ -24,6 +24,7 @@ IN_0_1_0 = (
     *("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tie_word_embeddings"),
     *("max_position_embeddings", "initializer_range"),
 )
+DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout")
 MOST_LAYERS = 1024  # a layer is a module: an absurd number would fill the memory
 
 
@@ -49,6 +50,8 @@ class Architecture:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
+    fused_qkv: bool = False
+    fused_mlp: bool = False
 
     @property
     def rope(self) -> Rope:
@@ -98,11 +101,11 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         CheckpointError: a key that is missing or has a value of a wrong type or size; an
             unsupported family, activation, rope type or layer pattern.
     """
-    values = ConfigValues(config, where)
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(f"{where}: {unsupported_family(config, tuple(FAMILIES))}")
     family = FAMILIES[name]
+    values = ConfigValues({**family.defaults, **config}, where)
     _refuse_unknown_mathematics(values)
     hidden, layers = values.integer("hidden_size"), _layers(values)
     heads = values.integer("num_attention_heads", most=2**14)
@@ -127,6 +130,8 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         tie_word_embeddings=values.flag("tie_word_embeddings"),
         max_position_embeddings=context,
         initializer_range=values.number("initializer_range", 0.02, equal=True),
+        fused_qkv=family.fused_qkv,
+        fused_mlp=family.fused_mlp,
     )
     return architecture
 
@@ -161,6 +166,11 @@ def _head_dim(values: ConfigValues, family: Family, hidden: int, heads: int) -> 
             f"num_attention_heads={heads}, and there is no head_dim."
         )
     head_dim = values.integer("head_dim", default, most=2**14) if "head_dim" in values else default
+    if family.split_heads and head_dim * heads != hidden:
+        raise CheckpointError(
+            f"{values.where}: head_dim is {head_dim}, expected hidden_size={hidden} divided by "
+            f"num_attention_heads={heads}: this family has no heads of another size."
+        )
     if head_dim % 2 or not head_dim:
         raise CheckpointError(
             f"{values.where}: head_dim={head_dim} (or hidden_size / num_attention_heads) is not "
@@ -173,8 +183,9 @@ def _refuse_unknown_mathematics(values: ConfigValues) -> None:
     activation = values.get("hidden_act")
     if activation not in (None, "silu", "swish"):
         raise values.fault("hidden_act", "silu (the gated SiLU unit); others are not supported")
-    if values.number("attention_dropout", 0.0, equal=True):
-        raise values.fault("attention_dropout", "0.0: dropout is not supported in fine-tuning")
+    for key in DROPOUTS:
+        if values.number(key, 0.0, equal=True):
+            raise values.fault(key, "0.0: dropout is not supported in fine-tuning")
     if quantization := values.get("quantization_config"):
         raise CheckpointError(f"{values.where}: {quantized(quantization)}")
     if values.get("per_layer_config"):

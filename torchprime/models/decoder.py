@@ -34,6 +34,19 @@ NAMED_OUTPUTS = {
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
 }
+# The same in families that compute several of them in one product.
+FUSED_OUTPUTS = {
+    **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
+    **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
+}
+
+
+def output_module(name: str, layer: nn.Module) -> str:
+    """Return the module of a layer that computes an output, by its name in NAMED_OUTPUTS."""
+    part, _, last = FUSED_OUTPUTS.get(name, "").partition(".")
+    fused = last and hasattr(layer.get_submodule(part), last)
+    return FUSED_OUTPUTS[name] if fused else NAMED_OUTPUTS[name]
+
 
 # Shape suffixes: B batch, S sequence, D hidden, H heads, K kv heads, h head size, F ffn, V vocab.
 
@@ -81,9 +94,14 @@ class Attention(nn.Module):
             a.num_attention_heads * a.head_dim,
             a.num_key_value_heads * a.head_dim,
         )
-        self.q_proj = nn.Linear(D, wide, bias=a.qkv_bias)
-        self.k_proj = nn.Linear(D, narrow, bias=a.qkv_bias)
-        self.v_proj = nn.Linear(D, narrow, bias=a.qkv_bias)
+        self.parts = [wide, narrow, narrow]
+        if a.fused_qkv:
+            self.qkv_proj = nn.Linear(D, sum(self.parts), bias=a.qkv_bias)
+        else:
+            self.q_proj = nn.Linear(D, wide, bias=a.qkv_bias)
+            self.k_proj = nn.Linear(D, narrow, bias=a.qkv_bias)
+            self.v_proj = nn.Linear(D, narrow, bias=a.qkv_bias)
+        self.fused = a.fused_qkv
         self.o_proj = nn.Linear(wide, D, bias=a.out_bias)
         if a.qk_norm:
             self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
@@ -93,9 +111,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
         B, S, _ = x_BSD.shape
-        q = self.q_proj(x_BSD).view(B, S, -1, self.head_dim)
-        k = self.k_proj(x_BSD).view(B, S, -1, self.head_dim)
-        v_BKSh = self.v_proj(x_BSD).view(B, S, -1, self.head_dim).transpose(1, 2)
+        q, k, v = (part.view(B, S, -1, self.head_dim) for part in self._projected(x_BSD))
+        v_BKSh = v.transpose(1, 2)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHSh, k_BKSh = q.transpose(1, 2), k.transpose(1, 2)
@@ -105,18 +122,33 @@ class Attention(nn.Module):
         mixed = self.core(q_BHSh, k_BKSh, v_BKSh, context.attention[self.kind])
         return self.o_proj(mixed.transpose(1, 2).reshape(B, S, -1))
 
+    def _projected(self, x_BSD: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values, each [B, S, its heads * h]."""
+        if self.fused:
+            return tuple(part.contiguous() for part in self.qkv_proj(x_BSD).split(self.parts, -1))
+        return self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+
 
 class MLP(nn.Module):
     """Gated SiLU unit (arXiv:2002.05202)."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
-        self.up_proj = nn.Linear(a.hidden_size, a.intermediate_size, bias=a.mlp_bias)
-        self.down_proj = nn.Linear(a.intermediate_size, a.hidden_size, bias=a.mlp_bias)
+        D, ffn = a.hidden_size, a.intermediate_size
+        if a.fused_mlp:
+            self.gate_up_proj = nn.Linear(D, 2 * ffn, bias=a.mlp_bias)
+        else:
+            self.gate_proj = nn.Linear(D, ffn, bias=a.mlp_bias)
+            self.up_proj = nn.Linear(D, ffn, bias=a.mlp_bias)
+        self.fused = a.fused_mlp
+        self.down_proj = nn.Linear(ffn, D, bias=a.mlp_bias)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
+        if self.fused:
+            gate, up = self.gate_up_proj(x_BSD).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x_BSD), self.up_proj(x_BSD)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -228,6 +260,13 @@ class CausalLM(nn.Module):
         """Return logits [B, S, V] in fp32; for checks and generation, never in training."""
         hidden = self(input_ids, position_ids, segment_ids)
         return F.linear(hidden, self.output_weight).float()
+
+
+def module_names(model: CausalLM) -> list[str]:
+    """Return the names of the model's modules, and of those that other families have instead."""
+    elsewhere = {*NAMED_OUTPUTS.values(), *FUSED_OUTPUTS.values()}
+    names = [name for name, _ in model.named_modules()]
+    return [*names, *(f"model.layers.0.{name}" for name in sorted(elsewhere))]
 
 
 def replace_attention_cores(

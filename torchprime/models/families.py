@@ -8,8 +8,9 @@ family that needs no new mathematics is one more entry (docs/add-a-model.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 from torchprime.models.rope_config import RopeTraits
 
@@ -38,25 +39,34 @@ class Family:
         context: max_position_embeddings where config.json has none.
         kv_heads: num_key_value_heads where it has none; None: as many as query heads.
         head_dim: the same for head_dim; None: hidden_size divided by the query heads.
+        split_heads: head_dim must be hidden_size divided by the query heads.
         qkv_bias: of the projections to queries, keys and values.
         out_bias: of the attention's output projection.
         mlp_bias: of the gated unit's three projections.
         qk_norm: queries and keys are normalized per head before the rotation.
         window: the layers with a sliding window: none, all (`sliding_window`), or those from
-            `max_window_layers` on (if `use_sliding_window`).
+            `max_window_layers` on (if `use_sliding_window`). With no_rope some layers do not
+            rotate (`no_rope_layers`), and these may have a window.
         rope: defaults and kinds of the rope settings.
+        fused_qkv: one projection `qkv_proj` computes queries, keys and values.
+        fused_mlp: one projection `gate_up_proj` computes gate and up.
+        defaults: of other keys where config.json has none.
     """
 
     hf_class: str
     context: int
     kv_heads: int | None = None
     head_dim: int | None = None
+    split_heads: bool = False
     qkv_bias: Bias = NEVER
     out_bias: Bias = NEVER
     mlp_bias: Bias = NEVER
     qk_norm: bool = False
-    window: Literal["none", "all", "upper"] = "none"
+    window: Literal["none", "all", "upper", "no_rope"] = "none"
     rope: RopeTraits = RopeTraits()
+    fused_qkv: bool = False
+    fused_mlp: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
@@ -80,5 +90,31 @@ FAMILIES: dict[str, Family] = {
         out_bias=Bias("attention_bias"),
         qk_norm=True,
         window="upper",
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        context=32_768,
+        kv_heads=4,
+        qkv_bias=Bias("attention_bias"),
+        out_bias=Bias("attention_bias"),
+        mlp_bias=Bias("mlp_bias"),
+        window="no_rope",
+        rope=RopeTraits(theta=2e6),
+        defaults={"tie_word_embeddings": True, "sliding_window": None},
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        context=4096,
+        split_heads=True,
+        window="all",
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": None},
+        fused_qkv=True,
+        fused_mlp=True,
+        rope=RopeTraits(
+            partial=1.0,
+            original=4096,
+            kinds=("default", "longrope"),
+            other_names={"su": "longrope", "yarn": "longrope"},
+        ),
     ),
 }

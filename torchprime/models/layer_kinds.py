@@ -16,7 +16,7 @@ from torchprime.models.families import Family
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # transformers' defaults for an absent key.
-WINDOW, FIRST_WINDOWED = 4096, 28
+WINDOW, FIRST_WINDOWED, NO_ROPE_INTERVAL = 4096, 28, 4
 LARGEST = 2**40
 LONGEST_PERIOD = 32
 
@@ -42,8 +42,15 @@ def read_layer_kinds(values: ConfigValues, family: Family, layers: int) -> tuple
     """
     window = _window(values, family)
     types = _types(values, layers)
-    if family.window == "upper":
-        return _upper(values, types, window, layers)
+    if family.window in ("upper", "no_rope"):
+        if window is None and types is not None and SLIDING in types:
+            raise values.fault(
+                "layer_types",
+                f"no {SLIDING}, since there is no window (sliding_window, use_sliding_window)",
+            )
+        return (_upper if family.window == "upper" else _some_rotated)(
+            values, types, window, layers
+        )
     windowed = family.window == "all" and window is not None
     if (
         types is not None
@@ -59,7 +66,7 @@ def _window(values: ConfigValues, family: Family) -> int | None:
     window."""
     null = "sliding_window" in values.content and "sliding_window" not in values
     window = None if null else values.integer("sliding_window", WINDOW, most=LARGEST)
-    if family.window == "upper":
+    if family.window in ("upper", "no_rope"):
         return window if values.flag("use_sliding_window") else None
     return window if family.window == "all" or "sliding_window" in values else None
 
@@ -82,15 +89,32 @@ def _upper(
     """Return the kinds of a family whose layers from `max_window_layers` on have a window."""
     first = values.integer("max_window_layers", FIRST_WINDOWED, least=0, most=LARGEST)
     if window is None:
-        if types is not None and SLIDING in types:
-            raise values.fault(
-                "layer_types",
-                f"no {SLIDING}, since there is no window (sliding_window, use_sliding_window)",
-            )
         return (LayerKind(),) * layers
     if types is None:
         types = [SLIDING if layer >= first else FULL for layer in range(layers)]
     return tuple(LayerKind(window if kind == SLIDING else None) for kind in types)
+
+
+def _some_rotated(
+    values: ConfigValues, types: list[str] | None, window: int | None, layers: int
+) -> tuple[LayerKind, ...]:
+    """Return the kinds of a family with layers that do not rotate, which may have a window."""
+    interval = values.integer("no_rope_layer_interval", NO_ROPE_INTERVAL, most=LARGEST)
+    rotated = [(layer + 1) % interval != 0 for layer in range(layers)]
+    if "no_rope_layers" in values:  # 1: the layer rotates, whatever the key's name says
+        given = values.get("no_rope_layers")
+        known = isinstance(given, list) and all(
+            type(each) is int and each in (0, 1) for each in given
+        )
+        if not known or len(given) < layers:
+            raise values.fault("no_rope_layers", f"a list of at least {layers} times 0 or 1")
+        rotated = [each == 1 for each in given[:layers]]
+    if types is None:
+        types = [FULL if window is None or each else SLIDING for each in rotated]
+    return tuple(
+        LayerKind(window if kind == SLIDING else None, 0 if each else None)
+        for kind, each in zip(types, rotated, strict=True)
+    )
 
 
 class Group(NamedTuple):

@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[str, ...]] = {
 # Keys inside the object that change the computation in ways that the decoder does not have.
 REFUSED = ("llama_4_scaling_beta",)
 LARGEST = 2**40  # of a context in tokens
+LARGEST_FACTOR = 1000  # of attention: beyond it scores are no numbers
 # The fields of a Rope in version 0.1.0.
 FIRST_FIELDS = (
     *("theta", "kind", "factor", "low_freq_factor", "high_freq_factor"),
@@ -300,7 +301,11 @@ class _Reader:
 
 
 def _optional(keys: ConfigValues, key: str, *, equal: bool = False) -> float | None:
-    return keys.number(key, equal=equal) if key in keys else None
+    if key not in keys:
+        return None
+    if (found := keys.number(key, equal=equal)) > LARGEST_FACTOR:
+        raise keys.fault(key, f"a number up to {LARGEST_FACTOR:,}")
+    return found
 
 
 def _factors(keys: ConfigValues, key: str, size: int) -> tuple[float, ...]:

@@ -6,7 +6,8 @@ process reads only its own pages, and no parameter is ever whole on a device.
 
 The table's `tensor` entries of linear layers decide how they are sharded: along `out` (column
 wise) or along `in` (row wise). If the tensor axis does not divide the kv heads, the projections
-to them stay whole along it, and every process selects the heads that its queries use.
+to them stay whole along it, and every process selects the heads that its queries use. A fused
+projection's output is gathered, and every process selects its heads or columns of it.
 
 The embedding and the output projection stay whole along tensor, since the loss multiplies by the
 whole vocabulary; along fsdp FSDP2 shards dim 0 of every parameter.
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -146,7 +147,9 @@ def _shard_layers(
         if mesh[TENSOR].size() > 1:
             styles = tensor_styles(layer, model.architecture, table, mesh[TENSOR].size())
             _shard_along_tensor(layer, mesh[TENSOR], styles)
-            if model.architecture.num_key_value_heads % mesh[TENSOR].size():
+            _share_fused(layer, model.architecture, mesh[TENSOR])
+            fused = model.architecture.fused_qkv
+            if model.architecture.num_key_value_heads % mesh[TENSOR].size() and not fused:
                 _share_kv_heads(layer, model.architecture, mesh[TENSOR])
         fully_shard(layer, **options)
 
@@ -179,6 +182,39 @@ def _share_kv_heads(layer: nn.Module, a: Architecture, mesh: DeviceMesh) -> None
 
     for name in KV_PROJECTIONS:
         layer.get_submodule(name).register_forward_hook(take)
+
+
+def _share_fused(layer: nn.Module, a: Architecture, mesh: DeviceMesh) -> None:
+    """Make fused projections return only this process's queries, keys and values, or its columns of
+    gate and up."""
+    size, rank = mesh.size(), mesh.get_local_rank()
+    if a.fused_qkv:
+        queries, h = a.num_attention_heads // size, a.head_dim
+        keys = [a.num_attention_heads + head for head in own_kv_heads(a, size, rank)]
+        values = [a.num_key_value_heads + key for key in keys]
+        heads = [*range(rank * queries, (rank + 1) * queries), *keys, *values]
+        slices = [slice(head * h, (head + 1) * h) for head in heads]
+        attention: Any = layer.get_submodule("self_attn")
+        attention.parts = [h * queries, h * len(keys), h * len(values)]
+        attention.qkv_proj.register_forward_hook(_own_columns(mesh, slices))
+    if a.fused_mlp:
+        ffn, part = a.intermediate_size, a.intermediate_size // size
+        starts = (rank * part, ffn + rank * part)
+        slices = [slice(start, start + part) for start in starts]
+        layer.get_submodule("mlp.gate_up_proj").register_forward_hook(_own_columns(mesh, slices))
+
+
+def _own_columns(mesh: DeviceMesh, slices: Sequence[slice]) -> Callable[..., Tensor]:
+    """Return a hook that gathers an output along the tensor axis and takes some columns of it."""
+
+    def take(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        sharded = DTensor.from_local(output, mesh, [Shard(output.dim() - 1)], run_check=False)
+        whole = sharded.redistribute(placements=[Replicate()])
+        # Each process adds its part of the gradient.
+        columns = whole.to_local(grad_placements=[Partial()])
+        return torch.cat([columns[..., part] for part in slices], dim=-1)
+
+    return take
 
 
 def own_kv_heads(a: Architecture, size: int, rank: int) -> list[int]:

@@ -58,6 +58,17 @@ FAMILIES = {
         dict(head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
     ),
     "mistral": ("Mistral", dict(sliding_window=16)),
+    "smollm3": ("SmolLM3", dict(no_rope_layers=[1, 0])),
+    "phi3": (
+        "Phi3",
+        dict(
+            partial_rotary_factor=0.75,
+            original_max_position_embeddings=32,
+            rope_scaling=dict(
+                type="longrope", short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 2.0, 4.0]
+            ),
+        ),
+    ),
 }
 STOP, END = 0, 1  # ids of <|end|> and <|other|>
 

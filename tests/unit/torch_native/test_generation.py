@@ -24,6 +24,9 @@ WAYS: dict[str, Any] = {
     ),
     "fsdp2-remat": (2, {"mesh": {"fsdp": 2}, "model": "qwen2", "remat": "full"}),
     "tensor2": pytest.param((2, {"mesh": {"tensor": 2}, "model": "qwen3"}), marks=pytest.mark.slow),
+    "tensor2-phi3": pytest.param(
+        (2, {"mesh": {"tensor": 2}, "model": "phi3"}), marks=pytest.mark.slow
+    ),
     "fsdp2-tensor2-gathered-each-time": pytest.param(
         (4, {"mesh": {"fsdp": 2, "tensor": 2}, "model": "llama-tied", "keeps": False}),
         marks=pytest.mark.slow,

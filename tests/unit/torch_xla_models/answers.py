@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -38,6 +39,9 @@ CONFIGS = {
         layer_types=(["sliding_attention", "full_attention"] * 3)[:5],
     ),
     "mistral": MistralConfig(**SHAPE, sliding_window=12),
+    "phi3": Phi3Config(
+        **SHAPE, sliding_window=12, partial_rotary_factor=0.5, pad_token_id=None, eos_token_id=2
+    ),
 }
 LIMIT, NEW = 160, 40
 # Batches of 4 and 3 in the buckets 64 and 160; the longest leaves less room than NEW.

@@ -58,15 +58,16 @@ def make_backend(reference_runs, shipped_table):
         options: dict | None = None,
         resumed: ResumedState | None = None,
         term: str | None = None,
+        family: str = "llama",
         **more,
     ) -> XlaBackend:
         sizes = {axis: mesh.get(axis, 1) for axis in AXES}
         backend = XlaBackend(sizes, dict.fromkeys(AXES, 1), **more)
-        config, _ = reference.make_model(tied)
+        config, theirs = reference.make_model(tied, family)
         with torch.device("meta"):
             model = CausalLM(architecture_from_hf(config.to_dict()))
         freeze_groups(model, groups)
-        start = reference_runs[tied]["start"]
+        start = {name: p.detach() for name, p in theirs.named_parameters()}
         base = reference.anchors(start)[0].__getitem__ if term and term.startswith("kl") else None
         if resumed is None:
             backend.place(model, shipped_table, lambda name: start[name], dtype, base)

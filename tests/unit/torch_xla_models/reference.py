@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import create_dynamic_map
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config
 from transformers.optimization import Adafactor
 
 from torchprime.data.blocks.batch import Batch
@@ -42,7 +42,7 @@ CONFIG = LlamaConfig(
 )
 
 
-FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "phi3": Phi3Config}
 SHAPE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "rms_norm_eps",
@@ -81,6 +81,7 @@ def make_model(tied: bool, family: str = "llama", heads: tuple[int, int] = (4, 2
     shape = {key: value for key, value in CONFIG.to_dict().items() if key in SHAPE}
     shape |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     shape |= {"hidden_size": 4 * heads[0], "head_dim": 4}
+    shape |= {"pad_token_id": None, "eos_token_id": 2}  # Phi-3's own are beyond the vocabulary
     config = FAMILIES[family](**shape, tie_word_embeddings=tied)
     config._attn_implementation = "eager"
     torch.manual_seed(0)

@@ -227,3 +227,25 @@ def test_splash_is_refused_off_the_tpu() -> None:
     sizes = {"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}
     with pytest.raises(ConfigError, match="attention_kernel=splash runs on TPUs only"):
         XlaBackend(sizes, dict.fromkeys(sizes, 1), kernels=Kernels("splash"))
+
+
+# Traits of families that change a layer's modules. Fused projections: one output is kept.
+FAMILIES = {"phi3": RematConfig(policy="full", scan_layers=True, save=["k"])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_have_the_references_numbers(family: str, make_backend) -> None:
+    backend = make_backend({"fsdp": 2, "tensor": 2}, family=family, remat=FAMILIES[family])
+    expected = reference.train(False, family)
+    numbers = [
+        backend.read(backend.train_step(backend.put(reference.make_batch(step), 1), reference.LR))
+        for step in range(reference.STEPS)
+    ]
+    assert [n.loss for n in numbers] == pytest.approx(expected["losses"], rel=1e-5)
+    assert [n.grad_norm for n in numbers] == pytest.approx(expected["norms"], rel=1e-5)
+    ours = dict(backend.weights())
+    for name, weight in expected["weights"].items():
+        moved = (weight - expected["start"][name]).abs().max()
+        error = (ours[name] - weight).abs().max()
+        assert error < 1e-4 * moved, f"{name}: {error:.1e} of {moved:.1e}"

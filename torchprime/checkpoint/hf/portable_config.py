@@ -22,7 +22,7 @@ from transformers.utils import logging as hf_logging
 from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
 from torchprime.errors import CheckpointError
 from torchprime.files.json_files import token_ids
-from torchprime.models.architecture import Architecture, architecture_from_hf
+from torchprime.models.architecture import DROPOUTS, Architecture, architecture_from_hf
 from torchprime.models.families import FAMILIES
 from torchprime.models.layer_kinds import FULL, SLIDING
 from torchprime.models.rope_config import ORIGINAL, PARTIAL, both_spellings
@@ -74,11 +74,12 @@ def portable_config(
         if (given := others.pop(key, usual)) is not usual:
             repairs.append(f"config.json: the export leaves out {key}={given!r:.60}.")
     for key in ("bos_token_id", "pad_token_id"):
-        _repair_id(others, key, architecture.vocab_size, repairs)
+        _repair_id(others, key, architecture.family, architecture.vocab_size, repairs)
     others = _accepted(others, _config_reader(written, repairs), "config.json", repairs)
     # The source's key order, so that both files can be compared side by side.
     whole = {**others, **written}
-    return Portable({k: whole[k] for k in (*config, *written) if k in whole}, repairs)
+    keys = dict.fromkeys((*config, *written, *others))
+    return Portable({k: whole[k] for k in keys if k in whole}, repairs)
 
 
 def _check_shapes(architecture: Architecture, spec: Mapping[str, tuple[int, ...]]) -> None:
@@ -109,7 +110,7 @@ def _written(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": a.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": a.rms_norm_eps,
-        "attention_dropout": 0.0,
+        **{key: 0.0 for key in DROPOUTS if key == DROPOUTS[0] or key in config},
         "tie_word_embeddings": a.tie_word_embeddings,
         "max_position_embeddings": a.max_position_embeddings,
         **_biases(a),
@@ -139,13 +140,15 @@ class WindowKeys(TypedDict, total=False):
     """The sliding-window keys of config.json, of which each family has its own.
 
     `layer_types` names the layers that attend to the last `sliding_window` tokens only. Readers
-    that do not know it take those from `max_window_layers` on.
+    that do not know it take those from `max_window_layers` on. `no_rope_layers` has a 1 for each
+    layer that rotates its queries and keys.
     """
 
     use_sliding_window: bool
     sliding_window: int | None
     max_window_layers: int
     layer_types: list[str]
+    no_rope_layers: list[int]
 
 
 def _window(a: Architecture, config: Mapping[str, Any]) -> WindowKeys:
@@ -158,14 +161,14 @@ def _window(a: Architecture, config: Mapping[str, Any]) -> WindowKeys:
         return {}
     if kind == "all":
         return {"sliding_window": window}
-    if window is None:
-        return {"use_sliding_window": False, "sliding_window": None}
-    return {
-        "use_sliding_window": True,
-        "sliding_window": window,
-        "max_window_layers": windows.index(window),
-        "layer_types": [FULL if each is None else SLIDING for each in windows],
-    }
+    keys: WindowKeys = {"use_sliding_window": window is not None, "sliding_window": window}
+    if window is not None:
+        keys["layer_types"] = [FULL if each is None else SLIDING for each in windows]
+    if kind == "no_rope":
+        keys["no_rope_layers"] = [int(layer.rope is not None) for layer in a.layers]
+    elif window is not None:
+        keys["max_window_layers"] = windows.index(window)
+    return keys
 
 
 def both_dtype_spellings(dtype: torch.dtype) -> dict[str, str]:
@@ -174,7 +177,9 @@ def both_dtype_spellings(dtype: torch.dtype) -> dict[str, str]:
     return {"dtype": name, "torch_dtype": name}
 
 
-def _repair_id(content: dict[str, Any], key: str, rows: int, repairs: list[str]) -> None:
+def _repair_id(
+    content: dict[str, Any], key: str, family: str, rows: int, repairs: list[str]
+) -> None:
     """Repair a token id. Some sources list several ids where readers accept one; some have ids
     beyond the vocabulary, for which transformers can't build the embedding."""
     given = content.get(key)
@@ -186,6 +191,14 @@ def _repair_id(content: dict[str, Any], key: str, rows: int, repairs: list[str])
     if found is not None and not known:
         del content[key]
         repairs.append(f"config.json: {key} is {found!r:.100}, no token's id; left out.")
+    # A family's default for an absent key may be beyond a small vocabulary: null says none.
+    if content.get(key) is None and (_default(family, key) or 0) >= rows:
+        content[key] = None
+
+
+def _default(family: str, key: str) -> int | None:
+    """Return transformers' default of a token id for a family."""
+    return getattr(AutoConfig.for_model(family), key, None)
 
 
 # Values that transformers accepts -----------------------------------------------------------------

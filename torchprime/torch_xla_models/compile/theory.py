@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from torchprime.models.decoder import NAMED_OUTPUTS
+from torchprime.models.decoder import FUSED_OUTPUTS, NAMED_OUTPUTS
 
 Shape = tuple[int, ...]
 
@@ -156,9 +156,10 @@ def _products(s: Sizes) -> Iterator[tuple[int, int]]:
 def _is_recomputed(s: Sizes, layer: str) -> bool:
     """Return True if the backward computes the output of this linear layer again; that of the last
     one follows the one before."""
-    names = {module: name for name, module in NAMED_OUTPUTS.items()}
     inside = layer.split(".layers.")[-1].partition(".")[2]
-    return names.get(inside, "up") in s.recomputed
+    both = (*NAMED_OUTPUTS.items(), *FUSED_OUTPUTS.items())
+    names = {name for name, module in both if module == inside} or {"up"}
+    return names <= set(s.recomputed)
 
 
 def _norms(s: Sizes) -> int:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch_xla.experimental.stablehlo_custom_call import place_to_device, place_to_host
 
 from torchprime.config.sections.remat import LAYER_INPUT, NAMES, RematConfig
-from torchprime.models.decoder import NAMED_OUTPUTS, LayerContext
+from torchprime.models.decoder import LayerContext, output_module
 
 
 def modules_of(name: str, layer: nn.Module) -> list[str]:
     """Return the modules of a layer whose outputs are kept for a name. An attention kernel has one
     for each result that its backward needs."""
-    module = NAMED_OUTPUTS[name]
+    module = output_module(name, layer)
     parts = [f"{module}.{part}" for part, _ in layer.get_submodule(module).named_children()]
     return parts if name == "core_out" and parts else [module]
 
@@ -71,10 +71,15 @@ class LayerRunner:
         # A CPU's virtual devices are in host memory already, and do not know the annotation.
         away = remat.offloaded if xr.device_type() == "TPU" else ()
         names = [name for name in NAMES[1:] if name not in remat.recomputed]
-        kept = [(module, name) for name in names for module in modules_of(name, template)]
+        # A fused projection is kept if one of its outputs is, at the place of the first.
+        first: dict[str, str] = {}
+        for name in names:
+            for module in modules_of(name, template):
+                first.setdefault(module, name)
+        kept = list(first.items())
         self.kept_names = [module for module, _ in kept]
         # The module by which an output is annotated: the core's for each of its results.
-        self.owners = {module: NAMED_OUTPUTS[name] for module, name in kept}
+        self.owners = {module: output_module(name, template) for module, name in kept}
         self.offloaded = [name in away for name in (LAYER_INPUT, *(name for _, name in kept))]
 
     def call(self, x: Tensor, weights: Sequence[Tensor], context: LayerContext) -> Tensor:

@@ -175,8 +175,10 @@ def _activation_bytes(config: TrainConfig, architecture: Architecture) -> int:
 
 
 def kept_elements(a: Architecture, names: Iterable[str]) -> int:
-    """Return the elements that a layer keeps for a token, by the names that remat has for them. A
-    kernel's log-sum-exp is small and left out."""
+    """Return the elements that a layer keeps for a token, by the names that remat has for them.
+
+    A fused projection is kept whole. A kernel's log-sum-exp is small and left out.
+    """
     wide, narrow = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
     sizes = {
         "layer_input": a.hidden_size,
@@ -188,7 +190,11 @@ def kept_elements(a: Architecture, names: Iterable[str]) -> int:
         "gate": a.intermediate_size,
         "up": a.intermediate_size,
     }
-    return sum(sizes[name] for name in names)
+    fused = ({"q", "k", "v"} if a.fused_qkv else set(), {"gate", "up"} if a.fused_mlp else set())
+    kept = set(names)
+    for together in fused:
+        kept |= together if kept & together else set()
+    return sum(sizes[name] for name in kept)
 
 
 def checkpoint_bytes(

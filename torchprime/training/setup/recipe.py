@@ -21,7 +21,7 @@ from torchprime.config.schema import TrainConfig
 from torchprime.config.sections.adapter import AdapterConfig
 from torchprime.data.shared import cache
 from torchprime.losses.token_loss import TokenLoss
-from torchprime.models.decoder import CausalLM
+from torchprime.models.decoder import CausalLM, module_names
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim.adamw_8bit import block_length
@@ -165,7 +165,7 @@ def checked_table(config: TrainConfig, model: CausalLM) -> tuple[ShardingTable, 
     table = sharding_table(config, model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     specs = table.parameter_specs(shapes, config.mesh_shape())
-    table.check_activations(name for name, _ in model.named_modules())
+    table.check_activations(module_names(model))
     stored = stored_parameters(model)
     if config.remat.scan_layers:
         _check_layers(stored)
