@@ -48,6 +48,7 @@ PUBLISHED_PARAMETERS = {
     "phi-4": 14_659_507_200,
     "phi-4-mini": 3_836_021_760,
     "smollm3-3b": 3_075_098_624,
+    "granite-3.3-8b": 8_170_864_640,
 }
 
 
@@ -179,6 +180,7 @@ def test_every_named_architecture_has_a_published_size() -> None:
         ("phi-4", 250_000, 1e-5, 16384, False),
         ("phi-4-mini", 10_000, 1e-5, 131_072, True),
         ("smollm3-3b", 5_000_000, 1e-6, 65536, True),
+        ("granite-3.3-8b", 10_000_000, 1e-5, 131_072, True),
     ],
 )
 def test_named_model_has_its_published_numbers(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tiny_llama import SHAPE
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -46,6 +47,12 @@ PHI_LONG: dict[str, Any] = dict(
     original_max_position_embeddings=10,
     rope_scaling=dict(type="longrope", short_factor=[1.0, 1.1, 1.2], long_factor=[1.0, 1.5, 2.0]),
 )
+GRANITE: dict[str, Any] = dict(
+    embedding_multiplier=6.0,
+    attention_multiplier=0.3,
+    residual_multiplier=0.4,
+    logits_scaling=3.0,
+)
 CONFIGS = {
     "llama2": LlamaConfig(**SMALL),
     "llama3.1": LlamaConfig(**SMALL, rope_parameters=LLAMA3_ROPE),
@@ -72,6 +79,7 @@ CONFIGS = {
             rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16
         ),
     ),
+    "granite": GraniteConfig(**SMALL, **GRANITE),
     "smollm3": SmolLM3Config(**SMALL, pad_token_id=None, no_rope_layers=[1, 0, 1]),
     "smollm3-window": SmolLM3Config(
         **SMALL,

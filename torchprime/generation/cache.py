@@ -144,7 +144,7 @@ def read_prompts(model: CausalLM, ids: Tensor, padding: Tensor, slots: int) -> t
     segments = (positions >= 0).to(torch.int32)
     prepared = tuple(core.prepare(segments) for core in decoder.preparers)
     hidden, cache = _through_layers(decoder, ids, (positions.clamp(min=0), slots), prepared, None)
-    return decoder.norm(hidden[:, -1:])[:, 0], cache
+    return decoder.finish(hidden[:, -1:])[:, 0], cache
 
 
 def next_hidden(
@@ -167,7 +167,7 @@ def next_hidden(
     masks = tuple(_mask(places, padding, slot, window) for window in model.architecture.windows)
     positions = (slot - padding)[:, None]
     hidden, new = _through_layers(decoder, ids[:, None], (positions, slots), masks, cache)
-    return decoder.norm(hidden)[:, 0], new
+    return decoder.finish(hidden)[:, 0], new
 
 
 def _mask(places: Tensor, padding: Tensor, slot: Tensor, window: int | None) -> Tensor:

@@ -25,6 +25,11 @@ IN_0_1_0 = (
     *("max_position_embeddings", "initializer_range"),
 )
 DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop", "residual_dropout")
+# Of the family with `Family.multipliers`.
+MULTIPLIERS = (
+    *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
+    "logits_scaling",
+)
 MOST_LAYERS = 1024  # a layer is a module: an absurd number would fill the memory
 
 
@@ -52,6 +57,10 @@ class Architecture:
     initializer_range: float = 0.02
     fused_qkv: bool = False
     fused_mlp: bool = False
+    embedding_scale: float | None = None
+    query_pre_attn_scalar: float | None = None  # None: the head size
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
 
     @property
     def rope(self) -> Rope:
@@ -132,8 +141,22 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         initializer_range=values.number("initializer_range", 0.02, equal=True),
         fused_qkv=family.fused_qkv,
         fused_mlp=family.fused_mlp,
+        **_multipliers(values, family),
     )
     return architecture
+
+
+def _multipliers(values: ConfigValues, family: Family) -> dict[str, float]:
+    """Return Granite's four multipliers, by the fields that have them."""
+    if not family.multipliers:
+        return {}
+    embedding, attention, residual, logits = (values.number(key, 1.0) for key in MULTIPLIERS)
+    return {
+        "embedding_scale": embedding,
+        "query_pre_attn_scalar": attention**-2,
+        "residual_scale": residual,
+        "logits_divisor": logits,
+    }
 
 
 def _layers(values: ConfigValues) -> int:

@@ -82,6 +82,18 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class ScaledEmbedding(nn.Embedding):
+    """An embedding whose rows are multiplied by a number, rounded to the weights' dtype."""
+
+    def __init__(self, rows: int, size: int, scale: float) -> None:
+        super().__init__(rows, size)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = torch.tensor(self.scale, device="cpu").to(self.weight.dtype).item()
+        return super().forward(input) * scale
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; the core is replaceable."""
 
@@ -107,6 +119,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
             self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
         self.qk_norm = a.qk_norm
+        # The core scales by the head size; this is what is left.
+        scalar = a.query_pre_attn_scalar
+        self.query_factor = None if scalar is None else (a.head_dim / scalar) ** 0.5
         self.core: nn.Module = ReferenceAttention(a.head_dim, kind.window)
 
     def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
@@ -115,6 +130,8 @@ class Attention(nn.Module):
         v_BKSh = v.transpose(1, 2)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.query_factor is not None:
+            q = q * self.query_factor
         q_BHSh, k_BKSh = q.transpose(1, 2), k.transpose(1, 2)
         if self.rope is not None:
             tables = context.rotary[self.rope]
@@ -161,10 +178,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(a)
         self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.residual_scale = a.residual_scale
 
     def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), context)
-        return x_BSD + self.mlp(self.post_attention_layernorm(x_BSD))
+        x_BSD = x_BSD + self._scaled(self.self_attn(self.input_layernorm(x_BSD), context))
+        return x_BSD + self._scaled(self.mlp(self.post_attention_layernorm(x_BSD)))
+
+    def _scaled(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD if self.residual_scale == 1 else x_BSD * self.residual_scale
 
 
 class LayerStack(nn.ModuleList):
@@ -214,7 +235,10 @@ class Decoder(nn.Module):
     def __init__(self, a: Architecture) -> None:
         super().__init__()
         self.architecture = a
-        self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
+        shape, scale = (a.vocab_size, a.hidden_size), a.embedding_scale
+        self.embed_tokens = (
+            nn.Embedding(*shape) if scale is None else ScaledEmbedding(*shape, scale)
+        )
         self.layers: nn.Module = LayerStack(DecoderLayer(a, kind) for kind in a.layers)
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
         # Attention cores differ only by window; each prepares its mask once per forward.
@@ -227,12 +251,18 @@ class Decoder(nn.Module):
         """Return each rope's cosines and sines for positions [B, S] in sequences of a length."""
         return tuple(make(position_ids, length, dtype) for make in self.rotary)
 
+    def finish(self, x_BSD: Tensor) -> Tensor:
+        """Return the last layer's hidden states after the final norm, divided by the logits'
+        divisor: their product with the output weight is the logits, wherever it is taken."""
+        x_BSD, divisor = self.norm(x_BSD), self.architecture.logits_divisor
+        return x_BSD if divisor == 1 else x_BSD / divisor
+
     def forward(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
         x_BSD = self.embed_tokens(input_ids)
         prepared = tuple(core.prepare(segment_ids) for core in self.preparers)
         length = position_ids.shape[1]
         context = LayerContext(self.tables(position_ids, length, x_BSD.dtype), prepared)
-        return self.norm(self.layers(x_BSD, context))
+        return self.finish(self.layers(x_BSD, context))
 
 
 class CausalLM(nn.Module):

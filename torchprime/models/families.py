@@ -50,6 +50,8 @@ class Family:
         rope: defaults and kinds of the rope settings.
         fused_qkv: one projection `qkv_proj` computes queries, keys and values.
         fused_mlp: one projection `gate_up_proj` computes gate and up.
+        multipliers: embeddings, scores, the parts that a layer adds, and logits are scaled by
+            numbers of config.json (Granite).
         defaults: of other keys where config.json has none.
     """
 
@@ -66,6 +68,7 @@ class Family:
     rope: RopeTraits = RopeTraits()
     fused_qkv: bool = False
     fused_mlp: bool = False
+    multipliers: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -90,6 +93,14 @@ FAMILIES: dict[str, Family] = {
         out_bias=Bias("attention_bias"),
         qk_norm=True,
         window="upper",
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        context=2048,
+        qkv_bias=Bias("attention_bias"),
+        out_bias=Bias("attention_bias"),
+        mlp_bias=Bias("mlp_bias"),
+        multipliers=True,
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",

@@ -58,6 +58,15 @@ FAMILIES = {
         dict(head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
     ),
     "mistral": ("Mistral", dict(sliding_window=16)),
+    "granite": (
+        "Granite",
+        dict(
+            embedding_multiplier=12.0,
+            attention_multiplier=0.0078125,
+            residual_multiplier=0.22,
+            logits_scaling=16.0,
+        ),
+    ),
     "smollm3": ("SmolLM3", dict(no_rope_layers=[1, 0])),
     "phi3": (
         "Phi3",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -26,6 +27,11 @@ SHAPE: dict[str, Any] = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
+PHI: dict[str, Any] = {"sliding_window": 12, "partial_rotary_factor": 0.5, "pad_token_id": None, "eos_token_id": 2}
+GRANITE: dict[str, Any] = {
+    **{"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4},
+    "logits_scaling": 0.1,
+}
 CONFIGS = {
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     # The first layer sees everything, the second a window; biases.
@@ -39,9 +45,8 @@ CONFIGS = {
         layer_types=(["sliding_attention", "full_attention"] * 3)[:5],
     ),
     "mistral": MistralConfig(**SHAPE, sliding_window=12),
-    "phi3": Phi3Config(
-        **SHAPE, sliding_window=12, partial_rotary_factor=0.5, pad_token_id=None, eos_token_id=2
-    ),
+    "granite": GraniteConfig(**SHAPE | GRANITE),
+    "phi3": Phi3Config(**SHAPE | PHI),
 }
 LIMIT, NEW = 160, 40
 # Batches of 4 and 3 in the buckets 64 and 160; the longest leaves less room than NEW.

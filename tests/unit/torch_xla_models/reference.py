@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import create_dynamic_map
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen3Config,
+)
 from transformers.optimization import Adafactor
 
 from torchprime.data.blocks.batch import Batch
@@ -42,7 +48,12 @@ CONFIG = LlamaConfig(
 )
 
 
-FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "phi3": Phi3Config}
+FAMILIES = {
+    "llama": LlamaConfig,
+    "qwen3": Qwen3Config,
+    "phi3": Phi3Config,
+    "granite": GraniteConfig,
+}
 SHAPE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "rms_norm_eps",
@@ -82,6 +93,9 @@ def make_model(tied: bool, family: str = "llama", heads: tuple[int, int] = (4, 2
     shape |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     shape |= {"hidden_size": 4 * heads[0], "head_dim": 4}
     shape |= {"pad_token_id": None, "eos_token_id": 2}  # Phi-3's own are beyond the vocabulary
+    if family == "granite":
+        shape |= {"embedding_multiplier": 3.0, "attention_multiplier": 0.3}
+        shape |= {"residual_multiplier": 0.4, "logits_scaling": 0.5}
     config = FAMILIES[family](**shape, tie_word_embeddings=tied)
     config._attn_implementation = "eager"
     torch.manual_seed(0)

@@ -229,8 +229,13 @@ def test_splash_is_refused_off_the_tpu() -> None:
         XlaBackend(sizes, dict.fromkeys(sizes, 1), kernels=Kernels("splash"))
 
 
-# Traits of families that change a layer's modules. Fused projections: one output is kept.
-FAMILIES = {"phi3": RematConfig(policy="full", scan_layers=True, save=["k"])}
+# Traits of families that change a layer's modules or the mathematics.
+FAMILIES = {
+    # Fused projections; one of their outputs is kept for the backward.
+    "phi3": RematConfig(policy="full", scan_layers=True, save=["k"]),
+    # The chunked loss and the held-out loss have the logits' divisor.
+    "granite": RematConfig(policy="full", scan_layers=True),
+}
 
 
 @pytest.mark.slow

@@ -79,7 +79,8 @@ def test_greedy_equals_transformers(name: str, truths, shipped_table) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [["qwen3"], pytest.param(["llama-tied", "qwen2", "phi3"], marks=pytest.mark.slow)]
+    "names",
+    [["qwen3"], pytest.param(["llama-tied", "qwen2", "phi3", "granite"], marks=pytest.mark.slow)],
 )
 def test_one_device(names: list[str], truths, tmp_path: Path) -> None:
     worker = Path(__file__).parent / "one_device.py"

@@ -22,7 +22,12 @@ from transformers.utils import logging as hf_logging
 from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
 from torchprime.errors import CheckpointError
 from torchprime.files.json_files import token_ids
-from torchprime.models.architecture import DROPOUTS, Architecture, architecture_from_hf
+from torchprime.models.architecture import (
+    DROPOUTS,
+    MULTIPLIERS,
+    Architecture,
+    architecture_from_hf,
+)
 from torchprime.models.families import FAMILIES
 from torchprime.models.layer_kinds import FULL, SLIDING
 from torchprime.models.rope_config import ORIGINAL, PARTIAL, both_spellings
@@ -116,6 +121,7 @@ def _written(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
         **_biases(a),
         **_window(a, config),
         **_rope(a),
+        **_multipliers(a),
     }
 
 
@@ -123,6 +129,16 @@ def _rope(a: Architecture) -> dict[str, Any]:
     """Return the keys of the rotary positions."""
     partial = FAMILIES[a.family].rope.partial is not None
     return both_spellings(a.rope, a.max_position_embeddings, partial=partial)
+
+
+def _multipliers(a: Architecture) -> dict[str, float]:
+    """Return Granite's multipliers."""
+    if not FAMILIES[a.family].multipliers:
+        return {}
+    assert a.embedding_scale is not None and a.query_pre_attn_scalar is not None
+    attention = a.query_pre_attn_scalar**-0.5
+    numbers = (a.embedding_scale, attention, a.residual_scale, a.logits_divisor)
+    return dict(zip(MULTIPLIERS, numbers, strict=True))
 
 
 def _biases(a: Architecture) -> dict[str, bool]:
