@@ -6,6 +6,7 @@ span has to be is written out here by hand, or found a second way (marks against
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -47,6 +48,7 @@ ORIGINALS = {
     "qwen3": ("trl/qwen3",),
     "gemma": ("trl/gemma", "axolotl/gemma", "llama.cpp/google-gemma-2-2b-it"),
     "alpaca": ("axolotl/alpaca",),
+    "gpt-oss": ("trl/gptoss",),
 }
 PAIRS = [(family, name) for family, names in ORIGINALS.items() for name in names]
 
@@ -57,6 +59,7 @@ STOPS = frozenset(
     + ["<end_of_turn>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>"]
     + ["<|END_RESPONSE|>", "<|END_OF_TURN_TOKEN|>", "<|START_OF_TURN_TOKEN|>"]
     + ["<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|START_RESPONSE|>"]
+    + ["<|im_sep|>", "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"]
     + ["<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"]
 )
 TOOL = {
@@ -158,7 +161,8 @@ REASONING: dict[str, Messages] = {
 
 
 def make(text: str) -> ChatTemplate:
-    return ChatTemplate("test", text, "<s>", "</s>")
+    date = "2026-11-29" if "strftime_now" in text else ""
+    return ChatTemplate("test", text, "<s>", "</s>", date=date)
 
 
 def family(name: str) -> ChatTemplate:
@@ -206,6 +210,50 @@ def test_family_renders_as_the_original(
         assert render(ours, messages, (), ask) == render(theirs, messages, (), ask), label
 
 
+@pytest.mark.parametrize("ask", [False, True])
+def test_phi4_renders_chats_with_a_system_message_as_phi_4_reasoning(
+    ask: bool, shared_dir: Path
+) -> None:
+    """The original of the reasoning model differs by its default system message only."""
+    ours, theirs = family("phi4"), original(shared_dir, "axolotl/phi_4")
+    for label, messages in SYSTEM.items():
+        assert render(ours, messages, (), ask) == render(theirs, messages, (), ask).lstrip(), label
+
+
+def test_smollm3_without_thinking() -> None:
+    """By the option and by the system message; its whole text with /system_override."""
+    header = SMOLLM_HEADER + "Reasoning Mode: /no_think\n\n## Custom Instructions\n\n"
+    asked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n"
+    persona = "You are a helpful AI assistant named SmolLM, trained by Hugging Face."
+    plain = dataclasses.replace(family("smollm3"), options=(("enable_thinking", "false"),))
+    assert render(plain, [user("Hi")], (), True) == f"{header}{persona}\n\n{asked}"
+    chat = [system("/no_think Be."), user("Hi")]
+    assert render(family("smollm3"), chat, (), True) == f"{header} Be.\n\n{asked}"
+    chat = [system("Be. /system_override"), user("Hi"), assistant("\nYo.")]
+    assert render(family("smollm3"), chat) == (
+        "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nYo.<|im_end|>\n"
+    )
+
+
+def test_gpt_oss_reasoning_of_the_last_answer(shared_dir: Path) -> None:
+    ours, theirs = family("gpt-oss"), original(shared_dir, "trl/gptoss")
+    chat = [
+        user("Hi"),
+        assistant("Yo.", thinking="w1"),
+        user("Bye"),
+        assistant("No", thinking="w2"),
+    ]
+    assert render(ours, chat) == render(theirs, chat)
+    ours_text = [
+        {**m, "reasoning_content": m.pop("thinking")} if "thinking" in m else m for m in chat
+    ]
+    assert render(ours, ours_text).endswith(
+        "<|start|>assistant<|channel|>analysis<|message|>w2<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>No<|return|>"
+    )
+
+
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "mistral"])
 @pytest.mark.parametrize("ask", [False, True])
 def test_family_renders_tools_as_the_original(name: str, ask: bool, shared_dir: Path) -> None:
@@ -248,6 +296,16 @@ def test_mistral_offers_tools_once(shared_dir: Path) -> None:
     assert render(theirs, messages, [TOOL]).count("[AVAILABLE_TOOLS]") == 2
 
 
+# Granite's default system message on the day that `make` gives.
+GRANITE_SYSTEM = (
+    "<|start_of_role|>system<|end_of_role|>Knowledge Cutoff Date: April 2024.\nToday's Date: "
+    "November 29, 2026.\nYou are Granite, developed by IBM. You are a helpful AI assistant."
+    "<|end_of_text|>\n"
+)
+SMOLLM_HEADER = (
+    "<|im_start|>system\n## Metadata\n\nKnowledge Cutoff Date: June 2025\n"
+    "Today Date: 29 November 2026\n"
+)
 WRITTEN = {
     "llama2": {
         "two turns": "<s>[INST] Hi [/INST] Yo. </s><s>[INST] Bye [/INST] Ciao. </s>",
@@ -264,6 +322,28 @@ WRITTEN = {
         "answered": "<|user|>\n Hi\n</s>\n<|assistant|>\n\n\nYo. \n</s>\n",
         "system": "<|system|>\nBe brief.\n</s>\n<|user|>\nHi</s>\n<|assistant|>\nYo.</s>\n",
     },
+    "mistral-small": {
+        "two turns": "<s>[INST]Hi[/INST]Yo.</s>[INST]Bye[/INST]Ciao.</s>",
+        "answered": "<s>[INST] Hi\n[/INST]\n\nYo. \n</s>",
+        "system": "<s>[SYSTEM_PROMPT]Be brief.\n[/SYSTEM_PROMPT][INST]Hi[/INST]Yo.</s>",
+        "only system": "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Hi[/INST]",
+    },
+    "granite": {
+        "question": GRANITE_SYSTEM + "<|start_of_role|>user<|end_of_role|>Hi<|end_of_text|>\n",
+        "system": "<|start_of_role|>system<|end_of_role|>Be brief.\n<|end_of_text|>\n"
+        "<|start_of_role|>user<|end_of_role|>Hi<|end_of_text|>\n"
+        "<|start_of_role|>assistant<|end_of_role|>Yo.<|end_of_text|>\n",
+    },
+    "smollm3": {
+        "system": SMOLLM_HEADER
+        + "Reasoning Mode: /think\n\n## Custom Instructions\n\nBe brief.\n\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo.<|im_end|>\n",
+    },
+    "phi4": {
+        "two turns": "<|im_start|>user<|im_sep|>Hi<|im_end|><|im_start|>assistant<|im_sep|>Yo."
+        "<|im_end|><|im_start|>user<|im_sep|>Bye<|im_end|><|im_start|>assistant<|im_sep|>Ciao."
+        "<|im_end|>",
+    },
     "vicuna": {
         "two turns": "A chat between a curious user and an artificial intelligence assistant. The "
         "assistant gives helpful, detailed, and polite answers to the user's questions. "
@@ -272,7 +352,12 @@ WRITTEN = {
         "only system": "Be brief. USER: Hi ",
     },
 }
-ASKED = {"llama2": "", "zephyr": "<|assistant|>\n", "vicuna": "ASSISTANT:"}
+ASKED = {
+    **{"llama2": "", "zephyr": "<|assistant|>\n", "vicuna": "ASSISTANT:", "mistral-small": ""},
+    **{"granite": "<|start_of_role|>assistant<|end_of_role|>"},
+    **{"smollm3": "<|im_start|>assistant\n"},
+    **{"phi4": "<|im_start|>assistant<|im_sep|>"},
+}
 
 
 @pytest.mark.parametrize("name", list(WRITTEN))
@@ -300,7 +385,16 @@ def test_family_renders_the_published_format(name: str) -> None:
         ("zephyr", [user("a"), tool("b")], "found tool"),
         ("qwen3", [{"role": "critic", "content": "a"}], "found critic"),
         ("qwen2.5", [{"role": "critic", "content": "a"}], "found critic"),
-        *((name, TOOLS["call"], "tool") for name in FAMILIES if name[:4] not in ("qwen", "mist")),
+        ("phi4", [{"role": "critic", "content": "a"}], "found critic"),
+        ("smollm3", [{"role": "critic", "content": "a"}], "found critic"),
+        ("gpt-oss", [{"role": "critic", "content": "a"}], "found critic"),
+        ("granite", [{"role": "critic", "content": "a"}], "found critic"),
+        ("mistral-small", [{"role": "critic", "content": "a"}], "found critic"),
+        *(
+            (name, TOOLS["call"], "tool")
+            for name in FAMILIES
+            if name not in ("qwen2.5", "qwen3", "mistral")
+        ),
     ],
 )
 def test_family_says_what_it_cannot_write(name: str, messages: Messages, said: str) -> None:
@@ -343,6 +437,14 @@ TWO_TURNS = {
     "zephyr": ["Yo.</s>", "Ciao.</s>"],
     "alpaca": ["Yo.</s>", "Ciao.</s>"],
     "vicuna": [" Yo.</s>", " Ciao.</s>"],
+    "phi4": ["Yo.<|im_end|>", "Ciao.<|im_end|>"],
+    "smollm3": ["Yo.<|im_end|>", "Ciao.<|im_end|>"],
+    "gpt-oss": [
+        "<|channel|>final<|message|>Yo.<|end|>",
+        "<|channel|>final<|message|>Ciao.<|return|>",
+    ],
+    "mistral-small": ["Yo.</s>", "Ciao.</s>"],
+    "granite": ["Yo.<|end_of_text|>", "Ciao.<|end_of_text|>"],
 }
 
 
