@@ -27,7 +27,12 @@ SHAPE: dict[str, Any] = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
-PHI: dict[str, Any] = {"sliding_window": 12, "partial_rotary_factor": 0.5, "pad_token_id": None, "eos_token_id": 2}
+PHI: dict[str, Any] = {
+    "sliding_window": 12,
+    "partial_rotary_factor": 0.5,
+    "pad_token_id": None,
+    "eos_token_id": 2,
+}
 GRANITE: dict[str, Any] = {
     **{"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4},
     "logits_scaling": 0.1,
