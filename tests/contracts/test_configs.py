@@ -37,6 +37,10 @@ NEEDED = {
 
 # Parameter counts as published on the models' cards (tied embeddings counted once).
 PUBLISHED_PARAMETERS = {
+    "gemma3-1b": 999_885_952,
+    "gemma3-4b": 3_880_263_168,
+    "olmo2-7b": 7_298_617_344,
+    "olmo3-7b": 7_298_011_136,
     "llama-3-8b": 8_030_261_248,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
@@ -181,6 +185,8 @@ def test_every_named_architecture_has_a_published_size() -> None:
         ("phi-4-mini", 10_000, 1e-5, 131_072, True),
         ("smollm3-3b", 5_000_000, 1e-6, 65536, True),
         ("granite-3.3-8b", 10_000_000, 1e-5, 131_072, True),
+        ("gemma3-1b", 1_000_000, 1e-6, 32768, True),
+        ("olmo2-7b", 500_000, 1e-6, 4096, False),
     ],
 )
 def test_named_model_has_its_published_numbers(
@@ -204,7 +210,10 @@ def test_default_sharding_covers_every_family(mesh: str) -> None:
         config.sharding.activations,
         config.sharding.max_unsharded_params,
     )
-    for model in ("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-math-1.5b", "qwen3-8b", "phi-4"):
+    for model in (
+        *("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-math-1.5b", "qwen3-8b", "phi-4", "gemma3-1b"),
+        "olmo2-7b",
+    ):
         shapes = shapes_of(model)
         assert set(table.parameter_specs(shapes, config.mesh_shape())) == set(shapes)
     assert table.batch_axes() == ("data", "fsdp")

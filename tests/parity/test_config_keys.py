@@ -86,6 +86,17 @@ FAMILIES = {
         "original_max_position_embeddings": 16,
         "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.0, 2.0]},
     },
+    "gemma3_text": {
+        **{"rope_theta": 100.0, "rope_local_base_freq": 10.0, "rope_scaling": LINEAR},
+        **{"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2},
+        **{"query_pre_attn_scalar": 12},
+    },
+    "olmo2": {"rope_theta": 100.0},
+    "olmo3": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_scaling": YARN | {"truncate": True},
+    },
     "llama-dynamic": {
         **{"rope_theta": 100.0, "head_dim": 8},
         "rope_scaling": {"rope_type": "dynamic", "factor": 2.0},
@@ -112,6 +123,7 @@ MORE_KEYS = (
         "per_layer_config",
         "tokenizer_class",
     ),
+    *("rope_local_base_freq", "sliding_window_pattern", "hidden_activation"),
     *("quantization_config", "text_config", "auto_map", "unheard_of"),
 )
 ROPE_KEYS = ("partial_rotary_factor", "llama_4_scaling_beta")
@@ -120,6 +132,7 @@ SPECIAL: dict[str, list[Any]] = {
     "no_rope_layers": [[0, 1], [1, 0, 0], [0, 0], [1, 1], [True, False], [1.0, 0.0], [2, 1], [1]],
     "layer_types": [[a, b] for a in KINDS for b in KINDS] + [["full_attention"], ["x", "y"]],
     "hidden_act": ["swish", "gelu", "relu"],
+    "hidden_activation": ["silu", "gelu", "relu"],
     "dtype": ["float16", "bfloat16", "garbage"],
     "torch_dtype": ["float16"],
     "problem_type": ["regression"],

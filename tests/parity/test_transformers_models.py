@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from tiny_llama import SHAPE
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -31,7 +34,9 @@ from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM
 
 V, S = 61, 20
-SMALL: dict[str, Any] = dict(SHAPE, vocab_size=V, num_hidden_layers=3)
+# Without a padding token: transformers leaves that token's row without a gradient, also in text.
+SMALL: dict[str, Any] = dict(SHAPE, vocab_size=V, num_hidden_layers=3, pad_token_id=None)
+DEEP: dict[str, Any] = SMALL | {"num_hidden_layers": 4}
 LLAMA3_ROPE: dict[str, Any] = dict(
     rope_type="llama3",
     rope_theta=5e5,
@@ -80,10 +85,9 @@ CONFIGS = {
         ),
     ),
     "granite": GraniteConfig(**SMALL, **GRANITE),
-    "smollm3": SmolLM3Config(**SMALL, pad_token_id=None, no_rope_layers=[1, 0, 1]),
+    "smollm3": SmolLM3Config(**SMALL, no_rope_layers=[1, 0, 1]),
     "smollm3-window": SmolLM3Config(
         **SMALL,
-        pad_token_id=None,
         no_rope_layer_interval=2,
         use_sliding_window=True,
         sliding_window=5,
@@ -91,12 +95,38 @@ CONFIGS = {
         mlp_bias=True,
         tie_word_embeddings=False,
     ),
-    "phi3-window": Phi3Config(**SMALL, **PHI_IDS, sliding_window=6),
+    "phi3-window": Phi3Config(**SMALL | PHI_IDS, sliding_window=6),
     "phi4-mini-short": Phi3Config(
-        **{**SMALL, **PHI_IDS, **PHI_LONG, "original_max_position_embeddings": S}
+        **{**SMALL | PHI_IDS, **PHI_LONG, "original_max_position_embeddings": S}
     ),
     "phi4-mini": Phi3Config(
-        **SMALL, **PHI_IDS, tie_word_embeddings=True, max_position_embeddings=64, **PHI_LONG
+        **SMALL | PHI_IDS, tie_word_embeddings=True, max_position_embeddings=64, **PHI_LONG
+    ),
+    "gemma3": Gemma3TextConfig(
+        **DEEP,
+        head_dim=16,
+        sliding_window=5,
+        query_pre_attn_scalar=24,
+        layer_types=["sliding_attention"] * 2 + ["full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "olmo2": Olmo2Config(**SMALL),
+    "olmo3": Olmo3Config(
+        **SMALL,
+        sliding_window=5,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        rope_parameters={
+            "full_attention": dict(
+                rope_type="yarn",
+                rope_theta=5e5,
+                factor=4.0,
+                original_max_position_embeddings=16,
+            ),
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+        },
     ),
 }
 # Segments of each block; 0 is padding.
@@ -139,7 +169,9 @@ def _reference(config, ids, positions, segments):
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            parameter.data.uniform_(0.5, 1.5)
+            # Gemma adds one to them.
+            low = -0.5 if config.model_type.startswith("gemma") else 0.5
+            parameter.data.uniform_(low, low + 1.0)
         else:
             parameter.data.normal_(0.0, 0.15)
     types = getattr(config, "layer_types", None)

@@ -14,9 +14,9 @@ from typing import Any
 
 from torchprime.errors import CheckpointError
 from torchprime.models.config_values import ConfigValues
-from torchprime.models.families import FAMILIES, Bias, Family
-from torchprime.models.layer_kinds import LayerKind, read_layer_kinds
-from torchprime.models.rope_config import Rope, read_rope
+from torchprime.models.families import FAMILIES, Bias, Family, text_part
+from torchprime.models.layer_kinds import LayerKind, read_layer_kinds, read_ropes
+from torchprime.models.rope_config import Rope
 from torchprime.models.unsupported import quantized, unsupported_family
 
 # Fields with defaults that a fingerprint has whatever their value, as in version 0.1.0.
@@ -30,6 +30,7 @@ MULTIPLIERS = (
     *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
     "logits_scaling",
 )
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh")  # of the gated unit
 MOST_LAYERS = 1024  # a layer is a module: an absurd number would fill the memory
 
 
@@ -57,10 +58,15 @@ class Architecture:
     initializer_range: float = 0.02
     fused_qkv: bool = False
     fused_mlp: bool = False
-    embedding_scale: float | None = None
-    query_pre_attn_scalar: float | None = None  # None: the head size
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
+    qk_norm_over_heads: bool = False
+    norm: str = "llama"
+    norms: str = "pre"
+    activation: str = "silu"
+    embedding_scale: float | None = None
+    wide_rotation: bool = False
+    query_pre_attn_scalar: float | None = None  # None: the head size
 
     @property
     def rope(self) -> Rope:
@@ -110,12 +116,13 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         CheckpointError: a key that is missing or has a value of a wrong type or size; an
             unsupported family, activation, rope type or layer pattern.
     """
+    config = text_part(config)
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(f"{where}: {unsupported_family(config, tuple(FAMILIES))}")
     family = FAMILIES[name]
     values = ConfigValues({**family.defaults, **config}, where)
-    _refuse_unknown_mathematics(values)
+    _refuse_unknown_mathematics(values, family)
     hidden, layers = values.integer("hidden_size"), _layers(values)
     heads = values.integer("num_attention_heads", most=2**14)
     context = values.integer("max_position_embeddings", family.context, most=2**40)
@@ -130,33 +137,44 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         num_key_value_heads=_kv_heads(values, family, heads),
         head_dim=head_dim,
         rms_norm_eps=values.number("rms_norm_eps", 1e-6, equal=True),
-        ropes=(read_rope(values, context, family.rope, head_dim),),
+        ropes=read_ropes(values, context, family, head_dim),
         layers=read_layer_kinds(values, family, layers),
         qkv_bias=_has(values, family.qkv_bias),
         out_bias=_has(values, family.out_bias),
         mlp_bias=_has(values, family.mlp_bias),
-        qk_norm=family.qk_norm,
+        qk_norm=family.qk_norm != "none",
+        qk_norm_over_heads=family.qk_norm == "all",
+        norm=family.norm,
+        norms=family.norms,
+        activation=_activation(values, family),
+        wide_rotation=family.wide_rotation,
         tie_word_embeddings=values.flag("tie_word_embeddings"),
         max_position_embeddings=context,
         initializer_range=values.number("initializer_range", 0.02, equal=True),
         fused_qkv=family.fused_qkv,
         fused_mlp=family.fused_mlp,
-        **_multipliers(values, family),
+        **_scales(values, family, head_dim),
     )
     return architecture
 
 
-def _multipliers(values: ConfigValues, family: Family) -> dict[str, float]:
-    """Return Granite's four multipliers, by the fields that have them."""
-    if not family.multipliers:
-        return {}
-    embedding, attention, residual, logits = (values.number(key, 1.0) for key in MULTIPLIERS)
-    return {
-        "embedding_scale": embedding,
-        "query_pre_attn_scalar": attention**-2,
-        "residual_scale": residual,
-        "logits_divisor": logits,
-    }
+def _scales(values: ConfigValues, family: Family, head_dim: int) -> dict[str, float]:
+    """Return the numbers that scale parts of the model, by the fields that have them: Granite's
+    multipliers, or Gemma's two."""
+    if family.multipliers:
+        embedding, attention, residual, logits = (values.number(key, 1.0) for key in MULTIPLIERS)
+        return {
+            "embedding_scale": embedding,
+            "query_pre_attn_scalar": attention**-2,
+            "residual_scale": residual,
+            "logits_divisor": logits,
+        }
+    found = {}
+    if family.scaled_embedding:
+        found["embedding_scale"] = values.integer("hidden_size") ** 0.5
+    if family.query_scale and (scalar := values.number("query_pre_attn_scalar")) != head_dim:
+        found["query_pre_attn_scalar"] = scalar
+    return found
 
 
 def _layers(values: ConfigValues) -> int:
@@ -202,10 +220,20 @@ def _head_dim(values: ConfigValues, family: Family, hidden: int, heads: int) -> 
     return head_dim
 
 
-def _refuse_unknown_mathematics(values: ConfigValues) -> None:
-    activation = values.get("hidden_act")
-    if activation not in (None, "silu", "swish"):
-        raise values.fault("hidden_act", "silu (the gated SiLU unit); others are not supported")
+def _activation(values: ConfigValues, family: Family) -> str:
+    key, default = family.activation
+    name = values.get(key) or default
+    if name not in ACTIVATIONS:
+        raise values.fault(key, f"one of {', '.join(ACTIVATIONS)}; others are not supported")
+    return "silu" if name == "swish" else name
+
+
+def _refuse_unknown_mathematics(values: ConfigValues, family: Family) -> None:
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if values.get(key) is not None and key not in family.softcaps:
+            raise values.fault(key, "null: this family is supported without it")
+    if values.get("use_bidirectional_attention"):
+        raise values.fault("use_bidirectional_attention", "false: only causal models are supported")
     for key in DROPOUTS:
         if values.number(key, 0.0, equal=True):
             raise values.fault(key, "0.0: dropout is not supported in fine-tuning")

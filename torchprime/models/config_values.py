@@ -19,10 +19,17 @@ class ConfigValues:
     Attributes:
         where: what to call the config in messages.
         path: of the keys, for messages: `rope_scaling.` for an object inside.
+        names: the names of keys in messages, if a family has others for them.
     """
 
-    def __init__(self, content: Mapping[str, Any], where: str, path: str = "") -> None:
-        self.content, self.where, self.path = content, where, path
+    def __init__(
+        self,
+        content: Mapping[str, Any],
+        where: str,
+        path: str = "",
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        self.content, self.where, self.path, self.names = content, where, path, names or {}
 
     def __contains__(self, key: str) -> bool:
         return self.content.get(key) is not None
@@ -34,7 +41,8 @@ class ConfigValues:
     def fault(self, key: str, expected: str) -> CheckpointError:
         """Return the error for a key with a wrong value."""
         given = "missing" if self.content.get(key) is None else f"{self.content[key]!r:.100}"
-        return CheckpointError(f"{self.where}: {self.path}{key} is {given}, expected {expected}.")
+        name = self.names.get(key, key)
+        return CheckpointError(f"{self.where}: {self.path}{name} is {given}, expected {expected}.")
 
     def integer(
         self, key: str, default: int | None = None, *, least: int = 1, most: int = 2**20
@@ -71,5 +79,6 @@ class ConfigValues:
         """Return the object under a key; None if it is absent or empty."""
         value = self.content.get(key)
         if value is None or isinstance(value, Mapping):
-            return ConfigValues(value, self.where, f"{self.path}{key}.") if value else None
+            path = f"{self.path}{self.names.get(key, key)}."
+            return ConfigValues(value, self.where, path) if value else None
         raise self.fault(key, "an object or null")

@@ -12,6 +12,7 @@ replace the container or a layer's attention core, or hang hooks on any module b
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -68,18 +69,41 @@ class LayerContext(NamedTuple):
         return LayerContext(pairs, tuple(flat[count:]))
 
 
-class RMSNorm(nn.Module):
-    """Root mean square norm (arXiv:1910.07467) over the last dim, statistics in fp32."""
+# The norms of a layer: before attention, after it, before the gated unit, after it.
+NORM_NAMES: dict[str, tuple[str | None, ...]] = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
-    def __init__(self, size: int, eps: float) -> None:
+
+class RMSNorm(nn.Module):
+    """Root mean square norm (arXiv:1910.07467) over the last dim, statistics in fp32.
+
+    Args:
+        kind: the order of rounding and weight (`Family.norm`).
+    """
+
+    def __init__(self, size: int, eps: float, kind: str = "llama") -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size) if kind == "plus_one" else torch.ones(size))
+        self.eps, self.kind = eps, kind
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        if self.kind == "llama":
+            return self.weight * wide.to(x.dtype)
+        weight = self.weight.float()
+        return (wide * (weight + 1.0 if self.kind == "plus_one" else weight)).to(x.dtype)
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -115,10 +139,11 @@ class Attention(nn.Module):
             self.v_proj = nn.Linear(D, narrow, bias=a.qkv_bias)
         self.fused = a.fused_qkv
         self.o_proj = nn.Linear(wide, D, bias=a.out_bias)
+        self.norm_place = "heads" if a.qk_norm_over_heads else "head" if a.qk_norm else "none"
         if a.qk_norm:
-            self.q_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
-            self.k_norm = RMSNorm(a.head_dim, a.rms_norm_eps)
-        self.qk_norm = a.qk_norm
+            over_heads = a.qk_norm_over_heads
+            self.q_norm = RMSNorm(wide if over_heads else a.head_dim, a.rms_norm_eps, a.norm)
+            self.k_norm = RMSNorm(narrow if over_heads else a.head_dim, a.rms_norm_eps, a.norm)
         # The core scales by the head size; this is what is left.
         scalar = a.query_pre_attn_scalar
         self.query_factor = None if scalar is None else (a.head_dim / scalar) ** 0.5
@@ -126,16 +151,20 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
         B, S, _ = x_BSD.shape
-        q, k, v = (part.view(B, S, -1, self.head_dim) for part in self._projected(x_BSD))
+        q, k, v = self._projected(x_BSD)
+        if self.norm_place == "heads":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.view(B, S, -1, self.head_dim) for part in (q, k, v))
         v_BKSh = v.transpose(1, 2)
-        if self.qk_norm:
+        if self.norm_place == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.query_factor is not None:
             q = q * self.query_factor
         q_BHSh, k_BKSh = q.transpose(1, 2), k.transpose(1, 2)
         if self.rope is not None:
             tables = context.rotary[self.rope]
-            q_BHSh, k_BKSh = rotate(q_BHSh, *tables), rotate(k_BKSh, *tables)
+            dtype = x_BSD.dtype  # the tables may be wider
+            q_BHSh, k_BKSh = (rotate(each, *tables).to(dtype) for each in (q_BHSh, k_BKSh))
         mixed = self.core(q_BHSh, k_BKSh, v_BKSh, context.attention[self.kind])
         return self.o_proj(mixed.transpose(1, 2).reshape(B, S, -1))
 
@@ -147,7 +176,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated SiLU unit (arXiv:2002.05202)."""
+    """Gated unit (arXiv:2002.05202)."""
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -159,30 +188,38 @@ class MLP(nn.Module):
             self.up_proj = nn.Linear(D, ffn, bias=a.mlp_bias)
         self.fused = a.fused_mlp
         self.down_proj = nn.Linear(ffn, D, bias=a.mlp_bias)
+        self.activation = ACTIVATIONS[a.activation]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         if self.fused:
             gate, up = self.gate_up_proj(x_BSD).chunk(2, dim=-1)
         else:
             gate, up = self.gate_proj(x_BSD), self.up_proj(x_BSD)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class DecoderLayer(nn.Module):
-    """A layer: x + attention(norm(x)), then x + mlp(norm(x)). Pure: reads only its arguments and
-    weights."""
+    """A layer: x + norm(attention(norm(x))), then x + norm(mlp(norm(x))), of which a family has the
+    norms before, those after, or both. Pure: reads only its arguments and weights."""
 
     def __init__(self, a: Architecture, kind: LayerKind) -> None:
         super().__init__()
         self.self_attn = Attention(a, kind)
         self.mlp = MLP(a)
-        self.input_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.norm_names = NORM_NAMES[a.norms]
+        for name in self.norm_names:
+            if name is not None:
+                self.add_module(name, RMSNorm(a.hidden_size, a.rms_norm_eps, a.norm))
         self.residual_scale = a.residual_scale
 
     def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
-        x_BSD = x_BSD + self._scaled(self.self_attn(self.input_layernorm(x_BSD), context))
-        return x_BSD + self._scaled(self.mlp(self.post_attention_layernorm(x_BSD)))
+        mixed = self.self_attn(self._norm(0, x_BSD), context)
+        x_BSD = x_BSD + self._scaled(self._norm(1, mixed))
+        return x_BSD + self._scaled(self._norm(3, self.mlp(self._norm(2, x_BSD))))
+
+    def _norm(self, place: int, x_BSD: Tensor) -> Tensor:
+        name = self.norm_names[place]
+        return x_BSD if name is None else getattr(self, name)(x_BSD)
 
     def _scaled(self, x_BSD: Tensor) -> Tensor:
         return x_BSD if self.residual_scale == 1 else x_BSD * self.residual_scale
@@ -240,7 +277,7 @@ class Decoder(nn.Module):
             nn.Embedding(*shape) if scale is None else ScaledEmbedding(*shape, scale)
         )
         self.layers: nn.Module = LayerStack(DecoderLayer(a, kind) for kind in a.layers)
-        self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps)
+        self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps, a.norm)
         # Attention cores differ only by window; each prepares its mask once per forward.
         self.preparers = [ReferenceAttention(a.head_dim, window) for window in a.windows]
         self.rotary = nn.ModuleList(RotaryTables(rope, a.head_dim) for rope in a.ropes)
@@ -249,6 +286,7 @@ class Decoder(nn.Module):
         self, position_ids: Tensor, length: int, dtype: torch.dtype
     ) -> tuple[tuple[Tensor, Tensor], ...]:
         """Return each rope's cosines and sines for positions [B, S] in sequences of a length."""
+        dtype = torch.float32 if self.architecture.wide_rotation else dtype
         return tuple(make(position_ids, length, dtype) for make in self.rotary)
 
     def finish(self, x_BSD: Tensor) -> Tensor:
@@ -311,15 +349,18 @@ def replace_attention_cores(
         attention.core = make_core(attention.head_dim, attention.core.window)
 
 
-def initial_tensor(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
+def initial_tensor(
+    name: str, shape: torch.Size, std: float, seed: int, *, norm: str = "llama"
+) -> Tensor:
     """Return a random weight for training from scratch, fp32 on the CPU.
 
     The rule is Hugging Face's for these families: matrices and embeddings are normal(0, std),
-    biases 0, norms 1. Each tensor has its own generator, keyed by seed and name, so that the
-    weights do not depend on the order in which they are made nor on the device or mesh.
+    biases 0, norms 1, or 0 if they add one (`norm`). Each tensor has its own generator, keyed by
+    seed and name, so that the weights do not depend on the order in which they are made nor on the
+    device or mesh.
     """
     if "norm" in name:
-        return torch.ones(shape)
+        return torch.zeros(shape) if norm == "plus_one" else torch.ones(shape)
     if name.endswith("bias"):
         return torch.zeros(shape)
     return torch.empty(shape).normal_(0.0, std, generator=generator_for(seed, name))

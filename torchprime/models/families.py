@@ -43,11 +43,23 @@ class Family:
         qkv_bias: of the projections to queries, keys and values.
         out_bias: of the attention's output projection.
         mlp_bias: of the gated unit's three projections.
-        qk_norm: queries and keys are normalized per head before the rotation.
-        window: the layers with a sliding window: none, all (`sliding_window`), or those from
-            `max_window_layers` on (if `use_sliding_window`). With no_rope some layers do not
-            rotate (`no_rope_layers`), and these may have a window.
+        qk_norm: queries and keys are normalized before the rotation, per head or over all heads.
+        norm: the order in a norm: the weight multiplies the rounded result (llama), or the result
+            in fp32 (wide), or one plus the weight does (plus_one).
+        norms: the places of a layer's norms (decoder.NORM_NAMES).
+        window: the layers with a sliding window: none, all (`sliding_window`), those from
+            `max_window_layers` on (if `use_sliding_window`), or all but each `full_every`-th.
+            With no_rope some layers do not rotate (`no_rope_layers`), and these may have a window.
+        full_every: every so many layers, one has no window, where config.json has no layer_types.
         rope: defaults and kinds of the rope settings.
+        local_rope: the same for layers with a window, if they have a rope of their own.
+        local_theta: the key of config.json with its base, in the spelling of transformers 4.
+        activation: the key of the gated unit's activation, and its default.
+        wide_rotation: queries and keys are rotated in fp32.
+        scaled_embedding: embeddings are multiplied by the root of the hidden size.
+        query_scale: the scores' scale is `query_pre_attn_scalar` to the power of -1/2, not the
+            head size's.
+        softcaps: the keys of attention's and the final soft-cap that the family computes.
         fused_qkv: one projection `qkv_proj` computes queries, keys and values.
         fused_mlp: one projection `gate_up_proj` computes gate and up.
         multipliers: embeddings, scores, the parts that a layer adds, and logits are scaled by
@@ -63,15 +75,34 @@ class Family:
     qkv_bias: Bias = NEVER
     out_bias: Bias = NEVER
     mlp_bias: Bias = NEVER
-    qk_norm: bool = False
-    window: Literal["none", "all", "upper", "no_rope"] = "none"
+    qk_norm: Literal["none", "head", "all"] = "none"
+    norm: Literal["llama", "wide", "plus_one"] = "llama"
+    norms: Literal["pre", "post", "both"] = "pre"
+    window: Literal["none", "all", "upper", "no_rope", "pattern"] = "none"
+    full_every: int = 0
     rope: RopeTraits = RopeTraits()
+    local_rope: RopeTraits | None = None
+    local_theta: str = "rope_theta"
+    activation: tuple[str, str] = ("hidden_act", "silu")
+    wide_rotation: bool = False
+    scaled_embedding: bool = False
+    query_scale: bool = False
+    softcaps: tuple[str, ...] = ()
     fused_qkv: bool = False
     fused_mlp: bool = False
     multipliers: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+GEMMA: dict[str, Any] = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True,
+}
+OLMO: dict[str, Any] = {"rms_norm_eps": 1e-5}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM",
@@ -91,7 +122,7 @@ FAMILIES: dict[str, Family] = {
         head_dim=128,
         qkv_bias=Bias("attention_bias"),
         out_bias=Bias("attention_bias"),
-        qk_norm=True,
+        qk_norm="head",
         window="upper",
     ),
     "granite": Family(
@@ -128,4 +159,63 @@ FAMILIES: dict[str, Family] = {
             other_names={"su": "longrope", "yarn": "longrope"},
         ),
     ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        context=131_072,
+        kv_heads=4,
+        head_dim=256,
+        qkv_bias=Bias("attention_bias"),
+        out_bias=Bias("attention_bias"),
+        qk_norm="head",
+        norm="plus_one",
+        norms="both",
+        window="pattern",
+        full_every=6,
+        rope=RopeTraits(theta=1e6),
+        local_rope=RopeTraits(theta=1e4),
+        local_theta="rope_local_base_freq",
+        activation=("hidden_activation", "gelu_pytorch_tanh"),
+        scaled_embedding=True,
+        query_scale=True,
+        defaults=GEMMA | {"vocab_size": 262_208},
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        context=2048,
+        qkv_bias=Bias("attention_bias"),
+        out_bias=Bias("attention_bias"),
+        qk_norm="all",
+        norm="wide",
+        norms="post",
+        wide_rotation=True,
+        defaults=OLMO,
+    ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        context=2048,
+        qkv_bias=Bias("attention_bias"),
+        out_bias=Bias("attention_bias"),
+        qk_norm="all",
+        norm="wide",
+        norms="post",
+        wide_rotation=True,
+        window="pattern",
+        full_every=4,
+        rope=RopeTraits(theta=5e5),
+        local_rope=RopeTraits(theta=5e5),
+        defaults=OLMO,
+    ),
 }
+# The model_type of a model with a text model inside -> that of the text model.
+WRAPPERS = {"gemma3": "gemma3_text"}
+# Keys that a wrapper's config.json may have outside of text_config.
+OUTSIDE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype")
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config of the text model inside a wrapper's; another config unchanged."""
+    inner, family = config.get("text_config"), WRAPPERS.get(str(config.get("model_type")))
+    if family is None or not isinstance(inner, Mapping):
+        return config
+    outside = {key: config[key] for key in OUTSIDE if config.get(key) is not None}
+    return {**outside, "model_type": family, **inner}

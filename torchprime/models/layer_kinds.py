@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+from torchprime.errors import CheckpointError
 from torchprime.models.config_values import ConfigValues
 from torchprime.models.families import Family
+from torchprime.models.rope_config import ORIGINAL, PARTIAL, Rope, RopeTraits, read_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 # transformers' defaults for an absent key.
@@ -51,6 +53,8 @@ def read_layer_kinds(values: ConfigValues, family: Family, layers: int) -> tuple
         return (_upper if family.window == "upper" else _some_rotated)(
             values, types, window, layers
         )
+    if family.window == "pattern":
+        return _pattern(values, family, types, layers)
     windowed = family.window == "all" and window is not None
     if (
         types is not None
@@ -115,6 +119,71 @@ def _some_rotated(
         LayerKind(window if kind == SLIDING else None, 0 if each else None)
         for kind, each in zip(types, rotated, strict=True)
     )
+
+
+def _pattern(
+    values: ConfigValues, family: Family, types: list[str] | None, layers: int
+) -> tuple[LayerKind, ...]:
+    """Return the kinds of a family in which every so many layers one has no window."""
+    if types is None:
+        every = family.full_every
+        if "sliding_window_pattern" in values:
+            every = values.integer("sliding_window_pattern")
+        types = [SLIDING if (layer + 1) % every else FULL for layer in range(layers)]
+    window = None
+    if SLIDING in types:
+        window = values.integer("sliding_window", WINDOW, most=LARGEST)
+        if "sliding_window" in values.content and "sliding_window" not in values:
+            raise values.fault("sliding_window", f"a number, since layers are {SLIDING}")
+    local = 0 if family.local_rope is None else 1
+    return tuple(
+        LayerKind(window, local) if kind == SLIDING else LayerKind(None, 0) for kind in types
+    )
+
+
+def read_ropes(
+    values: ConfigValues, context: int, family: Family, head_dim: int
+) -> tuple[Rope, ...]:
+    """Read the rope of all layers; or those of full layers and of layers with a window.
+
+    transformers 5 has an object for each kind of layer in `rope_parameters`. transformers 4 has
+    `rope_theta` and `rope_scaling` for full layers, and the other base under a key of its own.
+
+    Args:
+        context: max_position_embeddings.
+
+    Raises:
+        CheckpointError: see `read_rope`.
+    """
+    if family.local_rope is None:
+        return (read_rope(values, context, family.rope, head_dim),)
+    nested = values.inner("rope_parameters") or ConfigValues({}, values.where, "rope_parameters.")
+    if stray := [key for key in nested.content if key not in (FULL, SLIDING)]:
+        raise nested.fault(stray[0], f"an object for each kind of layer, {FULL} and {SLIDING}")
+
+    def rope_of(kind: str, traits: RopeTraits, theta: str, *scaled: str) -> Rope:
+        found = nested.inner(kind)
+        said = None if found is None else found.get("rope_theta")
+        if said is None and theta == "rope_theta":
+            said = traits.theta  # which transformers 5 takes for layers with a window
+        if kind == SLIDING and said is not None and values.get(theta) not in (None, said):
+            raise values.fault(theta, f"{said!r:.60}, as for layers with a window")
+        own = {key: values.get(key) for key in (*scaled, ORIGINAL, PARTIAL)}
+        own["rope_theta"] = values.get(theta)
+        own["rope_parameters"] = None if found is None else found.content
+        names = {"rope_theta": theta, "rope_parameters": f"rope_parameters.{kind}"}
+        return read_rope(ConfigValues(own, values.where, names=names), context, traits, head_dim)
+
+    full = rope_of(FULL, family.rope, "rope_theta", "rope_scaling")
+    local = rope_of(SLIDING, family.local_rope, family.local_theta)
+    if family.local_theta == "rope_theta" and full.theta != local.theta:
+        raise nested.fault("rope_theta", "one base for all layers, as transformers 4 reads it")
+    if not (full.truncate and local.truncate):
+        raise CheckpointError(
+            f"{values.where}: truncate is false in a rope, expected true or null: transformers "
+            "does not read it in families with a rope for each kind of layer."
+        )
+    return full, local
 
 
 class Group(NamedTuple):

@@ -60,6 +60,11 @@ def tensor_styles(
             f"{architecture.num_attention_heads} attention heads (num_attention_heads). Use a size "
             "that does."
         )
+    if architecture.qk_norm_over_heads and size > 1:
+        raise ConfigError(
+            f"ici_mesh.tensor: given {size}, expected 1, since this model normalizes queries and "
+            "keys over all heads, which the GPU backend does not cut. Use the fsdp axis instead."
+        )
     whole = KV_PROJECTIONS if architecture.num_key_value_heads % size else ()
     styles: dict[str, ParallelStyle] = {}
     for name, module in layer.named_modules():

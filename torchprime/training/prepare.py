@@ -251,6 +251,8 @@ def _say_plan(prepared: Prepared) -> None:
     peak, total = config.task.optimizer.learning_rate, p.plan.total_steps
     if note := schedule_note(p.learning_rate(), peak=peak, total_steps=total):
         p.say(f"note: {note}")
+    if note := files.left_out():
+        p.say(f"note: {note}")
     for line in files.vocabulary.describe() if files.vocabulary else ():
         p.say(f"  {line}")
     p.say(f"  attention    {p.backend.attention} ({p.backend.attention_why})")

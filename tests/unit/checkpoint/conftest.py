@@ -78,6 +78,23 @@ FAMILIES = {
             ),
         ),
     ),
+    "gemma3": (
+        "Gemma3",
+        dict(
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=16,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+                sliding_attention=dict(rope_type="default", rope_theta=1e4),
+            ),
+        ),
+    ),
+    "olmo3": (
+        "Olmo3",
+        dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+    ),
 }
 STOP, END = 0, 1  # ids of <|end|> and <|other|>
 
@@ -119,9 +136,10 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_checkpoint(folder: Path, family: str, **changes: Any) -> TinyCheckpoint:
     """A random model of a family, saved by transformers."""
     name, switches = FAMILIES[family]
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **switches, **changes})
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    config = model_class.config_class(**{**SIZES, **switches, **changes})
     torch.manual_seed(7)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():  # no ones and zeros: a swapped norm or bias must show
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -84,7 +84,7 @@ def test_the_original_context_may_stand_outside_of_the_rope() -> None:
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; supported are llama"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ({"rope_scaling": {"rope_type": "mrope", "factor": 4.0}}, "rope type 'mrope'"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.factor is missing"),
         (

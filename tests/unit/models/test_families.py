@@ -16,4 +16,7 @@ def test_defaults_are_transformers(name: str) -> None:
     assert (family.head_dim or usual) == (getattr(config, "head_dim", None) or usual)
     for bias in (family.qkv_bias, family.out_bias, family.mlp_bias):
         assert bias.key is None or getattr(config, bias.key) == bias.default
+    key, activation = family.activation
+    for name_of, value in {**family.defaults, key: activation}.items():
+        assert getattr(config, name_of) == value
     assert hasattr(transformers, family.hf_class)

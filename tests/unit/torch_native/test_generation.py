@@ -23,6 +23,9 @@ WAYS: dict[str, Any] = {
         (1, {"mesh": {}, "model": "mistral", "compiler": "aot_eager"}), marks=pytest.mark.slow
     ),
     "fsdp2-remat": (2, {"mesh": {"fsdp": 2}, "model": "qwen2", "remat": "full"}),
+    "fsdp2-gemma3": pytest.param(
+        (2, {"mesh": {"fsdp": 2}, "model": "gemma3"}), marks=pytest.mark.slow
+    ),
     "tensor2": pytest.param((2, {"mesh": {"tensor": 2}, "model": "qwen3"}), marks=pytest.mark.slow),
     "tensor2-phi3": pytest.param(
         (2, {"mesh": {"tensor": 2}, "model": "phi3"}), marks=pytest.mark.slow

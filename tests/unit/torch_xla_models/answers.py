@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo3Config,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
@@ -37,18 +39,32 @@ GRANITE: dict[str, Any] = {
     **{"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4},
     "logits_scaling": 0.1,
 }
+DEEP: dict[str, Any] = SHAPE | {"num_hidden_layers": 5}
+MIXED = ["sliding_attention", "full_attention"]
 CONFIGS = {
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
     # The first layer sees everything, the second a window; biases.
     "qwen2": Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=20, max_window_layers=1),
     # Layers that alternate, and one more than two rounds.
     "qwen3": Qwen3Config(
-        **SHAPE | {"num_hidden_layers": 5},
+        **DEEP,
         head_dim=16,
         use_sliding_window=True,
         sliding_window=12,
-        layer_types=(["sliding_attention", "full_attention"] * 3)[:5],
+        layer_types=(MIXED * 3)[:5],
     ),
+    "gemma3": Gemma3TextConfig(
+        **DEEP,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=12,
+        layer_types=(MIXED * 3)[:5],
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "olmo3": Olmo3Config(**SHAPE, sliding_window=12, layer_types=MIXED),
     "mistral": MistralConfig(**SHAPE, sliding_window=12),
     "granite": GraniteConfig(**SHAPE | GRANITE),
     "phi3": Phi3Config(**SHAPE | PHI),
@@ -74,7 +90,8 @@ def make_model(name: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager").eval()
     for key, parameter in model.named_parameters():
         if "norm" in key:
-            parameter.data.uniform_(0.5, 1.5)
+            low = -0.5 if name.startswith("gemma") else 0.5  # Gemma adds one
+            parameter.data.uniform_(low, low + 1.0)
         else:
             parameter.data.normal_(0.0, 0.3)
     return model

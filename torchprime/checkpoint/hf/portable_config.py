@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -28,8 +28,8 @@ from torchprime.models.architecture import (
     Architecture,
     architecture_from_hf,
 )
-from torchprime.models.families import FAMILIES
-from torchprime.models.layer_kinds import FULL, SLIDING
+from torchprime.models.families import FAMILIES, text_part
+from torchprime.models.layer_kinds import FULL, SLIDING, WINDOW
 from torchprime.models.rope_config import ORIGINAL, PARTIAL, both_spellings
 
 # Keys of remote code, of the source's place, of quantization, of parts that are not exported; and
@@ -38,7 +38,7 @@ DROPPED = {
     *("auto_map", "_name_or_path", "quantization_config", "per_layer_config"),
     *("text_config", "text_encoder", "decoder", "generator"),
     *("attention_bias", "mlp_bias", "layer_types", "use_sliding_window"),
-    *("sliding_window", ORIGINAL, PARTIAL),
+    *("sliding_window", "sliding_window_pattern", "_sliding_window_pattern", ORIGINAL, PARTIAL),
 }
 # Settings of a call, not of the model: with other values, loading or calling the export fails.
 OF_A_CALL = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
@@ -67,6 +67,7 @@ def portable_config(
     Raises:
         CheckpointError: the config and the weights' names and shapes contradict each other.
     """
+    config = text_part(config)
     architecture = architecture_from_hf(config)
     _check_shapes(architecture, spec)
     written = {"model_type": architecture.family, **_written(architecture, config)}
@@ -113,7 +114,7 @@ def _written(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
         "num_attention_heads": a.num_attention_heads,
         "num_key_value_heads": a.num_key_value_heads,
         "head_dim": a.head_dim,
-        "hidden_act": "silu",
+        FAMILIES[a.family].activation[0]: a.activation,
         "rms_norm_eps": a.rms_norm_eps,
         **{key: 0.0 for key in DROPOUTS if key == DROPOUTS[0] or key in config},
         "tie_word_embeddings": a.tie_word_embeddings,
@@ -122,13 +123,26 @@ def _written(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
         **_window(a, config),
         **_rope(a),
         **_multipliers(a),
+        **({"query_pre_attn_scalar": _scalar(a)} if FAMILIES[a.family].query_scale else {}),
     }
+
+
+def _scalar(a: Architecture) -> int | float:
+    """Return query_pre_attn_scalar, which transformers wants as a whole number."""
+    scalar = a.head_dim if a.query_pre_attn_scalar is None else a.query_pre_attn_scalar
+    return int(scalar) if scalar == int(scalar) else scalar
 
 
 def _rope(a: Architecture) -> dict[str, Any]:
     """Return the keys of the rotary positions."""
-    partial = FAMILIES[a.family].rope.partial is not None
-    return both_spellings(a.rope, a.max_position_embeddings, partial=partial)
+    family, context = FAMILIES[a.family], a.max_position_embeddings
+    keys = both_spellings(a.rope, context, partial=family.rope.partial is not None)
+    if family.local_rope is None:
+        return keys
+    local = both_spellings(a.ropes[1], context, partial=False)
+    keys[family.local_theta] = local["rope_theta"]
+    nested = {FULL: keys["rope_parameters"], SLIDING: local["rope_parameters"]}
+    return {**keys, "rope_parameters": nested}
 
 
 def _multipliers(a: Architecture) -> dict[str, float]:
@@ -177,14 +191,22 @@ def _window(a: Architecture, config: Mapping[str, Any]) -> WindowKeys:
         return {}
     if kind == "all":
         return {"sliding_window": window}
+    if kind == "pattern":
+        # Without a window nothing reads its size; transformers wants one.
+        size = WINDOW if window is None else window
+        return {"sliding_window": size, "layer_types": _layer_types(windows)}
     keys: WindowKeys = {"use_sliding_window": window is not None, "sliding_window": window}
     if window is not None:
-        keys["layer_types"] = [FULL if each is None else SLIDING for each in windows]
+        keys["layer_types"] = _layer_types(windows)
     if kind == "no_rope":
         keys["no_rope_layers"] = [int(layer.rope is not None) for layer in a.layers]
     elif window is not None:
         keys["max_window_layers"] = windows.index(window)
     return keys
+
+
+def _layer_types(windows: Sequence[int | None]) -> list[str]:
+    return [FULL if window is None else SLIDING for window in windows]
 
 
 def both_dtype_spellings(dtype: torch.dtype) -> dict[str, str]:

@@ -14,10 +14,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD, foreign, public_names
+from torchprime.checkpoint.hf.weight_names import (
+    EMBEDDING,
+    HEAD,
+    foreign,
+    inner_names,
+    public_names,
+)
 from torchprime.errors import CheckpointError
 from torchprime.files.foreign_names import checked_name
-from torchprime.files.json_files import LARGE, read_json
+from torchprime.files.json_files import LARGE, read_json, read_json_if_there
+from torchprime.models.families import text_part
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -51,8 +58,13 @@ class SafetensorsReader:
         self._listing: dict[str, tuple[Shape, torch.dtype]] = {}
         self._places: dict[str, tuple[str, str]] = {}  # name -> file, name in that file
         located = _locate(self.folder)
-        public_of = public_names(name for _, name in located)
+        config = read_json_if_there(self.folder / "config.json") or {}
+        names_of = inner_names if text_part(config) is not config else public_names
+        public_of = names_of(name for _, name in located)
+        self.left_out = len(located) - len(public_of)  # weights of a wrapper's other parts
         for file, name in located:
+            if name not in public_of:
+                continue
             public = public_of[name]
             if public in self._places:
                 raise CheckpointError(

@@ -3,7 +3,11 @@
 Programs save the names of their wrappers: `module.` (data parallel), `_orig_mod.` (torch.compile),
 `base_model.model.` (PEFT). A decoder saved alone has no `model.` prefix. Such files are read. Files
 with anything but the weights of one plain model are refused, with the way to fix it: an adapter,
-quantized values, a text model inside a larger one.
+quantized values. Of a model with a text model inside (families.WRAPPERS) the text model is read;
+its names have a prefix, in two spellings:
+
+    language_model.model.layers.0...   language_model.lm_head.weight   transformers up to 4.51, hub
+    model.language_model.layers.0...   lm_head.weight                  later versions
 """
 
 from __future__ import annotations
@@ -24,6 +28,12 @@ QUANTIZED = re.compile(
     r"|weight_(scale|scale_inv|packed|shape|zero_point|format)|input_scale)$"
 )
 TEXT_PART = re.compile(r"^(model\.)?(language_model|text_model)\.")
+INNER = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+    ("lm_head.", "lm_head."),
+)
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MERGE = (
     'python -c "from peft import AutoPeftModelForCausalLM as M; '
@@ -33,15 +43,29 @@ MERGE = (
 
 
 def public_names(stored: Iterable[str]) -> dict[str, str]:
-    """Map the names in files to those of a causal language model.
+    """Map the names in files to those of a causal language model."""
+    names = _unwrapped(stored)
+    if not any(public.startswith("model.") for public in names.values()):
+        names = {n: public if public == HEAD else f"model.{public}" for n, public in names.items()}
+    return names
 
-    A wrapper is taken off where every name has it; `_orig_mod.` stands inside of names, too.
-    """
+
+def inner_names(stored: Iterable[str]) -> dict[str, str]:
+    """Map the names of a wrapper's text model to those of a causal language model. Names of its
+    other parts, such as a vision tower, are left out."""
+    found = {}
+    for name, public in _unwrapped(stored).items():
+        pair = next((pair for pair in INNER if public.startswith(pair[0])), None)
+        if pair is not None:
+            found[name] = pair[1] + public.removeprefix(pair[0])
+    return found
+
+
+def _unwrapped(stored: Iterable[str]) -> dict[str, str]:
+    """Take a wrapper off where every name has it; `_orig_mod.` stands inside of names, too."""
     names = {name: name.replace("._orig_mod.", ".") for name in stored}
     while wrapper := _shared_wrapper(names.values()):
         names = {name: public.removeprefix(wrapper) for name, public in names.items()}
-    if not any(public.startswith("model.") for public in names.values()):
-        names = {n: public if public == HEAD else f"model.{public}" for n, public in names.items()}
     return names
 
 

@@ -28,6 +28,7 @@ from torchprime.data.tokenizer.load import Tokenizer
 from torchprime.files.json_files import read_json, read_json_if_there
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.decoder import CausalLM, initial_tensor
+from torchprime.models.families import text_part
 from torchprime.models.new_rows import NewRows
 from torchprime.training.optim.groups import Group, freeze_groups
 from torchprime.training.setup.adapter import Adapter, build_model
@@ -57,6 +58,20 @@ class ModelFiles:
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def left_out(self) -> str | None:
+        """Return a line on the parts of a larger model that training leaves out, if there are
+        some."""
+        if self.folder is None:
+            return None
+        config = read_json(self.folder / "config.json")
+        if text_part(config) is config:
+            return None
+        count = SafetensorsReader(self.folder).left_out
+        return (
+            f"model_type {config['model_type']}: its text model is trained and exported, as "
+            f"{self.architecture.family}; the {count:,} weights of its other parts are left out"
+        )
 
     def build(self, dtype: torch.dtype) -> CausalLM:
         """Return the model without storage, with its adapter and frozen weights; its weights are of
@@ -125,7 +140,7 @@ def find_model(
     folder = None
     if pretrained_model is not None:
         folder = resolve_pretrained(pretrained_model, cache_dir=cache_dir, weights=weights)
-        hf_config = read_json(folder / "config.json")
+        hf_config = text_part(read_json(folder / "config.json"))
         parsed = architecture_from_hf(hf_config, where=str(folder / "config.json"))
     else:
         assert architecture is not None  # the schema guarantees it
@@ -190,7 +205,8 @@ def _described(
         config = yaml.safe_load(shipped.read_text())["architecture"]
         return None, config, f"model={shipped.stem}"
     folder = resolve_pretrained(pretrained_model, cache_dir=cache_dir, weights=False)
-    return folder, read_json(folder / "config.json"), str(folder / "config.json")
+    config = text_part(read_json(folder / "config.json"))
+    return folder, config, str(folder / "config.json")
 
 
 def _shipped_option(hub_name: str) -> Path | None:
@@ -239,7 +255,8 @@ def random_tensors(files: ModelFiles, seed: int) -> Callable[[str], Tensor]:
 
     def tensor_of(name: str) -> Tensor:
         std = files.architecture.initializer_range
-        tensor = initial_tensor(name, torch.Size(files.shapes[name]), std, seed)
+        shape, norm = torch.Size(files.shapes[name]), files.architecture.norm
+        tensor = initial_tensor(name, shape, std, seed, norm=norm)
         if rows is not None and rows.method == "zeros" and name in (EMBEDDING, HEAD):
             tensor[rows.made] = 0
         return tensor

@@ -55,9 +55,11 @@ def test_llama3_rope_in_both_spellings_from_either(tied_llama):
 
 def test_plain_rope_has_no_scaling(any_family):
     result, _ = portable_config(any_family.config, any_family.spec, torch.float32, 0)
-    if result["rope_parameters"]["rope_type"] == "default":
+    told = any_family.config["rope_parameters"]
+    rope, told = (each.get("full_attention", each) for each in (result["rope_parameters"], told))
+    if rope["rope_type"] == "default":
         assert result["rope_scaling"] is None
-        assert result["rope_theta"] == any_family.config["rope_parameters"]["rope_theta"]
+        assert result["rope_theta"] == told["rope_theta"]
 
 
 def test_remote_code_does_not_survive(llama):

@@ -17,6 +17,8 @@ from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
 from torchprime.checkpoint.hf.source import resolve_pretrained
 from torchprime.checkpoint.proof.base_changes import changes_from
 from torchprime.errors import CheckpointError
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.decoder import CausalLM
 
 Tensors = dict[str, torch.Tensor]
 LAYER = "model.layers.0.mlp.up_proj.weight"
@@ -24,7 +26,8 @@ LAYER = "model.layers.0.mlp.up_proj.weight"
 
 def rewritten(source: Path, folder: Path, change: Callable[[Tensors], Tensors]) -> Path:
     """The source's folder with other tensors."""
-    shutil.copytree(source, folder, dirs_exist_ok=True)
+    if source != folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
     tensors = change(load_file(source / "model.safetensors"))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -170,3 +173,34 @@ def test_a_folder_of_an_older_quantizer_is_named(tmp_path: Path, llama, name: st
     (tmp_path / "model" / name).write_text("{}")
     with pytest.raises(CheckpointError, match=f"a quantized model .*{name}.*dequantize"):
         resolve_pretrained(str(tmp_path / "model"), cache_dir=None, weights=True)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_text_model_of_a_wrapper_is_read(older: bool, tmp_path: Path) -> None:
+    """Saved by transformers itself, and with the names that older versions wrote."""
+    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(**shape, num_key_value_heads=1, head_dim=8, vocab_size=64, pad_token_id=None)
+    vision = dict(**shape, image_size=28, patch_size=14)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    count = len(load_file(tmp_path / "model.safetensors"))
+    if older:
+        rewritten(tmp_path, tmp_path, lambda tensors: {_older(n): t for n, t in tensors.items()})
+    read = json.loads((tmp_path / "config.json").read_text())
+    spec = {
+        name: tuple(tensor.shape)
+        for name, tensor in CausalLM(architecture_from_hf(read)).named_parameters()
+    }
+    reader = SafetensorsReader(tmp_path)
+    check_names(spec, reader, tied=True)
+    assert reader.left_out == count - len(spec) > 0
+    theirs = dict(model.model.language_model.named_parameters())
+    assert {f"model.{name}" for name in theirs} == set(spec)
+    for name, tensor in theirs.items():
+        assert torch.equal(reader.get(f"model.{name}"), tensor)
+
+
+def _older(name: str) -> str:
+    name = name.replace("model.language_model.", "language_model.model.")
+    return name.removeprefix("model.") if "language_model" not in name else name

@@ -9,7 +9,13 @@ import reference
 import torch
 import torch_xla
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Olmo3Config,
+    PretrainedConfig,
+    Qwen3Config,
+)
 
 from torchprime.config.schema import AXES
 from torchprime.config.sections.remat import RematConfig
@@ -38,7 +44,21 @@ def qwen(types: list[str]) -> PretrainedConfig:
 
 
 # Two rounds of three layers, and one layer more.
-CONFIGS = {"qwen3": qwen([LOCAL, LOCAL, GLOBAL] * 2 + [LOCAL])}
+TYPES = [LOCAL, LOCAL, GLOBAL] * 2 + [LOCAL]
+DEEP: dict[str, Any] = SHAPE | dict(
+    num_hidden_layers=len(TYPES), layer_types=TYPES, sliding_window=5, pad_token_id=None
+)
+CONFIGS = {
+    "gemma3": Gemma3TextConfig(
+        **DEEP,
+        query_pre_attn_scalar=6,
+        rope_parameters={
+            GLOBAL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            LOCAL: {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "olmo3": Olmo3Config(**{k: v for k, v in DEEP.items() if k != "head_dim"}),
+}
 WAYS: dict[str, dict[str, Any]] = {
     "full": dict(mesh={"fsdp": 2, "tensor": 2}, remat=RematConfig(policy="full", scan_layers=True)),
     "attention": dict(mesh={"fsdp": 4}, remat=RematConfig(policy="attention", scan_layers=True)),
@@ -68,7 +88,13 @@ def theirs(config: PretrainedConfig) -> tuple[dict, list[float], dict]:
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("qwen3", "full"), pytest.param("qwen3", "attention", marks=pytest.mark.slow)],
+    [
+        ("gemma3", "full"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("gemma3", "attention"), ("olmo3", "full"))
+        ),
+    ],
 )
 def test_layers_of_several_kinds_in_loops(name: str, way: str, shipped_table) -> None:
     config = CONFIGS[name]
@@ -82,6 +108,7 @@ def test_layers_of_several_kinds_in_loops(name: str, way: str, shipped_table) ->
     with torch.device("meta"):
         model = CausalLM(architecture_from_hf(config.to_dict()))
     backend.place(model, shipped_table, start.__getitem__, torch.float32)
+    assert not config.tie_word_embeddings or "lm_head.weight" not in start
     stacks = {n.split(".")[2] for n, _ in model.named_parameters() if ".layers." in n}
     assert stacks == {"stacked_0_3", "stacked_1_3", "stacked_2_3", "6"}
     backend.prepare_training(Sgd(momentum=0.0), StepOptions(loss_chunks=3, max_grad_norm=None))
