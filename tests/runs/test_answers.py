@@ -43,10 +43,10 @@ def run_on(tmp_path_factory: pytest.TempPathFactory) -> RunOn:
     return make
 
 
-def evaluated(model: Path, out: Path, engine: str) -> tuple[dict[str, Any], bytes]:
+def evaluated(model: Path, out: Path, engine: str, *more: str) -> tuple[dict[str, Any], bytes]:
     """Return the record and the samples of `evaluate`."""
     argv = [str(model), "--out", str(out), "--engine", engine, *COMMON, *MESH[engine]]
-    assert main(["evaluate", *argv]) == 0
+    assert main(["evaluate", *argv, *more]) == 0
     content = json.loads((out / "evaluation.json").read_text())
     return content["evaluation"], (out / "samples.jsonl").read_bytes()
 
@@ -79,16 +79,19 @@ def test_the_backends_agree_on_an_export(run_on: RunOn, tmp_path: Path) -> None:
 def test_an_adapter_is_evaluated_beside_its_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also where the config names no adapter, or none of these ranks."""
+    """Also where the config names no adapter, or none of these ranks, nor a model or length."""
     argv = [*COMMON, "mesh=single", "adapter=lora", "adapter.rank=4", "export.adapter=adapter"]
     argv += ["task.max_steps=2", "eval.every_steps=2", "task.sample_prompts=0"]
     argv += [f"output_dir={tmp_path}", "run_name=run"]
     assert main(["train", "--backend", "native", *argv]) == 0
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    record, _ = evaluated(tmp_path / "run" / "export", tmp_path / "out", "native")
+    record, samples = evaluated(tmp_path / "run" / "export", tmp_path / "out", "native")
     assert record["eval_loss"] == [x for x in lines if x["kind"] == "eval"][-1]["eval_loss"]
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert content["sha256"].keys() == {"weights", "adapter"}
+    less = ("model.pretrained_model=null", "task.max_steps=null")
+    again, same = evaluated(tmp_path / "run" / "export", tmp_path / "less", "native", *less)
+    assert (again["eval_loss"], same) == (record["eval_loss"], samples)
     vllm = ["--engine", "vllm", "--url", "http://127.0.0.1:1/v1", *COMMON, "mesh=single"]
     assert main(["evaluate", str(tmp_path / "run" / "export"), "--out", "none", *vllm]) == 2
     assert "--engine: given 'vllm', expected xla or native" in capsys.readouterr().err

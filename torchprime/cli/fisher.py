@@ -15,6 +15,7 @@ from torchprime.cli.shared.backends import (
     refuse_sweep,
     with_backend,
 )
+from torchprime.cli.shared.without_training import assume_steps
 from torchprime.config.entry import run_main
 from torchprime.config.paths import local_path
 from torchprime.config.schema import TrainConfig
@@ -56,6 +57,7 @@ def _compose(given: argparse.Namespace, rest: list[str]) -> int:
         lambda config: _measure(config, given),
         rest,
         lambda: refuse_sweep("fisher", f"writes one folder (--out {given.out})"),
+        fill=assume_steps,
     )
 
 

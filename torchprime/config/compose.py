@@ -64,6 +64,7 @@ SCHEMA_NODE = "torchprime_schema"
 _PACKAGE = Path(torchprime.__file__).resolve().parent
 HYDRA_VERSION = "1.3"
 FULL_ERROR = "HYDRA_FULL_ERROR"
+Fill = Callable[[DictConfig], None]
 
 
 def configs_dir() -> Path:
@@ -77,10 +78,13 @@ def assets_dir() -> Path:
     return _PACKAGE / "assets"
 
 
-def compose_config(argv: list[str]) -> TrainConfig:
+def compose_config(argv: list[str], fill: Fill | None = None) -> TrainConfig:
     """Compose the config of a command line (without the program's name).
 
     Flags that only show something print it and exit with SystemExit.
+
+    Args:
+        fill: sets values that the command itself knows, before the config is checked.
     """
     command = parse_command(argv)
     if command.many_runs:
@@ -88,7 +92,10 @@ def compose_config(argv: list[str]) -> TrainConfig:
     if command.shows:
         _show(command)
         raise SystemExit(0)
-    return finish_config(compose_command(command), command.config_name)
+    composed = compose_command(command)
+    if fill is not None:
+        fill(composed)
+    return finish_config(composed, command.config_name)
 
 
 def run_hydra_main(

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from torchprime.config.command_line import Command, parse_command
-from torchprime.config.compose import compose_config
+from torchprime.config.compose import Fill, compose_config
 from torchprime.config.many_runs.further import FurtherRuns
 from torchprime.config.many_runs.jobs import compose_jobs, read_multirun
 from torchprime.config.many_runs.processes import run_jobs, this_program
@@ -26,6 +26,7 @@ def run_main(
     argv: list[str] | None = None,
     program: Callable[[], list[str]] | None = None,
     sweep: Sweep | None = None,
+    fill: Fill | None = None,
 ) -> int:
     """Compose the config from the command line, run `main` with it and return the exit code.
 
@@ -37,13 +38,14 @@ def run_main(
             overrides; if not given, this process' command up to `argv`.
         sweep: makes the runs of a command with -m, which trains; gets that program. If not given,
             the runs are made one after another, each in its process.
+        fill: as in `compose_config`.
     """
     given = sys.argv[1:] if argv is None else argv
 
     def run() -> int:
         command = parse_command(given)
         if not command.many_runs:
-            return main(compose_config(given))
+            return main(compose_config(given, fill))
         started_by = this_program(given) if program is None else program()
         if sweep is not None:
             return sweep(command, started_by)
@@ -56,5 +58,5 @@ def run_main(
     while further is not None and (next_run := further.after(code)) is not None:
         sys.argv, following = [*own_words, *next_run], next_run
         gc.collect()  # the weights of the run before
-        code = reported(lambda argv=following: main(compose_config(argv)))
+        code = reported(lambda argv=following: main(compose_config(argv, fill)))
     return code

@@ -7,11 +7,13 @@ become rows to train on.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torchprime.cli.shared.arguments import make_parser, positive, run_with_rest, with_model_first
 from torchprime.cli.shared.backends import refuse_sweep
 from torchprime.cli.shared.engines import add_engine_flags, model_argument, with_engine
+from torchprime.cli.shared.without_training import assume_model
 from torchprime.config.entry import run_main
 from torchprime.config.paths import local_path
 from torchprime.config.schema import TrainConfig
@@ -72,6 +74,7 @@ def _compose(given: argparse.Namespace, rest: list[str]) -> int:
         lambda config: _sample(config, given),
         rest,
         lambda: refuse_sweep("sample", f"writes one folder (--out {given.out})"),
+        fill=partial(assume_model, model=given.model),
     )
 
 

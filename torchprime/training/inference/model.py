@@ -44,7 +44,7 @@ def with_model(config: TrainConfig, given: str) -> TrainConfig:
         own = replace(model, pretrained_model=folder, tokenizer_name=None, architecture=None)
         return replace(config, model=own, adapter=AdapterConfig(), export=export)
     adapter = replace(config.adapter, pretrained=folder)
-    if model.pretrained_model is not None:
+    if model.pretrained_model not in (None, given):
         return replace(config, adapter=adapter)
     base = read_adapter(folder).base
     if base is None:
