@@ -204,21 +204,28 @@ def other_report(
     """Compile the module by another version and return the same figures of its program. That is
     written to a folder of its own, named by the version."""
     assert config.compile_only is not None
+    chip = topology(config.compile_only).chip
+    own = folder / f"libtpu-{other.libtpu}"
+    env = other_environment(config, os.environ)
+    request = other_request(config, module)
+    result = compile_with(other, request, env, own, config.compile_time_limit * 60)
+    found = {key: result[key] for key in ("versions", "compiler", "flags", "seconds")}
+    if "error" in result:
+        return {**found, "fits": False, "error": result["error"]}
+    judged = judge(Program((own / "program.txt").read_text()), result["memory"], sizes, chip)
+    return {**found, "fits": judged["memory"]["fits"], **judged}
+
+
+def other_request(config: TrainConfig, module: Path) -> dict[str, Any]:
+    """Return the request for another version's process, as executables.py reads it."""
+    assert config.compile_only is not None
     slice_ = topology(config.compile_only)
-    request = {
+    return {
         "module": str(module),
         "libtpu_name": slice_.libtpu_name,
         "host_shape": slice_.host_shape,
         "slices": _slices(config),
     }
-    own = folder / f"libtpu-{other.libtpu}"
-    env = other_environment(config, os.environ)
-    result = compile_with(other, request, env, own, config.compile_time_limit * 60)
-    found = {key: result[key] for key in ("versions", "compiler", "flags", "seconds")}
-    if "error" in result:
-        return {**found, "fits": False, "error": result["error"]}
-    judged = judge(Program((own / "program.txt").read_text()), result["memory"], sizes, slice_.chip)
-    return {**found, "fits": judged["memory"]["fits"], **judged}
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ what is said where that cannot be."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
+from torchprime.config.topologies import topology
 from torchprime.errors import ConfigError, RuntimeSetupError
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.torch_xla_models.attention import choose_kernel
@@ -24,6 +26,8 @@ from torchprime.torch_xla_models.compile import command as compile_only
 from torchprime.torch_xla_models.compile import library as tpu_library
 from torchprime.torch_xla_models.compile.hlo.program import Program
 from torchprime.torch_xla_models.compile.library import Library, find_library
+from torchprime.torch_xla_models.compile.other_compiler import OtherCompiler, compile_with
+from torchprime.torch_xla_models.compile.report import judge
 from torchprime.torch_xla_models.train import main
 from torchprime.training.setup.model_files import find_architecture
 
@@ -97,6 +101,38 @@ def test_it_gathers_weights_and_reduces_gradients_once(report: dict) -> None:
     # The embedding's rows and their gradients go to the chips whose tokens they are, nothing else.
     hidden = report["slot_tokens_per_chip"] * 512 * 2
     assert moved.get("all-to-all", 0) <= 2 * hidden
+
+
+@pytest.mark.slow
+def test_the_portable_module_is_the_same_step(library, report: dict, tmp_path) -> None:
+    """The module through a file and a second process, by the same compiler."""
+    config = compose_config(TINY)
+    hf_config = config.to_dict()["model"]["architecture"]
+    sizes = compile_only.step_sizes(config, architecture_from_hf(hf_config))
+    module = tmp_path / "module.vhlo"
+    compile_only.save_module(config, hf_config, library, tmp_path, module)
+    same = OtherCompiler(Path(sys.executable), "0.7.1", library.version)
+    request = compile_only.other_request(config, module)
+    env = compile_only.other_environment(config, {}) | {"TPU_LIBRARY_PATH": str(library.path)}
+    result = compile_with(same, request, env, tmp_path / "other", 600)
+    program = Program((tmp_path / "other" / "program.txt").read_text())
+    found = judge(program, result["memory"], sizes, topology("v5e-4").chip)
+    for part in ("memory", "collectives", "flops", "kernels", "loops", "estimate"):
+        assert json.loads(json.dumps(found[part])) == report[part]
+
+
+@pytest.mark.slow
+def test_a_newer_compiler_beside(library, tmp_path) -> None:
+    newer = os.environ.get("LIBTPU_NEW", str(Path(sys.prefix) / "libtpu-new"))
+    if not Path(newer).is_dir():
+        pytest.skip("no newer compiler is here: make libtpu-new")
+    argv = [*TINY, f"compile_libtpu={newer}", f"output_dir={tmp_path}"]
+    assert run_main(main, argv) == 0
+    found = json.loads((tmp_path / "small-v5e-4" / "compile_report.json").read_text())
+    other = found["other"]
+    assert other["versions"]["libtpu"] != found["versions"]["libtpu"]
+    assert other["kernels"] == found["kernels"] and other["loops"] == found["loops"]
+    assert other["flops"]["ratio"] == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.slow
