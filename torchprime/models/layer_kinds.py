@@ -83,7 +83,10 @@ def _types(values: ConfigValues, layers: int) -> list[str] | None:
         return None
     known = isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types)
     if not known or len(types) != layers:
-        raise values.fault("layer_types", f"a list of {layers} times {FULL} or {SLIDING}")
+        raise values.fault(
+            "layer_types",
+            f"a list of {layers} times {FULL} or {SLIDING} (num_hidden_layers={layers})",
+        )
     return types
 
 

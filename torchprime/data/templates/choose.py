@@ -43,6 +43,8 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen2.5": ("<|im_start|>", "<|im_end|>"),
     "qwen3": ("<|im_start|>", "<|im_end|>"),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "gemma3": ("<start_of_turn>", "<end_of_turn>"),
+    "olmo": (),
     "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
     "mistral-small": ("[SYSTEM_PROMPT]", "[INST]", "[/INST]"),
     "smollm3": ("<|im_start|>", "<|im_end|>"),

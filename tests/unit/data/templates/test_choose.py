@@ -47,6 +47,7 @@ ORIGINALS = {
     "qwen2.5": ("trl/qwen2_5", "llama.cpp/Qwen-Qwen2.5-7B-Instruct"),
     "qwen3": ("trl/qwen3",),
     "gemma": ("trl/gemma", "axolotl/gemma", "llama.cpp/google-gemma-2-2b-it"),
+    "gemma3": ("trl/gemma3",),
     "alpaca": ("axolotl/alpaca",),
     "gpt-oss": ("trl/gptoss",),
 }
@@ -328,6 +329,12 @@ WRITTEN = {
         "system": "<s>[SYSTEM_PROMPT]Be brief.\n[/SYSTEM_PROMPT][INST]Hi[/INST]Yo.</s>",
         "only system": "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Hi[/INST]",
     },
+    # As the template of OLMo 2 Instruct writes it, which is Tulu's.
+    "olmo": {
+        "two turns": "<s><|user|>\nHi\n<|assistant|>\nYo.</s>\n<|user|>\nBye\n<|assistant|>\n"
+        "Ciao.</s>",
+        "system": "<s><|system|>\nBe brief.\n\n<|user|>\nHi\n<|assistant|>\nYo.</s>",
+    },
     "granite": {
         "question": GRANITE_SYSTEM + "<|start_of_role|>user<|end_of_role|>Hi<|end_of_text|>\n",
         "system": "<|start_of_role|>system<|end_of_role|>Be brief.\n<|end_of_text|>\n"
@@ -354,7 +361,7 @@ WRITTEN = {
 }
 ASKED = {
     **{"llama2": "", "zephyr": "<|assistant|>\n", "vicuna": "ASSISTANT:", "mistral-small": ""},
-    **{"granite": "<|start_of_role|>assistant<|end_of_role|>"},
+    **{"olmo": "<|assistant|>\n", "granite": "<|start_of_role|>assistant<|end_of_role|>"},
     **{"smollm3": "<|im_start|>assistant\n"},
     **{"phi4": "<|im_start|>assistant<|im_sep|>"},
 }
@@ -385,6 +392,8 @@ def test_family_renders_the_published_format(name: str) -> None:
         ("zephyr", [user("a"), tool("b")], "found tool"),
         ("qwen3", [{"role": "critic", "content": "a"}], "found critic"),
         ("qwen2.5", [{"role": "critic", "content": "a"}], "found critic"),
+        ("olmo", [{"role": "critic", "content": "a"}], "found critic"),
+        ("gemma3", [system("a"), assistant("b")], "found assistant"),
         ("phi4", [{"role": "critic", "content": "a"}], "found critic"),
         ("smollm3", [{"role": "critic", "content": "a"}], "found critic"),
         ("gpt-oss", [{"role": "critic", "content": "a"}], "found critic"),
@@ -444,6 +453,8 @@ TWO_TURNS = {
         "<|channel|>final<|message|>Ciao.<|return|>",
     ],
     "mistral-small": ["Yo.</s>", "Ciao.</s>"],
+    "gemma3": ["Yo.<end_of_turn>", "Ciao.<end_of_turn>"],
+    "olmo": ["Yo.</s>", "Ciao.</s>"],
     "granite": ["Yo.<|end_of_text|>", "Ciao.<|end_of_text|>"],
 }
 
