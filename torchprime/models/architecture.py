@@ -172,7 +172,7 @@ def _scales(values: ConfigValues, family: Family, head_dim: int) -> dict[str, fl
     found = {}
     if family.scaled_embedding:
         found["embedding_scale"] = values.integer("hidden_size") ** 0.5
-    if family.query_scale and (scalar := values.number("query_pre_attn_scalar")) != head_dim:
+    if family.query_scale and (scalar := values.integer("query_pre_attn_scalar")) != head_dim:
         found["query_pre_attn_scalar"] = scalar
     return found
 

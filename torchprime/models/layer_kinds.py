@@ -164,6 +164,10 @@ def read_ropes(
     if stray := [key for key in nested.content if key not in (FULL, SLIDING)]:
         raise nested.fault(stray[0], f"an object for each kind of layer, {FULL} and {SLIDING}")
 
+    scaling = values.inner("rope_scaling")
+    if scaling is not None and "type" in scaling and "rope_type" not in scaling:
+        raise scaling.fault("type", "null and rope_type instead, which transformers 5 reads here")
+
     def rope_of(kind: str, traits: RopeTraits, theta: str, *scaled: str) -> Rope:
         found = nested.inner(kind)
         said = None if found is None else found.get("rope_theta")
@@ -180,11 +184,15 @@ def read_ropes(
     full = rope_of(FULL, family.rope, "rope_theta", "rope_scaling")
     local = rope_of(SLIDING, family.local_rope, family.local_theta)
     if family.local_theta == "rope_theta" and full.theta != local.theta:
-        raise nested.fault("rope_theta", "one base for all layers, as transformers 4 reads it")
+        raise CheckpointError(
+            f"{values.where}: rope_theta is {full.theta:g} for full layers (rope_scaling or "
+            f"rope_parameters) and {local.theta:g} for layers with a window, expected one base, as "
+            "transformers 4 reads it."
+        )
     if not (full.truncate and local.truncate):
         raise CheckpointError(
-            f"{values.where}: truncate is false in a rope, expected true or null: transformers "
-            "does not read it in families with a rope for each kind of layer."
+            f"{values.where}: truncate is false in rope_scaling or rope_parameters, expected true "
+            "or null: transformers does not read it in families with a rope for each kind of layer."
         )
     return full, local
 

@@ -127,10 +127,9 @@ def _written(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _scalar(a: Architecture) -> int | float:
-    """Return query_pre_attn_scalar, which transformers wants as a whole number."""
-    scalar = a.head_dim if a.query_pre_attn_scalar is None else a.query_pre_attn_scalar
-    return int(scalar) if scalar == int(scalar) else scalar
+def _scalar(a: Architecture) -> int:
+    """Return query_pre_attn_scalar."""
+    return a.head_dim if a.query_pre_attn_scalar is None else int(a.query_pre_attn_scalar)
 
 
 def _rope(a: Architecture) -> dict[str, Any]:
