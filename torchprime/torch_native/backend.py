@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchprime.adapters.apply import saved
 from torchprime.checkpoint.run.shards import TensorShards
+from torchprime.config.sections.remat import RematConfig
 from torchprime.data.blocks.batch import Batch
 from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.losses.cross_entropy import chunked_cross_entropy
@@ -43,7 +44,7 @@ from torchprime.torch_native.generation import Generator
 from torchprime.torch_native.mesh import data_rank, make_mesh
 from torchprime.torch_native.placement import Source
 from torchprime.torch_native.processes import make_processes
-from torchprime.torch_native.remat import apply_remat
+from torchprime.torch_native.remat import apply_remat, check_remat
 from torchprime.torch_native.root import Root, on_counted_tokens
 from torchprime.torch_native.runtime import OwnDevice, start_processes, watched
 from torchprime.torch_native.state import StateMaker, averaged, state_shards, whole_shards
@@ -73,6 +74,7 @@ from torchprime.training.step import (
 
 # Norms of the heads: every process of the tensor axis computes only its own heads.
 PER_HEAD = ("q_norm", "k_norm")
+KEEP_ALL = RematConfig()
 
 
 class NativeBackend(OwnDevice):
@@ -87,7 +89,7 @@ class NativeBackend(OwnDevice):
         *,
         attention_kernel: str = "auto",
         loss: LossRequest = ANY_KERNEL,
-        remat_policy: str = "none",
+        remat: RematConfig = KEEP_ALL,
         full_precision: bool = False,
         compiler: str | None = None,
     ) -> None:
@@ -112,7 +114,8 @@ class NativeBackend(OwnDevice):
         liger = find_liger() if cuda else Liger(None, "")
         self.loss, self.loss_why = choose_loss(loss, self.device.type, liger)
         self.liger_forward = liger.forward
-        self.remat_policy = remat_policy
+        check_remat(remat, self.device.type)
+        self.remat = remat
         self.options = StepOptions()
         self.compiler = "inductor" if compiler is None and cuda else compiler
         if full_precision:
@@ -144,7 +147,7 @@ class NativeBackend(OwnDevice):
         dtype: torch.dtype,
         base: Callable[[str], Tensor] | None = None,
     ) -> None:
-        """Inject kernels, remat and torch.compile, shard the model and load this process's shards.
+        """Inject kernels, torch.compile and remat, shard the model and load this process's shards.
 
         Each layer is sharded along tensor, if the table says so, and then along fsdp; data holds
         copies. The layers are compiled one by one, when they are first called.
@@ -155,12 +158,13 @@ class NativeBackend(OwnDevice):
             sources.append(Source(copy.deepcopy(model).requires_grad_(False), base))
         for each, _ in sources:
             inject_attention(each, self.attention, self.device.type)
-            apply_remat(each.model.layers, self.remat_policy)
             if self.compiler is not None:
                 for layer in each.model.layers.children():
                     layer.compile(backend=self.compiler)
         self.root = Root(model, None if base is None else sources[1].model)
         placement.load(self.root, sources, table, self.mesh, dtype, self.device)
+        for each, _ in sources:
+            apply_remat(each.model.layers, self.remat, self.device.type)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Return an iterator over whole trained weights on the host, by their names in the model.

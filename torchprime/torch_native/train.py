@@ -28,7 +28,7 @@ def make_backend(config: TrainConfig):
         {axis: getattr(config.dcn_mesh, axis) for axis in AXES},
         attention_kernel=config.model.attention_kernel,
         loss=LossRequest(config.task.loss_kernel, config.task.loss.dft),
-        remat_policy="full" if config.remat.recomputes else "none",
+        remat=config.remat,
         full_precision=config.torch_dtype == "float32",
     )
 

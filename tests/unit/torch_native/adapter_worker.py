@@ -21,6 +21,7 @@ from torchprime.adapters.axes import adapter_patterns  # noqa: E402
 from torchprime.adapters.spec import AdapterSpec  # noqa: E402
 from torchprime.config.compose import compose_config  # noqa: E402
 from torchprime.config.schema import AXES  # noqa: E402
+from torchprime.config.sections.remat import RematConfig  # noqa: E402
 from torchprime.models.architecture import architecture_from_hf  # noqa: E402
 from torchprime.sharding import ShardingTable  # noqa: E402
 from torchprime.torch_native.backend import NativeBackend  # noqa: E402
@@ -40,7 +41,9 @@ def main(out: Path, way: dict) -> None:
     adapter = Adapter(AdapterSpec(**way["spec"]), plain, mesh, "adapter")
     model = build_model(architecture_from_hf(config.to_dict()), adapter, torch.float32)
     table = ShardingTable(adapter_patterns(shipped.parameters), shipped.activations, 10**6)
-    backend = NativeBackend(way["mesh"], {}, remat_policy=way["remat"], full_precision=True)
+    backend = NativeBackend(
+        way["mesh"], {}, remat=RematConfig(policy=way["remat"]), full_precision=True
+    )
     backend.check(model, table)
     backend.place(model, table, start.__getitem__, torch.float32)
     options = StepOptions(

@@ -18,6 +18,7 @@ import reference  # noqa: E402
 import torch  # noqa: E402
 
 from torchprime.config.compose import compose_config  # noqa: E402
+from torchprime.config.sections.remat import RematConfig  # noqa: E402
 from torchprime.models.architecture import architecture_from_hf  # noqa: E402
 from torchprime.models.decoder import CausalLM  # noqa: E402
 from torchprime.sharding import ShardingTable  # noqa: E402
@@ -35,7 +36,7 @@ def make_backend(way: dict) -> NativeBackend:
         way["mesh"],
         {},
         full_precision=True,
-        remat_policy=way.get("remat", "none"),
+        remat=RematConfig(policy=way.get("remat", "none")),
         compiler=way.get("compiler"),
     )
     config, base = answers.CONFIGS[way["model"]], answers.make_model(way["model"])

@@ -20,6 +20,7 @@ import torch.distributed as dist  # noqa: E402
 from small_optimizers import GROUPS, small_optimizer  # noqa: E402
 
 from torchprime.config.compose import compose_config  # noqa: E402
+from torchprime.config.sections.remat import RematConfig  # noqa: E402
 from torchprime.models.architecture import architecture_from_hf  # noqa: E402
 from torchprime.models.decoder import CausalLM  # noqa: E402
 from torchprime.sharding import ShardingTable  # noqa: E402
@@ -36,7 +37,7 @@ def main(out: Path, way: dict) -> None:
         mesh,
         {},
         attention_kernel=way.get("kernel", "auto"),
-        remat_policy=way.get("remat", "none"),
+        remat=RematConfig(policy=way.get("remat", "none")),
         full_precision=True,
         compiler=way.get("compiler"),
     )

@@ -98,6 +98,16 @@ class RematConfig:
         """True if autograd keeps what it wants, for unrolled layers."""
         return self.policy == "none"
 
+    @property
+    def selects(self) -> bool:
+        """True if the native backend, which has no loop, keeps less than autograd wants."""
+        return not self.keeps_everything or self.recomputes or bool(self.offloaded)
+
+    @property
+    def kept_outputs(self) -> tuple[str, ...]:
+        """Names besides the layer's input that are kept, on the device or in host memory."""
+        return tuple(name for name in NAMES[1:] if name not in self.recomputed)
+
 
 def _check_names(key: str, names: Sequence[str]) -> None:
     unknown = [name for name in names if name not in NAMES]

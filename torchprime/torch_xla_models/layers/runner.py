@@ -19,7 +19,7 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch_xla.experimental.stablehlo_custom_call import place_to_device, place_to_host
 
-from torchprime.config.sections.remat import LAYER_INPUT, NAMES, RematConfig
+from torchprime.config.sections.remat import LAYER_INPUT, RematConfig
 from torchprime.models.decoder import LayerContext, output_module
 
 
@@ -70,10 +70,9 @@ class LayerRunner:
         self.trained = [parameter.requires_grad for parameter in named.values()]
         # A CPU's virtual devices are in host memory already, and do not know the annotation.
         away = remat.offloaded if xr.device_type() == "TPU" else ()
-        names = [name for name in NAMES[1:] if name not in remat.recomputed]
         # A fused projection is kept if one of its outputs is, at the place of the first.
         first: dict[str, str] = {}
-        for name in names:
+        for name in remat.kept_outputs:
             for module in modules_of(name, template):
                 first.setdefault(module, name)
         kept = list(first.items())

@@ -9,7 +9,7 @@ of eager mode: a compiler that fuses operations needs less.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
 
 from torchprime.losses.cross_entropy import chunked_cross_entropy
+from torchprime.models.checkpointing import checkpoint_layers
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 
 # Builds the model with this number of layers, without storage.
@@ -50,25 +50,25 @@ class Live(NamedTuple):
     peak: int
 
 
-def live_bytes(build: BuildLayers, layers: int, shape: Shape, *, core: Core, remat: bool) -> Live:
+def live_bytes(
+    build: BuildLayers, layers: int, shape: Shape, *, core: Core, names: Sequence[str] | None
+) -> Live:
     """Count the bytes of a model with so many layers.
 
     Args:
-        remat: only a layer's input is kept; the rest is computed again in its backward pass.
+        names: the outputs that a layer keeps besides its input; the rest is computed again in its
+            backward pass. None: all that autograd wants.
     """
-    one, two = (_count(build(number), shape, core, remat) for number in (1, 2))
+    one, two = (_count(build(number), shape, core, names) for number in (1, 2))
     return Live(*(a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True)))
 
 
-def _count(model: CausalLM, shape: Shape, core: Core, remat: bool) -> Live:
+def _count(model: CausalLM, shape: Shape, core: Core, names: Sequence[str] | None) -> Live:
     if core == "kernel":
         replace_attention_cores(model, lambda head_dim, window: _KernelFootprint())
     model.to("meta")
-    layers: Any = model.model.layers
-    if remat:
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        for layer in layers:
-            layer.forward = partial(again, layer.forward)
+    if names is not None:
+        checkpoint_layers(list(model.model.layers.children()), names)
     _drop_gradients_of_finished_layers(model)
     field = torch.zeros(shape.rows, shape.block_size, dtype=torch.int32, device="meta")
     weights = torch.zeros(field.shape, device="meta")
@@ -147,11 +147,22 @@ class _KernelFootprint(nn.Module):
         return _Footprint.apply(q, k, v)  # pyright: ignore[reportReturnType]
 
 
+@torch.library.custom_op("torchprime::attention_footprint", mutates_args=())
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp of a kernel, which is an operation of its own for remat."""
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+_results.register_fake(
+    lambda q: (torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32))
+)
+
+
 class _Footprint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        out, log_sum_exp = _results(q)
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
         return out
 
     @staticmethod

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from torchprime.config.schema import TrainConfig
+from torchprime.config.sections.remat import LAYER_INPUT
 from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import CausalLM
 from torchprime.training.advice.activations import Core, Live, Shape, live_bytes
@@ -131,6 +132,10 @@ class Estimator:
         _, self.specs = checked_table(config, built)
         self.stored: Mapping[str, StoredParameter] = stored_parameters(built)
         self.optimizer: Optimizer = optimizer_of(config)
+
+    def with_config(self, config: TrainConfig) -> Estimator:
+        """Return the estimator of another config on the same devices."""
+        return Estimator(config, self.form, self.devices, longest=self.longest, core=self.core)
 
     def need(self, rows: int, accumulation: int) -> Need:
         """Return the need of one device.
@@ -250,12 +255,23 @@ class Estimator:
     def _counted(self, rows: int) -> Live:
         config = self.config
         shape = Shape(rows, config.dataset.block_size, config.task.loss_chunks)
-        layers, remat = self.form.architecture.num_hidden_layers, config.remat.recomputes
+        layers, remat = self.form.architecture.num_hidden_layers, config.remat
         count = partial(live_bytes, self._layers, layers, shape, core=self.core)
-        found = count(remat=remat)
         if self.devices.kind == "gpu":
+            names = remat.kept_outputs if remat.selects else None
+            return self._moved(rows, count(names=names))
+        everything = count(names=None)
+        return self._fused(rows, count(names=()) if remat.selects else everything, everything)
+
+    def _moved(self, rows: int, found: Live) -> Live:
+        """Return the bytes without the layers' inputs, if they are in host memory: one is fetched
+        back for the backward pass of its layer."""
+        if LAYER_INPUT not in self.config.remat.offloaded:
             return found
-        return self._fused(rows, found, count(remat=False) if remat else found)
+        a = self.form.architecture
+        one = rows * self.config.dataset.block_size * a.hidden_size * self.dtype.itemsize
+        layers = a.num_hidden_layers
+        return Live(found.kept - layers * one, found.peak - (layers - 1) * one)
 
     def _fused(self, rows: int, found: Live, everything: Live) -> Live:
         """Return the bytes of a compiled program, whose loss keeps two tensors per chunk.
@@ -267,16 +283,16 @@ class Estimator:
         length = math.ceil(config.dataset.block_size / config.task.loss_chunks)
         chunk = rows * length * a.vocab_size * WIDE * CHUNK_TENSORS // self.mesh["tensor"]
         working, kept = chunk, found.kept
-        if config.remat.recomputes:
+        if config.remat.selects:
             working = max(chunk, everything.kept // a.num_hidden_layers)
             kept += self._named(rows)
-        if "layer_input" in config.remat.offloaded:
+        if LAYER_INPUT in config.remat.offloaded:
             kept -= (found.kept * (a.num_hidden_layers - 1)) // a.num_hidden_layers
         return Live(kept, kept + working)
 
     def _named(self, rows: int) -> int:
         """Return the bytes that remat keeps on the device besides each layer's input."""
-        names = [name for name in self.config.remat.saved if name != "layer_input"]
+        names = [name for name in self.config.remat.saved if name != LAYER_INPUT]
         elements = kept_elements(self.form.architecture, names) // self.mesh["tensor"]
         tokens = rows * self.config.dataset.block_size
         layers = self.form.architecture.num_hidden_layers

@@ -10,6 +10,13 @@ from torchprime.config.schema import TrainConfig
 from torchprime.training.advice.memory import Estimator
 from torchprime.training.advice.table import Devices, advice_in, first_fit, table
 
+# Policies of remat and what they compute twice, the least first.
+AGAIN = {
+    "minimal": "norms and activation functions are computed",
+    "attention": "these and two products of a layer are computed",
+    "full": "layers are computed",
+}
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -90,11 +97,17 @@ def recommend_block_size(config: TrainConfig, rows: RowFacts, context: int) -> R
 
 
 def recommend_remat(estimator: Estimator) -> list[Recommendation]:
-    """Recommend remat if not even one block per device fits without it."""
-    if estimator.config.remat.recomputes or estimator.largest_rows():
+    """Recommend remat if not even one block per device fits without it: of the policies that fit
+    the one that computes least again."""
+    remat = estimator.config.remat
+    if remat.recomputes or estimator.largest_rows():
         return []
-    reason = "one block per device does not fit without it; layers are computed twice"
-    return [Recommendation("remat.policy", "full", reason)]
+    for policy, again in AGAIN.items():
+        changed = replace(estimator.config, remat=replace(remat, policy=policy))
+        if policy == "full" or estimator.with_config(changed).largest_rows():
+            reason = f"one block per device does not fit without it; {again} twice"
+            return [Recommendation("remat.policy", policy, reason)]
+    return []
 
 
 def recommend_batch(estimator: Estimator, wanted_tokens: int) -> list[Recommendation]:

@@ -167,7 +167,7 @@ def _activation_bytes(config: TrainConfig, architecture: Architecture) -> int:
     logits = (
         models * 2 * 4 * rows * math.ceil(c.dataset.block_size / c.task.loss_chunks) * a.vocab_size
     )
-    if c.remat.recomputes:
+    if c.remat.selects:
         layer = tokens * kept_elements(a, c.remat.saved) * itemsize
     else:
         layer = tokens * (16 * a.hidden_size + 3 * a.intermediate_size) * itemsize

@@ -37,7 +37,7 @@ def measure(argv: list[str], architecture: dict[str, Any]) -> dict[str, int]:
     dtype = getattr(torch, config.torch_dtype)
     model = build_model(architecture_from_hf(architecture), adapter_of(config), dtype)
     table, _ = checked_table(config, model)
-    backend = NativeBackend({}, {}, remat_policy=config.remat.policy, full_precision=True)
+    backend = NativeBackend({}, {}, remat=config.remat, full_precision=True)
     shapes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
     backend.place(model, table, lambda name: filled(*shapes[name]), dtype)
     backend.prepare_training(optimizer_of(config), step_options(config, 1))

@@ -28,7 +28,12 @@ SHAPES = {
     "bf16": (3, 256, 704, 2000, 2, 256, "bfloat16"),
 }
 WAYS = {"all weights": "adapter=none", "lora": "adapter=lora"}
-CASES = [(shape, way, remat) for shape in SHAPES for way in WAYS for remat in ("none", "full")]
+CASES = [
+    (shape, way, remat)
+    for shape in SHAPES
+    for way in WAYS
+    for remat in ("none", "attention", "full")
+]
 
 
 def case(shape: str, way: str, remat: str) -> dict[str, Any]:
