@@ -6,6 +6,7 @@ in the same pass, so no logit is computed twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,32 @@ from torch.autograd.function import once_differentiable
 
 # Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab, G groups of rows, T tokens
 # of a group.
+
+
+# Bytes of a chunk's logits in fp32 on one device, where each operation makes a tensor: there are
+# about five of that size at a time.
+CHUNK_BYTES = 2**28
+
+
+def tpu_chunk_bytes(memory: int | None) -> int:
+    """Return the bytes of a chunk's logits on a TPU, whose compiler fuses most of these tensors.
+    Larger chunks read the output weight less often.
+
+    Args:
+        memory: of a chip; None if it is not known.
+    """
+    return 2**30 if memory is None else min(2**30, memory // 30)
+
+
+def chunks_for(rows: int, length: int, vocabulary: int, most: int = CHUNK_BYTES) -> int:
+    """Return the smallest number of chunks whose fp32 logits take at most `most` bytes.
+
+    Args:
+        rows: of a micro-batch on one device.
+        length: tokens of a row, the largest number of chunks.
+    """
+    whole = rows * length * vocabulary * torch.float32.itemsize
+    return max(1, min(length, math.ceil(whole / most)))
 
 
 class Spread(NamedTuple):
@@ -31,6 +58,7 @@ class Spread(NamedTuple):
     # Returns (a chunk's input, the sum so far), so that the chunk starts after the sum is computed:
     # a compiler that sees all chunks at once would keep the parts of all for one long sum.
     in_order: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, total: (x, total)
+    chunk_bytes: int = CHUNK_BYTES
 
 
 ONE_DEVICE = Spread()
@@ -77,8 +105,11 @@ class ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_BSD: Tensor, w_VD: Tensor, compute: Compute, chunks: int, spread: Spread
+        ctx: Any, x_BSD: Tensor, w_VD: Tensor, compute: Compute, chunks: int | None, spread: Spread
     ) -> tuple[Tensor, ...]:
+        if chunks is None:
+            own_rows = -(-x_BSD.shape[0] // spread.groups)
+            chunks = chunks_for(own_rows, x_BSD.shape[1], w_VD.shape[0], spread.chunk_bytes)
         length = -(-x_BSD.shape[1] // chunks)
         # Sums stay apart for each row until the end, where devices add theirs once.
         rows = torch.zeros(x_BSD.shape[0], dtype=torch.float32, device=x_BSD.device)

@@ -88,7 +88,7 @@ def chunked_cross_entropy(
     output_weight: Tensor,
     targets: Tensor,
     loss_weights: Tensor,
-    chunks: int = 8,
+    chunks: int | None = None,
     spread: Spread = ONE_DEVICE,
     kind: TokenLoss = CROSS_ENTROPY,
 ) -> LossSums:
@@ -99,7 +99,7 @@ def chunked_cross_entropy(
         output_weight: [V, D].
         targets: integers [B, S], already shifted; -100 carries no loss.
         loss_weights: fp32 [B, S]; used only where there is a target.
-        chunks: number of pieces of the sequence; memory for logits falls by this factor.
+        chunks: number of pieces of the sequence; None: by the bytes of a chunk's logits.
         spread: the distribution of rows and weight over devices.
         kind: the loss of a token.
 

@@ -36,7 +36,7 @@ def chunked_divergence(
     output_weight: Tensor,
     base: BaseOutput,
     weights: Tensor,
-    chunks: int = 8,
+    chunks: int | None = None,
     spread: Spread = ONE_DEVICE,
 ) -> LossSums:
     """Return the weighted sum of tokens' divergences without full logits.
@@ -45,7 +45,7 @@ def chunked_divergence(
         hidden: [B, S, D] hidden states after the final norm.
         output_weight: [V, D].
         weights: fp32 [B, S], 0 for a token that does not count.
-        chunks: number of pieces of the sequence; memory for logits falls by this factor.
+        chunks: number of pieces of the sequence; None: by the bytes of a chunk's logits.
         spread: the distribution of rows and weight over devices.
     """
     on = torch.is_grad_enabled()

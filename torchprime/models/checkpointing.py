@@ -95,10 +95,15 @@ class KeepNames:
                 module.register_forward_hook(partial(enter, None))
 
 
-def contexts(policy: KeepNames) -> Any:
-    """Return torch's two contexts: for the forward pass, and for computing it again."""
-    policy.inside = None  # a backward pass stops as soon as it has what it needs
-    return create_selective_checkpoint_contexts(policy)
+def contexts_of(policy: KeepNames) -> Callable[[], Any]:
+    """Return the function that makes torch's two contexts: for the forward pass, and for computing
+    it again. It is a plain function, the one kind that torch.compile reads here."""
+
+    def contexts() -> Any:
+        policy.inside = None  # a backward pass stops as soon as it has what it needs
+        return create_selective_checkpoint_contexts(policy)
+
+    return contexts
 
 
 def product_of(layer: nn.Module, name: str) -> tuple[str, nn.Module]:
@@ -135,12 +140,14 @@ def checkpoint_layers(layers: Sequence[nn.Module], names: Iterable[str]) -> None
     """Make layers keep only their input and the named outputs. Parameter names are unchanged."""
     names = list(names)
     policy = KeepNames(layers, names) if names else None
+    keep = None if policy is None else contexts_of(policy)
     kinds = {type(layer): _mixed(type(layer)) for layer in layers}
     for layer in layers:
-        layer.__class__ = kinds[type(layer)]
+        kept: Any = layer
+        kept.__class__ = kinds[type(layer)]
         if policy is not None:
             policy.watch(layer)
-            layer.keep = partial(contexts, policy)  # torch.compile reads no bound method here
+            kept.keep = keep
 
 
 def _mixed(kind: type) -> type:

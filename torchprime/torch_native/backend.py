@@ -215,7 +215,7 @@ class NativeBackend(OwnDevice):
             self.state.spikes = state.to(self.device)
         self.copies = [placement.copies(p, self.mesh) for _, p in self._trained()]
 
-    def _cross_entropy(self, chunks: int, kind: TokenLoss = CROSS_ENTROPY) -> CrossEntropy:
+    def _cross_entropy(self, chunks: int | None, kind: TokenLoss = CROSS_ENTROPY) -> CrossEntropy:
         if self.loss == "liger" and self.liger_forward is not None:
             return partial(fused_cross_entropy, kind=kind, liger_forward=self.liger_forward)
         return partial(chunked_cross_entropy, chunks=chunks, kind=kind)

@@ -32,7 +32,6 @@ from torchprime.config.sections.remat import RematConfig
 from torchprime.data.blocks.batch import Batch
 from torchprime.errors import ConfigError
 from torchprime.generation.decode import Answer, GenerateOptions
-from torchprime.losses.chunks import Spread
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
@@ -52,7 +51,7 @@ from torchprime.torch_xla_models.devices import (
 from torchprime.torch_xla_models.generation import Generator
 from torchprime.torch_xla_models.layers.scan import device_loop
 from torchprime.torch_xla_models.linear import replace_linears, turned_spec
-from torchprime.torch_xla_models.mesh import axis_sizes, constrain, in_order, make_mesh
+from torchprime.torch_xla_models.mesh import axis_sizes, constrain, loss_spread, make_mesh
 from torchprime.torch_xla_models.placement import StateMaker
 from torchprime.torch_xla_models.processes import make_processes
 from torchprime.torch_xla_models.remat import apply_remat
@@ -321,7 +320,7 @@ class XlaBackend:
         """
         rate = self.tensors.send(torch.tensor(lr, dtype=torch.float32), ())
         update = Update(self.state, self.optimizer, self.options)
-        spread = Spread(self._batch_shards(), self._cut_output_gradient, in_order)
+        spread = loss_spread(self._batch_shards(), self._cut_output_gradient)
         numbers = train_step(
             update, self.model, tuple(batch), rate, self._accumulate, spread, self.base
         )
@@ -373,7 +372,8 @@ class XlaBackend:
         """
         with torch.no_grad():
             fields = [f[0] for f in batch]
-            cross_entropy = partial(chunked_cross_entropy, chunks=self.options.loss_chunks)
+            spread, chunks = loss_spread(self._batch_shards()), self.options.loss_chunks
+            cross_entropy = partial(chunked_cross_entropy, chunks=chunks, spread=spread)
             sums = forward_sums(loss_of(self.model, fields, cross_entropy), fields, num_sources)
         self.tensors.run([sums])
         return sums

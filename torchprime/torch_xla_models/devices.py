@@ -10,6 +10,7 @@ import torch_xla.runtime as xr
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torch_xla._internal import tpu
 
+from torchprime.config.topologies import CHIPS
 from torchprime.errors import ConfigError
 from torchprime.files.atomic import make_folder
 from torchprime.files.private_folders import require_private
@@ -24,6 +25,13 @@ def device_kind() -> str:
         return kind
     named = os.environ.get("TPU_ACCELERATOR_TYPE") or os.environ.get("ACCELERATOR_TYPE")
     return named or f"TPU v{tpu.version()}"
+
+
+def chip_memory() -> int | None:
+    """Return the bytes of a TPU chip that a program may use; None if its name is not known."""
+    kind = device_kind().replace("v5litepod", "v5e")
+    found = (chip.hbm_bytes for name, chip in CHIPS.items() if name in kind)
+    return next(found, None)
 
 
 def keep_compiled(wanted: str | None) -> None:

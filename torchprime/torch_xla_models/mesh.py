@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
 from torchprime.errors import ConfigError
+from torchprime.losses.chunks import CHUNK_BYTES, ONE_DEVICE, Spread, tpu_chunk_bytes
 from torchprime.sharding import Spec
+from torchprime.torch_xla_models.devices import chip_memory
 
 
 def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int]) -> xs.Mesh:
@@ -143,6 +145,21 @@ def execute(outputs: Sequence[Tensor]) -> None:
 def constrain(tensor: Tensor, mesh: xs.Mesh, spec: Spec) -> Tensor:
     """Annotate an activation, and its gradient, with a sharding."""
     return _Constrain.apply(tensor, mesh, partition(spec))  # type: ignore[no-any-return]
+
+
+def loss_spread(
+    groups: int, cut_gradient: Callable[[Tensor], Tensor] = ONE_DEVICE.cut_gradient
+) -> Spread:
+    """Return the distribution of the loss over devices, with the chunks that this kind of them
+    takes.
+
+    Args:
+        groups: devices with different rows.
+        cut_gradient: annotates the output weight's gradient.
+    """
+    on_tpu = xr.device_type() == "TPU"
+    most = tpu_chunk_bytes(chip_memory()) if on_tpu else CHUNK_BYTES
+    return Spread(groups, cut_gradient, in_order, most)
 
 
 def in_order(later: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:

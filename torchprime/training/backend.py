@@ -63,7 +63,7 @@ class StepOptions:
     """
 
     gradient_accumulation_steps: int = 1
-    loss_chunks: int = 8
+    loss_chunks: int | None = None  # of the sequence; None: by the bytes of a chunk's logits
     max_grad_norm: float | None = None
     max_grad_value: float | None = None
     master_weights: bool = True

@@ -26,7 +26,7 @@ class TaskConfig:
     max_grad_value: float | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     neftune_noise_alpha: float | None = None  # noise on embeddings, arXiv:2310.05914
-    loss_chunks: int = 8
+    loss_chunks: int | None = None
     loss_kernel: Literal["auto", "liger", "chunked"] = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

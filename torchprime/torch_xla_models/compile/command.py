@@ -48,7 +48,7 @@ from torchprime.torch_xla_models.runtime import (
 from torchprime.training.optim.groups import freeze_groups
 from torchprime.training.setup.adapter import build_model
 from torchprime.training.setup.model_files import find_architecture
-from torchprime.training.setup.plan import stored_parameters
+from torchprime.training.setup.plan import loss_chunk, stored_parameters
 from torchprime.training.setup.recipe import adapter_of, checked_table, groups_of, vocabulary_of
 
 REPORT = "compile_report.json"
@@ -276,6 +276,7 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
     plain = stored if adapter is None else stored_parameters(build_model(a, None, dtype))
     _, specs = checked_table(config, model)
     along = {axis: size if axis == "fsdp" else 1 for axis, size in mesh.items()}
+    rows = config.task.micro_batch_size // (mesh["data"] * mesh["fsdp"])
     return Sizes(
         shapes={name: p.shape for name, p in plain.items()},
         weights={
@@ -301,9 +302,9 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
         head_size=a.head_dim,
         tied=a.tie_word_embeddings,
         block_size=config.dataset.block_size,
-        rows=config.task.micro_batch_size // (mesh["data"] * mesh["fsdp"]),
+        rows=rows,
         accumulation=config.task.gradient_accumulation_steps,
-        loss_chunks=config.task.loss_chunks,
+        loss_chunk=loss_chunk(config, a, rows),
         recomputed=config.remat.recomputed,
         dora=adapter is not None and adapter.spec.dora,
         dropout=adapter is not None and adapter.spec.dropout > 0,

@@ -14,12 +14,16 @@ from typing import Any
 
 from torchprime.config.load import load_config
 from torchprime.config.schema import TrainConfig
+from torchprime.config.sections.remat import POLICIES, RematConfig
 from torchprime.config.topologies import TOPOLOGIES, topology
 from torchprime.errors import ConfigError, UserError
 from torchprime.torch_xla_models.compile.theory import Sizes
 from torchprime.training.setup.plan import reference_bytes
 
 Change = dict[str, Any]  # values by dotted key
+# Policies of remat with names that they save besides. Each computes more again than the one before:
+# two products of the MLP, then those of the projections too, then attention too.
+LESS_AND_LESS = (("attention", []), ("full", ["core_out"]), ("full", []))
 
 
 def changes(config: TrainConfig, rows: int, *, scannable: bool = True) -> Iterator[Change]:
@@ -32,14 +36,9 @@ def changes(config: TrainConfig, rows: int, *, scannable: bool = True) -> Iterat
     mesh = config.ici_mesh
     scanned = config.remat.scan_layers
     loop: Change = {"remat.scan_layers": True} if scannable and not scanned else {}
-    changed_names = [key for key in ("save", "recompute") if getattr(config.remat, key)]
-    same: Change = {**loop, **{f"remat.{key}": [] for key in changed_names}}
-    if config.remat.policy not in ("full", "offload"):
-        if config.remat.policy != "attention":
-            yield {**loop, "remat.policy": "attention"}
-        same["remat.policy"] = "full"
-    if same:
-        yield same
+    steps = [{**loop, **change} for change in _recomputing(config.remat)]
+    yield from steps or ([loop] if loop else [])
+    same = steps[-1] if steps else loop
     if mesh.data > 1:
         same = {**same, "ici_mesh.data": 1, "ici_mesh.fsdp": mesh.data * mesh.fsdp}
         yield same
@@ -63,6 +62,16 @@ def changes(config: TrainConfig, rows: int, *, scannable: bool = True) -> Iterat
     if not config.adapter.enabled and config.model.pretrained_model is not None:
         yield {**last, "adapter.rank": 16}
         yield {**last, "adapter.rank": 16, "adapter.base_dtype": "nf4"}
+
+
+def _recomputing(remat: RematConfig) -> Iterator[Change]:
+    """Yield changes of remat that keep fewer names, the one that computes least again first."""
+    kept = {*remat.saved, *remat.offloaded}
+    cleared = {f"remat.{key}": [] for key in ("save", "recompute") if getattr(remat, key)}
+    for policy, save in LESS_AND_LESS:
+        if kept > {*POLICIES[policy], *save}:
+            more: Change = {"remat.save": save} if save else {}
+            yield {**cleared, "remat.policy": policy, **more}
 
 
 def _bases(config: TrainConfig) -> Iterator[Change]:
@@ -174,4 +183,6 @@ def _accepts(config: TrainConfig, change: Change, sizes_of: Callable[[TrainConfi
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)

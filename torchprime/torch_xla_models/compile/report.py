@@ -110,7 +110,7 @@ def allocation_in_words(dims: Sequence[int], s: Sizes) -> str:
 
 def _known_arrays(s: Sizes) -> Iterator[tuple[tuple[int, ...], str]]:
     """Return the shapes, on one chip, of a step's known arrays."""
-    chunk = -(-s.block_size // s.loss_chunks)
+    chunk = s.loss_chunk
     vocab, ffn, heads = (each // s.tensor for each in (s.vocab, s.ffn, s.heads))
     fewer = "task.loss_chunks: more of them are smaller"
     yield (s.rows, chunk, vocab), f"logits of one loss chunk, or their gradient ({fewer})"

@@ -68,7 +68,7 @@ class Sizes:
     block_size: int
     rows: int  # blocks of a micro-batch on one chip
     accumulation: int
-    loss_chunks: int
+    loss_chunk: int  # tokens of a row whose logits exist at a time
     recomputed: tuple[str, ...]  # of the tensors that remat names
     dora: bool = False
     dropout: bool = False

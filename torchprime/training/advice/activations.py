@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 
     rows: int
     block_size: int
-    loss_chunks: int
+    loss_chunks: int | None  # None: as many as the loss makes by itself
 
 
 class Live(NamedTuple):
@@ -149,7 +149,7 @@ class _KernelFootprint(nn.Module):
 
 @torch.library.custom_op("torchprime::attention_footprint", mutates_args=())
 def _results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """The output and the log-sum-exp of a kernel, which is an operation of its own for remat."""
+    """Return a kernel's output and log-sum-exp. It is an operation of its own for remat."""
     return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 

@@ -29,6 +29,7 @@ from torchprime.training.setup.plan import (
     StoredParameter,
     estimate_memory,
     kept_elements,
+    loss_chunk,
     stored_parameters,
 )
 from torchprime.training.setup.recipe import checked_table, optimizer_of
@@ -280,7 +281,7 @@ class Estimator:
             everything: without remat.
         """
         config, a = self.config, self.form.architecture
-        length = math.ceil(config.dataset.block_size / config.task.loss_chunks)
+        length = loss_chunk(config, a, rows, self.devices.memory)
         chunk = rows * length * a.vocab_size * WIDE * CHUNK_TENSORS // self.mesh["tensor"]
         working, kept = chunk, found.kept
         if config.remat.selects:

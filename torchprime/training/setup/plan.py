@@ -13,12 +13,13 @@ from torch import nn
 
 from torchprime.adapters.apply import saved
 from torchprime.config.schema import TrainConfig
-from torchprime.config.topologies import GIB
+from torchprime.config.topologies import GIB, topology
 from torchprime.data.blocks.budget import Budget, Spread, batch_budget
 from torchprime.data.blocks.dataset import PackedDataset
 from torchprime.data.blocks.order import steps_per_epoch
 from torchprime.data.blocks.replay import ReplayOrder, ReplayPlan, ReplaySchedule
 from torchprime.errors import ConfigError
+from torchprime.losses.chunks import chunks_for, tpu_chunk_bytes
 from torchprime.metrics.throughput import ModelSizes, model_flops_per_token
 from torchprime.models.architecture import Architecture
 from torchprime.sharding import Spec, shard_count
@@ -164,14 +165,30 @@ def _activation_bytes(config: TrainConfig, architecture: Architecture) -> int:
     tokens = rows * c.dataset.block_size
     itemsize = getattr(torch, c.torch_dtype).itemsize
     models = 1 if c.regularization.kl.coefficient is None else 2  # with logits of their own
-    logits = (
-        models * 2 * 4 * rows * math.ceil(c.dataset.block_size / c.task.loss_chunks) * a.vocab_size
-    )
+    logits = models * 2 * 4 * rows * loss_chunk(c, a, rows) * a.vocab_size
     if c.remat.selects:
         layer = tokens * kept_elements(a, c.remat.saved) * itemsize
     else:
         layer = tokens * (16 * a.hidden_size + 3 * a.intermediate_size) * itemsize
     return layer * a.num_hidden_layers + logits
+
+
+def loss_chunk(
+    config: TrainConfig, architecture: Architecture, rows: int, memory: int | None = None
+) -> int:
+    """Return the tokens of a row whose logits exist at a time, at most: on TPUs.
+
+    Args:
+        rows: of a micro-batch on one device.
+        memory: of a chip; None is that of `compile_only`, if it is set.
+    """
+    size = config.dataset.block_size
+    chunks = config.task.loss_chunks
+    if chunks is None:
+        slice_ = None if config.compile_only is None else topology(config.compile_only)
+        most = tpu_chunk_bytes(memory or (slice_ and slice_.chip.hbm_bytes))
+        chunks = chunks_for(rows, size, architecture.vocab_size, most)
+    return math.ceil(size / chunks)
 
 
 def kept_elements(a: Architecture, names: Iterable[str]) -> int:

@@ -31,7 +31,7 @@ def found() -> dict:
     sizes = Sizes(
         shapes={}, weights={}, fsdp=8, tensor=1, data=1, weight_bytes=2, layers=1, hidden=4096,
         ffn=14336, vocab=128256, heads=32, kv_heads=8, head_size=128, tied=False, block_size=8192,
-        rows=1, accumulation=1, loss_chunks=8, recomputed=NAMES[1:],
+        rows=1, accumulation=1, loss_chunk=64, recomputed=NAMES[1:],
     )  # fmt: skip
     return estimate(
         Program(PROGRAM), replace(CHIPS["v6e"], flops=1e15, hbm_bytes_per_s=1e12), sizes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torchprime.config.compose import compose_config
 from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import GIB
@@ -15,6 +17,7 @@ from torchprime.torch_xla_models.compile.fitting import (
     state_bytes,
     weights_per_chip,
 )
+from torchprime.torch_xla_models.compile.theory import products_in_theory
 from torchprime.training.setup.model_files import find_architecture
 
 NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k", "compile_only=v6e-8"]
@@ -33,6 +36,7 @@ def test_changes_begin_with_what_leaves_the_mathematics_alone() -> None:
     found = list(changes(config, rows=8))
     scan = {"remat.scan_layers": True}
     assert found.pop(0) == {**scan, "remat.policy": "attention"}
+    assert found.pop(0) == {**scan, "remat.policy": "full", "remat.save": ["core_out"]}
     assert found[0] == {**scan, "remat.policy": "full"}
     assert found[1] == {**scan, "remat.policy": "offload"}
     assert found[2] == {**found[0], "task.gradient_accumulation_steps": 8}
@@ -60,10 +64,27 @@ def test_changes_begin_with_what_leaves_the_mathematics_alone() -> None:
         assert "remat.scan_layers" not in change
     # A user's own names are given up with the policy.
     own = compose_config([*NAMED, "remat=scan_attention", "remat.save=[up]"])
-    assert next(changes(own, rows=8)) == {"remat.policy": "full", "remat.save": []}
+    assert next(changes(own, rows=8)) == {"remat.policy": "attention", "remat.save": []}
     # Copies of the weights are given up before anything else is.
     copies = compose_config([*NAMED, "ici_mesh.data=2", "ici_mesh.fsdp=4"])
     assert next(changes(copies, rows=8)) == {"ici_mesh.data": 1, "ici_mesh.fsdp": 8}
+
+
+def test_remat_is_tried_in_the_order_of_its_predicted_cost() -> None:
+    """Operations of products by formula, and two products of a causal half for attention."""
+    config = compose_config([*NAMED, "remat=none", "dataset.block_size=8192"])
+    costs = []
+    for change in itertools.takewhile(only_remat, changes(config, rows=8)):
+        s = sizes_for(changed(config, change))
+        again = "core_out" in s.recomputed
+        attention = again * s.layers * s.rows * s.accumulation * s.heads * s.head_size
+        costs.append(products_in_theory(s) + 2 * attention * s.block_size**2)
+    assert len(costs) == 4 and costs == sorted(costs)
+    assert costs[0] < costs[1] < costs[2] == costs[3]  # the last one also moves inputs
+
+
+def only_remat(change: dict[str, object]) -> bool:
+    return all(key.startswith("remat.") for key in change)
 
 
 def test_an_adapters_base_is_quantized_before_more_chips() -> None:

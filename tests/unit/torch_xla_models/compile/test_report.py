@@ -25,7 +25,7 @@ NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k"]
 
 @pytest.fixture(scope="module")
 def sizes() -> Sizes:
-    return sizes_of()
+    return sizes_of("task.loss_chunks=8")
 
 
 def sizes_of(*argv: str) -> Sizes:

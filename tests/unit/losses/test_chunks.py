@@ -1,0 +1,50 @@
+"""The number of chunks of a loss, by the bytes of their logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchprime.config.topologies import CHIPS
+from torchprime.losses.chunks import Spread, chunks_for, tpu_chunk_bytes
+from torchprime.losses.cross_entropy import chunked_cross_entropy
+
+B, S, D, V = 2, 16, 16, 24
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "vocabulary", "most", "chunks"),
+    [
+        (1, 8192, 128256, tpu_chunk_bytes(None), 4),  # 3.9 GiB
+        (8, 1024, 128256, tpu_chunk_bytes(CHIPS["v6e"].hbm_bytes), 4),
+        (1, 8192, 128256, tpu_chunk_bytes(CHIPS["v5e"].hbm_bytes), 8),
+        (1, 64, 1000, 2**28, 1),
+        (1, 4, 1000, 1, 4),  # not more than tokens
+    ],
+)
+def test_as_few_chunks_as_fit(
+    rows: int, length: int, vocabulary: int, most: int, chunks: int
+) -> None:
+    assert chunks_for(rows, length, vocabulary, most) == chunks
+    if 1 < chunks < length:
+        assert 4 * rows * length * vocabulary <= most * chunks
+        assert 4 * rows * length * vocabulary > most * (chunks - 1)
+
+
+def gradients(chunks: int | None, spread: Spread) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, S, D, generator=generator).requires_grad_()
+    w = torch.randn(V, D, generator=generator).requires_grad_()
+    targets = torch.randint(0, V, (B, S), generator=generator)
+    loss = chunked_cross_entropy(x, w, targets, torch.ones(B, S), chunks, spread)
+    return list(torch.autograd.grad(loss.loss_sum, (x, w)))
+
+
+def test_chunks_by_bytes_are_those_of_their_number() -> None:
+    """The rows of a group are one device's; float32 sums depend on the number of chunks."""
+    for groups in (1, B):
+        most = 4 * V * (B // groups) * (S // 4)
+        by_bytes = gradients(None, Spread(groups, chunk_bytes=most))
+        by_number, whole = gradients(4, Spread(groups)), gradients(1, Spread(groups))
+        assert all(torch.equal(a, b) for a, b in zip(by_bytes, by_number, strict=True))
+        torch.testing.assert_close(by_bytes, whole, rtol=1e-5, atol=1e-5)
