@@ -1,9 +1,9 @@
 """Bytes that forward and backward pass need besides weights and gradients, counted without data.
 
 Both passes run on tensors without storage, for one and for two layers, while every new tensor's
-bytes are added and every freed one's subtracted. The difference of the two is one layer's share. So
-the count knows architecture, adapter, remat and loss, without a formula for any of them. It is that
-of eager mode: a compiler that fuses operations needs less.
+bytes are added and every freed one's subtracted. The difference of what the two keep is one layer's
+share. So the count knows architecture, adapter, remat and loss, without a formula for any of them.
+It is that of eager mode: a compiler that fuses operations needs less.
 """
 
 from __future__ import annotations
@@ -60,7 +60,12 @@ def live_bytes(
             backward pass. None: all that autograd wants.
     """
     one, two = (_count(build(number), shape, core, names) for number in (1, 2))
-    return Live(*(a + (layers - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+    if layers == 1:
+        return one
+    # The peak of one layer may lie at the end of the backward pass, where more layers add nothing.
+    # Of two it lies in the last layer's, and each layer more adds what it keeps.
+    each = two.kept - one.kept
+    return Live(two.kept + (layers - 2) * each, two.peak + (layers - 2) * each)
 
 
 def _count(model: CausalLM, shape: Shape, core: Core, names: Sequence[str] | None) -> Live:
