@@ -24,12 +24,13 @@ from torchprime.training.advice.activations import Shape, live_bytes
 from torchprime.training.setup.plan import kept_elements
 
 LAYERS, ROWS, SIZE = 2, 2, 32
-ARCHITECTURE = architecture_from_hf({
+SHAPE = {
     "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 50,
     "hidden_act": "silu", "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
     "tie_word_embeddings": False,
-})  # fmt: skip
+}  # fmt: skip
+ARCHITECTURE = architecture_from_hf(SHAPE)
 KINDS = {
     "qwen3": None,
     "dora on one layer": AdapterSpec(rank=4, alpha=8, dora=True, layers=(1,)),
@@ -112,6 +113,16 @@ def test_an_adapter_s_frozen_products_are_kept(kind: str, compiler: str | None) 
     assert same(found, everything, compiler) and same(full, everything, compiler)
     # Frozen layers below the first adapter have no backward pass.
     assert products == most - (LAYERS if kind == "nf4" else 1) * len(OWN)
+
+
+def test_a_fused_projection_is_kept_if_one_of_its_outputs_is() -> None:
+    torch.manual_seed(0)
+    model = CausalLM(architecture_from_hf({**SHAPE, "model_type": "phi3"}))
+    everything, least = run(model, None)
+    found, products = run(model, ("k", "up"))
+    assert same(found, everything, None)
+    # Attention's two products and its projection are computed again.
+    assert products == least + LAYERS * 3
 
 
 class Kernel(nn.Module):
