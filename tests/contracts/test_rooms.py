@@ -32,11 +32,12 @@ ROOMS = {
     ],
     "evaluation": ["graders"],
     "metrics": ["trackers"],
+    "torch_native": ["tpu"],
     "torch_xla_models": ["layers", "compile", "splash"],
     "training": ["optim", "regularization", "setup", "advice", "run", "hooks", "inference"],
 }
 # Here rooms stand beside the modules that they use; elsewhere those are above all rooms.
-MIXED = {"checkpoint", "config", "metrics", "torch_xla_models", "training"}
+MIXED = {"checkpoint", "config", "metrics", "torch_native", "torch_xla_models", "training"}
 # Tests of several modules together, in tests/unit because they share its fixtures.
 TOGETHER = {
     "checkpoint/test_s3_server.py",

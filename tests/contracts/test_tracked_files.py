@@ -54,9 +54,10 @@ def test_offences_are_found() -> None:
     )
 
 
-def test_constraints_are_names_and_versions() -> None:
+@pytest.mark.parametrize("file", ["constraints.txt", "constraints-torchtpu.txt"])
+def test_constraints_are_names_and_versions(file: str) -> None:
     line_form = re.compile(r'[A-Za-z0-9._-]+==[A-Za-z0-9.!]+( ; python_version [<>=]+ "[\d.]+")?')
-    lines = (REPO / "constraints.txt").read_text().splitlines()
+    lines = (REPO / file).read_text().splitlines()
     wrong = [line for line in lines if not line.startswith("#") and not line_form.fullmatch(line)]
     assert not wrong
     assert len(lines) > 50

@@ -209,7 +209,7 @@ def drawing(model: CausalLM, draws: Draws | None) -> Iterator[None]:
             set_position(layer, None)
 
 
-class _Held(nn.Module):
+class HeldModel(nn.Module):
     """A module around a model, so that a function which uses the model can be called with other
     weights."""
 
@@ -255,7 +255,7 @@ def train_step(
         chunked_cross_entropy, chunks=options.loss_chunks, spread=spread, kind=options.token_loss
     )
     divergence = partial(chunked_divergence, chunks=options.loss_chunks, spread=spread)
-    held, run_base = _Held(model), base_of(model, base)
+    held, run_base = HeldModel(model), base_of(model, base)
     names = [f"model.{name}" for name in parameters]
 
     def near_base(fields: Sequence[Tensor], weights: Mapping[str, Tensor]) -> NearBase | None:

@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from typing import NamedTuple
 
@@ -29,17 +29,20 @@ from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.config.compose import compose_config
 from torchprime.errors import UserError
 from torchprime.text.terminal import print_json, print_lines, say
+from torchprime.torch_native.tpu.torchtpu import check_environment, installed_version
 from torchprime.torch_xla_models.compile.command import compile_only
 from torchprime.torch_xla_models.compile.library import find_library
 from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips
 
 OK, NONE, PROBLEM = "ok", "none", "PROBLEM"
-# Extras whose packages are checked if installed; the others are for development.
-EXTRAS = ("xla", "tpu", "gpu")
+# Extras whose packages are checked if installed, by the runtime for TPUs; the others are for
+# development.
+XLA, TORCHTPU = "torch_xla", "torch-tpu"
+EXTRAS = {XLA: ("xla", "tpu", "gpu"), TORCHTPU: ("torchtpu", "gpu")}
 # Packages whose versions change what a run computes, or whether it starts.
 PACKAGES = (
-    "torch", "torch_xla", "jax", "jaxlib", "libtpu", "torchax", "transformers", "tokenizers",
-    "datasets", "huggingface_hub", "safetensors", "numpy", "hydra-core", "flash-attn",
+    "torch", "torch_xla", "torch-tpu", "jax", "jaxlib", "libtpu", "torchax", "transformers",
+    "tokenizers", "datasets", "huggingface_hub", "safetensors", "numpy", "hydra-core", "flash-attn",
     "liger-kernel", "vllm",
 )  # fmt: skip
 VIRTUAL = """
@@ -59,18 +62,21 @@ class Finding(NamedTuple):
     detail: str
 
 
-def misfits(requirements: list[str], installed: Callable[[str], str | None]) -> list[str]:
+def misfits(
+    requirements: list[str], installed: Callable[[str], str | None], extras: Sequence[str]
+) -> list[str]:
     """Return packages whose version does not meet the requirement, as `have: want` sentences.
 
     Args:
         requirements: as in a package's metadata, with markers.
         installed: returns the version of a package, None if it is not installed.
+        extras: names of the extras whose packages are checked if they are installed.
     """
     found = []
     for text in requirements:
         needed = Requirement(text)
-        extras = ("", *EXTRAS)
-        if needed.marker and not any(needed.marker.evaluate({"extra": e}) for e in extras):
+        every = ("", *extras)
+        if needed.marker and not any(needed.marker.evaluate({"extra": e}) for e in every):
             continue
         version = installed(needed.name)
         optional = re.search(r"extra\s*==", text) is not None
@@ -81,24 +87,37 @@ def misfits(requirements: list[str], installed: Callable[[str], str | None]) -> 
     return sorted(set(found))
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def runtime() -> Iterator[Finding]:
+    """Say which runtime for TPUs this environment has, and what does not fit it."""
+    what = "runtime"
+    there = [name for name in (XLA, TORCHTPU) if installed_version(name)]
+    named = " and ".join(f"{name} {installed_version(name)}" for name in there)
+    if not there:
+        yield Finding(what, NONE, "neither torch_xla (extra tpu) nor torch-tpu (extra torchtpu)")
+        return
+    if TORCHTPU in there:
+        try:
+            check_environment(installed_version)
+        except UserError as error:
+            yield Finding(what, PROBLEM, str(error))
+            return
+        named += ", never run on a TPU by this package's authors"
+    yield Finding(what, OK, named)
 
 
 def versions() -> Iterator[Finding]:
     """Check the versions of Python and of the packages that this package requires."""
     names = ("torch", "torch_xla", "jax", "libtpu", "transformers", "datasets")
-    there = [f"{name} {version}" for name in names if (version := _installed(name))]
+    there = [f"{name} {version}" for name in names if (version := installed_version(name))]
     yield Finding("python", OK, f"{platform.python_version()}; {', '.join(there)}")
+    extras = EXTRAS[TORCHTPU if installed_version(TORCHTPU) else XLA]
     try:
-        wrong = misfits(metadata.requires("torchprime") or [], _installed)
+        wrong = misfits(metadata.requires("torchprime") or [], installed_version, extras)
     except metadata.PackageNotFoundError:
         yield Finding("versions", PROBLEM, "torchprime is not installed: pip install -e '.[xla]'")
         return
-    fix = f"pip install '{'torchprime[tpu]' if host_has_tpu() else 'torchprime[xla]'}'"
+    extra = "torchtpu" if "torchtpu" in extras else "tpu" if host_has_tpu() else "xla"
+    fix = f"pip install 'torchprime[{extra}]'"
     for each in wrong:
         yield Finding("versions", PROBLEM, f"{each}. Install compatible versions: {fix}")
     if not wrong:
@@ -112,7 +131,7 @@ def host() -> dict[str, object]:
         "torchprime": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {name: found for name in PACKAGES if (found := _installed(name))},
+        "packages": {name: found for name in PACKAGES if (found := installed_version(name))},
         "devices": {
             "cpu_count": os.cpu_count(),
             "tpu_chips": len(tpu_chips()),
@@ -195,7 +214,7 @@ def doctor_main(argv: list[str]) -> int:
 
 
 def _doctor(given: argparse.Namespace) -> int:
-    checks = [versions, tpu, gpu] + ([] if given.quick else [virtual_devices, compiler])
+    checks = [versions, runtime, tpu, gpu] + ([] if given.quick else [virtual_devices, compiler])
     if given.json:
         with contextlib.redirect_stdout(sys.stderr):  # of what a library prints
             found = [finding for check in checks for finding in check()]

@@ -1,0 +1,102 @@
+"""The whole step as one program on TorchTPU, against the native backend over gloo.
+
+TorchTPU needs another torch, so it has an environment of its own (`make test-torchtpu` makes it).
+There the step is lowered as for chips, and XLA's CPU client runs the module on 1 and 8 virtual
+devices. The reference is the native backend of this environment: 2 processes, FSDP2, eager torch.
+No TPU takes part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from torchprime.torch_native.tpu.torchtpu import without_chip
+
+REPO = Path(__file__).resolve().parents[2]
+PYTHON = Path(
+    os.environ.get("TORCHPRIME_TORCHTPU_PYTHON") or REPO / ".venv-torchtpu" / "bin" / "python"
+)
+HERE = Path(__file__).parent
+FULL, LORA = {"mesh": {"fsdp": 2}}, {"mesh": {"fsdp": 2}, "lora": 4}
+# The reference of each way, and the way.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "one": ("full", {"mesh": {}}),
+    "fsdp8": ("full", {"mesh": {"fsdp": 8}}),
+    "data2_fsdp4": ("full", {"mesh": {"data": 2, "fsdp": 4}}),
+    "fsdp4_tensor2": ("full", {"mesh": {"fsdp": 4, "tensor": 2}}),
+    "accumulation": ("full", {"mesh": {"fsdp": 4, "tensor": 2}, "accumulation": 4}),
+    "unrolled": ("full", {"mesh": {"fsdp": 8}, "remat": False}),
+    "lora": ("lora", {"mesh": {"data": 2, "fsdp": 4}, "lora": 4}),
+    "lora_tensor": ("lora", {"mesh": {"fsdp": 4, "tensor": 2}, "lora": 4}),
+}
+
+pytestmark = [
+    pytest.mark.torchtpu,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}: run make test-torchtpu"),
+]
+
+
+def command(*words: object) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PJRT_", "CPU_NUM_"))}
+    env |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", **without_chip()}
+    done = subprocess.run(
+        [str(w) for w in words], env=env, cwd=HERE, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder, found = tmp_path_factory.mktemp("native"), {}
+    for name, way in (("full", FULL), ("lora", LORA)):
+        out = folder / f"{name}.pt"
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--standalone",
+        ]
+        command(*launch, HERE / "torchtpu_native.py", out, json.dumps(way))
+        found[name] = torch.load(out, weights_only=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("torchtpu")
+    ways = {name: way for name, (_, way) in WAYS.items()}
+    command(PYTHON, HERE / "torchtpu_worker.py", folder, json.dumps(ways))
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ways}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_ten_steps_equal_the_native_backend(name: str, references, programs) -> None:
+    reference, found = references[WAYS[name][0]], programs[name]
+    for step, (ours, theirs) in enumerate(zip(found["numbers"], reference["numbers"], strict=True)):
+        assert ours == pytest.approx(theirs, rel=1e-5), f"loss and norm of step {step}"
+    compared = [
+        key for key in reference["weights"] if reference["weights"][key].dtype.is_floating_point
+    ]
+    assert compared
+    for key in compared:
+        theirs, ours = reference["weights"][key], found["weights"][key]
+        assert float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max())), key
+
+
+@pytest.mark.parametrize("name", ["fsdp8", "data2_fsdp4"])
+def test_the_same_module_compiles_for_a_tpu(name: str, programs, tmp_path: Path) -> None:
+    way = {name: WAYS[name][1]}
+    command(PYTHON, HERE / "torchtpu_worker.py", tmp_path, json.dumps(way), "v6e")
+    found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+    assert found["text"] == programs[name]["text"], "another module than the one that was run"
+    assert found["memory"]["alias"] > 0

@@ -1,0 +1,176 @@
+"""The parameters of a model whose layers gather their weights: names, shapes, parts and types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from torchprime.errors import ConfigError
+from torchprime.models.decoder import CausalLM
+from torchprime.sharding import ShardingTable
+from torchprime.torch_native.tpu.collectives import Gather, all_reduce, reduce_scatter
+from torchprime.torch_native.tpu.grid import Cut, Grid
+from torchprime.torch_native.tpu.layers import (
+    GatheredLayer,
+    GatheredStack,
+    cut_along_tensor,
+    layer_gather,
+)
+from torchprime.training.optim.optimizer import Parameter
+
+LAYERS = "model.layers."
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter as the step holds it; a stack has the parameter of every layer.
+
+    Attributes:
+        names: in a checkpoint.
+        shape: of the whole; of a stack [layers, ...].
+        cut: the part that a chip holds.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    cut: Cut
+    dtype: torch.dtype
+    trained: bool
+    stacked: bool
+
+    @property
+    def part(self) -> tuple[int, ...]:
+        """The shape of a chip's part."""
+        return self.cut.part_of(self.shape)
+
+    def info(self) -> Parameter:
+        """Return the facts that an optimizer may use; its functions become part of the step."""
+        cut = self.cut
+        return Parameter(
+            self.names,
+            self.shape,
+            self.dtype,
+            self.stacked,
+            mean=partial(_mean, self),
+            whole=Gather.of(cut),
+            own=partial(_own, cut),
+        )
+
+    def part_on(self, rank: int, tensor_of: Callable[[str], Tensor]) -> Tensor:
+        """Return a chip's part of the values that a function gives for each name."""
+        dims = self.cut.dims[1:] if self.stacked else self.cut.dims
+        cut = Cut(self.cut.grid, dims)
+        parts = [cut.own(tensor_of(name), rank).to(self.dtype) for name in self.names]
+        return torch.stack(parts) if self.stacked else parts[0].clone()
+
+
+def _mean(held: Held, values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    total, count = values.sum(dim=dims, keepdim=True), 1
+    for dim in (dim % len(held.shape) for dim in dims):
+        total, count = all_reduce(total, held.cut.dims[dim]), count * held.shape[dim]
+    return total / count
+
+
+def _own(cut: Cut, values: Tensor) -> Tensor:
+    """Return this chip's part of values that all chips have: a sum of equals, divided again. The
+    program is the same on all chips, so it can't name its own part."""
+    for dim, axes in enumerate(cut.dims):
+        values = reduce_scatter(cut.grid, values, dim, axes) / cut.grid.size(axes)
+    return values
+
+
+def hold(
+    model: CausalLM, table: ShardingTable, grid: Grid, dtype: torch.dtype, *, remat: bool
+) -> tuple[list[Held], dict[str, Gather]]:
+    """Replace a model's layers, which have no storage, by ones that gather their weights.
+
+    Equal layers become one loop if they are recomputed in the backward.
+
+    Returns:
+        The parameters: those outside of the layers, then those of the layers in the order of
+        `GatheredStack.parts`; and the gathers of those outside.
+
+    Raises:
+        ConfigError: a parameter, head or adapter that the grid cannot cut.
+    """
+    check_tensor_axis(model, grid)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    specs = table.parameter_specs(shapes, {**grid.sizes, "expert": 1, "context": 1})
+    cuts = {name: Cut.of(grid, spec) for name, spec in specs.items()}
+
+    def held(name: str, parameter: Tensor) -> Held:
+        kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
+        shape, trained = shapes[name], parameter.requires_grad
+        return Held(name, (name,), shape, cuts[name], kind, trained, stacked=False)
+
+    every = [held(name, parameter) for name, parameter in model.named_parameters()]
+    outer = [each for each in every if not each.name.startswith(LAYERS)]
+    inner = [each for each in every if each.name.startswith(LAYERS)]
+    layers = list(model.model.layers.children())
+    scan = remat and _equal(layers)
+    made = []
+    for number, layer in enumerate(layers):
+        own = {n: cuts[f"{LAYERS}{number}.{n}"] for n, _ in layer.named_parameters()}
+        if grid.tensor > 1:
+            cut_along_tensor(layer, own)
+        gathers = {name: layer_gather(name, cut) for name, cut in own.items()}
+        made.append(GatheredLayer(layer, gathers, [p.requires_grad for p in layer.parameters()]))
+    model.model.layers = GatheredStack(made, scan=scan, remat=remat)
+    gathers = {each.name: Gather.of(each.cut) for each in outer}
+    return [*outer, *(_stacked(inner, len(layers)) if scan else inner)], gathers
+
+
+def _stacked(inner: Sequence[Held], layers: int) -> list[Held]:
+    size, found = len(inner) // layers, []
+    for number, first in enumerate(inner[:size]):
+        names = tuple(each.name for each in inner[number::size])
+        name = first.name.replace(f"{LAYERS}0.", f"{LAYERS}*.")
+        shape, cut = (layers, *first.shape), first.cut.stacked()
+        found.append(Held(name, names, shape, cut, first.dtype, first.trained, stacked=True))
+    return found
+
+
+def _equal(layers: Sequence[nn.Module]) -> bool:
+    """Return True if the layers differ in their weights' values only."""
+    first = _structure(layers[0])
+    return all(_structure(each) == first for each in layers[1:])
+
+
+def _structure(layer: nn.Module) -> tuple[object, ...]:
+    parameters = [(n, tuple(p.shape), p.requires_grad) for n, p in layer.named_parameters()]
+    plain: list[tuple[str, str, object]] = []
+    for name, module in layer.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, bool | int | float | str | None):
+                plain.append((name, key, value))
+    return (parameters, plain)
+
+
+def check_tensor_axis(model: CausalLM, grid: Grid) -> None:
+    """Check that heads and adapters can be cut along `tensor`.
+
+    Raises:
+        ConfigError: they can't.
+    """
+    a, size = model.architecture, grid.tensor
+    if size > 1 and (a.fused_qkv or a.fused_mlp):
+        raise ConfigError(
+            f"ici_mesh.tensor: given {size}, expected 1: this model has projections in one matrix, "
+            "which are not cut apart. Use the fsdp axis instead."
+        )
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        if (heads := getattr(a, key)) % size:
+            raise ConfigError(
+                f"ici_mesh.tensor: given {size}, expected a divisor of the model's {heads} heads "
+                f"({key}). Use the fsdp axis instead."
+            )
+
+
+def values_by_name(held: Sequence[Held], parts: Sequence[Tensor]) -> Mapping[str, Tensor]:
+    """Return parts by the parameters' names."""
+    return {each.name: part for each, part in zip(held, parts, strict=True)}
