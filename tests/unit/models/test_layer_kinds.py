@@ -48,6 +48,36 @@ def test_a_list_that_does_not_fit_is_refused(types: list[str]) -> None:
         architecture_from_hf({**QWEN, "layer_types": types})
 
 
+OLMO: dict[str, Any] = {
+    **{key: value for key, value in QWEN.items() if "window" not in key},
+    **{"model_type": "olmo3", "sliding_window": 4},
+}
+YARN = {"factor": 2.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"rope_scaling": {"type": "yarn", **YARN}}, "rope_scaling.type is 'yarn', expected null"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "truncate": False, **YARN}},
+            "truncate is false in rope_scaling",
+        ),
+        ({"rope_theta": 1e4}, "rope_theta is 10000.0, expected 500000.0"),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "rope_parameters.rope_theta is 500000.0"),
+        ({"sliding_window": None}, "sliding_window is missing, expected a number"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "rope_theta is 10000 for full layers .* and 500000 for layers with a window",
+        ),
+    ],
+)
+def test_keys_that_readers_read_differently_are_refused(keys: dict, said: str) -> None:
+    architecture_from_hf(OLMO)
+    with pytest.raises(CheckpointError, match=said):
+        architecture_from_hf({**OLMO, **keys})
+
+
 @pytest.mark.parametrize(
     ("kinds", "groups"),
     [

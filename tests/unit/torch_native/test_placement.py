@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from torchprime.config.compose import compose_config
 from torchprime.errors import ConfigError
 from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import DecoderLayer
+from torchprime.models.layer_kinds import LayerKind
 from torchprime.models.rope_config import Rope
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native.placement import KV_PROJECTIONS, own_kv_heads, tensor_styles
 
-SMALL = Architecture("llama", 64, 32, 64, 2, 4, 2, 8, 1e-6, Rope())
+SMALL = Architecture("llama", 64, 32, 64, 2, 4, 2, 8, 1e-6, (Rope(),), (LayerKind(),) * 2)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 4, 6, 12])
@@ -36,7 +38,7 @@ def styles(a: Architecture, size: int) -> dict[str, object]:
     sharding = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
     table = ShardingTable(sharding.parameters, sharding.activations)
     with torch.device("meta"):
-        return dict(tensor_styles(DecoderLayer(a, None, 0), a, table, size))
+        return dict(tensor_styles(DecoderLayer(a, LayerKind()), a, table, size))
 
 
 def test_projections_to_kv_heads_stay_whole_where_they_cannot_be_shared_out() -> None:
@@ -49,9 +51,10 @@ def test_projections_to_kv_heads_stay_whole_where_they_cannot_be_shared_out() ->
     ("changes", "size", "message"),
     [
         ({"num_attention_heads": 3, "num_key_value_heads": 1}, 2, "tensor=2 .* 3 attention heads"),
+        ({"qk_norm": True, "qk_norm_over_heads": True}, 2, "tensor: given 2.* over all heads"),
         ({"intermediate_size": 63}, 2, "tensor=2 does not divide dim 0 of mlp.gate_proj"),
     ],
 )
-def test_what_cannot_be_cut_is_refused(changes: dict[str, int], size: int, message: str) -> None:
+def test_what_cannot_be_cut_is_refused(changes: dict[str, Any], size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         styles(replace(SMALL, **changes), size)
