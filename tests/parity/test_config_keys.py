@@ -72,6 +72,14 @@ FAMILIES = {
         **{"head_dim": 8, "rope_parameters": {"rope_theta": 100.0, **LLAMA3}},
         **{"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     },
+    "ministral": {
+        **{"rope_theta": 100.0, "head_dim": 8, "sliding_window": 5},
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "glm4": {
+        **{"rope_theta": 100.0, "head_dim": 8, "pad_token_id": None, "eos_token_id": 1},
+        **{"partial_rotary_factor": 0.5},
+    },
     "granite": {
         **{"rope_theta": 100.0, "head_dim": 8, "attention_multiplier": 0.3},
         **{"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "logits_scaling": 3.0},

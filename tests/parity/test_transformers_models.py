@@ -17,8 +17,10 @@ from tiny_llama import SHAPE
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    Glm4Config,
     GraniteConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
@@ -58,6 +60,7 @@ GRANITE: dict[str, Any] = dict(
     residual_multiplier=0.4,
     logits_scaling=3.0,
 )
+GLM: dict[str, Any] = dict(head_dim=16, partial_rotary_factor=0.5)
 CONFIGS = {
     "llama2": LlamaConfig(**SMALL),
     "llama3.1": LlamaConfig(**SMALL, rope_parameters=LLAMA3_ROPE),
@@ -84,6 +87,13 @@ CONFIGS = {
             rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16
         ),
     ),
+    "ministral": MinistralConfig(
+        **SMALL,
+        head_dim=16,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+    ),
+    "glm4": Glm4Config(**SMALL, **GLM),
     "granite": GraniteConfig(**SMALL, **GRANITE),
     "smollm3": SmolLM3Config(**SMALL, no_rope_layers=[1, 0, 1]),
     "smollm3-window": SmolLM3Config(

@@ -67,6 +67,7 @@ class Architecture:
     embedding_scale: float | None = None
     wide_rotation: bool = False
     query_pre_attn_scalar: float | None = None  # None: the head size
+    rope_neighbours: bool = False
 
     @property
     def rope(self) -> Rope:
@@ -154,6 +155,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         fused_qkv=family.fused_qkv,
         fused_mlp=family.fused_mlp,
         **_scales(values, family, head_dim),
+        rope_neighbours=family.rope_neighbours,
     )
     return architecture
 

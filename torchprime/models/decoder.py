@@ -77,6 +77,10 @@ NORM_NAMES: dict[str, tuple[str | None, ...]] = {
         *("input_layernorm", "post_attention_layernorm"),
         *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ),
+    "glm": (
+        *("input_layernorm", "post_self_attn_layernorm"),
+        *("post_attention_layernorm", "post_mlp_layernorm"),
+    ),
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -125,6 +129,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = a.head_dim
         self.kind, self.rope = a.windows.index(kind.window), kind.rope
+        self.rotate = partial(rotate, neighbours=a.rope_neighbours)
         D, wide, narrow = (
             a.hidden_size,
             a.num_attention_heads * a.head_dim,
@@ -164,7 +169,7 @@ class Attention(nn.Module):
         if self.rope is not None:
             tables = context.rotary[self.rope]
             dtype = x_BSD.dtype  # the tables may be wider
-            q_BHSh, k_BKSh = (rotate(each, *tables).to(dtype) for each in (q_BHSh, k_BKSh))
+            q_BHSh, k_BKSh = (self.rotate(each, *tables).to(dtype) for each in (q_BHSh, k_BKSh))
         mixed = self.core(q_BHSh, k_BKSh, v_BKSh, context.attention[self.kind])
         return self.o_proj(mixed.transpose(1, 2).reshape(B, S, -1))
 

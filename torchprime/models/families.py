@@ -50,7 +50,8 @@ class Family:
         window: the layers with a sliding window: none, all (`sliding_window`), those from
             `max_window_layers` on (if `use_sliding_window`), or all but each `full_every`-th.
             With no_rope some layers do not rotate (`no_rope_layers`), and these may have a window.
-        full_every: every so many layers, one has no window, where config.json has no layer_types.
+        full_every: every so many layers, one has no window, where config.json has no layer_types;
+            0: none.
         rope: defaults and kinds of the rope settings.
         local_rope: the same for layers with a window, if they have a rope of their own.
         local_theta: the key of config.json with its base, in the spelling of transformers 4.
@@ -62,6 +63,7 @@ class Family:
         softcaps: the keys of attention's and the final soft-cap that the family computes.
         fused_qkv: one projection `qkv_proj` computes queries, keys and values.
         fused_mlp: one projection `gate_up_proj` computes gate and up.
+        rope_neighbours: neighbouring numbers of a head are rotated together (rope.rotate).
         multipliers: embeddings, scores, the parts that a layer adds, and logits are scaled by
             numbers of config.json (Granite).
         defaults: of other keys where config.json has none.
@@ -77,7 +79,7 @@ class Family:
     mlp_bias: Bias = NEVER
     qk_norm: Literal["none", "head", "all"] = "none"
     norm: Literal["llama", "wide", "plus_one"] = "llama"
-    norms: Literal["pre", "post", "both"] = "pre"
+    norms: Literal["pre", "post", "both", "glm"] = "pre"
     window: Literal["none", "all", "upper", "no_rope", "pattern"] = "none"
     full_every: int = 0
     rope: RopeTraits = RopeTraits()
@@ -90,6 +92,7 @@ class Family:
     softcaps: tuple[str, ...] = ()
     fused_qkv: bool = False
     fused_mlp: bool = False
+    rope_neighbours: bool = False
     multipliers: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -112,6 +115,7 @@ FAMILIES: dict[str, Family] = {
         mlp_bias=Bias("mlp_bias"),
     ),
     "mistral": Family("MistralForCausalLM", context=131_072, kv_heads=8, window="all"),
+    "ministral": Family("MinistralForCausalLM", context=131_072, kv_heads=8, window="pattern"),
     "qwen2": Family(
         "Qwen2ForCausalLM", context=32_768, kv_heads=32, qkv_bias=ALWAYS, window="upper"
     ),
@@ -124,6 +128,18 @@ FAMILIES: dict[str, Family] = {
         out_bias=Bias("attention_bias"),
         qk_norm="head",
         window="upper",
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        context=131_072,
+        kv_heads=2,
+        head_dim=128,
+        qkv_bias=Bias("attention_bias", default=True),
+        fused_mlp=True,
+        norms="glm",
+        rope=RopeTraits(partial=0.5),
+        rope_neighbours=True,
+        defaults={"rms_norm_eps": 1.5625e-7},
     ),
     "granite": Family(
         "GraniteForCausalLM",

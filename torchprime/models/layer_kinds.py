@@ -130,9 +130,10 @@ def _pattern(
     """Return the kinds of a family in which every so many layers one has no window."""
     if types is None:
         every = family.full_every
-        if "sliding_window_pattern" in values:
+        if every and "sliding_window_pattern" in values:
             every = values.integer("sliding_window_pattern")
-        types = [SLIDING if (layer + 1) % every else FULL for layer in range(layers)]
+        full = [every > 0 and (layer + 1) % every == 0 for layer in range(layers)]
+        types = [FULL if each else SLIDING for each in full]
     window = None
     if SLIDING in types:
         window = values.integer("sliding_window", WINDOW, most=LARGEST)

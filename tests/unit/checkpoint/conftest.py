@@ -58,6 +58,11 @@ FAMILIES = {
         dict(head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
     ),
     "mistral": ("Mistral", dict(sliding_window=16)),
+    "ministral": (
+        "Ministral",
+        dict(sliding_window=16, layer_types=["full_attention", "sliding_attention"]),
+    ),
+    "glm4": ("Glm4", dict(head_dim=16, partial_rotary_factor=0.5)),
     "granite": (
         "Granite",
         dict(

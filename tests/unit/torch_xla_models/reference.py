@@ -17,6 +17,7 @@ from bitsandbytes.functional import create_dynamic_map
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Glm4Config,
     GraniteConfig,
     LlamaConfig,
     Phi3Config,
@@ -53,6 +54,7 @@ FAMILIES = {
     "qwen3": Qwen3Config,
     "phi3": Phi3Config,
     "granite": GraniteConfig,
+    "glm4": Glm4Config,
 }
 SHAPE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",

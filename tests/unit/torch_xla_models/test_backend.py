@@ -233,6 +233,8 @@ def test_splash_is_refused_off_the_tpu() -> None:
 FAMILIES = {
     # Fused projections; one of their outputs is kept for the backward.
     "phi3": RematConfig(policy="full", scan_layers=True, save=["k"]),
+    # Norms after the parts of a layer; a rotated half of each head, in neighbouring pairs.
+    "glm4": RematConfig(policy="attention", scan_layers=True),
     # The chunked loss and the held-out loss have the logits' divisor.
     "granite": RematConfig(policy="full", scan_layers=True),
 }
