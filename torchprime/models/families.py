@@ -223,7 +223,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 # The model_type of a model with a text model inside -> that of the text model.
-WRAPPERS = {"gemma3": "gemma3_text"}
+WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 # Keys that a wrapper's config.json may have outside of text_config.
 OUTSIDE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype")
 

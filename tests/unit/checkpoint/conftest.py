@@ -60,7 +60,7 @@ FAMILIES = {
     "mistral": ("Mistral", dict(sliding_window=16)),
     "ministral": (
         "Ministral",
-        dict(sliding_window=16, layer_types=["full_attention", "sliding_attention"]),
+        dict(head_dim=16, sliding_window=16, layer_types=["full_attention", "sliding_attention"]),
     ),
     "glm4": ("Glm4", dict(head_dim=16, partial_rotary_factor=0.5)),
     "granite": (

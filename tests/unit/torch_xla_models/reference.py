@@ -95,6 +95,8 @@ def make_model(tied: bool, family: str = "llama", heads: tuple[int, int] = (4, 2
     shape |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     shape |= {"hidden_size": 4 * heads[0], "head_dim": 4}
     shape |= {"pad_token_id": None, "eos_token_id": 2}  # Phi-3's own are beyond the vocabulary
+    if family == "glm4":
+        shape |= {"attention_bias": False}  # whose weight decay differs here
     if family == "granite":
         shape |= {"embedding_multiplier": 3.0, "attention_multiplier": 0.3}
         shape |= {"residual_multiplier": 0.4, "logits_scaling": 0.5}
