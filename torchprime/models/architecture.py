@@ -9,7 +9,7 @@ name, so that a checkpoint is never run as another model. The reference is trans
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torchprime.errors import CheckpointError
@@ -78,6 +78,11 @@ class Architecture:
     def windows(self) -> tuple[int | None, ...]:
         """The different windows of the layers' attention, in the layers' order."""
         return tuple(dict.fromkeys(kind.window for kind in self.layers))
+
+    def with_layers(self, count: int) -> Architecture:
+        """Return the architecture with the first `count` layers, or more of the last one."""
+        more = self.layers[-1:] * (count - len(self.layers))
+        return replace(self, num_hidden_layers=count, layers=(*self.layers[:count], *more))
 
     def described(self) -> dict[str, Any]:
         """Return the settings for a fingerprint.

@@ -142,3 +142,13 @@ def test_a_fingerprint_of_a_run_by_version_0_1_0_stays(change: dict, digest: str
     config = {**LLAMA, "num_hidden_layers": 3, "num_key_value_heads": 2, **change}
     told = json.dumps(architecture_from_hf(config).described(), sort_keys=True)
     assert hashlib.sha256(told.encode()).hexdigest().startswith(digest)
+
+
+def test_fewer_and_more_layers() -> None:
+    llama = {
+        "model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "vocab_size": 9, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    two = architecture_from_hf(llama)
+    for count in (1, 2, 5):
+        assert two.with_layers(count) == architecture_from_hf({**llama, "num_hidden_layers": count})

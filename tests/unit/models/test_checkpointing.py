@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -181,7 +180,7 @@ def test_a_fused_kernel_runs_once_if_its_result_is_kept(compiler: str | None) ->
 @pytest.mark.parametrize("names", [(), ("core_out",), ("q", "k", "v"), ("gate",), NAMES[1:]])
 def test_the_bytes_kept_are_those_of_the_names(names: tuple[str, ...]) -> None:
     def build(layers: int) -> CausalLM:
-        return CausalLM(replace(ARCHITECTURE, num_hidden_layers=layers))
+        return CausalLM(ARCHITECTURE.with_layers(layers))
 
     shape = Shape(ROWS, SIZE, 1)
     one, two = (

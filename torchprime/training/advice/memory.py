@@ -96,7 +96,7 @@ class ModelForm(NamedTuple):
 
     def with_layers(self, count: int) -> ModelForm:
         """Return the form with so many layers, the adapter in all of them."""
-        architecture = replace(self.architecture, num_hidden_layers=count)
+        architecture = self.architecture.with_layers(count)
         adapter = self.adapter
         if adapter is not None:
             adapter = replace(adapter, spec=replace(adapter.spec, layers=None))
@@ -223,7 +223,7 @@ class Estimator:
         adapter = self.form.adapter
         if adapter is None or adapter.spec.base_type == "run":
             return 0
-        layer = build_model(replace(self.form.architecture, num_hidden_layers=1), None, self.dtype)
+        layer = build_model(self.form.architecture.with_layers(1), None, self.dtype)
         size = sum(p.numel() for name, p in layer.named_parameters() if ".layers." in name)
         return LAYERS_GATHERED * size * self.dtype.itemsize
 
