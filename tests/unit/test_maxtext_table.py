@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,9 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "experimental" / "tpu_report"
 def maxtext():
     sys.path.insert(0, str(SCRIPTS))
     try:
-        import maxtext
+        return import_module("maxtext")
     finally:
         sys.path.remove(str(SCRIPTS))
-    return maxtext
 
 
 def test_the_page_has_the_results_and_no_others(maxtext) -> None:
