@@ -63,6 +63,8 @@ def config_with(key: str, value: str) -> TrainConfig:
     for section in sections:
         node = node.setdefault(section, {})
     node[leaf] = value
+    if leaf == "compile_libtpu":
+        node["compile_only"] = "v6e-1"
     if leaf == "fisher":
         node["strength"] = 0.5
     if leaf == "hf_dataset_name":
