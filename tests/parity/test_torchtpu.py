@@ -46,7 +46,8 @@ pytestmark = [
 
 
 def command(*words: object) -> None:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PJRT_", "CPU_NUM_"))}
+    ours = ("PJRT_", "CPU_NUM_", "JAX_")  # tests/conftest.py sets a number of devices, too
+    env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
     env |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", **without_chip()}
     done = subprocess.run(
         [str(w) for w in words], env=env, cwd=HERE, capture_output=True, text=True
