@@ -31,6 +31,7 @@ MULTIPLIERS = (
     "logits_scaling",
 )
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh")  # of the gated unit
+LARGEST_MULTIPLIER = 10**6  # far beyond it, fp32 overflows
 MOST_LAYERS = 1024  # a layer is a module: an absurd number would fill the memory
 
 
@@ -169,7 +170,7 @@ def _scales(values: ConfigValues, family: Family, head_dim: int) -> dict[str, fl
     """Return the numbers that scale parts of the model, by the fields that have them: Granite's
     multipliers, or Gemma's two."""
     if family.multipliers:
-        embedding, attention, residual, logits = (values.number(key, 1.0) for key in MULTIPLIERS)
+        embedding, attention, residual, logits = (_multiplier(values, key) for key in MULTIPLIERS)
         return {
             "embedding_scale": embedding,
             "query_pre_attn_scalar": attention**-2,
@@ -181,6 +182,12 @@ def _scales(values: ConfigValues, family: Family, head_dim: int) -> dict[str, fl
         found["embedding_scale"] = values.integer("hidden_size") ** 0.5
     if family.query_scale and (scalar := values.integer("query_pre_attn_scalar")) != head_dim:
         found["query_pre_attn_scalar"] = scalar
+    return found
+
+
+def _multiplier(values: ConfigValues, key: str) -> float:
+    if (found := values.number(key, 1.0)) > LARGEST_MULTIPLIER:
+        raise values.fault(key, f"a number up to {LARGEST_MULTIPLIER:,}")
     return found
 
 

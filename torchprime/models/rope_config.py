@@ -209,7 +209,9 @@ class _Reader:
                 if place.number(PARTIAL, 1.0) != 1.0:
                     raise place.fault(PARTIAL, "1.0 or null: this family rotates whole heads")
             return 1.0
-        partial = keys.number(PARTIAL, self.config.number(PARTIAL, self.traits.partial))
+        # transformers uses the family's default for an absent key, and whole heads for null.
+        default = 1.0 if PARTIAL in self.config.content else self.traits.partial
+        partial = keys.number(PARTIAL, self.config.number(PARTIAL, default))
         rotated = int(self.head_dim * partial)
         if partial > 1 or rotated % 2 or not rotated:
             raise keys.fault(
