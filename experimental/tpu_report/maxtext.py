@@ -96,11 +96,13 @@ STEPS = {
 OURS: dict[str, list[str]] = {
     "ours": [],
     "ours-offload": ["remat=scan_offload", "remat.offload=[core_out]"],
+    "ours-as-recipe": ["remat=scan_offload", "remat.offload=[core_out,q,k,v,attn_out]"],
 }
 THEIRS: dict[str, list[str]] = {"defaults": [], "recipe": RECIPE}
 WORDS = {
     "ours": "torchprime, the named run's remat",
     "ours-offload": "torchprime, layer inputs and attention's results on the host",
+    "ours-as-recipe": "torchprime, also queries, keys, values and the output projection there",
     "defaults": "MaxText, its defaults",
     "recipe": "MaxText, its 8B recipe",
 }
