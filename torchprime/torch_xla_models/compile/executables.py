@@ -103,6 +103,25 @@ def end_with(parent: int) -> None:
         sys.exit("The command that asked for this compile has ended.")
 
 
+def _executable(devices: Sequence[Any], module: Any) -> Any:
+    try:
+        return compile_for(devices, module)
+    except TypeError:  # jax 0.7.1 takes bytes only
+        return compile_for(devices, jax_mlir.module_to_bytecode(module))
+
+
+def compiled(devices: Sequence[Any], module: Any, folder: Path) -> dict[str, Any]:
+    """Compile a module, write its program to program.txt, and return `memory`, or the compiler's
+    message as `error`."""
+    try:
+        executable = _executable(devices, module)
+    except (RuntimeError, ValueError) as error:  # jaxlib's own are RuntimeErrors
+        return {"error": str(error)}
+    (program,) = executable.hlo_modules()
+    write_new(folder / "program.txt", program.to_string())
+    return measures(executable)
+
+
 def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Compile the request's module; return the result."""
     began = time.perf_counter()
@@ -115,22 +134,8 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     with jax_mlir.make_ir_context() as context:
         portable = Path(request["module"]).read_bytes()
         module = stablehlo.deserialize_portable_artifact(context, portable)
-        try:
-            executable = _compiled(devices, module)
-        except (RuntimeError, ValueError) as error:  # jaxlib's own are RuntimeErrors
-            result["error"] = str(error)
-        else:
-            (program,) = executable.hlo_modules()
-            write_new(folder / "program.txt", program.to_string())
-            result |= measures(executable)
+        result |= compiled(devices, module, folder)
     return {**result, "seconds": {"compile": time.perf_counter() - began}}
-
-
-def _compiled(devices: Sequence[Any], module: Any) -> Any:
-    try:
-        return compile_for(devices, module)
-    except TypeError:  # jax 0.7.1 takes bytes only
-        return compile_for(devices, jax_mlir.module_to_bytecode(module))
 
 
 def main(argv: list[str]) -> None:

@@ -44,9 +44,8 @@ from torchprime.metrics.throughput import host_memory_bytes
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.text.terminal import print_lines
 from torchprime.torch_xla_models.compile.executables import (
-    compile_for,
+    compiled,
     end_with,
-    measures,
     to_portable,
     tpu_devices,
     version_of,
@@ -182,14 +181,7 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     lap("lower")
     if not request["compile"]:
         return result
-    try:
-        executable = compile_for(devices, module)
-    except (RuntimeError, ValueError) as error:  # jaxlib's own are RuntimeErrors
-        result["error"] = str(error)
-    else:
-        (program,) = executable.hlo_modules()
-        write_text(folder / "program.txt", program.to_string())
-        result |= measures(executable)
+    result |= compiled(devices, module, folder)
     lap("compile")
     result["host_memory_bytes"] = host_memory_bytes()
     return result
