@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "experimental" / "tpu_report"
+SCRIPT = Path(__file__).resolve().parents[2] / "experimental" / "tpu_report" / "maxtext.py"
 
 
 @pytest.fixture(scope="module")
 def maxtext():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        return import_module("maxtext")
-    finally:
-        sys.path.remove(str(SCRIPTS))
+    return load_script(SCRIPT)
 
 
 def test_the_page_has_the_results_and_no_others(maxtext) -> None:

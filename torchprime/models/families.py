@@ -105,7 +105,16 @@ GEMMA: dict[str, Any] = {
     "query_pre_attn_scalar": 256,
     "tie_word_embeddings": True,
 }
-OLMO: dict[str, Any] = {"rms_norm_eps": 1e-5}
+OLMO: dict[str, Any] = {
+    "context": 2048,
+    "qkv_bias": Bias("attention_bias"),
+    "out_bias": Bias("attention_bias"),
+    "qk_norm": "all",
+    "norm": "wide",
+    "norms": "post",
+    "wide_rotation": True,
+    "defaults": {"rms_norm_eps": 1e-5},
+}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM",
@@ -195,31 +204,14 @@ FAMILIES: dict[str, Family] = {
         query_scale=True,
         defaults=GEMMA | {"vocab_size": 262_208},
     ),
-    "olmo2": Family(
-        "Olmo2ForCausalLM",
-        context=2048,
-        qkv_bias=Bias("attention_bias"),
-        out_bias=Bias("attention_bias"),
-        qk_norm="all",
-        norm="wide",
-        norms="post",
-        wide_rotation=True,
-        defaults=OLMO,
-    ),
+    "olmo2": Family("Olmo2ForCausalLM", **OLMO),
     "olmo3": Family(
         "Olmo3ForCausalLM",
-        context=2048,
-        qkv_bias=Bias("attention_bias"),
-        out_bias=Bias("attention_bias"),
-        qk_norm="all",
-        norm="wide",
-        norms="post",
-        wide_rotation=True,
+        **OLMO,
         window="pattern",
         full_every=4,
         rope=RopeTraits(theta=5e5),
         local_rope=RopeTraits(theta=5e5),
-        defaults=OLMO,
     ),
 }
 # The model_type of a model with a text model inside -> that of the text model.
