@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchprime.torch_native.tpu.torchtpu import without_chip
+from torchprime.torch_native.tpu.environment import without_chip
 
 REPO = Path(__file__).resolve().parents[2]
 PYTHON = Path(

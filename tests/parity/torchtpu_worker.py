@@ -20,6 +20,7 @@ from torch import Tensor  # noqa: E402
 from torchtpu_case import LR, STEPS, Case, make_batch, make_case  # noqa: E402
 
 from torchprime.torch_native.tpu.grid import Grid  # noqa: E402
+from torchprime.torch_native.tpu.parameters import hold  # noqa: E402
 from torchprime.torch_native.tpu.program import Program, make_program  # noqa: E402
 from torchprime.torch_native.tpu.step import (  # noqa: E402
     Input,
@@ -34,8 +35,9 @@ from torchprime.training.step import host_fields  # noqa: E402
 def program_of(way: dict) -> tuple[Program, Case]:
     """Lower the step of a way."""
     case, grid = make_case(way), Grid(**way["mesh"])
-    training = Training(case.optimizer, case.options, torch.float32, way.get("remat", True))
-    builder = StepBuilder(case.model, case.table, grid, training)
+    remat = way.get("remat", True)
+    parts = hold(case.model, case.table, grid, torch.float32, remat=remat)
+    builder = StepBuilder(parts, Training(case.optimizer, case.options))
     fields = host_fields(make_batch(0), case.options)
     micro = case.options.gradient_accumulation_steps
     rows = fields[0].shape[0] // micro // (grid.data * grid.fsdp)

@@ -29,7 +29,7 @@ from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.config.compose import compose_config
 from torchprime.errors import UserError
 from torchprime.text.terminal import print_json, print_lines, say
-from torchprime.torch_native.tpu.torchtpu import check_environment, installed_version
+from torchprime.torch_native.tpu.environment import check_environment, installed_version
 from torchprime.torch_xla_models.compile.command import compile_only
 from torchprime.torch_xla_models.compile.library import find_library
 from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from torchprime.errors import ConfigError
 from torchprime.models.decoder import CausalLM
@@ -21,6 +23,7 @@ from torchprime.torch_native.tpu.layers import (
     layer_gather,
 )
 from torchprime.training.optim.optimizer import Parameter
+from torchprime.training.step import HeldModel
 
 LAYERS = "model.layers."
 
@@ -84,16 +87,53 @@ def _own(cut: Cut, values: Tensor) -> Tensor:
     return values
 
 
+@dataclass(frozen=True)
+class Parts:
+    """A model whose layers gather their weights when they run.
+
+    Attributes:
+        held: the parameters: those outside of the layers, then those of the layers in the order of
+            `GatheredStack.parts`.
+        gathers: of those outside.
+    """
+
+    model: CausalLM
+    grid: Grid
+    held: list[Held]
+    gathers: dict[str, Gather]
+
+    @property
+    def stack(self) -> GatheredStack:
+        """The container of the layers."""
+        stack = self.model.model.layers
+        assert isinstance(stack, GatheredStack)
+        return stack
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The model's constants by name."""
+        return dict(self.model.named_buffers())
+
+    def call(
+        self,
+        parts: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        function: Callable[[], Any],
+    ) -> Any:
+        """Call a function that runs the model, while the model has these parts of its parameters
+        and these constants."""
+        self.stack.parts = [parts[e.name] for e in self.held if e.name not in self.gathers]
+        whole = {f"model.{name}": gather(parts[name]) for name, gather in self.gathers.items()}
+        whole |= {f"model.{name}": buffer for name, buffer in buffers.items()}
+        return functional_call(HeldModel(self.model), whole, (function,))
+
+
 def hold(
     model: CausalLM, table: ShardingTable, grid: Grid, dtype: torch.dtype, *, remat: bool
-) -> tuple[list[Held], dict[str, Gather]]:
+) -> Parts:
     """Replace a model's layers, which have no storage, by ones that gather their weights.
 
     Equal layers become one loop if they are recomputed in the backward.
-
-    Returns:
-        The parameters: those outside of the layers, then those of the layers in the order of
-        `GatheredStack.parts`; and the gathers of those outside.
 
     Raises:
         ConfigError: a parameter, head or adapter that the grid cannot cut.
@@ -122,7 +162,7 @@ def hold(
         made.append(GatheredLayer(layer, gathers, [p.requires_grad for p in layer.parameters()]))
     model.model.layers = GatheredStack(made, scan=scan, remat=remat)
     gathers = {each.name: Gather.of(each.cut) for each in outer}
-    return [*outer, *(_stacked(inner, len(layers)) if scan else inner)], gathers
+    return Parts(model, grid, [*outer, *(_stacked(inner, len(layers)) if scan else inner)], gathers)
 
 
 def _stacked(inner: Sequence[Held], layers: int) -> list[Held]:
@@ -169,8 +209,3 @@ def check_tensor_axis(model: CausalLM, grid: Grid) -> None:
                 f"ici_mesh.tensor: given {size}, expected a divisor of the model's {heads} heads "
                 f"({key}). Use the fsdp axis instead."
             )
-
-
-def values_by_name(held: Sequence[Held], parts: Sequence[Tensor]) -> Mapping[str, Tensor]:
-    """Return parts by the parameters' names."""
-    return {each.name: part for each, part in zip(held, parts, strict=True)}

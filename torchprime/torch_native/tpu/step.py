@@ -17,24 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.fx import GraphModule
 
 from torchprime.errors import ConfigError
 from torchprime.losses.chunks import Spread
 from torchprime.losses.cross_entropy import chunked_cross_entropy
-from torchprime.models.decoder import CausalLM
-from torchprime.sharding import ShardingTable
-from torchprime.torch_native.tpu import parameters
 from torchprime.torch_native.tpu.collectives import all_reduce, barrier
 from torchprime.torch_native.tpu.grid import BATCH, Grid
-from torchprime.torch_native.tpu.layers import GatheredStack
 from torchprime.torch_native.tpu.loops import traced, traced_loop
-from torchprime.torch_native.tpu.parameters import Held
+from torchprime.torch_native.tpu.parameters import Held, Parts
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.step import (
-    HeldModel,
     ParameterState,
     StepSums,
     TrainState,
@@ -65,16 +59,10 @@ class Input(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """The choices that shape a step besides model and grid.
-
-    Attributes:
-        remat: layers run again in the backward.
-    """
+    """The choices that shape a step besides model and grid."""
 
     optimizer: Optimizer
     options: StepOptions
-    dtype: torch.dtype
-    remat: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,24 +112,17 @@ def _in_order(x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class StepBuilder:
-    """Builds the step of a model without storage, whose layers are replaced.
+    """Builds the step of a model whose layers gather their weights.
 
     Raises:
-        ConfigError: what one program cannot compute, or the grid cannot cut.
+        ConfigError: what one program cannot compute.
     """
 
-    def __init__(
-        self, model: CausalLM, table: ShardingTable, grid: Grid, training: Training
-    ) -> None:
+    def __init__(self, parts: Parts, training: Training) -> None:
         check_options(training.options)
-        self.model, self.grid, self.training = model, grid, training
-        self.held, self.gathers = parameters.hold(
-            model, table, grid, training.dtype, remat=training.remat
-        )
-        self.buffers = {name: buffer for name, buffer in model.named_buffers()}
-        stack = model.model.layers
-        assert isinstance(stack, GatheredStack)
-        self.stack, self.module = stack, HeldModel(model)
+        self.parts, self.training = parts, training
+        self.model, self.grid, self.stack = parts.model, parts.grid, parts.stack
+        self.held, self.buffers = parts.held, parts.buffers
         self.trained = [each for each in self.held if each.trained]
         self.frozen = [each for each in self.held if not each.trained]
 
@@ -289,13 +270,9 @@ class StepBuilder:
         )
         parts = {each.name: part for each, part in zip(self.trained, weights, strict=True)}
         parts |= {each.name: part for each, part in zip(self.frozen, given.frozen, strict=True)}
-        self.stack.parts = [parts[e.name] for e in self.held if e.name not in self.gathers]
-        whole = {f"model.{name}": gather(parts[name]) for name, gather in self.gathers.items()}
-        pairs = zip(self.buffers, given.buffers, strict=True)
-        whole |= {f"model.{name}": buffer for name, buffer in pairs}
-        return functional_call(
-            self.module, whole, (partial(loss_of, self.model, fields, cross_entropy),)
-        )
+        buffers = dict(zip(self.buffers, given.buffers, strict=True))
+        run = partial(loss_of, self.model, fields, cross_entropy)
+        return self.parts.call(parts, buffers, run)
 
     def _over_shards(self, values: Iterable[Tensor]) -> Tensor:
         """Return the sum over all chips of scalars, one of each trained part; a part that several

@@ -6,67 +6,19 @@ no client of a runtime. The version is checked first: these interfaces may chang
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
-from torchprime.errors import RuntimeSetupError
 from torchprime.torch_native.tpu import collectives
+from torchprime.torch_native.tpu.environment import check_environment
 from torchprime.torch_native.tpu.grid import Grid
 from torchprime.torch_native.tpu.loops import LOOP, LOOPS
 
 DEVICE = "tpu"
-# The releases whose internals this module knows, and the torch that they are tested with.
-SUPPORTED = {"torch-tpu": "0.2", "torch": "2.13"}
-OTHER = "torch_xla"
-INSTALL = (
-    "Make an environment for TorchTPU alone: make setup-torchtpu, or pip install "
-    "'torchprime[torchtpu]'"
-)
-
-
-def installed_version(name: str) -> str | None:
-    """Return the version of an installed package, None if it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def check_environment(installed: Callable[[str], str | None] = installed_version) -> None:
-    """Check that TorchTPU is installed, in a version that this module knows, without torch_xla.
-
-    Raises:
-        RuntimeSetupError: it isn't.
-    """
-    for name, release in SUPPORTED.items():
-        found = installed(name)
-        if found is None or not f"{found}.".startswith(f"{release}."):
-            given = "it is not installed" if found is None else f"given {found}"
-            raise RuntimeSetupError(f"{name}: {given}, expected {release}.x. {INSTALL}.")
-    if (found := installed(OTHER)) is not None:
-        raise RuntimeSetupError(
-            f"{OTHER}: given {found} beside torch-tpu, expected one of them: both bring a TPU "
-            f"runtime and need different versions of torch. {INSTALL}."
-        )
-
-
-def without_chip(kind: str = "v6e-8") -> dict[str, str]:
-    """Return the variables with which TorchTPU's modules load on a host without a TPU.
-
-    They have to be set before torch is imported, which loads TorchTPU.
-    """
-    return {
-        "TPU_SKIP_MDS_QUERY": "1",  # otherwise minutes of questions to a metadata server
-        "TPU_ACCELERATOR_TYPE": kind,
-        "TPU_WORKER_ID": "0",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "JAX_PLATFORMS": "cpu",
-    }
 
 
 class _TorchTpu:

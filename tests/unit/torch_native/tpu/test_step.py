@@ -12,6 +12,7 @@ from torchtpu_case import LR, Case, make_batch, make_case
 
 from torchprime.errors import ConfigError
 from torchprime.torch_native.tpu.grid import Grid
+from torchprime.torch_native.tpu.parameters import hold
 from torchprime.torch_native.tpu.step import Input, Rows, StepBuilder, Training, initial_values
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim.adamw import AdamW
@@ -59,12 +60,9 @@ def replace_info(name: str, value: Tensor):
 
 def on_chips(way: dict) -> tuple[list[list[float]], dict[str, Tensor], list[str]]:
     case, grid = make_case(way), Grid(**way["mesh"])
-    builder = StepBuilder(
-        case.model,
-        case.table,
-        grid,
-        Training(case.optimizer, case.options, torch.float32, way.get("remat", True)),
-    )
+    remat = way.get("remat", True)
+    parts = hold(case.model, case.table, grid, torch.float32, remat=remat)
+    builder = StepBuilder(parts, Training(case.optimizer, case.options))
     first = host_fields(make_batch(0), case.options)
     micro, several = case.options.gradient_accumulation_steps, grid.data * grid.fsdp
     rows = Rows(
@@ -123,9 +121,10 @@ def test_a_grid_computes_what_one_device_does(way: dict) -> None:
 
 def refused(way: dict, options: StepOptions | None = None) -> str:
     case: Case = make_case(way)
-    training = Training(AdamW(), options or case.options, torch.float32)
+    training = Training(AdamW(), options or case.options)
     with pytest.raises(ConfigError) as error:
-        StepBuilder(case.model, case.table, Grid(**way["mesh"]), training)
+        parts = hold(case.model, case.table, Grid(**way["mesh"]), torch.float32, remat=True)
+        StepBuilder(parts, training)
     return str(error.value)
 
 
