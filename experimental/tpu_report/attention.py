@@ -30,15 +30,15 @@ import jax.numpy as jnp  # noqa: E402
 from jax._src import tpu_custom_call  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from torchprime.torch_xla_models.compile.worker import KERNEL_IR_VERSION  # noqa: E402
-from torchprime.torch_xla_models.splash.backward_kernel import backward  # noqa: E402
-from torchprime.torch_xla_models.splash.blocks import blocks_for  # noqa: E402
-from torchprime.torch_xla_models.splash.forward_kernel import forward  # noqa: E402
-from torchprime.torch_xla_models.splash.kernel_parts import (  # noqa: E402
+from torchprime.attention_kernels.backward_kernel import backward  # noqa: E402
+from torchprime.attention_kernels.blocks import blocks_for  # noqa: E402
+from torchprime.attention_kernels.forward_kernel import forward  # noqa: E402
+from torchprime.attention_kernels.kernel_parts import (  # noqa: E402
     Inputs,
     KernelOptions,
     head_shape,
 )
+from torchprime.torch_xla_models.compile.worker import KERNEL_IR_VERSION  # noqa: E402
 
 CHIPS = {"v6e": "v6e:2x2", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1"}
 ROWS = 2

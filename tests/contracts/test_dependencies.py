@@ -18,7 +18,11 @@ BELOW_REPORT = {*BELOW_EVALUATION, "evaluation"}
 BELOW_TRAINING = {*BELOW_REPORT, "report"}
 BELOW_BACKENDS = {*BELOW_TRAINING, "training", "sweep"}
 # Modules and rooms below all others, in an order: each may import those before it.
-BELOW = ["errors", "text", "files", "host_memory", "raw_tokenizer", "counter_bits"]
+BELOW = [
+    *("errors", "installed", "text", "files"),
+    *("host_memory", "raw_tokenizer", "counter_bits"),
+    "attention_kernels",
+]
 EVERYWHERE = set(BELOW)
 # Other imports that each room may have.
 ALLOWED: dict[str, set[str]] = {
@@ -37,6 +41,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 LATE = "# late:"
 TPU_ROOM = "torch_native/tpu"
+# Rooms outside of the backends that use jax, for all of them.
+JAX_ROOMS = {"attention_kernels"}
 
 
 def room_of(path: Path) -> str:
@@ -86,7 +92,8 @@ def wrong_devices(path: Path, text: str) -> list[str]:
         file_format = here == "checkpoint" and name.startswith("torch.distributed.checkpoint.")
         collective = not file_format and f"{name}.".startswith("torch.distributed.")
         misplaced = top == "torch_tpu" and not in_tpu
-        misplaced |= xla_only and here != "torch_xla_models"
+        pure_jax = top in {"jax", "jaxlib"} and here in JAX_ROOMS
+        misplaced |= xla_only and not pure_jax and here != "torch_xla_models"
         if misplaced or (collective and here not in BACKENDS):
             wrong.append(f"{path}:{line}: {here} uses {name}")
     return wrong
@@ -183,6 +190,8 @@ def test_a_right_direction_is_let_through(where: str, text: str) -> None:
         ("torch_native/tpu/x.py", "import torch_tpu, jax", 0),
         ("torch_native/tpu/x.py", "import torch_xla", 1),
         ("torch_xla_models/x.py", "import torch_tpu", 1),
+        ("attention_kernels/x.py", "import jax", 0),
+        ("attention_kernels/x.py", "import torch_xla, libtpu", 2),
     ],
 )
 def test_a_device_library_is_found(where: str, text: str, count: int) -> None:

@@ -13,7 +13,6 @@ import difflib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict
@@ -29,6 +28,7 @@ from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.errors import ConfigError, RuntimeSetupError
 from torchprime.files.atomic import write_json
 from torchprime.files.hashing import hash_file
+from torchprime.installed import installed_versions
 from torchprime.text.terminal import print_lines
 from torchprime.training.run.folder import versions
 
@@ -200,7 +200,7 @@ def _record(
         "certificate": _certificate(folder),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings,
-        "versions": {**versions(), **_version_of("lm_eval"), **_version_of("datasets")},
+        "versions": versions() | installed_versions(("lm_eval", "datasets")),
         "task_versions": _plain(found["versions"]),
         "num_fewshot": _plain(found["n-shot"]),
         "num_samples": _plain(found["n-samples"]),
@@ -221,10 +221,6 @@ def _certificate(folder: Path) -> CertificateIdentity | None:
         "base_model": certificate.base_model,
         "step": certificate.step,
     }
-
-
-def _version_of(package: str) -> dict[str, str]:
-    return {package: metadata.version(package)}
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ concatenated blocks; FlexAttention takes a block mask. Either is made once per f
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from torchprime.config.sections.model import SPLASH_KERNELS
 from torchprime.errors import ConfigError
+from torchprime.installed import installed_version
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 
@@ -108,9 +109,8 @@ class Flash(NamedTuple):
 
 def find_flash() -> Flash:
     """Look for flash-attn. A build for one version of torch may not load in another."""
-    try:
-        version = metadata.version("flash-attn")
-    except metadata.PackageNotFoundError:
+    version = installed_version("flash-attn")
+    if version is None:
         return Flash(None, "flash-attn is not installed")
     try:
         return Flash(import_module("flash_attn").flash_attn_varlen_func, f"flash-attn {version}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchprime.errors import ConfigError
+from torchprime.installed import installed_version
 from torchprime.losses.cross_entropy import IGNORED, LossSums, token_weights
 from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss
 from torchprime.training.step import CrossEntropy
@@ -48,9 +49,8 @@ class Liger(NamedTuple):
 
 def find_liger() -> Liger:
     """Look for Liger's function, and check that it takes a weight for each token."""
-    try:
-        version = metadata.version("liger-kernel")
-    except metadata.PackageNotFoundError:
+    version = installed_version("liger-kernel")
+    if version is None:
         return Liger(None, "liger-kernel is not installed")
     try:
         module = import_module("liger_kernel.ops.fused_linear_cross_entropy")

@@ -10,13 +10,13 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 
+from torchprime.attention_kernels.blocks import KERNEL_MULTIPLE
 from torchprime.config.sections.model import SPLASH, SPLASH_BY_JAX, SPLASH_KERNELS
 from torchprime.errors import ConfigError
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 from torchprime.text.terminal import say
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
-from torchprime.torch_xla_models.splash.blocks import KERNEL_MULTIPLE
 
 
 def choose_kernel(wanted: str, block_size: int) -> tuple[str, str]:

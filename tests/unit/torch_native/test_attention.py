@@ -230,12 +230,9 @@ def test_a_kernel_that_cannot_run_is_refused(facts: dict[str, Any], said: str) -
 
 
 def test_flash_attn_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> str:
-        raise attention.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(attention.metadata, "version", missing)
+    monkeypatch.setattr(attention, "installed_version", lambda name: None)
     assert find_flash() == Flash(None, "flash-attn is not installed")
-    monkeypatch.setattr(attention.metadata, "version", lambda name: "2.8.3")
+    monkeypatch.setattr(attention, "installed_version", lambda name: "2.8.3")
     stand_in: Any = ModuleType("flash_attn")
     monkeypatch.setitem(sys.modules, "flash_attn", stand_in)
     assert find_flash().attend is None and "2.8.3 cannot be loaded" in find_flash().told

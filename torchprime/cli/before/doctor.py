@@ -28,8 +28,9 @@ from torchprime import __version__
 from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.config.compose import compose_config
 from torchprime.errors import UserError
+from torchprime.installed import installed_version, installed_versions
 from torchprime.text.terminal import print_json, print_lines, say
-from torchprime.torch_native.tpu.environment import check_environment, installed_version
+from torchprime.torch_native.tpu.environment import check_environment
 from torchprime.torch_xla_models.compile.command import compile_only
 from torchprime.torch_xla_models.compile.library import find_library
 from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips
@@ -108,7 +109,7 @@ def runtime() -> Iterator[Finding]:
 def versions() -> Iterator[Finding]:
     """Check the versions of Python and of the packages that this package requires."""
     names = ("torch", "torch_xla", "jax", "libtpu", "transformers", "datasets")
-    there = [f"{name} {version}" for name in names if (version := installed_version(name))]
+    there = [f"{name} {version}" for name, version in installed_versions(names).items()]
     yield Finding("python", OK, f"{platform.python_version()}; {', '.join(there)}")
     extras = EXTRAS[TORCHTPU if installed_version(TORCHTPU) else XLA]
     try:
@@ -131,7 +132,7 @@ def host() -> dict[str, object]:
         "torchprime": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {name: found for name in PACKAGES if (found := installed_version(name))},
+        "packages": installed_versions(PACKAGES),
         "devices": {
             "cpu_count": os.cpu_count(),
             "tpu_chips": len(tpu_chips()),

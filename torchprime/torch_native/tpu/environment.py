@@ -5,10 +5,10 @@ Nothing here imports torch: TorchTPU is loaded with it, and reads the variables 
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 
 from torchprime.errors import RuntimeSetupError
+from torchprime.installed import installed_version
 
 # The releases whose internals this module knows, and the torch that they are tested with.
 SUPPORTED = {"torch-tpu": "0.2", "torch": "2.13"}
@@ -17,14 +17,6 @@ INSTALL = (
     "Make an environment for TorchTPU alone: make setup-torchtpu, or pip install "
     "'torchprime[torchtpu]'"
 )
-
-
-def installed_version(name: str) -> str | None:
-    """Return the version of an installed package, None if it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def check_environment(installed: Callable[[str], str | None] = installed_version) -> None:

@@ -40,6 +40,7 @@ from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import topology
 from torchprime.errors import UserError
 from torchprime.files.atomic import write_text
+from torchprime.installed import installed_versions
 from torchprime.metrics.throughput import host_memory_bytes
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.text.terminal import print_lines
@@ -48,7 +49,6 @@ from torchprime.torch_xla_models.compile.executables import (
     end_with,
     to_portable,
     tpu_devices,
-    version_of,
 )
 from torchprime.torch_xla_models.compile.tracing import (
     Argument,
@@ -156,7 +156,7 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     devices = tpu_devices(slice_.libtpu_name, slice_.host_shape, request["slices"])
     assert len(devices) == config.device_count
     result: dict[str, Any] = {
-        "versions": {name: version_of(name) for name in ("torch", "torch_xla", "jax", "libtpu")},
+        "versions": installed_versions(("torch", "torch_xla", "jax", "libtpu")),
         "compiler": devices[0].client.platform_version,
         "flags": os.environ.get("LIBTPU_INIT_ARGS", "").split(),
         "seconds": {},

@@ -1,1 +1,1 @@
-"""Attention on a TPU: jax's splash kernel forward, and a backward kernel of our own."""
+"""Attention on a TPU: the kernels of `attention_kernels`, called on a mesh by torch_xla."""

@@ -12,10 +12,10 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
 from torch_xla.core.xla_builder import call_jax
 
+from torchprime.attention_kernels.blocks import blocks_for
+from torchprime.attention_kernels.kernel_parts import Inputs, KernelOptions, in_rows
 from torchprime.torch_xla_models.mesh import axis_sizes
 from torchprime.torch_xla_models.splash import calls
-from torchprime.torch_xla_models.splash.blocks import blocks_for
-from torchprime.torch_xla_models.splash.kernel_parts import Inputs, KernelOptions, in_rows
 
 HEAD_AXIS = "tensor"
 

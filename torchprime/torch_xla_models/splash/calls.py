@@ -21,10 +21,10 @@ from jax.experimental.shard_map import shard_map
 from jax.sharding import PartitionSpec
 from torch_xla.distributed.spmd import Mesh
 
-from torchprime.torch_xla_models.splash.backward_kernel import backward
-from torchprime.torch_xla_models.splash.blocks import largest_divisor
-from torchprime.torch_xla_models.splash.forward_kernel import forward
-from torchprime.torch_xla_models.splash.kernel_parts import Inputs, KernelOptions, in_rows
+from torchprime.attention_kernels.backward_kernel import backward
+from torchprime.attention_kernels.blocks import largest_divisor
+from torchprime.attention_kernels.forward_kernel import forward
+from torchprime.attention_kernels.kernel_parts import Inputs, KernelOptions, in_rows
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torchprime.files.atomic import (
 )
 from torchprime.files.json_files import parse_json
 from torchprime.files.private_folders import require_private
+from torchprime.installed import installed_versions
 from torchprime.metrics.goodput import TIMES
 
 CONFIG, FACTS = "config.yaml", "run.json"
@@ -203,12 +203,7 @@ def add_facts(folder: Path, facts: Mapping[str, Any]) -> None:
 def versions() -> dict[str, str]:
     """Return our version, Python's and those of the libraries that affect a result."""
     found = {"torchprime": torchprime.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | installed_versions(PACKAGES)
 
 
 def command() -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from torchprime.torch_xla_models.splash.blocks import Blocks
+from torchprime.attention_kernels.blocks import Blocks
 
 LANES = 128
 # exp(MASKED - x) is 0 for a score x, and MASKED is finite, so that nothing is NaN.

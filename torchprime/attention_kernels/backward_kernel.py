@@ -23,8 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from torchprime.torch_xla_models.splash.blocks import KERNEL_MEMORY
-from torchprime.torch_xla_models.splash.kernel_parts import (
+from torchprime.attention_kernels.blocks import KERNEL_MEMORY
+from torchprime.attention_kernels.kernel_parts import (
     FIRST_FIRST,
     LANES,
     LAST_FIRST,

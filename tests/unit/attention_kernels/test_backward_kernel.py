@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from torchprime.torch_xla_models.splash.backward_kernel import backward
-from torchprime.torch_xla_models.splash.blocks import Blocks
-from torchprime.torch_xla_models.splash.forward_kernel import forward
-from torchprime.torch_xla_models.splash.kernel_parts import Inputs, KernelOptions, in_rows
+from torchprime.attention_kernels.backward_kernel import backward
+from torchprime.attention_kernels.blocks import Blocks
+from torchprime.attention_kernels.forward_kernel import forward
+from torchprime.attention_kernels.kernel_parts import Inputs, KernelOptions, in_rows
 
 # Of 384 positions: three segments and padding; one that starts late in a block; an id that returns.
 SEGMENTS = {

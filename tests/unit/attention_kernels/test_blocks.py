@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torchprime.torch_xla_models.splash.blocks import SPAN_MEMORY, blocks_for
+from torchprime.attention_kernels.blocks import SPAN_MEMORY, blocks_for
 
 
 @pytest.mark.parametrize(("head_dim", "itemsize"), [(64, 2), (128, 2), (128, 4), (256, 2)])
