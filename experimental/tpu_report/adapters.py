@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from torchprime.compiling.fitting import weights_per_chip
+from torchprime.compiling.sizes import settings, step_sizes
 from torchprime.config.compose import compose_config
 from torchprime.config.topologies import topology
 from torchprime.models.architecture import architecture_from_hf
-from torchprime.torch_xla_models.compile.command import settings, step_sizes
-from torchprime.torch_xla_models.compile.fitting import weights_per_chip
 from torchprime.training.setup.model_files import find_architecture
 
 GIB = 2**30

@@ -21,22 +21,19 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torchprime.compiling.command import other_report, save_module
+from torchprime.compiling.hlo.program import Program
+from torchprime.compiling.other_compiler import find_other
+from torchprime.compiling.report import judge
+from torchprime.compiling.sizes import step_sizes
+from torchprime.compiling.theory import Sizes
 from torchprime.config.compose import compose_config
 from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import topology
 from torchprime.errors import RuntimeSetupError
 from torchprime.models.architecture import architecture_from_hf
-from torchprime.torch_xla_models.compile.command import (
-    other_environment,
-    other_report,
-    save_module,
-    step_sizes,
-)
-from torchprime.torch_xla_models.compile.hlo.program import Program
+from torchprime.torch_xla_models.compile.command import compiler_of, other_environment
 from torchprime.torch_xla_models.compile.library import find_library
-from torchprime.torch_xla_models.compile.other_compiler import find_other
-from torchprime.torch_xla_models.compile.report import judge
-from torchprime.torch_xla_models.compile.theory import Sizes
 from torchprime.torch_xla_models.runtime import TPU_FLAGS
 from torchprime.training.setup.model_files import find_architecture
 
@@ -133,8 +130,9 @@ def compile_ours(step: Step, more: list[str], env: Path, folder: Path) -> dict[s
     config = compose_config([*step.argv, *more, f"compile_only={step.slice_}"])
     hf_config, sizes = sizes_of(config)
     module = folder / "module.vhlo"
-    save_module(config, hf_config, find_library(), folder, module)
-    return other_report(config, sizes, find_other(str(env)), module, folder)
+    compiler = compiler_of(find_library())
+    save_module(config, hf_config, compiler, folder, module)
+    return other_report(config, compiler, sizes, find_other(str(env)), module, folder)
 
 
 def compile_theirs(

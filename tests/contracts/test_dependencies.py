@@ -16,7 +16,8 @@ BELOW_GENERATION = {"config", *LEAVES}
 BELOW_EVALUATION = {*BELOW_GENERATION, "generation"}
 BELOW_REPORT = {*BELOW_EVALUATION, "evaluation"}
 BELOW_TRAINING = {*BELOW_REPORT, "report"}
-BELOW_BACKENDS = {*BELOW_TRAINING, "training", "sweep"}
+BELOW_COMPILING = {*BELOW_TRAINING, "training"}
+BELOW_BACKENDS = {*BELOW_COMPILING, "compiling", "sweep"}
 # Modules and rooms below all others, in an order: each may import those before it.
 BELOW = [
     *("errors", "installed", "text", "files"),
@@ -35,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": BELOW_EVALUATION,
     "report": BELOW_REPORT,
     "training": BELOW_TRAINING,
+    "compiling": BELOW_COMPILING,
     "sweep": BELOW_TRAINING,
     **{backend: BELOW_BACKENDS for backend in BACKENDS},
     "cli": {*BELOW_BACKENDS, *BACKENDS},
@@ -42,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
 LATE = "# late:"
 TPU_ROOM = "torch_native/tpu"
 # Rooms outside of the backends that use jax, for all of them.
-JAX_ROOMS = {"attention_kernels"}
+JAX_ROOMS = {"attention_kernels", "compiling"}
 
 
 def room_of(path: Path) -> str:

@@ -25,6 +25,7 @@ ROOMS = {
     "checkpoint": ["hf", "proof", "run", "adapter"],
     "cli": ["shared", "before", "weights", "answers", "sweeps"],
     "compare": ["logs"],
+    "compiling": ["hlo"],
     "config": ["sections", "many_runs"],
     "data": [
         *("shared", "files", "messages", "rows", "tokenizer"),

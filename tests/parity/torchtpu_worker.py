@@ -105,9 +105,11 @@ def main(out: Path, ways: dict[str, dict], chip: str | None) -> None:
             found = run(program, case)
         else:
             # late: libtpu is loaded only here
-            from torchprime.torch_native.tpu.compiling import compile_for
+            from torchprime.compiling.executables import compiled, parse, tpu_devices
 
-            found = compile_for(program, "v6e:2x4")._asdict()
+            devices = tpu_devices("v6e:2x4", (2, 4, 1), 1)
+            found = compiled(devices, parse(program.text), out, spmd=False)
+            assert "error" not in found, found["error"]
         torch.save({**found, "text": program.text}, out / f"{name}.pt")
         print(name, "done", flush=True)
 

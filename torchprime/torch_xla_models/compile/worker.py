@@ -35,6 +35,12 @@ from jax.sharding import Mesh as JaxMesh
 from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 from jaxlib.mlir import ir
 
+from torchprime.compiling.executables import (
+    compiled,
+    end_with,
+    to_portable,
+    tpu_devices,
+)
 from torchprime.config.load import load_config
 from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import topology
@@ -44,12 +50,6 @@ from torchprime.installed import installed_versions
 from torchprime.metrics.throughput import host_memory_bytes
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.text.terminal import print_lines
-from torchprime.torch_xla_models.compile.executables import (
-    compiled,
-    end_with,
-    to_portable,
-    tpu_devices,
-)
 from torchprime.torch_xla_models.compile.tracing import (
     Argument,
     BatchShape,
@@ -181,7 +181,7 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     lap("lower")
     if not request["compile"]:
         return result
-    result |= compiled(devices, module, folder)
+    result |= compiled(devices, module, folder, spmd=True)
     lap("compile")
     result["host_memory_bytes"] = host_memory_bytes()
     return result

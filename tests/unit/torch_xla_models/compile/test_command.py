@@ -16,6 +16,11 @@ import peft
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from torchprime.compiling.command import other_request, save_module
+from torchprime.compiling.hlo.program import Program
+from torchprime.compiling.other_compiler import OtherCompiler, compile_with
+from torchprime.compiling.report import judge
+from torchprime.compiling.sizes import settings, step_sizes
 from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
 from torchprime.config.topologies import topology
@@ -24,10 +29,7 @@ from torchprime.models.architecture import architecture_from_hf
 from torchprime.torch_xla_models.attention import choose_kernel
 from torchprime.torch_xla_models.compile import command as compile_only
 from torchprime.torch_xla_models.compile import library as tpu_library
-from torchprime.torch_xla_models.compile.hlo.program import Program
 from torchprime.torch_xla_models.compile.library import Library, find_library
-from torchprime.torch_xla_models.compile.other_compiler import OtherCompiler, compile_with
-from torchprime.torch_xla_models.compile.report import judge
 from torchprime.torch_xla_models.train import main
 from torchprime.training.setup.model_files import find_architecture
 
@@ -108,11 +110,12 @@ def test_the_portable_module_is_the_same_step(library, report: dict, tmp_path) -
     """The module through a file and a second process, by the same compiler."""
     config = compose_config(TINY)
     hf_config = config.to_dict()["model"]["architecture"]
-    sizes = compile_only.step_sizes(config, architecture_from_hf(hf_config))
+    sizes = step_sizes(config, architecture_from_hf(hf_config))
     module = tmp_path / "module.vhlo"
-    compile_only.save_module(config, hf_config, library, tmp_path, module)
+    compiler = compile_only.compiler_of(library)
+    save_module(config, hf_config, compiler, tmp_path, module)
     same = OtherCompiler(Path(sys.executable), "0.7.1", library.version)
-    request = compile_only.other_request(config, module)
+    request = other_request(config, compiler, module)
     env = compile_only.other_environment(config, {}) | {"TPU_LIBRARY_PATH": str(library.path)}
     result = compile_with(same, request, env, tmp_path / "other", 600)
     program = Program((tmp_path / "other" / "program.txt").read_text())
@@ -179,13 +182,13 @@ def from_a_folder(tmp_path_factory) -> tuple[list[str], int]:
 def test_the_step_of_an_adapters_folder_has_its_sizes(from_a_folder) -> None:
     argv, count = from_a_folder
     config = compose_config([*argv, "adapter.dropout=0.1"])
-    adapter = compile_only.settings(config)["adapter"]
+    adapter = settings(config)["adapter"]
     assert (adapter["rank"], adapter["dora"], adapter["targets"]) == (8, True, ["q_proj"])
     assert adapter["dropout"] == 0.1 and adapter["base_dtype"] == "run"
     hf_config, _ = find_architecture(
         pretrained_model=config.model.pretrained_model, architecture=None, cache_dir=None
     )
-    sizes = compile_only.step_sizes(config, architecture_from_hf(hf_config))
+    sizes = step_sizes(config, architecture_from_hf(hf_config))
     assert sizes.counts()[0] == count and sizes.dora
 
 
@@ -237,7 +240,7 @@ def test_an_adapter_of_another_model(monkeypatch, from_a_folder, tmp_path, capsy
     *_, base = (each.partition("=")[2] for each in argv if "pretrained_model" in each)
     config = json.loads((Path(base) / "config.json").read_text()) | {"hidden_size": 1024}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(compile_only, "find_library", lambda: None)
+    monkeypatch.setattr(compile_only, "find_library", lambda: Library(Path("/x"), "0", ()))
     out = tmp_path / "out"
     argv = [*argv, f"model.pretrained_model={tmp_path}", f"output_dir={out}"]
     assert run_main(main, argv) == 2

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from torchprime.compiling.theory import Sizes
 from torchprime.config.load import load_config
 from torchprime.config.schema import TrainConfig
 from torchprime.config.sections.remat import POLICIES, RematConfig
 from torchprime.config.topologies import TOPOLOGIES, topology
 from torchprime.errors import ConfigError, UserError
-from torchprime.torch_xla_models.compile.theory import Sizes
 from torchprime.training.setup.plan import reference_bytes
 
 Change = dict[str, Any]  # values by dotted key

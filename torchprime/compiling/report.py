@@ -14,17 +14,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torchprime.config.topologies import GIB, Chip
-from torchprime.torch_xla_models.compile.estimate import estimate
-from torchprime.torch_xla_models.compile.hlo.collectives import COLLECTIVES
-from torchprime.torch_xla_models.compile.hlo.program import Program
-from torchprime.torch_xla_models.compile.side_by_side import describe_both
-from torchprime.torch_xla_models.compile.theory import (
+from torchprime.compiling.estimate import estimate
+from torchprime.compiling.hlo.collectives import COLLECTIVES
+from torchprime.compiling.hlo.program import Program
+from torchprime.compiling.side_by_side import describe_both
+from torchprime.compiling.theory import (
     Sizes,
     kernel_flops,
     products_in_theory,
     traffic_in_theory,
 )
+from torchprime.config.topologies import GIB, Chip
 
 # A warning is given above this multiple of the theoretical traffic.
 TOLERATED = 1.25
@@ -225,7 +225,7 @@ def describe(report: Mapping[str, Any]) -> str:
     lines.append(
         f"compile      {s['compile']:.0f} s after {s['trace'] + s['lower']:.0f} s of tracing, "
         f"{_gib(r['host_memory_bytes'])} of host memory; libtpu {r['versions']['libtpu']}, "
-        f"torch_xla {r['versions']['torch_xla']}"
+        f"{r['runtime']} {r['versions'][r['runtime']]}"
     )
     lines.append(f"flags        {' '.join(r['flags'])}")
     if r.get("other") is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from torchprime.torch_xla_models.compile.hlo.program import Program
+from torchprime.compiling.hlo.program import Program
 
 
 def compiled(function, *shapes) -> Program:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from torchprime.torch_xla_models.compile.hlo.parsing import Instruction
+from torchprime.compiling.hlo.parsing import Instruction
 
 COLLECTIVES = (
     "all-gather",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchprime.compiling.hlo.program import Program
+from torchprime.compiling.hlo.schedule import Operation, Schedule
+from torchprime.compiling.theory import Sizes, kernel_flops
 from torchprime.config.topologies import Chip
-from torchprime.torch_xla_models.compile.hlo.program import Program
-from torchprime.torch_xla_models.compile.hlo.schedule import Operation, Schedule
-from torchprime.torch_xla_models.compile.theory import Sizes, kernel_flops
 
 MOST_OPERATIONS = 20
 

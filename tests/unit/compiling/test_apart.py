@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from torchprime.compiling.apart import run_apart
 from torchprime.errors import RuntimeSetupError, UserError
-from torchprime.torch_xla_models.compile.apart import run_apart
 
 
 def run_code(tmp_path: Path, code: str, limit_s: float = 60.0):

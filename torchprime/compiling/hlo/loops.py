@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from torchprime.torch_xla_models.compile.hlo.parsing import Computation, Instruction
+from torchprime.compiling.hlo.parsing import Computation, Instruction
 
 # Instructions whose value is that of their operand.
 _SAME = {"copy", "bitcast", "convert", "reshape", "copy-start", "copy-done"}

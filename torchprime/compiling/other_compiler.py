@@ -1,8 +1,8 @@
 """Another version of the TPU compiler, in a Python environment of its own.
 
 torch_xla 2.9.0 goes with libtpu 0.0.21. A newer libtpu compiles the same module, if it is handed
-over in jax's portable format: worker.py saves it, and executables.py compiles it, run by the Python
-of the other environment. `make libtpu-new` makes such an environment.
+over in jax's portable format: a runtime's worker saves it, and executables.py compiles it, run by
+the Python of the other environment. `make libtpu-new` makes such an environment.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torchprime.compiling.apart import run_apart
 from torchprime.errors import RuntimeSetupError
 from torchprime.files.atomic import make_folder
-from torchprime.torch_xla_models.compile.apart import run_apart
 
 KEY = "compile_libtpu"
 MAKE = "Make one with `make libtpu-new`, and set compile_libtpu=.venv/libtpu-new."

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from torchprime.config.compose import compose_config
-from torchprime.config.topologies import CHIPS, GIB
-from torchprime.models.architecture import architecture_from_hf
-from torchprime.torch_xla_models.compile.command import settings, step_sizes
-from torchprime.torch_xla_models.compile.hlo.program import Program
-from torchprime.torch_xla_models.compile.report import (
+from torchprime.compiling.hlo.program import Program
+from torchprime.compiling.report import (
     adapter_lines,
     allocation_in_words,
     judge_traffic,
@@ -17,7 +13,11 @@ from torchprime.torch_xla_models.compile.report import (
     read_shortage,
     traffic,
 )
-from torchprime.torch_xla_models.compile.theory import Sizes
+from torchprime.compiling.sizes import settings, step_sizes
+from torchprime.compiling.theory import Sizes
+from torchprime.config.compose import compose_config
+from torchprime.config.topologies import CHIPS, GIB
+from torchprime.models.architecture import architecture_from_hf
 from torchprime.training.setup.model_files import find_architecture
 
 NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k"]

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from torchprime.compiling.estimate import estimate
+from torchprime.compiling.hlo.program import Program
+from torchprime.compiling.report import work_lines
+from torchprime.compiling.theory import Sizes
 from torchprime.config.sections.remat import NAMES
 from torchprime.config.topologies import CHIPS
-from torchprime.torch_xla_models.compile.estimate import estimate
-from torchprime.torch_xla_models.compile.hlo.program import Program
-from torchprime.torch_xla_models.compile.report import work_lines
-from torchprime.torch_xla_models.compile.theory import Sizes
 
 # ruff: noqa: E501
 PROGRAM = """ENTRY %main (x: bf16[8192,4096], w: bf16[4096,4096]) -> bf16[8192,4096] {

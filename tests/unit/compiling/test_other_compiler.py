@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from torchprime.compiling.other_compiler import find_other, known_flags
 from torchprime.config.entry import run_main
 from torchprime.errors import RuntimeSetupError
-from torchprime.torch_xla_models.compile.other_compiler import find_other, known_flags
 from torchprime.torch_xla_models.train import main
 
 # What jax 0.12.0.1 says of itself, shortened.

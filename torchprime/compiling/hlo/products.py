@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from torchprime.torch_xla_models.compile.hlo.parsing import Computation, Instruction
+from torchprime.compiling.hlo.parsing import Computation, Instruction
 
 
 def product_flops(

@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from torchprime.config.topologies import Chip
-from torchprime.torch_xla_models.compile.hlo.collectives import (
+from torchprime.compiling.hlo.collectives import (
     COLLECTIVES,
     Collective,
     as_collective,
 )
-from torchprime.torch_xla_models.compile.hlo.memory import Traffic
-from torchprime.torch_xla_models.compile.hlo.parsing import Instruction
-from torchprime.torch_xla_models.compile.hlo.program import Program, branches, kernel_name
+from torchprime.compiling.hlo.memory import Traffic
+from torchprime.compiling.hlo.parsing import Instruction
+from torchprime.compiling.hlo.program import Program, branches, kernel_name
+from torchprime.config.topologies import Chip
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 

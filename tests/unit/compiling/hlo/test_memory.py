@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torchprime.torch_xla_models.compile.hlo.program import Program
+from torchprime.compiling.hlo.program import Program
 
 A = 64 * 64 * 2
 

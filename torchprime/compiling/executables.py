@@ -1,6 +1,7 @@
 """A module of StableHLO through the compiler of a slice, and the numbers of the result.
 
-Used by worker.py, and run as a script in another environment with a newer jax and libtpu:
+Used by the runtimes' workers, and run as a script in another environment with a newer jax and
+libtpu:
 
     PYTHON -I executables.py REQUEST.json FOLDER PID
 
@@ -46,6 +47,12 @@ def tpu_devices(libtpu_name: str, host_shape: Sequence[int], slices: int) -> lis
     return sorted(description.devices, key=lambda device: device.id)
 
 
+def parse(text: str) -> Any:
+    """Return a module of StableHLO from its text."""
+    with jax_mlir.make_ir_context():
+        return ir.Module.parse(text)
+
+
 def to_portable(module: bytes) -> bytes:
     """Return a module in the format that other versions of jax read too."""
     with jax_mlir.make_ir_context():
@@ -54,18 +61,26 @@ def to_portable(module: bytes) -> bytes:
         return stablehlo.serialize_portable_artifact(parsed, version)
 
 
-def compile_for(devices: Sequence[Any], module: Any) -> Any:
-    """Return the executable, with the options that torch_xla gives under SPMD."""
-    assignment = xla_client.DeviceAssignment.create(np.array([[d.id for d in devices]]))
+def compile_for(devices: Sequence[Any], module: Any, *, spmd: bool) -> Any:
+    """Return the executable.
+
+    Args:
+        spmd: the module is of all chips, and is cut with the options that torch_xla gives; else it
+            is of one chip, and all chips run it.
+    """
+    ids = np.array([[d.id for d in devices]])
+    assignment = xla_client.DeviceAssignment.create(ids if spmd else ids.T)
+    replicas, partitions = (1, len(devices)) if spmd else (len(devices), 1)
     options = xla_client.CompileOptions()
-    options.num_replicas, options.num_partitions = 1, len(devices)
+    options.num_replicas, options.num_partitions = replicas, partitions
     options.device_assignment = assignment
     build = options.executable_build_options
-    build.num_replicas, build.num_partitions = 1, len(devices)
+    build.num_replicas, build.num_partitions = replicas, partitions
     build.device_assignment = assignment
-    build.use_spmd_partitioning = True
-    build.use_shardy_partitioner = False
-    build.allow_spmd_sharding_propagation_to_output = [True]
+    if spmd:
+        build.use_spmd_partitioning = True
+        build.use_shardy_partitioner = False
+        build.allow_spmd_sharding_propagation_to_output = [True]
     return devices[0].client.compile(
         module,
         executable_devices=xla_client.DeviceList(tuple(devices)),
@@ -103,18 +118,18 @@ def end_with(parent: int) -> None:
         sys.exit("The command that asked for this compile has ended.")
 
 
-def _executable(devices: Sequence[Any], module: Any) -> Any:
+def _executable(devices: Sequence[Any], module: Any, spmd: bool) -> Any:
     try:
-        return compile_for(devices, module)
+        return compile_for(devices, module, spmd=spmd)
     except TypeError:  # jax 0.7.1 takes bytes only
-        return compile_for(devices, jax_mlir.module_to_bytecode(module))
+        return compile_for(devices, jax_mlir.module_to_bytecode(module), spmd=spmd)
 
 
-def compiled(devices: Sequence[Any], module: Any, folder: Path) -> dict[str, Any]:
+def compiled(devices: Sequence[Any], module: Any, folder: Path, *, spmd: bool) -> dict[str, Any]:
     """Compile a module, write its program to program.txt, and return `memory`, or the compiler's
     message as `error`."""
     try:
-        executable = _executable(devices, module)
+        executable = _executable(devices, module, spmd)
     except (RuntimeError, ValueError) as error:  # jaxlib's own are RuntimeErrors
         return {"error": str(error)}
     (program,) = executable.hlo_modules()
@@ -134,7 +149,7 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     with jax_mlir.make_ir_context() as context:
         portable = Path(request["module"]).read_bytes()
         module = stablehlo.deserialize_portable_artifact(context, portable)
-        result |= compiled(devices, module, folder)
+        result |= compiled(devices, module, folder, spmd=request["spmd"])
     return {**result, "seconds": {"compile": time.perf_counter() - began}}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchprime.torch_xla_models.compile.hlo.parsing import Array, parse
+from torchprime.compiling.hlo.parsing import Array, parse
 
 # ruff: noqa: E501
 # From libtpu 0.0.52, shortened: a Pallas kernel's metadata on lines of their own, the last of which

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torchprime.compiling.side_by_side import describe_both
 from torchprime.config.topologies import GIB
-from torchprime.torch_xla_models.compile.side_by_side import describe_both
 
 
 def of(version: str, total: int, step_s: float, gathered: int) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 
-from torchprime.torch_xla_models.compile.hlo import loops
-from torchprime.torch_xla_models.compile.hlo.collectives import Collective, as_collective
-from torchprime.torch_xla_models.compile.hlo.memory import Traffic, hbm_traffic
-from torchprime.torch_xla_models.compile.hlo.parsing import Instruction, parse
-from torchprime.torch_xla_models.compile.hlo.products import product_flops
+from torchprime.compiling.hlo import loops
+from torchprime.compiling.hlo.collectives import Collective, as_collective
+from torchprime.compiling.hlo.memory import Traffic, hbm_traffic
+from torchprime.compiling.hlo.parsing import Instruction, parse
+from torchprime.compiling.hlo.products import product_flops
 
 # Instructions that stand for the instructions of a computation.
 CONTAINERS = ("while", "conditional", "call")

@@ -6,15 +6,15 @@ import dataclasses
 
 import pytest
 
-from torchprime.config.compose import compose_config
-from torchprime.models.architecture import architecture_from_hf
-from torchprime.torch_xla_models.compile.command import step_sizes
-from torchprime.torch_xla_models.compile.theory import (
+from torchprime.compiling.sizes import step_sizes
+from torchprime.compiling.theory import (
     Sizes,
     kernel_flops,
     products_in_theory,
     traffic_in_theory,
 )
+from torchprime.config.compose import compose_config
+from torchprime.models.architecture import architecture_from_hf
 from torchprime.training.setup.model_files import find_architecture
 
 NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k"]

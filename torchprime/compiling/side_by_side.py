@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchprime.compiling.hlo.collectives import COLLECTIVES
 from torchprime.config.topologies import GIB
-from torchprime.torch_xla_models.compile.hlo.collectives import COLLECTIVES
 
 LABEL, COLUMN = 32, 30
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torchprime.torch_xla_models.compile.hlo.collectives import COLLECTIVES
-from torchprime.torch_xla_models.compile.hlo.parsing import WIDTHS, Computation, Instruction
+from torchprime.compiling.hlo.collectives import COLLECTIVES
+from torchprime.compiling.hlo.parsing import WIDTHS, Computation, Instruction
 
 SLICES = ("dynamic-slice", "slice", "gather")
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # kind: place of the update's operand

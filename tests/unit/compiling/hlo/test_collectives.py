@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from torchprime.torch_xla_models.compile.hlo.collectives import as_collective
-from torchprime.torch_xla_models.compile.hlo.parsing import parse
+from torchprime.compiling.hlo.collectives import as_collective
+from torchprime.compiling.hlo.parsing import parse
 
 EIGHT = "channel_id=5, replica_groups=[2,8]<=[16]"  # two groups of 8
 PAIRS = "channel_id=5, replica_groups={{0,1},{2,3}}"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 
+from torchprime.compiling.hlo.program import Program
+from torchprime.compiling.hlo.schedule import Clock, Schedule, Seconds
 from torchprime.config.topologies import Chip
-from torchprime.torch_xla_models.compile.hlo.program import Program
-from torchprime.torch_xla_models.compile.hlo.schedule import Clock, Schedule, Seconds
 
 A = 64 * 64 * 2
 CHIP = Chip("small", 2**30, 2 * 64**3, A, A, clock_hz=100)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 
-from torchprime.config.compose import compose_config
-from torchprime.config.schema import TrainConfig
-from torchprime.config.topologies import GIB
-from torchprime.errors import RuntimeSetupError
-from torchprime.models.architecture import architecture_from_hf
-from torchprime.torch_xla_models.compile.command import step_sizes
-from torchprime.torch_xla_models.compile.fitting import (
+from torchprime.compiling.fitting import (
     changed,
     changes,
     find_nearest,
     state_bytes,
     weights_per_chip,
 )
-from torchprime.torch_xla_models.compile.theory import products_in_theory
+from torchprime.compiling.sizes import step_sizes
+from torchprime.compiling.theory import products_in_theory
+from torchprime.config.compose import compose_config
+from torchprime.config.schema import TrainConfig
+from torchprime.config.topologies import GIB
+from torchprime.errors import RuntimeSetupError
+from torchprime.models.architecture import architecture_from_hf
 from torchprime.training.setup.model_files import find_architecture
 
 NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k", "compile_only=v6e-8"]
