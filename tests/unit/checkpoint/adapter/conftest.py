@@ -14,9 +14,15 @@ import peft
 import pytest
 import torch
 from in_peft import lora_config
-from tiny_llama import tiny_llama
+from tiny_llama import SHAPE
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4Config,
+    LlamaConfig,
+    Phi3Config,
+    PretrainedConfig,
+)
 
 from torchprime.adapters.spec import AdapterSpec
 
@@ -31,8 +37,12 @@ SPECS = {
     "tied embedding": AdapterSpec(
         rank=2, alpha=4, targets=("v_proj",), modules_to_train=("embed_tokens",)
     ),
+    "fused": AdapterSpec(rank=4, alpha=8, targets=("qkv_proj", "o_proj", "gate_up_proj")),
+    "fused dora": AdapterSpec(rank=4, alpha=8, targets=("q_proj", "gate_up_proj"), dora=True),
 }
 TIED = {"tied embedding"}
+# Bases with fused projections.
+FUSED: dict[str, Callable[..., PretrainedConfig]] = {"fused": Phi3Config, "fused dora": Glm4Config}
 
 
 @dataclass(frozen=True)
@@ -59,18 +69,24 @@ def make_base(
     """Makes a random base with a tokenizer, once for each choice; sizes that NF4 can store."""
 
     @cache
-    def make(tied: bool = False, seed: int = 0, hidden: int = 64) -> Path:
-        config = tiny_llama(
-            320,
-            hidden_size=hidden,
-            intermediate_size=128,
+    def make(
+        tied: bool = False,
+        seed: int = 0,
+        hidden: int = 64,
+        family: Callable[..., PretrainedConfig] = LlamaConfig,
+    ) -> Path:
+        config = family(
+            vocab_size=320,
+            **{**SHAPE, "hidden_size": hidden, "intermediate_size": 128},
+            head_dim=hidden // SHAPE["num_attention_heads"],
             max_position_embeddings=128,
             tie_word_embeddings=tied,
             bos_token_id=None,
             eos_token_id=0,
+            pad_token_id=None,
         )
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model: Any = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         folder = tmp_path_factory.mktemp("base")
@@ -91,7 +107,7 @@ def by_peft(
     @cache
     def make(name: str) -> PeftAdapter:
         spec, tied = SPECS[name], name in TIED
-        base = make_base(tied)
+        base = make_base(tied, family=FUSED.get(name, LlamaConfig))
         plain = AutoModelForCausalLM.from_pretrained(base)
         config = lora_config(spec, task_type="CAUSAL_LM", ensure_weight_tying=tied)
         model = peft.get_peft_model(plain, config).eval()

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_families import make_wrapper
 
 from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
 from torchprime.checkpoint.hf.source import resolve_pretrained
@@ -179,24 +180,15 @@ def test_a_folder_of_an_older_quantizer_is_named(tmp_path: Path, llama, name: st
 @pytest.mark.parametrize("wrapper", ["Gemma3", "Mistral3"])
 def test_the_text_model_of_a_wrapper_is_read(wrapper: str, older: bool, tmp_path: Path) -> None:
     """Saved by transformers itself, and with the names that older versions wrote."""
-    shape = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    text = dict(**shape, num_key_value_heads=1, head_dim=8, vocab_size=64, pad_token_id=None)
-    vision = dict(**shape, image_size=28, patch_size=14)
+    made = make_wrapper(tmp_path, wrapper)
     tied = wrapper == "Gemma3"
-    config = getattr(transformers, f"{wrapper}Config")(
-        text_config={**text, "tie_word_embeddings": tied},
-        vision_config=vision,
-        tie_word_embeddings=tied,
-    )
-    model = getattr(transformers, f"{wrapper}ForConditionalGeneration")(config)
-    model.save_pretrained(tmp_path)
+    model = getattr(transformers, f"{wrapper}ForConditionalGeneration").from_pretrained(tmp_path)
     count = len(load_file(tmp_path / "model.safetensors"))
     if older:
         rewritten(tmp_path, tmp_path, lambda tensors: {_older(n): t for n, t in tensors.items()})
-    read = json.loads((tmp_path / "config.json").read_text())
     spec = {
         name: tuple(tensor.shape)
-        for name, tensor in CausalLM(architecture_from_hf(read)).named_parameters()
+        for name, tensor in CausalLM(architecture_from_hf(made.config)).named_parameters()
     }
     reader = SafetensorsReader(tmp_path)
     check_names(spec, reader, tied=tied)

@@ -1,0 +1,97 @@
+"""Whole runs of model families on the native backend: fused projections, models with images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from run_fixtures import VOCAB
+from tiny_families import TinyCheckpoint, make_checkpoint, make_wrapper
+from transformers import AutoModelForCausalLM
+
+from torchprime.checkpoint.hf.read import SafetensorsReader
+from torchprime.cli.main import main as torchprime
+from torchprime.config.entry import run_main
+from torchprime.torch_native.train import main
+
+IDS = torch.arange(40)[None]
+
+
+@pytest.fixture
+def train(
+    command: Callable[..., list[str]],
+    make_tokenizer_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> Callable[..., Path]:
+    """Train a checkpoint, which gets a tokenizer, and return the run's folder."""
+
+    def make(base: TinyCheckpoint, *overrides: str) -> Path:
+        make_tokenizer_folder(base.folder)
+        place = (f"model.pretrained_model={base.folder}", f"output_dir={tmp_path}", "run_name=run")
+        single = ("ici_mesh.fsdp=1", "ici_mesh.tensor=1", "task.max_steps=3")
+        assert run_main(main, command(*place, *single, *overrides)) == 0
+        return tmp_path / "run"
+
+    return make
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def test_peft_computes_with_an_adapter_of_fused_projections(
+    train: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The folder names the fused modules; merged, it is the same model."""
+    base = make_checkpoint(tmp_path / "base", "phi3_window", vocab_size=VOCAB)
+    rate = "task.optimizer.learning_rate=0.03"
+    export = train(base, "adapter=lora", "adapter.rank=4", "export.adapter=both", rate) / "export"
+    named = json.loads((export / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert sorted(named) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    plain = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    before = logits(plain)
+    adapted = logits(peft.PeftModel.from_pretrained(plain, str(export / "adapter")))
+    merged = logits(AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32))
+    torch.testing.assert_close(adapted, merged, rtol=1e-5, atol=1e-5)
+    assert (adapted - before).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("wrapper", ["Gemma3", "Mistral3"])
+def test_the_text_model_of_a_model_with_images_is_trained_and_exported(
+    wrapper: str,
+    train: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = {"sliding_window": 16} if wrapper == "Gemma3" else {}
+    base = make_wrapper(tmp_path / "base", wrapper, vocab_size=VOCAB, **text)
+    run = train(base, "checkpoint.every_steps=3")
+    family = {"Gemma3": "gemma3_text", "Mistral3": "mistral"}[wrapper]
+    printed = capsys.readouterr().err
+    assert f"its text model is trained and exported, as {family}; the" in printed
+    assert "logits of transformers match the trainer's" in printed
+    trained = AutoModelForCausalLM.from_pretrained(run / "export")
+    assert trained.config.model_type == family
+    # Its weights in the place of the wrapper's own give the same logits there.
+    whole = getattr(transformers, f"{wrapper}ForConditionalGeneration").from_pretrained(base.folder)
+    before = logits(whole)
+    inner = {n.removeprefix("model."): p for n, p in trained.named_parameters()}
+    head = inner.pop("lm_head.weight", None)
+    whole.model.language_model.load_state_dict(inner, strict=True)
+    if head is not None:
+        whole.lm_head.weight.data.copy_(head)
+    torch.testing.assert_close(logits(trained), logits(whole), rtol=1e-5, atol=1e-5)
+    assert (logits(whole) - before).abs().max() > 1e-3
+    # A checkpoint of the run gives the same export.
+    out = tmp_path / "again"
+    assert torchprime(["export", str(run), "--out", str(out)]) == 0
+    one, two = (SafetensorsReader(folder) for folder in (run / "export", out))
+    assert set(one.names()) == set(two.names())
+    assert all(torch.equal(one.get(name), two.get(name)) for name in one.names())
