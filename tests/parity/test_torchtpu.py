@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from torchprime.compiling.hlo.program import Program
 from torchprime.torch_native.tpu.environment import without_chip
 
 REPO = Path(__file__).resolve().parents[2]
@@ -25,7 +26,11 @@ PYTHON = Path(
     os.environ.get("TORCHPRIME_TORCHTPU_PYTHON") or REPO / ".venv-torchtpu" / "bin" / "python"
 )
 HERE = Path(__file__).parent
-FULL, LORA = {"mesh": {"fsdp": 2}}, {"mesh": {"fsdp": 2}, "lora": 4}
+REFERENCES: dict[str, dict[str, Any]] = {
+    "full": {"mesh": {"fsdp": 2}},
+    "lora": {"mesh": {"fsdp": 2}, "lora": 4},
+    "long": {"mesh": {"fsdp": 2}, "length": 256},
+}
 # The reference of each way, and the way.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "one": ("full", {"mesh": {}}),
@@ -34,6 +39,12 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "fsdp4_tensor2": ("full", {"mesh": {"fsdp": 4, "tensor": 2}}),
     "accumulation": ("full", {"mesh": {"fsdp": 4, "tensor": 2}, "accumulation": 4}),
     "unrolled": ("full", {"mesh": {"fsdp": 8}, "remat": False}),
+    # The attention kernels, in Pallas' interpreter; the reference has the reference core.
+    "kernels": ("long", {"mesh": {"fsdp": 8}, "kernels": True, "length": 256}),
+    "kernels_tensor": (
+        "long",
+        {"mesh": {"fsdp": 4, "tensor": 2}, "kernels": True, "length": 256, "accumulation": 2},
+    ),
     "lora": ("lora", {"mesh": {"data": 2, "fsdp": 4}, "lora": 4}),
     "lora_tensor": ("lora", {"mesh": {"fsdp": 4, "tensor": 2}, "lora": 4}),
 }
@@ -58,7 +69,7 @@ def command(*words: object) -> None:
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder, found = tmp_path_factory.mktemp("native"), {}
-    for name, way in (("full", FULL), ("lora", LORA)):
+    for name, way in REFERENCES.items():
         out = folder / f"{name}.pt"
         launch = [
             sys.executable,
@@ -94,10 +105,55 @@ def test_ten_steps_equal_the_native_backend(name: str, references, programs) -> 
         assert float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max())), key
 
 
-@pytest.mark.parametrize("name", ["fsdp8", "data2_fsdp4"])
+def without_kernels(text: str) -> str:
+    """A module without the functions that have the kernels' content."""
+    start = "\n  func.func "
+    kept = [each for each in text.split(start) if not each.startswith("private @splash_")]
+    return start.join(kept).rstrip("}\n")
+
+
+@pytest.mark.parametrize("name", ["data2_fsdp4", "kernels"])
 def test_the_same_module_compiles_for_a_tpu(name: str, programs, tmp_path: Path) -> None:
     way = {name: WAYS[name][1]}
     command(PYTHON, HERE / "torchtpu_worker.py", tmp_path, json.dumps(way), "v6e")
     found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-    assert found["text"] == programs[name]["text"], "another module than the one that was run"
+    ours, run = without_kernels(found["text"]), without_kernels(programs[name]["text"])
+    assert ours == run, "another module than the one that was run"
     assert found["memory"]["alias"] > 0
+    # Three layers; the forward once more in each backward.
+    kernels = {"splash_forward": 6, "splash_backward": 3} if "kernels" in way[name] else {}
+    assert Program((tmp_path / "program.txt").read_text()).kernels() == kernels
+    assert ("tpu_custom_call" in found["text"]) == bool(kernels)
+    assert "custom_call" not in ours
+
+
+# Small, but with dims that a TPU's tiles do not pad.
+SMALL = [
+    "--config-name", "llama-3-8b-sft-w-gsm8k", "run_name=small", "task=train",
+    "model=llama-3.2-1b", "model.pretrained_model=null", "model.architecture.num_hidden_layers=3",
+    "model.architecture.hidden_size=512", "model.architecture.intermediate_size=1024",
+    "model.architecture.num_attention_heads=4", "model.architecture.num_key_value_heads=2",
+    "model.architecture.head_dim=128", "model.architecture.vocab_size=2048",
+    "model.architecture.rope_scaling=null", "dataset.block_size=512", "task.loss_chunks=4",
+    "task.global_batch_size=16", "task.max_steps=1", "mesh=fsdp8", "compile_only=v6e-8",
+]  # fmt: skip
+
+
+def test_compile_only_reports_the_step(tmp_path: Path) -> None:
+    run = [PYTHON, "-m", "torchprime.cli.main", "train", *SMALL]
+    command(*run, f"output_dir={tmp_path}")
+    report = json.loads((tmp_path / "small-v6e-8" / "compile_report.json").read_text())
+    assert report["fits"] and report["runtime"] == "torch-tpu"
+    assert report["versions"]["libtpu"] == "0.0.52"
+    # Three layers; the forward once more in each backward.
+    assert report["kernels"] == {"splash_forward": 6, "splash_backward": 3}
+    assert report["loops"] == [3, 3]
+    assert report["flops"]["ratio"] == pytest.approx(1.0, abs=0.01)
+    moved = {kind: numbers["bytes"] for kind, numbers in report["collectives"].items()}
+    theory = report["collectives_in_theory"]
+    # The compiler gathers the embedding or the output weight once instead of twice.
+    assert 0.9 * theory["all-gather"] < moved["all-gather"] < 1.05 * theory["all-gather"]
+    reduced = moved["reduce-scatter"] + moved["all-reduce"]
+    assert 0.9 * theory["reduce-scatter"] < reduced < 1.1 * theory["reduce-scatter"]
+    # Weights and state are written in place.
+    assert report["memory"]["alias"] == pytest.approx(report["state_bytes"], rel=0.02)

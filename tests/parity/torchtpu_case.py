@@ -76,14 +76,14 @@ def make_case(way: dict[str, Any]) -> Case:
     return Case(model, table, options, optimizer, start)
 
 
-def make_batch(step: int) -> Batch:
+def make_batch(step: int, length: int = LENGTH) -> Batch:
     """Return packed rows: two segments and padding in most blocks, an empty block, weights."""
     rng = np.random.default_rng(step)
-    shape = (BLOCKS, LENGTH)
+    shape = (BLOCKS, length)
     ids = rng.integers(1, VOCABULARY, shape, dtype=np.int32)
-    cuts = np.sort(rng.integers(3, LENGTH + 1, (BLOCKS, 2)), axis=1)
+    cuts = np.sort(rng.integers(3, length + 1, (BLOCKS, 2)), axis=1)
     cuts[-1] = 0
-    place = np.arange(LENGTH, dtype=np.int32)[None]
+    place = np.arange(length, dtype=np.int32)[None]
     first, second = place < cuts[:, :1], place < cuts[:, 1:]
     segments = np.where(first, 1, np.where(second, 2, 0)).astype(np.int32)
     positions = np.where(first, place, np.where(second, place - cuts[:, :1], 0)).astype(np.int32)

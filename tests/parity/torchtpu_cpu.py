@@ -9,30 +9,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.interpreters.mlir as jax_mlir
 import numpy as np
 import torch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib import xla_client
-from jaxlib.mlir import ir
 from torch import Tensor
 
 
 class CpuChips:
     """A program on the first `count` devices."""
 
-    def __init__(self, text: str, count: int) -> None:
+    def __init__(self, module: Any, count: int) -> None:
         self.devices = jax.devices("cpu")[:count]
         options = xla_client.CompileOptions()
         options.num_replicas, options.num_partitions = count, 1
         numbers = np.array([[device.id] for device in self.devices])
         options.device_assignment = xla_client.DeviceAssignment.create(numbers)
-        with jax_mlir.make_ir_context():
-            module = ir.Module.parse(text)
-            self.program = self.devices[0].client.compile_and_load(
-                module, executable_devices=xla_client.DeviceList(tuple(self.devices)),
-                compile_options=options,
-            )  # fmt: skip
+        self.program = self.devices[0].client.compile_and_load(
+            module, executable_devices=xla_client.DeviceList(tuple(self.devices)),
+            compile_options=options,
+        )  # fmt: skip
         self.mesh = Mesh(np.array(self.devices), ("chip",))
 
     def run(self, inputs: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:

@@ -11,7 +11,7 @@ os.environ["USE_TORCH_XLA"] = "0"
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torchtpu_case import LR, STEPS, make_batch, make_case  # noqa: E402
+from torchtpu_case import LENGTH, LR, STEPS, make_batch, make_case  # noqa: E402
 
 from torchprime.torch_native.backend import NativeBackend  # noqa: E402
 from torchprime.torch_native.runtime import stop_processes  # noqa: E402
@@ -26,7 +26,7 @@ def main(out: Path, way: dict) -> None:
     backend.prepare_training(case.optimizer, case.options)
     accumulation, numbers = case.options.gradient_accumulation_steps, []
     for step in range(STEPS):
-        batch = backend.put(make_batch(step), accumulation)
+        batch = backend.put(make_batch(step, way.get("length", LENGTH)), accumulation)
         found = backend.read(backend.train_step(batch, LR))
         numbers.append([found.loss, found.grad_norm])
     weights = {name: weight.clone() for name, weight in backend.weights()}

@@ -12,14 +12,18 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torchtpu_case import LR, STEPS, Case, make_batch, make_case  # noqa: E402
+from torchtpu_case import LENGTH, LR, STEPS, Case, make_batch, make_case  # noqa: E402
 
+from torchprime.compiling.executables import parse  # noqa: E402
+from torchprime.models.decoder import replace_attention_cores  # noqa: E402
 from torchprime.torch_native.tpu.grid import Grid  # noqa: E402
+from torchprime.torch_native.tpu.kernels import KernelAttention  # noqa: E402
 from torchprime.torch_native.tpu.parameters import hold  # noqa: E402
 from torchprime.torch_native.tpu.program import Program, make_program  # noqa: E402
 from torchprime.torch_native.tpu.step import (  # noqa: E402
@@ -35,22 +39,24 @@ from torchprime.training.step import host_fields  # noqa: E402
 def program_of(way: dict) -> tuple[Program, Case]:
     """Lower the step of a way."""
     case, grid = make_case(way), Grid(**way["mesh"])
+    if way.get("kernels"):
+        replace_attention_cores(case.model, KernelAttention)
     remat = way.get("remat", True)
     parts = hold(case.model, case.table, grid, torch.float32, remat=remat)
     builder = StepBuilder(parts, Training(case.optimizer, case.options))
-    fields = host_fields(make_batch(0), case.options)
+    fields = host_fields(make_batch(0, way.get("length", LENGTH)), case.options)
     micro = case.options.gradient_accumulation_steps
     rows = fields[0].shape[0] // micro // (grid.data * grid.fsdp)
     kinds = tuple(field.dtype for field in fields)
     return make_program(builder.build(Rows(micro, rows, fields[0].shape[1], kinds))), case
 
 
-def run(program: Program, case: Case) -> dict:
+def run(program: Program, module: Any, case: Case, length: int) -> dict:
     """Run a program for some steps on virtual devices; its numbers and whole weights."""
     from torchtpu_cpu import CpuChips
 
     graph, grid = program.step, program.step.grid
-    chips = CpuChips(program.text, grid.count)
+    chips = CpuChips(module, grid.count)
     buffers = dict(case.model.named_buffers())
     states = [
         {
@@ -62,7 +68,7 @@ def run(program: Program, case: Case) -> dict:
     written = [each.name for each in graph.inputs if each.donated]
     numbers = []
     for step in range(STEPS):
-        fields = host_fields(make_batch(step), case.options)
+        fields = host_fields(make_batch(step, length), case.options)
 
         def given(each: Input, rank: int, fields: list[Tensor] = fields) -> Tensor:
             if each.name == "lr":
@@ -101,16 +107,17 @@ def whole_weights(program: Program, states: list[dict[str, Tensor]]) -> dict[str
 def main(out: Path, ways: dict[str, dict], chip: str | None) -> None:
     for name, way in ways.items():
         program, case = program_of(way)
+        module = parse(program.module_for("cpu" if chip is None else "tpu"))
         if chip is None:
-            found = run(program, case)
+            found = run(program, module, case, way.get("length", LENGTH))
         else:
             # late: libtpu is loaded only here
-            from torchprime.compiling.executables import compiled, parse, tpu_devices
+            from torchprime.compiling.executables import compiled, tpu_devices
 
             devices = tpu_devices("v6e:2x4", (2, 4, 1), 1)
-            found = compiled(devices, parse(program.text), out, spmd=False)
+            found = compiled(devices, module, out, spmd=False)
             assert "error" not in found, found["error"]
-        torch.save({**found, "text": program.text}, out / f"{name}.pt")
+        torch.save({**found, "text": str(module)}, out / f"{name}.pt")
         print(name, "done", flush=True)
 
 

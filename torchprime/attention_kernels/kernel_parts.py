@@ -116,9 +116,12 @@ class Tile(NamedTuple):
         start = step * self.queries
         if self.window is not None:
             first = jnp.maximum(first, start - self.window + 1)
-        low = jnp.maximum(first - span_start, 0) // self.keys
+        # Both are positive. Python's division looks at signs, and newer jax lowers that only for a
+        # chip that it knows.
+        keys = jnp.int32(self.keys)
+        low = lax.div(jnp.maximum(first - span_start, 0), keys)
         end = jnp.clip(start + self.queries - span_start, 0, span)
-        return low, (end + self.keys - 1) // self.keys
+        return low, lax.div(end + self.keys - 1, keys)
 
     def masked(
         self, scores: jax.Array, step: Any, key_start: Any, key_ids: jax.Array, ids: jax.Array

@@ -149,6 +149,7 @@ def compile_report(
         "slot_tokens_per_chip": sizes.tokens // sizes.tensor,
         **{key: result[key] for key in ("versions", "compiler", "flags", "seconds")},
         "host_memory_bytes": result["host_memory_bytes"],
+        "state_bytes": result.get("state_bytes"),
     }
     report["versions"]["libtpu"] = compiler.libtpu
     if "error" not in result:

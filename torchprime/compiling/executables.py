@@ -47,10 +47,10 @@ def tpu_devices(libtpu_name: str, host_shape: Sequence[int], slices: int) -> lis
     return sorted(description.devices, key=lambda device: device.id)
 
 
-def parse(text: str) -> Any:
-    """Return a module of StableHLO from its text."""
+def parse(module: bytes) -> Any:
+    """Return a module of StableHLO from its bytecode."""
     with jax_mlir.make_ir_context():
-        return ir.Module.parse(text)
+        return ir.Module.parse(module)
 
 
 def to_portable(module: bytes) -> bytes:

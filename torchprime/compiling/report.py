@@ -37,7 +37,8 @@ MEMORY_PARTS = ("argument", "temp", "generated_code")
 def memory_use(stats: Mapping[str, int], chip: Chip) -> dict[str, Any]:
     """Return the bytes of one chip by use, and True if the chip has them.
 
-    Arguments are weights, optimizer state and batch; the step writes its results over them.
+    Arguments are weights, optimizer state and batch; `alias` are those that the step writes its
+    results over.
     Temporaries are the live arrays at the step's peak. `host` are those in the host's memory.
     """
     parts = {part: stats[part] for part in MEMORY_PARTS}
@@ -45,6 +46,7 @@ def memory_use(stats: Mapping[str, int], chip: Chip) -> dict[str, Any]:
     total = sum(parts.values())
     return {
         **parts,
+        "alias": stats["alias"],
         "total": total,
         "limit": chip.hbm_bytes,
         "fits": total <= chip.hbm_bytes,

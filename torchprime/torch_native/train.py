@@ -14,6 +14,7 @@ import sys
 from torchprime.config.entry import run_main
 from torchprime.config.schema import AXES, TrainConfig
 from torchprime.errors import ConfigError
+from torchprime.installed import installed_version
 from torchprime.sweep.command import run_sweep
 
 
@@ -33,14 +34,24 @@ def make_backend(config: TrainConfig):
     )
 
 
-def main(config: TrainConfig) -> int:
-    """Train as configured and return the exit code."""
-    if config.compile_only is not None:
+def _compile_only(config: TrainConfig) -> int:
+    """Compile the step of one program in TorchTPU's environment; return the exit code."""
+    if installed_version("torch-tpu") is None:
         raise ConfigError(
             f"compile_only: given {config.compile_only!r}, expected null: this is the GPU backend. "
             "The TPU's compiler belongs to the other one: torchprime train --backend xla, without "
-            "torchrun."
+            "torchrun. To compile TorchTPU's step, use its environment: make setup-torchtpu."
         )
+    # late: it takes seconds, and training does not need it
+    from torchprime.torch_native.compile.command import compile_only
+
+    return compile_only(config)
+
+
+def main(config: TrainConfig) -> int:
+    """Train as configured and return the exit code."""
+    if config.compile_only is not None:
+        return _compile_only(config)
     os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA if it is installed
     # late: transformers looks for torch_xla when imported
     from torchprime.metrics.goodput import Ledger, seconds_since_process_start

@@ -10,9 +10,9 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 
+from torchprime.attention_kernels import choice
 from torchprime.attention_kernels.blocks import KERNEL_MULTIPLE
-from torchprime.config.sections.model import SPLASH, SPLASH_BY_JAX, SPLASH_KERNELS
-from torchprime.errors import ConfigError
+from torchprime.config.sections.model import SPLASH_BY_JAX, SPLASH_KERNELS
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 from torchprime.text.terminal import say
@@ -25,31 +25,8 @@ def choose_kernel(wanted: str, block_size: int) -> tuple[str, str]:
     Returns:
         The kernel's name and why.
     """
-    device = xr.device_type()
-    fits = block_size % KERNEL_MULTIPLE == 0
-    on_tpu = wanted in SPLASH_KERNELS
-    if on_tpu and device != "TPU":
-        raise ConfigError(
-            f"model.attention_kernel={wanted} runs on TPUs only, and this run is on "
-            f"{device}; use auto or reference."
-        )
-    if wanted in ("flash", "flex"):
-        raise ConfigError(
-            f"model.attention_kernel={wanted} is a kernel of the GPU backend, and this run is on "
-            "XLA; use auto, splash or reference."
-        )
-    if on_tpu and not fits:
-        raise ConfigError(
-            f"model.attention_kernel={wanted} works in tiles of {KERNEL_MULTIPLE} positions, but "
-            f"dataset.block_size={block_size} is not a multiple. Change it, or use auto."
-        )
-    if wanted != "auto":
-        return wanted, "as configured"
-    if device != "TPU":
-        return "reference", f"auto on {device}"
-    if not fits:
-        return "reference", f"auto: block_size={block_size} is no multiple of {KERNEL_MULTIPLE}"
-    return SPLASH, "auto on TPU"
+    runtime = choice.Runtime("XLA", str(xr.device_type()), calls_jax=True)
+    return choice.choose_kernel(wanted, block_size, runtime)
 
 
 # Makes the core of a layer from its head size and its window.

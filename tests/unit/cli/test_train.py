@@ -75,6 +75,12 @@ def test_each_host_gets_its_backend(
     assert bool(chosen.instead) == (asked is None and reason != "compile_only")
 
 
+def test_torchtpus_environment_compiles_its_own_step(host, monkeypatch) -> None:
+    host({})
+    monkeypatch.setattr(backends, "installed_version", {"torch-tpu": "0.2.0"}.get)
+    assert backends.choose_backend(None, "v6e-8").backend == "native"
+
+
 def test_several_gpus_are_told_of_torchrun(host) -> None:
     host({}, gpus=8)
     assert "torchrun --standalone --nproc_per_node=8" in backends.choose_backend(None, None).instead

@@ -49,6 +49,7 @@ def test_only_what_is_too_much_is_said() -> None:
 def test_memory_counts_outputs_that_are_written_over_once() -> None:
     stats = {"argument": 10 * GIB, "output": 10 * GIB, "alias": 9 * GIB, "temp": 4 * GIB}
     use = memory_use({**stats, "generated_code": 0}, CHIPS["v5e"])
+    assert use["alias"] == 9 * GIB
     assert use["total"] == 15 * GIB and use["fits"]
     more = memory_use({**stats, "generated_code": GIB}, CHIPS["v5e"])
     assert not more["fits"] and more["limit"] == 15.75 * GIB

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError
+from torchprime.installed import installed_version
 from torchprime.text.terminal import is_first_process, say
 from torchprime.torch_native import train as native
 from torchprime.torch_xla_models import train as xla
@@ -37,7 +38,8 @@ def choose_backend(asked: str | None, compile_only: str | None, flag: str = FLAG
 
     Args:
         asked: the backend given by `flag`.
-        compile_only: the config's; only the XLA backend compiles for TPUs.
+        compile_only: the config's; only the XLA backend compiles for TPUs, or the native one in
+            TorchTPU's environment.
 
     Raises:
         ConfigError: XLA is asked for in one of several processes that torchrun started.
@@ -55,7 +57,8 @@ def choose_backend(asked: str | None, compile_only: str | None, flag: str = FLAG
         reason = f"torchrun started this process, one of {size}"
         return Choice("native", reason, "for XLA, start without torchrun")
     if compile_only is not None:
-        return Choice("xla", "compile_only asks for the TPU's compiler")
+        torchtpu = installed_version("torch-tpu") is not None
+        return Choice("native" if torchtpu else "xla", "compile_only asks for the TPU's compiler")
     if (device := os.environ.get("PJRT_DEVICE")) is not None:
         return Choice("xla", f"PJRT_DEVICE is {device}", f"for the other: {FLAG} native")
     if host_has_tpu():

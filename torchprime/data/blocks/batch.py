@@ -65,3 +65,11 @@ class Batch:
         flat, sources = self.loss_weights.reshape(-1), self.source_ids.reshape(-1)
         sums = np.bincount(sources, weights=flat.astype(np.float64), minlength=count)
         return tuple(sums.tolist())
+
+
+def empty_batch(shape: tuple[int, int], *, with_sources: bool) -> Batch:
+    """Return a batch [B, S] of padding, for a step that is traced and not run."""
+    zeros = np.zeros(shape, np.int32)
+    sources = zeros if with_sources else None
+    targets = np.full(shape, -100, np.int32)
+    return Batch(zeros, targets, zeros.astype(np.float32), zeros, zeros, sources)

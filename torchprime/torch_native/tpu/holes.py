@@ -8,7 +8,7 @@ sorted, since a result of the function may now be needed before its end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -48,11 +48,7 @@ def filled(text: str, holes: Sequence[Hole], aliases: Sequence[tuple[int, int]] 
     """
     with jax_mlir.make_ir_context(), ir.Location.unknown():
         module = ir.Module.parse(text)
-        main = next(
-            f
-            for f in module.body.operations
-            if ir.StringAttr(f.attributes["sym_name"]).value == "main"
-        )
+        main = next(f for f in module.body.operations if _name(f) == "main")
         _fill(main, holes)
         _alias(main, aliases)
         # TorchTPU names it by a line of the code that lowers it.
@@ -145,8 +141,67 @@ def _alias(main: Any, aliases: Sequence[tuple[int, int]]) -> None:
     main.attributes["arg_attrs"] = ir.ArrayAttr.get(attributes)
 
 
-class Collectives:
-    """Makes the collectives of a grid; each gets a channel of its own."""
+def with_functions(text: str, functions: Mapping[str, str]) -> bytes:
+    """Return a module whose calls of some custom targets are calls of functions, as bytecode: text
+    would lose the names of the kernels.
+
+    Args:
+        functions: by target, a module whose main function has the same arguments and results.
+    """
+    with jax_mlir.make_ir_context(), ir.Location.unknown():
+        module = ir.Module.parse(text)
+        calls = [
+            each for each in _every(module, "stablehlo.custom_call") if _target(each) in functions
+        ]
+        for target in dict.fromkeys(_target(each) for each in calls):
+            _add_functions(module, target, functions[target])
+        for call in calls:
+            callee: Any = ir.FlatSymbolRefAttr.get(_symbol(_target(call), "main"))
+            results = [call.results[n] for n in range(len(call.results))]
+            with ir.InsertionPoint(call):
+                kinds, given = [each.type for each in results], list(call.operands)
+                made = ir.Operation.create("func.call", kinds, given, {"callee": callee})
+            for number, old in enumerate(results):
+                old.replace_all_uses_with(made.results[number])
+            call.erase()
+        return jax_mlir.module_to_bytecode(module)
+
+
+def _target(call: Any) -> str:
+    return ir.StringAttr(call.attributes["call_target_name"]).value
+
+
+def _symbol(target: str, name: str) -> str:
+    return f"{target}.{name}"
+
+
+def _every(module: Any, name: str) -> list[Any]:
+    found: list[Any] = []
+    walking: Any = ir.WalkResult  # pyright: ignore[reportAttributeAccessIssue]
+
+    def visit(each: Any) -> Any:
+        if each.name == name:
+            found.append(each)
+        return walking.ADVANCE
+
+    module.operation.walk(visit)
+    return found
+
+
+def _add_functions(module: Any, target: str, text: str) -> None:
+    """Add a module's functions, all private and named after the target."""
+    added = ir.Module.parse(text)
+    for call in _every(added, "func.call"):
+        name = ir.FlatSymbolRefAttr(call.attributes["callee"]).value
+        call.attributes["callee"] = ir.FlatSymbolRefAttr.get(_symbol(target, name))
+    for function in added.body.operations:
+        copy = function.operation.clone(ir.InsertionPoint(module.body))
+        copy.attributes["sym_name"] = ir.StringAttr.get(_symbol(target, _name(function)))
+        copy.attributes["sym_visibility"] = ir.StringAttr.get("private")
+
+
+class Makers:
+    """Makes the operations that TorchTPU leaves out; each collective gets a channel of its own."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid, self.channels = grid, count(1)
@@ -170,6 +225,14 @@ class Collectives:
             return made.results
 
         return collective
+
+    def kernel(self, name: str) -> Make:
+        """Return the maker of a call of a kernel, which `with_functions` replaces."""
+
+        def call(operands: Sequence[ir.Value], types: Sequence[ir.Type]) -> Sequence[ir.Value]:
+            return stablehlo.CustomCallOp(types, operands, name).results
+
+        return call
 
     def _common(self, axes: str) -> dict[str, Any]:
         groups = self.grid.groups(collectives.named(axes))

@@ -15,12 +15,20 @@ class Program:
     """A lowered step.
 
     Attributes:
-        text: StableHLO. Its arguments are the step's inputs; the first result is the step's
-            numbers, and each further one has the memory of a donated input.
+        text: StableHLO without the kernels' content. Its arguments are the step's inputs; the first
+            result is the step's numbers, and each further one has the memory of a donated input.
     """
 
     step: StepGraph
     text: str
+
+    def module_for(self, platform: str) -> bytes:
+        """Return the whole module for the platform `tpu` or `cpu`, as bytecode."""
+        # late: jax is only where TorchTPU is
+        from torchprime.torch_native.tpu.holes import with_functions
+        from torchprime.torch_native.tpu.kernels import bodies
+
+        return with_functions(self.text, bodies(self.text, platform))
 
     @property
     def state_bytes(self) -> int:

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Interpreter
 from torchprime.torch_native.tpu import collectives
 from torchprime.torch_native.tpu.environment import check_environment
 from torchprime.torch_native.tpu.grid import Grid
+from torchprime.torch_native.tpu.kernels import KERNEL, KERNELS
 from torchprime.torch_native.tpu.loops import LOOP, LOOPS
 
 DEVICE = "tpu"
@@ -84,12 +85,12 @@ def lowered(
         RuntimeSetupError: TorchTPU is missing, or in another version.
     """
     # late: jax is only where TorchTPU is
-    from torchprime.torch_native.tpu.holes import Collectives
+    from torchprime.torch_native.tpu.holes import Makers
 
     runtime = torch_tpu()
     with runtime.tracing(), torch.no_grad():
         given = [runtime.placeholder(shape, dtype) for shape, dtype in inputs]
-        return _Lowering(graph, runtime, Collectives(grid)).text(given, aliases)
+        return _Lowering(graph, runtime, Makers(grid)).text(given, aliases)
 
 
 class _Lowering(Interpreter):
@@ -119,6 +120,9 @@ class _Lowering(Interpreter):
             return torch.ops.tpu._optimization_barrier([x.contiguous() for x in args[0]])
         if target in (collectives.ALL_GATHER, collectives.REDUCE_SCATTER, collectives.ALL_REDUCE):
             return self._collective(target, args)
+        if target is KERNEL:
+            name, given = args
+            return self._hole(self.makers.kernel(name), given, KERNELS[name].results)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": torch.device(DEVICE)}
         return super().call_function(target, args, kwargs)

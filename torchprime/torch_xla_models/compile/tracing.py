@@ -19,7 +19,7 @@ from torch import Tensor
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
 from torchprime.adapters.apply import is_adapted
-from torchprime.data.blocks.batch import Batch
+from torchprime.data.blocks.batch import empty_batch
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.torch_xla_models.backend import XlaBackend
@@ -156,13 +156,7 @@ def trace_step(
     backend.place(model, table, empty, dtype, empty if runs_base else None)
     anchors = options.penalty and AnchorSource(empty, empty if options.penalty.has_fisher else None)
     backend.prepare_training(optimizer, options, anchors=anchors)
-    batch = _empty_batch(shape, with_sources=options.num_sources > 1)
+    batch = empty_batch(shape, with_sources=options.num_sources > 1)
     backend.train_step(backend.put(batch, options.gradient_accumulation_steps), lr=0.0)
     assert placeholders.lowered is not None
     return placeholders.lowered
-
-
-def _empty_batch(shape: BatchShape, *, with_sources: bool) -> Batch:
-    zeros = np.zeros(shape, np.int32)
-    sources = zeros if with_sources else None
-    return Batch(zeros, zeros, zeros.astype(np.float32), zeros, zeros, sources)

@@ -15,10 +15,8 @@ links between chips, splash attention is lowered for it, and torch_xla uses its 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,19 +35,15 @@ from jaxlib.mlir import ir
 
 from torchprime.compiling.executables import (
     compiled,
-    end_with,
     to_portable,
     tpu_devices,
 )
+from torchprime.compiling.worker import Laps, first_result, worker_main
 from torchprime.config.load import load_config
 from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import topology
-from torchprime.errors import UserError
-from torchprime.files.atomic import write_text
-from torchprime.installed import installed_versions
 from torchprime.metrics.throughput import host_memory_bytes
 from torchprime.models.architecture import architecture_from_hf
-from torchprime.text.terminal import print_lines
 from torchprime.torch_xla_models.compile.tracing import (
     Argument,
     BatchShape,
@@ -155,21 +149,9 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     xr.global_runtime_device_count()  # starts the CPU's client
     devices = tpu_devices(slice_.libtpu_name, slice_.host_shape, request["slices"])
     assert len(devices) == config.device_count
-    result: dict[str, Any] = {
-        "versions": installed_versions(("torch", "torch_xla", "jax", "libtpu")),
-        "compiler": devices[0].client.platform_version,
-        "flags": os.environ.get("LIBTPU_INIT_ARGS", "").split(),
-        "seconds": {},
-    }
+    result = first_result(devices, ("torch", "torch_xla", "jax", "libtpu"))
     pretend(devices, slice_.name)
-    clock = time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        result["seconds"][name], clock = now - clock, now
-        print_lines([f"{name} {result['seconds'][name]:.1f} s"])
-
+    lap = Laps(result)
     lowered = trace(config, request["architecture"])
     lap("trace")
     module = annotated(lowered)
@@ -187,17 +169,5 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     return result
 
 
-def main(argv: list[str]) -> int:
-    """Compile and return 0 if result.json is written, whatever its content."""
-    end_with(int(argv[2]))
-    request, folder = json.loads(Path(argv[0]).read_text()), Path(argv[1])
-    try:
-        result = run(request, folder)
-    except UserError as error:
-        result = {"user_error": str(error)}
-    write_text(folder / "result.json", json.dumps(result))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(worker_main(sys.argv[1:], run))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 from torch.utils import _pytree as pytree
 
+from torchprime.attention_kernels.modules import kernel_function
 from torchprime.torch_native.tpu import collectives
 from torchprime.torch_native.tpu.grid import Grid
+from torchprime.torch_native.tpu.kernels import KERNEL, KERNELS
 from torchprime.torch_native.tpu.loops import LOOP, LOOPS
 
 
@@ -27,6 +31,12 @@ class Each:
 
 def total(xs: list[Tensor]) -> Tensor:
     return torch.stack(xs).sum(dim=0)
+
+
+def in_interpreter(name: str, given: list[Tensor]) -> list[Tensor]:
+    kernel = KERNELS[name]
+    function = kernel_function(kernel.kind, replace(kernel.options, interpret=True))
+    return [torch.from_numpy(np.array(x)) for x in function(*(x.numpy() for x in given))]
 
 
 class Chips(Interpreter):
@@ -59,6 +69,8 @@ class Chips(Interpreter):
             return self.loop(*args)
         if target is collectives.BARRIER:
             return [self.on_each(torch.Tensor.contiguous, (each,), {}) for each in args[0]]
+        if target is KERNEL:
+            return self.on_each(in_interpreter, args, kwargs)
         if target not in (
             collectives.ALL_GATHER,
             collectives.REDUCE_SCATTER,

@@ -1,0 +1,1 @@
+"""Compilation of the one-program step by the TPU compiler, without a TPU."""
