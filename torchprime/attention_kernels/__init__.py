@@ -1,1 +1,1 @@
-"""The attention kernels of a TPU in Pallas, for every backend; no torch here."""
+"""The attention kernels of a TPU in Pallas, for every backend."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchprime.attention_kernels.blocks import blocks_for
 from torchprime.attention_kernels.kernel_parts import Inputs, KernelOptions, head_shape, in_rows
 from torchprime.attention_kernels.modules import BACKWARD, FORWARD, kernel_module
+from torchprime.attention_kernels.segments import with_first_positions
 from torchprime.torch_native.tpu.collectives import defined
 
 Given = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -106,11 +107,7 @@ class KernelAttention(nn.Module):
     def prepare(self, segment_ids: Tensor) -> Tensor:
         """Return int32 [B, 2, S] for segment_ids [B, S]: the ids, and for each position the first
         one with its id."""
-        length = segment_ids.shape[1]
-        place = torch.arange(length, device=segment_ids.device, dtype=torch.int32)
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        first = torch.where(same, place, length).amin(dim=-1)
-        return torch.stack([segment_ids.int(), first.int()], dim=1)
+        return with_first_positions(segment_ids)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor) -> Tensor:
         """Return [B, H, S, h] for q [B, H, S, h] and k, v [B, K, S, h]."""

@@ -14,6 +14,7 @@ from torch_xla.core.xla_builder import call_jax
 
 from torchprime.attention_kernels.blocks import blocks_for
 from torchprime.attention_kernels.kernel_parts import Inputs, KernelOptions, in_rows
+from torchprime.attention_kernels.segments import with_first_positions
 from torchprime.torch_xla_models.mesh import axis_sizes
 from torchprime.torch_xla_models.splash import calls
 
@@ -85,11 +86,7 @@ class SplashAttention(nn.Module):
     def prepare(self, segment_ids: Tensor) -> Tensor:
         """Return int32 [B, 2, S] for segment_ids [B, S]: the ids, and for each position the first
         one with its id."""
-        length = segment_ids.shape[1]
-        place = torch.arange(length, device=segment_ids.device, dtype=torch.int32)
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        first = torch.where(same, place, length).amin(dim=-1)
-        return torch.stack([segment_ids.int(), first.int()], dim=1)
+        return with_first_positions(segment_ids)
 
     def setup(self, length: int, itemsize: int) -> calls.Setup:
         """Return the kernels' settings for a sequence of this length.
