@@ -50,6 +50,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "smollm3": ("<|im_start|>", "<|im_end|>"),
     "gpt-oss": ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
     "granite": ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
+    "glm4": ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
     "zephyr": (),
     "alpaca": (),
     "vicuna": (),

@@ -9,7 +9,8 @@ exactly or rejects the row:
     derived  a turn starts where the rendering of the messages before it, with the generation
              prompt, ends, if the whole text begins with that. It ends at the first special token
              after its content; the content's end shows when every turn is rendered again with a
-             word appended. A turn with tool calls ends where the rendering up to it does.
+             word appended. A turn with tool calls ends where the rendering up to it does. Where no
+             token closes a turn, the one that begins the next message ends it.
 
 In both cases the text before every turn that carries loss is then compared with a server's input
 for that turn: the messages before it, rendered with the generation prompt. If only the last turn is
@@ -212,6 +213,21 @@ def _stop_behind(
     return stop, end
 
 
+def _role_token_behind(
+    chat: _Conversation, text: str, turn: int, position: int
+) -> tuple[int, int] | None:
+    """Return the special token that begins the next message, where no token closes a turn.
+
+    A model of such a format ends its answer with that token (GLM-4: <|user|>).
+    """
+    if turn + 1 == len(chat.messages) or turn + 1 in chat.turns:
+        return None
+    found = chat.stops.after(text, position)
+    if found is None or found[0] != position or text[slice(*found)] == chat.template.bos_token:
+        return None
+    return found
+
+
 def _derived_spans(chat: _Conversation, last_only: bool) -> Rendering:
     text = chat.render(chat.messages)
     contents = _content_ends(chat, text)
@@ -284,7 +300,7 @@ def _end_of_content(chat: _Conversation, text: str, turn: int, content_end: int)
         if closing:
             return content_end + closing[0], content_end + closing[1]
         if not alone[content_end:].strip():
-            return content_end, content_end
+            return _role_token_behind(chat, text, turn, content_end) or (content_end, content_end)
     behind = text[content_end : content_end + 24]
     raise _NoSpan(
         REASON_NO_SPAN,

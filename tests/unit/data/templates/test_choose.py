@@ -62,6 +62,7 @@ STOPS = frozenset(
     + ["<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|START_RESPONSE|>"]
     + ["<|im_sep|>", "<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"]
     + ["<|start|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"]
+    + ["[gMASK]", "<sop>", "<|observation|>"]
 )
 TOOL = {
     "type": "function",
@@ -269,6 +270,125 @@ def test_family_renders_tools_as_the_original(name: str, ask: bool, shared_dir: 
             assert "weather" in ours_text or not (tools or "call" in label)
 
 
+# Every kind of schema that the original of gpt-oss writes as a TypeScript type.
+PROPERTIES: dict[str, dict[str, Any]] = {
+    "text": {"type": "string", "nullable": True},
+    "choice": {"type": "string", "enum": ["a", "b"], "description": "One", "default": "a"},
+    "count": {"type": "integer", "default": 3},
+    "share": {"type": "number"},
+    "yes": {"type": "boolean"},
+    "texts": {"type": "array", "items": {"type": "string", "enum": ["a"]}, "nullable": True},
+    "objects": {"type": "array", "items": {"type": "object", "properties": {"a": {}}}},
+    "wide": {"type": "array", "items": {"type": "object", "properties": {"a" * 50: {}}}},
+    "list": {"type": "array"},
+    "either": {"type": ["string", "null"]},
+    "one": {"type": ["string"]},
+    "object": {"type": "object"},
+    "nested": {"type": "object", "properties": {"a": {}, "b": {}}, "required": ["b"]},
+    "kinds": {"oneOf": [{"type": "string", "description": "A"}, {"type": "object", "default": 2}]},
+    "set": {"oneOf": [{"type": "number"}], "default": "q"},
+    "any": {},
+}
+
+
+@pytest.mark.parametrize("ask", [False, True])
+def test_gpt_oss_renders_tools_as_the_original(ask: bool, shared_dir: Path) -> None:
+    ours, theirs = family("gpt-oss"), original(shared_dir, "trl/gptoss")
+    parameters = {"type": "object", "properties": PROPERTIES, "required": ["count", "list"]}
+    many = {"name": "many", "description": "All", "parameters": parameters}
+    bare = {"name": "bare", "description": "None"}
+    empty = {**bare, "parameters": {"type": "object", "properties": {}}}
+    tools = [TOOL, *({"type": "function", "function": each} for each in (many, bare, empty))]
+    called = [user("Rain?"), assistant("Let me see.", **calls("weather")), tool('no "é"')]
+    thought = [user("Rain?"), assistant("", thinking="w1", **calls("many")), tool("no")]
+    conversations = (PLAIN | SYSTEM) | {
+        "offered": TOOLS["offered"],
+        "open call": called,
+        "call": [*called, assistant("No.", thinking="w2")],
+        "thought": thought,
+        "calls": [*called, *thought[1:], assistant("No."), *called],
+    }
+    for label, messages in conversations.items():
+        for offered in ((), tools):
+            found = render(ours, messages, offered, ask)
+            assert found == render(theirs, messages, offered, ask), label
+
+
+def test_gpt_oss_tool_call_spans() -> None:
+    """Of a call its recipient is learned; without marks the same is derived."""
+    messages = TOOLS["call"]
+    for template in (family("gpt-oss"), without_marks(family("gpt-oss"))):
+        assert spans_of(template, messages, [TOOL]) == [
+            " to=functions.weather<|channel|>commentary json<|message|>"
+            '{"city": "B\\"é", "days": [1, null]}<|call|>',
+            "<|channel|>final<|message|>No.<|return|>",
+        ]
+    with pytest.raises(TemplateRefusal, match="one tool call in a message"):
+        render(family("gpt-oss"), TOOLS["two calls"])
+
+
+def test_granite_offers_tools() -> None:
+    """As Granite 3.3: behind the system message, which without one of its own explains them."""
+    listed = json.dumps([TOOL], indent=4, ensure_ascii=False)
+    offered = f"<|start_of_role|>available_tools<|end_of_role|>{listed}<|end_of_text|>\n"
+    asked = "<|start_of_role|>user<|end_of_role|>Hi<|end_of_text|>\n"
+    told = render(family("granite"), [system("Be."), user("Hi")], [TOOL])
+    assert told == (f"<|start_of_role|>system<|end_of_role|>Be.<|end_of_text|>\n{offered}{asked}")
+    explained = (
+        " You are a helpful assistant with access to the following tools. When a tool is required "
+        "to answer the user's query, respond only with <|tool_call|> followed by a JSON list of "
+        "tools used. If a tool does not exist in the provided list of tools, notify the user that "
+        "you do not have the ability to fulfill the request."
+    )
+    default = GRANITE_SYSTEM.replace(" You are a helpful AI assistant.", explained)
+    assert render(family("granite"), [user("Hi")], [TOOL]) == default + offered + asked
+    with_result = render(family("granite"), [user("Hi"), {"role": "tool", "content": "4"}], [TOOL])
+    assert with_result.endswith("<|start_of_role|>tool<|end_of_role|>4<|end_of_text|>\n")
+
+
+def test_glm4_tools() -> None:
+    """As GLM-4-0414, whose callers write a call as `metadata` (the name) and content."""
+    schema = json.dumps(TOOL["function"], indent=4, ensure_ascii=False)
+    one = f"\n## weather\n\n{schema}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+    offered = f"[gMASK]<sop><|system|>\n# 可用工具\n{one}{one}"
+    asked = "<|system|>\nBe.<|user|>\nHi<|assistant|>"
+    messages = [system("Be."), user("Hi")]
+    assert render(family("glm4"), messages, [TOOL, TOOL], True) == offered + asked
+    called = 'weather\n{"city": "B\\"é", "days": [1, null]}<|observation|>'
+    assert render(family("glm4"), TOOLS["call"]) == (
+        f"[gMASK]<sop><|user|>\nRain?<|assistant|>{called}\nno<|assistant|>\nNo."
+    )
+    assert spans_of(family("glm4"), TOOLS["call"], [TOOL]) == [called, "\nNo."]
+    for refused in (TOOLS["two calls"], TEXT_AND_CALL):
+        with pytest.raises(TemplateRefusal, match="one tool call in a message, without text"):
+            render(family("glm4"), refused)
+
+
+def test_smollm3_offers_tools() -> None:
+    """In the header, which then has its <|im_end|>; a result is a user's message."""
+    header = SMOLLM_HEADER + "Reasoning Mode: /think\n\n## Custom Instructions\n\nBe.\n\n"
+    offered = (
+        "### Tools\n\nYou may call one or more functions to assist with the user query.\nYou are "
+        "provided with function signatures within <tools></tools> XML tags:\n\n<tools>\n"
+        f"{TOOL}\n{TOOL}\n</tools>\n\nFor each function call, return a json object with function "
+        "name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+        '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>\n\n<|im_end|>\n'
+    )
+    said = '<tool_call>\n{"name": "weather"}\n</tool_call>'
+    messages = [system("Be."), user("Rain?"), assistant(said), {"role": "tool", "content": "no"}]
+    assert render(family("smollm3"), messages, [TOOL, TOOL]) == (
+        f"{header}{offered}<|im_start|>user\nRain?<|im_end|>\n<|im_start|>assistant\n{said}"
+        "<|im_end|>\n<|im_start|>user\nno<|im_end|>\n"
+    )
+    assert spans_of(family("smollm3"), messages, [TOOL]) == [f"{said}<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "phi4", "olmo"])
+def test_families_without_a_form_for_tools_refuse_them(name: str) -> None:
+    with pytest.raises(TemplateRefusal, match=f"{name} has no form for tools"):
+        render(family(name), PLAIN["answered"], [TOOL])
+
+
 @pytest.mark.parametrize("ask", [False, True])
 def test_qwen3_renders_reasoning_as_the_original(ask: bool, shared_dir: Path) -> None:
     for label, messages in REASONING.items():
@@ -351,6 +471,13 @@ WRITTEN = {
         "<|im_end|><|im_start|>user<|im_sep|>Bye<|im_end|><|im_start|>assistant<|im_sep|>Ciao."
         "<|im_end|>",
     },
+    # As the template of GLM-4-0414 writes it: no token closes a turn.
+    "glm4": {
+        "two turns": "[gMASK]<sop><|user|>\nHi<|assistant|>\nYo.<|user|>\nBye<|assistant|>\nCiao.",
+        "answered": "[gMASK]<sop><|user|>\n Hi\n<|assistant|>\n\n\nYo. \n",
+        "system, open": "[gMASK]<sop><|system|>\nBe brief.<|user|>\nHi<|assistant|>\nYo."
+        "<|user|>\nBye",
+    },
     "vicuna": {
         "two turns": "A chat between a curious user and an artificial intelligence assistant. The "
         "assistant gives helpful, detailed, and polite answers to the user's questions. "
@@ -363,7 +490,7 @@ ASKED = {
     **{"llama2": "", "zephyr": "<|assistant|>\n", "vicuna": "ASSISTANT:", "mistral-small": ""},
     **{"olmo": "<|assistant|>\n", "granite": "<|start_of_role|>assistant<|end_of_role|>"},
     **{"smollm3": "<|im_start|>assistant\n"},
-    **{"phi4": "<|im_start|>assistant<|im_sep|>"},
+    **{"phi4": "<|im_start|>assistant<|im_sep|>", "glm4": "<|assistant|>"},
 }
 
 
@@ -398,11 +525,12 @@ def test_family_renders_the_published_format(name: str) -> None:
         ("smollm3", [{"role": "critic", "content": "a"}], "found critic"),
         ("gpt-oss", [{"role": "critic", "content": "a"}], "found critic"),
         ("granite", [{"role": "critic", "content": "a"}], "found critic"),
+        ("glm4", [{"role": "critic", "content": "a"}], "found critic"),
         ("mistral-small", [{"role": "critic", "content": "a"}], "found critic"),
         *(
             (name, TOOLS["call"], "tool")
             for name in FAMILIES
-            if name not in ("qwen2.5", "qwen3", "mistral")
+            if name not in ("qwen2.5", "qwen3", "mistral", "gpt-oss", "glm4")
         ),
     ],
 )
@@ -421,7 +549,7 @@ def test_family_says_what_it_cannot_write(name: str, messages: Messages, said: s
 def test_shipped_templates_are_ours_and_small(name: str) -> None:
     text = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
     assert text.startswith("{#-")  # says what it is
-    assert len(text) < 5000
+    assert len(text) < (6500 if name == "gpt-oss" else 5000)  # its tools are TypeScript
     assert family(name).has_generation_marks
     # vLLM gives content as a list of parts to templates that loop over it.
     assert not re.search(r"in message\.content|in message\['content'\]", text)
@@ -456,6 +584,7 @@ TWO_TURNS = {
     "gemma3": ["Yo.<end_of_turn>", "Ciao.<end_of_turn>"],
     "olmo": ["Yo.</s>", "Ciao.</s>"],
     "granite": ["Yo.<|end_of_text|>", "Ciao.<|end_of_text|>"],
+    "glm4": ["\nYo.<|user|>", "\nCiao."],
 }
 
 
@@ -467,7 +596,9 @@ def test_spans_are_what_the_model_must_produce(name: str) -> None:
         assert isinstance(found, Rendering)
         assert [found.text[s.start : s.end] for s in found.spans] == TWO_TURNS[name]
         assert [s.message for s in found.spans] == [1, 3]
-        assert {found.text[s.stop : s.end] for s in found.spans} < STOPS
+        ends = {found.text[s.stop : s.end] for s in found.spans}
+        # After the last answer of GLM-4 stands nothing: EOS is added to its ids.
+        assert ends < STOPS or (name == "glm4" and ends == {"<|user|>", ""})
         for span in found.spans:  # what a server feeds stands in front
             fed = render(template, messages[: span.message], (), True)
             assert found.text[: span.start] == fed

@@ -23,7 +23,7 @@ from torchprime.config.sections.dataset import LossOn
 from torchprime.data.files.record import Rejection
 from torchprime.data.messages.read import Message
 from torchprime.data.rows.read import Row
-from torchprime.data.templates.choose import resolve_template
+from torchprime.data.templates.choose import FAMILIES, resolve_template
 from torchprime.data.templates.render import ChatTemplate, render
 from torchprime.data.templates.turns import REASON_LEFT_OUT, REASON_REFUSED
 from torchprime.data.tokenizer.load import Tokenizer, load_tokenizer
@@ -479,6 +479,25 @@ def test_last_turn_without_a_stop_token_gets_eos(real: Callable[[str], Tokenizer
     assert pieces(example, tokenizer, "assistant") == ["Yo."]
     assert pieces(example, tokenizer, "stop") == ["<|endoftext|>"]
     assert example.weights[-1] == 1
+
+
+def test_the_next_messages_role_token_ends_an_answer_that_no_token_closes(
+    by_hand: SimpleNamespace, tmp_path: Path
+) -> None:
+    """GLM-4's format, by the shipped template and by one without marks; EOS ends the last."""
+    roles = FAMILIES["glm4"]
+    raw = by_hand.byte_level(("<|endoftext|>", *roles))
+    tokenizer = load_tokenizer(by_hand.save(raw, tmp_path / "t", {"eos_token": "<|endoftext|>"}))
+    own = (
+        "{{- '[gMASK]<sop>' }}{% for m in messages %}{{- '<|' + m.role + '|>\n' + m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}{{- '<|assistant|>' }}{% endif %}"
+    )
+    shipped = resolve_template("glm4", tokenizer)
+    assert shipped is not None and not shipped.warnings
+    for template in (shipped, ChatTemplate("t", own, "", "<|endoftext|>")):
+        example = example_of(row(TWO_TURNS), tokenizer, template)
+        assert pieces(example, tokenizer, "assistant") == ["\nYo.", "\nCiao."]
+        assert pieces(example, tokenizer, "stop") == ["<|user|>", "<|endoftext|>"]
 
 
 def test_turns_without_a_stop_token(real: Callable[[str], Tokenizer]) -> None:
