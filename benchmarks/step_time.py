@@ -144,7 +144,7 @@ def run_ours(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
         lambda name: initial_tensor(name, shapes[name], 0.02, 0),
         getattr(torch, case.get("dtype", "float32")),
     )
-    backend.prepare_training(AdamW(), StepOptions(max_grad_norm=1.0, loss_chunks=2))
+    backend.prepare_training(AdamW(), StepOptions(max_grad_norm=1.0))
 
     def step(batch: Any) -> float:
         return backend.read(backend.train_step(backend.put(batch, 1), LR)).loss

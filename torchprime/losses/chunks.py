@@ -1,22 +1,31 @@
-"""A weighted sum over tokens and its gradients, computed chunk by chunk along the sequence.
+"""A weighted sum over tokens and its gradients, computed chunk by chunk.
 
-Logits exist for one chunk of [B, S/chunks, V] at a time, and the gradients of the sum are computed
-in the same pass, so no logit is computed twice.
+Logits exist for one chunk at a time, and the gradients of the sum are computed in the same pass, so
+no logit is computed twice. The chunks are either parts [B, S/chunks] of the sequence, or of the
+tokens that carry loss (selection.py): a backend that can loop over as many chunks as the data needs
+gives `Spread.loop`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torchprime.losses.selection import Rows, Selection, rows_of
+
 # Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab, G groups of rows, T tokens
 # of a group.
 
+
+# With a loop over the tokens that carry loss, at least this many chunks, so that few others are in
+# them; but none of fewer tokens than this.
+FEWEST_CHUNKS = 8
+SMALLEST_CHUNK = 64
 
 # Bytes of a chunk's logits in fp32 on one device, where each operation makes a tensor: there are
 # about five of that size at a time.
@@ -44,6 +53,12 @@ def chunks_for(rows: int, length: int, vocabulary: int, most: int = CHUNK_BYTES)
     return max(1, min(length, math.ceil(whole / most)))
 
 
+Body = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
+# (body, carry, xs, first): runs (carry, x_i) -> (carry, y_i) for i from `first`, a scalar of data,
+# to the end of dim 0 of xs. The y_i before it are 0.
+Loop = Callable[[Body, list[Tensor], list[Tensor], Tensor], tuple[list[Tensor], list[Tensor]]]
+
+
 class Spread(NamedTuple):
     """The distribution of the loss over devices; the default is one device.
 
@@ -59,6 +74,12 @@ class Spread(NamedTuple):
     # a compiler that sees all chunks at once would keep the parts of all for one long sum.
     in_order: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, total: (x, total)
     chunk_bytes: int = CHUNK_BYTES
+    # For a loop: annotate the weight [V, D] as gathered by the devices with different rows, and the
+    # sum of its gradient [G, D, V] as theirs; take tokens of each group.
+    gather: Callable[[Tensor], Tensor] = lambda weight: weight
+    keep: Callable[[Tensor], Tensor] = lambda total: total
+    rows: Rows = rows_of
+    loop: Loop | None = None  # None: the chunks are parts of the sequence
 
 
 ONE_DEVICE = Spread()
@@ -80,8 +101,31 @@ class Chunk(NamedTuple):
     of_weight: Tensor | None = None  # [G, D, V], of each group of rows
 
 
-# (the chunk's part of the sequence, hidden states [B, C, D], output weight [V, D]) -> the chunk.
-Compute = Callable[[slice, Tensor, Tensor], Chunk]
+# (hidden states [B, C, D], output weight [V, D], values of the chunk's tokens [B, C, ...], tensors
+# that all chunks share) -> the chunk.
+Compute = Callable[[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]], Chunk]
+
+
+class Summed(NamedTuple):
+    """A sum over tokens, as a caller asks for it.
+
+    Attributes:
+        compute: computes a chunk. It reads no other tensors than its arguments.
+        needs: the gradients that it computes.
+        tokens: values of tokens, each [B, S, ...]; the first are the weights, 0 for a token that
+            carries no loss.
+        shared: the other tensors that `compute` needs.
+        terms: number of sums beside the loss.
+        chunks: None: by the bytes of a chunk's logits.
+    """
+
+    compute: Compute
+    needs: Needs
+    tokens: tuple[Tensor, ...]
+    shared: tuple[Tensor, ...] = ()
+    terms: int = 0
+    chunks: int | None = None
+    spread: Spread = ONE_DEVICE
 
 
 def products(
@@ -97,52 +141,44 @@ def products(
     return of_hidden, torch.matmul(x_GTD.transpose(1, 2), g_GTV)
 
 
+class _Sums(NamedTuple):
+    """The sums over all chunks."""
+
+    rows: Tensor  # fp32 [B] or [G]: added up at the end, where devices add theirs once
+    each: Tensor  # [B, S]
+    terms: list[Tensor]  # each like rows
+    of_hidden: Tensor | None  # [B, S, D]
+    of_weight: Tensor | None  # fp32 [G, D, V]; fp32, since a sum in bf16 would lose low bits
+
+
 class ChunkedSum(torch.autograd.Function):
-    """The sum over chunks: (hidden [B, S, D], weight [V, D]) -> (sum, each token's share, terms).
+    """The sum over chunks: (hidden [B, S, D], weight [V, D], Summed) -> (sum, each token's share,
+    terms).
 
     Its gradients are computed in the forward.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_BSD: Tensor, w_VD: Tensor, compute: Compute, chunks: int | None, spread: Spread
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x_BSD: Tensor, w_VD: Tensor, summed: Summed) -> tuple[Tensor, ...]:
+        spread, chunks = summed.spread, summed.chunks
+        looped = spread.loop is not None and x_BSD.shape[0] % spread.groups == 0
         if chunks is None:
             own_rows = -(-x_BSD.shape[0] // spread.groups)
             chunks = chunks_for(own_rows, x_BSD.shape[1], w_VD.shape[0], spread.chunk_bytes)
-        length = -(-x_BSD.shape[1] // chunks)
-        # Sums stay apart for each row until the end, where devices add theirs once.
-        rows = torch.zeros(x_BSD.shape[0], dtype=torch.float32, device=x_BSD.device)
-        losses: list[Tensor] = []
-        terms: list[Tensor] = []
-        grads_x: list[Tensor] = []
-        grad_w: Tensor | None = None
-        for start in range(0, x_BSD.shape[1], length):
-            part = slice(start, start + length)
-            x_BCD = x_BSD[:, part]
-            if grad_w is not None:
-                x_BCD, grad_w = spread.in_order(x_BCD, grad_w)
-            elif grads_x:
-                x_BCD, grads_x[-1] = spread.in_order(x_BCD, grads_x[-1])
-            chunk = compute(part, x_BCD, w_VD)
-            rows = rows + chunk.losses.sum(dim=1)
-            losses.append(chunk.losses)
-            more = chunk.terms
-            terms = [a + b for a, b in zip(terms, more, strict=True)] if terms else more
-            if chunk.of_hidden is not None:
-                grads_x.append(chunk.of_hidden)
-            if (of_weight := chunk.of_weight) is not None:
-                # Summed in fp32: with bf16 weights the sum over chunks would lose low bits.
-                grad_w = of_weight.float() if grad_w is None else grad_w + of_weight
-        if grads_x:
+            if looped:
+                most = own_rows * x_BSD.shape[1] // SMALLEST_CHUNK
+                chunks = max(chunks, min(FEWEST_CHUNKS, most))
+        run = _over_selected if looped else _over_sequence
+        sums = run(x_BSD, w_VD, summed, chunks)
+        if sums.of_hidden is not None:
             whole = None
-            if grad_w is not None:
+            if sums.of_weight is not None:
                 # Devices exchange it in the weights' type, like every other gradient.
-                whole = spread.cut_gradient(grad_w.to(w_VD.dtype).sum(dim=0).t())
-            ctx.save_for_backward(torch.cat(grads_x, dim=1), whole)
-        each, sums = torch.cat(losses, dim=1), [term.sum() for term in terms]
-        ctx.mark_non_differentiable(each, *sums)
-        return rows.sum(), each, *sums
+                whole = spread.cut_gradient(sums.of_weight.to(w_VD.dtype).sum(dim=0).t())
+            ctx.save_for_backward(sums.of_hidden, whole)
+        terms = [term.sum() for term in sums.terms]
+        ctx.mark_non_differentiable(sums.each, *terms)
+        return sums.rows.sum(), sums.each, *terms
 
     @staticmethod
     @once_differentiable
@@ -151,4 +187,73 @@ class ChunkedSum(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         of_hidden, of_weight = ctx.saved_tensors
         whole = None if of_weight is None else grad * of_weight
-        return grad * of_hidden, whole, None, None, None
+        return grad * of_hidden, whole, None
+
+
+def _over_sequence(x_BSD: Tensor, w_VD: Tensor, summed: Summed, chunks: int) -> _Sums:
+    """Sum over parts of the sequence, one after the other."""
+    in_order = summed.spread.in_order
+    length = -(-x_BSD.shape[1] // chunks)
+    rows = torch.zeros(x_BSD.shape[0], dtype=torch.float32, device=x_BSD.device)
+    losses: list[Tensor] = []
+    terms: list[Tensor] = []
+    grads_x: list[Tensor] = []
+    grad_w: Tensor | None = None
+    for start in range(0, x_BSD.shape[1], length):
+        part = slice(start, start + length)
+        x_BCD = x_BSD[:, part]
+        if grad_w is not None:
+            x_BCD, grad_w = in_order(x_BCD, grad_w)
+        elif grads_x:
+            x_BCD, grads_x[-1] = in_order(x_BCD, grads_x[-1])
+        chunk = summed.compute(x_BCD, w_VD, [t[:, part] for t in summed.tokens], summed.shared)
+        rows = rows + chunk.losses.sum(dim=1)
+        losses.append(chunk.losses)
+        more = chunk.terms
+        terms = [a + b for a, b in zip(terms, more, strict=True)] if terms else more
+        if chunk.of_hidden is not None:
+            grads_x.append(chunk.of_hidden)
+        if (of_weight := chunk.of_weight) is not None:
+            grad_w = of_weight.float() if grad_w is None else grad_w + of_weight
+    of_hidden = torch.cat(grads_x, dim=1) if grads_x else None
+    return _Sums(rows, torch.cat(losses, dim=1), terms, of_hidden, grad_w)
+
+
+def _over_selected(x_BSD: Tensor, w_VD: Tensor, summed: Summed, chunks: int) -> _Sums:
+    """Sum over the tokens that carry loss, in a loop that starts where they start."""
+    spread, needs, device = summed.spread, summed.needs, x_BSD.device
+    assert spread.loop is not None
+    selection = Selection(summed.tokens[0] != 0, spread.groups, chunks, spread.rows)
+    x_NGCD = selection.take(x_BSD)
+    weights, *others = (selection.take(values) for values in summed.tokens)
+    weights = torch.where(selection.padding, 0.0, weights)
+    terms, gradients = 1 + summed.terms, 1 if needs.of_weight else 0
+    # Inside the loop the weight is read by every chunk: devices gather it once, before.
+    whole = [spread.gather(w) for w in (w_VD, *summed.shared)]
+    zeros = [torch.zeros(spread.groups, dtype=torch.float32, device=device) for _ in range(terms)]
+    if gradients:
+        shape = spread.groups, w_VD.shape[1], w_VD.shape[0]
+        zeros.append(spread.keep(torch.zeros(shape, dtype=torch.float32, device=device)))
+
+    def body(carry: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        sums, (w_VD, *shared) = carry[: len(zeros)], map(spread.gather, carry[len(zeros) :])
+        x_GCD, *tokens = xs
+        chunk = summed.compute(x_GCD, w_VD, tokens, shared)
+        more = [chunk.losses.sum(dim=1), *chunk.terms]
+        if chunk.of_weight is not None:
+            more.append(chunk.of_weight)
+        sums = [total + each for total, each in zip(sums, more, strict=True)]
+        of_hidden = [] if chunk.of_hidden is None else [chunk.of_hidden]
+        return [*sums, w_VD, *shared], [chunk.losses, *of_hidden]
+
+    carried, (losses, *of_hidden) = spread.loop(
+        body, [*zeros, *whole], [x_NGCD, weights, *others], selection.first
+    )
+    rows, *more = carried[:terms]
+    return _Sums(
+        rows,
+        selection.put_back(losses),
+        more,
+        selection.put_back(of_hidden[0]) if of_hidden else None,
+        carried[terms] if gradients else None,
+    )

@@ -6,12 +6,22 @@ step divides once by the global weight. Logits are computed and freed chunk by c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchprime.losses.chunks import ONE_DEVICE, Chunk, ChunkedSum, Needs, Spread, products
+from torchprime.losses.chunks import (
+    ONE_DEVICE,
+    Chunk,
+    ChunkedSum,
+    Needs,
+    Spread,
+    Summed,
+    products,
+)
 from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss, cost_of
 
 IGNORED = -100
@@ -19,28 +29,22 @@ IGNORED = -100
 # Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab.
 
 
-class _Labels(NamedTuple):
-    """Targets and weights of tokens, each [B, C]."""
-
-    targets: Tensor
-    weights: Tensor
-
-
 def _chunk(
     x_BCD: Tensor,
     w_VD: Tensor,
-    labels: _Labels,
-    mean_row: Tensor | None,
+    tokens: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    *,
+    kind: TokenLoss,
     needs: Needs,
     groups: int,
-    kind: TokenLoss,
 ) -> Chunk:
     """Compute one chunk.
 
     The gradient of -log softmax(z)[t] is softmax(z) - onehot(t). The one-hot is a comparison, not a
     gather: it stays local when the vocabulary is sharded, and it fuses.
     """
-    t_BC, weight_BC = labels
+    weight_BC, t_BC = tokens
     logits = torch.matmul(x_BCD, w_VD.t()).float()
     vocabulary = torch.arange(w_VD.shape[0], device=t_BC.device, dtype=t_BC.dtype)
     onehot = t_BC[..., None] == vocabulary
@@ -57,7 +61,7 @@ def _chunk(
     else:
         log_z = torch.where(weight_BC != 0, (total.log() + top).squeeze(-1), 0.0)
         mean = None
-        if mean_row is not None:
+        for mean_row in shared:
             mean = torch.where(weight_BC != 0, (x_BCD * mean_row).sum(dim=-1), 0.0)
         cost = cost_of(kind, nll, log_z, mean, w_VD.shape[0])
         losses = cost.loss * weight_BC
@@ -113,15 +117,13 @@ def chunked_cross_entropy(
     needs = Needs(on and hidden.requires_grad, on and output_weight.requires_grad)
     # The mean logit of label smoothing, as the product with the mean row: devices that hold parts
     # of the vocabulary communicate once for it, and not once for each chunk.
-    mean_row = None
+    shared: tuple[Tensor, ...] = ()
     if kind.label_smoothing:
-        mean_row = output_weight.detach().mean(dim=0, dtype=torch.float32)
-
-    def compute(part: slice, x_BCD: Tensor, w_VD: Tensor) -> Chunk:
-        own = _Labels(targets[:, part], weights[:, part])
-        return _chunk(x_BCD, w_VD, own, mean_row, needs, spread.groups, kind)
-
-    loss_sum, each, *terms = ChunkedSum.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, output_weight, compute, chunks, spread
+        shared = (output_weight.detach().mean(dim=0, dtype=torch.float32),)
+    compute = partial(_chunk, kind=kind, needs=needs, groups=spread.groups)
+    terms = len(kind.terms)
+    summed = Summed(compute, needs, (weights, targets), shared, terms, chunks, spread)
+    loss_sum, each, *more = ChunkedSum.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden, output_weight, summed
     )
-    return LossSums(loss_sum, weights.sum(), each, tuple(terms))
+    return LossSums(loss_sum, weights.sum(), each, tuple(more))

@@ -11,14 +11,22 @@ at a time, and the gradients are computed in the same pass. The base gets none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchprime.losses.chunks import ONE_DEVICE, Chunk, ChunkedSum, Needs, Spread, products
+from torchprime.losses.chunks import (
+    ONE_DEVICE,
+    Chunk,
+    ChunkedSum,
+    Needs,
+    Spread,
+    Summed,
+    products,
+)
 from torchprime.losses.cross_entropy import LossSums
 
 # Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab.
@@ -50,10 +58,11 @@ def chunked_divergence(
     """
     on = torch.is_grad_enabled()
     needs = Needs(on and hidden.requires_grad, on and output_weight.requires_grad)
-    frozen = BaseOutput(base.hidden.detach(), base.output_weight.detach())
-    compute = partial(_chunk, base=frozen, weight_BS=weights, needs=needs, spread=spread)
+    tokens, shared = (weights, base.hidden.detach()), (base.output_weight.detach(),)
+    compute = partial(_chunk, needs=needs, spread=spread)
+    summed = Summed(compute, needs, tokens, shared, chunks=chunks, spread=spread)
     loss_sum, each = ChunkedSum.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, output_weight, compute, chunks, spread
+        hidden, output_weight, summed
     )
     return LossSums(loss_sum, weights.sum(), each)
 
@@ -63,21 +72,20 @@ Divergence = Callable[[Tensor, Tensor, BaseOutput, Tensor], LossSums]
 
 
 def _chunk(
-    part: slice,
     x_BCD: Tensor,
     w_VD: Tensor,
+    tokens: Sequence[Tensor],
+    shared: Sequence[Tensor],
     *,
-    base: BaseOutput,
-    weight_BS: Tensor,
     needs: Needs,
     spread: Spread,
 ) -> Chunk:
     """Compute one chunk. The gradient of a token's divergence by the model's logits is p - q."""
-    weight_BC = weight_BS[:, part]
+    (weight_BC, base_BCD), (base_VD,) = tokens, shared
     # The base's chunk waits like the model's, or its logits of all chunks could be in memory.
-    base_BCD, x_BCD = spread.in_order(base.hidden[:, part], x_BCD)
+    base_BCD, x_BCD = spread.in_order(base_BCD, x_BCD)
     log_p = torch.matmul(x_BCD, w_VD.t()).float().log_softmax(dim=-1)
-    log_q = torch.matmul(base_BCD, base.output_weight.t()).float().log_softmax(dim=-1)
+    log_q = torch.matmul(base_BCD, base_VD.t()).float().log_softmax(dim=-1)
     q = log_q.exp()
     # Select instead of multiplying, so that an infinite logit of a token that does not count
     # cannot make the sum 0 * inf.

@@ -30,8 +30,8 @@ from torchprime.adapters.apply import saved, trainable
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.config.sections.remat import RematConfig
 from torchprime.data.blocks.batch import Batch
-from torchprime.errors import ConfigError
 from torchprime.generation.decode import Answer, GenerateOptions
+from torchprime.losses.chunks import Spread
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
@@ -49,12 +49,13 @@ from torchprime.torch_xla_models.devices import (
     multiply_in_full_precision,
 )
 from torchprime.torch_xla_models.generation import Generator
-from torchprime.torch_xla_models.layers.scan import device_loop
+from torchprime.torch_xla_models.layers.loops import device_loop
+from torchprime.torch_xla_models.layers.remat import apply_remat
 from torchprime.torch_xla_models.linear import replace_linears, turned_spec
-from torchprime.torch_xla_models.mesh import axis_sizes, constrain, loss_spread, make_mesh
+from torchprime.torch_xla_models.loss import choose_loss, loss_spread
+from torchprime.torch_xla_models.mesh import axis_sizes, constrain, make_mesh
 from torchprime.torch_xla_models.placement import StateMaker
 from torchprime.torch_xla_models.processes import make_processes
-from torchprime.torch_xla_models.remat import apply_remat
 from torchprime.torch_xla_models.runtime import check_loop_requirements
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.optimizer import Optimizer
@@ -122,7 +123,7 @@ class XlaBackend:
         self.device_kind = device_kind()
         self.processes = make_processes()
         self.attention, self.attention_why = choose_kernel(kernels.attention, kernels.block_size)
-        self.loss, self.loss_why = _choose_loss(kernels.loss)
+        self.loss, self.loss_why = choose_loss(kernels.loss)
         self.remat = remat or RematConfig()
         self.options = StepOptions()
         self._watches_preemption = False
@@ -295,10 +296,10 @@ class XlaBackend:
         sizes = axis_sizes(self.mesh)
         return math.prod(sizes[axis] for axis in self.table.batch_axes())
 
-    def _cut_output_gradient(self, gradient: Tensor) -> Tensor:
+    def _spread(self) -> Spread:
         tied = self.model.lm_head is None
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        return constrain(gradient, self.mesh, self.placed[name].spec)
+        return loss_spread(self.mesh, self.table.batch_axes(), self.placed[name].spec, self.loss)
 
     def put(self, batch: Batch, accumulation: int) -> list[Tensor]:
         """Start sending a batch to the devices, without waiting.
@@ -320,9 +321,8 @@ class XlaBackend:
         """
         rate = self.tensors.send(torch.tensor(lr, dtype=torch.float32), ())
         update = Update(self.state, self.optimizer, self.options)
-        spread = loss_spread(self._batch_shards(), self._cut_output_gradient)
         numbers = train_step(
-            update, self.model, tuple(batch), rate, self._accumulate, spread, self.base
+            update, self.model, tuple(batch), rate, self._accumulate, self._spread(), self.base
         )
         self.tensors.run([*self.state.tensors(), numbers])
         return numbers
@@ -372,8 +372,9 @@ class XlaBackend:
         """
         with torch.no_grad():
             fields = [f[0] for f in batch]
-            spread, chunks = loss_spread(self._batch_shards()), self.options.loss_chunks
-            cross_entropy = partial(chunked_cross_entropy, chunks=chunks, spread=spread)
+            cross_entropy = partial(
+                chunked_cross_entropy, chunks=self.options.loss_chunks, spread=self._spread()
+            )
             sums = forward_sums(loss_of(self.model, fields, cross_entropy), fields, num_sources)
         self.tensors.run([sums])
         return sums
@@ -438,13 +439,3 @@ class XlaBackend:
         """Return None: torch_xla 2.9 has no memory statistics for the virtual device of SPMD, nor a
         way to name a real one under it (both raise)."""
         return None
-
-
-def _choose_loss(wanted: str) -> tuple[str, str]:
-    """Return the chunked loss, which the compiler fuses; there is no other one here."""
-    if wanted == "liger":
-        raise ConfigError(
-            "task.loss_kernel=liger is a kernel of the GPU backend, and this run is on XLA; use "
-            "auto or chunked."
-        )
-    return "chunked", "the one there is on XLA"

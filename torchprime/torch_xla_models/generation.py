@@ -20,7 +20,6 @@ import torch_xla.core.xla_op_registry as xor
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
 from torchprime.generation.cache import (
     Cache,
@@ -44,7 +43,7 @@ from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.torch_xla_models.attention import core_maker, prompt_core_maker
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
-from torchprime.torch_xla_models.layers.scan import device_loop
+from torchprime.torch_xla_models.layers.loops import RecordedLoop
 from torchprime.torch_xla_models.linear import XlaLinear
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain
 from torchprime.torch_xla_models.placement import Placed
@@ -88,57 +87,6 @@ class _Step(nn.Module):
         """Return logits, fp32 [B, V]."""
         turned = self.model.output_weight.t() if self.turned is None else self.turned
         return torch.matmul(hidden, turned).float()
-
-
-class RecordedLoop:
-    """A `device_loop` that is traced once and run again with other tensors of the same shapes.
-
-    Tracing a deep model takes as long as running it for some tokens. Values that differ between
-    runs must be in carry and xs; all others that the body reads are treated as constant.
-    """
-
-    def __init__(self, body: Callable[..., Any]) -> None:
-        self.body = body
-        self.call: tuple[str, list[Tensor], Any] | None = None  # name, constants, computation
-        self.ys: list[tuple[torch.Size, torch.dtype]] = []
-
-    def run(
-        self, carry: Sequence[Tensor], xs: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Run the loop as `device_loop` does."""
-        if self.call is None:
-            return self._record(carry, xs)
-        name, constants, computation = self.call
-        # Made again, as the first time: stored ones would become data when something syncs all
-        # tensors, and the next program would be another one.
-        device = carry[0].device
-        first = torch.tensor(0, device=device)
-        ys = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in self.ys]
-        tensors = [first, *carry, *xs, *ys, *constants]
-        _, *outputs = XLAC._xla_user_computation(name, tensors, computation)
-        skipped = len(carry) + len(xs)
-        return outputs[: len(carry)], outputs[skipped : skipped + len(ys)]
-
-    def _record(
-        self, carry: Sequence[Tensor], xs: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        run, calls = XLAC._xla_user_computation, []
-
-        def record(*call: Any) -> Any:
-            calls.append(call)
-            return run(*call)
-
-        XLAC._xla_user_computation = record
-        try:
-            carried, ys = device_loop(self.body, carry, xs)
-        finally:
-            XLAC._xla_user_computation = run
-        name, tensors, computation = calls[-1]  # loops inside the body are recorded before it
-        # The loop's own counter, carry, xs, the places of ys, then the constants.
-        given = 1 + len(carry) + len(xs) + len(ys)
-        self.call = name, list(tensors[given:]), computation
-        self.ys = [(y.shape, y.dtype) for y in ys]
-        return carried, ys
 
 
 class Generator:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch_xla
-import torch_xla.core.xla_model as xm
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
 from torchprime.errors import ConfigError
-from torchprime.losses.chunks import CHUNK_BYTES, ONE_DEVICE, Spread, tpu_chunk_bytes
 from torchprime.sharding import Spec
-from torchprime.torch_xla_models.devices import chip_memory
 
 
 def make_mesh(ici: Mapping[str, int], dcn: Mapping[str, int]) -> xs.Mesh:
@@ -147,26 +144,24 @@ def constrain(tensor: Tensor, mesh: xs.Mesh, spec: Spec) -> Tensor:
     return _Constrain.apply(tensor, mesh, partition(spec))  # type: ignore[no-any-return]
 
 
-def loss_spread(
-    groups: int, cut_gradient: Callable[[Tensor], Tensor] = ONE_DEVICE.cut_gradient
-) -> Spread:
-    """Return the distribution of the loss over devices, with the chunks that this kind of them
-    takes.
-
-    Args:
-        groups: devices with different rows.
-        cut_gradient: annotates the output weight's gradient.
-    """
-    on_tpu = xr.device_type() == "TPU"
-    most = tpu_chunk_bytes(chip_memory()) if on_tpu else CHUNK_BYTES
-    return Spread(groups, cut_gradient, in_order, most)
+def local(tensor: Tensor, mesh: xs.Mesh, spec: Spec) -> Tensor:
+    """Return a device's own part of a tensor, of the part's shape. What is computed from it is not
+    partitioned: each device runs it on its own, until `whole_of`."""
+    copy = tensor * 1  # one that holds data would be annotated in place
+    annotate(copy, mesh, partition(spec))
+    return XLAC._spmd_full_to_shard_shape(copy)
 
 
-def in_order(later: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both unchanged, but computations with the later one run after the earlier one."""
-    behind = [later.clone(), earlier.clone()]
-    xm.optimization_barrier_(behind)
-    return behind[0], behind[1]
+def whole_of(part: Tensor, shape: torch.Size, mesh: xs.Mesh, spec: Spec) -> Tensor:
+    """Return the tensor of a shape whose parts are the devices' results from `local` tensors."""
+    copy = part * 1
+    XLAC._mark_manual_sharding(copy, _MANUAL)
+    return XLAC._spmd_shard_to_full_shape(
+        copy, mesh.get_op_sharding(partition(spec)), list(shape), copy.dtype
+    )
+
+
+_MANUAL = XLAC.OpSharding([], [], [], xs.ShardingType.MANUAL)
 
 
 class _Constrain(torch.autograd.Function):

@@ -23,8 +23,10 @@ WAYS = {
     "fsdp4": dict(mesh={"fsdp": 4}, options={"num_sources": 2}),
     "fsdp2-tensor2-tied": dict(mesh={"fsdp": 2, "tensor": 2}, tied=True),
     "data2-fsdp2-accumulate2": dict(mesh={"data": 2, "fsdp": 2}, accumulation=2),
-    "fsdp4-remat-barrier": dict(
-        mesh={"fsdp": 4}, remat=RematConfig(policy="attention", optimization_barrier=True)
+    "fsdp4-remat-barrier-chunked": dict(
+        mesh={"fsdp": 4},
+        remat=RematConfig(policy="attention", optimization_barrier=True),
+        kernels=Kernels(loss="chunked"),
     ),
     "scan": dict(mesh={"fsdp": 2, "tensor": 2}, remat=RematConfig(scan_layers=True)),
     "scan-remat-accumulate2": dict(

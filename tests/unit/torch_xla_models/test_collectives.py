@@ -92,7 +92,7 @@ def test_scan_under_fsdp_gathers_no_activation(tmp_path: Path) -> None:
     weights and gathers them over the whole batch, which costs more with every token."""
     program = max(programs(STEP.format(tests=str(Path(__file__).parent)), tmp_path), key=len)
     bodies = loop_bodies(program)
-    assert len(bodies) == 2  # the layers forward, the layers backward
+    assert len(bodies) == 3  # the layers forward, the loss, the layers backward
     tokens = reference.B * reference.S
     gathers = 0
     for line in "\n".join(bodies).splitlines():

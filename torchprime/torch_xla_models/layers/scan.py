@@ -16,29 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch_xla.experimental.scan import _scan_impl_flat
 
 from torchprime.adapters.dropout import CounterDropout, set_position
 from torchprime.counter_bits import Position
 from torchprime.errors import ConfigError
 from torchprime.models.decoder import LayerContext, with_cache
 from torchprime.models.layer_kinds import Group
+from torchprime.torch_xla_models.layers.loops import device_loop
 from torchprime.torch_xla_models.layers.runner import LayerRunner, behind_barrier
 from torchprime.torch_xla_models.linear import XlaLinear
-
-
-def device_loop(
-    body: Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]],
-    carry: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    *,
-    reverse: bool = False,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Loop on the device over dim 0 of `xs`: (carry, x_i) -> (carry, y_i); y is stacked.
-
-    Device tensors that the body reads and that are no arguments (weights, say) become loop inputs.
-    """
-    return _scan_impl_flat(body, list(carry), list(xs), reverse=reverse)
 
 
 class LayerSequence:

@@ -22,8 +22,8 @@ from torchprime.config.sections.remat import RematConfig
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_xla_models.backend import XlaBackend
+from torchprime.torch_xla_models.layers.remat import apply_remat
 from torchprime.torch_xla_models.layers.scan import names_in_stack
-from torchprime.torch_xla_models.remat import apply_remat
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim.sgd import Sgd
 

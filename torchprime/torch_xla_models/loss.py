@@ -1,0 +1,87 @@
+"""The loss under XLA: its kernel by name, and its distribution over the devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch_xla.core.xla_model as xm
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
+from torch import Tensor
+
+from torchprime.errors import ConfigError
+from torchprime.losses.chunks import CHUNK_BYTES, Spread, tpu_chunk_bytes
+from torchprime.sharding import Spec
+from torchprime.torch_xla_models.devices import chip_memory
+from torchprime.torch_xla_models.layers.loops import late_loop
+from torchprime.torch_xla_models.mesh import axis_sizes, constrain, local, whole_of
+
+SUPERVISED, CHUNKED = "supervised", "chunked"
+
+
+def choose_loss(wanted: str) -> tuple[str, str]:
+    """Return the loss's name and the reason for it.
+
+    Args:
+        wanted: task.loss_kernel.
+
+    Raises:
+        ConfigError: it is a kernel of the other backend.
+    """
+    if wanted == "liger":
+        raise ConfigError(
+            "task.loss_kernel=liger is a kernel of the GPU backend, and this run is on XLA; use "
+            "auto or chunked."
+        )
+    if wanted == CHUNKED:
+        return CHUNKED, "logits of all tokens, as task.loss_kernel says"
+    return SUPERVISED, "logits of the tokens that carry loss, in chunks"
+
+
+def loss_spread(mesh: xs.Mesh, batch_axes: Sequence[str], spec: Spec, kernel: str) -> Spread:
+    """Return the distribution of the loss over devices, with the chunks that this kind of them
+    takes.
+
+    Args:
+        batch_axes: along which rows are sharded.
+        spec: the sharding of the output weight [V, D].
+        kernel: what `choose_loss` returned.
+    """
+    sizes = axis_sizes(mesh)
+    on_tpu = xr.device_type() == "TPU"
+    vocabulary, hidden = (tuple(axis for axis in dim if axis not in batch_axes) for dim in spec)
+
+    def gather(weight: Tensor) -> Tensor:
+        # Times 1, which the compiler removes: a tensor that holds data keeps its own sharding.
+        whole = (vocabulary, hidden)
+        return constrain(weight * 1, mesh, whole) if weight.dim() == 2 else weight
+
+    def keep(total: Tensor) -> Tensor:
+        return constrain(total, mesh, (tuple(batch_axes), hidden, vocabulary))
+
+    def rows(values: Tensor, index: Tensor) -> Tensor:
+        shape = torch.Size((*index.shape, values.shape[2]))
+        own = (tuple(batch_axes), (), ())
+        # Of one group. Left to itself, the partitioner gathers the rows of all groups everywhere.
+        part = local(values, mesh, own)[0].index_select(0, local(index, mesh, own[:2])[0])
+        return whole_of(part[None], shape, mesh, own)
+
+    return Spread(
+        groups=math.prod(sizes[axis] for axis in batch_axes),
+        cut_gradient=lambda gradient: constrain(gradient, mesh, spec),
+        in_order=in_order,
+        chunk_bytes=tpu_chunk_bytes(chip_memory()) if on_tpu else CHUNK_BYTES,
+        gather=gather,
+        keep=keep,
+        rows=rows,
+        loop=late_loop if kernel == SUPERVISED else None,
+    )
+
+
+def in_order(later: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both unchanged, but computations with the later one run after the earlier one."""
+    behind = [later.clone(), earlier.clone()]
+    xm.optimization_barrier_(behind)
+    return behind[0], behind[1]
