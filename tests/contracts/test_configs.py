@@ -53,6 +53,8 @@ PUBLISHED_PARAMETERS = {
     "phi-4-mini": 3_836_021_760,
     "smollm3-3b": 3_075_098_624,
     "granite-3.3-8b": 8_170_864_640,
+    "glm-4-9b": 9_400_279_040,
+    "mistral-small-24b": 23_572_403_200,
 }
 
 
@@ -185,6 +187,8 @@ def test_every_named_architecture_has_a_published_size() -> None:
         ("phi-4-mini", 10_000, 1e-5, 131_072, True),
         ("smollm3-3b", 5_000_000, 1e-6, 65536, True),
         ("granite-3.3-8b", 10_000_000, 1e-5, 131_072, True),
+        ("glm-4-9b", 10_000, 1e-5, 32768, False),
+        ("mistral-small-24b", 100_000_000, 1e-5, 32768, False),
         ("gemma3-1b", 1_000_000, 1e-6, 32768, True),
         ("olmo2-7b", 500_000, 1e-6, 4096, False),
     ],
@@ -212,7 +216,7 @@ def test_default_sharding_covers_every_family(mesh: str) -> None:
     )
     for model in (
         *("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-math-1.5b", "qwen3-8b", "phi-4", "gemma3-1b"),
-        "olmo2-7b",
+        *("olmo2-7b", "glm-4-9b", "mistral-small-24b"),
     ):
         shapes = shapes_of(model)
         assert set(table.parameter_specs(shapes, config.mesh_shape())) == set(shapes)
