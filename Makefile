@@ -33,11 +33,15 @@ libtpu: setup
 	  echo "libtpu could not be installed: tests that compile for a TPU are skipped" >&2
 
 # A newer version of it with its own jax, in an environment of its own: compile_libtpu=.venv/libtpu-new.
+# jax that reads all of its programs wants Python 3.12. With 3.11 it is the last one for 3.11.
 LIBTPU_NEW := $(VENV)/libtpu-new
+LIBTPU_PYTHON ?= $(shell for python in python3.12 python3.13 $(BIN)/python; do \
+	$$python -c '' 2>/dev/null && echo $$python && break; done)
 libtpu-new: setup
-	@test -f $(LIBTPU_NEW)/bin/python || $(BIN)/python -m venv $(LIBTPU_NEW)
-	@$(LIBTPU_NEW)/bin/python -m pip install -q --disable-pip-version-check --retries 1 \
-	  jax==0.10.2 jaxlib==0.10.2 libtpu==0.0.52
+	@test -f $(LIBTPU_NEW)/bin/python || $(LIBTPU_PYTHON) -m venv $(LIBTPU_NEW)
+	@$(LIBTPU_NEW)/bin/python -m pip install -q --disable-pip-version-check --retries 1 libtpu==0.0.52 \
+	  $$($(LIBTPU_NEW)/bin/python -c 'import sys; jax = "0.12.0.1" if sys.version_info >= (3, 12) else "0.10.2"; \
+	    print(f"jax=={jax} jaxlib=={jax}")')
 
 quickstart: setup
 	$(BIN)/python torchprime/torch_xla_models/train.py --config-name quickstart \

@@ -27,6 +27,7 @@ from torchprime.compiling.sizes import settings, step_sizes
 from torchprime.compiling.theory import Sizes
 from torchprime.config.schema import AXES, TrainConfig
 from torchprime.config.topologies import topology
+from torchprime.errors import UserError
 from torchprime.files.atomic import make_folder, write_json
 from torchprime.files.private_folders import require_private
 from torchprime.models.architecture import Architecture, architecture_from_hf
@@ -216,7 +217,11 @@ def other_report(
     chip = topology(config.compile_only).chip
     own = folder / f"libtpu-{other.libtpu}"
     env, request = compiler.other_environment(config), other_request(config, compiler, module)
-    result = compile_with(other, request, env, own, config.compile_time_limit * 60)
+    try:
+        result = compile_with(other, request, env, own, config.compile_time_limit * 60)
+    except UserError as error:  # it must not take the first compiler's report away
+        known = {"libtpu": other.libtpu, "jax": other.jax}
+        return {"versions": known, "fits": False, "error": str(error)}
     found = {key: result[key] for key in ("versions", "compiler", "flags", "seconds")}
     if "error" in result:
         return {**found, "fits": False, "error": result["error"]}

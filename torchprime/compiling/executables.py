@@ -33,6 +33,10 @@ from jaxlib.mlir.dialects import stablehlo as _stablehlo
 
 stablehlo: Any = _stablehlo  # made of a compiled module, of which the type checker sees half
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+UNREADABLE = (
+    "libtpu {libtpu} compiled the step, but jaxlib {jaxlib} cannot read the program: {said}. "
+    "Compile with a jax whose version goes with this libtpu (`make libtpu-new` with Python 3.12)."
+)
 
 
 def tpu_devices(libtpu_name: str, host_shape: Sequence[int], slices: int) -> list[Any]:
@@ -103,6 +107,11 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def versions() -> dict[str, str | None]:
+    """Return the versions that a report names."""
+    return {name: version_of(name) for name in ("jax", "jaxlib", "libtpu")}
+
+
 def write_new(path: Path, text: str) -> None:
     """Write a new file in the place of an older one, never through a link."""
     path.unlink(missing_ok=True)
@@ -127,12 +136,16 @@ def _executable(devices: Sequence[Any], module: Any, spmd: bool) -> Any:
 
 def compiled(devices: Sequence[Any], module: Any, folder: Path, *, spmd: bool) -> dict[str, Any]:
     """Compile a module, write its program to program.txt, and return `memory`, or the compiler's
-    message as `error`."""
+    message as `error`, or a message for the user as `user_error` if jaxlib is too old for the
+    program."""
     try:
         executable = _executable(devices, module, spmd)
     except (RuntimeError, ValueError) as error:  # jaxlib's own are RuntimeErrors
         return {"error": str(error)}
-    (program,) = executable.hlo_modules()
+    try:
+        (program,) = executable.hlo_modules()
+    except RuntimeError as error:
+        return {"user_error": UNREADABLE.format(**versions(), said=str(error)[:300])}
     write_new(folder / "program.txt", program.to_string())
     return measures(executable)
 
@@ -142,7 +155,7 @@ def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     devices = tpu_devices(request["libtpu_name"], request["host_shape"], request["slices"])
     result: dict[str, Any] = {
-        "versions": {name: version_of(name) for name in ("jax", "jaxlib", "libtpu")},
+        "versions": versions(),
         "compiler": devices[0].client.platform_version,
         "flags": os.environ.get("LIBTPU_INIT_ARGS", "").split(),
     }

@@ -23,7 +23,7 @@ from torchprime.losses.selection import Rows, Selection, rows_of
 
 
 # With a loop over the tokens that carry loss, at least this many chunks, so that few others are in
-# them; but none of fewer tokens than this.
+# them; but none of fewer tokens than Spread.smallest_chunk.
 FEWEST_CHUNKS = 8
 SMALLEST_CHUNK = 64
 
@@ -40,6 +40,13 @@ def tpu_chunk_bytes(memory: int | None) -> int:
         memory: of a chip; None if it is not known.
     """
     return 2**30 if memory is None else min(2**30, memory // 30)
+
+
+def balanced_chunk(flops: float, bytes_per_s: float) -> int:
+    """Return the tokens of a chunk whose part of the weight's gradient takes as long to compute as
+    its fp32 sum takes to read and write: 2 C V D / flops = 8 V D / bytes_per_s. Smaller chunks wait
+    for the memory."""
+    return math.ceil(4 * flops / bytes_per_s)
 
 
 def chunks_for(rows: int, length: int, vocabulary: int, most: int = CHUNK_BYTES) -> int:
@@ -79,6 +86,7 @@ class Spread(NamedTuple):
     gather: Callable[[Tensor], Tensor] = lambda weight: weight
     keep: Callable[[Tensor], Tensor] = lambda total: total
     rows: Rows = rows_of
+    smallest_chunk: int = SMALLEST_CHUNK  # tokens on a device, with a loop
     loop: Loop | None = None  # None: the chunks are parts of the sequence
 
 
@@ -166,7 +174,7 @@ class ChunkedSum(torch.autograd.Function):
             own_rows = -(-x_BSD.shape[0] // spread.groups)
             chunks = chunks_for(own_rows, x_BSD.shape[1], w_VD.shape[0], spread.chunk_bytes)
             if looped:
-                most = own_rows * x_BSD.shape[1] // SMALLEST_CHUNK
+                most = own_rows * x_BSD.shape[1] // spread.smallest_chunk
                 chunks = max(chunks, min(FEWEST_CHUNKS, most))
         run = _over_selected if looped else _over_sequence
         sums = run(x_BSD, w_VD, summed, chunks)

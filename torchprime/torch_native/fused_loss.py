@@ -81,6 +81,8 @@ def choose_loss(request: LossRequest, device_type: str, liger: Liger) -> tuple[s
             f"task.loss_kernel=liger: {obstacle}. Use auto or chunked, or install it "
             "(pip install 'torchprime[gpu]')."
         )
+    if wanted == "supervised":  # as ours always is on this backend
+        wanted = "chunked"
     if wanted != "auto":
         return wanted, "as configured"
     if device_type != "cuda":

@@ -123,7 +123,7 @@ class XlaBackend:
         self.device_kind = device_kind()
         self.processes = make_processes()
         self.attention, self.attention_why = choose_kernel(kernels.attention, kernels.block_size)
-        self.loss, self.loss_why = choose_loss(kernels.loss)
+        self.loss, self.loss_why = choose_loss(kernels.loss, xr.device_type() == "TPU")
         self.remat = remat or RematConfig()
         self.options = StepOptions()
         self._watches_preemption = False

@@ -10,7 +10,7 @@ import torch_xla.runtime as xr
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torch_xla._internal import tpu
 
-from torchprime.config.topologies import CHIPS
+from torchprime.config.topologies import CHIPS, Chip
 from torchprime.errors import ConfigError
 from torchprime.files.atomic import make_folder
 from torchprime.files.private_folders import require_private
@@ -27,11 +27,10 @@ def device_kind() -> str:
     return named or f"TPU v{tpu.version()}"
 
 
-def chip_memory() -> int | None:
-    """Return the bytes of a TPU chip that a program may use; None if its name is not known."""
+def own_chip() -> Chip | None:
+    """Return the type of the TPU's chips; None on another device, or if its name is not known."""
     kind = device_kind().replace("v5litepod", "v5e")
-    found = (chip.hbm_bytes for name, chip in CHIPS.items() if name in kind)
-    return next(found, None)
+    return next((chip for name, chip in CHIPS.items() if name in kind), None)
 
 
 def keep_compiled(wanted: str | None) -> None:

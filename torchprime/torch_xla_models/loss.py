@@ -12,16 +12,22 @@ import torch_xla.runtime as xr
 from torch import Tensor
 
 from torchprime.errors import ConfigError
-from torchprime.losses.chunks import CHUNK_BYTES, Spread, tpu_chunk_bytes
+from torchprime.losses.chunks import (
+    CHUNK_BYTES,
+    SMALLEST_CHUNK,
+    Spread,
+    balanced_chunk,
+    tpu_chunk_bytes,
+)
 from torchprime.sharding import Spec
-from torchprime.torch_xla_models.devices import chip_memory
+from torchprime.torch_xla_models.devices import own_chip
 from torchprime.torch_xla_models.layers.loops import late_loop
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain, local, whole_of
 
 SUPERVISED, CHUNKED = "supervised", "chunked"
 
 
-def choose_loss(wanted: str) -> tuple[str, str]:
+def choose_loss(wanted: str, on_tpu: bool) -> tuple[str, str]:
     """Return the loss's name and the reason for it.
 
     Args:
@@ -33,11 +39,16 @@ def choose_loss(wanted: str) -> tuple[str, str]:
     if wanted == "liger":
         raise ConfigError(
             "task.loss_kernel=liger is a kernel of the GPU backend, and this run is on XLA; use "
-            "auto or chunked."
+            "auto, supervised or chunked."
         )
-    if wanted == CHUNKED:
-        return CHUNKED, "logits of all tokens, as task.loss_kernel says"
-    return SUPERVISED, "logits of the tokens that carry loss, in chunks"
+    why = "auto on TPU" if on_tpu else "auto on CPU"
+    if wanted == "auto":
+        # docs/log.md, 2026-12-01: the compiler's cycles on a TPU.
+        wanted = CHUNKED if on_tpu else SUPERVISED
+    else:
+        why = "as configured"
+    tokens = "all tokens" if wanted == CHUNKED else "the tokens that carry loss"
+    return wanted, f"{why}: logits of {tokens}, in chunks"
 
 
 def loss_spread(mesh: xs.Mesh, batch_axes: Sequence[str], spec: Spec, kernel: str) -> Spread:
@@ -50,7 +61,7 @@ def loss_spread(mesh: xs.Mesh, batch_axes: Sequence[str], spec: Spec, kernel: st
         kernel: what `choose_loss` returned.
     """
     sizes = axis_sizes(mesh)
-    on_tpu = xr.device_type() == "TPU"
+    on_tpu, chip = xr.device_type() == "TPU", own_chip()
     vocabulary, hidden = (tuple(axis for axis in dim if axis not in batch_axes) for dim in spec)
 
     def gather(weight: Tensor) -> Tensor:
@@ -72,7 +83,8 @@ def loss_spread(mesh: xs.Mesh, batch_axes: Sequence[str], spec: Spec, kernel: st
         groups=math.prod(sizes[axis] for axis in batch_axes),
         cut_gradient=lambda gradient: constrain(gradient, mesh, spec),
         in_order=in_order,
-        chunk_bytes=tpu_chunk_bytes(chip_memory()) if on_tpu else CHUNK_BYTES,
+        chunk_bytes=tpu_chunk_bytes(chip and chip.hbm_bytes) if on_tpu else CHUNK_BYTES,
+        smallest_chunk=balanced_chunk(chip.flops, chip.hbm_bytes_per_s) if chip else SMALLEST_CHUNK,
         gather=gather,
         keep=keep,
         rows=rows,

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from torchprime.compiling.command import other_report
 from torchprime.compiling.other_compiler import find_other, known_flags
+from torchprime.compiling.side_by_side import describe_both
+from torchprime.config.compose import compose_config
 from torchprime.config.entry import run_main
 from torchprime.errors import RuntimeSetupError
 from torchprime.torch_xla_models.train import main
@@ -59,6 +64,23 @@ def test_what_does_not_fit(tmp_path, change, said) -> None:
     given = environment(tmp_path, json.dumps(GOOD | change))
     with pytest.raises(RuntimeSetupError, match=f"(?s)^compile_libtpu: .*{said}.*make libtpu-new"):
         find_other(given)
+
+
+def test_a_failing_process_leaves_the_first_report(tmp_path) -> None:
+    """Its message takes the place of its figures."""
+    folder = environment(tmp_path, json.dumps(GOOD))
+    python = Path(folder) / "bin" / "python"
+    python.write_text(
+        python.read_text().replace("cat", '[ "$2" = -c ] || { echo no; exit 3; }; cat')
+    )
+    config = compose_config(["model.pretrained_model=x", "task.max_steps=1", "compile_only=v6e-1"])
+    compiler: Any = SimpleNamespace(spmd=True, other_environment=lambda config: {})
+    other, sizes = find_other(folder), cast(Any, None)
+    found = other_report(config, compiler, sizes, other, tmp_path / "module", tmp_path)
+    assert not found["fits"]
+    text = "\n".join(describe_both({"versions": {"libtpu": "0.0.21", "jax": "0.7.1"}}, found))
+    assert "libtpu 0.0.52 says:\n  The compiler's process ended with exit code 3" in text
+    assert text.endswith("    no")
 
 
 def test_a_python_that_does_not_run(tmp_path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchprime.config.topologies import CHIPS
-from torchprime.losses.chunks import Spread, chunks_for, tpu_chunk_bytes
+from torchprime.losses.chunks import Spread, balanced_chunk, chunks_for, tpu_chunk_bytes
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 
 B, S, D, V = 2, 16, 16, 24
@@ -29,6 +29,15 @@ def test_as_few_chunks_as_fit(
     if 1 < chunks < length:
         assert 4 * rows * length * vocabulary <= most * chunks
         assert 4 * rows * length * vocabulary > most * (chunks - 1)
+
+
+def test_a_balanced_chunk_computes_as_long_as_it_reads_and_writes() -> None:
+    """The product for the gradient of a [V, D] weight, and its fp32 sum once there and back."""
+    for chip in CHIPS.values():
+        tokens = balanced_chunk(chip.flops, chip.hbm_bytes_per_s)
+        compute = 2 * tokens * V * D / chip.flops
+        memory = 2 * 4 * V * D / chip.hbm_bytes_per_s
+        assert memory <= compute < memory * (1 + 1 / (tokens - 1))
 
 
 def gradients(chunks: int | None, spread: Spread) -> list[torch.Tensor]:

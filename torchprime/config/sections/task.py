@@ -27,7 +27,7 @@ class TaskConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     neftune_noise_alpha: float | None = None  # noise on embeddings, arXiv:2310.05914
     loss_chunks: int | None = None
-    loss_kernel: Literal["auto", "liger", "chunked"] = "auto"
+    loss_kernel: Literal["auto", "liger", "chunked", "supervised"] = "auto"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     spike: SpikeConfig = field(default_factory=SpikeConfig)
