@@ -106,7 +106,7 @@ $(TORCHTPU_VENV)/.setup-done: pyproject.toml constraints-torchtpu.txt
 
 test-torchtpu: setup setup-torchtpu
 	TORCHPRIME_TORCHTPU_PYTHON=$(abspath $(TORCHTPU_VENV)/bin/python) \
-		$(BIN)/python -m pytest -m torchtpu tests/parity/test_torchtpu.py
+		$(BIN)/python -m pytest -m torchtpu tests/parity/test_torchtpu.py tests/parity/test_torchtpu_runs.py
 
 # wandb, MLflow and Trackio, in a folder of their own: see tests/trackers-requirements.txt.
 TRACKERS := $(VENV)/trackers

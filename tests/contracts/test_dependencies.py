@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {*BELOW_BACKENDS, *BACKENDS},
 }
 LATE = "# late:"
-TPU_ROOM = "torch_native/tpu"
+TPU_ROOMS = {"torch_native/tpu", "torch_native/chips"}
 # Rooms outside of the backends that use jax, for all of them.
 JAX_ROOMS = {"attention_kernels", "compiling"}
 
@@ -88,9 +88,9 @@ def wrong_devices(path: Path, text: str) -> list[str]:
     ]
     for line, name in names:
         top = name.split(".")[0]
-        # TorchTPU, whose step needs jax too, has a room of its own.
+        # TorchTPU, whose step needs jax too, has rooms of its own.
         folder = path.relative_to(PACKAGE).parent.as_posix()
-        in_tpu = folder == TPU_ROOM and top in {"torch_tpu", "jax", "jaxlib", "libtpu"}
+        in_tpu = folder in TPU_ROOMS and top in {"torch_tpu", "jax", "jaxlib", "libtpu"}
         xla_only = top in {"torch_xla", "jax", "jaxlib", "torchax", "libtpu"} and not in_tpu
         # Its checkpoint package is a file format, and that is all that checkpoint/ may use of it.
         file_format = here == "checkpoint" and name.startswith("torch.distributed.checkpoint.")

@@ -33,7 +33,7 @@ ROOMS = {
     ],
     "evaluation": ["graders"],
     "metrics": ["trackers"],
-    "torch_native": ["tpu", "compile"],
+    "torch_native": ["tpu", "compile", "chips"],
     "torch_xla_models": ["layers", "compile", "splash"],
     "training": ["optim", "regularization", "setup", "advice", "run", "hooks", "inference"],
 }
@@ -50,6 +50,7 @@ TOGETHER = {
     "test_sampled_rows_study.py",
     "test_studies.py",
     "test_vllm_deployment.py",
+    "torch_native/chips/test_variants.py",
     "torch_native/test_adapters.py",
     "torch_native/test_loss_variants.py",
     "torch_xla_models/test_adapters.py",

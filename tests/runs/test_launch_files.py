@@ -27,8 +27,16 @@ from torchprime.config.compose import compose_config
 
 REPO = Path(__file__).resolve().parents[2]
 LAUNCH = REPO / "experimental" / "launch"
-SCRIPTS = ["gpus.sbatch", "xpk.sh"]
-TRAINERS = ("torchprime/torch_xla_models/train.py",)
+SCRIPTS = ["gpus.sbatch", "xpk.sh", "torchtpu.sh"]
+JOBSETS = ["gke-jobset.yaml", "gke-jobset-torchtpu.yaml"]
+TASKS = ["v6e8.sky.yaml", "v6e8-torchtpu.sky.yaml"]
+# The commands that a file may start, up to the run's own words.
+TRAINERS = (
+    ["python3", "torchprime/torch_xla_models/train.py"],
+    [".venv/bin/python", "torchprime/torch_xla_models/train.py"],
+    [".venv/bin/torchprime", "train", "device=tpu"],
+    ["experimental/launch/torchtpu.sh"],
+)
 
 # A hand-written part of the schema of jobset.x-k8s.io/v1alpha2: the fields that a job like ours may
 # use. It is not the project's CustomResourceDefinition, which has 750 KB and is not copied here: a
@@ -130,9 +138,16 @@ def test_hadolint_finds_nothing() -> None:
     run(tool("hadolint"), LAUNCH / "Dockerfile")
 
 
-@pytest.fixture
-def jobset() -> dict[str, Any]:
-    return yaml.safe_load((LAUNCH / "gke-jobset.yaml").read_text())
+def own_words(command: list[str]) -> list[str]:
+    """Return the run's words of a command that starts a trainer."""
+    (trainer,) = (each for each in TRAINERS if command[: len(each)] == each)
+    assert all((REPO / word).is_file() for word in trainer if word.endswith((".py", ".sh")))
+    return command[len(trainer) :]
+
+
+@pytest.fixture(params=JOBSETS)
+def jobset(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return yaml.safe_load((LAUNCH / request.param).read_text())
 
 
 def jobs(jobset: dict[str, Any]) -> list[dict[str, Any]]:
@@ -169,8 +184,10 @@ def test_the_jobset_trains_on_all_chips_of_its_slice(jobset: dict[str, Any]) -> 
     rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
     chips = spec["parallelism"] * container["resources"]["limits"]["google.com/tpu"]
     assert chips == int(rows) * int(columns) and spec["completions"] == spec["parallelism"]
-    _, script, *argv = container["command"]
-    assert script in TRAINERS and compose_config(argv).device_count == chips
+    assert compose_config(own_words(container["command"])).device_count == chips
+    for variable in container["env"]:
+        if variable["name"] == "TORCH_TPU_TOPOLOGY":
+            assert variable["value"] == f"{rows},{columns},1"
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 
@@ -191,16 +208,55 @@ print(json.dumps([resources.accelerators, resources.use_spot, sorted(task.envs),
 
 
 @pytest.mark.slow
-def test_skypilot_reads_its_task(tmp_path: Path) -> None:
-    python, path = sky_python(), LAUNCH / "v6e8.sky.yaml"
+@pytest.mark.parametrize("name", TASKS)
+def test_skypilot_reads_its_task(name: str, tmp_path: Path) -> None:
+    python, path = sky_python(), LAUNCH / name
     lines = run(python, "-c", SKY, path).splitlines()
     accelerators, spot, envs, command = json.loads(lines[-1])
     assert accelerators == {"tpu-v6e-8": 1} and spot is True and envs == ["BUCKET", "HF_TOKEN"]
-    _, script, *argv = shlex.split(command.replace("\\\n", " "))
-    assert script in TRAINERS and compose_config(argv).device_count == 8
+    argv = own_words(shlex.split(command.replace("\\\n", " ")))
+    assert compose_config(argv).device_count == 8
     typo = tmp_path / "typo.sky.yaml"
     typo.write_text(path.read_text().replace("use_spot", "use_spott"))
     assert subprocess.run([python, "-c", SKY, str(typo)], capture_output=True).returncode
+
+
+# TorchTPU on several hosts -----------------------------------------------------------------------
+
+# In the place of python: TorchTPU's launcher on the second of two hosts, and torchrun.
+HOST = """#!/bin/sh
+case "$2" in
+torch.tpu.distributed) cat <<EOF
+TORCH_TPU_TOPOLOGY="2,4,1"
+TORCH_TPU_SLICEBUILDER_ADDRESSES="a:1,a:2,a:3,a:4,b:1,b:2,b:3,b:4"
+WORLD_SIZE=8
+NODE_RANK="1"
+NNODES="2"
+MASTER_ADDR="a"
+MASTER_PORT="29500"
+EOF
+;;
+*) echo "$TORCH_TPU_SLICEBUILDER_ADDRESSES $@" ;;
+esac
+"""
+
+
+def test_torchtpu_starts_a_process_per_chip_of_its_host(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(HOST)
+    python.chmod(0o755)
+    host = {"PYTHON": str(python), "PATH": os.environ["PATH"]}
+    slice_of = {"TPU_WORKER_HOSTNAMES": "a,b", "TORCH_TPU_TOPOLOGY": "2,4,1"}
+    command = ["bash", str(LAUNCH / "torchtpu.sh"), "--config-name", "quickstart"]
+    done = subprocess.run(command, env=host | slice_of, capture_output=True, text=True, check=True)
+    addresses, *words = done.stdout.split()
+    assert addresses.split(",")[4] == "b:1"
+    wanted = ["--nnodes=2", "--node_rank=1", "--nproc_per_node=4", "--master_addr=a"]
+    assert words[2:6] == wanted and words[-3:] == ["device=tpu", "--config-name", "quickstart"]
+    for missing in slice_of:
+        rest = {name: value for name, value in slice_of.items() if name != missing}
+        done = subprocess.run(command, env=host | rest, capture_output=True, text=True)
+        assert done.returncode and missing in done.stderr
 
 
 # SLURM -------------------------------------------------------------------------------------------

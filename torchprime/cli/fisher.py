@@ -64,7 +64,7 @@ def _compose(given: argparse.Namespace, rest: list[str]) -> int:
 def _measure(config: TrainConfig, given: argparse.Namespace) -> int:
     with_backend(
         config,
-        choose_backend(given.backend, None),
+        choose_backend(given.backend, None, device=config.device),
         lambda make_backend: _run(config, make_backend, given),
     )
     return 0

@@ -53,7 +53,7 @@ def take_flag(argv: list[str]) -> tuple[str | None, list[str]]:
 
 def train(config: TrainConfig, asked: str | None = None) -> int:
     """Choose a backend, print which one and why, and train on it; the exit code."""
-    backend, reason, instead = choose_backend(asked, config.compile_only)
+    backend, reason, instead = choose_backend(asked, config.compile_only, device=config.device)
     if is_first_process():
         more = f" ({instead})" if instead else ""
         say(f"backend {backend} ({NAMES[backend]}): {reason}{more}")

@@ -158,6 +158,9 @@ class TrainConfig:
     logging_steps: int = 10
     output_dir: RunFolders = "outputs"
     run_name: str | None = None  # null: the config's name
+    # Of the native backend. tpu: one program per chip by TorchTPU; tpu_on_cpu: the same program on
+    # virtual devices of the host's CPU, to try it without a TPU.
+    device: Literal["auto", "cpu", "cuda", "tpu", "tpu_on_cpu"] = "auto"
     dry_run: bool = False
     # A slice's name (v6e-8): compile the step for it and exit; neither TPU nor weights are needed.
     compile_only: str | None = None

@@ -98,7 +98,7 @@ def check_adapter(model: CausalLM, size: int) -> None:
             continue
         raise ConfigError(
             f"{key}: given {given} with ici_mesh.tensor={size}, expected ici_mesh.tensor=1: the "
-            "GPU backend does not shard it along the tensor axis. Use the fsdp axis instead."
+            "native backend does not shard it along the tensor axis. Use the fsdp axis instead."
         )
 
 

@@ -80,7 +80,20 @@ def start_processes() -> torch.device:
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return device
-    backend, timeout = "nccl" if cuda else "gloo", transport_timeout()
+    join("nccl" if cuda else "gloo")
+    return device
+
+
+def join(backend: str) -> None:
+    """Form the process group of torchrun's processes, or of this one alone.
+
+    Args:
+        backend: of torch.distributed.
+
+    Raises:
+        RuntimeSetupError: the group cannot be formed.
+    """
+    timeout = transport_timeout()
     try:
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
@@ -89,7 +102,6 @@ def start_processes() -> torch.device:
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     except Exception as error:
         raise lost_partner(error) from error
-    return device
 
 
 def transport_timeout() -> timedelta:

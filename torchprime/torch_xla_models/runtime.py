@@ -11,10 +11,10 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from glob import glob
 from pathlib import Path
 
 from torchprime.errors import RuntimeSetupError
+from torchprime.installed import tpu_chips
 from torchprime.text.terminal import say
 
 # LLVM unrolls every loop over a stack's layers whole, optimizer updates above all, so that compile
@@ -66,11 +66,6 @@ def with_flags(given: str, flags: Mapping[str, str]) -> str:
     named = {part.removeprefix("--").split("=")[0] for part in given.split()}
     added = [f"--{name}={value}" for name, value in flags.items() if name not in named]
     return " ".join([*given.split(), *added])
-
-
-def tpu_chips() -> list[str]:
-    """Return this host's chips, which show as accel or VFIO devices."""
-    return glob("/dev/accel*") + glob("/dev/vfio/[0-9]*")
 
 
 def host_has_tpu() -> bool:

@@ -81,6 +81,22 @@ def test_torchtpus_environment_compiles_its_own_step(host, monkeypatch) -> None:
     assert backends.choose_backend(None, "v6e-8").backend == "native"
 
 
+@pytest.mark.parametrize(("env", "devices"), [({}, {}), ({}, {"tpus": 8}), (TORCHRUN, {})])
+def test_a_device_is_the_native_backends(host, env, devices) -> None:
+    host(env, **devices)
+    chosen = backends.choose_backend(None, None, device="tpu_on_cpu")
+    assert chosen.backend == "native" and "device=tpu_on_cpu" in chosen.reason
+    with pytest.raises(ConfigError, match="device: given 'tpu' with --backend xla, expected auto"):
+        backends.choose_backend("xla", None, device="tpu")
+
+
+def test_chips_with_torchtpu_alone_are_the_native_backends(host, monkeypatch) -> None:
+    host({}, tpus=8, torch_xla=False)
+    monkeypatch.setattr(backends, "only_torchtpu", lambda: True)
+    chosen = backends.choose_backend(None, None)
+    assert (chosen.backend, chosen.instead) == ("native", "") and "torch-tpu" in chosen.reason
+
+
 def test_several_gpus_are_told_of_torchrun(host) -> None:
     host({}, gpus=8)
     assert "torchrun --standalone --nproc_per_node=8" in backends.choose_backend(None, None).instead

@@ -28,12 +28,12 @@ from torchprime import __version__
 from torchprime.cli.shared.arguments import make_parser, run_command
 from torchprime.config.compose import compose_config
 from torchprime.errors import UserError
-from torchprime.installed import installed_version, installed_versions
+from torchprime.installed import installed_version, installed_versions, tpu_chips
 from torchprime.text.terminal import print_json, print_lines, say
 from torchprime.torch_native.tpu.environment import check_environment
 from torchprime.torch_xla_models.compile.command import compile_only
 from torchprime.torch_xla_models.compile.library import find_library
-from torchprime.torch_xla_models.runtime import host_has_tpu, tpu_chips
+from torchprime.torch_xla_models.runtime import host_has_tpu
 
 OK, NONE, PROBLEM = "ok", "none", "PROBLEM"
 # Extras whose packages are checked if installed, by the runtime for TPUs; the others are for

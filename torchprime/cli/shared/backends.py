@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, NoReturn
 
 from torchprime.config.schema import TrainConfig
 from torchprime.errors import ConfigError
-from torchprime.installed import installed_version
+from torchprime.installed import installed_version, only_torchtpu, tpu_chips
 from torchprime.text.terminal import is_first_process, say
 from torchprime.torch_native import train as native
 from torchprime.torch_xla_models import train as xla
-from torchprime.torch_xla_models.runtime import host_has_tpu, prepare_environment, tpu_chips
+from torchprime.torch_xla_models.runtime import host_has_tpu, prepare_environment
 
 FLAG = "--backend"
 NAMES = {"xla": "PyTorch/XLA", "native": "torch.distributed"}
@@ -33,17 +33,26 @@ class Choice(NamedTuple):
     instead: str = ""
 
 
-def choose_backend(asked: str | None, compile_only: str | None, flag: str = FLAG) -> Choice:
+def choose_backend(
+    asked: str | None, compile_only: str | None, flag: str = FLAG, device: str = "auto"
+) -> Choice:
     """Choose the backend for this host and process.
 
     Args:
         asked: the backend given by `flag`.
         compile_only: the config's; only the XLA backend compiles for TPUs, or the native one in
             TorchTPU's environment.
+        device: the config's, which only the native backend has.
 
     Raises:
-        ConfigError: XLA is asked for in one of several processes that torchrun started.
+        ConfigError: XLA is asked for in one of several processes that torchrun started, or with a
+            device.
     """
+    if asked == "xla" and device != "auto":
+        raise ConfigError(
+            f"device: given {device!r} with {flag} xla, expected auto: PJRT_DEVICE chooses that "
+            f"backend's device. Leave device out, or write {flag} native."
+        )
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if asked == "xla" and local != "1":
         raise ConfigError(
@@ -53,14 +62,18 @@ def choose_backend(asked: str | None, compile_only: str | None, flag: str = FLAG
         )
     if asked is not None:
         return Choice(asked, f"given by {flag}")
+    if device != "auto":
+        return Choice("native", f"device={device}", f"for the other: device=auto {flag} xla")
     if (size := os.environ.get("WORLD_SIZE")) is not None:
         reason = f"torchrun started this process, one of {size}"
         return Choice("native", reason, "for XLA, start without torchrun")
     if compile_only is not None:
         torchtpu = installed_version("torch-tpu") is not None
         return Choice("native" if torchtpu else "xla", "compile_only asks for the TPU's compiler")
-    if (device := os.environ.get("PJRT_DEVICE")) is not None:
-        return Choice("xla", f"PJRT_DEVICE is {device}", f"for the other: {FLAG} native")
+    if (given := os.environ.get("PJRT_DEVICE")) is not None:
+        return Choice("xla", f"PJRT_DEVICE is {given}", f"for the other: {FLAG} native")
+    if host_has_tpu() and only_torchtpu():
+        return Choice("native", f"this host has {len(tpu_chips())} TPU chips, and torch-tpu")
     if host_has_tpu():
         reason = f"this host has {len(tpu_chips())} TPU chips"
         return Choice("xla", reason, f"for the other: {FLAG} native")
@@ -95,7 +108,7 @@ def with_backend(config: TrainConfig, chosen: Choice, use: Callable[[MakeBackend
         prepare_environment(config.device_count, async_collectives=config.async_collectives)
         use(xla.make_backend)
         return
-    os.environ["USE_TORCH_XLA"] = "0"  # transformers would start XLA if it is installed
+    native.prepare_environment(config)
     # late: it needs torch, and a wrong config is refused without it
     from torchprime.torch_native.runtime import group
 

@@ -74,7 +74,7 @@ def with_engine(
 
         use(partial(on_backend, make_backend=make_backend))
 
-    with_backend(config, choose_backend(given.engine, None, "--engine"), run)
+    with_backend(config, choose_backend(given.engine, None, "--engine", config.device), run)
 
 
 def _flag(name: str) -> str:

@@ -5,7 +5,7 @@ Nothing here imports torch: TorchTPU is loaded with it, and reads the variables 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torchprime.errors import RuntimeSetupError
 from torchprime.installed import installed_version
@@ -13,6 +13,7 @@ from torchprime.installed import installed_version
 # The releases whose internals this module knows, and the torch that they are tested with.
 SUPPORTED = {"torch-tpu": "0.2", "torch": "2.13"}
 OTHER = "torch_xla"
+VIRTUAL_DEVICES = "--xla_force_host_platform_device_count"
 INSTALL = (
     "Make an environment for TorchTPU alone: make setup-torchtpu, or pip install "
     "'torchprime[torchtpu]'"
@@ -48,4 +49,18 @@ def without_chip(kind: str = "v6e-8") -> dict[str, str]:
         "TPU_WORKER_ID": "0",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "JAX_PLATFORMS": "cpu",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # otherwise a warning for each placeholder
     }
+
+
+def on_cpu(count: int, given: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables with which XLA's CPU client stands in for chips.
+
+    Args:
+        count: of the chips, as virtual devices.
+        given: this process's variables; flags of XLA stay, and a number of devices among them.
+    """
+    flags = given.get("XLA_FLAGS", "")
+    if VIRTUAL_DEVICES not in flags:
+        flags = f"{flags} {VIRTUAL_DEVICES}={count}".strip()
+    return {**without_chip(), "XLA_FLAGS": flags}

@@ -23,11 +23,16 @@ TENSOR = "tensor"
 
 @dataclass(frozen=True)
 class Grid:
-    """The number of chips along each axis."""
+    """The number of chips along each axis.
+
+    Attributes:
+        order: the runtime's number of each chip, by its number here; the same if it is empty.
+    """
 
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    order: tuple[int, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -68,7 +73,7 @@ class Grid:
         return found
 
     def groups(self, axes: Axes) -> list[list[int]]:
-        """Return the groups of chips that differ along the axes only.
+        """Return the groups of chips that differ along the axes only, by the runtime's numbers.
 
         In a group the first axis is the slowest, as in a dim that these axes cut.
         """
@@ -77,7 +82,8 @@ class Grid:
         def ranks(fixed: tuple[int, ...]) -> list[int]:
             moving = product(*(range(self.sizes[axis]) for axis in axes))
             named = dict(zip(rest, fixed, strict=True))
-            return [self.rank({**named, **dict(zip(axes, at, strict=True))}) for at in moving]
+            chips = [self.rank({**named, **dict(zip(axes, at, strict=True))}) for at in moving]
+            return [self.order[chip] for chip in chips] if self.order else chips
 
         return [ranks(fixed) for fixed in product(*(range(self.sizes[axis]) for axis in rest))]
 

@@ -11,6 +11,7 @@ has some heads) or along their inputs (outputs are summed).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +26,9 @@ from torchprime.adapters.dropout import CounterDropout, set_position
 from torchprime.torch_native.tpu.collectives import Gather, barrier, copied, summed
 from torchprime.torch_native.tpu.grid import TENSOR, Cut
 from torchprime.torch_native.tpu.loops import Loop, traced_loop
+
+Pair = tuple[Tensor, Tensor]  # keys and values of a layer
+TRAINED, BASE = "trained", "base"  # uses of a stack in one program; their loops differ
 
 # Norms of the heads: a chip along `tensor` computes only its own heads.
 PER_HEAD = ("q_norm", "k_norm")
@@ -96,6 +100,20 @@ class GatheredLayer:
         weights = {name: gather(part) for (name, gather), part in named}
         return functional_call(self.layer, weights, (x, context))
 
+    def with_cache(
+        self, x: Tensor, parts: Sequence[Tensor], inputs: Any, cache: Pair | None
+    ) -> tuple[Tensor, Pair]:
+        """Return the layer's output and its new keys and values, while a core of
+        generation/cache.py is installed.
+
+        Args:
+            cache: the layer's keys and values; None during prefill.
+        """
+        core: Any = self.layer.get_submodule("self_attn.core")
+        core.cache = cache
+        x = self(x, parts, inputs)
+        return x, core.new
+
     def gradients(
         self, grad: Tensor, x: Tensor, parts: Sequence[Tensor], inputs: Any
     ) -> list[Tensor]:
@@ -119,7 +137,9 @@ class GatheredStack(nn.Module):
 
     Attributes:
         parts: of the layers' weights; the step sets them. Stacked, or one list after another.
+        use: of the loops by which the next forward runs: TRAINED or BASE.
         seen: inputs of the last forward, (hidden, inputs); a forward that only looks sets them.
+        seen_cache: the same of `with_cache`, and a layer's keys and values if there are any.
     """
 
     def __init__(self, layers: Sequence[GatheredLayer], *, scan: bool, remat: bool) -> None:
@@ -127,9 +147,12 @@ class GatheredStack(nn.Module):
         self._layers = layers
         self.scan, self.remat = scan, remat
         self.parts: Sequence[Tensor] = ()
-        self.loops: tuple[Loop, Loop] | None = None
+        self.loops: dict[str, tuple[Loop, Loop | None]] = {}
+        self.use = TRAINED
         self.looking = False
         self.seen: tuple[Tensor, Any] | None = None
+        self.seen_cache: tuple[Tensor, Any, list[Tensor]] | None = None
+        self.cache_loop: Loop | None = None
 
     def templates(self) -> list[nn.Module]:
         """Return the layers whose code is executed."""
@@ -143,19 +166,89 @@ class GatheredStack(nn.Module):
             return x
         if self.scan:
             return _Scanned.apply(self, inputs, x, *self.parts)  # pyright: ignore[reportReturnType]
-        size = len(self.parts) // len(self._layers)
         for number, layer in enumerate(self._layers):
-            parts = self.parts[number * size : (number + 1) * size]
-            x = self._run(layer, inputs, x, parts)
+            x = self._run(layer, inputs, x, self._parts_of(number))
         return x
+
+    def _parts_of(self, number: int) -> list[Tensor]:
+        """Return the parts of a layer's weights."""
+        if self.scan:
+            return [part[number] for part in self.parts]
+        size = len(self.parts) // len(self._layers)
+        return list(self.parts[number * size : (number + 1) * size])
+
+    def with_cache(
+        self, x: Tensor, context: Any, cache: Any
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Run as `LayerStack.with_cache` does. Layers in a loop have their keys and values in one
+        stack."""
+        inputs = (context, ())
+        if self.scan:
+            x, (keys, values) = self._scan_cache(x, inputs, cache)
+            return x, [keys], [values]
+        found: list[Pair] = []
+        for number, layer in enumerate(self._layers):
+            old = None if cache is None else (cache.keys[number], cache.values[number])
+            x, new = layer.with_cache(x, self._parts_of(number), inputs, old)
+            found.append(new)
+        return x, [key for key, _ in found], [value for _, value in found]
+
+    def _scan_cache(self, x: Tensor, inputs: Any, cache: Any) -> tuple[Tensor, list[Tensor]]:
+        rows = [] if cache is None else [cache.keys[0], cache.values[0]]
+        if not self.looking:
+            assert self.cache_loop is not None
+            leaves = pytree.tree_leaves(inputs)
+            (out,), found = self.cache_loop([x], [*self.parts, *rows], leaves)
+            return out, found
+        first = [row[0] for row in rows]
+        self.seen_cache = x, inputs, first
+        old = (first[0], first[1]) if first else None
+        _, new = self._layers[0].with_cache(x, self._parts_of(0), inputs, old)
+        return x, [each.expand(len(self._layers), *each.shape).clone() for each in new]
 
     def _run(self, layer: GatheredLayer, inputs: Any, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
         if not self.remat:
             return layer(x, parts, inputs)
         return _Again.apply(layer, inputs, x, *parts)  # pyright: ignore[reportReturnType]
 
-    def trace_loops(self) -> None:
-        """Trace the bodies of both loops, for inputs like those that a forward saw."""
+    @contextmanager
+    def used(self, use: str) -> Iterator[None]:
+        """Run by the loops of another use inside."""
+        self.use, before = use, self.use
+        yield
+        self.use = before
+
+    @contextmanager
+    def traced_for(self) -> Iterator[None]:
+        """Let the model run once inside without its layers, on tensors without storage; then trace
+        the loops over layers for what it passed to them."""
+        self.seen = self.seen_cache = None
+        self.looking = self.scan
+        yield
+        self.looking = False
+        if self.seen is not None:
+            self.loops[self.use] = self._traced_loops()
+        if self.seen_cache is not None:
+            self._trace_cache_loop()
+
+    def _trace_cache_loop(self) -> None:
+        assert self.seen_cache is not None
+        x, inputs, old = self.seen_cache
+        layer, (leaves, tree) = self._layers[0], pytree.tree_flatten(inputs)
+        count, end = len(layer.trained), len(layer.trained) + len(old)
+
+        def body(x: Tensor, *given: Tensor) -> list[Tensor]:
+            cache = (given[count], given[count + 1]) if old else None
+            again = pytree.tree_unflatten(list(given[end:]), tree)
+            out, new = layer.with_cache(x, given[:count], again, cache)
+            return [out, *(each.clone() for each in new)]
+
+        rows = [*self._parts_of(0), *old]
+        self.cache_loop = traced_loop(body, [x], rows, leaves)
+
+    def _traced_loops(self) -> tuple[Loop, Loop | None]:
+        """Return the loops of forward and backward. The base has none for the backward: it gets no
+        gradient, and its adapters are off."""
         assert self.seen is not None
         x, inputs = self.seen
         layer, (leaves, tree) = self._layers[0], pytree.tree_flatten(inputs)
@@ -171,10 +264,10 @@ class GatheredStack(nn.Module):
             return layer.gradients(grad, x, *again(given))
 
         rows = [part[0] for part in self.parts]
-        self.loops = (
-            traced_loop(forward, [x], rows, leaves),
-            traced_loop(backward, [x], [x, *rows], leaves, reverse=True),
-        )
+        there = traced_loop(forward, [x], rows, leaves)
+        if self.use == BASE:
+            return there, None
+        return there, traced_loop(backward, [x], [x, *rows], leaves, reverse=True)
 
 
 def position_in(layer: nn.Module) -> Any:
@@ -189,16 +282,16 @@ class _Scanned(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, stack: GatheredStack, inputs: Any, x: Tensor, *parts: Tensor) -> Tensor:
-        assert stack.loops is not None
         ctx.stack, ctx.leaves = stack, pytree.tree_leaves(inputs)
-        (out,), (saved,) = stack.loops[0]([x], parts, ctx.leaves)
+        forward, ctx.loop = stack.loops[stack.use]
+        (out,), (saved,) = forward([x], parts, ctx.leaves)
         ctx.save_for_backward(saved, *parts)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         saved, *parts = ctx.saved_tensors
-        (of_x,), found = ctx.stack.loops[1]([grad], [saved, *parts], ctx.leaves)
+        (of_x,), found = ctx.loop([grad], [saved, *parts], ctx.leaves)
         return None, None, of_x, *ctx.stack._layers[0].every(found)
 
 

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from torchprime.adapters.dropout import CounterDropout
+from torchprime.adapters.quantized import placed_type
 from torchprime.errors import ConfigError
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
+from torchprime.torch_native.placement import check_adapter
 from torchprime.torch_native.tpu.collectives import Gather, all_reduce, reduce_scatter
 from torchprime.torch_native.tpu.grid import Cut, Grid
 from torchprime.torch_native.tpu.layers import (
@@ -144,7 +147,7 @@ def hold(
     cuts = {name: Cut.of(grid, spec) for name, spec in specs.items()}
 
     def held(name: str, parameter: Tensor) -> Held:
-        kind = dtype if parameter.dtype.is_floating_point else parameter.dtype
+        kind = placed_type(name, parameter, dtype)
         shape, trained = shapes[name], parameter.requires_grad
         return Held(name, (name,), shape, cuts[name], kind, trained, stacked=False)
 
@@ -198,7 +201,21 @@ def check_tensor_axis(model: CausalLM, grid: Grid) -> None:
         ConfigError: they can't.
     """
     a, size = model.architecture, grid.tensor
-    if size > 1 and (a.fused_qkv or a.fused_mlp):
+    if size == 1:
+        return
+    check_adapter(model, size)
+    drops = (m.probability for m in model.modules() if isinstance(m, CounterDropout))
+    if (most := max(drops, default=0.0)) > 0:
+        raise ConfigError(
+            f"adapter.dropout: given {most:g} with ici_mesh.tensor={size}, expected 0, since chips "
+            "along this axis cannot number the entries that they drop. Use the fsdp axis instead."
+        )
+    if a.qk_norm_over_heads:
+        raise ConfigError(
+            f"ici_mesh.tensor: given {size}, expected 1, since this model normalizes queries and "
+            "keys over all heads, which are not cut. Use the fsdp axis instead."
+        )
+    if a.fused_qkv or a.fused_mlp:
         raise ConfigError(
             f"ici_mesh.tensor: given {size}, expected 1: this model has projections in one matrix, "
             "which are not cut apart. Use the fsdp axis instead."

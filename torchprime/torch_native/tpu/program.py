@@ -37,6 +37,14 @@ class Program:
         return sum(each.bytes for each in donated)
 
 
+def to_text(module: bytes) -> str:
+    """Return a module's bytecode as text, with the names of its kernels."""
+    # late: as above
+    from torchprime.compiling.executables import parse
+
+    return parse(module).operation.get_asm(enable_debug_info=True)
+
+
 def make_program(step: StepGraph) -> Program:
     """Lower a step.
 

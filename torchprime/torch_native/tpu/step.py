@@ -9,37 +9,46 @@ the tensors of one chip; collectives in it name axes. A backend runs it on chips
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from torchprime.errors import ConfigError
+from torchprime.adapters.apply import is_adapted, without_adapters
 from torchprime.losses.chunks import Spread
-from torchprime.losses.cross_entropy import chunked_cross_entropy
+from torchprime.losses.cross_entropy import LossSums, chunked_cross_entropy
+from torchprime.losses.divergence import BaseOutput, chunked_divergence
 from torchprime.torch_native.tpu.collectives import all_reduce, barrier
 from torchprime.torch_native.tpu.grid import BATCH, Grid
+from torchprime.torch_native.tpu.layers import BASE
 from torchprime.torch_native.tpu.loops import traced, traced_loop
 from torchprime.torch_native.tpu.parameters import Held, Parts
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim.optimizer import Optimizer
+from torchprime.training.regularization.near_base import NearBase
+from torchprime.training.regularization.penalty import Anchor
 from torchprime.training.step import (
     ParameterState,
     StepSums,
     TrainState,
     Update,
+    counted_weights,
     drawing,
     draws_of,
     finish_step,
+    inputs_of,
     loss_of,
     micro_sums,
     supervised_weight,
 )
+
+FISHER = "fisher"  # of inputs' names, as BASE
 
 
 class Input(NamedTuple):
@@ -91,43 +100,56 @@ class StepGraph:
     grid: Grid
 
 
-def check_options(options: StepOptions) -> None:
-    """Check that one program can compute a step with these options.
-
-    Raises:
-        ConfigError: it can't.
-    """
-    for key, given in (("task.loss.kl", options.kl), ("regularization", options.penalty)):
-        if given is not None:
-            raise ConfigError(
-                f"{key}: given one, expected none: the step as one program for TorchTPU does not "
-                "compute it yet. Use torch_xla (the extra tpu), or leave it out."
-            )
-
-
-def _in_order(x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+def in_order(x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """Return both; a chunk of the loss starts after the sum so far is computed."""
     x, total = barrier([x, total])
     return x, total
 
 
-class StepBuilder:
-    """Builds the step of a model whose layers gather their weights.
+SPREAD = Spread(in_order=in_order)
 
-    Raises:
-        ConfigError: what one program cannot compute.
-    """
+
+class StepBuilder:
+    """Builds the step of a model whose layers gather their weights."""
 
     def __init__(self, parts: Parts, training: Training) -> None:
-        check_options(training.options)
         self.parts, self.training = parts, training
         self.model, self.grid, self.stack = parts.model, parts.grid, parts.stack
         self.held, self.buffers = parts.held, parts.buffers
         self.trained = [each for each in self.held if each.trained]
         self.frozen = [each for each in self.held if not each.trained]
+        self.adapted = any(is_adapted(layer) for layer in self.stack.templates())
 
     def inputs(self, rows: Rows) -> list[Input]:
         """Return the step's inputs in order."""
+        scalar = partial(Input, shape=(), dtype=torch.float32)
+        found = self.state_inputs()
+        found += [Input(f"model.{each.name}", each.part, each.dtype, False) for each in self.frozen]
+        for each in self.with_base():
+            found.append(Input(f"{BASE}.{each.name}", each.part, each.dtype, False))
+        for each in self.with_fisher():
+            found.append(Input(f"{FISHER}.{each.name}", each.part, torch.float32, False))
+        for name, buffer in self.buffers.items():
+            found.append(Input(name, tuple(buffer.shape), buffer.dtype, False))
+        found.append(scalar("lr", donated=False))
+        shape = (rows.micro_batches, rows.rows, rows.sequence)
+        found += [Input(f"field.{n}", shape, kind, False) for n, kind in enumerate(rows.dtypes)]
+        return found
+
+    def with_base(self) -> list[Held]:
+        """Return the parameters of which the step also reads the base's values."""
+        options = self.training.options
+        if options.kl is not None and not self.adapted:
+            return self.held
+        return self.trained if options.penalty is not None else []
+
+    def with_fisher(self) -> list[Held]:
+        """Return the parameters of which the step reads the Fisher information."""
+        penalty = self.training.options.penalty
+        return self.trained if penalty is not None and penalty.has_fisher else []
+
+    def state_inputs(self) -> list[Input]:
+        """Return the inputs that the step writes, which come first."""
         o, optimizer = self.training.options, self.training.optimizer
         scalar = partial(Input, shape=(), dtype=torch.float32)
         found = [scalar("step", donated=True), scalar("bad_step", donated=True)]
@@ -138,17 +160,12 @@ class StepBuilder:
             for slot, keeps in optimizer.slots(each.info()).items():
                 name = f"optimizer.{slot}.{each.name}"
                 found.append(Input(name, keeps.kept(each.part), keeps.dtype, True))
-            if self._has_master(each):
+            if self.has_master(each):
                 found.append(Input(f"master.{each.name}", each.part, torch.float32, True))
-        found += [Input(f"model.{each.name}", each.part, each.dtype, False) for each in self.frozen]
-        for name, buffer in self.buffers.items():
-            found.append(Input(name, tuple(buffer.shape), buffer.dtype, False))
-        found.append(scalar("lr", donated=False))
-        shape = (rows.micro_batches, rows.rows, rows.sequence)
-        found += [Input(f"field.{n}", shape, kind, False) for n, kind in enumerate(rows.dtypes)]
         return found
 
-    def _has_master(self, each: Held) -> bool:
+    def has_master(self, each: Held) -> bool:
+        """Return True if a parameter has an fp32 copy."""
         return each.dtype != torch.float32 and self.training.options.master_weights
 
     def build(self, rows: Rows) -> StepGraph:
@@ -164,13 +181,14 @@ class StepBuilder:
         """Trace the loops over layers and micro-batches, for tensors like the step's."""
         given = self._given(fakes)
         stack = self.stack
-        if stack.scan:
-            stack.looking = True
-            fields = [field[0] for field in given.fields]
-            with torch.no_grad():
-                self._loss(given, [p.weight for p in given.state.parameters.values()], fields)
-            stack.looking = False
-            stack.trace_loops()
+        fields = [field[0] for field in given.fields]
+        weights = [p.weight for p in given.state.parameters.values()]
+        with torch.no_grad():
+            if self.training.options.kl is not None:
+                with self._as_base(), stack.traced_for():
+                    self._base_output(given, fields)
+            with self._drawing(given, fields), stack.traced_for():
+                self._loss(given, weights, fields)
         self.loop = None
         if rows.micro_batches > 1:
             zeros = self._zeros(given)
@@ -197,26 +215,35 @@ class StepBuilder:
             info = each.info()
             weight = next(rest)
             slots = {slot: next(rest) for slot in optimizer.slots(info)}
-            master = next(rest) if self._has_master(each) else None
+            master = next(rest) if self.has_master(each) else None
             states[each.name] = ParameterState(info, weight, slots, master)
         state = TrainState(states, step, bad_step, spikes)
         frozen = [next(rest) for _ in self.frozen]
+        base = {each.name: next(rest) for each in self.with_base()}
+        fisher = {each.name: next(rest) for each in self.with_fisher()}
+        if options.penalty is not None:
+            for name, parameter in states.items():
+                anchor = Anchor(base[name], fisher.get(name))
+                states[name] = parameter._replace(anchor=anchor)
         buffers = [next(rest) for _ in self.buffers]
-        return _Given(state, frozen, buffers, next(rest), list(rest))
+        return _Given(state, frozen, base, buffers, next(rest), list(rest))
 
     def _constants(self, given: _Given) -> list[Tensor]:
         """Return what each micro-batch reads: weights, frozen ones, buffers, the step's number."""
         weights = [p.weight for p in given.state.parameters.values()]
-        return [*weights, *given.frozen, *given.buffers, given.state.step]
+        return [
+            *weights, *given.frozen, *given.base.values(), *given.buffers, given.state.step
+        ]  # fmt: skip
 
     def _again(self, given: _Given, constants: Sequence[Tensor]) -> _Given:
         """Return the same inputs with those constants, as a loop's body gets them."""
         rest = iter(constants)
         states = {name: p._replace(weight=next(rest)) for name, p in given.state.parameters.items()}
         frozen = [next(rest) for _ in given.frozen]
+        base = {name: next(rest) for name in given.base}
         buffers = [next(rest) for _ in given.buffers]
         state = TrainState(states, next(rest), given.state.bad_step, None)
-        return _Given(state, frozen, buffers, given.lr, [])
+        return _Given(state, frozen, base, buffers, given.lr, [])
 
     def _whole(self, *tensors: Tensor) -> list[Tensor]:
         """Compute the step on this chip's tensors; results are new tensors."""
@@ -251,28 +278,67 @@ class StepBuilder:
 
     def _micro(self, given: _Given, fields: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return a micro-batch's sums, and its gradients by each trained part."""
-        update = Update(given.state, self.training.optimizer, self.training.options)
-        with torch.enable_grad(), drawing(self.model, draws_of(update, fields)):
+        near = self._near_base(given, fields)
+        with torch.enable_grad(), self._drawing(given, fields):
             weights = (p.weight for p in given.state.parameters.values())
             leaves = [weight.detach().requires_grad_() for weight in weights]
-            loss = self._loss(given, leaves, fields)
+            loss = self._loss(given, leaves, fields, near)
             gradients = list(torch.autograd.grad(loss.loss_sum, leaves))
-        return micro_sums(loss, fields, update.options.num_sources), gradients
+        return micro_sums(loss, fields, self.training.options.num_sources), gradients
 
-    def _loss(self, given: _Given, weights: Sequence[Tensor], fields: Sequence[Tensor]):
+    def _drawing(self, given: _Given, fields: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Return the context of a micro-batch's dropout and noise."""
+        update = Update(given.state, self.training.optimizer, self.training.options)
+        return drawing(self.model, draws_of(update, fields))
+
+    def _loss(
+        self,
+        given: _Given,
+        weights: Sequence[Tensor],
+        fields: Sequence[Tensor],
+        near: NearBase | None = None,
+    ) -> LossSums:
         """Return the loss of a micro-batch with these trained parts."""
         options = self.training.options
-        cross_entropy = partial(
-            chunked_cross_entropy,
-            chunks=options.loss_chunks,
-            spread=Spread(in_order=_in_order),
-            kind=options.token_loss,
-        )
+        chunks, kind = options.loss_chunks, options.token_loss
+        cross_entropy = partial(chunked_cross_entropy, chunks=chunks, spread=SPREAD, kind=kind)
+        run = partial(loss_of, self.model, fields, cross_entropy, near)
+        return self._call(given, self._with_frozen(given, weights), run)
+
+    def _with_frozen(self, given: _Given, weights: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Return all parts by name, from the trained ones."""
         parts = {each.name: part for each, part in zip(self.trained, weights, strict=True)}
-        parts |= {each.name: part for each, part in zip(self.frozen, given.frozen, strict=True)}
-        buffers = dict(zip(self.buffers, given.buffers, strict=True))
-        run = partial(loss_of, self.model, fields, cross_entropy)
-        return self.parts.call(parts, buffers, run)
+        return parts | {e.name: part for e, part in zip(self.frozen, given.frozen, strict=True)}
+
+    def _call(self, given: _Given, parts: Mapping[str, Tensor], run: Callable[[], Any]) -> Any:
+        return self.parts.call(parts, dict(zip(self.buffers, given.buffers, strict=True)), run)
+
+    def _near_base(self, given: _Given, fields: Sequence[Tensor]) -> NearBase | None:
+        """Run the base on a micro-batch, if the step has a divergence from it."""
+        kl, chunks = self.training.options.kl, self.training.options.loss_chunks
+        if kl is None:
+            return None
+        with torch.no_grad(), self._as_base():
+            output = self._base_output(given, fields)
+        divergence = partial(chunked_divergence, chunks=chunks, spread=SPREAD)
+        weights = counted_weights(fields, kl, self.training.options)
+        return NearBase(kl, divergence, output, weights)
+
+    @contextmanager
+    def _as_base(self) -> Iterator[None]:
+        """Let the model's layers be the base's inside; under an adapter they are those without
+        it."""
+        with self.stack.used(BASE), without_adapters(self.stack.templates()):
+            yield
+
+    def _base_output(self, given: _Given, fields: Sequence[Tensor]) -> BaseOutput:
+        weights = (p.weight for p in given.state.parameters.values())
+        parts = self._with_frozen(given, weights) if self.adapted else given.base
+
+        def run() -> BaseOutput:
+            return BaseOutput(self.model(*inputs_of(fields)), self.model.output_weight)
+
+        return self._call(given, parts, run)
 
     def _over_shards(self, values: Iterable[Tensor]) -> Tensor:
         """Return the sum over all chips of scalars, one of each trained part; a part that several
@@ -288,6 +354,7 @@ class _Given:
 
     state: TrainState
     frozen: list[Tensor]
+    base: dict[str, Tensor]
     buffers: list[Tensor]
     lr: Tensor
     fields: list[Tensor]
@@ -304,7 +371,7 @@ def initial_values(
     held = {each.name: each for each in graph.held}
     for each in graph.inputs:
         kind, _, name = each.name.partition(".")
-        if kind in ("model", "master") and name in held:
+        if kind in ("model", "master", BASE) and name in held:
             yield each, held[name].part_on(rank, tensor_of).to(each.dtype)
         elif kind == "optimizer" or each.name in ("step", "bad_step"):
             yield each, torch.zeros(each.shape, dtype=each.dtype)

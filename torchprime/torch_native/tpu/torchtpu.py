@@ -6,7 +6,7 @@ no client of a runtime. The version is checked first: these interfaces may chang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,17 @@ def lowered(
     with runtime.tracing(), torch.no_grad():
         given = [runtime.placeholder(shape, dtype) for shape, dtype in inputs]
         return _Lowering(graph, runtime, Makers(grid)).text(given, aliases)
+
+
+def executable(text: str) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Compile a module by TorchTPU's runtime for the chips of all processes.
+
+    Returns:
+        A function of tensors on this process's chip. The memory of aliased inputs is taken over.
+    """
+    native = torch_tpu().native
+    loaded = native.compile_mlir(native.parse_mlir_text(text))
+    return lambda inputs: list(native.execute(loaded, tuple(inputs)))
 
 
 class _Lowering(Interpreter):

@@ -24,7 +24,7 @@ HARMLESS, QUESTIONABLE, REFUSED = "harmless", "questionable", "refused"
 # same, which the fingerprints tell.
 HARMLESS_KEYS = (
     "ici_mesh", "dcn_mesh", "sharding", "remat", "checkpoint", "resume", "logging_steps",
-    "output_dir", "run_name", "metrics", "dry_run", "compile_", "allow_recompile",
+    "output_dir", "run_name", "metrics", "device", "dry_run", "compile_", "allow_recompile",
     "isolation_probe", "profile_",
     "dataset", "eval", "model", "task.name", "task.gradient_accumulation_steps", "task.loss_chunks",
     "task.export_checkpoint_path", "task.convert_to_safetensors", "task.max_shard_size_gb",

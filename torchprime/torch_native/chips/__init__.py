@@ -1,0 +1,1 @@
+"""The backend that trains with one program per chip, by TorchTPU."""
