@@ -81,7 +81,7 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
         tensor=mesh["tensor"],
         data=mesh["data"],
         weight_bytes=dtype.itemsize,
-        layers=a.num_hidden_layers,
+        windows=tuple(layer.window for layer in a.layers),
         hidden=a.hidden_size,
         ffn=a.intermediate_size,
         vocab=a.vocab_size,
@@ -94,6 +94,7 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
         accumulation=config.task.gradient_accumulation_steps,
         loss_chunk=loss_chunk(config, a, rows),
         recomputed=config.remat.recomputed,
+        norm_after=a.norms != "pre",
         dora=adapter is not None and adapter.spec.dora,
         dropout=adapter is not None and adapter.spec.dropout > 0,
     )

@@ -57,7 +57,7 @@ class Sizes:
     tensor: int
     data: int
     weight_bytes: int  # of an element of activations and of weights that are not quantized
-    layers: int
+    windows: tuple[int | None, ...]  # of each layer's attention; None: none
     hidden: int
     ffn: int
     vocab: int
@@ -70,8 +70,20 @@ class Sizes:
     accumulation: int
     loss_chunk: int  # tokens of a row whose logits exist at a time
     recomputed: tuple[str, ...]  # of the tensors that remat names
+    norm_after: bool = False  # a norm follows the last product of a layer
     dora: bool = False
     dropout: bool = False
+
+    @property
+    def layers(self) -> int:
+        return len(self.windows)
+
+    @property
+    def seen(self) -> float:
+        """Twice the keys that the queries of one block see, causality and windows heeded; the mean
+        of the layers."""
+        limits = [min(window or self.block_size, self.block_size) for window in self.windows]
+        return sum(limit * (2 * self.block_size - limit) for limit in limits) / len(limits)
 
     @property
     def tokens(self) -> int:
@@ -100,8 +112,8 @@ def traffic_in_theory(s: Sizes) -> dict[str, int]:
     reduces and scatters its gradient, for every micro-batch. A frozen weight has no gradient, and a
     frozen embedding or output weight is not needed in the backward. Gradients of adapter matrices
     that are whole on every chip are summed. Tensor parallelism sums hidden states after attention
-    and MLP, forward and backward, and after attention once more if that is recomputed. Copies along
-    data sum their parts of the gradients.
+    and MLP, forward and backward, and once more where that is recomputed: after the MLP only if a
+    norm follows. Copies along data sum their parts of the gradients.
     """
     cut = {name: w for name, w in s.weights.items() if w.pieces > 1}
     once = sum(w.gathered for w in cut.values())
@@ -110,7 +122,8 @@ def traffic_in_theory(s: Sizes) -> dict[str, int]:
     whole = [w for w in s.trained() if w.pieces == 1 and len(w.shape) == 2]
     summed = s.trained() if s.data > 1 else whole if s.fsdp > 1 else []
     hidden = s.tokens * s.hidden * s.weight_bytes
-    sums = (5 if "attn_out" in s.recomputed else 4) * s.layers * hidden if s.tensor > 1 else 0
+    passes = 4 + ("attn_out" in s.recomputed) + (s.norm_after and bool(s.recomputed))
+    sums = passes * s.layers * hidden if s.tensor > 1 else 0
     return {
         "all-gather": s.accumulation * (once + again),
         "reduce-scatter": s.accumulation * gradients,
@@ -123,8 +136,8 @@ def products_in_theory(s: Sizes) -> int:
 
     Each weight and token takes two forward, two for the gradient of the product's input, and two
     for the weight's own gradient if it is trained, and two more if remat recomputes it. A layer's
-    last product is not needed again. DoRA needs that too, for the gradient of its
-    magnitude, and computes the norm of each merged weight once per pass and micro-batch.
+    last product is not needed again, unless a norm follows it. DoRA needs it for the gradient of
+    its magnitude, and computes the norm of each merged weight once per pass and micro-batch.
     """
     per_token = sum(passes * size for size, passes in _products(s))
     return (per_token * s.tokens + _norms(s)) // s.tensor
@@ -142,13 +155,13 @@ def _products(s: Sizes) -> Iterator[tuple[int, int]]:
         layer = name.removesuffix(".weight")
         again = ".layers." in name and _is_recomputed(s, layer)
         dora = s.dora and layer in adapted
-        last = name.endswith(".down_proj.weight") and not dora
+        last = name.endswith(".down_proj.weight") and not (dora or s.norm_after)
         passes = 4 + 2 * (name in whole) + 2 * (again and not last)
         # With dropout, DoRA multiplies the base's weight by the dropped input too.
         yield math.prod(shape), passes * (2 if dora and s.dropout else 1)
     for name, weight in s.weights.items():
         if ".lora_A." in name or ".lora_B." in name:
-            last = name.endswith(".down_proj.lora_B.weight") and not s.dora
+            last = name.endswith(".down_proj.lora_B.weight") and not (s.dora or s.norm_after)
             layer = name.partition(".lora_")[0]
             yield weight.size, 6 + 2 * (not last and _is_recomputed(s, layer))
 
@@ -157,6 +170,8 @@ def _is_recomputed(s: Sizes, layer: str) -> bool:
     """Return True if the backward computes the output of this linear layer again; that of the last
     one follows the one before."""
     inside = layer.split(".layers.")[-1].partition(".")[2]
+    if s.norm_after and inside == "mlp.down_proj":
+        return bool(s.recomputed)
     both = (*NAMED_OUTPUTS.items(), *FUSED_OUTPUTS.items())
     names = {name for name, module in both if module == inside} or {"up"}
     return names <= set(s.recomputed)
@@ -178,13 +193,13 @@ def _norms(s: Sizes) -> int:
 
 def kernel_flops(kernels: Collection[str], s: Sizes) -> dict[str, int]:
     """Return the operations of one call of each attention kernel on one chip: the causal half of a
-    block, segments not subtracted.
+    block within the window, segments not subtracted; the mean of layers that differ.
 
     A forward kernel has two products of the scores' size, a backward one five. jax's splash kernels
     can have two backward kernels instead, for the gradients of keys and values and for those of
     queries: both compute the scores and their gradients, and have four and three products.
     """
-    half = s.rows * (s.heads // s.tensor) * s.head_size * s.block_size**2
+    half = round(s.rows * (s.heads // s.tensor) * s.head_size * s.seen)
     # "splash_mha_dq_segmented_block_q=..." and the like
     names = {name: name.split("_segmented")[0].split("_block")[0] for name in kernels}
     apart = any(name.endswith("_dq") for name in names.values())

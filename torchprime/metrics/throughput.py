@@ -5,12 +5,13 @@ checkpoints happen inside `paused()`. A lap's slot tokens/s times the model's fl
 operations per token, over the chips' bf16 peak, is the MFU.
 
 Operations per token follow PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): `6 N` for
-the parameters, two in the forward pass and four in the backward, plus `12 L H Q T` for attention's
-two products, with L layers, H heads of size Q and blocks of T tokens. N excludes a table that is
-only looked up. Rematerialized work does not count. Attention counts as if every token saw its
-whole block: neither the causal half nor the isolation of packed segments is subtracted. Published
-figures count the same way, so they are comparable. MFU is over slot tokens, since the device
-computes padding like any other token.
+the parameters, two in the forward pass and four in the backward, plus `12 H Q T` for the two
+products of each layer's attention, with H heads of size Q and blocks of T tokens; a window shorter
+than the block takes the place of T. N excludes a table that is only looked up. Rematerialized work
+does not count. Attention counts as if every token saw its whole block or window: neither the causal
+half nor the isolation of packed segments is subtracted. Published figures count the same way, so
+they are comparable. MFU is over slot tokens, since the device computes padding like any other
+token.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class ModelSizes:
     vocab_size: int
     hidden_size: int
     tied_embeddings: bool
-    num_layers: int
+    windows: tuple[int | None, ...]  # of each layer's attention; None: none
     num_heads: int
     head_size: int
 
@@ -78,7 +79,8 @@ def model_flops_per_token(model: ModelSizes, block_size: int) -> int:
     and so is part of N; an untied one is only looked up and is subtracted.
     """
     looked_up_only = 0 if model.tied_embeddings else model.vocab_size * model.hidden_size
-    attention = 12 * model.num_layers * model.num_heads * model.head_size * block_size
+    seen = sum(min(window or block_size, block_size) for window in model.windows)
+    attention = 12 * model.num_heads * model.head_size * seen
     multiplied = model.num_parameters - looked_up_only
     return 4 * multiplied + 2 * min(multiplied, model.trained_parameters) + attention
 

@@ -29,7 +29,7 @@ BYTES = 2 * (8192 * 4096 + 4096 * 4096)
 @pytest.fixture(scope="module")
 def found() -> dict:
     sizes = Sizes(
-        shapes={}, weights={}, fsdp=8, tensor=1, data=1, weight_bytes=2, layers=1, hidden=4096,
+        shapes={}, weights={}, fsdp=8, tensor=1, data=1, weight_bytes=2, windows=(None,), hidden=4096,
         ffn=14336, vocab=128256, heads=32, kv_heads=8, head_size=128, tied=False, block_size=8192,
         rows=1, accumulation=1, loss_chunk=64, recomputed=NAMES[1:],
     )  # fmt: skip

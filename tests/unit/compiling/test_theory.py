@@ -5,16 +5,26 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+import transformers
+from tiny_families import FAMILIES as TINY
+from tiny_families import SIZES
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from torchprime.compiling.sizes import step_sizes
 from torchprime.compiling.theory import (
     Sizes,
+    Weight,
     kernel_flops,
     products_in_theory,
     traffic_in_theory,
 )
 from torchprime.config.compose import compose_config
-from torchprime.models.architecture import architecture_from_hf
+from torchprime.losses.cross_entropy import chunked_cross_entropy
+from torchprime.models.architecture import Architecture, architecture_from_hf
+from torchprime.models.checkpointing import checkpoint_layers
+from torchprime.models.decoder import NAMED_OUTPUTS, CausalLM, replace_attention_cores
 from torchprime.training.setup.model_files import find_architecture
 
 NAMED = ["--config-name", "llama-3-8b-sft-w-gsm8k"]
@@ -148,3 +158,60 @@ def test_kernels_count_the_causal_half(sizes: Sizes) -> None:
     # jax's two backward kernels compute the scores and their gradients twice.
     apart = ["splash_mha_dkv_segmented_block", "splash_mha_dq_segmented_block"]
     assert kernel_flops(apart, sizes) == dict(zip(apart, (4 * half, 3 * half), strict=True))
+
+
+def test_kernels_count_the_window(sizes: Sizes) -> None:
+    """Of 1024 keys a query sees 256 at most: 1 + 2 + ... + 256, then 256 each, halves left out."""
+    windowed = dataclasses.replace(sizes, windows=(256, 256, 256, None))
+    keys = (3 * (256 * 256 / 2 + 768 * 256) + 1024 * 1024 / 2) / 4
+    found = kernel_flops(["vmap_splash_forward_"], windowed)
+    assert found == {"vmap_splash_forward_": 2 * 2 * 8 * 32 * 128 * keys}
+
+
+class NoProducts(nn.Module):
+    """An attention core whose products are not counted."""
+
+    window = None
+
+    def prepare(self, segment_ids: Tensor) -> Tensor:
+        return segment_ids
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Tensor) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        return q * (k * v).repeat_interleave(groups, dim=1)
+
+
+def tiny_sizes(a: Architecture, model: CausalLM, recomputed: tuple[str, ...]) -> Sizes:
+    weights = dict(model.named_parameters())
+    return Sizes(
+        shapes={n: tuple(p.shape) for n, p in weights.items()},
+        weights={n: Weight(tuple(p.shape), 4, True, 1, 1) for n, p in weights.items()},
+        fsdp=1, tensor=1, data=1, weight_bytes=4, windows=tuple(k.window for k in a.layers),
+        hidden=a.hidden_size, ffn=a.intermediate_size, vocab=a.vocab_size,
+        heads=a.num_attention_heads, kv_heads=a.num_key_value_heads, head_size=a.head_dim,
+        tied=a.tie_word_embeddings, block_size=8, rows=2, accumulation=1, loss_chunk=8,
+        recomputed=recomputed, norm_after=a.norms != "pre",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("saved", [None, (), ("q", "k", "v"), ("attn_out", "gate", "up")])
+@pytest.mark.parametrize("family", ["llama_tied", "phi3", "glm4", "gemma3", "olmo2", "granite"])
+def test_products_of_a_family_are_those_that_torch_counts(
+    family: str, saved: tuple[str, ...] | None
+) -> None:
+    """Fused projections, and norms behind a layer's last product, which remat then repeats."""
+    name, switches = TINY[family]
+    config = getattr(transformers, f"{name}ForCausalLM").config_class(**{**SIZES, **switches})
+    a = architecture_from_hf(config.to_dict())
+    model = CausalLM(a)
+    replace_attention_cores(model, lambda head_dim, window: NoProducts())
+    if saved is not None:
+        checkpoint_layers(list(model.model.layers.children()), saved)
+    # The gradient of the looked-up rows is computed in every real step too.
+    ids = torch.arange(16).view(2, 8).to(torch.int32)
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(ids, ids % 8, torch.ones_like(ids))
+        loss = chunked_cross_entropy(hidden, model.output_weight, ids, torch.ones(2, 8), 1)
+        loss.loss_sum.backward()
+    recomputed = () if saved is None else tuple(n for n in NAMED_OUTPUTS if n not in saved)
+    assert products_in_theory(tiny_sizes(a, model, recomputed)) == counter.get_total_flops()

@@ -21,7 +21,7 @@ from torchprime.metrics.throughput import (
 #   weights a token is multiplied with: q, k, v, o 4 x (2 x 2) = 16; gate, up, down 3 x (2 x 3) =
 #   18; head 5 x 2 = 10; together 44. Norms, two in the layer and one at the end: 3 x 2 = 6.
 #   attention forward: scores 2 x 2 x 4 = 16, weighted values as much, 32; with backward 96.
-HAND = dict(vocab_size=5, hidden_size=2, num_layers=1, num_heads=1, head_size=2)
+HAND = dict(vocab_size=5, hidden_size=2, windows=(None,), num_heads=1, head_size=2)
 HAND_COUNT = 6 * (44 + 6) + 96
 
 
@@ -35,6 +35,16 @@ def test_an_untied_table_is_only_looked_up() -> None:
     sizes = ModelSizes(num_parameters=60, trained_parameters=60, tied_embeddings=False, **HAND)
     flops = model_flops_per_token(sizes, 4)
     assert flops == HAND_COUNT
+
+
+def test_a_window_limits_what_its_layer_attends_to() -> None:
+    """Two layers, one with a window of 3 and one with a window longer than the block of 4."""
+    sizes = ModelSizes(
+        num_parameters=88, trained_parameters=88, tied_embeddings=True, **HAND | {"windows": (3, 9)}
+    )
+    # Scores and weighted values: 2 x 2 operations each for 3 and for 4 keys; with backward x 3.
+    by_hand = 6 * 88 + 3 * (2 * 4 * 3 + 2 * 4 * 4)
+    assert model_flops_per_token(sizes, 4) == by_hand
 
 
 @pytest.mark.parametrize("trained", ["", "q_proj"])
@@ -56,7 +66,7 @@ def test_the_formula_agrees_with_the_operations_torch_counts(tied: bool, trained
         vocab_size=96,
         hidden_size=32,
         tied_embeddings=tied,
-        num_layers=2,
+        windows=(None, None),
         num_heads=4,
         head_size=16,
     )
@@ -118,7 +128,7 @@ def test_mfu_agrees_with_a_published_figure() -> None:
         vocab_size=128_256,
         hidden_size=4096,
         tied_embeddings=False,
-        num_layers=32,
+        windows=(None,) * 32,
         num_heads=32,
         head_size=128,
     )

@@ -19,7 +19,7 @@ from torchprime.config.sections.remat import NAMES, POLICIES
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.checkpointing import checkpoint_layers
 from torchprime.models.decoder import CausalLM, replace_attention_cores
-from torchprime.training.advice.activations import Shape, live_bytes
+from torchprime.training.setup.activations import Shape, live_bytes
 from torchprime.training.setup.plan import kept_elements
 
 LAYERS, ROWS, SIZE = 2, 2, 32

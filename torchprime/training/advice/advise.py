@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torchprime.config.schema import TrainConfig
-from torchprime.training.advice.memory import Estimator, ModelForm, Need
+from torchprime.training.advice.memory import Estimator, Need
 from torchprime.training.advice.recommend import (
     Recommendation,
     RowFacts,
@@ -23,6 +23,7 @@ from torchprime.training.advice.recommend import (
     recommend_training,
 )
 from torchprime.training.advice.table import Devices
+from torchprime.training.setup.adapter import ModelForm
 from torchprime.training.setup.datasets import RunData
 from torchprime.training.setup.model_files import ModelFiles
 from torchprime.training.setup.plan import (

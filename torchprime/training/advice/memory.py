@@ -1,9 +1,9 @@
 """Bytes on one device by kind, for a number of blocks per device and micro-batch.
 
 Weights, masters, optimizer state and gradients follow from shapes and sharding (setup/plan.py);
-activations are counted (activations.py). On GPUs the native backend also has the gathered weights
-of the layers that it computes, and sums the gradients of several micro-batches whole, before they
-are sharded. What torch.compile or XLA fuse away is not subtracted.
+activations are counted (setup/activations.py). On GPUs the native backend also has the gathered
+weights of the layers that it computes, and sums the gradients of several micro-batches whole,
+before they are sharded. What torch.compile or XLA fuse away is not subtracted.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
 
 import torch
 
 from torchprime.config.schema import TrainConfig
 from torchprime.config.sections.remat import LAYER_INPUT
-from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import CausalLM
-from torchprime.training.advice.activations import Core, Live, Shape, live_bytes
 from torchprime.training.advice.table import Devices
 from torchprime.training.optim.optimizer import Optimizer
-from torchprime.training.setup.adapter import Adapter, build_model
+from torchprime.training.setup.activations import Core, Live, Shape, live_bytes
+from torchprime.training.setup.adapter import ModelForm, build_model
 from torchprime.training.setup.plan import (
     StoredParameter,
-    estimate_memory,
+    held_memory,
     kept_elements,
     loss_chunk,
     stored_parameters,
@@ -84,25 +82,6 @@ class Need:
         return {**asdict(self), "total": self.total}
 
 
-class ModelForm(NamedTuple):
-    """A model before it has weights."""
-
-    architecture: Architecture
-    adapter: Adapter | None
-
-    def build(self, dtype: torch.dtype) -> CausalLM:
-        """Return the model without storage."""
-        return build_model(self.architecture, self.adapter, dtype)
-
-    def with_layers(self, count: int) -> ModelForm:
-        """Return the form with so many layers, the adapter in all of them."""
-        architecture = self.architecture.with_layers(count)
-        adapter = self.adapter
-        if adapter is not None:
-            adapter = replace(adapter, spec=replace(adapter.spec, layers=None))
-        return ModelForm(architecture, adapter)
-
-
 class Estimator:
     """Estimates a config's need on devices, for any number of rows."""
 
@@ -151,9 +130,7 @@ class Estimator:
             gradient_accumulation_steps=accumulation,
         )
         config = replace(self.config, task=task)
-        known = estimate_memory(
-            config, self.form.architecture, self.stored, self.specs, self.optimizer
-        )
+        known = held_memory(config, self.stored, self.specs, self.optimizer)
         masters, live = self._masters(known.weights), self._live(rows)
         return Need(
             weights=known.weights,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,25 @@ def build_model(
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     return model
+
+
+class ModelForm(NamedTuple):
+    """A model before it has weights."""
+
+    architecture: Architecture
+    adapter: Adapter | None
+
+    def build(self, dtype: torch.dtype) -> CausalLM:
+        """Return the model without storage."""
+        return build_model(self.architecture, self.adapter, dtype)
+
+    def with_layers(self, count: int) -> ModelForm:
+        """Return the form with so many layers, the adapter in all of them."""
+        architecture = self.architecture.with_layers(count)
+        adapter = self.adapter
+        if adapter is not None:
+            adapter = replace(adapter, spec=replace(adapter.spec, layers=None))
+        return ModelForm(architecture, adapter)
 
 
 class AdaptedTensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +25,9 @@ from torchprime.models.architecture import Architecture
 from torchprime.sharding import Spec, shard_count
 from torchprime.training.loop import DataOrder
 from torchprime.training.optim.optimizer import Optimizer, Parameter
+from torchprime.training.setup.activations import Shape as BatchShape
+from torchprime.training.setup.activations import live_bytes
+from torchprime.training.setup.adapter import ModelForm
 
 Shape = tuple[int, ...]
 
@@ -35,8 +38,8 @@ class Memory:
 
     Weights, master copies, optimizer state and gradients follow from shapes and sharding.
     Activations are what the backward pass needs: under remat the tensors of a layer that stay on
-    the device, such as its input, otherwise about 16 + 3 F/D hidden-sized tensors per layer; plus
-    one chunk of logits with its gradient.
+    the device, such as its input, otherwise all that autograd keeps, as `activations.py` counts
+    it; plus one chunk of logits with its gradient.
     """
 
     weights: int  # that are trained
@@ -100,7 +103,7 @@ def count_parameters(
 
 def estimate_memory(
     config: TrainConfig,
-    architecture: Architecture,
+    form: ModelForm,
     stored: Mapping[str, StoredParameter],
     specs: Mapping[str, Spec],
     optimizer: Optimizer,
@@ -110,6 +113,17 @@ def estimate_memory(
     Args:
         stored: the parameters, and `specs` their sharding, by name.
     """
+    held = held_memory(config, stored, specs, optimizer)
+    return replace(held, activations=_activation_bytes(config, form))
+
+
+def held_memory(
+    config: TrainConfig,
+    stored: Mapping[str, StoredParameter],
+    specs: Mapping[str, Spec],
+    optimizer: Optimizer,
+) -> Memory:
+    """Return a device's share of all that is there at every step, without activations."""
     mesh, dtype = config.mesh_shape(), getattr(torch, config.torch_dtype)
     trained = {name: p for name, p in stored.items() if p.trained}
     weights, state = _trained_bytes(config, trained, specs, optimizer)
@@ -119,7 +133,7 @@ def estimate_memory(
         weights=weights,
         optimizer=state,
         gradients=weights // dtype.itemsize * summed,
-        activations=_activation_bytes(config, architecture),
+        activations=0,
         frozen=sum(
             p.size // shard_count(specs[name], mesh) * p.dtype.itemsize
             for name, p in stored.items()
@@ -159,18 +173,25 @@ def _trained_bytes(
     return weights, state
 
 
-def _activation_bytes(config: TrainConfig, architecture: Architecture) -> int:
-    c, a, mesh = config, architecture, config.mesh_shape()
+def _activation_bytes(config: TrainConfig, form: ModelForm) -> int:
+    c, a, mesh = config, form.architecture, config.mesh_shape()
     rows = max(1, c.task.micro_batch_size // (mesh["data"] * mesh["fsdp"]))
     tokens = rows * c.dataset.block_size
-    itemsize = getattr(torch, c.torch_dtype).itemsize
+    dtype: torch.dtype = getattr(torch, c.torch_dtype)
     models = 1 if c.regularization.kl.coefficient is None else 2  # with logits of their own
     logits = models * 2 * 4 * rows * loss_chunk(c, a, rows) * a.vocab_size
     if c.remat.selects:
-        layer = tokens * kept_elements(a, c.remat.saved) * itemsize
-    else:
-        layer = tokens * (16 * a.hidden_size + 3 * a.intermediate_size) * itemsize
-    return layer * a.num_hidden_layers + logits
+        layer = tokens * kept_elements(a, c.remat.saved) * dtype.itemsize
+        return layer * a.num_hidden_layers + logits
+    shape = BatchShape(rows, c.dataset.block_size, c.task.loss_chunks)
+    live = live_bytes(
+        lambda layers: form.with_layers(layers).build(dtype),
+        a.num_hidden_layers,
+        shape,
+        core="kernel",
+        names=None,
+    )
+    return live.kept + logits
 
 
 def loss_chunk(
@@ -382,7 +403,7 @@ def flops_per_token(a: Architecture, counts: ParameterCounts, block_size: int) -
         vocab_size=a.vocab_size,
         hidden_size=a.hidden_size,
         tied_embeddings=a.tie_word_embeddings,
-        num_layers=a.num_hidden_layers,
+        windows=tuple(layer.window for layer in a.layers),
         num_heads=a.num_attention_heads,
         head_size=a.head_dim,
     )

@@ -33,7 +33,7 @@ from torchprime.training.optim.optimizer import Optimizer, Parameter
 from torchprime.training.regularization.near_base import NAME as KL
 from torchprime.training.regularization.near_base import Kl
 from torchprime.training.regularization.penalty import Penalty
-from torchprime.training.setup.adapter import Adapter
+from torchprime.training.setup.adapter import Adapter, ModelForm
 from torchprime.training.setup.datasets import RunData
 from torchprime.training.setup.model_files import ModelFiles, find_model
 from torchprime.training.setup.plan import (
@@ -278,12 +278,13 @@ def plan_run(
     """
     model = files.build(getattr(torch, config.torch_dtype))
     table, specs = checked_table(config, model)
+    form = ModelForm(files.architecture, files.adapter)
     stored, held_out = stored_parameters(model), rows.heldout
     plan = Plan(
         **plan_steps(config, rows.train)._asdict(),
         eval_budget=held_out and {"examples": held_out.num_examples, "blocks": held_out.num_blocks},
         parameters=count_parameters(stored, files.shapes),
         mesh=config.mesh_shape(),
-        memory=estimate_memory(config, files.architecture, stored, specs, optimizer),
+        memory=estimate_memory(config, form, stored, specs, optimizer),
     )
     return table, plan

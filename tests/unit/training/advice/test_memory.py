@@ -11,8 +11,9 @@ from forks import ForkServer
 
 from torchprime.config.compose import compose_config
 from torchprime.models.architecture import architecture_from_hf
-from torchprime.training.advice.memory import Estimator, ModelForm, Need
+from torchprime.training.advice.memory import Estimator, Need
 from torchprime.training.advice.table import Devices, devices_named
+from torchprime.training.setup.adapter import ModelForm
 from torchprime.training.setup.model_files import find_architecture
 from torchprime.training.setup.recipe import adapter_of
 

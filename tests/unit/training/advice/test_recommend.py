@@ -9,7 +9,7 @@ import pytest
 from torchprime.config.compose import compose_config
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.training.advice.advise import with_values
-from torchprime.training.advice.memory import Estimator, ModelForm
+from torchprime.training.advice.memory import Estimator
 from torchprime.training.advice.recommend import (
     RowFacts,
     on_devices,
@@ -17,6 +17,7 @@ from torchprime.training.advice.recommend import (
     recommend_block_size,
 )
 from torchprime.training.advice.table import Devices, devices_named
+from torchprime.training.setup.adapter import ModelForm
 from torchprime.training.setup.model_files import find_architecture
 
 CONFIG = compose_config(["--config-name", "llama-3.2-1b-sft-w-gsm8k", "eval=none",

@@ -11,7 +11,7 @@ import torch
 from torchprime.config.compose import compose_config
 from torchprime.errors import ConfigError
 from torchprime.models.architecture import architecture_from_hf
-from torchprime.training.setup.adapter import build_model
+from torchprime.training.setup.adapter import ModelForm
 from torchprime.training.setup.model_files import find_architecture
 from torchprime.training.setup.plan import Memory, estimate_memory, stored_parameters
 from torchprime.training.setup.recipe import adapter_of, checked_table, optimizer_of
@@ -30,10 +30,11 @@ def estimate(argv: list[str]) -> Memory:
         cache_dir=None,
     )
     architecture = architecture_from_hf(found)
-    model = build_model(architecture, adapter_of(config), getattr(torch, config.torch_dtype))
+    form = ModelForm(architecture, adapter_of(config))
+    model = form.build(getattr(torch, config.torch_dtype))
     _, specs = checked_table(config, model)
     stored = stored_parameters(model)
-    return estimate_memory(config, architecture, stored, specs, optimizer_of(config))
+    return estimate_memory(config, form, stored, specs, optimizer_of(config))
 
 
 @pytest.mark.parametrize("case", [*CASES, *ADAPTED])
