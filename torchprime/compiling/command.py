@@ -10,6 +10,7 @@ the report has both.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -240,6 +241,16 @@ def other_request(config: TrainConfig, compiler: Compiler, module: Path) -> dict
         "host_shape": slice_.host_shape,
         "slices": _slices(config),
     }
+
+
+def import_path(given: Mapping[str, str], *first: str) -> str:
+    """Return PYTHONPATH of a process that imports this package, and before it from some folders.
+
+    Args:
+        given: the environment of this process.
+    """
+    package = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(filter(None, [*first, package, given.get("PYTHONPATH")]))
 
 
 def common_environment(given: Mapping[str, str], flags: str) -> Environment:

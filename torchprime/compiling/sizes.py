@@ -10,10 +10,9 @@ from torchprime.compiling.theory import Sizes, Weight
 from torchprime.config.schema import TrainConfig
 from torchprime.models.architecture import Architecture
 from torchprime.sharding import shard_count
-from torchprime.training.optim.groups import freeze_groups
 from torchprime.training.setup.adapter import build_model
 from torchprime.training.setup.plan import loss_chunk, stored_parameters
-from torchprime.training.setup.recipe import adapter_of, checked_table, groups_of
+from torchprime.training.setup.recipe import adapter_of, checked_table, model_of
 
 
 def settings(config: TrainConfig) -> dict[str, Any]:
@@ -58,8 +57,7 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
     """
     mesh, dtype = config.mesh_shape(), getattr(torch, config.torch_dtype)
     adapter = adapter_of(config)
-    model = build_model(a, adapter, dtype)
-    freeze_groups(model, groups_of(config))
+    model = model_of(config, a, dtype)
     stored = stored_parameters(model)
     plain = stored if adapter is None else stored_parameters(build_model(a, None, dtype))
     _, specs = checked_table(config, model)

@@ -1,6 +1,6 @@
-"""Parts of a process that compiles a step: its start, its end and its clock.
+"""Parts of a process that compiles a step: its request, the step's parts, its end and its clock.
 
-A runtime's worker is such a process (apart.py). It has the runtime's own tracing and lowering.
+A runtime's worker is such a process (apart.py). It adds the runtime's own tracing and lowering.
 """
 
 from __future__ import annotations
@@ -8,15 +8,32 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torchprime.compiling.executables import end_with
+import torch
+
+from torchprime.compiling.executables import compiled, end_with, parse, to_portable, tpu_devices
+from torchprime.config.load import load_config
+from torchprime.config.schema import TrainConfig
+from torchprime.config.topologies import topology
 from torchprime.errors import UserError
 from torchprime.files.atomic import write_text
 from torchprime.installed import installed_versions
+from torchprime.metrics.throughput import host_memory_bytes
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.decoder import CausalLM
+from torchprime.sharding import ShardingTable
 from torchprime.text.terminal import print_lines
+from torchprime.training.backend import StepOptions
+from torchprime.training.optim.optimizer import Optimizer
+from torchprime.training.setup.recipe import (
+    model_of,
+    optimizer_of,
+    sharding_table,
+    step_options,
+)
 
 Result = dict[str, Any]
 
@@ -38,24 +55,68 @@ def worker_main(argv: Sequence[str], run: Callable[[dict[str, Any], Path], Resul
     return 0
 
 
-def first_result(devices: Sequence[Any], packages: Iterable[str]) -> Result:
-    """Return the part of a result that is known before tracing."""
-    return {
-        "versions": installed_versions(packages),
-        "compiler": devices[0].client.platform_version,
-        "flags": os.environ.get("LIBTPU_INIT_ARGS", "").split(),
-        "seconds": {},
-    }
+class StepParts(NamedTuple):
+    """The parts of a config's step, without storage."""
+
+    model: CausalLM
+    table: ShardingTable
+    dtype: torch.dtype
+    optimizer: Optimizer
+    options: StepOptions
 
 
-class Laps:
-    """A clock that notes the seconds of each stage in a result, and prints them."""
+def step_parts(config: TrainConfig, architecture: Mapping[str, Any]) -> StepParts:
+    """Return the parts of a config's step for a model's config.json.
 
-    def __init__(self, result: Result) -> None:
-        self.seconds, self.last = result["seconds"], time.perf_counter()
+    Raises:
+        ConfigError: an adapter that does not fit the model.
+    """
+    dtype = getattr(torch, config.torch_dtype)
+    model = model_of(config, architecture_from_hf(architecture, where="model"), dtype)
+    options = step_options(config, max(1, len(config.dataset.mixture)))
+    return StepParts(model, sharding_table(config, model), dtype, optimizer_of(config), options)
 
-    def __call__(self, name: str) -> None:
-        """End a stage."""
+
+class Job:
+    """A request on its way to a result: the slice's devices, and a clock of the stages.
+
+    Args:
+        folder: for the program.
+        packages: whose versions the result names.
+    """
+
+    def __init__(self, request: Mapping[str, Any], folder: Path, packages: Iterable[str]) -> None:
+        self.request, self.folder = request, folder
+        self.config, slice_ = load_config(request["config"]), topology(request["topology"])
+        self.devices = tpu_devices(slice_.libtpu_name, slice_.host_shape, request["slices"])
+        assert len(self.devices) == self.config.device_count
+        self.result: Result = {
+            "versions": installed_versions(packages),
+            "compiler": self.devices[0].client.platform_version,
+            "flags": os.environ.get("LIBTPU_INIT_ARGS", "").split(),
+            "seconds": {},
+        }
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Note and print the seconds of the stage that ends here."""
         now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now
-        print_lines([f"{name} {self.seconds[name]:.1f} s"])
+        self.result["seconds"][stage], self._last = now - self._last, now
+        print_lines([f"{stage} {self.result['seconds'][stage]:.1f} s"])
+
+    def finish(self, module: bytes, *, spmd: bool) -> Result:
+        """Write the lowered module in jax's portable format and compile it, each if the request
+        says so; return the result.
+
+        Args:
+            spmd: the module is of all chips and the compiler cuts it; else it is of one chip.
+        """
+        self.result["module_bytes"] = len(module)
+        if self.request["portable"] is not None:
+            Path(self.request["portable"]).write_bytes(to_portable(module))
+        self.lap("lower")
+        if self.request["compile"]:
+            self.result |= compiled(self.devices, parse(module), self.folder, spmd=spmd)
+            self.lap("compile")
+            self.result["host_memory_bytes"] = host_memory_bytes()
+        return self.result

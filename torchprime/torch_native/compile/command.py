@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
-from torchprime.compiling.command import Compiler, Say, common_environment, compile_step
+from torchprime.compiling.command import (
+    Compiler,
+    Say,
+    common_environment,
+    compile_step,
+    import_path,
+)
 from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import topology
 from torchprime.installed import installed_version
@@ -44,11 +49,10 @@ def torchtpu_compiler() -> Compiler:
 def environment(config: TrainConfig, given: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the compiling process, where TorchTPU loads without a chip."""
     assert config.compile_only is not None
-    path = [str(Path(__file__).resolve().parents[3]), given.get("PYTHONPATH", "")]
     return {
         **other_environment(config, given),
         **without_chip(topology(config.compile_only).name),
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PYTHONPATH": import_path(given),
         "USE_TORCH_XLA": "0",
     }
 

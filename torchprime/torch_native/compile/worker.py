@@ -14,33 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from torchprime.attention_kernels.choice import Runtime, choose_kernel
-from torchprime.compiling.executables import compiled, parse, to_portable, tpu_devices
-from torchprime.compiling.worker import Laps, first_result, worker_main
-from torchprime.config.load import load_config
+from torchprime.compiling.worker import Job, Result, step_parts, worker_main
 from torchprime.config.schema import TrainConfig
 from torchprime.config.sections.model import SPLASH
-from torchprime.config.topologies import topology
 from torchprime.data.blocks.batch import empty_batch
-from torchprime.metrics.throughput import host_memory_bytes
-from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 from torchprime.torch_native.tpu.grid import Grid
 from torchprime.torch_native.tpu.kernels import KernelAttention
 from torchprime.torch_native.tpu.parameters import hold
 from torchprime.torch_native.tpu.program import Program, make_program
 from torchprime.torch_native.tpu.step import Rows, StepBuilder, Training
-from torchprime.training.optim.groups import freeze_groups
-from torchprime.training.setup.adapter import build_model
-from torchprime.training.setup.recipe import (
-    adapter_of,
-    groups_of,
-    optimizer_of,
-    sharding_table,
-    step_options,
-)
+from torchprime.training.backend import StepOptions
 from torchprime.training.step import host_fields
 
 
@@ -50,16 +35,13 @@ def lower(config: TrainConfig, architecture: Mapping[str, Any]) -> Program:
     Raises:
         ConfigError: one program cannot compute it.
     """
-    found = architecture_from_hf(architecture, where="model")
-    dtype, mesh = getattr(torch, config.torch_dtype), config.mesh_shape()
-    model = build_model(found, adapter_of(config), dtype)
-    freeze_groups(model, groups_of(config))
+    model, table, dtype, optimizer, options = step_parts(config, architecture)
     inject_attention(model, config)
+    mesh = config.mesh_shape()
     grid = Grid(mesh["data"], mesh["fsdp"], mesh["tensor"])
-    options = step_options(config, max(1, len(config.dataset.mixture)))
-    parts = hold(model, sharding_table(config, model), grid, dtype, remat=config.remat.selects)
-    builder = StepBuilder(parts, Training(optimizer_of(config), options))
-    return make_program(builder.build(rows_of(config, grid)))
+    parts = hold(model, table, grid, dtype, remat=config.remat.selects)
+    builder = StepBuilder(parts, Training(optimizer, options))
+    return make_program(builder.build(rows_of(config, grid, options)))
 
 
 def inject_attention(model: CausalLM, config: TrainConfig) -> None:
@@ -70,9 +52,8 @@ def inject_attention(model: CausalLM, config: TrainConfig) -> None:
         replace_attention_cores(model, KernelAttention)
 
 
-def rows_of(config: TrainConfig, grid: Grid) -> Rows:
+def rows_of(config: TrainConfig, grid: Grid, options: StepOptions) -> Rows:
     """Return the shape and the types of a chip's rows."""
-    options = step_options(config, max(1, len(config.dataset.mixture)))
     batch = empty_batch((1, config.dataset.block_size), with_sources=options.num_sources > 1)
     micro = config.task.gradient_accumulation_steps
     rows = config.task.global_batch_size // micro // (grid.data * grid.fsdp)
@@ -80,26 +61,13 @@ def rows_of(config: TrainConfig, grid: Grid) -> Rows:
     return Rows(micro, rows, config.dataset.block_size, kinds)
 
 
-def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run(request: dict[str, Any], folder: Path) -> Result:
     """Trace, lower and compile the request; return the result."""
-    config, slice_ = load_config(request["config"]), topology(request["topology"])
-    devices = tpu_devices(slice_.libtpu_name, slice_.host_shape, request["slices"])
-    assert len(devices) == config.device_count
-    result = first_result(devices, ("torch", "torch-tpu", "jax", "libtpu"))
-    lap = Laps(result)
-    program = lower(config, request["architecture"])
-    lap("trace")
-    module = program.module_for("tpu")
-    result |= {"state_bytes": program.state_bytes, "module_bytes": len(module)}
-    if request["portable"] is not None:
-        Path(request["portable"]).write_bytes(to_portable(module))
-    lap("lower")
-    if not request["compile"]:
-        return result
-    result |= compiled(devices, parse(module), folder, spmd=False)
-    lap("compile")
-    result["host_memory_bytes"] = host_memory_bytes()
-    return result
+    job = Job(request, folder, ("torch", "torch-tpu", "jax", "libtpu"))
+    program = lower(job.config, request["architecture"])
+    job.lap("trace")
+    job.result["state_bytes"] = program.state_bytes
+    return job.finish(program.module_for("tpu"), spmd=False)
 
 
 if __name__ == "__main__":

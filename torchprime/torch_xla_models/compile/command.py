@@ -9,9 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
-from torchprime.compiling.command import Compiler, Say, common_environment, compile_step
+from torchprime.compiling.command import (
+    Compiler,
+    Say,
+    common_environment,
+    compile_step,
+    import_path,
+)
 from torchprime.compiling.other_compiler import known_flags
 from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import topology
@@ -57,10 +62,9 @@ def compiler_of(library: Library) -> Compiler:
 def environment(config: TrainConfig, library: Library, given: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the compiling process: virtual devices for tracing, libtpu for
     compiling, and training's flags."""
-    path = [*library.python_path, str(Path(__file__).resolve().parents[3])]
     return {
         **common_environment(given, _flags(config, given)),
-        "PYTHONPATH": os.pathsep.join([*path, *filter(None, [given.get("PYTHONPATH")])]),
+        "PYTHONPATH": import_path(given, *library.python_path),
         "PJRT_DEVICE": "CPU",
         "CPU_NUM_DEVICES": str(min(config.device_count, MOST_DEVICES)),
         "USE_TORCH_XLA": "0",

@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
 import torch_xla.core.xla_model as xm
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
@@ -33,17 +32,9 @@ from jax.sharding import Mesh as JaxMesh
 from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 from jaxlib.mlir import ir
 
-from torchprime.compiling.executables import (
-    compiled,
-    to_portable,
-    tpu_devices,
-)
-from torchprime.compiling.worker import Laps, first_result, worker_main
-from torchprime.config.load import load_config
+from torchprime.compiling.worker import Job, Result, step_parts, worker_main
 from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import topology
-from torchprime.metrics.throughput import host_memory_bytes
-from torchprime.models.architecture import architecture_from_hf
 from torchprime.torch_xla_models.compile.tracing import (
     Argument,
     BatchShape,
@@ -52,15 +43,6 @@ from torchprime.torch_xla_models.compile.tracing import (
     trace_step,
 )
 from torchprime.torch_xla_models.train import make_backend
-from torchprime.training.optim.groups import freeze_groups
-from torchprime.training.setup.adapter import build_model
-from torchprime.training.setup.recipe import (
-    adapter_of,
-    groups_of,
-    optimizer_of,
-    sharding_table,
-    step_options,
-)
 
 # The newest version of the kernels' intermediate language that libtpu 0.0.21 reads; jax 0.7.1
 # writes a newer one if it has no TPU to ask.
@@ -98,19 +80,8 @@ def _attributes(ordinal: int, device: Any) -> dict[str, Any]:
 def trace(config: TrainConfig, architecture: dict[str, Any]) -> Lowered:
     """Return the config's training step."""
     backend = make_backend(config, make_tensors=Placeholders)
-    dtype = getattr(torch, config.torch_dtype)
-    found = architecture_from_hf(architecture, where="model")
-    model = build_model(found, adapter_of(config), dtype)
-    freeze_groups(model, groups_of(config))
-    return trace_step(
-        backend,
-        model,
-        sharding_table(config, model),
-        dtype,
-        optimizer_of(config),
-        step_options(config, max(1, len(config.dataset.mixture))),
-        BatchShape(config.task.global_batch_size, config.dataset.block_size),
-    )
+    shape = BatchShape(config.task.global_batch_size, config.dataset.block_size)
+    return trace_step(backend, *step_parts(config, architecture), shape)
 
 
 def annotated(lowered: Lowered) -> bytes:
@@ -141,32 +112,18 @@ def _with(attributes: Any, argument: Argument | None) -> Any:
     return ir.DictAttr.get(found)
 
 
-def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run(request: dict[str, Any], folder: Path) -> Result:
     """Trace, lower and compile the request; return the result."""
-    config = load_config(request["config"])
-    slice_ = topology(request["topology"])
     xr.use_spmd()
     xr.global_runtime_device_count()  # starts the CPU's client
-    devices = tpu_devices(slice_.libtpu_name, slice_.host_shape, request["slices"])
-    assert len(devices) == config.device_count
-    result = first_result(devices, ("torch", "torch_xla", "jax", "libtpu"))
-    pretend(devices, slice_.name)
-    lap = Laps(result)
-    lowered = trace(config, request["architecture"])
-    lap("trace")
+    job = Job(request, folder, ("torch", "torch_xla", "jax", "libtpu"))
+    pretend(job.devices, topology(request["topology"]).name)
+    lowered = trace(job.config, request["architecture"])
+    job.lap("trace")
     module = annotated(lowered)
-    result["arguments"] = len(lowered.arguments)
-    result["module_bytes"] = len(module)
+    job.result["arguments"] = len(lowered.arguments)
     del lowered
-    if request["portable"] is not None:
-        Path(request["portable"]).write_bytes(to_portable(module))
-    lap("lower")
-    if not request["compile"]:
-        return result
-    result |= compiled(devices, module, folder, spmd=True)
-    lap("compile")
-    result["host_memory_bytes"] = host_memory_bytes()
-    return result
+    return job.finish(module, spmd=True)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ from torchprime.config.schema import TrainConfig
 from torchprime.config.sections.adapter import AdapterConfig
 from torchprime.data.shared import cache
 from torchprime.losses.token_loss import TokenLoss
+from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import CausalLM, module_names
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim.adamw_8bit import block_length
 from torchprime.training.optim.ema import WithEma
-from torchprime.training.optim.groups import Group, grouped
+from torchprime.training.optim.groups import Group, freeze_groups, grouped
 from torchprime.training.optim.make import make_optimizer
 from torchprime.training.optim.muon import MuonSettings
 from torchprime.training.optim.optimizer import Optimizer, Parameter
@@ -69,6 +70,17 @@ def groups_of(config: TrainConfig) -> tuple[Group, ...]:
     """Return the config's groups of parameters."""
     groups = config.task.optimizer.groups
     return tuple(Group(g.pattern, g.lr_factor, g.weight_decay, g.frozen) for g in groups)
+
+
+def model_of(config: TrainConfig, architecture: Architecture, dtype: torch.dtype) -> CausalLM:
+    """Return the config's model without storage: with its adapter, and with frozen groups frozen.
+
+    Raises:
+        ConfigError: an adapter that does not fit the model, a group that matches nothing.
+    """
+    model = ModelForm(architecture, adapter_of(config)).build(dtype)
+    freeze_groups(model, groups_of(config))
+    return model
 
 
 def adapter_of(config: TrainConfig) -> Adapter | None:
