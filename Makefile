@@ -33,7 +33,7 @@ libtpu: setup
 	  echo "libtpu could not be installed: tests that compile for a TPU are skipped" >&2
 
 # A newer version of it with its own jax, in an environment of its own: compile_libtpu=.venv/libtpu-new.
-# jax that reads all of its programs wants Python 3.12. With 3.11 it is the last one for 3.11.
+# jax of the same time wants Python 3.12. With 3.11 it is the last one for 3.11.
 LIBTPU_NEW := $(VENV)/libtpu-new
 LIBTPU_PYTHON ?= $(shell for python in python3.12 python3.13 $(BIN)/python; do \
 	$$python -c '' 2>/dev/null && echo $$python && break; done)

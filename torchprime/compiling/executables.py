@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -33,10 +34,6 @@ from jaxlib.mlir.dialects import stablehlo as _stablehlo
 
 stablehlo: Any = _stablehlo  # made of a compiled module, of which the type checker sees half
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-UNREADABLE = (
-    "libtpu {libtpu} compiled the step, but jaxlib {jaxlib} cannot read the program: {said}. "
-    "Compile with a jax whose version goes with this libtpu (`make libtpu-new` with Python 3.12)."
-)
 
 
 def tpu_devices(libtpu_name: str, host_shape: Sequence[int], slices: int) -> list[Any]:
@@ -65,10 +62,11 @@ def to_portable(module: bytes) -> bytes:
         return stablehlo.serialize_portable_artifact(parsed, version)
 
 
-def compile_for(devices: Sequence[Any], module: Any, *, spmd: bool) -> Any:
+def compile_for(devices: Sequence[Any], module: Any, dump: Path, *, spmd: bool) -> Any:
     """Return the executable.
 
     Args:
+        dump: an empty folder, where the compiler writes the program's text too.
         spmd: the module is of all chips, and is cut with the options that torch_xla gives; else it
             is of one chip, and all chips run it.
     """
@@ -81,6 +79,8 @@ def compile_for(devices: Sequence[Any], module: Any, *, spmd: bool) -> Any:
     build = options.executable_build_options
     build.num_replicas, build.num_partitions = replicas, partitions
     build.device_assignment = assignment
+    build.debug_options.xla_dump_to = str(dump)
+    build.debug_options.xla_dump_hlo_as_text = True
     if spmd:
         build.use_spmd_partitioning = True
         build.use_shardy_partitioner = False
@@ -127,27 +127,38 @@ def end_with(parent: int) -> None:
         sys.exit("The command that asked for this compile has ended.")
 
 
-def _executable(devices: Sequence[Any], module: Any, spmd: bool) -> Any:
+def _executable(devices: Sequence[Any], module: Any, dump: Path, spmd: bool) -> Any:
     try:
-        return compile_for(devices, module, spmd=spmd)
+        return compile_for(devices, module, dump, spmd=spmd)
     except TypeError:  # jax 0.7.1 takes bytes only
-        return compile_for(devices, jax_mlir.module_to_bytecode(module), spmd=spmd)
+        return compile_for(devices, jax_mlir.module_to_bytecode(module), dump, spmd=spmd)
 
 
 def compiled(devices: Sequence[Any], module: Any, folder: Path, *, spmd: bool) -> dict[str, Any]:
     """Compile a module, write its program to program.txt, and return `memory`, or the compiler's
-    message as `error`, or a message for the user as `user_error` if jaxlib is too old for the
-    program."""
-    try:
-        executable = _executable(devices, module, spmd)
-    except (RuntimeError, ValueError) as error:  # jaxlib's own are RuntimeErrors
-        return {"error": str(error)}
+    message as `error`."""
+    with tempfile.TemporaryDirectory(prefix="torchprime-program-") as dump:
+        try:
+            executable = _executable(devices, module, Path(dump), spmd)
+        except (RuntimeError, ValueError) as error:  # jaxlib's own are RuntimeErrors
+            return {"error": str(error)}
+        write_new(folder / "program.txt", program_text(executable, Path(dump)))
+    return measures(executable)
+
+
+def program_text(executable: Any, dump: Path) -> str:
+    """Return the compiled program's text.
+
+    Args:
+        dump: the folder where the compiler wrote it. jaxlib refuses operations that only a newer
+            libtpu has, such as a lookup that the SparseCores do.
+    """
     try:
         (program,) = executable.hlo_modules()
-    except RuntimeError as error:
-        return {"user_error": UNREADABLE.format(**versions(), said=str(error)[:300])}
-    write_new(folder / "program.txt", program.to_string())
-    return measures(executable)
+        return program.to_string()
+    except RuntimeError:
+        written = dump.glob("*.after_optimizations.txt")
+        return max(written, key=lambda path: path.stat().st_size).read_text()
 
 
 def run(request: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torchprime.compiling.hlo.program import Program, branches, kernel_name
 from torchprime.config.topologies import Chip
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_NO_CYCLES = 2**63 - 1  # the compiler's number for an operation that it cannot estimate
 
 
 class Seconds(NamedTuple):
@@ -57,7 +58,7 @@ class Operation:
     flops: int
     traffic: Traffic
     crossing: int  # bytes that leave the chip over its links
-    cycles: int | None  # the compiler's own estimate; kernels and transfers have none
+    cycles: int | None  # by the compiler; None for kernels, transfers, SparseCores
     seconds: Seconds
     is_transfer: bool = False  # a collective, or the start of an asynchronous one or of a copy
 
@@ -116,6 +117,12 @@ class _Act(NamedTuple):
     cost: Seconds = Seconds()
 
 
+def _cycles(each: Instruction) -> int | None:
+    found = _CYCLES.search(each.rest)
+    cycles = _NO_CYCLES if found is None else int(found.group(1))
+    return None if cycles == _NO_CYCLES else cycles
+
+
 class Schedule:
     """A program's operations and their times on a chip.
 
@@ -169,7 +176,6 @@ class Schedule:
         kernel = kernel_name(each)
         flops += 0 if kernel is None else self._kernel_flops(kernel)
         crossing = sum(one.crossing for one in self._own_collectives(computation, each))
-        cycles = _CYCLES.search(each.rest)
         return Operation(
             each.name,
             each.purpose,
@@ -177,7 +183,7 @@ class Schedule:
             flops,
             traffic,
             crossing,
-            int(cycles.group(1)) if cycles else None,
+            _cycles(each),
             Seconds(
                 flops / self.chip.flops,
                 sum(traffic) / self.chip.hbm_bytes_per_s,

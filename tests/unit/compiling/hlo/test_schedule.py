@@ -163,6 +163,12 @@ def test_the_compilers_cycles_by_runs(schedule: Schedule) -> None:
     assert schedule.cycles == 3 * 300 + 500
 
 
+def test_cycles_that_the_compiler_does_not_know_count_nothing() -> None:
+    unknown = PROGRAM.replace('"estimated_cycles":"500"', f'"estimated_cycles":"{2**63 - 1}"')
+    found = Schedule(Program(unknown), CHIP, kernel_flops)
+    assert found.cycles == 3 * 300 and found.operations["carrier"].cycles is None
+
+
 def test_transfers_go_in_the_order_of_their_starts() -> None:
     clock = Clock()
     clock.start("first", Seconds(hbm=2))
