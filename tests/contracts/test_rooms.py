@@ -56,6 +56,7 @@ TOGETHER = {
     "torch_xla_models/test_adapters.py",
     "torch_xla_models/test_checkpoint.py",
     "torch_xla_models/test_collectives.py",
+    "torch_native/tpu/test_isolation.py",
     "torch_xla_models/test_isolation.py",
     "torch_xla_models/test_long_loops.py",
     "torch_xla_models/test_loss_variants.py",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torchprime.attention_kernels.modules import kernel_function
 from torchprime.torch_native.tpu import collectives
 from torchprime.torch_native.tpu.grid import Grid
-from torchprime.torch_native.tpu.kernels import KERNEL, KERNELS
+from torchprime.torch_native.tpu.kernels import KERNEL, KERNELS, Kernel
 from torchprime.torch_native.tpu.loops import LOOP, LOOPS
 
 
@@ -33,10 +35,14 @@ def total(xs: list[Tensor]) -> Tensor:
     return torch.stack(xs).sum(dim=0)
 
 
+@cache
+def interpreted(kernel: Kernel) -> Callable[..., Any]:
+    return jax.jit(kernel_function(kernel.kind, replace(kernel.options, interpret=True)))
+
+
 def in_interpreter(name: str, given: list[Tensor]) -> list[Tensor]:
-    kernel = KERNELS[name]
-    function = kernel_function(kernel.kind, replace(kernel.options, interpret=True))
-    return [torch.from_numpy(np.array(x)) for x in function(*(x.numpy() for x in given))]
+    found = interpreted(KERNELS[name])(*(x.numpy() for x in given))
+    return [torch.from_numpy(np.array(x)) for x in found]
 
 
 class Chips(Interpreter):
