@@ -105,7 +105,7 @@ def make_ours(backend: Any, batches: list[Any], lora: bool, rank: int) -> Case:
     model, values = base_weights(lora, rank)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     backend.place(model, ShardingTable(patterns, shipped.activations), values, torch.float32)
-    backend.prepare_training(AdamW(), StepOptions(max_grad_norm=1.0, loss_chunks=2))
+    backend.prepare_training(AdamW(), StepOptions(max_grad_norm=1.0))
 
     def step(batch: Any) -> float:
         return backend.read(backend.train_step(backend.put(batch, 1), LR)).loss
@@ -282,7 +282,7 @@ def main() -> None:
         sys.exit(f"--rows {args.rows}: no such file; give GSM8K's train.jsonl (question, answer)")
     with tempfile.TemporaryDirectory() as folder:
         step_time.train_tokenizer(args.rows, Path(folder))
-        data, _ = step_time.prepare(args.rows, Path(folder), packed=True)
+        data = step_time.prepare(args.rows, Path(folder), packed=True)
         batches = step_time.batches(data, args.steps)
         cases = make_cases(batches, args.rank)
         passes = measure(cases, args.rounds)

@@ -1,13 +1,18 @@
 """Training-step speed on this machine: ours under XLA, transformers under XLA, transformers eager.
 
 All in one run, same model shape, dtype, batch and optimizer, on real GSM8K rows with a byte-level
-BPE trained on them. Each case runs in a process of its own, one after the other, so that compiles,
-threads and peak memory do not mix. `equal` cases all get our packed blocks (transformers with an
-explicit mask and positions that honour the segments); `padded` cases get one row per block, as
-trainers without packing do. Times are medians over the timed steps after two warm-up steps;
-supervised tokens per step are the mean over all blocks, since few batches differ by chance.
+BPE trained on them. `equal` cases all get our packed blocks (transformers with an explicit mask and
+positions that honour the segments); `padded` cases get one row per block, as trainers without
+packing do.
 
-    python benchmarks/step_time.py [--rows FILE] [--json FILE] [--steps N] [--only NAME,...]
+Each case has a process of its own, so that compiles, threads and peak memory do not mix. The
+processes take turns: a round is a few steps of each, while the others wait. Other work on the
+machine then slows all of them alike. Figures are medians over the rounds after two warm-up steps,
+in seconds and in CPU seconds (of all threads). Supervised tokens per step are the mean over all
+blocks, since few batches differ by chance.
+
+    python benchmarks/step_time.py [--rows FILE] [--json FILE] [--rounds N] [--steps N]
+        [--only NAME;...]
 """
 
 from __future__ import annotations
@@ -26,6 +31,8 @@ from typing import Any
 
 ROWS = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
 VOCAB, HIDDEN, FFN, HEADS, BATCH, BLOCK, LR = 4096, 256, 688, 4, 16, 256, 1e-4
+
+ANSWER = "answer: "  # begins a line for the process that asked
 
 # name -> what runs; `packed` is the data, the rest shapes the implementation.
 CASES: dict[str, dict[str, Any]] = {
@@ -84,15 +91,14 @@ def train_tokenizer(rows: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def prepare(rows: Path, folder: Path, packed: bool) -> tuple[Any, float]:
-    """Blocks of the rows, packed or one row each, and the seconds it took."""
+def prepare(rows: Path, folder: Path, packed: bool) -> Any:
+    """Return blocks of the rows, packed or one row each."""
     from torchprime.config.sections.dataset import DatasetConfig
     from torchprime.data.files.source import SourceSpec
     from torchprime.data.prepare import Part, prepare_dataset
     from torchprime.data.tokenizer.load import load_tokenizer
     from torchprime.training.setup.datasets import settings_of
 
-    started = time.perf_counter()
     dataset = DatasetConfig(
         file_dataset_path=str(rows),
         block_size=BLOCK,
@@ -104,7 +110,7 @@ def prepare(rows: Path, folder: Path, packed: bool) -> tuple[Any, float]:
         load_tokenizer(folder),
         settings_of(dataset, seed=0),
     )
-    return data, time.perf_counter() - started
+    return data
 
 
 def batches(data: Any, steps: int) -> list[Any]:
@@ -114,8 +120,8 @@ def batches(data: Any, steps: int) -> list[Any]:
     return [data.batch(batch_indices(data.num_blocks, 0, s, BATCH)) for s in range(steps)]
 
 
-def run_ours(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
-    """Our backend and step."""
+def run_ours(case: dict[str, Any], data: Any, steps: int) -> None:
+    """Serve our backend's step."""
     from torchprime.torch_xla_models.runtime import prepare_environment
 
     prepare_environment(1)
@@ -149,10 +155,10 @@ def run_ours(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
     def step(batch: Any) -> float:
         return backend.read(backend.train_step(backend.put(batch, 1), LR)).loss
 
-    return timed(step, data, steps, xla=True)
+    serve(step, data, steps, xla=True)
 
 
-def run_hf(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
+def run_hf(case: dict[str, Any], data: Any, steps: int) -> None:
     """Train transformers' model with torch's AdamW, in the loop most people would write."""
     xla = case["impl"] == "hf_xla"
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1", USE_TORCH_XLA=str(int(xla)))
@@ -191,7 +197,7 @@ def run_hf(case: dict[str, Any], data: Any, steps: int) -> dict[str, Any]:
             finish()
         return loss.item()
 
-    return timed(step, data, steps, xla=xla)
+    serve(step, data, steps, xla=xla)
 
 
 def supervised_share(data: Any) -> float:
@@ -201,8 +207,9 @@ def supervised_share(data: Any) -> float:
     return sum(part.supervised_tokens for part in parts) / (data.num_blocks * BLOCK)
 
 
-def timed(step: Any, data: Any, steps: int, *, xla: bool) -> dict[str, Any]:
-    """Two warm-up steps, then medians; compiles are counted over all of them."""
+def serve(step: Any, data: Any, steps: int, *, xla: bool) -> None:
+    """Run two warm-up steps, then a round of steps for each line of the input; print each round's
+    figures, and at the end of the input those of all."""
     from torchprime.metrics.throughput import host_memory_bytes
 
     def compiles() -> tuple[int, float]:
@@ -213,36 +220,112 @@ def timed(step: Any, data: Any, steps: int, *, xla: bool) -> dict[str, Any]:
         found = met.metric_data("CompileTime")
         return (0, 0.0) if found is None else (int(found[0]), float(found[1]) / 1e9)
 
-    before = compiles()
-    seconds, losses = [], []
-    for batch in batches(data, steps + 2):
-        started = time.perf_counter()
-        losses.append(step(batch))
-        seconds.append(time.perf_counter() - started)
+    def run(part: list[Any]) -> dict[str, Any]:
+        cpu, wall = time.process_time(), time.perf_counter()
+        losses.extend(step(batch) for batch in part)
+        return {
+            "cpu_seconds": (time.process_time() - cpu) / len(part),
+            "seconds": (time.perf_counter() - wall) / len(part),
+        }
+
+    before, losses = compiles(), []
+    warm, done = 2, 0
+    answer(run(batches(data, warm)))
+    for _ in sys.stdin:
+        answer(run(batches(data, warm + done + steps)[-steps:]))
+        done += steps
     after = compiles()
-    median = statistics.median(seconds[2:])
-    return {
-        "slot_tokens_per_s": BATCH * BLOCK / median,
-        "supervised_tokens_per_s": supervised_share(data) * BATCH * BLOCK / median,
-        "step_seconds": median,
-        "first_step_seconds": seconds[0],
-        "train_step_compiles": after[0] - before[0],
-        "compile_seconds": after[1] - before[1],
-        "peak_memory_bytes": host_memory_bytes(),
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-    }
+    answer(
+        {
+            "supervised_share": supervised_share(data),
+            "train_step_compiles": after[0] - before[0],
+            "compile_seconds": after[1] - before[1],
+            "peak_memory_bytes": host_memory_bytes(),
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+        }
+    )
 
 
-def work(case: dict[str, Any], rows: Path, folder: Path, steps: int) -> dict[str, Any]:
-    """One case, in this process."""
-    data, seconds = prepare(rows, folder, case["packed"])
+def answer(found: dict[str, Any]) -> None:
+    """Hand figures to the process that asked, in a line of its own."""
+    print(f"{ANSWER}{json.dumps(found)}", flush=True)
+
+
+def work(case: dict[str, Any], rows: Path, folder: Path, steps: int) -> None:
+    """Serve one case, in this process."""
+    data = prepare(rows, folder, case["packed"])
     run = run_ours if case["impl"] == "ours" else run_hf
-    return {**run(case, data, steps), "data_seconds": seconds}
+    run(case, data, steps)
 
 
-def ratios(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, str]]:
-    """Return the claimed ratios, from the figures of this run."""
+class Worker:
+    """A case in a process of its own, which waits between its rounds."""
+
+    def __init__(self, name: str, args: argparse.Namespace, folder: str) -> None:
+        print(f"starting: {name}", file=sys.stderr, flush=True)
+        command = [sys.executable, __file__, "--work", name, "--folder", folder]
+        command += ["--rows", str(args.rows), "--steps", str(args.steps)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.read()  # the warm-up
+
+    def read(self) -> dict[str, Any]:
+        """Return the next answer.
+
+        Raises:
+            SystemExit: the process ended without one.
+        """
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        sys.exit(f"a case ended with exit code {self.process.wait()}")
+
+    def round(self) -> dict[str, Any]:
+        """Return the figures of one round."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def end(self) -> dict[str, Any]:
+        """Return the figures of all rounds."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        found = self.read()
+        self.process.wait()
+        return found
+
+
+def measure(names: list[str], args: argparse.Namespace, folder: str) -> dict[str, dict[str, Any]]:
+    """Return the figures of the cases, which take turns."""
+    workers = {name: Worker(name, args, folder) for name in names}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(args.rounds):
+        for name, worker in workers.items():
+            rounds[name].append(worker.round())
+            print(f"round {number}: {name}: {rounds[name][-1]}", file=sys.stderr, flush=True)
+    return {name: summary(worker.end(), rounds[name]) for name, worker in workers.items()}
+
+
+def summary(found: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a case's figures with its tokens per second and per CPU second."""
+    slots, share = BATCH * BLOCK, found["supervised_share"]
+    for key in ("seconds", "cpu_seconds"):
+        found[f"{key}_per_step"] = median = statistics.median(r[key] for r in rounds)
+        found[f"slot_tokens_per_{key}"] = slots / median
+        found[f"supervised_tokens_per_{key}"] = share * slots / median
+    return found
+
+
+def ratios(found: dict[str, dict[str, Any]], clock: str) -> list[tuple[str, float]]:
+    """Return the claimed ratios, from the figures of this run.
+
+    Args:
+        clock: `seconds` or `cpu_seconds`.
+    """
 
     def of(name: str, key: str) -> float:
         return found.get(name, {}).get(key, float("nan"))
@@ -252,11 +335,8 @@ def ratios(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, str]]:
     remat, deep_remat = "ours xla, packed, remat", "ours xla, packed, remat, 24 layers"
     hf, eager = "transformers xla, ", "transformers eager, "
     equal, padded = "equal blocks", "padded rows"
-    slot, supervised, compiling = (
-        "slot_tokens_per_s",
-        "supervised_tokens_per_s",
-        "compile_seconds",
-    )
+    slot, supervised = f"slot_tokens_per_{clock}", f"supervised_tokens_per_{clock}"
+    compiling = "compile_seconds"
     pairs = [
         ("slot tokens/s of transformers under XLA, equal blocks", slot, ours, hf + equal),
         ("supervised tokens/s of transformers under XLA, padded", supervised, ours, hf + padded),
@@ -267,62 +347,59 @@ def ratios(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, str]]:
         ("compile seconds, 24 layers against 6, scanned", compiling, deep, ours),
         ("compile seconds, 24 against 6, scanned, remat", compiling, deep_remat, remat),
     ]
-    return [(what, of(a, key) / of(b, key), f"{a} / {b}") for what, key, a, b in pairs]
+    return [(what, of(a, key) / of(b, key)) for what, key, a, b in pairs]
 
 
 def main() -> None:
-    """Run the cases one after the other and print the table."""
+    """Measure the cases and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="steps of a round")
     parser.add_argument("--only", help="names of cases, separated by semicolons")
-    parser.add_argument("--work", help=argparse.SUPPRESS)  # a case's name: run it here
+    parser.add_argument("--work", help=argparse.SUPPRESS)  # a case's name: serve it here
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.rows.is_file():
         sys.exit(f"--rows {args.rows}: no such file; give GSM8K's train.jsonl (question, answer)")
     if args.work:
-        print(json.dumps(work(CASES[args.work], args.rows, args.folder, args.steps)))
+        work(CASES[args.work], args.rows, args.folder, args.steps)
         return
     names = args.only.split(";") if args.only else list(CASES)
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(args.rows, Path(folder))
-        found = {name: run_case(name, args, folder) for name in names}
+        found = measure(names, args, folder)
     report = {
         "machine": {"cores": os.cpu_count(), "processor": platform.machine()},
         "shape": {"layers": 6, "hidden": HIDDEN, "vocab": VOCAB, "batch": BATCH, "block": BLOCK},
         "cases": found,
-        "ratios": {what: value for what, value, _ in ratios(found)},
+        "ratios": {clock: dict(ratios(found, clock)) for clock in ("seconds", "cpu_seconds")},
     }
     show(found)
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def run_case(name: str, args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """One case in a process of its own."""
-    print(f"running: {name}", file=sys.stderr, flush=True)
-    command = [sys.executable, __file__, "--work", name, "--folder", folder]
-    command += ["--rows", str(args.rows), "--steps", str(args.steps)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def show(found: dict[str, dict[str, Any]]) -> None:
-    """Return a Markdown table and the ratios."""
-    print("| case | slot tok/s | supervised tok/s | s/step | compiles | compile s | peak GiB |")
-    print("|---|---|---|---|---|---|---|")
+    """Print the figures and the ratios as Markdown tables."""
+    print(
+        "| case | slot tok/s | supervised tok/s | s/step | CPU s/step | compiles | compile s "
+        "| peak GiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name, r in found.items():
         print(
-            f"| {name} | {r['slot_tokens_per_s']:,.0f} | {r['supervised_tokens_per_s']:,.0f} "
-            f"| {r['step_seconds']:.2f} | {r['train_step_compiles']} "
+            f"| {name} | {r['slot_tokens_per_seconds']:,.0f} "
+            f"| {r['supervised_tokens_per_seconds']:,.0f} | {r['seconds_per_step']:.2f} "
+            f"| {r['cpu_seconds_per_step']:.2f} | {r['train_step_compiles']} "
             f"| {r['compile_seconds']:.1f} | {r['peak_memory_bytes'] / 2**30:.2f} |"
         )
-    print()
-    for what, value, _ in ratios(found):
+    print("\n| ratio | by seconds | by CPU seconds |\n|---|---|---|")
+    both = zip(ratios(found, "seconds"), ratios(found, "cpu_seconds"), strict=True)
+    for (what, value), (_, by_cpu) in both:
         if value == value:
-            print(f"- {value:.2f}x {what}")
+            print(f"| {what} | {value:.2f} | {by_cpu:.2f} |")
 
 
 if __name__ == "__main__":
