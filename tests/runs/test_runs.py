@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -510,6 +511,19 @@ def test_each_kind_of_step_has_its_own_two_runs() -> None:
         backend.compiled += 1
     with pytest.raises(RecompileError, match="train step"), guard.watch("train step", SHAPES):
         backend.compiled += 1
+
+
+def test_programs_are_counted_by_kind_of_step() -> None:
+    backend: Any = FakeBackend()
+    guard = CompileGuard(backend, allow=True)
+    for kind, programs in (("train step", 1), ("held-out step", 2), ("train step", 1)):
+        with guard.watch(kind, SHAPES):
+            backend.compiled += programs
+        with guard.watch(kind, SHAPES):
+            time.sleep(0.2)  # compiles nothing
+    programs = {kind: compiled.programs for kind, compiled in guard.compiled.items()}
+    assert programs == {"train step": 2, "held-out step": 2}
+    assert all(0 < compiled.seconds < 0.2 for compiled in guard.compiled.values())
 
 
 def test_the_loop_is_guarded() -> None:

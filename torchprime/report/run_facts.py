@@ -15,6 +15,20 @@ def _adapted(plan: Mapping[str, Any]) -> int | None:
     return None if trained in (None, plan["parameters"]) else trained
 
 
+def describe_compiled(compiled: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the programs of each kind of step in words.
+
+    Args:
+        compiled: `programs` and `seconds` by kind of step, as in run.json.
+    """
+    total = sum(each["seconds"] for each in compiled.values())
+    kinds = [
+        f"{kind} {each['programs']} program{'s' * (each['programs'] != 1)} {each['seconds']:.1f} s"
+        for kind, each in compiled.items()
+    ]
+    return f"in {total:.1f} s, first runs included: {', '.join(kinds)}"
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """The part of run.json that a report shows.
@@ -29,6 +43,7 @@ class RunFacts:
         fingerprints: those of FINGERPRINTS that the run has.
         block_size: tokens of a block.
         supervised_per_update: supervised tokens of an update, the mean over an epoch.
+        compiled: programs and seconds by kind of step; empty for older runs and without a compiler.
     """
 
     total_steps: int
@@ -47,6 +62,7 @@ class RunFacts:
     fingerprints: dict[str, str]
     block_size: int
     supervised_per_update: float
+    compiled: dict[str, dict[str, Any]]
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> RunFacts:
@@ -70,6 +86,7 @@ class RunFacts:
             fingerprints={name: found[name] for name in FINGERPRINTS if found.get(name)},
             block_size=plan["budget"]["block_size"],
             supervised_per_update=plan["budget"]["supervised_tokens_per_update"]["mean"],
+            compiled=dict(content.get("compiled", {})),
         )
 
     @property
@@ -84,10 +101,12 @@ class RunFacts:
         weights = f"{self.parameters:,} parameters in {self.dtype}"
         if self.trained is not None:
             weights += f"; an adapter trained {self.trained:,}"
+        compiled = {"compiled": describe_compiled(self.compiled)} if self.compiled else {}
         return {
             "command": self.command,
             "model": f"{self.pretrained or 'from random weights'}: {weights}",
             "backend": f"{self.backend}, attention {self.attention}",
             "mesh": self.used_mesh,
             "versions": ", ".join(f"{name} {value}" for name, value in self.versions.items()),
+            **compiled,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torchprime.checkpoint.places import ExportPlace
 from torchprime.errors import UserError
 from torchprime.evaluation.before_after import table_lines
 from torchprime.metrics.goodput import read_account
+from torchprime.report.run_facts import describe_compiled
 from torchprime.report.write import write_report
 from torchprime.training.prepare import Prepared
 from torchprime.training.run import folder as run_folder
@@ -118,11 +120,14 @@ def account_run(run: Run) -> None:
         run.times.write_last()
         goodput = read_account(folder)
         assert goodput is not None
-        run_folder.add_facts(folder, {"goodput": goodput.to_dict()})
+        compiled = {kind: asdict(c) for kind, c in run.loop.control.guard.compiled.items()}
+        run_folder.add_facts(folder, {"goodput": goodput.to_dict(), "compiled": compiled})
     except (UserError, OSError) as error:  # it must not hide that of a failed export
         run.prepared.say(f"no account of the run's time: {error}")
     else:
         run.prepared.say(goodput.describe())
+        if compiled:
+            run.prepared.say(f"compiled {describe_compiled(compiled)}")
 
 
 def report_run(folder: Path, say: Callable[[str], None]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -160,24 +161,40 @@ def load_ahead(
         thread.join()
 
 
+@dataclass
+class Compiled:
+    """The programs that a kind of step compiled, and the seconds of the runs that did."""
+
+    programs: int = 0
+    seconds: float = 0.0
+
+
 class CompileGuard:
     """Guard that lets each kind of step compile in its first two runs; a later compile is an
-    error."""
+    error.
+
+    Attributes:
+        compiled: the programs so far, by kind of step.
+    """
 
     def __init__(self, backend: Backend, *, allow: bool, ledger: Ledger | None = None) -> None:
         self.backend, self.allow = backend, allow
         self.ledger = ledger or Ledger()  # a run of a step that compiles is time of compiling
         self.runs: dict[str, int] = {}
         self.inputs: dict[str, object] = {}
+        self.compiled: dict[str, Compiled] = {}
 
     @contextmanager
     def watch(self, kind: str, inputs: Any) -> Iterator[None]:
         """Watch one run of a kind of step; `inputs` describes the shapes of its inputs."""
-        before = self.backend.compiles()
+        before, began = self.backend.compiles(), time.perf_counter()
         with self.ledger.at() as span:
             yield
             if self.backend.compiles() != before:
                 span.use = COMPILE
+                compiled = self.compiled.setdefault(kind, Compiled())
+                compiled.programs += self.backend.compiles() - before
+                compiled.seconds += time.perf_counter() - began
         run = self.runs[kind] = self.runs.get(kind, 0) + 1
         first = self.inputs.setdefault(kind, inputs)
         if self.backend.compiles() == before or run <= 2 or self.allow:

@@ -55,3 +55,14 @@ def test_a_missing_part_is_named(content: dict[str, Any], missing: str) -> None:
     del content[missing]
     with pytest.raises(KeyError, match=missing):
         RunFacts.from_dict(content)
+
+
+def test_the_programs_of_each_kind_of_step(content: dict[str, Any]) -> None:
+    assert "compiled" not in RunFacts.from_dict(content).rows()
+    content["compiled"] = {
+        "train step": {"programs": 1, "seconds": 4.25},
+        "held-out step": {"programs": 2, "seconds": 1.5},
+    }
+    assert RunFacts.from_dict(content).rows()["compiled"] == (
+        "in 5.8 s, first runs included: train step 1 program 4.2 s, held-out step 2 programs 1.5 s"
+    )
