@@ -45,10 +45,11 @@ def _convolution(inside: Computation, each: Instruction) -> int:
     assert labels is not None
     in_, kernel, result = labels.groups()
     window = dict(part.split("=") for part in (each.attribute("window") or "").split())
-    spatial = [label for label in in_ if label.isdigit()]
+    spatial = [label for label in in_ if label.isdigit()]  # numbers of window dims
     pairs = 1
-    for number, label in enumerate(spatial):
-        pairs *= _meeting(left[in_.index(label)], out[result.index(label)], _window(window, number))
+    for label in spatial:
+        dim = _window(window, int(label))
+        pairs *= _meeting(left[in_.index(label)], out[result.index(label)], dim)
     return 2 * pairs * out[result.index("b")] * out[result.index("f")] * right[kernel.index("i")]
 
 
