@@ -95,13 +95,18 @@ OURS: dict[str, list[str]] = {
     "ours-offload": ["remat=scan_offload", "remat.offload=[core_out]"],
     "ours-as-recipe": ["remat=scan_offload", "remat.offload=[core_out,q,k,v,attn_out]"],
 }
-THEIRS: dict[str, list[str]] = {"defaults": [], "recipe": RECIPE}
+THEIRS: dict[str, list[str]] = {
+    "defaults": [],
+    "recipe": RECIPE,
+    "int8": [*RECIPE, "quantization=int8"],
+}
 WORDS = {
     "ours": "torchprime, the named run's remat",
     "ours-offload": "torchprime, layer inputs and attention's results on the host",
     "ours-as-recipe": "torchprime, also queries, keys, values and the output projection there",
     "defaults": "MaxText, its defaults",
     "recipe": "MaxText, its 8B recipe",
+    "int8": "MaxText, its 8B recipe, int8 products",
 }
 
 
@@ -182,7 +187,7 @@ def compile_one(key: str, env: Path, keep: Path | None) -> dict[str, Any]:
         if program in OURS:
             found = compile_ours(step, OURS[program], env, folder)
         else:
-            found = compile_theirs(step, THEIRS[program], python, folder, flags=program == "recipe")
+            found = compile_theirs(step, THEIRS[program], python, folder, flags=program != "defaults")
     return found
 
 
