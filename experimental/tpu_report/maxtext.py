@@ -187,7 +187,9 @@ def compile_one(key: str, env: Path, keep: Path | None) -> dict[str, Any]:
         if program in OURS:
             found = compile_ours(step, OURS[program], env, folder)
         else:
-            found = compile_theirs(step, THEIRS[program], python, folder, flags=program != "defaults")
+            found = compile_theirs(
+                step, THEIRS[program], python, folder, flags=program != "defaults"
+            )
     return found
 
 

@@ -157,7 +157,7 @@ def program_text(executable: Any, dump: Path) -> str:
         (program,) = executable.hlo_modules()
         return program.to_string()
     except RuntimeError:
-        written = dump.glob("*.after_optimizations.txt")
+        written = dump.glob("*.after_codegen.txt")  # the only one with the compiler's cycles
         return max(written, key=lambda path: path.stat().st_size).read_text()
 
 

@@ -60,7 +60,7 @@ def hbm_traffic(
     if kind == "fusion":
         return _fusion(computations, around, each)
     if kind.endswith("-start"):
-        return _start(each, whole)
+        return _start(computations, each, whole)
     if kind in SLICES:
         first = each.nbytes if whole[0] else 0
         return Traffic(min(first, whole[0]) + sum(whole[1:]), each.hbm_bytes)
@@ -75,15 +75,23 @@ def _is_silent_call(each: Instruction) -> bool:
     return each.kind == "custom-call" and any(name in each.rest for name in _SILENT_CALLS)
 
 
-def _start(each: Instruction, whole: list[int]) -> Traffic:
-    """Return the bytes of an asynchronous operation; its result has the operands in it too."""
-    if each.kind == "copy-start":  # (result, operand, flag)
+def _start(computations: Mapping[str, Computation], each: Instruction, whole: list[int]) -> Traffic:
+    """Return the bytes of an asynchronous operation; its result has the operands in it too.
+
+    The compiler's own text of a program writes one as `async-start`, with the operation in a
+    computation.
+    """
+    kind = each.kind.removesuffix("-start")
+    if kind == "async" and each.called:
+        inside = computations.get(each.called[0], {})
+        kind = next((i.kind for i in inside.values() if i.root), kind)
+    if kind == "copy":  # (result, operand, flag)
         return Traffic(whole[0], each.arrays[0].nbytes if each.arrays[0].in_hbm else 0)
-    if each.kind == "all-reduce-start":  # only the result
+    if kind == "all-reduce":  # only the result
         return Traffic(sum(whole), each.hbm_bytes)
     results = each.arrays[len(whole) :]  # (operands, results, flags)
     written = sum(array.nbytes for array in results if array.in_hbm and array.shape)
-    if each.kind.removesuffix("-start") in SLICES:
+    if kind in SLICES:
         return Traffic(results[0].nbytes if whole[0] else 0, written)
     return Traffic(sum(whole), written)
 

@@ -79,6 +79,11 @@ PROGRAM = """HloModule slices, is_scheduled=true
   ROOT %done = bf16[4,64,64]{2,1,0} custom-call(%m, %e, %all-gather.3, %r), custom_call_target="AsyncCollectiveDone"
 }
 
+%part (whole: bf16[8,64,64]) -> bf16[2,64,64] {
+  %whole = bf16[8,64,64]{2,1,0} parameter(0)
+  ROOT %two = bf16[2,64,64]{2,1,0:S(1)} slice(%whole), slice={[0:2], [0:64], [0:64]}
+}
+
 ENTRY %main (a: bf16[64,64], stack: bf16[8,64,64], state: bf16[8,64,64], table: bf16[512,64], ids: s32[16,1]) -> bf16[64,64] {
   %a = bf16[64,64]{1,0} parameter(0)
   %stack = bf16[8,64,64]{2,1,0} parameter(1)
@@ -93,6 +98,8 @@ ENTRY %main (a: bf16[64,64], stack: bf16[8,64,64], state: bf16[8,64,64], table: 
   %rows = bf16[16,64]{1,0} gather(%table, %ids), slice_sizes={1,64}
   %sliced = ((bf16[8,64,64]{2,1,0}), bf16[2,64,64]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%stack), slice={[0:2], [0:64], [0:64]}
   %slice-done = bf16[2,64,64]{2,1,0:S(1)} slice-done(%sliced)
+  %sliced.2 = ((bf16[8,64,64]{2,1,0}), bf16[2,64,64]{2,1,0:S(1)}, s32[]{:S(2)}) async-start(%stack), calls=%part
+  %slice-done.2 = bf16[2,64,64]{2,1,0:S(1)} async-done(%sliced.2)
   %copied = (bf16[64,64]{1,0}, bf16[64,64]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%near)
   %copy-done = bf16[64,64]{1,0} copy-done(%copied)
   %offloaded = (bf16[64,64]{1,0:S(5)}, bf16[64,64]{1,0}, u32[]{:S(2)}) copy-start(%fused)
@@ -128,6 +135,8 @@ BY_HAND = {
     # Asynchronous: once, at the start. What goes to the host is read here.
     "sliced": (2 * A, 0),
     "slice-done": (0, 0),
+    "sliced.2": (2 * A, 0),  # as the compiler's own files have it
+    "slice-done.2": (0, 0),
     "copied": (0, A),
     "copy-done": (0, 0),
     "offloaded": (A, 0),
