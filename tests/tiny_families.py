@@ -72,6 +72,16 @@ FAMILIES = {
         ),
     ),
     "phi3_window": ("Phi3", dict(sliding_window=16)),
+    "gemma2": (
+        "Gemma2",
+        dict(
+            head_dim=16,
+            query_pre_attn_scalar=24,
+            sliding_window=16,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=3.0,
+        ),
+    ),
     "gemma3": (
         "Gemma3",
         dict(

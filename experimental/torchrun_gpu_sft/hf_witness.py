@@ -405,6 +405,13 @@ def check_windows(files: ModelFiles, block_size: int) -> None:
         )
 
 
+def attention_of(c: TrainConfig, files: ModelFiles) -> str:
+    """Return transformers' attention. The config's own choice is between kernels of ours;
+    `reference` is the plainest of either. torch's attention has no soft-cap."""
+    plain = c.model.attention_kernel == "reference"
+    return "eager" if plain or files.architecture.attention_softcap is not None else "sdpa"
+
+
 def schedule_arguments(c: TrainConfig, *, total_steps: int, warmup_steps: int) -> dict[str, Any]:
     """Our schedule by the names that transformers has for it."""
     s, peak = c.task.lr_scheduler, c.task.optimizer.learning_rate
@@ -555,8 +562,7 @@ def main(c: TrainConfig) -> int:
     template = template_of(c.dataset, files.tokenizer)
     data = prepare_run_data(c, files.tokenizer, template, say)
     plan = plan_of(c, data, processes)
-    # The config's own choice is between kernels of ours; `reference` is the plainest of either.
-    attention = "eager" if c.model.attention_kernel == "reference" else "sdpa"
+    attention = attention_of(c, files)
     say(
         f"  witness      transformers' Trainer, {plan['total_steps']:,} steps "
         f"({plan['warmup_steps']:,} of them warm-up) on {device_kind()} x {processes}, "

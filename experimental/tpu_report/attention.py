@@ -53,6 +53,7 @@ class Shape(NamedTuple):
     head_dim: int
     dtype: type = jnp.bfloat16
     window: int | None = None
+    softcap: float | None = None
 
 
 SHAPES = [
@@ -62,6 +63,7 @@ SHAPES = [
     Shape(32, 8, 8192, 128, dtype=jnp.float32),
     Shape(14, 2, 2048, 64),
     Shape(16, 8, 4096, 256, window=1024),
+    Shape(8, 4, 8192, 256, window=4096, softcap=50.0),
 ]
 
 
@@ -83,7 +85,7 @@ def compiled(shape: Shape, device: object) -> list[float | str]:
         for n in (shape.kv_heads, shape.heads)
     )
     given = Inputs(q, k, v, segments)
-    options = KernelOptions(blocks, shape.window)
+    options = KernelOptions(blocks, shape.window, shape.softcap)
     found: list[float | str] = []
     for kernel, arrays in (
         (forward, (given,)),

@@ -37,6 +37,7 @@ NEEDED = {
 
 # Parameter counts as published on the models' cards (tied embeddings counted once).
 PUBLISHED_PARAMETERS = {
+    "gemma2-2b": 2_614_341_888,
     "gemma3-1b": 999_885_952,
     "gemma3-4b": 3_880_263_168,
     "olmo2-7b": 7_298_617_344,
@@ -189,6 +190,7 @@ def test_every_named_architecture_has_a_published_size() -> None:
         ("granite-3.3-8b", 10_000_000, 1e-5, 131_072, True),
         ("glm-4-9b", 10_000, 1e-5, 32768, False),
         ("mistral-small-24b", 100_000_000, 1e-5, 32768, False),
+        ("gemma2-2b", 10_000, 1e-6, 8192, True),
         ("gemma3-1b", 1_000_000, 1e-6, 32768, True),
         ("olmo2-7b", 500_000, 1e-6, 4096, False),
     ],

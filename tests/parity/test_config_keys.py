@@ -94,6 +94,10 @@ FAMILIES = {
         "original_max_position_embeddings": 16,
         "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.0, 2.0]},
     },
+    "gemma2": {
+        **{"rope_theta": 100.0, "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 12},
+        **{"attn_logit_softcapping": 0.8, "final_logit_softcapping": 3.0},
+    },
     "gemma3_text": {
         **{"rope_theta": 100.0, "rope_local_base_freq": 10.0, "rope_scaling": LINEAR},
         **{"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2},
@@ -329,6 +333,8 @@ def test_the_bases_show_every_switch() -> None:
         ("mistral", "sliding_window", 7),
         ("qwen2", "rope_parameters", {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}),
         ("qwen3", "max_window_layers", 0),
+        ("gemma2", "attn_logit_softcapping", 1.2),
+        ("gemma2", "final_logit_softcapping", 2.0),
         ("llama-dynamic", "rope.factor", 8.0),
         *(("llama-yarn", f"rope.{key}", 2.0) for key in ("factor", "beta_fast", "beta_slow")),
         *(("llama-yarn", f"rope.{key}", 2.0) for key in ("mscale", "attention_factor")),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +25,12 @@ import torch
 from forks import ForkServer
 from load_script import load_script
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    get_scheduler,
+)
 
 from torchprime.config.compose import compose_config
 from torchprime.config.schema import TrainConfig
@@ -32,6 +38,7 @@ from torchprime.config.sections.loss import LossConfig
 from torchprime.data.blocks.batch import Batch
 from torchprime.data.tokenizer.load import load_tokenizer
 from torchprime.errors import ConfigError, RuntimeSetupError, UserError
+from torchprime.losses.chunks import Projection
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.losses.token_loss import TokenLoss
 from torchprime.metrics.writers import read_metrics
@@ -65,6 +72,20 @@ OTHER_OPTIONS = (
     "model.attention_kernel=reference",
     "remat=full",
     "logging_steps=2",
+)
+
+CAPPED: dict[str, Any] = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    query_pre_attn_scalar=24,
+    attn_logit_softcapping=0.5,
+    final_logit_softcapping=1.5,
+    bos_token_id=None,
+    pad_token_id=None,
 )
 
 Records = list[dict[str, Any]]
@@ -264,6 +285,25 @@ def test_they_agree_with_other_options(run: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
+def test_they_agree_on_a_model_with_soft_caps(
+    run: Callable[..., Path], argv: list[str], config: TrainConfig, tmp_path: Path
+) -> None:
+    """Caps that bend most scores and logits; the window is that of a block."""
+    base = Path(str(config.model.pretrained_model))
+    shutil.copytree(base, tmp_path / "gemma2")
+    own = json.loads((base / "config.json").read_text())
+    sizes = CAPPED | {key: own[key] for key in ("vocab_size", "eos_token_id")}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, sliding_window=config.dataset.block_size))
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.3)
+    model.save_pretrained(tmp_path / "gemma2")
+    given = f"model.pretrained_model={tmp_path / 'gemma2'}"
+    theirs = run(WITNESS, "capped-witness", given)
+    assert json.loads((theirs / "run.json").read_text())["attention"] == "eager"
+    assert_agree(steps_of(run(NATIVE_JOB, "capped", given)), steps_of(theirs))
+
+
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(run: Callable[..., Path], witnessed: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     both = run(WITNESS, "witness-2", launcher=launcher)
@@ -378,7 +418,7 @@ def test_its_variants_of_the_loss_are_ours(witness: ModuleType, loss: LossConfig
     witness.weighted_loss(
         SimpleNamespace(logits=theirs), labels, torch.tensor(3.0), loss
     ).backward()
-    sums = chunked_cross_entropy(ours, torch.eye(11), targets, weights, 3, kind=kind)
+    sums = chunked_cross_entropy(ours, Projection(torch.eye(11)), targets, weights, 3, kind=kind)
     (sums.loss_sum / 3).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
 

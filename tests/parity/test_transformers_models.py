@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tiny_llama import SHAPE
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     Glm4Config,
     GraniteConfig,
@@ -30,6 +31,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from torchprime.losses.chunks import Projection
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.attention import ReferenceAttention
@@ -60,6 +62,13 @@ GRANITE: dict[str, Any] = dict(
     residual_multiplier=0.4,
     logits_scaling=3.0,
 )
+GEMMA2: dict[str, Any] = dict(
+    head_dim=16,
+    query_pre_attn_scalar=24,
+    attn_logit_softcapping=0.8,
+    final_logit_softcapping=3.0,
+)
+UNCAPPED: dict[str, Any] = dict(attn_logit_softcapping=None, final_logit_softcapping=None)
 GLM: dict[str, Any] = dict(head_dim=16, partial_rotary_factor=0.5)
 CONFIGS = {
     "llama2": LlamaConfig(**SMALL),
@@ -111,6 +120,13 @@ CONFIGS = {
     ),
     "phi4-mini": Phi3Config(
         **SMALL | PHI_IDS, tie_word_embeddings=True, max_position_embeddings=64, **PHI_LONG
+    ),
+    # Caps that bend scores and logits: most are above 1, and half of the logits above 3.
+    "gemma2": Gemma2Config(**DEEP, **GEMMA2, sliding_window=5, attention_bias=True),
+    "gemma2-untied-uncapped": Gemma2Config(
+        **DEEP,
+        **GEMMA2 | UNCAPPED,
+        tie_word_embeddings=False,
     ),
     "gemma3": Gemma3TextConfig(
         **DEEP,
@@ -217,7 +233,7 @@ def test_logits_and_gradients(name: str, kind: str) -> None:
     _close(our_logits[real], logits[real], "logits")
     hidden = ours(ids, positions, segments)
     weights = torch.ones_like(targets, dtype=torch.float32)
-    sums = chunked_cross_entropy(hidden, ours.output_weight, targets, weights, 3)
+    sums = chunked_cross_entropy(hidden, Projection(*ours.output), targets, weights, 3)
     our_loss, count = sums.loss_sum, sums.weight_sum
     assert count == (targets >= 0).sum()
     _close(our_loss, loss, "loss")

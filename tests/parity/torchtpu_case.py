@@ -39,6 +39,16 @@ HF = {
     "hidden_act": "silu",
     "initializer_range": 0.02,
 }
+GEMMA2 = {
+    "model_type": "gemma2",
+    "head_dim": 8,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 5,
+    "attn_logit_softcapping": 0.5,
+    "final_logit_softcapping": 1.5,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
 
 
 class Case(NamedTuple):
@@ -52,9 +62,9 @@ class Case(NamedTuple):
 
 
 def make_case(way: dict[str, Any]) -> Case:
-    """Return the training of a description: `accumulation`, and `lora` with a rank."""
+    """Return the training of a description: `accumulation`, `lora` with a rank, and `gemma2`."""
     with torch.device("meta"):
-        model = CausalLM(architecture_from_hf(HF))
+        model = CausalLM(architecture_from_hf(HF | (GEMMA2 if way.get("gemma2") else {})))
     shipped = compose_config(["model.pretrained_model=x", "task.max_steps=1"]).sharding
     patterns = dict(shipped.parameters)
     if way.get("lora"):

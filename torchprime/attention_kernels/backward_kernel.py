@@ -151,12 +151,12 @@ def _kernel(first: Any, *refs: Any, tile: Tile, span: int, group: int) -> None:
         rows = rows_of(number, tile.keys)
         q, grad, k, v = r.q[...], r.grad[...], r.k[rows, :], r.v[rows, :]
         key_start = part * span + number * tile.keys
-        scores = product(k, q, LAST_LAST)
-        scores = tile.masked(scores, step, key_start, r.key_ids[rows, :], r.query_ids[...])
+        capped = tile.capped(product(k, q, LAST_LAST))
+        scores = tile.masked(capped, step, key_start, r.key_ids[rows, :], r.query_ids[...])
         p = jnp.exp(scores - r.log_sum_exp[...])
         r.dv_sum[rows, :] += product(p.astype(grad.dtype), grad, LAST_FIRST)
         dp = product(v, grad, LAST_LAST)
-        ds = ((dp - delta) * p).astype(q.dtype)
+        ds = tile.by_products((dp - delta) * p, capped).astype(q.dtype)
         r.dk_sum[rows, :] += product(ds, q, LAST_FIRST)
         r.dq_sum[...] += product(k, ds, FIRST_FIRST)
         return 0

@@ -122,7 +122,7 @@ def _kernel(first: Any, *refs: Any, tile: Tile, span: int) -> None:
 
     def body(number, _):
         rows = rows_of(number, tile.keys)
-        scores = product(r.k[rows, :], r.q[...], LAST_LAST)
+        scores = tile.capped(product(r.k[rows, :], r.q[...], LAST_LAST))
         key_start = part * span + number * tile.keys
         scores = tile.masked(scores, step, key_start, r.key_ids[rows, :], r.query_ids[...])
         # A block of masked keys gives ones here; a query's own key comes later and cancels them.

@@ -48,11 +48,13 @@ class KernelOptions:
 
     Attributes:
         window: positions that a query sees, its own among them; None for all.
+        softcap: of the scores; None for none.
         interpret: run by the interpreter, on any device.
     """
 
     blocks: Blocks
     window: int | None = None
+    softcap: float | None = None
     interpret: bool = False
 
 
@@ -97,11 +99,13 @@ class Tile(NamedTuple):
         queries: queries of a block.
         keys: keys of a product.
         window: positions that a query sees, its own among them; None for all.
+        softcap: of the scores; None for none.
     """
 
     queries: int
     keys: int
     window: int | None
+    softcap: float | None
 
     def range(self, first: Any, step: Any, span_start: Any, span: int) -> tuple[Any, Any]:
         """Return the products of a span that a block of queries needs, as (low, high).
@@ -122,6 +126,20 @@ class Tile(NamedTuple):
         low = lax.div(jnp.maximum(first - span_start, 0), keys)
         end = jnp.clip(start + self.queries - span_start, 0, span)
         return low, lax.div(end + self.keys - 1, keys)
+
+    def capped(self, scores: jax.Array) -> jax.Array:
+        """Return softcap * tanh(scores / softcap), before the mask."""
+        if self.softcap is None:
+            return scores
+        return self.softcap * jnp.tanh(scores / self.softcap)
+
+    def by_products(self, gradient: jax.Array, capped: jax.Array) -> jax.Array:
+        """Return a gradient by the products of queries and keys, from that by the capped scores.
+        The derivative of the cap is 1 - tanh(scores / softcap)^2."""
+        if self.softcap is None:
+            return gradient
+        tanh = capped / self.softcap
+        return gradient * (1.0 - tanh * tanh)
 
     def masked(
         self, scores: jax.Array, step: Any, key_start: Any, key_ids: jax.Array, ids: jax.Array
@@ -158,7 +176,8 @@ class Segments(NamedTuple):
 
 def tile_of(options: KernelOptions) -> Tile:
     """Return the scores that are computed at once."""
-    return Tile(options.blocks.queries, options.blocks.keys, options.window)
+    blocks = options.blocks
+    return Tile(blocks.queries, blocks.keys, options.window, options.softcap)
 
 
 def read_segments(segments: jax.Array, queries: int) -> Segments:

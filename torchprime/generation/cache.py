@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torchprime.models.decoder import CausalLM, LayerContext
+from torchprime.models.architecture import Architecture
+from torchprime.models.attention import MakeCore, softcapped
+from torchprime.models.decoder import CausalLM, LayerContext, core_for
 
 # Shape suffixes: B batch, S sequence, D hidden, H heads, K kv heads, h head size, C cache slots.
 
@@ -46,13 +48,13 @@ class CachedAttention(nn.Module):
     def __init__(
         self,
         core: nn.Module,
-        head_dim: int,
+        a: Architecture,
         finish: Callable[[Tensor], Tensor] | None,
         match: Callable[[Tensor, Tensor], Tensor],
     ) -> None:
         super().__init__()
         self.core, self.finish, self.match = core, finish, match
-        self.scale = head_dim**-0.5
+        self.scale, self.softcap = a.head_dim**-0.5, a.attention_softcap
         self.cache: tuple[Tensor, Tensor] | None = None  # of this layer; None during prefill
         self.new: tuple[Tensor, Tensor] | None = None  # keys and values of the last call
 
@@ -74,8 +76,8 @@ class CachedAttention(nn.Module):
         """Return one softmax, in fp32, over the slots that the mask leaves and the token itself."""
         B, H, _, h = q.shape
         q = (q * self.scale).view(B, k.shape[1], -1, h)
-        scores = self.match(q, keys).float() + mask
-        own = (q.float() * k.float()).sum(-1, keepdim=True)
+        scores = softcapped(self.match(q, keys).float(), self.softcap) + mask
+        own = softcapped((q.float() * k.float()).sum(-1, keepdim=True), self.softcap)
         top = torch.maximum(scores.amax(-1, keepdim=True), own)
         weights, own = torch.exp(scores - top), torch.exp(own - top)
         total = weights.sum(-1, keepdim=True) + own
@@ -103,21 +105,22 @@ def by_sums(q: Tensor, keys: Tensor) -> Tensor:
 def cached_attention(
     model: CausalLM,
     finish: Callable[[Tensor], Tensor] | None = None,
-    make_core: Callable[[int, int | None], nn.Module] | None = None,
+    make_core: MakeCore | None = None,
     match: Callable[[Tensor, Tensor], Tensor] = by_product,
 ) -> Iterator[None]:
-    """Wrap every layer's core in a CachedAttention; `make_core` (head size, window) replaces a core
-    that can't be used for generation."""
+    """Wrap every layer's core in a CachedAttention; `make_core` replaces a core that can't be used
+    for generation."""
     decoder: Any = model.model
-    head_dim = model.architecture.head_dim
+    a = model.architecture
     attentions = [layer.self_attn for layer in decoder.layers.templates()]
     cores, preparers = [attention.core for attention in attentions], decoder.preparers
     for attention, core in zip(attentions, cores, strict=True):
-        window = model.architecture.windows[attention.kind]
-        reads = core if make_core is None else make_core(head_dim, window)
-        attention.core = CachedAttention(reads, head_dim, finish, match)
+        reads = core
+        if make_core is not None:
+            reads = core_for(a, a.windows[attention.kind], make_core)
+        attention.core = CachedAttention(reads, a, finish, match)
     if make_core is not None:
-        decoder.preparers = [make_core(head_dim, window) for window in model.architecture.windows]
+        decoder.preparers = [core_for(a, window, make_core) for window in a.windows]
     try:
         yield
     finally:

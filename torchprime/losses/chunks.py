@@ -93,6 +93,30 @@ class Spread(NamedTuple):
 ONE_DEVICE = Spread()
 
 
+class Projection(NamedTuple):
+    """The map from hidden states to logits.
+
+    Attributes:
+        weight: [V, D].
+        softcap: a logit x becomes softcap * tanh(x / softcap) (Gemma 2, arXiv:2408.00118); None:
+            it stays as it is.
+    """
+
+    weight: Tensor
+    softcap: float | None = None
+
+    def logits(self, x_BCD: Tensor) -> Tensor:
+        """Return the logits [B, C, V] of hidden states, in fp32."""
+        products = torch.matmul(x_BCD, self.weight.t()).float()
+        if self.softcap is None:
+            return products
+        return self.softcap * torch.tanh(products / self.softcap)
+
+    def by_products(self, g_BCV: Tensor, logits: Tensor) -> Tensor:
+        """Return a gradient by the products with the weight, from that by the logits."""
+        return g_BCV if self.softcap is None else g_BCV * (1 - (logits / self.softcap).square())
+
+
 class Needs(NamedTuple):
     """The gradients that a caller needs; that of hidden states is always computed along."""
 

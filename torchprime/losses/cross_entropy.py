@@ -18,6 +18,7 @@ from torchprime.losses.chunks import (
     Chunk,
     ChunkedSum,
     Needs,
+    Projection,
     Spread,
     Summed,
     products,
@@ -29,23 +30,31 @@ IGNORED = -100
 # Shape suffixes: B batch, S sequence, C a chunk of S, D hidden, V vocab.
 
 
+class _Asked(NamedTuple):
+    """The loss that a caller asks for."""
+
+    kind: TokenLoss
+    softcap: float | None  # of the logits
+    needs: Needs
+    groups: int  # of rows
+
+
 def _chunk(
     x_BCD: Tensor,
     w_VD: Tensor,
     tokens: Sequence[Tensor],
     shared: Sequence[Tensor],
     *,
-    kind: TokenLoss,
-    needs: Needs,
-    groups: int,
+    asked: _Asked,
 ) -> Chunk:
     """Compute one chunk.
 
     The gradient of -log softmax(z)[t] is softmax(z) - onehot(t). The one-hot is a comparison, not a
     gather: it stays local when the vocabulary is sharded, and it fuses.
     """
-    weight_BC, t_BC = tokens
-    logits = torch.matmul(x_BCD, w_VD.t()).float()
+    (weight_BC, t_BC), (kind, softcap, needs, groups) = tokens, asked
+    output = Projection(w_VD, softcap)
+    logits = output.logits(x_BCD)
     vocabulary = torch.arange(w_VD.shape[0], device=t_BC.device, dtype=t_BC.dtype)
     onehot = t_BC[..., None] == vocabulary
     top = logits.amax(dim=-1, keepdim=True)
@@ -61,8 +70,9 @@ def _chunk(
     else:
         log_z = torch.where(weight_BC != 0, (total.log() + top).squeeze(-1), 0.0)
         mean = None
-        for mean_row in shared:
-            mean = torch.where(weight_BC != 0, (x_BCD * mean_row).sum(dim=-1), 0.0)
+        if kind.label_smoothing:
+            mean = (x_BCD * shared[0]).sum(dim=-1) if shared else logits.mean(dim=-1)
+            mean = torch.where(weight_BC != 0, mean, 0.0)
         cost = cost_of(kind, nll, log_z, mean, w_VD.shape[0])
         losses = cost.loss * weight_BC
         terms = [(part * weight_BC).sum(dim=1) for part in (nll, cost.z_loss)[: len(kind.terms)]]
@@ -70,6 +80,7 @@ def _chunk(
         return Chunk(losses, terms)
     softmax, hot = exp / total, onehot.to(exp.dtype)
     g = (softmax - hot if cost is None else cost.gradient(softmax, hot)) * weight_BC[..., None]
+    g = output.by_products(g, logits)
     return Chunk(losses, terms, *products(g, x_BCD, w_VD, needs, groups))
 
 
@@ -89,7 +100,7 @@ def token_weights(targets: Tensor, loss_weights: Tensor) -> Tensor:
 
 def chunked_cross_entropy(
     hidden: Tensor,
-    output_weight: Tensor,
+    output: Projection,
     targets: Tensor,
     loss_weights: Tensor,
     chunks: int | None = None,
@@ -100,7 +111,7 @@ def chunked_cross_entropy(
 
     Args:
         hidden: [B, S, D] hidden states after the final norm.
-        output_weight: [V, D].
+        output: the output projection.
         targets: integers [B, S], already shifted; -100 carries no loss.
         loss_weights: fp32 [B, S]; used only where there is a target.
         chunks: number of pieces of the sequence; None: by the bytes of a chunk's logits.
@@ -114,16 +125,17 @@ def chunked_cross_entropy(
     weights = token_weights(targets, loss_weights)
     # Grad mode is always off inside a Function's forward, so it is read here.
     on = torch.is_grad_enabled()
-    needs = Needs(on and hidden.requires_grad, on and output_weight.requires_grad)
+    needs = Needs(on and hidden.requires_grad, on and output.weight.requires_grad)
     # The mean logit of label smoothing, as the product with the mean row: devices that hold parts
-    # of the vocabulary communicate once for it, and not once for each chunk.
+    # of the vocabulary communicate once for it, and not once for each chunk. Capped logits are not
+    # linear in the rows.
     shared: tuple[Tensor, ...] = ()
-    if kind.label_smoothing:
-        shared = (output_weight.detach().mean(dim=0, dtype=torch.float32),)
-    compute = partial(_chunk, kind=kind, needs=needs, groups=spread.groups)
+    if kind.label_smoothing and output.softcap is None:
+        shared = (output.weight.detach().mean(dim=0, dtype=torch.float32),)
+    compute = partial(_chunk, asked=_Asked(kind, output.softcap, needs, spread.groups))
     terms = len(kind.terms)
     summed = Summed(compute, needs, (weights, targets), shared, terms, chunks, spread)
     loss_sum, each, *more = ChunkedSum.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, output_weight, summed
+        hidden, output.weight, summed
     )
     return LossSums(loss_sum, weights.sum(), each, tuple(more))

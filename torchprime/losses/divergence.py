@@ -23,6 +23,7 @@ from torchprime.losses.chunks import (
     Chunk,
     ChunkedSum,
     Needs,
+    Projection,
     Spread,
     Summed,
     products,
@@ -33,15 +34,15 @@ from torchprime.losses.cross_entropy import LossSums
 
 
 class BaseOutput(NamedTuple):
-    """The base's hidden states [B, S, D] after the final norm, and its output weight [V, D]."""
+    """The base's hidden states [B, S, D] after the final norm, and its output projection."""
 
     hidden: Tensor
-    output_weight: Tensor
+    output: Projection
 
 
 def chunked_divergence(
     hidden: Tensor,
-    output_weight: Tensor,
+    output: Projection,
     base: BaseOutput,
     weights: Tensor,
     chunks: int | None = None,
@@ -51,24 +52,25 @@ def chunked_divergence(
 
     Args:
         hidden: [B, S, D] hidden states after the final norm.
-        output_weight: [V, D].
+        output: the output projection.
         weights: fp32 [B, S], 0 for a token that does not count.
         chunks: number of pieces of the sequence; None: by the bytes of a chunk's logits.
         spread: the distribution of rows and weight over devices.
     """
     on = torch.is_grad_enabled()
-    needs = Needs(on and hidden.requires_grad, on and output_weight.requires_grad)
-    tokens, shared = (weights, base.hidden.detach()), (base.output_weight.detach(),)
-    compute = partial(_chunk, needs=needs, spread=spread)
+    needs = Needs(on and hidden.requires_grad, on and output.weight.requires_grad)
+    tokens, shared = (weights, base.hidden.detach()), (base.output.weight.detach(),)
+    softcaps = output.softcap, base.output.softcap
+    compute = partial(_chunk, softcaps=softcaps, needs=needs, spread=spread)
     summed = Summed(compute, needs, tokens, shared, chunks=chunks, spread=spread)
     loss_sum, each = ChunkedSum.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, output_weight, summed
+        hidden, output.weight, summed
     )
     return LossSums(loss_sum, weights.sum(), each)
 
 
-# (hidden states, output weight, the base's, weights) -> the sum.
-Divergence = Callable[[Tensor, Tensor, BaseOutput, Tensor], LossSums]
+# (hidden states, output projection, the base's, weights) -> the sum.
+Divergence = Callable[[Tensor, Projection, BaseOutput, Tensor], LossSums]
 
 
 def _chunk(
@@ -77,15 +79,21 @@ def _chunk(
     tokens: Sequence[Tensor],
     shared: Sequence[Tensor],
     *,
+    softcaps: tuple[float | None, float | None],
     needs: Needs,
     spread: Spread,
 ) -> Chunk:
-    """Compute one chunk. The gradient of a token's divergence by the model's logits is p - q."""
+    """Compute one chunk. The gradient of a token's divergence by the model's logits is p - q.
+
+    Args:
+        softcaps: of the model's logits and of the base's.
+    """
     (weight_BC, base_BCD), (base_VD,) = tokens, shared
+    output, base_output = Projection(w_VD, softcaps[0]), Projection(base_VD, softcaps[1])
     # The base's chunk waits like the model's, or its logits of all chunks could be in memory.
     base_BCD, x_BCD = spread.in_order(base_BCD, x_BCD)
-    log_p = torch.matmul(x_BCD, w_VD.t()).float().log_softmax(dim=-1)
-    log_q = torch.matmul(base_BCD, base_VD.t()).float().log_softmax(dim=-1)
+    logits = output.logits(x_BCD)
+    log_p, log_q = logits.log_softmax(dim=-1), base_output.logits(base_BCD).log_softmax(dim=-1)
     q = log_q.exp()
     # Select instead of multiplying, so that an infinite logit of a token that does not count
     # cannot make the sum 0 * inf.
@@ -93,5 +101,5 @@ def _chunk(
     losses = divergence * weight_BC
     if not any(needs):
         return Chunk(losses, [])
-    gradient = (log_p.exp() - q) * weight_BC[..., None]
+    gradient = output.by_products((log_p.exp() - q) * weight_BC[..., None], logits)
     return Chunk(losses, [], *products(gradient, x_BCD, w_VD, needs, spread.groups))

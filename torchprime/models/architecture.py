@@ -1,9 +1,9 @@
 """The numbers that define a decoder, read from a Hugging Face config.json.
 
-One dataclass describes Llama 2/3/3.1/3.2, Qwen2/2.5, Qwen3 and Mistral: the families differ in a
-few switches (families.py has each family's traits) and in numbers. A key of
-config.json that would change the mathematics and that the decoder does not implement is refused by
-name, so that a checkpoint is never run as another model. The reference is transformers 5.
+One dataclass describes every family: they differ in a few switches (families.py has each family's
+traits) and in numbers. A key of config.json that would change the mathematics and that the decoder
+does not implement is refused by name, so that a checkpoint is never run as another model. The
+reference is transformers 5.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from typing import Any
 
 from torchprime.errors import CheckpointError
 from torchprime.models.config_values import ConfigValues
-from torchprime.models.families import FAMILIES, Bias, Family, text_part
+from torchprime.models.families import (
+    FAMILIES,
+    LOGITS_SOFTCAP,
+    SCORES_SOFTCAP,
+    Bias,
+    Family,
+    text_part,
+)
 from torchprime.models.layer_kinds import LayerKind, read_layer_kinds, read_ropes
 from torchprime.models.rope_config import Rope
 from torchprime.models.unsupported import quantized, unsupported_family
@@ -30,8 +37,10 @@ MULTIPLIERS = (
     *("embedding_multiplier", "attention_multiplier", "residual_multiplier"),
     "logits_scaling",
 )
+# Keys of soft-caps, and the fields that have them.
+SOFTCAPS = {SCORES_SOFTCAP: "attention_softcap", LOGITS_SOFTCAP: "final_softcap"}
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh")  # of the gated unit
-LARGEST_MULTIPLIER = 10**6  # far beyond it, fp32 overflows
+LARGEST_FACTOR = 10**6  # of a multiplier or soft-cap: far beyond it, fp32 overflows
 MOST_LAYERS = 1024  # a layer is a module: an absurd number would fill the memory
 
 
@@ -69,6 +78,8 @@ class Architecture:
     wide_rotation: bool = False
     query_pre_attn_scalar: float | None = None  # None: the head size
     rope_neighbours: bool = False
+    attention_softcap: float | None = None
+    final_softcap: float | None = None  # of the logits
 
     @property
     def rope(self) -> Rope:
@@ -129,7 +140,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         raise CheckpointError(f"{where}: {unsupported_family(config, tuple(FAMILIES))}")
     family = FAMILIES[name]
     values = ConfigValues({**family.defaults, **config}, where)
-    _refuse_unknown_mathematics(values, family)
+    _refuse_unknown_mathematics(values)
     hidden, layers = values.integer("hidden_size"), _layers(values)
     heads = values.integer("num_attention_heads", most=2**14)
     context = values.integer("max_position_embeddings", family.context, most=2**40)
@@ -162,6 +173,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
         fused_mlp=family.fused_mlp,
         **_scales(values, family, head_dim),
         rope_neighbours=family.rope_neighbours,
+        **_softcaps(values, family),
     )
     return architecture
 
@@ -170,7 +182,7 @@ def _scales(values: ConfigValues, family: Family, head_dim: int) -> dict[str, fl
     """Return the numbers that scale parts of the model, by the fields that have them: Granite's
     multipliers, or Gemma's two."""
     if family.multipliers:
-        embedding, attention, residual, logits = (_multiplier(values, key) for key in MULTIPLIERS)
+        embedding, attention, residual, logits = (_factor(values, key, 1.0) for key in MULTIPLIERS)
         return {
             "embedding_scale": embedding,
             "query_pre_attn_scalar": attention**-2,
@@ -185,9 +197,20 @@ def _scales(values: ConfigValues, family: Family, head_dim: int) -> dict[str, fl
     return found
 
 
-def _multiplier(values: ConfigValues, key: str) -> float:
-    if (found := values.number(key, 1.0)) > LARGEST_MULTIPLIER:
-        raise values.fault(key, f"a number up to {LARGEST_MULTIPLIER:,}")
+def _softcaps(values: ConfigValues, family: Family) -> dict[str, float]:
+    """Return the soft-caps by the fields that have them; none for null, which turns one off."""
+    found = {}
+    for key, field in SOFTCAPS.items():
+        if key in values:
+            if key not in family.softcaps:
+                raise values.fault(key, "null: this family is supported without it")
+            found[field] = _factor(values, key)
+    return found
+
+
+def _factor(values: ConfigValues, key: str, default: float | None = None) -> float:
+    if (found := values.number(key, default)) > LARGEST_FACTOR:
+        raise values.fault(key, f"a number up to {LARGEST_FACTOR:,}")
     return found
 
 
@@ -242,10 +265,7 @@ def _activation(values: ConfigValues, family: Family) -> str:
     return "silu" if name == "swish" else name
 
 
-def _refuse_unknown_mathematics(values: ConfigValues, family: Family) -> None:
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if values.get(key) is not None and key not in family.softcaps:
-            raise values.fault(key, "null: this family is supported without it")
+def _refuse_unknown_mathematics(values: ConfigValues) -> None:
     if values.get("use_bidirectional_attention"):
         raise values.fault("use_bidirectional_attention", "false: only causal models are supported")
     for key in DROPOUTS:

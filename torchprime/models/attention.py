@@ -7,6 +7,8 @@ whatever the core needs in every layer; `forward` runs in every layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,16 @@ from torch import Tensor, nn
 GROUPS = 4
 SMALLEST_GROUP = 128
 
+# Makes the core of a layer from its head size, its window and its soft-cap.
+MakeCore = Callable[[int, int | None, float | None], nn.Module]
+
 # Shape suffixes: B batch, S sequence, H heads, K kv heads, h head size.
+
+
+def softcapped(values: Tensor, cap: float | None) -> Tensor:
+    """Return cap * tanh(values / cap), which lies between -cap and cap (Gemma 2,
+    arXiv:2408.00118); the values unchanged if there is no cap."""
+    return values if cap is None else cap * torch.tanh(values / cap)
 
 
 class ReferenceAttention(nn.Module):
@@ -24,12 +35,17 @@ class ReferenceAttention(nn.Module):
     A query attends to keys of its own segment id, at or before its own position in the block, and
     within the window if there is one. Padding (segment 0) attends to padding, so no row of the
     softmax is ever empty and no NaN can arise.
+
+    Args:
+        softcap: of the scores, before the mask; None for none.
     """
 
-    def __init__(self, head_dim: int, window: int | None = None) -> None:
+    def __init__(
+        self, head_dim: int, window: int | None = None, softcap: float | None = None
+    ) -> None:
         super().__init__()
         self.scale = head_dim**-0.5
-        self.window = window
+        self.window, self.softcap = window, softcap
 
     def prepare(self, segment_ids: Tensor) -> Tensor:
         """Return an additive fp32 mask [B, 1, 1, S, S] for segment_ids [B, S]: 0 where a key is
@@ -61,7 +77,8 @@ class ReferenceAttention(nn.Module):
             stop = min(start + rows, S)
             first = 0 if self.window is None else max(0, start - self.window + 1)
             scores = torch.matmul(q[..., start:stop, :], k[..., first:stop, :].transpose(-1, -2))
-            scores = scores.float() + prepared[..., start:stop, first:stop]
+            scores = softcapped(scores.float(), self.softcap)
+            scores = scores + prepared[..., start:stop, first:stop]
             probabilities = torch.softmax(scores, dim=-1).to(v.dtype)
             mixed.append(torch.matmul(probabilities, v[..., first:stop, :]))
         return torch.cat(mixed, dim=-2).reshape(B, H, S, h)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchprime.models.architecture import Architecture
-from torchprime.models.attention import ReferenceAttention
+from torchprime.models.attention import MakeCore, ReferenceAttention, softcapped
 from torchprime.models.layer_kinds import LayerKind
 from torchprime.models.rope import RotaryTables, rotate
 
@@ -122,6 +122,11 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input) * scale
 
 
+def core_for(a: Architecture, window: int | None, make_core: MakeCore) -> nn.Module:
+    """Return the attention core of a model's layers with this window."""
+    return make_core(a.head_dim, window, a.attention_softcap)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; the core is replaceable."""
 
@@ -152,7 +157,7 @@ class Attention(nn.Module):
         # The core scales by the head size; this is what is left.
         scalar = a.query_pre_attn_scalar
         self.query_factor = None if scalar is None else (a.head_dim / scalar) ** 0.5
-        self.core: nn.Module = ReferenceAttention(a.head_dim, kind.window)
+        self.core: nn.Module = core_for(a, kind.window, ReferenceAttention)
 
     def forward(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
         B, S, _ = x_BSD.shape
@@ -284,7 +289,9 @@ class Decoder(nn.Module):
         self.layers: nn.Module = LayerStack(DecoderLayer(a, kind) for kind in a.layers)
         self.norm = RMSNorm(a.hidden_size, a.rms_norm_eps, a.norm)
         # Attention cores differ only by window; each prepares its mask once per forward.
-        self.preparers = [ReferenceAttention(a.head_dim, window) for window in a.windows]
+        self.preparers: list[Any] = [
+            core_for(a, window, ReferenceAttention) for window in a.windows
+        ]
         self.rotary = nn.ModuleList(RotaryTables(rope, a.head_dim) for rope in a.ropes)
 
     def tables(
@@ -308,6 +315,13 @@ class Decoder(nn.Module):
         return self.finish(self.layers(x_BSD, context))
 
 
+class OutputProjection(NamedTuple):
+    """The map from hidden states to logits: the matrix [V, D], and the logits' soft-cap."""
+
+    weight: Tensor
+    softcap: float | None
+
+
 class CausalLM(nn.Module):
     """The decoder with its output projection, tied to the embedding or its own."""
 
@@ -321,6 +335,11 @@ class CausalLM(nn.Module):
         )
 
     @property
+    def output(self) -> OutputProjection:
+        """The output projection."""
+        return OutputProjection(self.output_weight, self.architecture.final_softcap)
+
+    @property
     def output_weight(self) -> Tensor:
         """The matrix [V, D] that maps hidden states to logits."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
@@ -331,8 +350,12 @@ class CausalLM(nn.Module):
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
         """Return logits [B, S, V] in fp32; for checks and generation, never in training."""
-        hidden = self(input_ids, position_ids, segment_ids)
-        return F.linear(hidden, self.output_weight).float()
+        return self.logits_of(self(input_ids, position_ids, segment_ids))
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., V] in fp32 for hidden states [..., D] after the final norm."""
+        products = F.linear(hidden, self.output_weight).float()
+        return softcapped(products, self.architecture.final_softcap)
 
 
 def module_names(model: CausalLM) -> list[str]:
@@ -342,16 +365,14 @@ def module_names(model: CausalLM) -> list[str]:
     return [*names, *(f"model.layers.0.{name}" for name in sorted(elsewhere))]
 
 
-def replace_attention_cores(
-    model: CausalLM, make_core: Callable[[int, int | None], nn.Module]
-) -> None:
-    """Inject an attention kernel: `make_core(head_dim, window)` replaces every reference core."""
+def replace_attention_cores(model: CausalLM, make_core: MakeCore) -> None:
+    """Inject an attention kernel: what `make_core` makes replaces every reference core."""
     decoder: Any = model.model
     a = model.architecture
-    decoder.preparers = [make_core(a.head_dim, window) for window in a.windows]
+    decoder.preparers = [core_for(a, window, make_core) for window in a.windows]
     for layer in decoder.layers:
         attention = layer.self_attn
-        attention.core = make_core(attention.head_dim, attention.core.window)
+        attention.core = core_for(a, a.windows[attention.kind], make_core)
 
 
 def initial_tensor(

@@ -27,7 +27,11 @@ class Bias(NamedTuple):
     default: bool = False
 
 
+# The keys of config.json with the soft-caps of attention's scores and of the logits.
+SCORES_SOFTCAP, LOGITS_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
 NEVER, ALWAYS = Bias(), Bias(default=True)
+# Of the families with one key for the biases of all projections of attention.
+ATTENTION_BIAS: dict[str, Any] = dict.fromkeys(("qkv_bias", "out_bias"), Bias("attention_bias"))
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Family:
             With no_rope some layers do not rotate (`no_rope_layers`), and these may have a window.
         full_every: every so many layers, one has no window, where config.json has no layer_types;
             0: none.
+        full_every_key: the key of config.json with this number, if there is one.
         rope: defaults and kinds of the rope settings.
         local_rope: the same for layers with a window, if they have a rope of their own.
         local_theta: the key of config.json with its base, in the spelling of transformers 4.
@@ -82,6 +87,7 @@ class Family:
     norms: Literal["pre", "post", "both", "glm"] = "pre"
     window: Literal["none", "all", "upper", "no_rope", "pattern"] = "none"
     full_every: int = 0
+    full_every_key: str | None = None
     rope: RopeTraits = RopeTraits()
     local_rope: RopeTraits | None = None
     local_theta: str = "rope_theta"
@@ -98,6 +104,17 @@ class Family:
 
 
 GEMMA: dict[str, Any] = {
+    **ATTENTION_BIAS,
+    "kv_heads": 4,
+    "head_dim": 256,
+    "norm": "plus_one",
+    "norms": "both",
+    "window": "pattern",
+    "activation": ("hidden_activation", "gelu_pytorch_tanh"),
+    "scaled_embedding": True,
+    "query_scale": True,
+}
+GEMMA_DEFAULTS: dict[str, Any] = {
     "hidden_size": 2304,
     "intermediate_size": 9216,
     "num_hidden_layers": 26,
@@ -106,9 +123,8 @@ GEMMA: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 OLMO: dict[str, Any] = {
+    **ATTENTION_BIAS,
     "context": 2048,
-    "qkv_bias": Bias("attention_bias"),
-    "out_bias": Bias("attention_bias"),
     "qk_norm": "all",
     "norm": "wide",
     "norms": "post",
@@ -119,8 +135,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM",
         context=2048,
-        qkv_bias=Bias("attention_bias"),
-        out_bias=Bias("attention_bias"),
+        **ATTENTION_BIAS,
         mlp_bias=Bias("mlp_bias"),
     ),
     "mistral": Family("MistralForCausalLM", context=131_072, kv_heads=8, window="all"),
@@ -133,8 +148,7 @@ FAMILIES: dict[str, Family] = {
         context=32_768,
         kv_heads=32,
         head_dim=128,
-        qkv_bias=Bias("attention_bias"),
-        out_bias=Bias("attention_bias"),
+        **ATTENTION_BIAS,
         qk_norm="head",
         window="upper",
     ),
@@ -153,8 +167,7 @@ FAMILIES: dict[str, Family] = {
     "granite": Family(
         "GraniteForCausalLM",
         context=2048,
-        qkv_bias=Bias("attention_bias"),
-        out_bias=Bias("attention_bias"),
+        **ATTENTION_BIAS,
         mlp_bias=Bias("mlp_bias"),
         multipliers=True,
     ),
@@ -162,8 +175,7 @@ FAMILIES: dict[str, Family] = {
         "SmolLM3ForCausalLM",
         context=32_768,
         kv_heads=4,
-        qkv_bias=Bias("attention_bias"),
-        out_bias=Bias("attention_bias"),
+        **ATTENTION_BIAS,
         mlp_bias=Bias("mlp_bias"),
         window="no_rope",
         rope=RopeTraits(theta=2e6),
@@ -184,25 +196,26 @@ FAMILIES: dict[str, Family] = {
             other_names={"su": "longrope", "yarn": "longrope"},
         ),
     ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        **GEMMA,
+        context=8192,
+        full_every=2,
+        softcaps=(SCORES_SOFTCAP, LOGITS_SOFTCAP),
+        defaults=GEMMA_DEFAULTS
+        | {"vocab_size": 256_000, SCORES_SOFTCAP: 50.0, LOGITS_SOFTCAP: 30.0},
+    ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
+        **GEMMA,
         context=131_072,
-        kv_heads=4,
-        head_dim=256,
-        qkv_bias=Bias("attention_bias"),
-        out_bias=Bias("attention_bias"),
         qk_norm="head",
-        norm="plus_one",
-        norms="both",
-        window="pattern",
         full_every=6,
+        full_every_key="sliding_window_pattern",
         rope=RopeTraits(theta=1e6),
         local_rope=RopeTraits(theta=1e4),
         local_theta="rope_local_base_freq",
-        activation=("hidden_activation", "gelu_pytorch_tanh"),
-        scaled_embedding=True,
-        query_scale=True,
-        defaults=GEMMA | {"vocab_size": 262_208},
+        defaults=GEMMA_DEFAULTS | {"vocab_size": 262_208},
     ),
     "olmo2": Family("Olmo2ForCausalLM", **OLMO),
     "olmo3": Family(

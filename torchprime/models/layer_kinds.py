@@ -129,9 +129,9 @@ def _pattern(
 ) -> tuple[LayerKind, ...]:
     """Return the kinds of a family in which every so many layers one has no window."""
     if types is None:
-        every = family.full_every
-        if every and "sliding_window_pattern" in values:
-            every = values.integer("sliding_window_pattern")
+        every, key = family.full_every, family.full_every_key
+        if key is not None and key in values:
+            every = values.integer(key)
         full = [every > 0 and (layer + 1) % every == 0 for layer in range(layers)]
         types = [FULL if each else SLIDING for each in full]
     window = None

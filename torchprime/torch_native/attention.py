@@ -9,6 +9,8 @@ concatenated blocks; FlexAttention takes a block mask. Either is made once per f
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torchprime.config.sections.model import SPLASH_KERNELS
 from torchprime.errors import ConfigError
 from torchprime.installed import installed_version
-from torchprime.models.attention import ReferenceAttention
+from torchprime.models.attention import ReferenceAttention, softcapped
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 
 # flash-attn's kernels are for this generation of GPUs and later ones.
@@ -29,9 +31,13 @@ FLASH_CAPABILITY = (8, 0)
 class FlexAttention(nn.Module):
     """FlexAttention with the core's two methods; compiled on CUDA."""
 
-    def __init__(self, head_dim: int, window: int | None, compiled: bool) -> None:
+    def __init__(
+        self, head_dim: int, window: int | None, softcap: float | None = None, *, compiled: bool
+    ) -> None:
         super().__init__()
         self.scale, self.window = head_dim**-0.5, window
+        self.modify = None if softcap is None else partial(_capped, softcap)
+        self.unhooked = self.modify is not None and not compiled
         self.attend: Any = torch.compile(flex_attention) if compiled else flex_attention
         self.make_mask: Any = torch.compile(create_block_mask) if compiled else create_block_mask
 
@@ -49,11 +55,31 @@ class FlexAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: BlockMask) -> Tensor:
         """Return [B, H, S, h] for q [B, H, S, h] and k, v [B, K, S, h]."""
         grouped = q.shape[1] != k.shape[1]
-        return self.attend(q, k, v, block_mask=prepared, scale=self.scale, enable_gqa=grouped)
+        with _unhooked() if self.unhooked else nullcontext():
+            return self.attend(
+                q, k, v, self.modify, block_mask=prepared, scale=self.scale, enable_gqa=grouped
+            )
+
+
+def _capped(softcap: float, score: Tensor, *_: Tensor) -> Tensor:
+    """Return the score that FlexAttention uses instead of this one."""
+    return softcapped(score, softcap)
+
+
+def _unhooked() -> AbstractContextManager[Any]:
+    """Return a context in which autograd keeps tensors itself, for FlexAttention that is not
+    compiled. It traces the derivative of a score's function while a layer with remat runs, whose
+    hooks would put the result of a recomputation into the trace as a constant."""
+    return torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged)
+
+
+def _unchanged(saved: Tensor) -> Tensor:
+    return saved
 
 
 class FlashAttention(nn.Module):
-    """flash-attn's kernel for sequences of different lengths, with the core's two methods.
+    """flash-attn's kernel for sequences of different lengths, with the core's two methods. It has
+    no soft-cap.
 
     Args:
         attend: `flash_attn.flash_attn_varlen_func`.
@@ -159,6 +185,29 @@ def choose_kernel(
     return "flash", f"auto on CUDA: {flash.told}"
 
 
+def kernel_for_softcap(
+    wanted: str, chosen: tuple[str, str], softcap: float | None
+) -> tuple[str, str]:
+    """Return the kernel and the reason for a model whose scores may have a soft-cap, which
+    flash-attn is not given.
+
+    Args:
+        wanted: the kernel that the config names.
+        chosen: what `choose_kernel` returned.
+
+    Raises:
+        ConfigError: the config names flash-attn for a model with a soft-cap.
+    """
+    if softcap is None or chosen[0] != "flash":
+        return chosen
+    obstacle = "the model caps attention's scores (attn_logit_softcapping), flash-attn is not used"
+    if wanted == "flash":
+        raise ConfigError(
+            f"model.attention_kernel=flash: {obstacle} for that. Use auto, flex or reference."
+        )
+    return "flex", f"auto on CUDA: {obstacle}"
+
+
 def flex_trains_on_cpu() -> bool:
     """Return True if this torch differentiates FlexAttention on the CPU: 2.9 does, 2.13 refuses."""
     q = torch.zeros(1, 1, 1, 16, requires_grad=True)
@@ -189,10 +238,10 @@ def inject_attention(model: CausalLM, kernel: str, device_type: str) -> None:
     """Put the chosen kernel into every layer."""
     if kernel == "flash":
         attend = find_flash().attend
-        assert attend is not None  # choose_kernel found it
-        replace_attention_cores(model, lambda size, window: FlashAttention(size, window, attend))
+        # choose_kernel found it, kernel_for_softcap chose another kernel
+        assert attend is not None and model.architecture.attention_softcap is None
+        replace_attention_cores(model, lambda size, window, _: FlashAttention(size, window, attend))
     elif kernel == "flex":
-        compiled = device_type == "cuda"
-        replace_attention_cores(model, lambda size, window: FlexAttention(size, window, compiled))
+        replace_attention_cores(model, partial(FlexAttention, compiled=device_type == "cuda"))
     else:
         replace_attention_cores(model, ReferenceAttention)

@@ -31,7 +31,12 @@ from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native import placement
-from torchprime.torch_native.attention import choose_kernel, find_flash, inject_attention
+from torchprime.torch_native.attention import (
+    choose_kernel,
+    find_flash,
+    inject_attention,
+    kernel_for_softcap,
+)
 from torchprime.torch_native.fused_loss import (
     ANY_KERNEL,
     Liger,
@@ -39,6 +44,7 @@ from torchprime.torch_native.fused_loss import (
     choose_loss,
     find_liger,
     fused_cross_entropy,
+    loss_for_softcap,
 )
 from torchprime.torch_native.generation import Generator
 from torchprime.torch_native.mesh import data_rank, make_mesh
@@ -114,6 +120,7 @@ class NativeBackend(OwnDevice):
         liger = find_liger() if cuda else Liger(None, "")
         self.loss, self.loss_why = choose_loss(loss, self.device.type, liger)
         self.liger_forward = liger.forward
+        self.wanted = attention_kernel, loss
         check_remat(remat, self.device.type)
         self.remat = remat
         self.options = StepOptions()
@@ -126,13 +133,21 @@ class NativeBackend(OwnDevice):
     # -- weights in and out --------------------------------------------------------------------
 
     def check(self, model: CausalLM, table: ShardingTable) -> None:
-        """Check that the tensor axis divides the attention heads and the linear layers it shards.
+        """Check that the kernels can compute the model, and choose others if the config leaves the
+        choice; that the tensor axis divides the attention heads and the linear layers it shards.
 
         The other axes divide anything: FSDP2 pads shards.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: they can't, or it does not.
         """
+        a, (kernel, loss) = model.architecture, self.wanted
+        self.attention, self.attention_why = kernel_for_softcap(
+            kernel, (self.attention, self.attention_why), a.attention_softcap
+        )
+        self.loss, self.loss_why = loss_for_softcap(
+            loss, (self.loss, self.loss_why), a.final_softcap
+        )
         size = self.mesh["tensor"].size()
         if size > 1:
             placement.check_adapter(model, size)

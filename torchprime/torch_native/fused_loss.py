@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from torchprime.errors import ConfigError
 from torchprime.installed import installed_version
+from torchprime.losses.chunks import Projection
 from torchprime.losses.cross_entropy import IGNORED, LossSums, token_weights
 from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss
 from torchprime.training.step import CrossEntropy
@@ -26,7 +27,7 @@ from torchprime.training.step import CrossEntropy
 # The parameters of Liger's function that we use. A version without one of these is not used.
 NEEDED = (
     *("token_grad_output", "compute_gradients", "weight_requires_grad", "accum_dtype"),
-    *("label_smoothing", "lse_square_scale", "return_z_loss"),
+    *("label_smoothing", "lse_square_scale", "return_z_loss", "softcap"),
 )
 
 
@@ -35,6 +36,7 @@ class LossRequest(NamedTuple):
 
     kernel: str = "auto"  # or liger or chunked
     dft: bool = False  # the token loss is that of dynamic fine-tuning
+    smoothed: bool = False  # with label smoothing
 
 
 ANY_KERNEL = LossRequest()
@@ -94,12 +96,37 @@ def choose_loss(request: LossRequest, device_type: str, liger: Liger) -> tuple[s
     return "liger", f"auto on CUDA: {liger.told}"
 
 
+def loss_for_softcap(
+    request: LossRequest, chosen: tuple[str, str], softcap: float | None
+) -> tuple[str, str]:
+    """Return the kernel and the reason for a model whose logits may have a soft-cap. Liger takes
+    one, but the cross-entropy beside a smoothed loss follows from the mean logit, which is not that
+    of the weight's mean row then.
+
+    Args:
+        chosen: what `choose_loss` returned.
+
+    Raises:
+        ConfigError: the config names Liger for such a loss.
+    """
+    if softcap is None or not request.smoothed or chosen[0] != "liger":
+        return chosen
+    obstacle = (
+        "with task.loss.label_smoothing and a model that caps its logits "
+        "(final_logit_softcapping), Liger does not tell the cross-entropy beside the loss"
+    )
+    if request.kernel == "liger":
+        raise ConfigError(f"task.loss_kernel=liger: {obstacle}. Use auto or chunked.")
+    return "chunked", f"auto on CUDA: {obstacle}"
+
+
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x_BSD: Tensor,
         w_VD: Tensor,
+        softcap: float | None,
         t_BS: Tensor,
         weight_BS: Tensor,
         need_grad: bool,
@@ -121,6 +148,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             label_smoothing=kind.label_smoothing,
             lse_square_scale=kind.z_loss,
             return_z_loss=kind.z_loss > 0,
+            softcap=softcap,
         )
         # Loss per token first; at the end the gradients to input, weight and bias.
         each = found[0].view_as(weight_BS) * weight_BS
@@ -139,7 +167,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         grad_x, grad_w = ctx.saved_tensors
         of_weight = None if grad_w is None else grad * grad_w
-        return grad * grad_x, of_weight, None, None, None, None, None
+        return grad * grad_x, of_weight, None, None, None, None, None, None
 
 
 def _terms(
@@ -170,7 +198,7 @@ def _terms(
 def on_supervised_tokens(
     cross_entropy: CrossEntropy,
     hidden: Tensor,
-    output_weight: Tensor,
+    output: Projection,
     targets: Tensor,
     loss_weights: Tensor,
 ) -> LossSums:
@@ -179,7 +207,7 @@ def on_supervised_tokens(
     weights = token_weights(targets, loss_weights)
 
     def compute(hidden: Tensor, targets: Tensor, weights: Tensor) -> LossSums:
-        return cross_entropy(hidden, output_weight, targets, weights)
+        return cross_entropy(hidden, output, targets, weights)
 
     return on_tokens(weights, (hidden, targets, weights), compute)
 
@@ -204,7 +232,7 @@ def on_tokens(
 
 def fused_cross_entropy(
     hidden: Tensor,
-    output_weight: Tensor,
+    output: Projection,
     targets: Tensor,
     loss_weights: Tensor,
     *,
@@ -212,11 +240,13 @@ def fused_cross_entropy(
     kind: TokenLoss = CROSS_ENTROPY,
 ) -> LossSums:
     """Return `torchprime.losses.cross_entropy.chunked_cross_entropy`, computed by Liger's function,
-    which makes its own chunks. It has every kind but DFT."""
+    which makes its own chunks. It has every kind but DFT, and but label smoothing with a
+    soft-cap."""
+    assert output.softcap is None or not kind.label_smoothing  # loss_for_softcap
     weights = token_weights(targets, loss_weights)
     # Inside a Function's forward grad mode is always off: read it here.
-    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or output_weight.requires_grad)
+    need_grad = torch.is_grad_enabled() and (hidden.requires_grad or output.weight.requires_grad)
     loss_sum, each, *terms = _FusedCrossEntropy.apply(  # pyright: ignore[reportGeneralTypeIssues]
-        hidden, output_weight, targets, weights, need_grad, kind, liger_forward
+        hidden, *output, targets, weights, need_grad, kind, liger_forward
     )
     return LossSums(loss_sum, weights.sum(), each, tuple(terms))

@@ -32,6 +32,7 @@ from torchprime.generation.decode import (
     sampling_tensors,
 )
 from torchprime.host_memory import available_memory
+from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_native.mesh import DataRank
 from torchprime.torch_native.runtime import waiting
@@ -42,7 +43,7 @@ from torchprime.training.processes import Processes
 
 class PromptAttention(nn.Module):
     """torch's own attention with a mask, for prompts: training's kernels may be compiled for other
-    shapes, and the reference core computes all scores at once."""
+    shapes, and the reference core computes all scores at once. It has no soft-cap."""
 
     def __init__(self, head_dim: int, window: int | None) -> None:
         super().__init__()
@@ -63,6 +64,14 @@ class PromptAttention(nn.Module):
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=prepared, scale=self.scale)
+
+
+def prompt_core(head_dim: int, window: int | None, softcap: float | None) -> nn.Module:
+    """Return the core that reads prompts: torch's own attention, or the reference core where the
+    scores have a soft-cap."""
+    if softcap is None:
+        return PromptAttention(head_dim, window)
+    return ReferenceAttention(head_dim, window, softcap)
 
 
 class Generator:
@@ -89,7 +98,7 @@ class Generator:
     ) -> None:
         self.model, self.root, self.device = model, root, device
         self.rank, self.processes = rank, processes
-        self.make_core = None if own_core else PromptAttention
+        self.make_core = None if own_core else prompt_core
         self.compiled = compiled
 
     def generate(
@@ -148,9 +157,8 @@ class Generator:
         decoding = Decoding(batch, prompts, options)
 
         def token_of(hidden: Tensor, number: int) -> Tensor:
-            logits = F.linear(hidden, self.model.output_weight).float()
             place = torch.full((), number, dtype=torch.int32, device=self.device)
-            return choose(logits, options, sampling, rows, place)
+            return choose(self.model.logits_of(hidden), options, sampling, rows, place)
 
         length = batch.ids.shape[1]
         with waiting("reading prompts"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchprime.losses.chunks import Projection
 from torchprime.losses.cross_entropy import LossSums, chunked_cross_entropy
 from torchprime.losses.divergence import BaseOutput, Divergence
 from torchprime.models.decoder import CausalLM
@@ -46,19 +47,19 @@ class Root(nn.Module):
             return instead()
         if near is not None:
             # Its output weight is gathered for this call like the model's.
-            weight = (self.base or self.model).output_weight
-            near = replace(near, base=BaseOutput(near.base.hidden, weight))
+            output = Projection(*(self.base or self.model).output)
+            near = replace(near, base=BaseOutput(near.base.hidden, output))
         loss = self.training_loss if training else self.cross_entropy
         return loss_of(self.model, fields, partial(on_supervised_tokens, loss), near)
 
 
 def on_counted_tokens(
-    divergence: Divergence, hidden: Tensor, output_weight: Tensor, base: BaseOutput, weights: Tensor
+    divergence: Divergence, hidden: Tensor, output: Projection, base: BaseOutput, weights: Tensor
 ) -> LossSums:
     """Return the same divergence with logits of the tokens that count only."""
 
     def compute(some_hidden: Tensor, some_base: Tensor, some_weights: Tensor) -> LossSums:
-        other = BaseOutput(some_base, base.output_weight)
-        return divergence(some_hidden, output_weight, other, some_weights)
+        other = BaseOutput(some_base, base.output)
+        return divergence(some_hidden, output, other, some_weights)
 
     return on_tokens(weights, (hidden, base.hidden, weights), compute)

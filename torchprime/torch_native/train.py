@@ -64,7 +64,9 @@ def make_backend(config: TrainConfig):
         {axis: getattr(config.ici_mesh, axis) for axis in AXES},
         {axis: getattr(config.dcn_mesh, axis) for axis in AXES},
         attention_kernel=config.model.attention_kernel,
-        loss=LossRequest(config.task.loss_kernel, config.task.loss.dft),
+        loss=LossRequest(
+            config.task.loss_kernel, config.task.loss.dft, config.task.loss.label_smoothing > 0
+        ),
         remat=config.remat,
         full_precision=config.torch_dtype == "float32",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torchprime.attention_kernels import choice
 from torchprime.attention_kernels.blocks import KERNEL_MULTIPLE
 from torchprime.config.sections.model import SPLASH_BY_JAX, SPLASH_KERNELS
-from torchprime.models.attention import ReferenceAttention
+from torchprime.models.attention import MakeCore, ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 from torchprime.text.terminal import say
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
@@ -29,20 +28,16 @@ def choose_kernel(wanted: str, block_size: int) -> tuple[str, str]:
     return choice.choose_kernel(wanted, block_size, runtime)
 
 
-# Makes the core of a layer from its head size and its window.
-MakeCore = Callable[[int, int | None], nn.Module]
-
-
 def core_maker(kernel: str, mesh: xs.Mesh, batch_axes: tuple[str, ...]) -> MakeCore:
     """Return what makes a layer's attention core with the chosen kernel."""
     if kernel not in SPLASH_KERNELS:
         return ReferenceAttention
     # late: jax is imported only where it is needed
-    from torchprime.torch_xla_models.splash.attention import SplashAttention
+    from torchprime.torch_xla_models.splash.attention import Scores, SplashAttention
 
-    def make(head_dim: int, window: int | None) -> nn.Module:
-        by_jax = kernel == SPLASH_BY_JAX
-        return SplashAttention(head_dim, window, mesh, batch_axes, by_jax=by_jax)
+    def make(head_dim: int, window: int | None, softcap: float | None) -> nn.Module:
+        by_jax, scores = kernel == SPLASH_BY_JAX, Scores(head_dim, window, softcap)
+        return SplashAttention(scores, mesh, batch_axes, by_jax=by_jax)
 
     return make
 
@@ -80,10 +75,8 @@ def prompt_core_maker(make_kernel: MakeCore) -> MakeCore:
     if make_kernel is ReferenceAttention:
         return make_kernel
 
-    def make(head_dim: int, window: int | None) -> nn.Module:
-        return KernelOrReference(
-            make_kernel(head_dim, window), ReferenceAttention(head_dim, window)
-        )
+    def make(*given: Any) -> nn.Module:
+        return KernelOrReference(make_kernel(*given), ReferenceAttention(*given))
 
     return make
 

@@ -39,6 +39,7 @@ from torchprime.generation.decode import (
     plan_batches,
     sampling_tensors,
 )
+from torchprime.models.attention import softcapped
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable, Spec
 from torchprime.torch_xla_models.attention import core_maker, prompt_core_maker
@@ -86,7 +87,7 @@ class _Step(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits, fp32 [B, V]."""
         turned = self.model.output_weight.t() if self.turned is None else self.turned
-        return torch.matmul(hidden, turned).float()
+        return softcapped(torch.matmul(hidden, turned).float(), self.model.output.softcap)
 
 
 class Generator:

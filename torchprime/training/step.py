@@ -27,7 +27,7 @@ from torch.func import functional_call
 from torchprime.adapters.dropout import set_position
 from torchprime.counter_bits import Position
 from torchprime.data.blocks.batch import Batch
-from torchprime.losses.chunks import ONE_DEVICE, Spread
+from torchprime.losses.chunks import ONE_DEVICE, Projection, Spread
 from torchprime.losses.cross_entropy import LossSums, chunked_cross_entropy, token_weights
 from torchprime.losses.divergence import chunked_divergence
 from torchprime.models.decoder import CausalLM
@@ -46,8 +46,8 @@ FIELDS = ("input_ids", "targets", "position_ids", "segment_ids", "loss_weights")
 # scale for each token.
 SOURCE_FIELD = "source_ids"
 
-# hidden [b, S, D], output weight [V, D], targets [b, S], weights [b, S] -> the loss.
-CrossEntropy = Callable[[Tensor, Tensor, Tensor, Tensor], LossSums]
+# hidden [b, S, D], output projection, targets [b, S], weights [b, S] -> the loss.
+CrossEntropy = Callable[[Tensor, Projection, Tensor, Tensor], LossSums]
 # One micro-batch's fields and the weights -> its sums and the gradients of these weights.
 Micro = Callable[[tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
 Accumulate = Callable[[Micro, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
@@ -170,9 +170,9 @@ def loss_of(
     """Return the loss of one micro-batch whose fields are [b, S], with the divergence from the base
     if there is one."""
     input_ids, targets, position_ids, segment_ids, loss_weights = fields[: len(FIELDS)]
-    hidden = model(input_ids, position_ids, segment_ids)
-    loss = cross_entropy(hidden, model.output_weight, targets, loss_weights)
-    return loss if near is None else near.add(loss, hidden, model.output_weight)
+    hidden, output = model(input_ids, position_ids, segment_ids), Projection(*model.output)
+    loss = cross_entropy(hidden, output, targets, loss_weights)
+    return loss if near is None else near.add(loss, hidden, output)
 
 
 def inputs_of(fields: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

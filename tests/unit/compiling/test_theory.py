@@ -21,6 +21,7 @@ from torchprime.compiling.theory import (
     traffic_in_theory,
 )
 from torchprime.config.compose import compose_config
+from torchprime.losses.chunks import Projection
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.models.checkpointing import checkpoint_layers
@@ -204,14 +205,14 @@ def test_products_of_a_family_are_those_that_torch_counts(
     config = getattr(transformers, f"{name}ForCausalLM").config_class(**{**SIZES, **switches})
     a = architecture_from_hf(config.to_dict())
     model = CausalLM(a)
-    replace_attention_cores(model, lambda head_dim, window: NoProducts())
+    replace_attention_cores(model, lambda *_: NoProducts())
     if saved is not None:
         checkpoint_layers(list(model.model.layers.children()), saved)
     # The gradient of the looked-up rows is computed in every real step too.
     ids = torch.arange(16).view(2, 8).to(torch.int32)
     with FlopCounterMode(display=False) as counter:
         hidden = model(ids, ids % 8, torch.ones_like(ids))
-        loss = chunked_cross_entropy(hidden, model.output_weight, ids, torch.ones(2, 8), 1)
+        loss = chunked_cross_entropy(hidden, Projection(*model.output), ids, torch.ones(2, 8), 1)
         loss.loss_sum.backward()
     recomputed = () if saved is None else tuple(n for n in NAMED_OUTPUTS if n not in saved)
     assert products_in_theory(tiny_sizes(a, model, recomputed)) == counter.get_total_flops()

@@ -1,4 +1,5 @@
-"""Attention scores over the cache, compared with a sum in float64."""
+"""Attention scores over the cache, compared with a sum in float64; decoding token by token,
+compared with one forward."""
 
 from __future__ import annotations
 
@@ -8,7 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchprime.generation.cache import by_product, by_sums
+from torchprime.generation.cache import (
+    Cache,
+    by_product,
+    by_sums,
+    cached_attention,
+    next_hidden,
+    read_prompts,
+)
+from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.decoder import CausalLM, initial_tensor
+
+GEMMA2 = {
+    **{"model_type": "gemma2", "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24},
+    **{"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    **{"query_pre_attn_scalar": 12, "sliding_window": 4, "max_position_embeddings": 64},
+    **{"attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.5},
+}
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 40, 96])  # summed at once, and in stages of 32
@@ -26,3 +43,37 @@ def test_sums_of_bf16_are_rounded_once() -> None:
     q, keys = torch.ones(1, 1, 1, 64).bfloat16(), torch.full((1, 1, 1, 64), 0.5).bfloat16()
     keys[..., 0] = 512
     assert by_sums(q, keys).item() == 512 + 63 * 0.5
+
+
+@pytest.mark.parametrize("match", [by_product, by_sums])
+def test_tokens_one_by_one_have_the_logits_of_one_forward(
+    match: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """Two prompts of different lengths; windows that end inside the answers, and soft-caps."""
+    model = CausalLM(architecture_from_hf(GEMMA2))
+    for name, weight in model.named_parameters():
+        weight.data = initial_tensor(name, weight.shape, 0.4, seed=1, norm="plus_one")
+    ids = torch.randint(1, 31, (2, 12), generator=torch.Generator().manual_seed(0))
+    prompt, padding, slots = 7, torch.tensor([0, 3], dtype=torch.int32), 16
+    ids[1, :3] = 0
+    with torch.no_grad(), cached_attention(model, match=match):
+        hidden, cache = read_prompts(model, ids[:, :prompt], padding, slots)
+        found = [model.logits_of(hidden)]
+        room = [(*t.shape[:2], slots - prompt, t.shape[3]) for t in cache.keys]
+        keys, values = (
+            [torch.cat([t, torch.zeros(r)], 2) for t, r in zip(part, room, strict=True)]
+            for part in cache
+        )
+        for slot in range(prompt, ids.shape[1]):
+            old = Cache(tuple(keys), tuple(values))
+            hidden, new = next_hidden(model, ids[:, slot], padding, torch.tensor(slot), old)
+            for kept, added in zip((*keys, *values), (*new.keys, *new.values), strict=True):
+                kept[:, :, slot] = added[:, :, 0]
+            found.append(model.logits_of(hidden))
+    for row, begin in enumerate(padding.tolist()):
+        alone = ids[row : row + 1, begin:]
+        with torch.no_grad():
+            whole = model.logits(alone, torch.arange(alone.shape[1])[None], torch.ones_like(alone))
+        wanted = whole[0, prompt - 1 - begin :]
+        assert wanted.abs().max() < 1.5
+        torch.testing.assert_close(torch.stack(found)[:, row], wanted, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchprime.config.topologies import CHIPS
-from torchprime.losses.chunks import Spread, balanced_chunk, chunks_for, tpu_chunk_bytes
+from torchprime.losses.chunks import Projection, Spread, balanced_chunk, chunks_for, tpu_chunk_bytes
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 
 B, S, D, V = 2, 16, 16, 24
@@ -45,7 +45,7 @@ def gradients(chunks: int | None, spread: Spread) -> list[torch.Tensor]:
     x = torch.randn(B, S, D, generator=generator).requires_grad_()
     w = torch.randn(V, D, generator=generator).requires_grad_()
     targets = torch.randint(0, V, (B, S), generator=generator)
-    loss = chunked_cross_entropy(x, w, targets, torch.ones(B, S), chunks, spread)
+    loss = chunked_cross_entropy(x, Projection(w), targets, torch.ones(B, S), chunks, spread)
     return list(torch.autograd.grad(loss.loss_sum, (x, w)))
 
 

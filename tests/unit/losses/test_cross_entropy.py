@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.trainer_pt_utils import LabelSmoother
 
-from torchprime.losses.chunks import Spread
+from torchprime.losses.chunks import Projection, Spread
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.losses.token_loss import CROSS_ENTROPY, TokenLoss
 
@@ -25,23 +25,33 @@ def _case(seed: int = 0) -> tuple[torch.Tensor, ...]:
     return hidden, weight, targets, loss_weights
 
 
-def _naive(hidden, weight, targets, loss_weights):
+def _naive(hidden, weight, targets, loss_weights, softcap: float | None):
     """Full logits in float64, one token at a time weighted: what is meant."""
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    nll = F.cross_entropy((h @ w.T).flatten(0, 1), targets.flatten(), reduction="none")
+    logits = h @ w.T
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     loss = (nll * loss_weights.flatten().double()).sum()
     loss.backward()
     supervised = targets >= 0
     return loss.detach(), loss_weights[supervised].double().sum(), h.grad, w.grad
 
 
+SOFTCAP = 2.0  # half of the logits are above it
+
+
+@pytest.mark.parametrize("softcap", [None, SOFTCAP])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("chunks", [1, 2, 5, 13, 64])
-def test_equals_the_plain_loss_and_its_gradients(chunks: int, groups: int) -> None:
+def test_equals_the_plain_loss_and_its_gradients(
+    chunks: int, groups: int, softcap: float | None
+) -> None:
     hidden, weight, targets, loss_weights = _case()
-    loss, weight_sum, grad_h, grad_w = _naive(hidden, weight, targets, loss_weights)
+    loss, weight_sum, grad_h, grad_w = _naive(hidden, weight, targets, loss_weights, softcap)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    sums = chunked_cross_entropy(h, w, targets, loss_weights, chunks, Spread(groups))
+    output = Projection(w, softcap)
+    sums = chunked_cross_entropy(h, output, targets, loss_weights, chunks, Spread(groups))
     ours, our_weight = sums.loss_sum, sums.weight_sum
     (ours * 0.5).backward()  # an upstream gradient other than 1
     torch.testing.assert_close(ours.double(), loss, rtol=1e-6, atol=0)
@@ -66,7 +76,7 @@ def test_a_frozen_output_weight_has_no_gradient() -> None:
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
         products.append(0)
         with Products():
-            loss = chunked_cross_entropy(h, w, targets, loss_weights, 4)[0]
+            loss = chunked_cross_entropy(h, Projection(w), targets, loss_weights, 4)[0]
         loss.backward()
         assert h.grad is not None and (w.grad is not None) == trained
         found.append((loss.detach(), h.grad))
@@ -91,27 +101,29 @@ def test_never_makes_the_full_logits() -> None:
 
     h, w = hidden.requires_grad_(), weight.requires_grad_()
     with Sizes():
-        chunked_cross_entropy(h, w, targets, loss_weights, 4)[0].backward()
+        chunked_cross_entropy(h, Projection(w), targets, loss_weights, 4)[0].backward()
     assert max(sizes) == B * 4 * V  # 13 positions in 4 chunks: at most 4 each
 
 
 def test_ignored_tokens_may_hold_anything() -> None:
     """Weights or hidden states at ignored places, even infinite logits, leave the loss alone."""
     hidden, weight, targets, loss_weights = _case()
-    reference = chunked_cross_entropy(hidden, weight, targets, loss_weights, 3)[0]
+    reference = chunked_cross_entropy(hidden, Projection(weight), targets, loss_weights, 3)[0]
     other = loss_weights.clone()
     other[targets < 0] = 7.0
-    assert chunked_cross_entropy(hidden, weight, targets, other, 3)[0] == reference
+    assert chunked_cross_entropy(hidden, Projection(weight), targets, other, 3)[0] == reference
     spoiled = hidden.clone()
     spoiled[targets < 0] = 1e30
-    loss = chunked_cross_entropy(spoiled, weight, targets, loss_weights, 3)[0]
+    loss = chunked_cross_entropy(spoiled, Projection(weight), targets, loss_weights, 3)[0]
     torch.testing.assert_close(loss, reference)
 
 
 def test_nothing_supervised_is_zero_not_nan() -> None:
     hidden, weight, targets, loss_weights = _case()
     h = hidden.requires_grad_()
-    loss, weight_sum = chunked_cross_entropy(h, weight, targets * 0 - 100, loss_weights, 3)[:2]
+    loss, weight_sum = chunked_cross_entropy(
+        h, Projection(weight), targets * 0 - 100, loss_weights, 3
+    )[:2]
     loss.backward()
     assert h.grad is not None
     assert loss == 0 and weight_sum == 0 and h.grad.abs().sum() == 0
@@ -128,12 +140,13 @@ KINDS = {
 }
 
 
-def _token_by_token(kind: TokenLoss, hidden, weight, targets, loss_weights):
+def _token_by_token(kind: TokenLoss, softcap, hidden, weight, targets, loss_weights):
     """The variants as they are defined, in float64, one token after another."""
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
     loss = cross_entropy = z_loss = torch.zeros((), dtype=torch.float64)
     for b, s in (targets >= 0).nonzero().tolist():
         logits, factor = w @ h[b, s], loss_weights[b, s].double()
+        logits = logits if softcap is None else softcap * (logits / softcap).tanh()
         nll = -F.log_softmax(logits, 0)[targets[b, s]]
         each = nll
         if kind.dft:
@@ -148,13 +161,16 @@ def _token_by_token(kind: TokenLoss, hidden, weight, targets, loss_weights):
     return loss.detach(), [cross_entropy, z_loss], h.grad, w.grad
 
 
+@pytest.mark.parametrize("softcap", [None, SOFTCAP])
 @pytest.mark.parametrize("chunks", [1, 4])
 @pytest.mark.parametrize("name", KINDS)
-def test_variants_equal_a_loop_over_tokens(name: str, chunks: int) -> None:
-    kind, (hidden, weight, targets, loss_weights) = KINDS[name], _case()
-    loss, terms, grad_h, grad_w = _token_by_token(kind, hidden, weight, targets, loss_weights)
+def test_variants_equal_a_loop_over_tokens(name: str, chunks: int, softcap: float | None) -> None:
+    kind, given = KINDS[name], _case()
+    loss, terms, grad_h, grad_w = _token_by_token(kind, softcap, *given)
+    hidden, weight, targets, loss_weights = given
     h, w = (x.clone().requires_grad_() for x in (hidden, weight))
-    ours = chunked_cross_entropy(h, w, targets, loss_weights, chunks, Spread(3), kind)
+    output = Projection(w, softcap)
+    ours = chunked_cross_entropy(h, output, targets, loss_weights, chunks, Spread(3), kind)
     (ours.loss_sum * 0.5).backward()
     torch.testing.assert_close(ours.loss_sum.double(), loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.each.sum(), ours.loss_sum.detach(), rtol=1e-6, atol=0)
@@ -177,7 +193,7 @@ def test_variants_leave_ignored_tokens_out(name: str) -> None:
     spoiled = hidden.clone()
     spoiled[targets < 0] = torch.inf
     expected, found = (
-        chunked_cross_entropy(h, weight, targets, loss_weights, 3, kind=KINDS[name])
+        chunked_cross_entropy(h, Projection(weight), targets, loss_weights, 3, kind=KINDS[name])
         for h in (hidden, spoiled)
     )
     torch.testing.assert_close(found, expected)
@@ -196,7 +212,7 @@ def test_variants_never_make_the_full_logits(name: str) -> None:
 
     with Sizes():
         h, w = (x.requires_grad_() for x in (hidden, weight))
-        sums = chunked_cross_entropy(h, w, targets, loss_weights, 4, kind=KINDS[name])
+        sums = chunked_cross_entropy(h, Projection(w), targets, loss_weights, 4, kind=KINDS[name])
         sums.loss_sum.backward()
     assert largest[0] == B * 4 * V
 
@@ -206,5 +222,5 @@ def test_smoothing_is_the_one_of_transformers() -> None:
     smoother = LabelSmoother(epsilon=0.2)
     theirs = smoother({"logits": hidden @ weight.T}, targets)
     ones = torch.ones_like(loss_weights)
-    ours = chunked_cross_entropy(hidden, weight, targets, ones, 3, kind=TokenLoss(0.2))
+    ours = chunked_cross_entropy(hidden, Projection(weight), targets, ones, 3, kind=TokenLoss(0.2))
     torch.testing.assert_close(ours.loss_sum / ours.weight_sum, theirs)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchprime.losses.chunks import ONE_DEVICE, Body, Spread
+from torchprime.losses.chunks import ONE_DEVICE, Body, Projection, Spread
 from torchprime.losses.cross_entropy import IGNORED, LossSums, chunked_cross_entropy
 from torchprime.losses.divergence import BaseOutput, chunked_divergence
 from torchprime.losses.selection import Selection
@@ -72,7 +72,9 @@ def test_the_loss_is_that_over_the_sequence(share: str, groups: int, chunks: int
     x, w, targets, weights = case(SHARES[share])
 
     def of(spread: Spread, kind: TokenLoss) -> tuple[LossSums, Sequence[Tensor]]:
-        sums = chunked_cross_entropy(x, w, targets, weights, chunks, spread, kind)
+        # Half of the logits are above 2.
+        output = Projection(w, 2.0 if share == "some" else None)
+        sums = chunked_cross_entropy(x, output, targets, weights, chunks, spread, kind)
         return sums, torch.autograd.grad(sums.loss_sum, (x, w))
 
     for kind in (CROSS_ENTROPY, TokenLoss(label_smoothing=0.1, z_loss=0.01)):
@@ -86,28 +88,30 @@ def test_the_loss_is_that_over_the_sequence(share: str, groups: int, chunks: int
 
 def test_a_frozen_weight_gets_no_gradient() -> None:
     x, w, targets, weights = case(0.4)
-    spread = Spread(loop=CountedLoop())
-    sums = chunked_cross_entropy(x, w.detach(), targets, weights, 4, spread)
+    spread, output = Spread(loop=CountedLoop()), Projection(w.detach())
+    sums = chunked_cross_entropy(x, output, targets, weights, 4, spread)
     (gradient,) = torch.autograd.grad(sums.loss_sum, (x,))
-    whole = chunked_cross_entropy(x, w.detach(), targets, weights)
+    whole = chunked_cross_entropy(x, output, targets, weights)
     same((sums, [gradient]), (whole, torch.autograd.grad(whole.loss_sum, (x,))))
 
 
 def test_the_loss_alone_needs_no_gradient() -> None:
     x, w, targets, weights = case(0.4)
     with torch.no_grad():
-        looped = chunked_cross_entropy(x, w, targets, weights, 4, Spread(loop=CountedLoop()))
-        same((looped, []), (chunked_cross_entropy(x, w, targets, weights), []))
+        looped = chunked_cross_entropy(
+            x, Projection(w), targets, weights, 4, Spread(loop=CountedLoop())
+        )
+        same((looped, []), (chunked_cross_entropy(x, Projection(w), targets, weights), []))
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_a_divergence_is_that_over_the_sequence(groups: int) -> None:
+@pytest.mark.parametrize(("groups", "softcap"), [(1, None), (2, 1.5)])
+def test_a_divergence_is_that_over_the_sequence(groups: int, softcap: float | None) -> None:
     x, w, targets, weights = case(0.4)
     weights = torch.where(targets == IGNORED, 0.0, weights)
-    base = BaseOutput(x.detach().flip(0), w.detach() * 1.1)
+    base = BaseOutput(x.detach().flip(0), Projection(w.detach() * 1.1, softcap))
 
     def of(spread: Spread) -> tuple[LossSums, Sequence[Tensor]]:
-        sums = chunked_divergence(x, w, base, weights, 4, spread)
+        sums = chunked_divergence(x, Projection(w, softcap), base, weights, 4, spread)
         return sums, torch.autograd.grad(sums.loss_sum, (x, w))
 
     loop = CountedLoop()

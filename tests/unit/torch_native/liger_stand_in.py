@@ -26,6 +26,7 @@ def forward(
     token_grad_output: Tensor | None = None,
     compute_gradients: bool | None = None,
     weight_requires_grad: bool | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor | None, ...]:
     """_input [tokens, D], weight [V, D], target int64 [tokens]."""
     assert ce_weight is None and bias is None and reduction == "none"
@@ -33,14 +34,15 @@ def forward(
     logits = (_input @ weight.t()).float()
     logits.requires_grad_()
     with torch.enable_grad():
+        capped = logits if softcap is None else softcap * (logits / softcap).tanh()
         loss = F.cross_entropy(
-            logits,
+            capped,
             target,
             ignore_index=ignore_index,
             reduction="none",
             label_smoothing=label_smoothing,
         )
-        squares = lse_square_scale * logits.logsumexp(-1).square()
+        squares = lse_square_scale * capped.logsumexp(-1).square()
         squares = torch.where(target != ignore_index, squares, 0.0)
         loss = loss + squares
         (gradient,) = torch.autograd.grad(loss.sum(), logits)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,7 @@ from torchprime.torch_native.attention import (
     choose_kernel,
     find_flash,
     flex_trains_on_cpu,
+    kernel_for_softcap,
 )
 
 B, H, K, S, h = 4, 4, 2, 48, 8
@@ -43,24 +45,30 @@ WINDOWS = [None, 1, 5, 100]
 NO_FLEX = "this torch has no backward for FlexAttention on the CPU"
 
 
-def attend_alone(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def attend_alone(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None = None
+) -> Tensor:
     """Causal attention of one sequence, written out: q [H, n, h]; k, v [K, n, h]."""
     k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
     n = q.shape[1]
     back = torch.arange(n)[:, None] - torch.arange(n)[None, :]
     seen = (back >= 0) & (back < (n + 1 if window is None else window))
     scores = (q @ k.transpose(1, 2)) / q.shape[2] ** 0.5
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
-def segment_by_segment(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def segment_by_segment(
+    q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float | None
+) -> Tensor:
     """Each segment by itself, found by its id in its block."""
     out = torch.zeros_like(q)
     for block, ids in enumerate(SEGMENTS):
         for segment in ids.unique():
             here = ids == segment
             alone = (x[block][:, here] for x in (q, k, v))
-            out[block, :, here] = attend_alone(*alone, window=window)
+            out[block, :, here] = attend_alone(*alone, window=window, softcap=softcap)
     return out
 
 
@@ -105,37 +113,43 @@ def results(core: Any, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("kernel", ["flash", "flex", "reference"])
-def test_kernels_are_attention_segment_by_segment(kernel: str, window: int | None) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "softcap"),
+    [("flash", None), ("flex", None), ("flex", 0.7), ("reference", None), ("reference", 0.7)],
+)
+def test_kernels_are_attention_segment_by_segment(
+    kernel: str, softcap: float | None, window: int | None
+) -> None:
     cores = {
         "flash": lambda: FlashAttention(h, window, flash_attn_varlen_func),
-        "flex": lambda: FlexAttention(h, window, compiled=False),
-        "reference": lambda: ReferenceAttention(h, window),
+        "flex": lambda: FlexAttention(h, window, softcap, compiled=False),
+        "reference": lambda: ReferenceAttention(h, window, softcap),
     }
     if kernel == "flex" and not flex_trains_on_cpu():
         pytest.skip(NO_FLEX)
-    expected = results(lambda q, k, v: segment_by_segment(q, k, v, window), torch.float64)
+    expected = results(partial(segment_by_segment, window=window, softcap=softcap), torch.float64)
     for ours, theirs in zip(results(cores[kernel]()), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 40])
-@pytest.mark.parametrize("kernel", ["flash", "flex"])
-def test_the_kernels_themselves(kernel: str, window: int | None) -> None:
+@pytest.mark.parametrize(("kernel", "softcap"), [("flash", None), ("flex", None), ("flex", 0.7)])
+def test_the_kernels_themselves(kernel: str, softcap: float | None, window: int | None) -> None:
     """On CUDA in bf16, with sizes that they take, against double precision."""
     flash = find_flash()
     if kernel == "flash" and flash.attend is None:
         pytest.skip(flash.told)
     made: dict[str, Callable[[], Any]] = {
         "flash": lambda: FlashAttention(64, window, flash.attend),  # type: ignore[arg-type]
-        "flex": lambda: FlexAttention(64, window, compiled=True),
+        "flex": lambda: FlexAttention(64, window, softcap, compiled=True),
     }
     torch.manual_seed(0)
     segments = torch.tensor([[1] * 100 + [2] * 156, [1] * 256], dtype=torch.int32, device="cuda")
     q, k, v = (torch.randn(2, n, 256, 64, device="cuda") for n in (8, 2, 2))
     out = []
-    for core, dtype in ((made[kernel](), torch.bfloat16), (ReferenceAttention(64, window), None)):
+    reference = ReferenceAttention(64, window, softcap)
+    for core, dtype in ((made[kernel](), torch.bfloat16), (reference, None)):
         given = [x.to(dtype or torch.float64).requires_grad_() for x in (q, k, v)]
         mixed = core(*given, core.prepare(segments))
         out.append([mixed, *torch.autograd.grad(mixed.pow(2).sum(), given)])
@@ -163,7 +177,10 @@ def blocks_of(*lengths: int) -> Tensor:
 def test_another_number_of_segments_compiles_nothing_anew() -> None:
     """torch.compile sets the same guards on the CPU without its code generator."""
     torch._dynamo.reset()
-    flash, flex = (FlashAttention(h, None, flash_attn_varlen_func), FlexAttention(h, 9, False))
+    flash, flex = (
+        FlashAttention(h, None, flash_attn_varlen_func),
+        FlexAttention(h, 9, compiled=False),
+    )
     flex.make_mask = torch.compile(flex.make_mask, backend="eager")
 
     @torch.compile(backend="eager")
@@ -227,6 +244,17 @@ def test_flex_on_a_cpu_that_cannot_train_with_it_is_refused(
 def test_a_kernel_that_cannot_run_is_refused(facts: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         choose(**facts)
+
+
+def test_a_soft_cap_is_not_given_to_flash_attn() -> None:
+    flash, configured = choose(), choose("flash")
+    assert kernel_for_softcap("auto", flash, None) == flash
+    kernel, why = kernel_for_softcap("auto", flash, 50.0)
+    assert kernel == "flex" and "attn_logit_softcapping" in why
+    for other in ("flex", "reference"):
+        assert kernel_for_softcap(other, choose(other), 50.0) == (other, "as configured")
+    with pytest.raises(ConfigError, match="attention_kernel=flash: .*softcapping.*Use auto, flex"):
+        kernel_for_softcap("flash", configured, 50.0)
 
 
 def test_flash_attn_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

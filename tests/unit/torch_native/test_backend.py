@@ -38,6 +38,13 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "fsdp2-tensor2-phi3": (4, {"mesh": {"fsdp": 2, "tensor": 2}, "family": "phi3"}),
     "tensor2-phi3-three-kv-heads": (2, {"mesh": {"tensor": 2}, "family": "phi3", "heads": (6, 3)}),
+    # Capped scores and logits: in a kernel for each, and in the divergence.
+    "gemma2-flex-fused-loss-kl": (
+        1,
+        {"mesh": {}, "family": "gemma2", "tied": True, "kernel": "flex", "fused": True}
+        | {"term": "kl-all", "remat": "full"},
+    ),
+    "tensor2-gemma2": (2, {"mesh": {"tensor": 2}, "family": "gemma2"}),
     "hsdp-remat": (4, {"mesh": {"data": 2, "fsdp": 2}, "remat": "full"}),
     "adafactor": (1, {"mesh": {}, "optimizer": "adafactor"}),
     "adafactor-fsdp2": (2, {"mesh": {"fsdp": 2}, "optimizer": "adafactor"}),
@@ -78,6 +85,8 @@ SLOW = {
     "tensor2-three-kv-heads-compiled",
     "adafactor-fsdp2",
     "alone-flex",
+    "gemma2-flex-fused-loss-kl",
+    "tensor2-gemma2",
     "ewc-fsdp2-tensor2-tied",
     "muon-fsdp2-tensor2",
     "lion-fsdp2",

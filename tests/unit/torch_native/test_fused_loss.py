@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchprime.errors import ConfigError
+from torchprime.losses.chunks import Projection
 from torchprime.losses.cross_entropy import LossSums, chunked_cross_entropy
 from torchprime.losses.token_loss import TokenLoss
 from torchprime.torch_native import fused_loss
@@ -29,6 +30,7 @@ from torchprime.torch_native.fused_loss import (
     choose_loss,
     find_liger,
     fused_cross_entropy,
+    loss_for_softcap,
     on_supervised_tokens,
 )
 
@@ -53,26 +55,40 @@ def example(dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[Ten
     return [*wide, targets.to(device), weights.to(device)]
 
 
-def written_out(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> LossSums:
+def written_out(hidden: Tensor, output: Projection, targets: Tensor, weights: Tensor) -> LossSums:
     """Weighted cross-entropy by torch, with full logits."""
-    logits = (hidden @ weight.t()).flatten(0, 1)
+    logits = (hidden @ output.weight.t()).flatten(0, 1)
+    if output.softcap is not None:
+        logits = output.softcap * (logits / output.softcap).tanh()
     nll = F.cross_entropy(logits, targets.long().flatten(), reduction="none").view_as(weights)
     counted = torch.where(targets >= 0, weights, 0.0)
     each = nll * counted
     return LossSums(each.sum(), counted.sum(), each.detach())
 
 
-def everything(loss: Callable[..., LossSums], given: list[Tensor]) -> list[Tensor]:
-    sums = loss(*given)
+def applied(
+    loss: Callable[..., LossSums], given: list[Tensor], softcap: float | None = None, **more: Any
+) -> LossSums:
+    hidden, weight, *rest = given
+    return loss(hidden, Projection(weight, softcap), *rest, **more)
+
+
+def everything(
+    loss: Callable[..., LossSums], given: list[Tensor], softcap: float | None = None
+) -> list[Tensor]:
+    sums = applied(loss, given, softcap)
     assert not sums.each.requires_grad
     # Twice the sum, so that the factor from above has to arrive.
     gradients = torch.autograd.grad(2 * sums.loss_sum, given[:2])
     return [x.detach().cpu().double() for x in (*sums[:3], *sums.terms, *gradients)]
 
 
-def test_sums_shares_and_gradients_are_those_written_out() -> None:
-    found, expected = (everything(loss, example(torch.float32)) for loss in (STAND_IN, written_out))
-    exact = everything(written_out, example())
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_sums_shares_and_gradients_are_those_written_out(softcap: float | None) -> None:
+    found, expected = (
+        everything(loss, example(torch.float32), softcap) for loss in (STAND_IN, written_out)
+    )
+    exact = everything(written_out, example(), softcap)
     assert exact[0] > 10 and exact[1] > 5
     for ours, theirs, double in zip(found, expected, exact, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -84,7 +100,7 @@ def test_an_infinite_logit_where_nothing_counts_changes_nothing() -> None:
     plain = everything(STAND_IN, given)
     given[0].data[0, 4] = torch.inf  # no target
     given[0].data[2, 0] = torch.nan
-    sums = STAND_IN(*given)
+    sums = applied(STAND_IN, given)
     assert sums.loss_sum.item() == plain[0].item() and torch.isfinite(sums.each).all()
 
 
@@ -97,8 +113,8 @@ def test_without_gradients_none_are_asked_for() -> None:
 
     given = example(torch.float32)
     with torch.no_grad():
-        fused_cross_entropy(*given, liger_forward=forward)
-    fused_cross_entropy(*given, liger_forward=forward)
+        applied(fused_cross_entropy, given, liger_forward=forward)
+    applied(fused_cross_entropy, given, liger_forward=forward)
     assert asked == [False, True]
 
 
@@ -106,7 +122,7 @@ def test_without_gradients_none_are_asked_for() -> None:
 def test_logits_of_supervised_tokens_alone_are_enough(chunks: int) -> None:
     seen = []
 
-    def cross_entropy(hidden: Tensor, *others: Tensor) -> LossSums:
+    def cross_entropy(hidden: Tensor, *others: Any) -> LossSums:
         seen.append(hidden.shape)
         return chunked_cross_entropy(hidden, *others, chunks=chunks)
 
@@ -125,29 +141,40 @@ def test_blocks_without_any_supervised_token_have_a_gradient_of_zero() -> None:
         assert zero.abs().max() == 0
 
 
-KINDS = [TokenLoss(0.2), TokenLoss(z_loss=1e-2), TokenLoss(0.2, 1e-2)]
+KINDS = [
+    (TokenLoss(0.2), None),
+    (TokenLoss(z_loss=1e-2), None),
+    (TokenLoss(z_loss=1e-2), 1.5),
+    (TokenLoss(0.2, 1e-2), None),
+]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_variants_and_their_terms_are_those_of_the_chunked_loss(kind: TokenLoss) -> None:
+@pytest.mark.parametrize(("kind", "softcap"), KINDS)
+def test_variants_and_their_terms_are_those_of_the_chunked_loss(
+    kind: TokenLoss, softcap: float | None
+) -> None:
     """test_cross_entropy.py compares that with its definition."""
     fused = partial(on_supervised_tokens, partial(STAND_IN, kind=kind))
     chunked = partial(chunked_cross_entropy, chunks=3, kind=kind)
-    found, expected = (everything(loss, example(torch.float32)) for loss in (fused, chunked))
+    found, expected = (
+        everything(loss, example(torch.float32), softcap) for loss in (fused, chunked)
+    )
     assert len(found) == 5 + len(kind.terms)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_variants_by_liger_itself(kind: TokenLoss) -> None:
+@pytest.mark.parametrize(("kind", "softcap"), [*KINDS, (TokenLoss(), 1.5)])
+def test_variants_by_liger_itself(kind: TokenLoss, softcap: float | None) -> None:
     liger = find_liger()
     if liger.forward is None:
         pytest.skip(liger.told)
     loss = partial(fused_cross_entropy, liger_forward=liger.forward, kind=kind)
-    found = everything(loss, example(torch.float32, "cuda"))
-    expected = everything(partial(chunked_cross_entropy, kind=kind), example(torch.float32, "cuda"))
+    chunked = partial(chunked_cross_entropy, kind=kind)
+    found, expected = (
+        everything(each, example(torch.float32, "cuda"), softcap) for each in (loss, chunked)
+    )
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
@@ -192,6 +219,17 @@ def test_dft_is_not_given_to_liger() -> None:
     chosen, why = choose_loss(LossRequest(dft=True), "cuda", FOUND)
     assert chosen == "chunked" and "task.loss.dft=true" in why
     assert choose_loss(LossRequest(dft=True), "cuda", MISSING)[1] == "auto on CUDA: not installed"
+
+
+def test_a_smoothed_loss_of_capped_logits_is_not_given_to_liger() -> None:
+    chosen = choose_loss(LossRequest(), "cuda", FOUND)
+    for request, softcap in ((LossRequest(smoothed=True), None), (LossRequest(), 30.0)):
+        assert loss_for_softcap(request, chosen, softcap) == chosen
+    kernel, why = loss_for_softcap(LossRequest(smoothed=True), chosen, 30.0)
+    assert kernel == "chunked" and "final_logit_softcapping" in why
+    assert loss_for_softcap(LossRequest(smoothed=True), ("chunked", "x"), 30.0)[1] == "x"
+    with pytest.raises(ConfigError, match="loss_kernel=liger.*label_smoothing.*auto or chunked"):
+        loss_for_softcap(LossRequest("liger", smoothed=True), ("liger", "as configured"), 30.0)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ WAYS: dict[str, Any] = {
         (1, {"mesh": {}, "model": "mistral", "compiler": "aot_eager"}), marks=pytest.mark.slow
     ),
     "fsdp2-remat": (2, {"mesh": {"fsdp": 2}, "model": "qwen2", "remat": "full"}),
+    "fsdp2-gemma2": pytest.param(
+        (2, {"mesh": {"fsdp": 2}, "model": "gemma2"}), marks=pytest.mark.slow
+    ),
     "fsdp2-gemma3": pytest.param(
         (2, {"mesh": {"fsdp": 2}, "model": "gemma3"}), marks=pytest.mark.slow
     ),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
@@ -52,6 +53,14 @@ CONFIGS = {
         use_sliding_window=True,
         sliding_window=12,
         layer_types=(MIXED * 3)[:5],
+    ),
+    "gemma2": Gemma2Config(
+        **DEEP,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=12,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=4.0,
     ),
     "gemma3": Gemma3TextConfig(
         **DEEP,

@@ -17,6 +17,7 @@ from bitsandbytes.functional import create_dynamic_map
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Glm4Config,
     GraniteConfig,
     LlamaConfig,
@@ -55,6 +56,7 @@ FAMILIES = {
     "phi3": Phi3Config,
     "granite": GraniteConfig,
     "glm4": Glm4Config,
+    "gemma2": Gemma2Config,
 }
 SHAPE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -100,6 +102,9 @@ def make_model(tied: bool, family: str = "llama", heads: tuple[int, int] = (4, 2
     if family == "granite":
         shape |= {"embedding_multiplier": 3.0, "attention_multiplier": 0.3}
         shape |= {"residual_multiplier": 0.4, "logits_scaling": 0.5}
+    if family == "gemma2":
+        shape |= {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.5}
+        shape |= {"query_pre_attn_scalar": 6, "sliding_window": 5}
     config = FAMILIES[family](**shape, tie_word_embeddings=tied)
     config._attn_implementation = "eager"
     torch.manual_seed(0)

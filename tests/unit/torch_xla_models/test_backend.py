@@ -7,6 +7,7 @@ compile each, which is most of the time this file takes.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import reference
@@ -232,21 +233,26 @@ def test_splash_is_refused_off_the_tpu() -> None:
 
 
 # Traits of families that change a layer's modules or the mathematics.
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     # Fused projections; one of their outputs is kept for the backward.
-    "phi3": RematConfig(policy="full", scan_layers=True, save=["k"]),
+    "phi3": dict(remat=RematConfig(policy="full", scan_layers=True, save=["k"])),
     # Norms after the parts of a layer; a rotated half of each head, in neighbouring pairs.
-    "glm4": RematConfig(policy="attention", scan_layers=True),
+    "glm4": dict(remat=RematConfig(policy="attention", scan_layers=True)),
     # The chunked loss and the held-out loss have the logits' divisor.
-    "granite": RematConfig(policy="full", scan_layers=True),
+    "granite": dict(remat=RematConfig(policy="full", scan_layers=True)),
+    # Capped scores and logits, in the divergence too.
+    "gemma2": dict(
+        remat=RematConfig(policy="full", scan_layers=True), tied=True, term="kl-supervised"
+    ),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_have_the_references_numbers(family: str, make_backend) -> None:
-    backend = make_backend({"fsdp": 2, "tensor": 2}, family=family, remat=FAMILIES[family])
-    expected = reference.train(False, family)
+    how = FAMILIES[family]
+    backend = make_backend({"fsdp": 2, "tensor": 2}, family=family, **how)
+    expected = reference.train(how.get("tied", False), family, term=how.get("term"))
     numbers = [
         backend.read(backend.train_step(backend.put(reference.make_batch(step), 1), reference.LR))
         for step in range(reference.STEPS)

@@ -44,6 +44,7 @@ LOSS = """
 import torch
 import torch_xla.runtime as xr
 xr.use_spmd()
+from torchprime.losses.chunks import Projection
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.losses.token_loss import TokenLoss
 from torchprime.torch_xla_models.mesh import execute, make_mesh, to_device
@@ -56,7 +57,8 @@ targets = to_device(torch.randint(0, 64, (4, 16)), mesh, ((), ()))
 weights = to_device(torch.rand(4, 16), mesh, ((), ()))
 for kind in (TokenLoss(), TokenLoss(label_smoothing=0.1)):
     for chunks in (2, 4):
-        loss = chunked_cross_entropy(hidden, weight, targets, weights, chunks, kind=kind)
+        output = Projection(weight)
+        loss = chunked_cross_entropy(hidden, output, targets, weights, chunks, kind=kind)
         gradients = torch.autograd.grad(loss.loss_sum, (hidden, weight))
         execute([loss.loss_sum, *loss.terms, *gradients])
         print(loss.loss_sum.item(), *(term.item() for term in loss.terms))

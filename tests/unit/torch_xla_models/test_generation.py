@@ -27,6 +27,7 @@ WAYS = {
     "llama-tied": dict(mesh={"fsdp": 2, "tensor": 2}),
     "qwen2": dict(mesh={"tensor": 4}),  # more than there are kv heads
     "qwen3": dict(mesh={"fsdp": 2, "tensor": 2}, remat=RematConfig(scan_layers=True)),
+    "gemma2": dict(mesh={"fsdp": 2, "tensor": 2}, remat=RematConfig(scan_layers=True)),
     "gemma3": dict(mesh={"fsdp": 2, "tensor": 2}, remat=RematConfig(scan_layers=True)),
     "olmo3": dict(mesh={"fsdp": 2, "tensor": 2}),
     "mistral": dict(mesh={"data": 2, "fsdp": 2}, remat=RematConfig(policy="full")),
@@ -56,7 +57,7 @@ def placed(name, model, table, mesh, dtype=torch.float32, **how) -> XlaBackend:
     return backend
 
 
-SLOW = ("gemma3", "olmo3")  # qwen3 has windows in a scan, too
+SLOW = ("gemma2", "gemma3", "olmo3")  # qwen3 has windows in a scan, too
 
 
 @pytest.mark.parametrize(

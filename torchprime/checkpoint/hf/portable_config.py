@@ -25,6 +25,7 @@ from torchprime.files.json_files import token_ids
 from torchprime.models.architecture import (
     DROPOUTS,
     MULTIPLIERS,
+    SOFTCAPS,
     Architecture,
     architecture_from_hf,
 )
@@ -124,6 +125,8 @@ def _written(a: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
         **_rope(a),
         **_multipliers(a),
         **({"query_pre_attn_scalar": _scalar(a)} if FAMILIES[a.family].query_scale else {}),
+        # null turns one off, where a family has it by default.
+        **{key: getattr(a, SOFTCAPS[key]) for key in FAMILIES[a.family].softcaps},
     }
 
 

@@ -20,6 +20,7 @@ from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.hf.write import tensor_hash
 from torchprime.errors import CheckpointError
 from torchprime.files.json_files import read_json
+from torchprime.models.families import FAMILIES, SCORES_SOFTCAP
 
 # Two programs that compute the same model differ by the sum of their roundings, each about as large
 # as the floor of `rounding_floor`. Measured over 120 models (2 to 32 layers, two families, bf16 and
@@ -116,7 +117,7 @@ def load_transformers(folder: Path, dtype: torch.dtype | None = None) -> Any:
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
-                attn_implementation="sdpa",
+                attn_implementation=attention_of(config),
                 output_loading_info=True,
                 **given,
             )
@@ -131,6 +132,14 @@ def load_transformers(folder: Path, dtype: torch.dtype | None = None) -> Any:
     if bad:
         raise CheckpointError(f"transformers does not load {folder} as a whole: {bad}")
     return model.eval()
+
+
+def attention_of(config: Mapping[str, Any]) -> str:
+    """Return the attention of transformers that computes the model of a config.json: torch's has no
+    soft-cap of the scores."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    capped = family is not None and SCORES_SOFTCAP in family.softcaps
+    return "eager" if capped else "sdpa"
 
 
 def logits_of(model: Any, input_ids: np.ndarray) -> np.ndarray:

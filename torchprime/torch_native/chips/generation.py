@@ -7,12 +7,12 @@ writes to the cache in place. All processes run as many chunks as the longest an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchprime.generation.cache import Cache, cached_attention, next_hidden, read_prompts
 from torchprime.generation.decode import (
@@ -25,14 +25,13 @@ from torchprime.generation.decode import (
     plan_batches,
     sampling_tensors,
 )
+from torchprime.models.attention import MakeCore
 from torchprime.torch_native.chips import forward
 from torchprime.torch_native.chips.client import Chips, Value
 from torchprime.torch_native.chips.programs import Programs
 from torchprime.torch_native.chips.values import same_on_all
 from torchprime.torch_native.tpu.parameters import Parts
 from torchprime.torch_native.tpu.step import Input
-
-MakeCore = Callable[[int, int | None], nn.Module]
 
 # Shape suffixes: B batch, S sequence, K kv heads, h head size, V vocab.
 
@@ -41,8 +40,7 @@ class Generator:
     """Generator of answers with weights on the chips.
 
     Args:
-        make_core: makes the core that reads prompts, from head size and window; None takes the
-            layers' own.
+        make_core: makes the core that reads prompts; None takes the layers' own.
     """
 
     def __init__(
@@ -100,8 +98,8 @@ class Generator:
 
     def _token(self, shape: _Shape, hidden: Tensor, number: Tensor, fixed: Sequence[Tensor]):
         """Return the next token of each row, int32 [B], from hidden states [B, D]."""
-        logits = F.linear(hidden, self.model.output_weight).float()
         rows, *sampling = fixed[1:]
+        logits = self.model.logits_of(hidden)
         return choose(logits, shape.options, Sampling(*sampling), rows, number)
 
     def _reader(self, shape: _Shape):

@@ -98,11 +98,15 @@ class KernelAttention(nn.Module):
 
     Args:
         window: positions that a query sees, its own among them; None for all.
+        softcap: of the scores, before the mask; None for none.
     """
 
-    def __init__(self, head_dim: int, window: int | None = None) -> None:
+    def __init__(
+        self, head_dim: int, window: int | None = None, softcap: float | None = None
+    ) -> None:
         super().__init__()
-        self.head_dim, self.scale, self.window = head_dim, head_dim**-0.5, window
+        self.head_dim, self.scale = head_dim, head_dim**-0.5
+        self.window, self.softcap = window, softcap
 
     def prepare(self, segment_ids: Tensor) -> Tensor:
         """Return int32 [B, 2, S] for segment_ids [B, S]: the ids, and for each position the first
@@ -114,5 +118,5 @@ class KernelAttention(nn.Module):
         blocks = blocks_for(q.shape[2], self.head_dim, q.element_size())
         rows = in_rows(self.head_dim)
         given = Inputs(q * self.scale, k, v.transpose(1, 2).flatten(2) if rows else v, prepared)
-        mixed: Any = _Attend.apply(KernelOptions(blocks, self.window), *given)
+        mixed: Any = _Attend.apply(KernelOptions(blocks, self.window, self.softcap), *given)
         return mixed.unflatten(2, (-1, self.head_dim)).transpose(1, 2) if rows else mixed

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from torchprime.adapters.apply import is_adapted, without_adapters
-from torchprime.losses.chunks import Spread
+from torchprime.losses.chunks import Projection, Spread
 from torchprime.losses.cross_entropy import LossSums, chunked_cross_entropy
 from torchprime.losses.divergence import BaseOutput, chunked_divergence
 from torchprime.torch_native.tpu.collectives import all_reduce, barrier
@@ -336,7 +336,7 @@ class StepBuilder:
         parts = self._with_frozen(given, weights) if self.adapted else given.base
 
         def run() -> BaseOutput:
-            return BaseOutput(self.model(*inputs_of(fields)), self.model.output_weight)
+            return BaseOutput(self.model(*inputs_of(fields)), Projection(*self.model.output))
 
         return self._call(given, parts, run)
 

@@ -7,6 +7,8 @@ and nothing else again.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch_xla.distributed.spmd as xs
 from torch import Tensor, nn
@@ -54,11 +56,24 @@ class _AttendByJax(torch.autograd.Function):
         return None, *found, None
 
 
+class Scores(NamedTuple):
+    """The definition of a layer's scores.
+
+    Attributes:
+        head_dim: numbers of a head.
+        window: positions that a query sees, its own among them; None for all.
+        softcap: a score x becomes softcap * tanh(x / softcap); None: it stays as it is.
+    """
+
+    head_dim: int
+    window: int | None = None
+    softcap: float | None = None
+
+
 class SplashAttention(nn.Module):
     """Causal attention within segments, by kernels.
 
     Args:
-        window: positions that a query sees, its own among them; None for all.
         batch_axes: mesh axes over which the batch is cut.
         by_jax: by jax's kernels instead of ours.
         interpret: run the kernels by the interpreter, which needs no TPU.
@@ -66,8 +81,7 @@ class SplashAttention(nn.Module):
 
     def __init__(
         self,
-        head_dim: int,
-        window: int | None,
+        scores: Scores,
         mesh: xs.Mesh,
         batch_axes: tuple[str, ...],
         *,
@@ -75,7 +89,7 @@ class SplashAttention(nn.Module):
         interpret: bool = False,
     ) -> None:
         super().__init__()
-        self.head_dim, self.scale, self.window = head_dim, head_dim**-0.5, window
+        self.scores, self.head_dim, self.scale = scores, scores.head_dim, scores.head_dim**-0.5
         self.head_shards = axis_sizes(mesh)[HEAD_AXIS]
         self.mesh, self.batch_axes = str(mesh), batch_axes
         self.by_jax, self.interpret = by_jax, interpret
@@ -99,7 +113,10 @@ class SplashAttention(nn.Module):
             batch_axes=self.batch_axes,
             head_axis=HEAD_AXIS,
             kernel=KernelOptions(
-                blocks_for(length, self.head_dim, itemsize), self.window, self.interpret
+                blocks_for(length, self.head_dim, itemsize),
+                self.scores.window,
+                self.scores.softcap,
+                interpret=self.interpret,
             ),
         )
 

@@ -147,6 +147,7 @@ def _kernel_of_jax(q: jax.Array, options: KernelOptions) -> Any:
         head_shards=1,
         q_seq_shards=1,
         block_sizes=sizes,
+        attn_logits_soft_cap=options.softcap,
         interpret=options.interpret,
     )
 

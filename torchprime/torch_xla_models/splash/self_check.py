@@ -61,7 +61,7 @@ def check_kernel(
     )
     segments = tensors.send(_segments(rows), (core.batch_axes, ()))
     found = _results(core, (q, k, v), grad, segments)
-    reference = ReferenceAttention(core.head_dim, core.window)
+    reference = ReferenceAttention(*core.scores)
     wide = [t.float() for t in (q, k, v, grad)]
     expected = _results(reference, wide[:3], wide[3], segments)
     gaps = [_gap(ours, theirs) for ours, theirs in zip(found, expected, strict=True)]

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from torchprime.adapters.apply import without_adapters
 from torchprime.data.blocks.batch import Batch
+from torchprime.losses.chunks import Projection
 from torchprime.losses.cross_entropy import LossSums
 from torchprime.losses.divergence import BaseOutput, Divergence
 from torchprime.models.decoder import CausalLM
@@ -50,10 +51,10 @@ class NearBase:
     base: BaseOutput
     weights: Tensor
 
-    def add(self, loss: LossSums, hidden: Tensor, output_weight: Tensor) -> LossSums:
+    def add(self, loss: LossSums, hidden: Tensor, output: Projection) -> LossSums:
         """Return the loss with the divergence, which is also its last term. Each token's share
         stays as it is, so that losses by source can be compared with held-out ones."""
-        found = self.divergence(hidden, output_weight, self.base, self.weights)
+        found = self.divergence(hidden, output, self.base, self.weights)
         part = self.kl.coefficient * found.loss_sum
         terms = (*loss.terms, part.detach())
         return loss._replace(loss_sum=loss.loss_sum + part, terms=terms)
@@ -71,11 +72,11 @@ def base_of(model: CausalLM, weights: Mapping[str, Tensor] | None) -> RunBase:
         inputs = (input_ids, position_ids, segment_ids)
         with torch.no_grad():
             if weights is not None:
-                return BaseOutput(
-                    functional_call(model, dict(weights), inputs), _output_weight(model, weights)
-                )
+                hidden = functional_call(model, dict(weights), inputs)
+                own = Projection(_output_weight(model, weights), model.output.softcap)
+                return BaseOutput(hidden, own)
             with without_adapters(model.model.layers.templates()):  # type: ignore[operator]
-                return BaseOutput(model(*inputs), model.output_weight)
+                return BaseOutput(model(*inputs), Projection(*model.output))
 
     return run
 

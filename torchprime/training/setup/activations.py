@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from torchprime.losses.chunks import Projection
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.models.checkpointing import checkpoint_layers
 from torchprime.models.decoder import CausalLM, replace_attention_cores
@@ -70,7 +71,7 @@ def live_bytes(
 
 def _count(model: CausalLM, shape: Shape, core: Core, names: Sequence[str] | None) -> Live:
     if core == "kernel":
-        replace_attention_cores(model, lambda head_dim, window: _KernelFootprint())
+        replace_attention_cores(model, lambda *_: _KernelFootprint())
     model.to("meta")
     if names is not None:
         checkpoint_layers(list(model.model.layers.children()), names)
@@ -80,7 +81,8 @@ def _count(model: CausalLM, shape: Shape, core: Core, names: Sequence[str] | Non
     with _Counter() as counter:
         hidden = model(field, field, field)
         kept = counter.now
-        loss = chunked_cross_entropy(hidden, model.output_weight, field, weights, shape.loss_chunks)
+        output = Projection(*model.output)
+        loss = chunked_cross_entropy(hidden, output, field, weights, shape.loss_chunks)
         loss.loss_sum.backward()
     return Live(kept, counter.peak)
 
@@ -140,8 +142,6 @@ def storage_of(value: object) -> Any:
 
 class _KernelFootprint(nn.Module):
     """A core that needs the memory of flash attention (Dao 2023, arXiv:2307.08691)."""
-
-    window = None
 
     def prepare(self, segment_ids: Tensor) -> Tensor:
         """Return the segments; a kernel's block masks are small beside activations."""

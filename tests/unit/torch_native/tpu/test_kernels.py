@@ -25,14 +25,16 @@ def results(core: torch.nn.Module, *given: Tensor) -> list[Tensor]:
         return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-@pytest.mark.parametrize(("h", "window"), [(16, None), (128, 60)])
-def test_result_and_gradients_are_the_references(h: int, window: int | None) -> None:
+@pytest.mark.parametrize(("h", "window", "softcap"), [(16, None, None), (128, 60, 0.7)])
+def test_result_and_gradients_are_the_references(
+    h: int, window: int | None, softcap: float | None
+) -> None:
     torch.manual_seed(0)
     given = [torch.randn(2, heads, LENGTH, h) for heads in (4, 2, 2, 4)]
     given.append(torch.tensor([SEGMENTS, SEGMENTS[::-1]], dtype=torch.int32))
-    graph = traced(lambda *x: results(KernelAttention(h, window), *x), given)
+    graph = traced(lambda *x: results(KernelAttention(h, window, softcap), *x), given)
     found = [each.values[0] for each in Chips(graph, Grid()).run(*(Each([x]) for x in given))]
-    expected = results(ReferenceAttention(h, window), *given)
+    expected = results(ReferenceAttention(h, window, softcap), *given)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
 

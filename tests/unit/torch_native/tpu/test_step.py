@@ -104,6 +104,10 @@ def on_chips(way: dict) -> tuple[list[list[float]], dict[str, Tensor], list[str]
         {"mesh": {"fsdp": 2, "tensor": 2}, "accumulation": 2},
         pytest.param({"mesh": {"data": 2, "fsdp": 2}, "remat": False}, marks=pytest.mark.slow),
         pytest.param({"mesh": {"fsdp": 2, "tensor": 2}, "lora": 4}, marks=pytest.mark.slow),
+        pytest.param(
+            {"mesh": {"fsdp": 2, "tensor": 2}, "gemma2": True, "accumulation": 2},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_grid_computes_what_one_device_does(way: dict) -> None:

@@ -11,6 +11,7 @@ import torch_xla
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     Olmo3Config,
     PretrainedConfig,
@@ -49,6 +50,12 @@ DEEP: dict[str, Any] = SHAPE | dict(
     num_hidden_layers=len(TYPES), layer_types=TYPES, sliding_window=5, pad_token_id=None
 )
 CONFIGS = {
+    "gemma2": Gemma2Config(
+        **DEEP,
+        query_pre_attn_scalar=6,
+        attn_logit_softcapping=0.5,
+        final_logit_softcapping=1.5,
+    ),
     "gemma3": Gemma3TextConfig(
         **DEEP,
         query_pre_attn_scalar=6,
@@ -92,7 +99,7 @@ def theirs(config: PretrainedConfig) -> tuple[dict, list[float], dict]:
         ("gemma3", "full"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("gemma3", "attention"), ("olmo3", "full"))
+            for case in (("gemma2", "attention"), ("gemma3", "attention"), ("olmo3", "full"))
         ),
     ],
 )

@@ -14,7 +14,7 @@ from torchprime.models.decoder import DecoderLayer, LayerContext
 from torchprime.models.layer_kinds import LayerKind
 from torchprime.torch_xla_models.layers.runner import LayerRunner
 from torchprime.torch_xla_models.mesh import execute, make_mesh
-from torchprime.torch_xla_models.splash.attention import SplashAttention
+from torchprime.torch_xla_models.splash.attention import Scores, SplashAttention
 from torchprime.torch_xla_models.splash.calls import kv_repeats
 
 B, H, S, h = 2, 4, 256, 64
@@ -39,15 +39,19 @@ def run(core: nn.Module, kv_heads: int, device: str) -> list[Tensor]:
 
 @pytest.mark.usefixtures("torchax")
 @pytest.mark.parametrize(
-    ("kv_heads", "window", "by_jax"), [(2, None, False), (1, 40, False), (2, 40, True)]
+    ("kv_heads", "window", "softcap", "by_jax"),
+    [(2, None, None, False), (1, 40, 0.7, False), (2, 40, 0.7, True)],
 )
-def test_splash_is_the_reference_core(kv_heads: int, window: int | None, by_jax: bool) -> None:
+def test_splash_is_the_reference_core(
+    kv_heads: int, window: int | None, softcap: float | None, by_jax: bool
+) -> None:
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 1, "tensor": 1})
     axes = ("data", "fsdp")
-    splash = SplashAttention(h, window, mesh, axes, by_jax=by_jax, interpret=True)
+    scores = Scores(h, window, softcap)
+    splash = SplashAttention(scores, mesh, axes, by_jax=by_jax, interpret=True)
     found = run(splash, kv_heads, "xla")
     for ours, expected in zip(
-        found, run(ReferenceAttention(h, window), kv_heads, "cpu"), strict=True
+        found, run(ReferenceAttention(*scores), kv_heads, "cpu"), strict=True
     ):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-6)
 
@@ -62,7 +66,7 @@ def test_the_forward_is_not_computed_again_if_its_results_are_kept(policy: str) 
     config = {"model_type": "llama", "max_position_embeddings": S, **sizes, **numbers}
     torch.manual_seed(0)
     layer = DecoderLayer(architecture_from_hf(config), LayerKind())
-    splash = SplashAttention(h, None, mesh, ("data", "fsdp"), interpret=True)
+    splash = SplashAttention(Scores(h), mesh, ("data", "fsdp"), interpret=True)
     x, grad = torch.randn(2, B, S, H * h)
     cos, sin = torch.ones(1, 1, S, h // 2), torch.zeros(1, 1, S, h // 2)
     reference = ReferenceAttention(h)
@@ -87,7 +91,7 @@ def test_the_forward_is_not_computed_again_if_its_results_are_kept(policy: str) 
 
 def test_prepare_finds_the_first_position_of_every_segment() -> None:
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 1}, {"data": 1, "fsdp": 1, "tensor": 1})
-    splash = SplashAttention(h, None, mesh, ("data", "fsdp"))
+    splash = SplashAttention(Scores(h), mesh, ("data", "fsdp"))
     ids = torch.tensor([[1, 1, 2, 1, 0, 0]], dtype=torch.int32)
     prepared = splash.prepare(ids.to("xla")).cpu()
     assert prepared.tolist() == [[[1, 1, 2, 1, 0, 0], [0, 0, 2, 0, 4, 4]]]

@@ -9,7 +9,7 @@ from torchprime.errors import RuntimeSetupError
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.mesh import make_mesh
 from torchprime.torch_xla_models.splash import attention
-from torchprime.torch_xla_models.splash.attention import SplashAttention
+from torchprime.torch_xla_models.splash.attention import Scores, SplashAttention
 from torchprime.torch_xla_models.splash.self_check import Heads, check_kernel
 
 pytestmark = pytest.mark.usefixtures("torchax")
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("torchax")
 
 def checked(window: int | None) -> str:
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 1, "tensor": 1})
-    core = SplashAttention(64, window, mesh, ("data", "fsdp"), interpret=True)
+    core = SplashAttention(Scores(64, window, 2.0), mesh, ("data", "fsdp"), interpret=True)
     return check_kernel(core, "splash", Heads(4, 2), torch.bfloat16, DeviceTensors(mesh))
 
 

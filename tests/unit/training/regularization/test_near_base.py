@@ -11,6 +11,7 @@ import torch
 from torchprime.adapters.apply import apply_adapter
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.data.blocks.batch import Batch
+from torchprime.losses.chunks import Projection
 from torchprime.losses.cross_entropy import LossSums
 from torchprime.losses.divergence import BaseOutput
 from torchprime.models.architecture import architecture_from_hf
@@ -73,7 +74,7 @@ def test_the_base_runs_with_its_own_weights_and_without_gradient() -> None:
     weights = {name: p.detach() for name, p in other.named_parameters()}
     found = base_of(trained, weights)(*INPUTS)
     assert torch.equal(found.hidden, other(*INPUTS).detach())
-    assert torch.equal(found.output_weight, other.output_weight)
+    assert torch.equal(found.output.weight, other.output_weight)
     assert not found.hidden.requires_grad
     assert not torch.equal(found.hidden, trained(*INPUTS))
 
@@ -96,9 +97,10 @@ def test_the_divergence_is_a_part_of_the_loss_and_its_last_term() -> None:
         return LossSums(total, torch.tensor(4.0), each, tuple(map(torch.tensor, terms)))
 
     nothing = torch.zeros(())
-    output = BaseOutput(nothing, nothing)
-    near = NearBase(Kl(0.5, "all"), lambda *_: sums(6.0), output, nothing)
-    loss = near.add(sums(8.0, 1.0), nothing, nothing)
+    output = Projection(nothing)
+    base = BaseOutput(nothing, output)
+    near = NearBase(Kl(0.5, "all"), lambda *_: sums(6.0), base, nothing)
+    loss = near.add(sums(8.0, 1.0), nothing, output)
     assert (loss.loss_sum.item(), loss.weight_sum.item()) == (11.0, 4.0)
     assert loss.each.tolist() == [[4.0, 4.0]]
     assert [term.item() for term in loss.terms] == [1.0, 3.0]
