@@ -154,15 +154,21 @@ def make_wrapper(folder: Path, name: str, **text: Any) -> TinyCheckpoint:
     """A random model with a tower for images and a text model inside, saved by transformers.
 
     Args:
-        name: of the class, without ForConditionalGeneration: Gemma3 or Mistral3.
+        name: of the class, without ForConditionalGeneration: Gemma3, Mistral3 or Qwen2_5_VL.
         text: changes to the text model's config.
     """
     shape = dict(SHAPE, num_key_value_heads=1, vocab_size=64, head_dim=8, pad_token_id=None)
     vision = {k: v for k, v in SHAPE.items() if k != "num_key_value_heads"}
+    vision |= {"image_size": 28, "patch_size": 14}
     tied = name == "Gemma3"
+    if name == "Qwen2_5_VL":
+        shape |= {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+        shape |= {"bos_token_id": None, "eos_token_id": 2}
+        vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2)
+        vision |= {"out_hidden_size": 32, "fullatt_block_indexes": [0]}
     config = getattr(transformers, f"{name}Config")(
         text_config={**shape, "tie_word_embeddings": tied, **text},
-        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        vision_config=vision,
         tie_word_embeddings=tied,
     )
     return _saved(folder, getattr(transformers, f"{name}ForConditionalGeneration")(config))

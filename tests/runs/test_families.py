@@ -63,7 +63,7 @@ def test_peft_computes_with_an_adapter_of_fused_projections(
     assert (adapted - before).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("wrapper", ["Gemma3", "Mistral3"])
+@pytest.mark.parametrize("wrapper", ["Gemma3", "Mistral3", "Qwen2_5_VL"])
 def test_the_text_model_of_a_model_with_images_is_trained_and_exported(
     wrapper: str,
     train: Callable[..., Path],
@@ -73,7 +73,7 @@ def test_the_text_model_of_a_model_with_images_is_trained_and_exported(
     text = {"sliding_window": 16} if wrapper == "Gemma3" else {}
     base = make_wrapper(tmp_path / "base", wrapper, vocab_size=VOCAB, **text)
     run = train(base, "checkpoint.every_steps=3")
-    family = {"Gemma3": "gemma3_text", "Mistral3": "mistral"}[wrapper]
+    family = {"Gemma3": "gemma3_text", "Mistral3": "mistral", "Qwen2_5_VL": "qwen2"}[wrapper]
     printed = capsys.readouterr().err
     assert f"its text model is trained and exported, as {family}; the" in printed
     assert "logits of transformers match the trainer's" in printed

@@ -8,6 +8,7 @@ family that needs no new mathematics is one more entry (docs/add-a-model.md).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -227,16 +228,66 @@ FAMILIES: dict[str, Family] = {
         local_rope=RopeTraits(theta=5e5),
     ),
 }
-# The model_type of a model with a text model inside -> that of the text model.
-WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model with a text model inside, such as one with images.
+
+    Attributes:
+        family: of the text model, if its config names none.
+        inner: the families of text models by their own names in this wrapper.
+        flat: config.json may have the text model's keys beside the wrapper's instead of in
+            text_config.
+        ropes: the rope types by the names that the text model has for them.
+        defaults: of the text model's keys, where its config has none.
+    """
+
+    family: str
+    inner: Mapping[str, str] = field(default_factory=dict)
+    flat: bool = False
+    ropes: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+WRAPPERS = {
+    "gemma3": Wrapper("gemma3_text"),
+    "mistral3": Wrapper("mistral"),
+    # A token of text has three equal positions, so `mrope` is the default rope
+    # (tests/parity/test_wrappers.py).
+    "qwen2_5_vl": Wrapper(
+        "qwen2",
+        inner={"qwen2_5_vl_text": "qwen2", "qwen2_5_vl": "qwen2"},
+        flat=True,
+        ropes={"mrope": "default"},
+        defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_window_layers": 80},
+    ),
+}
 # Keys that a wrapper's config.json may have outside of text_config.
 OUTSIDE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "dtype")
+# The objects with rope settings, and the two names of the type in them.
+ROPES, ROPE_TYPES = ("rope_parameters", "rope_scaling"), ("rope_type", "type")
+OF_IMAGES = re.compile("text_config|(vision|image|video)_")
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the config of the text model inside a wrapper's; another config unchanged."""
-    inner, family = config.get("text_config"), WRAPPERS.get(str(config.get("model_type")))
-    if family is None or not isinstance(inner, Mapping):
+    inner, wrapper = config.get("text_config"), WRAPPERS.get(str(config.get("model_type")))
+    if wrapper is None:
+        return config
+    if wrapper.flat and inner is None:
+        inner = {key: value for key, value in config.items() if not OF_IMAGES.match(key)}
+    if not isinstance(inner, Mapping):
         return config
     outside = {key: config[key] for key in OUTSIDE if config.get(key) is not None}
-    return {**outside, "model_type": family, **inner}
+    found: dict[str, Any] = {"model_type": wrapper.family, **outside, **inner}
+    found["model_type"] = wrapper.inner.get(str(found["model_type"]), found["model_type"])
+    # transformers 5 ties by the wrapper's own key.
+    if "tie_word_embeddings" in outside:
+        found["tie_word_embeddings"] = outside["tie_word_embeddings"]
+    ropes = {key: found[key] for key in ROPES if isinstance(found.get(key), Mapping)}
+    for key, rope in ropes.items():
+        names = {each: rope[each] for each in ROPE_TYPES if isinstance(rope.get(each), str)}
+        found[key] = {**rope, **{k: wrapper.ropes.get(name, name) for k, name in names.items()}}
+    said = {key for rope in ropes.values() for key in rope}
+    return {key: value for key, value in wrapper.defaults.items() if key not in said} | found

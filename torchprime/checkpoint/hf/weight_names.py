@@ -4,7 +4,7 @@ Programs save the names of their wrappers: `module.` (data parallel), `_orig_mod
 `base_model.model.` (PEFT). A decoder saved alone has no `model.` prefix. Such files are read. Files
 with anything but the weights of one plain model are refused, with the way to fix it: an adapter,
 quantized values. Of a model with a text model inside (families.WRAPPERS) the text model is read;
-its names have a prefix, in two spellings:
+its names have a prefix, in two spellings; those of Qwen2.5-VL may have none:
 
     language_model.model.layers.0...   language_model.lm_head.weight   transformers up to 4.51, hub
     model.language_model.layers.0...   lm_head.weight                  later versions
@@ -33,6 +33,8 @@ INNER = (
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
     ("lm_head.", "lm_head."),
+    # Beside `visual.`, without a prefix of their own.
+    *((f"model.{part}.", f"model.{part}.") for part in ("embed_tokens", "layers", "norm")),
 )
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MERGE = (
