@@ -78,7 +78,7 @@ from torchprime.training.step import (
     supervised_weight,
 )
 
-# Norms of the heads: every process of the tensor axis computes only its own heads.
+# Norms of the heads: of every process of the tensor axis only its own heads are used.
 PER_HEAD = ("q_norm", "k_norm")
 KEEP_ALL = RematConfig()
 

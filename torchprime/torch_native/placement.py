@@ -60,10 +60,11 @@ def tensor_styles(
             f"{architecture.num_attention_heads} attention heads (num_attention_heads). Use a size "
             "that does."
         )
-    if architecture.qk_norm_over_heads and size > 1:
+    if architecture.qk_norm_over_heads and architecture.num_key_value_heads % size:
         raise ConfigError(
-            f"ici_mesh.tensor: given {size}, expected 1, since this model normalizes queries and "
-            "keys over all heads, which the GPU backend does not cut. Use the fsdp axis instead."
+            f"ici_mesh.tensor: given {size}, expected a divisor of the "
+            f"{architecture.num_key_value_heads} kv heads (num_key_value_heads), since this model "
+            "normalizes keys over all heads. Use such a size, or the fsdp axis instead."
         )
     whole = KV_PROJECTIONS if architecture.num_key_value_heads % size else ()
     styles: dict[str, ParallelStyle] = {}
@@ -153,6 +154,8 @@ def _shard_layers(
             styles = tensor_styles(layer, model.architecture, table, mesh[TENSOR].size())
             _shard_along_tensor(layer, mesh[TENSOR], styles)
             _share_fused(layer, model.architecture, mesh[TENSOR])
+            if model.architecture.qk_norm_over_heads:
+                _share_norms(layer, mesh[TENSOR])
             fused = model.architecture.fused_qkv
             if model.architecture.num_key_value_heads % mesh[TENSOR].size() and not fused:
                 _share_kv_heads(layer, model.architecture, mesh[TENSOR])
@@ -207,6 +210,24 @@ def _share_fused(layer: nn.Module, a: Architecture, mesh: DeviceMesh) -> None:
         starts = (rank * part, ffn + rank * part)
         slices = [slice(start, start + part) for start in starts]
         layer.get_submodule("mlp.gate_up_proj").register_forward_hook(_own_columns(mesh, slices))
+
+
+def _share_norms(layer: nn.Module, mesh: DeviceMesh) -> None:
+    """Normalize the queries and keys of all heads on every process, which goes on with its own."""
+
+    def gather(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+        sharded = DTensor.from_local(args[0], mesh, [Shard(args[0].dim() - 1)], run_check=False)
+        # Each process adds its part of the gradient.
+        whole = sharded.redistribute(placements=[Replicate()])
+        return whole.to_local(grad_placements=[Partial()])
+
+    def take(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.chunk(mesh.size(), dim=-1)[mesh.get_local_rank()]
+
+    for name in ("q_norm", "k_norm"):
+        norm = layer.get_submodule(f"self_attn.{name}")
+        norm.register_forward_pre_hook(gather)
+        norm.register_forward_hook(take)
 
 
 def _own_columns(mesh: DeviceMesh, slices: Sequence[slice]) -> Callable[..., Tensor]:

@@ -45,6 +45,15 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
         | {"term": "kl-all", "remat": "full"},
     ),
     "tensor2-gemma2": (2, {"mesh": {"tensor": 2}, "family": "gemma2"}),
+    "tensor2-olmo2": (2, {"mesh": {"tensor": 2}, "family": "olmo2"}),
+    "fsdp2-tensor2-olmo2-remat": (
+        4,
+        {"mesh": {"fsdp": 2, "tensor": 2}, "family": "olmo2", "remat": "full"},
+    ),
+    "tensor2-olmo2-compiled": (
+        2,
+        {"mesh": {"tensor": 2}, "family": "olmo2", "compiler": "aot_eager"},
+    ),
     "hsdp-remat": (4, {"mesh": {"data": 2, "fsdp": 2}, "remat": "full"}),
     "adafactor": (1, {"mesh": {}, "optimizer": "adafactor"}),
     "adafactor-fsdp2": (2, {"mesh": {"fsdp": 2}, "optimizer": "adafactor"}),
@@ -80,6 +89,8 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 SLOW = {
     "fsdp2",
     "tensor2-qwen3",
+    "fsdp2-tensor2-olmo2-remat",
+    "tensor2-olmo2-compiled",
     "fsdp2-tensor2-phi3",
     "tensor2-phi3-three-kv-heads",
     "tensor2-three-kv-heads-compiled",

@@ -51,7 +51,11 @@ def test_projections_to_kv_heads_stay_whole_where_they_cannot_be_shared_out() ->
     ("changes", "size", "message"),
     [
         ({"num_attention_heads": 3, "num_key_value_heads": 1}, 2, "tensor=2 .* 3 attention heads"),
-        ({"qk_norm": True, "qk_norm_over_heads": True}, 2, "tensor: given 2.* over all heads"),
+        (
+            {"qk_norm": True, "qk_norm_over_heads": True},
+            4,
+            "tensor: given 4.* 2 kv heads.*all heads",
+        ),
         ({"intermediate_size": 63}, 2, "tensor=2 does not divide dim 0 of mlp.gate_proj"),
     ],
 )

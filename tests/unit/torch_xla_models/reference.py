@@ -21,6 +21,7 @@ from transformers import (
     Glm4Config,
     GraniteConfig,
     LlamaConfig,
+    Olmo2Config,
     Phi3Config,
     Qwen3Config,
 )
@@ -57,6 +58,7 @@ FAMILIES = {
     "granite": GraniteConfig,
     "glm4": Glm4Config,
     "gemma2": Gemma2Config,
+    "olmo2": Olmo2Config,
 }
 SHAPE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
