@@ -79,6 +79,8 @@ def test_the_text_model_of_a_model_with_images_is_trained_and_exported(
     assert "logits of transformers match the trainer's" in printed
     trained = AutoModelForCausalLM.from_pretrained(run / "export")
     assert trained.config.model_type == family
+    card = (run / "export" / "README.md").read_text()
+    assert f"the text model of the base, whose `model_type` is `{wrapper.lower()}`" in card
     # Its weights in the place of the wrapper's own give the same logits there.
     whole = getattr(transformers, f"{wrapper}ForConditionalGeneration").from_pretrained(base.folder)
     before = logits(whole)
@@ -95,3 +97,26 @@ def test_the_text_model_of_a_model_with_images_is_trained_and_exported(
     one, two = (SafetensorsReader(folder) for folder in (run / "export", out))
     assert set(one.names()) == set(two.names())
     assert all(torch.equal(one.get(name), two.get(name)) for name in one.names())
+    assert (out / "README.md").read_text() == card
+
+
+def test_an_adapter_of_a_model_with_images_is_merged_or_refused(
+    command: Callable[..., list[str]],
+    make_tokenizer_folder: Callable[..., Path],
+    train: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """PEFT would look for the adapter's layers in the whole model, which names them otherwise."""
+    base = make_wrapper(tmp_path / "base", "Gemma3", vocab_size=VOCAB, sliding_window=16)
+    make_tokenizer_folder(base.folder)
+    given = (f"model.pretrained_model={base.folder}", "adapter=lora", "adapter.rank=4")
+    place = (f"output_dir={tmp_path}", "run_name=refused", "task.max_steps=1")
+    assert run_main(main, command(*given, *place, "export.adapter=adapter")) == 2
+    said = capsys.readouterr().err
+    assert "export.adapter: given 'adapter', expected merged: PEFT loads" in said
+    assert "the whole gemma3" in said and not (tmp_path / "refused").exists()
+    run = train(base, "adapter=lora", "adapter.rank=4", "export.adapter=merged")
+    assert "logits of transformers match the trainer's" in capsys.readouterr().err
+    trained = AutoModelForCausalLM.from_pretrained(run / "export")
+    assert trained.config.model_type == "gemma3_text"

@@ -95,7 +95,7 @@ model = PeftModel.from_pretrained(base, ".")"""
             *block(python, "python"),
             "\nMerged into its base, as a plain model:\n",
             *block(merge, "bash"),
-            *(_refused(spec, parts) or ["\nWith vLLM:\n", *block(served, "bash")]),
+            *(_refused(facts, spec, parts) or ["\nWith vLLM:\n", *block(served, "bash")]),
         ]
     )
 
@@ -113,11 +113,15 @@ def _served(facts: ExportFacts, spec: AdapterSpec, base: str) -> str:
     )
 
 
-def _refused(spec: AdapterSpec, parts: AdapterParts) -> list[str]:
+def _refused(facts: ExportFacts, spec: AdapterSpec, parts: AdapterParts) -> list[str]:
     """Return the sentence that says why vLLM does not serve this adapter; none if it does."""
     reasons = ["DoRA"] if spec.dora else []
     reasons += ["modules that were trained whole (modules_to_save)"] if parts.whole else []
     reasons += ["a rank above 512"] if spec.rank > VLLM_RANKS[-1] else []
+    # vLLM knows the fused projections of Phi-3 by their names, and those of GLM-4 by their parts.
+    parted = any(name.endswith(".q_proj.weight") for name in facts.spec)
+    fused = any(name.endswith(".gate_up_proj") for name in parts.targets)
+    reasons += ["an adapter of this family's gate_up_proj"] if fused and parted else []
     if not reasons:
         return []
     told = " and ".join(reasons)

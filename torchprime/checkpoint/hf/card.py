@@ -27,7 +27,7 @@ from torchprime.checkpoint.hf.source import HUB_NAME
 from torchprime.text.markdown_text import block, code, inline, table
 
 CARD_FIELDS: Table = {
-    **dict.fromkeys(("name", "base_model", "dataset", "hub_model"), or_null(TEXT)),
+    **dict.fromkeys(("name", "base_model", "wrapper", "dataset", "hub_model"), or_null(TEXT)),
     "hub_datasets": list_of(TEXT, "a list of names"),
     "command": or_null(TEXT),
     "parameters": or_null(count()),
@@ -42,6 +42,7 @@ class CardFacts:
 
     Attributes:
         base_model: as the config names it; None when training began from random weights.
+        wrapper: the base's model_type, if only its text model was trained.
         hub_model: the base model's name on the hub, if it came from there.
         hub_datasets: the names of the data sets that came from the hub.
         command: the run's command line, quoted for a shell.
@@ -50,6 +51,7 @@ class CardFacts:
 
     name: str | None = None
     base_model: str | None = None
+    wrapper: str | None = None
     dataset: str | None = None
     hub_model: str | None = None
     hub_datasets: tuple[str, ...] = ()
@@ -129,7 +131,13 @@ def _summary(facts: CardFacts) -> str:
     base = facts.base_model
     start = f"Fine-tuned from {code(base)}" if base else "Trained from scratch"
     data = f" on {code(facts.dataset)}" if facts.dataset else ""
-    return f"{start}{data} with torchprime (PyTorch/XLA)."
+    said = f"{start}{data} with torchprime (PyTorch/XLA)."
+    if facts.wrapper is None:
+        return said
+    return (
+        f"{said} This is the text model of the base, whose `model_type` is {code(facts.wrapper)}; "
+        "its other parts, such as those for images, are not in this folder."
+    )
 
 
 def table_section(title: str, rows: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ def make_exporter(inputs: RunInputs, say: Callable[[str], None]) -> Exporter:
         card=CardFacts(
             name=c.run_name,
             base_model=c.model.pretrained_model,
+            wrapper=files.wrapper,
             dataset=rows.report.source,
             hub_model=hub_name(c.model.pretrained_model),
             hub_datasets=tuple(rows.sources.hub_names()),

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,20 @@ class ModelFiles:
     def num_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    @cached_property
+    def wrapper(self) -> str | None:
+        """The model_type of a larger model whose text model is trained; None: the model is one."""
+        config = {} if self.folder is None else read_json(self.folder / "config.json")
+        return None if text_part(config) is config else str(config["model_type"])
+
     def left_out(self) -> str | None:
         """Return a line on the parts of a larger model that training leaves out, if there are
         some."""
-        if self.folder is None:
-            return None
-        config = read_json(self.folder / "config.json")
-        if text_part(config) is config:
+        if self.folder is None or self.wrapper is None:
             return None
         count = SafetensorsReader(self.folder).left_out
         return (
-            f"model_type {config['model_type']}: its text model is trained and exported, as "
+            f"model_type {self.wrapper}: its text model is trained and exported, as "
             f"{self.architecture.family}; the {count:,} weights of its other parts are left out"
         )
 

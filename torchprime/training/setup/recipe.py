@@ -50,7 +50,11 @@ from torchprime.training.spikes import SpikeOptions
 
 
 def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
-    """Return the config's model files; with `weights`, those of a checkpoint must be there, too."""
+    """Return the config's model files; with `weights`, those of a checkpoint must be there, too.
+
+    Raises:
+        ConfigError: an adapter that could not be loaded over the model.
+    """
     m = config.model
     found = find_model(
         pretrained_model=m.pretrained_model,
@@ -63,6 +67,14 @@ def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
     adapter = adapter_of(config)
     if adapter is not None and adapter.start is not None:
         adapter.start.fit(found.hf_config)
+    if adapter is not None and adapter.form != "merged" and found.wrapper is not None:
+        refuse(
+            "export.adapter",
+            adapter.form,
+            f"merged: PEFT loads an adapter over the whole {found.wrapper}, in which the layers of "
+            "its text model have other names",
+            "Set export.adapter=merged: the export is the text model with the adapter merged.",
+        )
     return replace(found, adapter=adapter, groups=groups_of(config))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from torchprime.adapters.spec import AdapterSpec
+from torchprime.checkpoint.adapter.card import adapter_card
 from torchprime.checkpoint.adapter.certificate import base_fingerprint
 from torchprime.checkpoint.adapter.export import (
     export_adapter,
@@ -24,6 +25,7 @@ from torchprime.checkpoint.adapter.export import (
 )
 from torchprime.checkpoint.adapter.folder import AdapterFolder
 from torchprime.checkpoint.adapter.logits import adapted_logits
+from torchprime.checkpoint.adapter.parts import adapter_parts
 from torchprime.checkpoint.adapter.read import read_adapter
 from torchprime.checkpoint.adapter.recheck import recheck_any
 from torchprime.checkpoint.export import ExportResult, check_export
@@ -230,6 +232,18 @@ def test_reasons_to_refuse_are_found_before_training(by_peft, tmp_path: Path) ->
     shutil.copytree(case.made.folder, tmp_path / "used")
     with pytest.raises(CheckpointError, match="used"):
         check_export(tmp_path / "used", case.adapter)
+
+
+@pytest.mark.parametrize(("name", "served"), [("fused", True), ("fused dora", False)])
+def test_the_card_says_whether_vllm_serves_fused_projections(
+    by_peft, name: str, served: bool
+) -> None:
+    """Phi-3's, by their names; of GLM-4 vLLM expects the parts of gate_up_proj."""
+    case = Case(by_peft(name))
+    spec = replace(case.spec, dora=False)
+    card = adapter_card(case.facts, spec, adapter_parts(case.config, spec), "base")
+    assert ("vllm serve" in card) == served
+    assert ("does not serve an adapter of this family's gate_up_proj" in card) != served
 
 
 def test_the_card_says_how_to_use_it(by_peft, tmp_path: Path) -> None:
