@@ -50,6 +50,22 @@ FAMILIES = {
         "Ministral",
         dict(head_dim=16, sliding_window=16, layer_types=["full_attention", "sliding_attention"]),
     ),
+    "ministral3": (
+        "Ministral3",
+        dict(
+            head_dim=16,
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=1e4,
+                factor=4.0,
+                original_max_position_embeddings=32,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                truncate=True,
+                llama_4_scaling_beta=0.2,
+            ),
+        ),
+    ),
     "glm4": ("Glm4", dict(head_dim=16, partial_rotary_factor=0.5)),
     "granite": (
         "Granite",

@@ -76,6 +76,10 @@ FAMILIES = {
         **{"rope_theta": 100.0, "head_dim": 8, "sliding_window": 5},
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "ministral3": {
+        **{"head_dim": 8, "sliding_window": 6},
+        "rope_parameters": {"rope_theta": 100.0, **YARN, "llama_4_scaling_beta": 0.5},
+    },
     "glm4": {
         **{"rope_theta": 100.0, "head_dim": 8, "pad_token_id": None, "eos_token_id": 1},
         **{"partial_rotary_factor": 0.5},
@@ -333,6 +337,7 @@ def test_the_bases_show_every_switch() -> None:
         ("mistral", "sliding_window", 7),
         ("qwen2", "rope_parameters", {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}),
         ("qwen3", "max_window_layers", 0),
+        ("ministral3", "rope.llama_4_scaling_beta", 0.2),
         ("gemma2", "attn_logit_softcapping", 1.2),
         ("gemma2", "final_logit_softcapping", 2.0),
         ("llama-dynamic", "rope.factor", 8.0),

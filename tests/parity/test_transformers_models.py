@@ -21,6 +21,7 @@ from transformers import (
     Glm4Config,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MinistralConfig,
     MistralConfig,
     Olmo2Config,
@@ -69,6 +70,15 @@ GEMMA2: dict[str, Any] = dict(
     final_logit_softcapping=3.0,
 )
 UNCAPPED: dict[str, Any] = dict(attn_logit_softcapping=None, final_logit_softcapping=None)
+MINISTRAL3: dict[str, Any] = dict(
+    type="yarn",
+    rope_theta=1e4,
+    factor=4.0,
+    original_max_position_embeddings=5,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.4,
+)
 GLM: dict[str, Any] = dict(head_dim=16, partial_rotary_factor=0.5)
 CONFIGS = {
     "llama2": LlamaConfig(**SMALL),
@@ -96,6 +106,8 @@ CONFIGS = {
             rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=16
         ),
     ),
+    # Positions beyond the original context, where queries are scaled.
+    "ministral3": Ministral3Config(**SMALL, head_dim=16, rope_parameters=MINISTRAL3),
     "ministral": MinistralConfig(
         **SMALL,
         head_dim=16,

@@ -61,6 +61,15 @@ def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
     compare(made, name, made.config)
 
 
+def test_ministral_3_with_images(tmp_path: Path) -> None:
+    """Its text model has a model_type of its own."""
+    scaling = {"type": "yarn", "rope_theta": 1e4, "factor": 4.0, "llama_4_scaling_beta": 0.4}
+    scaling |= {"original_max_position_embeddings": 5}
+    made = make_wrapper(tmp_path, "Mistral3", model_type="ministral3", rope_parameters=scaling)
+    assert architecture_from_hf(made.config).family == "ministral3"
+    compare(made, "Mistral3", made.config)
+
+
 YARN = {"factor": 4.0, "original_max_position_embeddings": 8, "mrope_section": [1, 1, 2]}
 
 
@@ -92,7 +101,8 @@ def test_the_wrappers_own_key_ties(outside: bool, inside: bool | None, tmp_path:
     made = make_wrapper(tmp_path, "Mistral3")
     config = transformers.Mistral3Config.from_pretrained(tmp_path)
     config.tie_word_embeddings = outside
-    config.text_config.tie_word_embeddings = bool(inside)
+    text: Any = config.text_config
+    text.tie_word_embeddings = bool(inside)
     transformers.Mistral3ForConditionalGeneration(config).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     if inside is None:

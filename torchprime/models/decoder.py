@@ -133,7 +133,10 @@ class Attention(nn.Module):
     def __init__(self, a: Architecture, kind: LayerKind) -> None:
         super().__init__()
         self.head_dim = a.head_dim
-        self.kind, self.rope = a.windows.index(kind.window), kind.rope
+        self.kind, rope = a.windows.index(kind.window), kind.rope
+        # The tables of queries and keys.
+        of_q = rope if a.rope.query_growth is None else len(a.ropes)
+        self.ropes = None if rope is None or of_q is None else (of_q, rope)
         self.rotate = partial(rotate, neighbours=a.rope_neighbours)
         D, wide, narrow = (
             a.hidden_size,
@@ -171,10 +174,10 @@ class Attention(nn.Module):
         if self.query_factor is not None:
             q = q * self.query_factor
         q_BHSh, k_BKSh = q.transpose(1, 2), k.transpose(1, 2)
-        if self.rope is not None:
-            tables = context.rotary[self.rope]
-            dtype = x_BSD.dtype  # the tables may be wider
-            q_BHSh, k_BKSh = (self.rotate(each, *tables).to(dtype) for each in (q_BHSh, k_BKSh))
+        if self.ropes is not None:
+            dtype, (of_q, of_k) = x_BSD.dtype, self.ropes  # the tables may be wider
+            q_BHSh = self.rotate(q_BHSh, *context.rotary[of_q]).to(dtype)
+            k_BKSh = self.rotate(k_BKSh, *context.rotary[of_k]).to(dtype)
         mixed = self.core(q_BHSh, k_BKSh, v_BKSh, context.attention[self.kind])
         return self.o_proj(mixed.transpose(1, 2).reshape(B, S, -1))
 
@@ -293,11 +296,14 @@ class Decoder(nn.Module):
             core_for(a, window, ReferenceAttention) for window in a.windows
         ]
         self.rotary = nn.ModuleList(RotaryTables(rope, a.head_dim) for rope in a.ropes)
+        if (growth := a.rope.query_growth) is not None:
+            self.rotary.append(RotaryTables(a.rope, a.head_dim, growth))
 
     def tables(
         self, position_ids: Tensor, length: int, dtype: torch.dtype
     ) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Return each rope's cosines and sines for positions [B, S] in sequences of a length."""
+        """Return each rope's cosines and sines for positions [B, S] in sequences of a length; then
+        those of queries, if these are scaled by their position."""
         dtype = torch.float32 if self.architecture.wide_rotation else dtype
         return tuple(make(position_ids, length, dtype) for make in self.rotary)
 

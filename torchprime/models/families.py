@@ -141,6 +141,15 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family("MistralForCausalLM", context=131_072, kv_heads=8, window="all"),
     "ministral": Family("MinistralForCausalLM", context=131_072, kv_heads=8, window="pattern"),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
+        context=262_144,
+        kv_heads=8,
+        head_dim=128,
+        window="all",
+        rope=RopeTraits(kinds=("yarn",), query_growth=True),
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": None},
+    ),
     "qwen2": Family(
         "Qwen2ForCausalLM", context=32_768, kv_heads=32, qkv_bias=ALWAYS, window="upper"
     ),

@@ -23,11 +23,14 @@ class RotaryTables(nn.Module):
 
     Its frequencies are constants, not weights: they are on the CPU even if the parameters are made
     without storage, and checkpoints do not have them.
+
+    Args:
+        growth: `Rope.query_growth` in tables that are for queries only.
     """
 
-    def __init__(self, rope: Rope, head_dim: int) -> None:
+    def __init__(self, rope: Rope, head_dim: int, growth: float | None = None) -> None:
         super().__init__()
-        self.rope, self.head_dim = rope, head_dim
+        self.rope, self.head_dim, self.growth = rope, head_dim, growth
         self.speeds: Tensor
         self.register_buffer("speeds", self._of_length(0), persistent=False)
         self.long_speeds: Tensor | None
@@ -54,7 +57,12 @@ class RotaryTables(nn.Module):
                 speeds = self.long_speeds
             elif self.rope.kind == "dynamic":
                 speeds = self._of_length(length).to(position_ids.device)
-        return rotary_tables(speeds, position_ids, dtype, self.rope.attention_scale)
+        cos, sin = rotary_tables(speeds, position_ids, torch.float32, self.rope.attention_scale)
+        if self.growth is not None:
+            contexts = torch.floor(position_ids.float() / self.rope.original_max_position)
+            scale = 1 + self.growth * torch.log(1 + contexts)[:, None, :, None]
+            cos, sin = cos * scale, sin * scale
+        return cos.to(dtype), sin.to(dtype)
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, length: int = 0) -> list[float]:

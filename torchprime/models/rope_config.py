@@ -33,8 +33,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     ),
     "longrope": ("short_factor", "long_factor", "factor", "attention_factor", ORIGINAL),
 }
-# Keys inside the object that change the computation in ways that the decoder does not have.
-REFUSED = ("llama_4_scaling_beta",)
+# The key inside the object that scales queries by their position.
+QUERY_GROWTH = "llama_4_scaling_beta"
 LARGEST = 2**40  # of a context in tokens
 LARGEST_FACTOR = 1000  # of attention: beyond it scores are no numbers
 # The fields of a Rope in version 0.1.0.
@@ -55,6 +55,7 @@ class RopeTraits:
             context.
         kinds: the kinds that the family's class in transformers accepts.
         other_names: kinds by the names that older files of the family have for them.
+        query_growth: the family scales queries by their position.
     """
 
     theta: float = THETA
@@ -62,6 +63,7 @@ class RopeTraits:
     original: int | None = None
     kinds: tuple[str, ...] = tuple(KINDS)
     other_names: Mapping[str, str] = field(default_factory=dict)
+    query_growth: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Rope:
         attention_factor: of cosines and sines; None: computed from the other fields.
         short_factor: divides each frequency, for lengths up to `original_max_position`.
         long_factor: the same above it.
+        query_growth: a query at position p is scaled by 1 + this * log(1 + p //
+            `original_max_position`), as in Llama 4; None: not scaled.
     """
 
     theta: float = THETA
@@ -93,6 +97,7 @@ class Rope:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    query_growth: float | None = None
 
     def rotated(self, head_dim: int) -> int:
         """Return how many numbers of a head are rotated, from the first on."""
@@ -132,6 +137,7 @@ KEYS = {
     "kind": "rope_type",
     "original_max_position": ORIGINAL,
     "partial": PARTIAL,
+    "query_growth": QUERY_GROWTH,
 }
 FIELDS = {key: name for name, key in KEYS.items()}
 
@@ -149,12 +155,15 @@ def read_rope(config: ConfigValues, context: int, traits: RopeTraits, head_dim: 
     """
     new, old = config.inner("rope_parameters"), config.inner("rope_scaling")
     reader = _Reader(config, context, traits, head_dim)
-    old_rope = reader.read(old or ConfigValues({}, config.where, "rope_scaling."))
+    if new is None and old is None and "default" not in traits.kinds:
+        kinds = ", ".join(traits.kinds)
+        raise config.fault("rope_parameters", f"an object with one of the rope types {kinds}")
     if new is None:
-        return old_rope
+        return reader.read(old or ConfigValues({}, config.where, "rope_scaling."))
     new_rope = reader.read(new)
     if old is not None:
-        _refuse_difference(new_rope, old_rope, config.where, "rope_theta and rope_scaling")
+        older = "rope_theta and rope_scaling"
+        _refuse_difference(new_rope, reader.read(old), config.where, older)
         return new_rope
     beside = {
         name: value
@@ -182,9 +191,8 @@ class _Reader:
         for key in keys.content:
             if isinstance(keys.get(key), dict):
                 raise keys.fault(key, "one rope for all layers, not one for each kind of layer")
-        for key in REFUSED:
-            if keys.get(key):
-                raise keys.fault(key, "null: the decoder does not compute it")
+        if keys.get(QUERY_GROWTH) and not self.traits.query_growth:
+            raise keys.fault(QUERY_GROWTH, "null: this family is supported without it")
         rope = Rope(self._theta(keys), self._kind(keys), partial=self._partial(keys))
         if rope.kind == "default":
             return rope
@@ -280,8 +288,16 @@ class _Reader:
             mscale=_optional(keys, "mscale", equal=True),
             mscale_all_dim=_optional(keys, "mscale_all_dim", equal=True),
             truncate=keys.flag("truncate", True),
+            query_growth=self._query_growth(keys),
             original_max_position=self._original(keys),
         )
+
+    def _query_growth(self, keys: ConfigValues) -> float | None:
+        if not self.traits.query_growth:
+            return None
+        if (found := keys.number(QUERY_GROWTH, equal=True)) > LARGEST_FACTOR:
+            raise keys.fault(QUERY_GROWTH, f"a number up to {LARGEST_FACTOR:,}")
+        return found
 
     def _longrope(self, rope: Rope, keys: ConfigValues) -> Rope:
         original, size = self._original(keys), rope.rotated(self.head_dim) // 2
@@ -354,6 +370,8 @@ def both_spellings(rope: Rope, context: int, *, partial: bool) -> dict[str, Any]
         value = getattr(rope, FIELDS.get(key, key))
         if value is not None:
             scaling[key] = list(value) if isinstance(value, tuple) else value
+    if rope.query_growth is not None:
+        scaling[QUERY_GROWTH] = rope.query_growth
     result: dict[str, Any] = {
         "rope_theta": rope.theta,
         "rope_scaling": None if rope.kind == "default" else scaling,

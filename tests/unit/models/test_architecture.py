@@ -20,6 +20,7 @@ LLAMA = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
+MINISTRAL3 = {"model_type": "ministral3", "num_key_value_heads": 2}
 SCALING = {
     "factor": 32.0,
     "low_freq_factor": 1.0,
@@ -95,6 +96,17 @@ def test_the_original_context_may_stand_outside_of_the_rope() -> None:
             {"rope_parameters": {"rope_type": "yarn", "factor": 2, "llama_4_scaling_beta": 0.1}},
             "rope_parameters.llama_4_scaling_beta is 0.1, expected null",
         ),
+        (
+            {**MINISTRAL3, "rope_parameters": {"rope_type": "yarn", "factor": 2}},
+            "rope_parameters.llama_4_scaling_beta is missing, expected a number of at least 0",
+        ),
+        (MINISTRAL3, "rope_parameters is missing, expected .* one of the rope types yarn"),
+        (
+            {"model_type": "llama4", "text_config": {"model_type": "llama4_text"}},
+            "model_type is 'llama4'; supported are .* 'llama4_text', neither supported",
+        ),
+        ({"layer_types": ["chunked_attention"] * 2}, r"layer_types is \['chunked_attention'"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
         ({"vocab_size": None}, "vocab_size is missing, expected a whole number from 1 to"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
