@@ -17,15 +17,16 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from torchprime.checkpoint.export import ExportResult, write_export
+from torchprime.checkpoint.export import ExportResult
 from torchprime.checkpoint.from_checkpoint import (
     CHECKPOINTS,
-    base_of,
+    FullWeights,
     copy_small_files,
-    decoder_logits_of,
+    export_full,
     fetch_small_files,
     find_checkpoint,
     tensors_of,
+    told,
 )
 from torchprime.checkpoint.hf.card import CardFacts
 from torchprime.checkpoint.hf.export_facts import FACTS, ExportFacts, read_facts
@@ -33,7 +34,7 @@ from torchprime.checkpoint.hf.folder import CARD
 from torchprime.checkpoint.hf.read import INDEX, SafetensorsReader
 from torchprime.checkpoint.hf.served_template import TrainedTemplate
 from torchprime.checkpoint.places import ExportPlace
-from torchprime.checkpoint.proof.certificate import CERTIFICATE, certify, read_certificate
+from torchprime.checkpoint.proof.certificate import CERTIFICATE, read_certificate
 from torchprime.checkpoint.run.catalog import Catalog
 from torchprime.checkpoint.run.open_storage import open_storage
 from torchprime.checkpoint.run.reader import CheckpointReader
@@ -109,35 +110,16 @@ def export_average(
             _require_same(sources[0], source)
         first, facts = sources[0], _facts(sources[0], dtype)
         mean = partial(_mean, sources, weights)
-        told = ", ".join(f"{w:g} x {s.where}" for s, w in zip(sources, weights, strict=True))
+        inputs = ", ".join(f"{w:g} x {s.where}" for s, w in zip(sources, weights, strict=True))
 
         def small_files(folder: Path) -> None:
             copy_small_files(first.files, first.facts, facts, folder)
-            average = f"## Average\n\nThe weights are the mean of: {inline(told)}.\n"
+            average = f"## Average\n\nThe weights are the mean of: {inline(inputs)}.\n"
             write_text(folder / CARD, f"{facts.card_text()}\n{average}")
 
-        result = write_export(
-            place,
-            small_files=small_files,
-            weights=((name, mean(name)) for name in facts.spec),
-            layout=facts.layout,
-            certify=lambda folder, hashes: certify(
-                folder,
-                hashes,
-                facts=facts,
-                origin=f"the mean of {told}",
-                trained=decoder_logits_of(folder, facts, mean, "from the mean of the inputs"),
-                base=base_of(facts, None),
-            ),
-        )
-    assert result.certificate is not None
-    result.certificate.require(place)
-    proofs = (result.certificate.check(part).detail for part in ("weights", "logits"))
-    say(
-        f"averaged {len(sources)} inputs to {place}: {'; '.join(proofs)}; certificate: "
-        f"{result.certificate.tally()}"
-    )
-    return result
+        full = FullWeights(facts, mean, f"the mean of {inputs}", "from the mean of the inputs")
+        result = export_full(place, small_files, full)
+    return told(result, f"averaged {len(sources)} inputs to {place}", place, say)
 
 
 def _mean(sources: Sequence[Source], weights: Sequence[float], name: str) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -133,37 +133,68 @@ def export_checkpoint(
         if written.adapter is not None:
             _refuse_dtype(dtype)
             result = _export_adapter(reader, kept, place, written, base)
-            return _told(result, place, name, say)
+            return told(result, f"exported {name} to {place}", place, say)
         facts = replace(written, dtype=dtype or written.dtype)
         tensor_of = tensors_of(reader, facts, average)
         averaged = average and has_average(reader)
         name = f"the moving average in {name}" if averaged else name
-        result = write_export(
-            place,
-            small_files=partial(copy_small_files, kept, written, facts),
-            weights=((weight, tensor_of(weight)) for weight in facts.spec),
-            layout=facts.layout,
-            certify=lambda folder, hashes: certify(
-                folder,
-                hashes,
-                facts=facts,
-                origin=f"{name} of {facts.source}",
-                trained=decoder_logits_of(folder, facts, tensor_of, "from the checkpoint"),
-                base=base_of(facts, base),
-            ),
-        )
-    return _told(result, place, name, say)
+        origin = f"{name} of {facts.source}"
+        full = FullWeights(facts, tensor_of, origin, "from the checkpoint", base)
+        result = export_full(place, partial(copy_small_files, kept, written, facts), full)
+    return told(result, f"exported {name} to {place}", place, say)
 
 
-def _told(
-    result: ExportResult, place: ExportPlace, name: str, say: Callable[[str], None]
+@dataclass(frozen=True)
+class FullWeights:
+    """All weights of a model, and what its certificate says of them.
+
+    Attributes:
+        tensor_of: returns a weight by its HF name.
+        origin: where they are from, in words.
+        compared: from where the logits of the certificate's comparison come, in words.
+        base: the folder of the base's weights; None looks where they lay during the run.
+    """
+
+    facts: ExportFacts
+    tensor_of: Callable[[str], Tensor]
+    origin: str
+    compared: str
+    base: Path | None = None
+
+
+def export_full(
+    place: ExportPlace, small_files: Callable[[Path], None], full: FullWeights
 ) -> ExportResult:
-    """Say what was exported; raise the CheckpointError of a failed certificate."""
+    """Write an export of all weights, whole or not at all, with its certificate.
+
+    Args:
+        small_files: writes all other files into a folder.
+    """
+    facts = full.facts
+    return write_export(
+        place,
+        small_files=small_files,
+        weights=((name, full.tensor_of(name)) for name in facts.spec),
+        layout=facts.layout,
+        certify=lambda folder, hashes: certify(
+            folder,
+            hashes,
+            facts=facts,
+            origin=full.origin,
+            trained=decoder_logits_of(folder, facts, full.tensor_of, full.compared),
+            base=base_of(facts, full.base),
+        ),
+    )
+
+
+def told(
+    result: ExportResult, what: str, place: ExportPlace, say: Callable[[str], None]
+) -> ExportResult:
+    """Say what was written and proved; raise the CheckpointError of a failed certificate."""
     assert result.certificate is not None
     result.certificate.require(place)
     proofs = (result.certificate.check(part).detail for part in ("weights", "logits"))
-    tally = result.certificate.tally()
-    say(f"exported {name} to {place}: {'; '.join(proofs)}; certificate: {tally}")
+    say(f"{what}: {'; '.join(proofs)}; certificate: {result.certificate.tally()}")
     return result
 
 

@@ -121,7 +121,7 @@ def test_one_tensor_of_each_input_is_in_memory(three, tmp_path, monkeypatch) -> 
 
     monkeypatch.setattr(CheckpointReader, "get", watched)
     monkeypatch.setattr(
-        "torchprime.checkpoint.average.decoder_logits_of", lambda *args: "left out here"
+        "torchprime.checkpoint.from_checkpoint.decoder_logits_of", lambda *args: "left out here"
     )
     inputs = [checkpoint(tmp_path, step) for step in (7, 8, 9)]
     assert average_main([*inputs, "--out", str(tmp_path / "out")]) == 0
