@@ -58,19 +58,20 @@ def threefry(key: Words, counter: Words) -> Words:
     return x, y
 
 
-def _fractions(key: Words, rows: Tensor, width: int, first: int = 0) -> Tensor:
+def _fractions(key: Words, rows: Tensor, width: int, first: int | Tensor = 0) -> Tensor:
     """Return int32 [*rows.shape, width] from 0 to less than 2^24.
 
     Args:
         key: two int32 scalars.
         rows: int32, the number of each token; any shape.
         width: entries of a token; entry i of a token has the counter (token, i // 2).
-        first: the number of the first entry, if these are only a part of each token's.
+        first: the number of the first entry, if these are only a part of each token's. A tensor
+            is even.
     """
-    end = (first + width + 1) // 2
-    pairs = torch.arange(first // 2, end, dtype=torch.int32, device=rows.device)
-    words = torch.stack(threefry(key, (rows[..., None], pairs)), dim=-1)
-    bits = words.flatten(-2)[..., first % 2 :][..., :width]
+    skipped = 0 if isinstance(first, Tensor) else first % 2
+    pairs = torch.arange((skipped + width + 1) // 2, dtype=torch.int32, device=rows.device)
+    words = torch.stack(threefry(key, (rows[..., None], pairs + first // 2)), dim=-1)
+    bits = words.flatten(-2)[..., skipped:][..., :width]
     return shifted_right(bits, 32 - _FRACTION_BITS)
 
 
@@ -79,7 +80,9 @@ def uniform(key: Words, rows: Tensor, width: int) -> Tensor:
     return _fractions(key, rows, width).float() * 2.0 ** (1 - _FRACTION_BITS) - 1
 
 
-def kept(key: Words, rows: Tensor, width: int, probability: float, first: int = 0) -> Tensor:
+def kept(
+    key: Words, rows: Tensor, width: int, probability: float, first: int | Tensor = 0
+) -> Tensor:
     """Return a dropout mask, True where an entry is kept.
 
     Entries are those of `_fractions`, with the same arguments.

@@ -19,6 +19,8 @@ import pytest
 import torch
 
 from torchprime.compiling.hlo.program import Program
+from torchprime.torch_native.backend import NativeBackend
+from torchprime.torch_native.runtime import stop_processes
 from torchprime.torch_native.tpu.environment import without_chip
 
 REPO = Path(__file__).resolve().parents[2]
@@ -26,6 +28,9 @@ PYTHON = Path(
     os.environ.get("TORCHPRIME_TORCHTPU_PYTHON") or REPO / ".venv-torchtpu" / "bin" / "python"
 )
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "unit" / "torch_native" / "chips")]
+from variants import VARIANTS, two_steps  # noqa: E402
+
 REFERENCES: dict[str, dict[str, Any]] = {
     "full": {"mesh": {"fsdp": 2}},
     "lora": {"mesh": {"fsdp": 2}, "lora": 4},
@@ -103,6 +108,26 @@ def test_ten_steps_equal_the_native_backend(name: str, references, programs) -> 
     for key in compared:
         theirs, ours = reference["weights"][key], found["weights"][key]
         assert float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max())), key
+
+
+def test_steps_of_every_kind_equal_the_native_backend(tmp_path: Path) -> None:
+    command(PYTHON, HERE / "torchtpu_variants.py", tmp_path / "found.pt")
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert found.keys() == VARIANTS.keys()
+    try:
+        for name, variant in VARIANTS.items():
+            native = NativeBackend({}, {}, full_precision=True)
+            (numbers, ours), (expected, theirs) = found[name], two_steps(native, variant)
+            assert numbers == [pytest.approx(each, rel=1e-5) for each in expected], name
+            assert ours.keys() == theirs.keys()
+            for key, weight in theirs.items():
+                torch.testing.assert_close(ours[key], weight, rtol=1e-5, atol=1e-5, msg=key)
+    finally:
+        stop_processes()
+
+
+def test_interfaces_that_only_chips_use_are_there() -> None:
+    command(PYTHON, HERE / "torchtpu_interfaces.py")
 
 
 def without_kernels(text: str) -> str:

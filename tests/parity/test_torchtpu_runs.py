@@ -103,10 +103,23 @@ def test_compare_and_certificate_pass(ours: Done, native: Done) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_checkpoint_of_xla_resumes_here_and_back(base: Path, ours: Done, xla: Done) -> None:
-    def third(done: Done) -> str:
-        return f"resume={done.folder / 'checkpoints' / 'step_00000003'}"
+def third(done: Done) -> str:
+    return f"resume={done.folder / 'checkpoints' / 'step_00000003'}"
 
+
+def test_a_resumed_run_has_the_same_bits(base: Path, ours: Done) -> None:
+    again = run(base / "again", PYTHON, TRAIN, "device=tpu_on_cpu", third(ours))
+    assert again.losses() == ours.losses(first=4)
+    assert weights(again) == weights(ours)
+
+
+def weights(done: Done) -> dict[str, bytes]:
+    files = sorted((done.folder / "export").glob("*.safetensors"))
+    assert files
+    return {path.name: path.read_bytes() for path in files}
+
+
+def test_a_checkpoint_of_xla_resumes_here_and_back(base: Path, ours: Done, xla: Done) -> None:
     here = run(base / "here", PYTHON, TRAIN, "device=tpu_on_cpu", third(xla))
     assert here.losses() == [pytest.approx(each, rel=1e-5) for each in xla.losses(first=4)]
     back = run(base / "back", sys.executable, TRAIN, "--backend", "xla", *MESH, third(ours))

@@ -31,7 +31,7 @@ class CounterDropout(nn.Module):
         value = torch.tensor(number, dtype=torch.int32)
         self.number = nn.Parameter(value, requires_grad=False)
         self.position: Position | None = None
-        self.first = 0
+        self.first: int | Tensor = 0
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         if self.position is None or self.probability == 0:

@@ -31,6 +31,7 @@ from torchprime.torch_native.chips.client import Chips, Value
 from torchprime.torch_native.chips.programs import Programs
 from torchprime.torch_native.chips.values import same_on_all
 from torchprime.torch_native.tpu.parameters import Parts
+from torchprime.torch_native.tpu.shares import kv_heads
 from torchprime.torch_native.tpu.step import Input
 
 # Shape suffixes: B batch, S sequence, K kv heads, h head size, V vocab.
@@ -138,7 +139,7 @@ class Generator:
         """Return the inputs that a chunk writes: token, slot, number, keys, values."""
         a, stack = self.model.architecture, self.parts.stack
         rows, number = (shape.prompts[0],), partial(Input, shape=(), dtype=torch.int32)
-        cache = (*rows, a.num_key_value_heads // self.chips.grid.tensor, shape.slots, a.head_dim)
+        cache = (*rows, kv_heads(a, self.chips.grid.tensor), shape.slots, a.head_dim)
         entries = 1 if stack.scan else a.num_hidden_layers
         stacked = (a.num_hidden_layers, *cache) if stack.scan else cache
         dtype = self.parts.held[0].dtype  # the embedding's, which hidden states have

@@ -127,7 +127,8 @@ class _Gathered(torch.autograd.Function):
         gather: Gather = ctx.gather
         for dim, axes in reversed(list(enumerate(gather.dims))):
             grad = reduce_scatter(gather.grid, grad, dim, axes)
-            if TENSOR in axes:  # the chips along it computed the same gradient
+            # Otherwise the chips along it computed the same gradient.
+            if TENSOR in axes and not gather.partial:
                 grad = grad / gather.grid.tensor
         return all_reduce(grad, gather.summed), None
 

@@ -5,7 +5,7 @@ backward gathers them again, repeats the forward from the layer's input and diff
 step gathers each weight twice and scatters each gradient once.
 
 Along `tensor` linear layers stay cut, as the sharding table says: along their outputs (each chip
-has some heads) or along their inputs (outputs are summed).
+has some heads) or along their inputs (outputs are summed). Those of shares.py are gathered whole.
 """
 
 from __future__ import annotations
@@ -23,9 +23,19 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from torchprime.adapters.dropout import CounterDropout, set_position
+from torchprime.adapters.lora import AdaptedLinear
+from torchprime.errors import ConfigError
+from torchprime.models.architecture import Architecture
 from torchprime.torch_native.tpu.collectives import Gather, barrier, copied, summed
-from torchprime.torch_native.tpu.grid import TENSOR, Cut
+from torchprime.torch_native.tpu.grid import TENSOR, Cut, Grid
 from torchprime.torch_native.tpu.loops import Loop, traced_loop
+from torchprime.torch_native.tpu.shares import (
+    Share,
+    by_parameter,
+    kv_heads,
+    place_along_tensor,
+    shares,
+)
 
 Pair = tuple[Tensor, Tensor]  # keys and values of a layer
 TRAINED, BASE = "trained", "base"  # uses of a stack in one program; their loops differ
@@ -34,21 +44,71 @@ TRAINED, BASE = "trained", "base"  # uses of a stack in one program; their loops
 PER_HEAD = ("q_norm", "k_norm")
 
 
-def cut_along_tensor(layer: nn.Module, cuts: Mapping[str, Cut]) -> None:
+@dataclass(frozen=True)
+class TensorCut:
+    """A layer's computation along `tensor`.
+
+    Attributes:
+        shares: of the layer's parameters by name; a parameter without one stays cut.
+        dropouts: those whose input is a part of each token, and the part's number of entries.
+    """
+
+    shares: Mapping[str, Share]
+    dropouts: Sequence[tuple[CounterDropout, int]] = ()
+
+    @property
+    def by_place(self) -> bool:
+        """True if the computation depends on the chip's place along `tensor`."""
+        return bool(self.shares or self.dropouts)
+
+
+def cut_along_tensor(layer: nn.Module, cuts: Mapping[str, Cut], a: Architecture) -> TensorCut:
     """Make a layer compute with linear layers that are cut along `tensor`.
 
     Args:
         cuts: of the layer's parameters by name.
+
+    Raises:
+        ConfigError: parts of a dropout's input that cannot be numbered.
     """
-    copies = _Copies()
+    copies, size = _Copies(), next(iter(cuts.values())).grid.tensor
+    own = by_parameter(shares(a, size))
     for name, module in layer.named_modules():
         cut = cuts.get(f"{name}.weight")
         if not isinstance(module, nn.Linear) or cut is None:
             continue
-        if TENSOR in cut.dims[0]:
+        if TENSOR in cut.dims[0] or f"{name}.weight" in own:
             module.register_forward_pre_hook(copies)
         elif TENSOR in cut.dims[1]:
             module.forward = partial(_summed_linear, module)  # pyright: ignore[reportAttributeAccessIssue]
+    if a.fused_qkv:
+        attention: Any = layer.get_submodule("self_attn")
+        heads = (a.num_attention_heads // size, *[kv_heads(a, size)] * 2)
+        attention.parts = [a.head_dim * count for count in heads]
+    return TensorCut(
+        {name: own[name] for name in cuts if name in own}, _dropouts(layer, cuts, size)
+    )
+
+
+def _dropouts(
+    layer: nn.Module, cuts: Mapping[str, Cut], size: int
+) -> list[tuple[CounterDropout, int]]:
+    """Return the dropouts whose input is cut, and the number of entries of a part."""
+    found = []
+    for name, module in layer.named_modules():
+        if not isinstance(module, AdaptedLinear) or not module.lora_dropout.probability:
+            continue
+        if TENSOR not in cuts[f"{name}.lora_A.weight"].dims[1]:
+            continue
+        part = module.lora_A.in_features // size
+        if part % 2:
+            raise ConfigError(
+                f"adapter.dropout: given {module.lora_dropout.probability:g} with ici_mesh.tensor="
+                f"{size}, expected 0: the inputs of {name} are cut into parts of {part}, which is "
+                "odd. Use the fsdp axis instead."
+            )
+        found.append((module.lora_dropout, part))
+    return found
 
 
 class _Copies:
@@ -69,8 +129,10 @@ def _summed_linear(module: nn.Linear, x: Tensor) -> Tensor:
     return out if module.bias is None else out + module.bias
 
 
-def layer_gather(name: str, cut: Cut) -> Gather:
-    """Return the gather of a layer's parameter: along all axes but `tensor`."""
+def layer_gather(name: str, cut: Cut, tensor: TensorCut) -> Gather:
+    """Return the gather of a layer's parameter: along all axes but `tensor`, or along all."""
+    if name in tensor.shares:
+        return Gather.of(cut, partial=True)
     partial_gradient = cut.grid.tensor > 1 and any(part in name for part in PER_HEAD)
     return Gather.of(cut, keep=(TENSOR,), partial=partial_gradient)
 
@@ -82,22 +144,27 @@ class GatheredLayer:
     Attributes:
         gathers: by parameter name, in the order of the parts.
         trained: whether each part gets a gradient.
+        tensor: the computation along `tensor`.
     """
 
     layer: nn.Module
     gathers: Mapping[str, Gather]
     trained: Sequence[bool]
+    tensor: TensorCut
 
     def __call__(self, x: Tensor, parts: Sequence[Tensor], inputs: Any) -> Tensor:
         """Return the layer's output.
 
         Args:
-            inputs: (context, position of dropout; () without one).
+            inputs: (context, position of dropout, place along `tensor`), () for none.
         """
-        context, position = inputs
+        context, position, place = inputs
         set_position(self.layer, position or None)
         named = zip(self.gathers.items(), parts, strict=True)
         weights = {name: gather(part) for (name, gather), part in named}
+        weights |= {n: share.of(weights[n], place) for n, share in self.tensor.shares.items()}
+        for dropout, part in self.tensor.dropouts:
+            dropout.first = place * part
         return functional_call(self.layer, weights, (x, context))
 
     def with_cache(
@@ -142,9 +209,11 @@ class GatheredStack(nn.Module):
         seen_cache: the same of `with_cache`, and a layer's keys and values if there are any.
     """
 
-    def __init__(self, layers: Sequence[GatheredLayer], *, scan: bool, remat: bool) -> None:
+    def __init__(
+        self, layers: Sequence[GatheredLayer], grid: Grid, *, scan: bool, remat: bool
+    ) -> None:
         super().__init__()
-        self._layers = layers
+        self._layers, self.grid = layers, grid
         self.scan, self.remat = scan, remat
         self.parts: Sequence[Tensor] = ()
         self.loops: dict[str, tuple[Loop, Loop | None]] = {}
@@ -160,7 +229,7 @@ class GatheredStack(nn.Module):
 
     def forward(self, x: Tensor, context: Any) -> Tensor:
         """Return the last layer's output."""
-        inputs = (context, position_in(self.templates()[0]))
+        inputs = (context, position_in(self.templates()[0]), self._place())
         if self.looking:
             self.seen = x, inputs
             return x
@@ -169,6 +238,11 @@ class GatheredStack(nn.Module):
         for number, layer in enumerate(self._layers):
             x = self._run(layer, inputs, x, self._parts_of(number))
         return x
+
+    def _place(self) -> Any:
+        """Return the place along `tensor`, or () if no layer depends on it."""
+        by_place = any(layer.tensor.by_place for layer in self._layers)
+        return place_along_tensor(self.grid) if by_place else ()
 
     def _parts_of(self, number: int) -> list[Tensor]:
         """Return the parts of a layer's weights."""
@@ -182,7 +256,7 @@ class GatheredStack(nn.Module):
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run as `LayerStack.with_cache` does. Layers in a loop have their keys and values in one
         stack."""
-        inputs = (context, ())
+        inputs = (context, (), self._place())
         if self.scan:
             x, (keys, values) = self._scan_cache(x, inputs, cache)
             return x, [keys], [values]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torchprime.adapters.dropout import CounterDropout
 from torchprime.adapters.quantized import placed_type
 from torchprime.errors import ConfigError
 from torchprime.models.decoder import CausalLM
@@ -22,6 +21,7 @@ from torchprime.torch_native.tpu.grid import Cut, Grid
 from torchprime.torch_native.tpu.layers import (
     GatheredLayer,
     GatheredStack,
+    TensorCut,
     cut_along_tensor,
     layer_gather,
 )
@@ -159,11 +159,12 @@ def hold(
     made = []
     for number, layer in enumerate(layers):
         own = {n: cuts[f"{LAYERS}{number}.{n}"] for n, _ in layer.named_parameters()}
-        if grid.tensor > 1:
-            cut_along_tensor(layer, own)
-        gathers = {name: layer_gather(name, cut) for name, cut in own.items()}
-        made.append(GatheredLayer(layer, gathers, [p.requires_grad for p in layer.parameters()]))
-    model.model.layers = GatheredStack(made, scan=scan, remat=remat)
+        several = grid.tensor > 1
+        tensor = cut_along_tensor(layer, own, model.architecture) if several else TensorCut({})
+        gathers = {name: layer_gather(name, cut, tensor) for name, cut in own.items()}
+        trained = [p.requires_grad for p in layer.parameters()]
+        made.append(GatheredLayer(layer, gathers, trained, tensor))
+    model.model.layers = GatheredStack(made, grid, scan=scan, remat=remat)
     gathers = {each.name: Gather.of(each.cut) for each in outer}
     return Parts(model, grid, [*outer, *(_stacked(inner, len(layers)) if scan else inner)], gathers)
 
@@ -195,7 +196,7 @@ def _structure(layer: nn.Module) -> tuple[object, ...]:
 
 
 def check_tensor_axis(model: CausalLM, grid: Grid) -> None:
-    """Check that heads and adapters can be cut along `tensor`.
+    """Check that heads and adapters can be cut along `tensor`; `cut_along_tensor` checks dropout.
 
     Raises:
         ConfigError: they can't.
@@ -204,25 +205,13 @@ def check_tensor_axis(model: CausalLM, grid: Grid) -> None:
     if size == 1:
         return
     check_adapter(model, size)
-    drops = (m.probability for m in model.modules() if isinstance(m, CounterDropout))
-    if (most := max(drops, default=0.0)) > 0:
-        raise ConfigError(
-            f"adapter.dropout: given {most:g} with ici_mesh.tensor={size}, expected 0, since chips "
-            "along this axis cannot number the entries that they drop. Use the fsdp axis instead."
-        )
     if a.qk_norm_over_heads:
         raise ConfigError(
             f"ici_mesh.tensor: given {size}, expected 1, since this model normalizes queries and "
             "keys over all heads, which are not cut. Use the fsdp axis instead."
         )
-    if a.fused_qkv or a.fused_mlp:
+    if a.num_attention_heads % size:
         raise ConfigError(
-            f"ici_mesh.tensor: given {size}, expected 1: this model has projections in one matrix, "
-            "which are not cut apart. Use the fsdp axis instead."
+            f"ici_mesh.tensor: given {size}, expected a divisor of the model's "
+            f"{a.num_attention_heads} heads (num_attention_heads). Use the fsdp axis instead."
         )
-    for key in ("num_attention_heads", "num_key_value_heads"):
-        if (heads := getattr(a, key)) % size:
-            raise ConfigError(
-                f"ici_mesh.tensor: given {size}, expected a divisor of the model's {heads} heads "
-                f"({key}). Use the fsdp axis instead."
-            )

@@ -126,5 +126,5 @@ def refused(way: dict) -> str:
 
 
 def test_what_one_program_cannot_do_is_refused() -> None:
-    assert "num_key_value_heads" in refused({"mesh": {"tensor": 4}})
+    assert "num_attention_heads" in refused({"mesh": {"tensor": 8}})
     assert "is not divisible" in refused({"mesh": {"fsdp": 3}})

@@ -1,0 +1,23 @@
+"""TorchTPU's interfaces that only a run on chips calls, as far as they can be seen without one."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch.distributed as dist
+
+from torchprime.torch_native.chips import tpu_client
+from torchprime.torch_native.tpu.torchtpu import DEVICE, torch_tpu
+
+native = torch_tpu().native
+assert torch.accelerator.current_accelerator().type == DEVICE
+for names, module in (
+    (("compile_mlir", "parse_mlir_text", "execute"), native),
+    (("synchronize", "max_memory_allocated"), torch.accelerator),
+    (("get_device_name",), torch.tpu),
+):
+    assert all(callable(getattr(module, name, None)) for name in names), names
+inspect.signature(torch.tpu.distributed.topology_aware_mesh).bind((1, 4, 2))
+assert hasattr(tpu_client.ProfilerActivity, "PrivateUse1")
+assert "tpu_dist" in dist.Backend.backend_list
