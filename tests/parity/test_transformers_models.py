@@ -230,7 +230,38 @@ def _reference(config, ids, positions, segments):
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_gradients(name: str, kind: str) -> None:
-    config = CONFIGS[name]
+    compare(CONFIGS[name], kind)
+
+
+# The context is shorter than the block. transformers goes by the largest position and we by the
+# block's length, so only whole rows have the same rope.
+SHORT: dict[str, Any] = dict(SMALL, max_position_embeddings=16)
+BY_LENGTH = {
+    "dynamic": LlamaConfig(
+        **SHORT, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+    ),
+    "longrope": Qwen3Config(
+        **SHORT,
+        head_dim=16,
+        rope_parameters=dict(
+            rope_type="longrope",
+            rope_theta=1e4,
+            factor=2.0,
+            original_max_position_embeddings=8,
+            short_factor=[1.0 + i / 8 for i in range(8)],
+            long_factor=[1.0 + i for i in range(8)],
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_ropes_that_depend_on_the_length(name: str) -> None:
+    compare(BY_LENGTH[name], "unpadded")
+
+
+def compare(config: Any, kind: str) -> None:
+    """Compare logits, loss and gradients of a model with transformers'."""
     ids, positions, segments, targets = _batch(kind)
     reference, logits = _reference(config, ids, positions, segments)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
