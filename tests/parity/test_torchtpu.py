@@ -35,6 +35,7 @@ REFERENCES: dict[str, dict[str, Any]] = {
     "full": {"mesh": {"fsdp": 2}},
     "lora": {"mesh": {"fsdp": 2}, "lora": 4},
     "long": {"mesh": {"fsdp": 2}, "length": 256},
+    "gemma2": {"mesh": {"fsdp": 2}, "gemma2": True},
 }
 # The reference of each way, and the way.
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,6 +51,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
         "long",
         {"mesh": {"fsdp": 4, "tensor": 2}, "kernels": True, "length": 256, "accumulation": 2},
     ),
+    # Capped scores and logits, and layers of two kinds.
+    "gemma2": ("gemma2", {"mesh": {"fsdp": 4, "tensor": 2}, "gemma2": True, "accumulation": 2}),
     "lora": ("lora", {"mesh": {"data": 2, "fsdp": 4}, "lora": 4}),
     "lora_tensor": ("lora", {"mesh": {"fsdp": 4, "tensor": 2}, "lora": 4}),
 }
