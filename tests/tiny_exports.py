@@ -38,6 +38,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 TEXT: dict[str, dict[str, Any]] = {
     "Gemma3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
     "Mistral3": {"sliding_window": None},
+    "Qwen2_5_VL": {"rope_scaling": {"type": "mrope", "mrope_section": [4, 4, 8]}},
 }
 # More switches of a family, by the family's name in FAMILIES.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
