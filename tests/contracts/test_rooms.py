@@ -33,7 +33,7 @@ ROOMS = {
     ],
     "evaluation": ["graders"],
     "metrics": ["trackers"],
-    "torch_native": ["tpu", "compile", "chips"],
+    "torch_native": ["tpu", "chips", "compile"],
     "torch_xla_models": ["layers", "compile", "splash"],
     "training": ["optim", "regularization", "setup", "advice", "run", "hooks", "inference"],
 }

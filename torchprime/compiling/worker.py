@@ -1,4 +1,4 @@
-"""Parts of a process that compiles a step: its request, the step's parts, its end and its clock.
+"""Parts of a process that compiles a step: its request, its end and its clock.
 
 A runtime's worker is such a process (apart.py). It adds the runtime's own tracing and lowering.
 """
@@ -10,30 +10,16 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from torchprime.compiling.executables import compiled, end_with, parse, to_portable, tpu_devices
 from torchprime.config.load import load_config
-from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import topology
 from torchprime.errors import UserError
 from torchprime.files.atomic import write_text
 from torchprime.installed import installed_versions
 from torchprime.metrics.throughput import host_memory_bytes
-from torchprime.models.architecture import architecture_from_hf
-from torchprime.models.decoder import CausalLM
-from torchprime.sharding import ShardingTable
 from torchprime.text.terminal import print_lines
-from torchprime.training.backend import StepOptions
-from torchprime.training.optim.optimizer import Optimizer
-from torchprime.training.setup.recipe import (
-    model_of,
-    optimizer_of,
-    sharding_table,
-    step_options,
-)
 
 Result = dict[str, Any]
 
@@ -53,28 +39,6 @@ def worker_main(argv: Sequence[str], run: Callable[[dict[str, Any], Path], Resul
         result = {"user_error": str(error)}
     write_text(folder / "result.json", json.dumps(result))
     return 0
-
-
-class StepParts(NamedTuple):
-    """The parts of a config's step, without storage."""
-
-    model: CausalLM
-    table: ShardingTable
-    dtype: torch.dtype
-    optimizer: Optimizer
-    options: StepOptions
-
-
-def step_parts(config: TrainConfig, architecture: Mapping[str, Any]) -> StepParts:
-    """Return the parts of a config's step for a model's config.json.
-
-    Raises:
-        ConfigError: an adapter that does not fit the model.
-    """
-    dtype = getattr(torch, config.torch_dtype)
-    model = model_of(config, architecture_from_hf(architecture, where="model"), dtype)
-    options = step_options(config, max(1, len(config.dataset.mixture)))
-    return StepParts(model, sharding_table(config, model), dtype, optimizer_of(config), options)
 
 
 class Job:

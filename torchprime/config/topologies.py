@@ -92,6 +92,13 @@ def canonical(name: str) -> str:
     return name.lower().replace("v5litepod", "v5e").replace("tpu7x", "v7x")
 
 
+def chip_in(kind: str) -> Chip | None:
+    """Return the chip that a device kind names, such as `v6e-8` or `TPU v6 lite`; None if it is not
+    known."""
+    spelled = canonical(kind).replace(" lite", "e")
+    return next((chip for name, chip in CHIPS.items() if name in spelled), None)
+
+
 def topology(name: str, key: str = "compile_only") -> Topology:
     """Return the slice of this name.
 

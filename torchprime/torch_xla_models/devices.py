@@ -10,7 +10,7 @@ import torch_xla.runtime as xr
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 from torch_xla._internal import tpu
 
-from torchprime.config.topologies import CHIPS, Chip
+from torchprime.config.topologies import Chip, chip_in
 from torchprime.errors import ConfigError
 from torchprime.files.atomic import make_folder
 from torchprime.files.private_folders import require_private
@@ -29,8 +29,7 @@ def device_kind() -> str:
 
 def own_chip() -> Chip | None:
     """Return the type of the TPU's chips; None on another device, or if its name is not known."""
-    kind = device_kind().replace("v5litepod", "v5e")
-    return next((chip for name, chip in CHIPS.items() if name in kind), None)
+    return chip_in(device_kind())
 
 
 def keep_compiled(wanted: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from torchprime.config.compose import compose_config
-from torchprime.config.topologies import CHIPS, GIB, TOPOLOGIES, topology
+from torchprime.config.topologies import CHIPS, GIB, TOPOLOGIES, chip_in, topology
 from torchprime.errors import ConfigError
 
 GIVEN = ["model.pretrained_model=x", "task.max_steps=1"]
@@ -57,6 +57,15 @@ REACHED = {"v5e": 128_290, "v6e": 479_864, "v5p": 236_340, "v7x": 455_835}
 def test_clocks_agree_with_the_compilers_cycles(name: str) -> None:
     chip = CHIPS[name]
     assert 0.85 < REACHED[name] / (chip.flops / chip.clock_hz) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "chip"),
+    [("v6e-8", "v6e"), ("v5litepod-16", "v5e"), ("TPU v6 lite", "v6e"), ("TPU v5p", "v5p")],
+)
+def test_a_device_kind_names_its_chip(kind: str, chip: str) -> None:
+    assert chip_in(kind) == CHIPS[chip]
+    assert chip_in("CPU") is None
 
 
 def test_an_unknown_slice_lists_those_known() -> None:

@@ -21,6 +21,7 @@ import torch_xla
 from torchprime.adapters import int8, nf4
 from torchprime.adapters.apply import trainable
 from torchprime.adapters.spec import AdapterSpec
+from torchprime.compiling.tracing import StepParts
 from torchprime.config.schema import AXES
 from torchprime.config.sections.remat import RematConfig
 from torchprime.counter_bits import kept
@@ -29,7 +30,7 @@ from torchprime.generation.decode import GenerateOptions
 from torchprime.models.layer_kinds import repeating_groups
 from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.backend import XlaBackend
-from torchprime.torch_xla_models.compile.tracing import BatchShape, Placeholders, trace_step
+from torchprime.torch_xla_models.compile.tracing import Placeholders, trace_step
 from torchprime.torch_xla_models.layers.scan import ScannedLayers
 from torchprime.torch_xla_models.linear import turned
 from torchprime.training.backend import ResumedState
@@ -189,10 +190,9 @@ def test_a_step_compiled_ahead_holds_every_weight_and_writes_over_state_alone(
     sizes = {axis: way.mesh.get(axis, 1) for axis in AXES}
     backend = XlaBackend(sizes, dict.fromkeys(AXES, 1), make_tensors=Placeholders, **way.more)
     model, table = adapted.storage_less(way, shipped_table)
-    shape = BatchShape(reference.B, reference.S)
-    lowered = trace_step(
-        backend, model, table, torch.float32, AdamW(), adapted.step_options(way), shape
-    )
+    shape, options = (reference.B, reference.S), adapted.step_options(way)
+    parts = StepParts(model, table, torch.float32, AdamW(), options, shape)
+    lowered = trace_step(backend, parts)
     arguments = lowered.arguments.values()
     donated = Counter(each.shape for each in arguments if each.donated)
     assert donated == Counter(tuple(t.shape) for t in backend.state.tensors())

@@ -21,8 +21,10 @@ from torchprime.adapters.apply import saved
 from torchprime.attention_kernels.blocks import KERNEL_MULTIPLE
 from torchprime.checkpoint.run.shards import TensorShards
 from torchprime.config.sections.model import SPLASH
+from torchprime.config.topologies import chip_in
 from torchprime.data.blocks.batch import Batch
 from torchprime.generation.decode import Answer, GenerateOptions
+from torchprime.losses.chunks import CHUNK_BYTES, tpu_chunk_bytes
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 from torchprime.sharding import ShardingTable
@@ -54,6 +56,12 @@ from torchprime.training.regularization.penalty import AnchorSource
 from torchprime.training.spikes import NAME as SPIKES
 from torchprime.training.spikes import first_state
 from torchprime.training.step import eval_sums, host_fields, step_numbers
+
+
+def chunk_bytes(kind: str) -> int:
+    """Return the bytes of a loss chunk's logits on a kind of devices."""
+    chip = chip_in(kind)
+    return CHUNK_BYTES if kind == "CPU" else tpu_chunk_bytes(chip and chip.hbm_bytes)
 
 
 class ChipsBackend:
@@ -106,7 +114,8 @@ class ChipsBackend:
         if self.attention == SPLASH:
             replace_attention_cores(model, KernelAttention)
         self.saved = set(saved(model))
-        self.parts = hold(model, table, self.grid, dtype, remat=self.remat)
+        chunk = chunk_bytes(self.client.kind)
+        self.parts = hold(model, table, self.grid, dtype, remat=self.remat, chunk_bytes=chunk)
         for held in self.parts.held:
             self.programs.values[f"model.{held.name}"] = loaded(self.client, held, tensor_of)
             if base is not None:

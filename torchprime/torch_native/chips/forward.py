@@ -17,7 +17,7 @@ from torchprime.torch_native.tpu.collectives import all_reduce
 from torchprime.torch_native.tpu.grid import BATCH
 from torchprime.torch_native.tpu.loops import traced, traced_loop
 from torchprime.torch_native.tpu.parameters import Parts
-from torchprime.torch_native.tpu.step import SPREAD, Input, StepGraph
+from torchprime.torch_native.tpu.step import Input, StepGraph, spread_of
 from torchprime.training.step import forward_sums, loss_of
 
 # The program's own inputs -> its results.
@@ -61,7 +61,7 @@ def build(parts: Parts, own: Sequence[Input], function: Function) -> StepGraph:
 def held_out_loss(parts: Parts, chunks: int | None, num_sources: int) -> Function:
     """Return the function from a batch's fields, [1, b, S], to the sums of an eval step, over all
     chips: fp32 [loss sum, weight sum, then the loss sum by source]."""
-    cross_entropy = partial(chunked_cross_entropy, chunks=chunks, spread=SPREAD)
+    cross_entropy = partial(chunked_cross_entropy, chunks=chunks, spread=spread_of(parts))
 
     def function(fields: Sequence[Tensor]) -> list[Tensor]:
         first = [field[0] for field in fields]

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from torchprime.adapters.quantized import placed_type
 from torchprime.errors import ConfigError
+from torchprime.losses.chunks import CHUNK_BYTES
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native.placement import check_adapter
@@ -98,12 +99,14 @@ class Parts:
         held: the parameters: those outside of the layers, then those of the layers in the order of
             `GatheredStack.parts`.
         gathers: of those outside.
+        chunk_bytes: of the logits of one chunk of the loss.
     """
 
     model: CausalLM
     grid: Grid
     held: list[Held]
     gathers: dict[str, Gather]
+    chunk_bytes: int
 
     @property
     def stack(self) -> GatheredStack:
@@ -132,7 +135,13 @@ class Parts:
 
 
 def hold(
-    model: CausalLM, table: ShardingTable, grid: Grid, dtype: torch.dtype, *, remat: bool
+    model: CausalLM,
+    table: ShardingTable,
+    grid: Grid,
+    dtype: torch.dtype,
+    *,
+    remat: bool,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Parts:
     """Replace a model's layers, which have no storage, by ones that gather their weights.
 
@@ -166,7 +175,8 @@ def hold(
         made.append(GatheredLayer(layer, gathers, trained, tensor))
     model.model.layers = GatheredStack(made, grid, scan=scan, remat=remat)
     gathers = {each.name: Gather.of(each.cut) for each in outer}
-    return Parts(model, grid, [*outer, *(_stacked(inner, len(layers)) if scan else inner)], gathers)
+    every = [*outer, *(_stacked(inner, len(layers)) if scan else inner)]
+    return Parts(model, grid, every, gathers, chunk_bytes)
 
 
 def _stacked(inner: Sequence[Held], layers: int) -> list[Held]:

@@ -106,7 +106,9 @@ def in_order(x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     return x, total
 
 
-SPREAD = Spread(in_order=in_order)
+def spread_of(parts: Parts) -> Spread:
+    """Return the distribution of the loss on a chip."""
+    return Spread(in_order=in_order, chunk_bytes=parts.chunk_bytes)
 
 
 class StepBuilder:
@@ -301,7 +303,8 @@ class StepBuilder:
         """Return the loss of a micro-batch with these trained parts."""
         options = self.training.options
         chunks, kind = options.loss_chunks, options.token_loss
-        cross_entropy = partial(chunked_cross_entropy, chunks=chunks, spread=SPREAD, kind=kind)
+        spread = spread_of(self.parts)
+        cross_entropy = partial(chunked_cross_entropy, chunks=chunks, spread=spread, kind=kind)
         run = partial(loss_of, self.model, fields, cross_entropy, near)
         return self._call(given, self._with_frozen(given, weights), run)
 
@@ -320,7 +323,7 @@ class StepBuilder:
             return None
         with torch.no_grad(), self._as_base():
             output = self._base_output(given, fields)
-        divergence = partial(chunked_divergence, chunks=chunks, spread=SPREAD)
+        divergence = partial(chunked_divergence, chunks=chunks, spread=spread_of(self.parts))
         weights = counted_weights(fields, kl, self.training.options)
         return NearBase(kl, divergence, output, weights)
 

@@ -18,16 +18,11 @@ import torch_xla.distributed.spmd as xs
 from torch import Tensor
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
-from torchprime.adapters.apply import is_adapted
-from torchprime.data.blocks.batch import empty_batch
-from torchprime.models.decoder import CausalLM
-from torchprime.sharding import ShardingTable, Spec
+from torchprime.compiling.tracing import StepParts, run_step
+from torchprime.sharding import Spec
 from torchprime.torch_xla_models.backend import XlaBackend
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.mesh import annotate, partition
-from torchprime.training.backend import StepOptions
-from torchprime.training.optim.optimizer import Optimizer
-from torchprime.training.regularization.penalty import AnchorSource
 
 
 class Argument(NamedTuple):
@@ -124,39 +119,10 @@ def hlo_sharding(mesh: xs.Mesh, spec: Spec) -> str:
     return f"{{devices=[{dims}]{','.join(map(str, devices))}{last}}}"
 
 
-class BatchShape(NamedTuple):
-    """The shape of an update's batch, over all devices and micro-batches."""
-
-    blocks: int
-    block_size: int
-
-
-def trace_step(
-    backend: XlaBackend,
-    model: CausalLM,
-    table: ShardingTable,
-    dtype: torch.dtype,
-    optimizer: Optimizer,
-    options: StepOptions,
-    shape: BatchShape,
-) -> Lowered:
-    """Return the lowered training step of a backend made with `Placeholders`.
-
-    Args:
-        model: without storage.
-    """
+def trace_step(backend: XlaBackend, parts: StepParts) -> Lowered:
+    """Return the lowered training step of a backend made with `Placeholders`."""
     placeholders = backend.tensors
     assert isinstance(placeholders, Placeholders)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-
-    def empty(name: str) -> Tensor:
-        return torch.empty(shapes[name], device="meta")
-
-    runs_base = options.kl is not None and not is_adapted(model)
-    backend.place(model, table, empty, dtype, empty if runs_base else None)
-    anchors = options.penalty and AnchorSource(empty, empty if options.penalty.has_fisher else None)
-    backend.prepare_training(optimizer, options, anchors=anchors)
-    batch = empty_batch(shape, with_sources=options.num_sources > 1)
-    backend.train_step(backend.put(batch, options.gradient_accumulation_steps), lr=0.0)
+    run_step(backend, parts)
     assert placeholders.lowered is not None
     return placeholders.lowered

@@ -32,12 +32,12 @@ from jax.sharding import Mesh as JaxMesh
 from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 from jaxlib.mlir import ir
 
-from torchprime.compiling.worker import Job, Result, step_parts, worker_main
+from torchprime.compiling.tracing import step_parts
+from torchprime.compiling.worker import Job, Result, worker_main
 from torchprime.config.schema import TrainConfig
 from torchprime.config.topologies import topology
 from torchprime.torch_xla_models.compile.tracing import (
     Argument,
-    BatchShape,
     Lowered,
     Placeholders,
     trace_step,
@@ -80,8 +80,7 @@ def _attributes(ordinal: int, device: Any) -> dict[str, Any]:
 def trace(config: TrainConfig, architecture: dict[str, Any]) -> Lowered:
     """Return the config's training step."""
     backend = make_backend(config, make_tensors=Placeholders)
-    shape = BatchShape(config.task.global_batch_size, config.dataset.block_size)
-    return trace_step(backend, *step_parts(config, architecture), shape)
+    return trace_step(backend, step_parts(config, architecture))
 
 
 def annotated(lowered: Lowered) -> bytes:

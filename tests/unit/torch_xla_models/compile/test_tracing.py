@@ -13,12 +13,13 @@ import torch_xla.debug.metrics as met
 from jaxlib import _jax  # pyright: ignore[reportAttributeAccessIssue]
 from torch_xla import _XLAC as XLAC  # pyright: ignore[reportPrivateImportUsage]
 
+from torchprime.compiling.tracing import StepParts
 from torchprime.config.schema import AXES
 from torchprime.config.sections.remat import RematConfig
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
 from torchprime.torch_xla_models.backend import XlaBackend
-from torchprime.torch_xla_models.compile.tracing import BatchShape, Placeholders, trace_step
+from torchprime.torch_xla_models.compile.tracing import Placeholders, trace_step
 from torchprime.torch_xla_models.mesh import device_order
 from torchprime.training.backend import StepOptions
 from torchprime.training.optim.adafactor import Adafactor
@@ -78,8 +79,8 @@ def lowered(way: dict, table):
         max_grad_norm=reference.CLIP,
         **options,
     )
-    chosen, shape = reference.with_term(chosen, term), BatchShape(reference.B, reference.S)
-    return trace_step(backend, model, table, dtype, optimizer, chosen, shape)
+    chosen, shape = reference.with_term(chosen, term), (reference.B, reference.S)
+    return trace_step(backend, StepParts(model, table, dtype, optimizer, chosen, shape))
 
 
 @pytest.mark.parametrize("way", WAYS)
