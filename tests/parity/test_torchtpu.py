@@ -29,7 +29,7 @@ PYTHON = Path(
 )
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "unit" / "torch_native" / "chips")]
-from variants import VARIANTS, two_steps  # noqa: E402
+from step_variants import VARIANTS, two_steps  # noqa: E402
 
 REFERENCES: dict[str, dict[str, Any]] = {
     "full": {"mesh": {"fsdp": 2}},

@@ -95,11 +95,10 @@ def test_a_run_equals_the_native_backends(ours: Done, native: Done) -> None:
 def test_compare_and_certificate_pass(ours: Done, native: Done) -> None:
     certificate = json.loads((ours.folder / "export" / "certificate.json").read_text())
     assert certificate["passed"]
-    command = [sys.executable, "-m", "torchprime.cli.main", "compare", ours.folder, native.folder]
+    folders = [str(ours.folder), str(native.folder)]
+    command = [sys.executable, "-m", "torchprime.cli.main", "compare", *folders]
     env = os.environ | {"PYTHONPATH": str(REPO)}
-    done = subprocess.run(
-        map(str, command), cwd=ours.folder, env=env, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=ours.folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "unit" / "torch_native" / "chips"))
 
 import torch  # noqa: E402
-from variants import VARIANTS, two_steps  # noqa: E402
+from step_variants import VARIANTS, two_steps  # noqa: E402
 
 from torchprime.torch_native.chips.backend import ChipsBackend  # noqa: E402
 from torchprime.torch_native.chips.client import Chips  # noqa: E402

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_llama import tiny_llama
@@ -21,7 +23,7 @@ from torchprime.metrics.throughput import (
 #   weights a token is multiplied with: q, k, v, o 4 x (2 x 2) = 16; gate, up, down 3 x (2 x 3) =
 #   18; head 5 x 2 = 10; together 44. Norms, two in the layer and one at the end: 3 x 2 = 6.
 #   attention forward: scores 2 x 2 x 4 = 16, weighted values as much, 32; with backward 96.
-HAND = dict(vocab_size=5, hidden_size=2, windows=(None,), num_heads=1, head_size=2)
+HAND: dict[str, Any] = dict(vocab_size=5, hidden_size=2, windows=(None,), num_heads=1, head_size=2)
 HAND_COUNT = 6 * (44 + 6) + 96
 
 
@@ -40,7 +42,10 @@ def test_an_untied_table_is_only_looked_up() -> None:
 def test_a_window_limits_what_its_layer_attends_to() -> None:
     """Two layers, one with a window of 3 and one with a window longer than the block of 4."""
     sizes = ModelSizes(
-        num_parameters=88, trained_parameters=88, tied_embeddings=True, **HAND | {"windows": (3, 9)}
+        num_parameters=88,
+        trained_parameters=88,
+        tied_embeddings=True,
+        **{**HAND, "windows": (3, 9)},
     )
     # Scores and weighted values: 2 x 2 operations each for 3 and for 4 keys; with backward x 3.
     by_hand = 6 * 88 + 3 * (2 * 4 * 3 + 2 * 4 * 4)

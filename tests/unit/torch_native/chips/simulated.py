@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from chips import Chips as Interpreter
-from chips import Each
+from eager_chips import Chips as Interpreter
+from eager_chips import Each
 from torch import Tensor
 
 from torchprime.torch_native.chips.backend import ChipsBackend

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from simulated import simulated_backend
-from variants import FUSED, LORA, VARIANTS, Variant, model_of, table_of, two_steps, values_of
+from step_variants import FUSED, LORA, VARIANTS, Variant, model_of, table_of, two_steps, values_of
 
 from torchprime.errors import ConfigError
 from torchprime.generation.decode import GenerateOptions
@@ -60,4 +60,4 @@ def test_parts_of_an_odd_size_are_refused_with_dropout() -> None:
     with pytest.raises(
         ConfigError, match="adapter.dropout: given 0.3 .*mlp.down_proj.* parts of 9"
     ):
-        backend.place(model, table_of(spec), torch.zeros, torch.float32)
+        backend.place(model, table_of(spec), lambda name: torch.zeros(()), torch.float32)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from chips import Chips, Each
+from eager_chips import Chips, Each
 from torch import Tensor
 from torchtpu_case import VOCABULARY, make_case
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from chips import Chips, Each
+from eager_chips import Chips, Each
 from torch import Tensor
 from torchtpu_case import LR, Case, make_batch, make_case
 

@@ -100,7 +100,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def optimizer_of(name: str) -> Optimizer:
-    more = {"momentum": 0.9} if name == "sgd" else {}
+    more: dict[str, Any] = {"momentum": 0.9} if name == "sgd" else {}
     return make_optimizer(name, betas=None, eps=1e-3, weight_decay=0.1, **more)
 
 
