@@ -223,23 +223,29 @@ class Estimator:
 
     def _live(self, rows: int) -> Live:
         """Return one device's bytes besides weights and gradients, which grow by the row."""
-        pairs = zip(*self._one_and_two_rows, strict=True)
-        return Live(*(one + (rows - 1) * (two - one) for one, two in pairs))
+        found, everything = (
+            Live(*(one + (rows - 1) * (two - one) for one, two in zip(*pair, strict=True)))
+            for pair in zip(*self._one_and_two_rows, strict=True)
+        )
+        if self.devices.kind == "gpu":
+            return self._moved(rows, found)
+        return self._fused(rows, found, everything)  # chunks of the loss do not grow by the row
 
     @cached_property
-    def _one_and_two_rows(self) -> tuple[Live, Live]:
+    def _one_and_two_rows(self) -> tuple[tuple[Live, Live], tuple[Live, Live]]:
         return self._counted(1), self._counted(2)
 
-    def _counted(self, rows: int) -> Live:
+    def _counted(self, rows: int) -> tuple[Live, Live]:
+        """Return what is counted for some rows, and the same without remat."""
         config = self.config
         shape = Shape(rows, config.dataset.block_size, config.task.loss_chunks)
         layers, remat = self.form.architecture.num_hidden_layers, config.remat
         count = partial(live_bytes, self._layers, layers, shape, core=self.core)
         if self.devices.kind == "gpu":
-            names = remat.kept_outputs if remat.selects else None
-            return self._moved(rows, count(names=names))
+            found = count(names=remat.kept_outputs if remat.selects else None)
+            return found, found
         everything = count(names=None)
-        return self._fused(rows, count(names=()) if remat.selects else everything, everything)
+        return (count(names=()) if remat.selects else everything), everything
 
     def _moved(self, rows: int, found: Live) -> Live:
         """Return the bytes without the layers' inputs, if they are in host memory: one is fetched

@@ -99,10 +99,12 @@ def theirs(
 
 
 def same(found: Tensors, expected: Tensors, start: Tensors, relative: float = 1e-5) -> None:
-    """Weights are equal within a part of the way that they moved."""
+    """Weights are equal within a part of the way that they moved, and one unit in the last place:
+    a processor with other vector instructions rounds the last bit of a sum otherwise."""
     assert found.keys() == expected.keys()
     for name, weight in expected.items():
         moved = (weight - start[name]).abs().max()
         assert moved > 0, name
         error = (found[name] - weight).abs().max()
-        assert error <= relative * moved + 1e-7, f"{name}: {error:.1e} of {moved:.1e}"
+        last = torch.finfo(weight.dtype).eps * weight.abs().max().clamp(min=1)
+        assert error <= relative * moved + last, f"{name}: {error:.1e} of {moved:.1e}"
