@@ -51,7 +51,7 @@ from torchprime.torch_native.tpu.step import (
 )
 from torchprime.training.backend import ResumedState, StepNumbers, StepOptions
 from torchprime.training.optim.ema import EMA
-from torchprime.training.optim.optimizer import Optimizer, Slot
+from torchprime.training.optim.optimizer import Optimizer
 from torchprime.training.regularization.penalty import AnchorSource
 from torchprime.training.spikes import NAME as SPIKES
 from torchprime.training.spikes import first_state
@@ -188,8 +188,7 @@ class ChipsBackend:
             for slot, keeps in self.builder.training.optimizer.slots(held.info()).items():
                 yield Kept(held, f"optimizer.{slot}", keeps, keeps.dtype)
             if self.builder.has_master(held):
-                every = Slot(tuple(range(len(held.shape))))
-                yield Kept(held, "master", every, torch.float32)
+                yield Kept.whole(held, "master", torch.float32)
 
     def _start_of(self, kept: Kept, rank: int, resumed: ResumedState | None) -> Tensor:
         """Return a chip's part of a state before the first step."""

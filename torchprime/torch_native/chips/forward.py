@@ -42,20 +42,25 @@ def build(parts: Parts, own: Sequence[Input], function: Function) -> StepGraph:
         function: runs the model on the program's own inputs.
     """
     inputs = [*weight_inputs(parts), *own]
-    names = [each.name for each in parts.held]
 
     def whole(*tensors: Tensor) -> list[Tensor]:
-        rest = [each.clone() for each in tensors]
-        given = {name: rest.pop(0) for name in names}
-        buffers = {name: rest.pop(0) for name in parts.buffers}
-        with torch.no_grad():
-            return parts.call(given, buffers, partial(function, rest))
+        return _call(parts, [each.clone() for each in tensors], function)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = [torch.empty(each.shape, dtype=each.dtype) for each in inputs]
         with parts.stack.traced_for():
             whole(*fakes)
     return StepGraph(traced(whole, fakes), inputs, parts.held, parts.grid)
+
+
+def _call(parts: Parts, tensors: Sequence[Tensor], function: Function) -> list[Tensor]:
+    """Run the model on tensors in the order of `weight_inputs`; those after them are the
+    function's."""
+    rest = list(tensors)
+    given = {each.name: rest.pop(0) for each in parts.held}
+    buffers = {name: rest.pop(0) for name in parts.buffers}
+    with torch.no_grad():
+        return parts.call(given, buffers, partial(function, rest))
 
 
 def held_out_loss(parts: Parts, chunks: int | None, num_sources: int) -> Function:
@@ -98,11 +103,8 @@ def build_loop(
     count = len(state)
 
     def once(*tensors: Tensor) -> list[Tensor]:
-        carried, rest = list(tensors[:count]), list(tensors[count + 1 :])  # a row of ticks between
-        given = {each.name: rest.pop(0) for each in parts.held}
-        buffers = {name: rest.pop(0) for name in parts.buffers}
-        with torch.no_grad():
-            return parts.call(given, buffers, partial(body, carried, rest))
+        carried, rest = tensors[:count], tensors[count + 1 :]  # a row of ticks between
+        return _call(parts, rest, partial(body, carried))
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = [torch.empty(each.shape, dtype=each.dtype) for each in inputs]

@@ -41,7 +41,12 @@ class Kept:
     @staticmethod
     def weight(held: Held) -> Kept:
         """Return a parameter's own."""
-        return Kept(held, "model", Slot(tuple(range(len(held.shape)))), held.dtype)
+        return Kept.whole(held, "model", held.dtype)
+
+    @staticmethod
+    def whole(held: Held, prefix: str, dtype: torch.dtype) -> Kept:
+        """Return a tensor with all dims of a parameter."""
+        return Kept(held, prefix, Slot(tuple(range(len(held.shape)))), dtype)
 
     @property
     def name(self) -> str:
