@@ -46,7 +46,10 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "gemma3": ("<start_of_turn>", "<end_of_turn>"),
     "olmo": (),
     "phi4": ("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
-    "mistral-small": ("[SYSTEM_PROMPT]", "[INST]", "[/INST]"),
+    "mistral-small": (
+        *("[SYSTEM_PROMPT]", "[INST]", "[/INST]"),
+        *("[AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[TOOL_CONTENT]"),
+    ),
     "smollm3": ("<|im_start|>", "<|im_end|>"),
     "gpt-oss": ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
     "granite": ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),

@@ -56,6 +56,7 @@ PAIRS = [(family, name) for family, names in ORIGINALS.items() for name in names
 # Every special token of the formats tested here.
 STOPS = frozenset(
     ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "[TOOL_CALLS]"]
+    + ["[AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[TOOL_CONTENT]"]
     + ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>"]
     + ["<end_of_turn>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>"]
     + ["<|END_RESPONSE|>", "<|END_OF_TURN_TOKEN|>", "<|START_OF_TURN_TOKEN|>"]
@@ -364,6 +365,30 @@ def test_glm4_tools() -> None:
             render(family("glm4"), refused)
 
 
+MISTRAL_CALL = '{"name": "%s", "arguments": {"city": "B\\"é", "days": [1, null]}, "id": "call00001"}'
+
+
+def test_mistral_small_tools() -> None:
+    """As mistral-common's template of version 7 (tests/data/chat_templates/v7.jinja there)."""
+    offered = f"[AVAILABLE_TOOLS]{json.dumps([TOOL, TOOL], ensure_ascii=False)}[/AVAILABLE_TOOLS]"
+    said = f"[TOOL_CALLS][{MISTRAL_CALL % 'weather'}, {MISTRAL_CALL % 'sun'}]</s>"
+    one = f"[TOOL_CALLS][{MISTRAL_CALL % 'weather'}]</s>"
+    results = "".join(
+        f"[TOOL_RESULTS]call00001[TOOL_CONTENT]{text}[/TOOL_RESULTS]" for text in ("no", "yes")
+    )
+    for ask in (False, True):
+        assert render(family("mistral-small"), TOOLS["two calls"], [TOOL, TOOL], ask) == (
+            f"<s>[INST]Rain?[/INST]{said}{results}No.</s>{offered}[INST]Now?[/INST]{one}"
+        )
+    assert render(family("mistral-small"), TEXT_AND_CALL, [TOOL, TOOL]) == (
+        f"<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT]{offered}[INST]Rain?[/INST]"
+        f"Let me see.{said}{results}No.</s>"
+    )
+    for template in (family("mistral-small"), without_marks(family("mistral-small"))):
+        assert spans_of(template, TOOLS["call"], [TOOL]) == [one, "No.</s>"]
+        assert spans_of(template, TEXT_AND_CALL, [TOOL]) == [f"Let me see.{said}", "No.</s>"]
+
+
 def test_smollm3_offers_tools() -> None:
     """In the header, which then has its <|im_end|>; a result is a user's message."""
     header = SMOLLM_HEADER + "Reasoning Mode: /think\n\n## Custom Instructions\n\nBe.\n\n"
@@ -527,10 +552,12 @@ def test_family_renders_the_published_format(name: str) -> None:
         ("granite", [{"role": "critic", "content": "a"}], "found critic"),
         ("glm4", [{"role": "critic", "content": "a"}], "found critic"),
         ("mistral-small", [{"role": "critic", "content": "a"}], "found critic"),
+        ("mistral-small", [assistant("", tool_calls=[{"name": "f", "arguments": {}}])], "an id of"),
+        ("mistral-small", [{"role": "tool", "content": "a", "tool_call_id": "1"}], "tool_call_id"),
         *(
             (name, TOOLS["call"], "tool")
             for name in FAMILIES
-            if name not in ("qwen2.5", "qwen3", "mistral", "gpt-oss", "glm4")
+            if name not in ("qwen2.5", "qwen3", "mistral", "mistral-small", "gpt-oss", "glm4")
         ),
     ],
 )
@@ -883,7 +910,7 @@ def test_tool_calls_reach_the_template_as_a_server_gives_them() -> None:
 def test_arguments_as_text_or_object_render_alike() -> None:
     as_text = [user("a"), assistant(None, **calls("f", arguments='{"a": 1,"b":"é"}'))]
     as_object = [user("a"), assistant(None, **calls("f", arguments={"a": 1, "b": "é"}))]
-    for name in ("qwen2.5", "qwen3", "mistral"):
+    for name in ("qwen2.5", "qwen3", "mistral", "mistral-small"):
         assert render(family(name), as_text) == render(family(name), as_object)
 
 

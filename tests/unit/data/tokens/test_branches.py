@@ -57,6 +57,7 @@ SOURCES = {name: FOLDER / f"{name}.jinja" for name in FAMILIES} | {
 CONTROL = (
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "[TOOL_CALLS]",
     "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+    "[TOOL_CONTENT]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
     "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>",
     "<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>", "<|eom_id|>", "<|python_tag|>",
     "<start_of_turn>", "<end_of_turn>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>",
@@ -134,7 +135,9 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], tuple[Mapping[str, Any], ..
 # A template may refuse a role, and a tool template without tools; it may leave out tool calls.
 ALLOWED = {REASON_REFUSED, REASON_LEFT_OUT, REASON_NO_PLACE, REASON_NO_SPAN, REASON_NOT_SERVED}
 WANTS_TOOLS = {"llama.cpp/NousResearch-Hermes-3-Llama-3.1-8B-tool_use"}
-WRITES_TOOLS = {"mistral", "qwen2.5", "qwen3", "trl/llama3_1", "trl/qwen3", "trl/gptoss"}
+WRITES_TOOLS = {"mistral", "mistral-small", "qwen2.5", "qwen3"} | {
+    "trl/llama3_1", "trl/qwen3", "trl/gptoss",
+}  # fmt: skip
 # Asked, these open a think block: an answer without reasoning is not what is served.
 OPENS_THINKING = {
     "llama.cpp/deepseek-ai-DeepSeek-R1-Distill-Qwen-32B",
