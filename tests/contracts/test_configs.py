@@ -56,6 +56,9 @@ PUBLISHED_PARAMETERS = {
     "granite-3.3-8b": 8_170_864_640,
     "glm-4-9b": 9_400_279_040,
     "mistral-small-24b": 23_572_403_200,
+    "ministral3-3b": 3_429_006_336,
+    "ministral3-8b": 8_489_553_920,
+    "ministral3-14b": 13_506_073_600,
 }
 
 
@@ -193,6 +196,9 @@ def test_every_named_architecture_has_a_published_size() -> None:
         ("gemma2-2b", 10_000, 1e-6, 8192, True),
         ("gemma3-1b", 1_000_000, 1e-6, 32768, True),
         ("olmo2-7b", 500_000, 1e-6, 4096, False),
+        ("ministral3-3b", 1_000_000, 1e-5, 262_144, True),
+        ("ministral3-8b", 1_000_000, 1e-5, 262_144, False),
+        ("ministral3-14b", 1_000_000_000, 1e-5, 262_144, False),
     ],
 )
 def test_named_model_has_its_published_numbers(
@@ -202,10 +208,17 @@ def test_named_model_has_its_published_numbers(
     assert (found.ropes[0].theta, found.rms_norm_eps) == (theta, eps)
     assert (found.max_position_embeddings, found.tie_word_embeddings) == (max_position, tied)
     factor = {"llama-3.1-8b": 8.0, "llama-3.1-70b": 8.0, "llama-3.2-1b": 32.0}.get(model)
-    kind = "longrope" if model == "phi-4-mini" else "llama3" if factor else "default"
+    kind = {"phi-4-mini": "longrope"}.get(model, "llama3" if factor else "default")
+    kind = "yarn" if model.startswith("ministral3") else kind
     assert found.ropes[0].kind == kind
     if factor:
         assert found.ropes[0].factor == factor and found.ropes[0].original_max_position == 8192
+
+
+@pytest.mark.parametrize("model", sorted(PUBLISHED_PARAMETERS))
+def test_named_model_says_which_file_it_was_compared_with(model: str) -> None:
+    lines = (CONFIGS / "model" / f"{model}.yaml").read_text().splitlines()
+    assert lines[2].startswith(("# Compared with: ", "# Not compared with the published file."))
 
 
 @pytest.mark.parametrize("mesh", ["single", "fsdp8", "fsdp2_tensor2", "two_slices_fsdp8"])
@@ -218,7 +231,7 @@ def test_default_sharding_covers_every_family(mesh: str) -> None:
     )
     for model in (
         *("llama-3.2-1b", "llama-3.1-8b", "qwen2.5-math-1.5b", "qwen3-8b", "phi-4", "gemma3-1b"),
-        *("olmo2-7b", "glm-4-9b", "mistral-small-24b"),
+        *("olmo2-7b", "glm-4-9b", "mistral-small-24b", "ministral3-3b"),
     ):
         shapes = shapes_of(model)
         assert set(table.parameter_specs(shapes, config.mesh_shape())) == set(shapes)
