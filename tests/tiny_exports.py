@@ -81,8 +81,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-NEWER = ("ministral3",)  # than transformers 4.57
-EXPORTS = (*(name for name in FAMILIES if name not in NEWER), *VARIANTS, *TEXT)
+NEWER = frozenset(("ministral3",))  # than transformers 4.57
+EXPORTS = (*FAMILIES, *VARIANTS, *TEXT)
 # Longer than every window, and than the context below which phi3's short factors hold.
 PROMPTS = [[(7 * i + 3 * i * i) % 300 + 5 for i in range(n)] for n in (41, 37, 40)]
 TOKENS = 12

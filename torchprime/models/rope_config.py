@@ -35,6 +35,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 # The key inside the object that scales queries by their position.
 QUERY_GROWTH = "llama_4_scaling_beta"
+# vLLM 0.32 reads only this object beside the rope's, transformers only the key inside.
+VLLM_GROWTH = "llama_4_scaling"
 LARGEST = 2**40  # of a context in tokens
 LARGEST_FACTOR = 1000  # of attention: beyond it scores are no numbers
 # The fields of a Rope in version 0.1.0.
@@ -153,10 +155,17 @@ def read_rope(config: ConfigValues, context: int, traits: RopeTraits, head_dim: 
         CheckpointError: an unsupported type, a value of a wrong type or size, spellings that
             differ.
     """
+    rope = _read_spellings(config, _Reader(config, context, traits, head_dim))
+    if VLLM_GROWTH in config and config.get(VLLM_GROWTH) != (growth := _growth_for_vllm(rope)):
+        raise config.fault(VLLM_GROWTH, f"{growth or 'null'}, by the rope settings")
+    return rope
+
+
+def _read_spellings(config: ConfigValues, reader: _Reader) -> Rope:
+    """Return the rope that all spellings agree on."""
     new, old = config.inner("rope_parameters"), config.inner("rope_scaling")
-    reader = _Reader(config, context, traits, head_dim)
-    if new is None and old is None and "default" not in traits.kinds:
-        kinds = ", ".join(traits.kinds)
+    if new is None and old is None and "default" not in reader.traits.kinds:
+        kinds = ", ".join(reader.traits.kinds)
         raise config.fault("rope_parameters", f"an object with one of the rope types {kinds}")
     if new is None:
         return reader.read(old or ConfigValues({}, config.where, "rope_scaling."))
@@ -175,6 +184,13 @@ def read_rope(config: ConfigValues, context: int, traits: RopeTraits, head_dim: 
         new_rope, replace(new_rope, **values), config.where, " and ".join(beside.values())
     )
     return new_rope
+
+
+def _growth_for_vllm(rope: Rope) -> dict[str, Any] | None:
+    """Return the growth of queries in vLLM's spelling."""
+    if rope.query_growth is None:
+        return None
+    return {"beta": rope.query_growth, ORIGINAL: rope.original_max_position}
 
 
 @dataclass(frozen=True)
@@ -359,7 +375,8 @@ def _refuse_difference(new: Rope, old: Rope, where: str, older: str) -> None:
 
 
 def both_spellings(rope: Rope, context: int, *, partial: bool) -> dict[str, Any]:
-    """Return the keys of config.json for a rope, in the spellings of transformers 4 and 5.
+    """Return the keys of config.json for a rope, in the spellings of transformers 4 and 5 and, if
+    queries grow, of vLLM.
 
     Args:
         context: max_position_embeddings, from which `longrope` gets its factor if it has none.
@@ -370,9 +387,11 @@ def both_spellings(rope: Rope, context: int, *, partial: bool) -> dict[str, Any]
         value = getattr(rope, FIELDS.get(key, key))
         if value is not None:
             scaling[key] = list(value) if isinstance(value, tuple) else value
+    result: dict[str, Any] = {}
     if rope.query_growth is not None:
         scaling[QUERY_GROWTH] = rope.query_growth
-    result: dict[str, Any] = {
+        result[VLLM_GROWTH] = _growth_for_vllm(rope)
+    result |= {
         "rope_theta": rope.theta,
         "rope_scaling": None if rope.kind == "default" else scaling,
         "rope_parameters": {"rope_theta": rope.theta, **scaling},

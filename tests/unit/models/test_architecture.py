@@ -100,6 +100,21 @@ def test_the_original_context_may_stand_outside_of_the_rope() -> None:
             {**MINISTRAL3, "rope_parameters": {"rope_type": "yarn", "factor": 2}},
             "rope_parameters.llama_4_scaling_beta is missing, expected a number of at least 0",
         ),
+        (
+            {"llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 64}},
+            "llama_4_scaling is {.*}, expected null, by the rope settings",
+        ),
+        (
+            {
+                **MINISTRAL3,
+                "rope_parameters": {
+                    **{"rope_type": "yarn", "factor": 2, "llama_4_scaling_beta": 0.2},
+                    "original_max_position_embeddings": 64,
+                },
+                "llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 64},
+            },
+            "llama_4_scaling is {.*}, expected {'beta': 0.2, .*: 64}, by the rope settings",
+        ),
         (MINISTRAL3, "rope_parameters is missing, expected .* one of the rope types yarn"),
         (
             {"model_type": "llama4", "text_config": {"model_type": "llama4_text"}},

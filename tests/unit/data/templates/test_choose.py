@@ -365,7 +365,9 @@ def test_glm4_tools() -> None:
             render(family("glm4"), refused)
 
 
-MISTRAL_CALL = '{"name": "%s", "arguments": {"city": "B\\"é", "days": [1, null]}, "id": "call00001"}'
+MISTRAL_CALL = (
+    '{"name": "%s", "arguments": {"city": "B\\"é", "days": [1, null]}, "id": "call00001"}'
+)
 
 
 def test_mistral_small_tools() -> None:
