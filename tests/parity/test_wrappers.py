@@ -1,21 +1,39 @@
 """The text model inside a larger one computes what transformers' larger one does without images.
 
-transformers gives a token of Qwen2.5-VL three positions; for text they are equal.
+transformers gives a token of Qwen2.5-VL three positions; for text they are equal. An adapter of the
+text model is PEFT's over the whole, and an export of the whole is the base but for its text.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny_families import TinyCheckpoint, make_wrapper
+from safetensors.torch import load_file, save_file
+from tiny_families import TinyCheckpoint, make_wrapper, write_tokenizer
 
+from torchprime.adapters.spec import AdapterSpec
+from torchprime.checkpoint.adapter.export import export_adapter
+from torchprime.checkpoint.adapter.folder import AdapterFolder
+from torchprime.checkpoint.adapter.load import load_model
+from torchprime.checkpoint.adapter.logits import adapted_logits
+from torchprime.checkpoint.adapter.merged_export import Merge, export_merged
+from torchprime.checkpoint.adapter.read import StoredAdapter, read_adapter
+from torchprime.checkpoint.adapter.recheck import recheck_any
+from torchprime.checkpoint.hf.card import CardFacts
+from torchprime.checkpoint.hf.export_facts import ExportFacts
+from torchprime.checkpoint.hf.folder import HfFolder
 from torchprime.checkpoint.hf.read import check_names
+from torchprime.checkpoint.proof.logits import PromptLogits, encode_prompts
+from torchprime.errors import CheckpointError
 from torchprime.losses.chunks import Projection
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 from torchprime.models.architecture import architecture_from_hf
@@ -110,3 +128,189 @@ def test_the_wrappers_own_key_ties(outside: bool, inside: bool | None, tmp_path:
     fresh = TinyCheckpoint(tmp_path, saved, type(made.reader)(tmp_path), {})
     assert architecture_from_hf(saved).tie_word_embeddings == outside
     compare(fresh, "Mistral3", saved)
+
+
+# Adapters over the whole --------------------------------------------------------------------------
+
+WRAPPERS = ("Gemma3", "Mistral3", "Qwen2_5_VL")
+VOCAB = 320  # of the tokenizer
+IDS = torch.randint(3, VOCAB, (2, S), generator=torch.Generator().manual_seed(1))
+SPECS = {
+    "all": AdapterSpec(rank=4, alpha=8),
+    "some": AdapterSpec(rank=2, alpha=3, targets=("q_proj", "down_proj"), layers=(1,)),
+    "whole": AdapterSpec(
+        rank=2, alpha=4, targets=("v_proj",), modules_to_train=("embed_tokens", "norm")
+    ),
+}
+
+
+@cache
+def _made(folder: Path, name: str) -> TinyCheckpoint:
+    text = {"sliding_window": 16} if name == "Gemma3" else {}
+    made = make_wrapper(folder / name, name, vocab_size=VOCAB, eos_token_id=0, **text)
+    write_tokenizer(made.folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def wrappers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("wrappers")
+
+
+def whole_model(name: str, folder: Path) -> Any:
+    return getattr(transformers, f"{name}ForConditionalGeneration").from_pretrained(folder)
+
+
+def in_peft(name: str, made: TinyCheckpoint, spec: AdapterSpec) -> Any:
+    """PEFT's own adapter of the same layers of the whole model, with random values."""
+    base = whole_model(name, made.folder)
+    inner = {n: m for n, m in base.named_modules() if n.startswith("model.language_model.layers.")}
+    linear = [n for n, m in inner.items() if isinstance(m, torch.nn.Linear)]
+    if spec.targets != ("all-linear",):
+        linear = [n for n in linear if n.rpartition(".")[2] in spec.targets]
+    if spec.layers is not None:
+        linear = [n for n in linear if int(n.split(".")[3]) in spec.layers]
+    tied = bool(spec.modules_to_train) and made.config["tie_word_embeddings"]
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.rank,
+        lora_alpha=int(spec.alpha),
+        target_modules=linear,
+        modules_to_save=[f"model.language_model.{n}" for n in spec.modules_to_train] or None,
+        ensure_weight_tying=tied,
+    )
+    model = peft.get_peft_model(base, config).eval()
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def our_folder(made: TinyCheckpoint, spec: AdapterSpec, wrapper: str) -> AdapterFolder:
+    layout = ExportFacts(made.spec, torch.float32, 10**9, (0,)).layout
+    hf = HfFolder(layout, made.config, None, made.folder, 0)
+    return AdapterFolder(hf, spec, str(made.folder), wrapper=wrapper)
+
+
+def write_ours(
+    out: Path, made: TinyCheckpoint, spec: AdapterSpec, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Write the folder as a run does, and require its certificate."""
+    kind = made.config["model_type"]
+    facts = ExportFacts(
+        made.spec, torch.float32, 10**9, (0,), step=9, card=CardFacts(name="mine", wrapper=kind)
+    )
+    prompts = encode_prompts(made.folder / "tokenizer.json")
+    logits = adapted_logits(made.config, made.reader.get, tensors, spec, torch.float32, prompts)
+    result = export_adapter(
+        out,
+        our_folder(made, spec, kind),
+        facts=facts,
+        weights=tensors.items(),
+        origin="a test",
+        trained=PromptLogits(prompts, logits, "a test"),
+        base=made.folder,
+    )
+    assert result.certificate is not None
+    result.certificate.require(out)
+    passed = {check.name for check in result.certificate.checks if check.passed}
+    assert {"weights", "adapter", "trained", "base", "logits", "merged"} <= passed
+
+
+def our_logits(made: TinyCheckpoint, stored: StoredAdapter) -> torch.Tensor:
+    stored.fit(made.config)
+    config, tensors = stored.config_for(made.config), stored.tensors
+    found = adapted_logits(
+        config, made.reader.get, tensors, stored.spec, torch.float32, IDS.numpy()
+    )
+    return torch.from_numpy(found)
+
+
+@torch.no_grad()
+def their_logits(model: Any) -> torch.Tensor:
+    return model.eval()(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "all") for name in WRAPPERS), ("Gemma3", "whole"), ("Mistral3", "some")],
+)
+def test_an_adapter_has_pefts_names_and_logits(
+    name: str, kind: str, wrappers: Path, tmp_path: Path
+) -> None:
+    made, spec = _made(wrappers, name), SPECS[kind]
+    theirs = in_peft(name, made, spec)
+    theirs.save_pretrained(str(tmp_path / "peft"))
+    read = read_adapter(tmp_path / "peft")
+    expected = their_logits(theirs)
+    _close(our_logits(made, read), expected, "what PEFT wrote, in our model")
+
+    ours = replace(read.spec, targets=spec.targets, layers=spec.layers)
+    write_ours(tmp_path / "ours", made, ours, dict(read.tensors))
+    config, other = (
+        json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        for folder in ("ours", "peft")
+    )
+    assert set(config["target_modules"]) == set(other["target_modules"])
+    assert set(config["modules_to_save"] or []) == set(other["modules_to_save"] or [])
+    for key in ("base_model_name_or_path", "task_type", "r", "lora_alpha", "peft_type"):
+        assert config[key] == other[key], key
+    mine, its = (
+        load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "peft")
+    )
+    assert mine.keys() == its.keys() and all(torch.equal(mine[n], its[n]) for n in its)
+
+    base = whole_model(name, made.folder)
+    before = {n: p.clone() for n, p in base.named_parameters()}
+    loaded = peft.PeftModel.from_pretrained(base, str(tmp_path / "ours"))
+    _close(their_logits(loaded), expected, "PEFT over the whole")
+    merged = dict(loaded.merge_and_unload().named_parameters())
+    changed = {n for n, p in merged.items() if not torch.equal(p, before[n])}
+    assert changed and all(n.startswith("model.language_model.") for n in changed)
+    _, again = recheck_any(tmp_path / "ours", made.folder)
+    assert not [check for check in again if check.passed is False]
+    assert {"base", "logits", "merged"} <= {check.name for check in again if check.passed}
+
+
+def test_other_spellings_of_an_adapter_are_read(wrappers: Path, tmp_path: Path) -> None:
+    """Names of transformers up to 4.51, and a regular expression as most people write it."""
+    made = _made(wrappers, "Gemma3")
+    theirs = in_peft("Gemma3", made, SPECS["all"])
+    theirs.save_pretrained(str(tmp_path))
+    expected = their_logits(theirs)
+    path, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config = json.loads(path.read_text())
+    config["target_modules"] = r"model\.language_model\..*_proj"
+    path.write_text(json.dumps(config))
+    _close(our_logits(made, read_adapter(tmp_path)), expected, "a regular expression")
+    tensors = load_file(weights)
+    inner = "base_model.model.model.language_model."
+    old = {
+        n.replace(inner, "base_model.model.language_model.model."): t for n, t in tensors.items()
+    }
+    weights.unlink()
+    save_file(old, weights)
+    config |= {"target_modules": r".*language_model.*_proj", "exclude_modules": ".*vision.*"}
+    path.write_text(json.dumps(config))
+    _close(our_logits(made, read_adapter(tmp_path)), expected, "names of 4.51")
+    vision = "base_model.model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+    weights.unlink()
+    save_file({**old, vision: torch.ones(4, 32)}, weights)
+    with pytest.raises(CheckpointError, match="1 of 29 tensors are not of the text model"):
+        read_adapter(tmp_path)
+
+
+def test_an_adapter_over_the_whole_is_merged_and_loaded(wrappers: Path, tmp_path: Path) -> None:
+    made = _made(wrappers, "Mistral3")
+    theirs = in_peft("Mistral3", made, SPECS["all"])
+    theirs.save_pretrained(str(tmp_path / "peft"))
+    expected = their_logits(theirs)
+    stored = read_adapter(tmp_path / "peft")
+    _close(their_logits(load_model(tmp_path / "peft")), expected, "loaded to chat")
+    said: list[str] = []
+    export_merged(Merge(stored, made.folder, str(made.folder)), tmp_path / "text", said.append)
+    text = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    assert text.config.model_type == "mistral"
+    _close(their_logits(text), expected, "merged")
+    assert "`mistral3`" in (tmp_path / "text" / "README.md").read_text()

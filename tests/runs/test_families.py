@@ -100,23 +100,42 @@ def test_the_text_model_of_a_model_with_images_is_trained_and_exported(
     assert (out / "README.md").read_text() == card
 
 
-def test_an_adapter_of_a_model_with_images_is_merged_or_refused(
-    command: Callable[..., list[str]],
-    make_tokenizer_folder: Callable[..., Path],
-    train: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_an_adapter_of_a_model_with_images_is_pefts_over_the_whole(
+    train: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """PEFT would look for the adapter's layers in the whole model, which names them otherwise."""
     base = make_wrapper(tmp_path / "base", "Gemma3", vocab_size=VOCAB, sliding_window=16)
-    make_tokenizer_folder(base.folder)
-    given = (f"model.pretrained_model={base.folder}", "adapter=lora", "adapter.rank=4")
-    place = (f"output_dir={tmp_path}", "run_name=refused", "task.max_steps=1")
-    assert run_main(main, command(*given, *place, "export.adapter=adapter")) == 2
-    said = capsys.readouterr().err
-    assert "export.adapter: given 'adapter', expected merged: PEFT loads" in said
-    assert "the whole gemma3" in said and not (tmp_path / "refused").exists()
-    run = train(base, "adapter=lora", "adapter.rank=4", "export.adapter=merged")
-    assert "logits of transformers match the trainer's" in capsys.readouterr().err
-    trained = AutoModelForCausalLM.from_pretrained(run / "export")
-    assert trained.config.model_type == "gemma3_text"
+    given = ("adapter=lora", "adapter.rank=4", "task.optimizer.learning_rate=0.03")
+    run = train(base, *given, "export.adapter=both", "checkpoint.every_steps=3")
+    text = AutoModelForCausalLM.from_pretrained(run / "export")
+    assert text.config.model_type == "gemma3_text"
+    inside = run / "export" / "adapter"
+    whole = transformers.Gemma3ForConditionalGeneration.from_pretrained(base.folder)
+    before = logits(whole)
+    adapted: Any = peft.PeftModel.from_pretrained(whole, str(inside))
+    found = logits(adapted)
+    torch.testing.assert_close(found, logits(text), rtol=1e-5, atol=1e-5)
+    assert (found - before).abs().max() > 0.01
+    assert {n.split(".")[3] for n, p in adapted.named_parameters() if "lora_" in n} == {
+        "language_model"
+    }
+    card = (inside / "README.md").read_text()
+    assert "whose `model_type` is `gemma3`, and is loaded over the whole base" in card
+    assert "AutoModelForImageTextToText.from_pretrained" in card
+    assert torchprime(["verify", str(inside), "--base", str(base.folder)]) == 0
+    # The run's checkpoint gives the same folder, and training starts from it.
+    again = tmp_path / "again"
+    assert torchprime(["export", str(run), "--out", str(again)]) == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (again / name).read_bytes() == (inside / name).read_bytes()
+    more = train(
+        base, *given, f"adapter.pretrained={again}", "export.adapter=adapter", "run_name=more"
+    )
+    named = json.loads((more.parent / "more" / "export" / "adapter_config.json").read_text())
+    assert (
+        named["target_modules"]
+        == json.loads((again / "adapter_config.json").read_text())["target_modules"]
+    )
+    merged = tmp_path / "merged"
+    assert torchprime(["export", "--adapter", str(inside), "--merge", "--out", str(merged)]) == 0
+    trained = AutoModelForCausalLM.from_pretrained(merged)
+    torch.testing.assert_close(logits(trained), logits(text), rtol=1e-5, atol=1e-5)

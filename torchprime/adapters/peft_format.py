@@ -7,7 +7,7 @@ config asks for and this project doesn't have is refused by name, never ignored.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,7 @@ PREFIX = "base_model.model."
 # Set: a tied output projection follows a trained embedding. Not set: it stays the base's.
 TYING = "ensure_weight_tying"
 EMBEDDING = "embed_tokens"
+LORA = ".lora_"
 
 # Settings that are read.
 _READ = {
@@ -65,6 +66,7 @@ def config_of(
     targets: Sequence[str],
     whole: Sequence[str],
     tied: bool = False,
+    full_names: bool = False,
 ) -> dict[str, Any]:
     """Return the contents of adapter_config.json.
 
@@ -74,8 +76,10 @@ def config_of(
         whole: the full names of the modules that are trained whole: PEFT also takes the end of a
             name, and `norm` would be `input_layernorm` too.
         tied: the output projection is the embedding.
+        full_names: target_modules has full names, since other parts of the base have layers with
+            the same last names.
     """
-    names, layers = _selection(spec, targets)
+    names, layers = (list(targets), None) if full_names else _selection(spec, targets)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -116,10 +120,40 @@ def _selection(spec: AdapterSpec, targets: Sequence[str]) -> tuple[list[str], li
     last = sorted({name.rpartition(".")[2] for name in targets})
     if all(pattern == ALL_LINEAR or pattern in last for pattern in spec.targets):
         return last, None if spec.layers is None else list(spec.layers)
+    return _product(targets)
+
+
+def _product(targets: Sequence[str]) -> tuple[list[str], list[int] | None]:
+    """Return the last parts of names and the layers' numbers if these name the same layers; else
+    the full names."""
+    last = sorted({name.rpartition(".")[2] for name in targets})
     numbers = sorted({int(m[1]) for name in targets if (m := LAYER_NUMBER.search(name))})
     if len(targets) == len(last) * len(numbers):
         return last, numbers
     return list(targets), None
+
+
+def by_tensors(config: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+    """Return a config that names the layers that the tensors are of.
+
+    PEFT takes a regular expression, too, and the ends of names in the whole base. The file holds
+    exactly the tensors of the layers that were chosen.
+
+    Args:
+        names: of the tensors in the adapted model.
+    """
+    adapted = dict.fromkeys(name.partition(LORA)[0] for name in names if LORA in name)
+    whole = dict.fromkeys(name.rpartition(".")[0] for name in names if LORA not in name)
+    if not adapted:
+        return config
+    targets, layers = _product([*adapted])
+    return {
+        **config,
+        "target_modules": targets,
+        "layers_to_transform": layers,
+        "modules_to_save": [*whole] or None,
+        "exclude_modules": None,
+    }
 
 
 def spec_of(config: Mapping[str, Any], where: str) -> AdapterSpec:

@@ -279,6 +279,11 @@ ROPES, ROPE_TYPES = ("rope_parameters", "rope_scaling"), ("rope_type", "type")
 OF_IMAGES = re.compile("text_config|(vision|image|video)_")
 
 
+def is_wrapper(config: Mapping[str, Any]) -> bool:
+    """Return True for the config of a model with a text model inside."""
+    return text_part(config) is not config
+
+
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the config of the text model inside a wrapper's; another config unchanged."""
     inner, wrapper = config.get("text_config"), WRAPPERS.get(str(config.get("model_type")))

@@ -21,6 +21,7 @@ from torchprime.adapters.peft_format import (
     CONFIG_NAME,
     KNOWN,
     WEIGHTS_NAME,
+    by_tensors,
     config_of,
     file_name,
     model_tensors,
@@ -139,6 +140,26 @@ def test_no_other_layer_is_selected(
         if isinstance(m, LoraLayer)
     }
     assert adapted == set(targets)
+
+
+@pytest.mark.parametrize("pattern", [r".*\.layers\.1\..*(q_proj|up_proj)", r".*\.1\.mlp\.up_proj"])
+def test_a_pattern_is_read_by_its_tensors(
+    pattern: str, ours: CausalLM, make_theirs: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    given = peft.LoraConfig(r=2, target_modules=pattern, modules_to_save=["model.norm"])
+    theirs = peft.get_peft_model(make_theirs(), given)
+    theirs.save_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    names = model_tensors(load_file(tmp_path / WEIGHTS_NAME), "folder")
+    spec = spec_of(by_tensors(config, names), "folder")
+    assert trained_modules(ours, spec.modules_to_train) == ["model.norm"]
+    adapted = {
+        n.removeprefix("base_model.model.")
+        for n, m in theirs.named_modules()
+        if isinstance(m, LoraLayer)
+    }
+    assert set(apply_adapter(ours, spec)) == adapted
+    assert by_tensors(config, []) == config
 
 
 def test_every_setting_of_peft_is_known() -> None:

@@ -7,7 +7,7 @@ import shlex
 
 from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.adapter.parts import AdapterParts
-from torchprime.checkpoint.hf.card import command_section, hub_names, table_section
+from torchprime.checkpoint.hf.card import auto_class, command_section, hub_names, table_section
 from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.source import hub_name
 from torchprime.text.markdown_text import block, code, inline
@@ -73,19 +73,28 @@ def _front_matter(facts: ExportFacts, base: str) -> str:
 def _summary(facts: ExportFacts, spec: AdapterSpec, base: str) -> str:
     data = f", trained on {code(facts.card.dataset)}" if facts.card.dataset else ""
     kind = "A DoRA" if spec.dora else "A LoRA"
+    inside = ""
+    if facts.card.wrapper is not None:
+        inside = (
+            f" It adapts the text model of the base, whose `model_type` is "
+            f"{code(facts.card.wrapper)}, and is loaded over the whole base; the other parts, such "
+            "as those for images, stay the base's."
+        )
     return (
-        f"{kind} adapter of {code(base)}{data} with torchprime (PyTorch/XLA). The checks that were "
-        "made on these files are in certificate.json; `torchprime verify .` makes them again."
+        f"{kind} adapter of {code(base)}{data} with torchprime (PyTorch/XLA).{inside} The checks "
+        "that were made on these files are in certificate.json; `torchprime verify .` makes them "
+        "again."
     )
 
 
 def _usage(facts: ExportFacts, spec: AdapterSpec, parts: AdapterParts, base: str) -> str:
+    auto = auto_class(whole_wrapper=facts.card.wrapper is not None)
     python = f"""\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="auto")
+base = {auto}.from_pretrained({base!r}, dtype="auto")
 model = PeftModel.from_pretrained(base, ".")"""
     merge = f"torchprime export --adapter . --base {shlex.quote(base)} --merge --out MERGED"
     served = _served(facts, spec, base)

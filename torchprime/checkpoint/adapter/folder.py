@@ -22,7 +22,7 @@ from torchprime.checkpoint.adapter.card import adapter_card
 from torchprime.checkpoint.adapter.parts import AdapterParts, adapter_parts
 from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.folder import CARD, HfFolder
-from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
+from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD, in_wrapper
 from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.files.atomic import write_json, write_text
 
@@ -38,12 +38,15 @@ class AdapterFolder:
         base: the base's hub name or folder, written as base_model_name_or_path.
         base_sha256: of the base's weights when the run began (`base_fingerprint`), to be compared
             with the files at the end; None if it was not computed.
+        wrapper: the base's model_type, if its text model is adapted; PEFT gets the names that the
+            layers have in the whole base.
     """
 
     hf: HfFolder
     spec: AdapterSpec
     base: str
     base_sha256: str | None = None
+    wrapper: str | None = None
 
     @classmethod
     def of(cls, hf: HfFolder, facts: ExportFacts) -> AdapterFolder:
@@ -52,7 +55,7 @@ class AdapterFolder:
         The base is named as the config names it.
         """
         assert facts.adapter is not None and facts.base_model is not None
-        return cls(hf, facts.adapter, facts.base_model, facts.base_sha256)
+        return cls(hf, facts.adapter, facts.base_model, facts.base_sha256, facts.card.wrapper)
 
     @cached_property
     def parts(self) -> AdapterParts:
@@ -65,7 +68,7 @@ class AdapterFolder:
         trained = self.parts.shapes
         if self._head_twice:
             trained = {**trained, HEAD: trained[EMBEDDING]}
-        shapes = {file_name(name): shape for name, shape in sorted(trained.items())}
+        shapes = {self._stored(name): shape for name, shape in sorted(trained.items())}
         # PEFT reads one file.
         return WeightLayout(shapes, self.hf.layout.dtype, sys.maxsize, WEIGHTS_NAME)
 
@@ -102,18 +105,26 @@ class AdapterFolder:
         config = config_of(
             self.spec,
             base=self.base,
-            targets=self.parts.targets,
-            whole=self.parts.whole,
+            targets=[self._in_base(name) for name in self.parts.targets],
+            whole=[self._in_base(name) for name in self.parts.whole],
             tied=self.parts.tied,
+            full_names=self.wrapper is not None,
         )
         write_json(folder / CONFIG_NAME, config)
 
     def renamed(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yield trained tensors, given by their names in the adapted model, by PEFT's names."""
         for name, tensor in weights:
-            yield file_name(name), tensor
+            yield self._stored(name), tensor
             if name == EMBEDDING and self._head_twice:
-                yield file_name(HEAD), tensor
+                yield self._stored(HEAD), tensor
+
+    def _in_base(self, name: str) -> str:
+        """Return a tensor's or module's name in the base that PEFT loads."""
+        return name if self.wrapper is None else in_wrapper(name)
+
+    def _stored(self, name: str) -> str:
+        return file_name(self._in_base(name))
 
     @property
     def _head_twice(self) -> bool:

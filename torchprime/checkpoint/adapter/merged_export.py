@@ -46,6 +46,7 @@ from torchprime.checkpoint.proof.logits import (
 from torchprime.errors import CheckpointError
 from torchprime.files.json_files import read_json, read_json_if_there, token_ids
 from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.families import is_wrapper
 from torchprime.models.unsupported import DEQUANTIZE
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -99,6 +100,12 @@ class Merge:
         """The base's config.json, with the vocabulary of the adapted model."""
         config = read_json(self.base / "config.json")
         return config if config.get("quantization_config") else self.adapter.config_for(config)
+
+    @cached_property
+    def wrapper(self) -> str | None:
+        """The base's model_type, if the adapter is of the text model inside; else None."""
+        config = read_json(self.base / "config.json")
+        return str(config["model_type"]) if is_wrapper(config) else None
 
     @cached_property
     def reader(self) -> SafetensorsReader:
@@ -283,6 +290,7 @@ def _card(merge: Merge, tokenizer: Path) -> CardFacts:
     return CardFacts(
         name=Path(given).name,
         base_model=merge.base_name,
+        wrapper=merge.wrapper,
         hub_model=hub_name(merge.base_name),
         parameters=sum(torch.Size(shape).numel() for shape in merge.shapes.values()),
         versions={} if merge.certificate is None else merge.certificate.versions,

@@ -14,21 +14,31 @@ from torchprime.adapters.peft_format import (
     CONFIG_NAME,
     TYING,
     WEIGHTS_NAME,
+    by_tensors,
     model_tensors,
     spec_of,
     ties_head,
 )
-from torchprime.adapters.spec import AdapterSpec
+from torchprime.adapters.spec import ALL_LINEAR, AdapterSpec
 from torchprime.checkpoint.adapter.parts import AdapterParts, adapter_parts
 from torchprime.checkpoint.hf.read import open_checked
 from torchprime.checkpoint.hf.source import resolve_adapter
-from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD, PLAIN_DTYPES
+from torchprime.checkpoint.hf.weight_names import (
+    EMBEDDING,
+    HEAD,
+    PLAIN_DTYPES,
+    inner_names,
+    of_text_model,
+)
 from torchprime.checkpoint.hf.write import is_finite
 from torchprime.errors import CheckpointError, ConfigError
 from torchprime.files.json_files import read_json
 from torchprime.models.architecture import architecture_from_hf
+from torchprime.models.families import text_part
 
 SHOWN = 3  # names in a message
+# In the place of a config's own layers, which may be given by a pattern.
+ANY_LAYERS = {"target_modules": ALL_LINEAR, "exclude_modules": None}
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class StoredAdapter:
         rows."""
         embedding = self.tensors.get(EMBEDDING)
         rows = 0 if embedding is None else embedding.shape[0]
+        config = text_part(config)
         grown = rows > architecture_from_hf(config).vocab_size
         return {**config, "vocab_size": rows} if grown else dict(config)
 
@@ -143,11 +154,16 @@ def read_adapter(name_or_folder: str | Path, *, cache_dir: str | None = None) ->
     where = str(name_or_folder)
     folder = resolve_adapter(where, cache_dir=cache_dir)
     config = read_json(folder / CONFIG_NAME)
-    spec = spec_of(config, where)
+    spec_of({**config, **ANY_LAYERS}, where)  # before the file, which may be of another method
     base = config.get("base_model_name_or_path")
-    tensors = model_tensors(_views(folder / WEIGHTS_NAME), where)
+    stored = model_tensors(_views(folder / WEIGHTS_NAME), where)
+    tensors = _of_text_model(stored, where)
     if (tying := bool(config.get(TYING))) and HEAD in tensors and EMBEDDING in tensors:
         _drop_head(tensors, where)
+    pattern = config.get("target_modules")
+    if tensors is not stored or (isinstance(pattern, str) and pattern != ALL_LINEAR):
+        config = by_tensors(config, tensors)
+    spec = spec_of(config, where)
     return StoredAdapter(
         where=where,
         folder=folder,
@@ -156,6 +172,25 @@ def read_adapter(name_or_folder: str | Path, *, cache_dir: str | None = None) ->
         tensors=tensors,
         tying=tying,
     )
+
+
+def _of_text_model(tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Return the tensors by their names in the text model, if they are of one inside a wrapper;
+    else the same object.
+
+    Raises:
+        CheckpointError: layers of other parts are adapted, too.
+    """
+    if not any(of_text_model(name) for name in tensors):
+        return tensors
+    names = inner_names(tensors)
+    if others := [name for name in tensors if name not in names]:
+        raise CheckpointError(
+            f"{where}: {WEIGHTS_NAME}: {len(others)} of {len(tensors)} tensors are not of the text "
+            f"model ({others[0]:.160}), which alone is trained here. Merge the adapter into its "
+            "base with PEFT (merge_and_unload) and name that folder as model.pretrained_model."
+        )
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def _drop_head(tensors: dict[str, Tensor], where: str) -> None:

@@ -17,7 +17,7 @@ from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.adapter.merge import base_in_run
 from torchprime.checkpoint.adapter.parts import AdapterParts
 from torchprime.checkpoint.hf.read import SafetensorsReader
-from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
+from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD, in_wrapper
 from torchprime.checkpoint.proof.logits import Logits
 from torchprime.checkpoint.proof.verify import (
     LogitsMatch,
@@ -27,6 +27,8 @@ from torchprime.checkpoint.proof.verify import (
     logits_of,
 )
 from torchprime.errors import CheckpointError
+from torchprime.files.json_files import read_json
+from torchprime.models.families import is_wrapper
 
 # PEFT puts these into the names of the base's weights.
 WRAPPED = (".base_layer.", ".original_module.")
@@ -48,6 +50,7 @@ class PeftOverBase:
     ) -> None:
         self.folder, self.base, self.spec, self.parts = folder, base, spec, parts
         self.dtype = dtype
+        self.wrapped = is_wrapper(read_json(base / "config.json"))
 
     @cached_property
     def model(self) -> Any:
@@ -80,7 +83,7 @@ class PeftOverBase:
                 f"PEFT {peft.__version__} cannot load the adapter over {self.base}: "
                 f"{type(error).__name__}: {first}"
             ) from error
-        expected = {f"{PREFIX}{name}" for name in self.parts.shapes}
+        expected = {f"{PREFIX}{self._in_base(name)}" for name in self.parts.shapes}
         if self.parts.tied:
             names.discard(f"{PREFIX}{HEAD}")  # PEFT lists it beside the embedding
         if other := sorted(names ^ expected):
@@ -89,6 +92,10 @@ class PeftOverBase:
                 f"{', '.join(other[:3])}"
             )
         return loaded
+
+    def _in_base(self, name: str) -> str:
+        """Return the name in transformers' model of a tensor of the text model."""
+        return in_wrapper(name) if self.wrapped else name
 
     def logits(self, ids: npt.NDArray[np.int64], *, as_trained: bool) -> Logits:
         """Return the logits [B, S, V].
@@ -129,7 +136,8 @@ class PeftOverBase:
             for wrapped in WRAPPED:
                 name = name.replace(wrapped, ".")
             held[name.removeprefix(PREFIX)] = tensor
-        return {name: held[name] for name in SafetensorsReader(self.base).names() if name in held}
+        names = {name: self._in_base(name) for name in SafetensorsReader(self.base).names()}
+        return {name: held[inside] for name, inside in names.items() if inside in held}
 
     def _set_base(self, as_trained: bool) -> None:
         """Set the weights of the base's linear layers."""

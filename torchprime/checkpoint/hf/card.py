@@ -122,6 +122,11 @@ def _front_matter(facts: CardFacts) -> str:
     return "\n".join([*lines, "tags:", "- torchprime", "---"])
 
 
+def auto_class(*, whole_wrapper: bool) -> str:
+    """Return the class of transformers that loads a text model, or a whole wrapper."""
+    return "AutoModelForImageTextToText" if whole_wrapper else "AutoModelForCausalLM"
+
+
 def hub_names(given: Iterable[str]) -> list[str]:
     """Return the names that have the form of a hub name, quoted for YAML."""
     return [json.dumps(name) for name in given if HUB_NAME.fullmatch(name)]

@@ -24,7 +24,7 @@ from torchprime.checkpoint.hf.weight_names import (
 from torchprime.errors import CheckpointError
 from torchprime.files.foreign_names import checked_name
 from torchprime.files.json_files import LARGE, read_json, read_json_if_there
-from torchprime.models.families import text_part
+from torchprime.models.families import is_wrapper
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -59,7 +59,7 @@ class SafetensorsReader:
         self._places: dict[str, tuple[str, str]] = {}  # name -> file, name in that file
         located = _locate(self.folder)
         config = read_json_if_there(self.folder / "config.json") or {}
-        names_of = inner_names if text_part(config) is not config else public_names
+        names_of = inner_names if is_wrapper(config) else public_names
         public_of = names_of(name for _, name in located)
         self.left_out = len(located) - len(public_of)  # weights of a wrapper's other parts
         for file, name in located:

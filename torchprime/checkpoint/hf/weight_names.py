@@ -36,6 +36,8 @@ INNER = (
     # Beside `visual.`, without a prefix of their own.
     *((f"model.{part}.", f"model.{part}.") for part in ("embed_tokens", "layers", "norm")),
 )
+# The text model inside a wrapper that transformers has loaded, from version 4.52 on.
+LOADED = ("model.", "model.language_model.")
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MERGE = (
     'python -c "from peft import AutoPeftModelForCausalLM as M; '
@@ -61,6 +63,18 @@ def inner_names(stored: Iterable[str]) -> dict[str, str]:
         if pair is not None:
             found[name] = pair[1] + public.removeprefix(pair[0])
     return found
+
+
+def in_wrapper(name: str) -> str:
+    """Return the name of a text model's tensor or module in the wrapper that transformers has
+    loaded, which is its name in PEFT, too."""
+    plain, inside = LOADED
+    return inside + name.removeprefix(plain) if name.startswith(plain) else name
+
+
+def of_text_model(name: str) -> bool:
+    """Return True for a name that only the text model inside a wrapper has."""
+    return TEXT_PART.match(name) is not None
 
 
 def _unwrapped(stored: Iterable[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging as hf_logging
 
 from torchprime.checkpoint.hf.portable_config import config_if_refused
@@ -20,7 +20,7 @@ from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.hf.write import tensor_hash
 from torchprime.errors import CheckpointError
 from torchprime.files.json_files import read_json
-from torchprime.models.families import FAMILIES, SCORES_SOFTCAP
+from torchprime.models.families import FAMILIES, SCORES_SOFTCAP, is_wrapper, text_part
 
 # Two programs that compute the same model differ by the sum of their roundings, each about as large
 # as the floor of `rounding_floor`. Measured over 120 models (2 to 32 layers, two families, bf16 and
@@ -109,9 +109,10 @@ def load_transformers(folder: Path, dtype: torch.dtype | None = None) -> Any:
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     unchecked = config_if_refused(config)
     given = {} if unchecked is None else {"config": unchecked}
+    auto: Any = AutoModelForImageTextToText if is_wrapper(config) else AutoModelForCausalLM
     try:
         with _no_progress_bar():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 folder,
                 dtype=dtype or getattr(torch, name),
                 local_files_only=True,
@@ -137,7 +138,7 @@ def load_transformers(folder: Path, dtype: torch.dtype | None = None) -> Any:
 def attention_of(config: Mapping[str, Any]) -> str:
     """Return the attention of transformers that computes the model of a config.json: torch's has no
     soft-cap of the scores."""
-    family = FAMILIES.get(str(config.get("model_type")))
+    family = FAMILIES.get(str(text_part(config).get("model_type")))
     capped = family is not None and SCORES_SOFTCAP in family.softcaps
     return "eager" if capped else "sdpa"
 

@@ -13,6 +13,7 @@ from torchprime.adapters.apply import apply_adapter, base_name, saved
 from torchprime.adapters.lora import AdaptedLinear, initial_values
 from torchprime.adapters.quantized import QuantizedLinear, quantize_base, quantized
 from torchprime.adapters.spec import AdapterSpec
+from torchprime.adapters.targets import LAYER_NUMBER
 from torchprime.checkpoint.adapter.read import StoredAdapter
 from torchprime.models.architecture import Architecture
 from torchprime.models.decoder import CausalLM, generator_for
@@ -90,7 +91,9 @@ class ModelForm(NamedTuple):
         architecture = self.architecture.with_layers(count)
         adapter = self.adapter
         if adapter is not None:
-            adapter = replace(adapter, spec=replace(adapter.spec, layers=None))
+            targets = (LAYER_NUMBER.sub(".layers.*.", each) for each in adapter.spec.targets)
+            spec = replace(adapter.spec, layers=None, targets=tuple(dict.fromkeys(targets)))
+            adapter = replace(adapter, spec=spec)
         return ModelForm(architecture, adapter)
 
 

@@ -67,14 +67,6 @@ def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
     adapter = adapter_of(config)
     if adapter is not None and adapter.start is not None:
         adapter.start.fit(found.hf_config)
-    if adapter is not None and adapter.form != "merged" and found.wrapper is not None:
-        refuse(
-            "export.adapter",
-            adapter.form,
-            f"merged: PEFT loads an adapter over the whole {found.wrapper}, in which the layers of "
-            "its text model have other names",
-            "Set export.adapter=merged: the export is the text model with the adapter merged.",
-        )
     return replace(found, adapter=adapter, groups=groups_of(config))
 
 

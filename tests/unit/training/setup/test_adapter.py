@@ -16,7 +16,7 @@ from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.adapter.certificate import base_fingerprint
 from torchprime.models.architecture import Architecture, architecture_from_hf
 from torchprime.sharding import ShardingTable
-from torchprime.training.setup.adapter import AdaptedTensors, Adapter, build_model
+from torchprime.training.setup.adapter import AdaptedTensors, Adapter, ModelForm, build_model
 from torchprime.training.setup.model_files import ModelFiles
 
 SIZES = {
@@ -137,3 +137,11 @@ def test_a_run_and_a_certificate_hash_a_base_alike(tmp_path: Path) -> None:
     nothing: Any = None
     files = ModelFiles(tmp_path, {}, tied, nothing, {})
     assert files.base_fingerprint() == base_fingerprint(tmp_path)["sha256"]
+
+
+def test_fewer_layers_have_the_adapter_of_one_layer(architecture) -> None:
+    """The estimate of memory builds a model of one layer; full names name others."""
+    form = ModelForm(architecture, adapter_of(targets=(Q.replace("0", "1"), Q)))
+    model = form.with_layers(1).build(torch.float32)
+    adapted = {n.partition(".lora_")[0] for n, _ in model.named_parameters() if "lora_" in n}
+    assert adapted == {Q}
