@@ -54,6 +54,11 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"mesh": {"tensor": 2}, "family": "olmo2", "compiler": "aot_eager"},
     ),
+    # Queries that grow with their position.
+    "tensor2-ministral3-tied-remat": (
+        2,
+        {"mesh": {"tensor": 2}, "family": "ministral3", "tied": True, "remat": "full"},
+    ),
     "hsdp-remat": (4, {"mesh": {"data": 2, "fsdp": 2}, "remat": "full"}),
     "adafactor": (1, {"mesh": {}, "optimizer": "adafactor"}),
     "adafactor-fsdp2": (2, {"mesh": {"fsdp": 2}, "optimizer": "adafactor"}),
@@ -91,6 +96,7 @@ SLOW = {
     "tensor2-qwen3",
     "fsdp2-tensor2-olmo2-remat",
     "tensor2-olmo2-compiled",
+    "tensor2-ministral3-tied-remat",
     "fsdp2-tensor2-phi3",
     "tensor2-phi3-three-kv-heads",
     "tensor2-three-kv-heads-compiled",

@@ -21,6 +21,7 @@ from transformers import (
     Glm4Config,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     Olmo2Config,
     Phi3Config,
     Qwen3Config,
@@ -59,6 +60,7 @@ FAMILIES = {
     "glm4": Glm4Config,
     "gemma2": Gemma2Config,
     "olmo2": Olmo2Config,
+    "ministral3": Ministral3Config,
 }
 SHAPE = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -107,6 +109,9 @@ def make_model(tied: bool, family: str = "llama", heads: tuple[int, int] = (4, 2
     if family == "gemma2":
         shape |= {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.5}
         shape |= {"query_pre_attn_scalar": 6, "sliding_window": 5}
+    if family == "ministral3":  # segments longer than the original context, so queries grow
+        rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 3}
+        shape |= {"rope_parameters": {**rope, "rope_theta": 1e4, "llama_4_scaling_beta": 0.4}}
     config = FAMILIES[family](**shape, tie_word_embeddings=tied)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
