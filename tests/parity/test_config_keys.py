@@ -142,7 +142,7 @@ MORE_KEYS = (
     *("rope_local_base_freq", "sliding_window_pattern", "hidden_activation"),
     *("quantization_config", "text_config", "auto_map", "unheard_of"),
 )
-ROPE_KEYS = ("partial_rotary_factor", "llama_4_scaling_beta")
+ROPE_KEYS = ("partial_rotary_factor", "llama_4_scaling_beta", "unheard_of")
 KINDS = ["full_attention", "sliding_attention"]
 SPECIAL: dict[str, list[Any]] = {
     "no_rope_layers": [[0, 1], [1, 0, 0], [0, 0], [1, 1], [True, False], [1.0, 0.0], [2, 1], [1]],

@@ -24,7 +24,7 @@ from torchprime.models.families import (
 )
 from torchprime.models.layer_kinds import LayerKind, read_layer_kinds, read_ropes
 from torchprime.models.rope_config import Rope
-from torchprime.models.unsupported import quantized, unsupported_family
+from torchprime.models.unsupported import quantized, refuse_foreign_keys, unsupported_family
 
 # Fields with defaults that a fingerprint has whatever their value, as in version 0.1.0.
 IN_0_1_0 = (
@@ -141,6 +141,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, where: str = "config.json
     family = FAMILIES[name]
     values = ConfigValues({**family.defaults, **config}, where)
     _refuse_unknown_mathematics(values)
+    refuse_foreign_keys(values, _own_keys(family))
     hidden, layers = values.integer("hidden_size"), _layers(values)
     heads = values.integer("num_attention_heads", most=2**14)
     context = values.integer("max_position_embeddings", family.context, most=2**40)
@@ -195,6 +196,17 @@ def _scales(values: ConfigValues, family: Family, head_dim: int) -> dict[str, fl
     if family.query_scale and (scalar := values.integer("query_pre_attn_scalar")) != head_dim:
         found["query_pre_attn_scalar"] = scalar
     return found
+
+
+def _own_keys(family: Family) -> tuple[str, ...]:
+    """Return the keys of unsupported.FOREIGN that a family reads, or that agree with it."""
+    return (
+        *(MULTIPLIERS if family.multipliers else ()),
+        *(("query_pre_attn_scalar",) if family.query_scale else ()),
+        *(("no_rope_layers",) if family.window == "no_rope" else ()),
+        *(("rope_interleaved", "rope_interleave") if family.rope_neighbours else ()),
+        *(("use_qk_norm", "qk_layernorm") if family.qk_norm != "none" else ()),
+    )
 
 
 def _softcaps(values: ConfigValues, family: Family) -> dict[str, float]:
@@ -270,8 +282,13 @@ def _refuse_unknown_mathematics(values: ConfigValues) -> None:
         raise values.fault("use_bidirectional_attention", "false: only causal models are supported")
     for key in DROPOUTS:
         if values.number(key, 0.0, equal=True):
-            raise values.fault(key, "0.0: dropout is not supported in fine-tuning")
-    if quantization := values.get("quantization_config"):
+            raise values.fault(
+                key,
+                "0.0: dropout is not supported in fine-tuning. Set it to 0.0 in a copy of the "
+                "checkpoint to train without it",
+            )
+    # MLX writes the second name, beside the first or alone.
+    if quantization := values.get("quantization_config") or values.get("quantization"):
         raise CheckpointError(f"{values.where}: {quantized(quantization)}")
     if values.get("per_layer_config"):
         raise values.fault("per_layer_config", "null: layers of different shapes are not supported")

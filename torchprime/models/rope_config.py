@@ -37,6 +37,13 @@ KINDS: dict[str, tuple[str, ...]] = {
 QUERY_GROWTH = "llama_4_scaling_beta"
 # vLLM 0.32 reads only this object beside the rope's, transformers only the key inside.
 VLLM_GROWTH = "llama_4_scaling"
+# Other keys that the object may have. The last four change nothing: a note on the training, a copy,
+# and the shares of positions that are equal in a text.
+KNOWN = {
+    *("rope_type", "type", "rope_theta", PARTIAL, QUERY_GROWTH, ORIGINAL),
+    *(key for keys in KINDS.values() for key in keys),
+    *("finetuned", "max_position_embeddings", "mrope_section", "mrope_interleaved"),
+}
 LARGEST = 2**40  # of a context in tokens
 LARGEST_FACTOR = 1000  # of attention: beyond it scores are no numbers
 # The fields of a Rope in version 0.1.0.
@@ -207,6 +214,8 @@ class _Reader:
         for key in keys.content:
             if isinstance(keys.get(key), dict):
                 raise keys.fault(key, "one rope for all layers, not one for each kind of layer")
+            if key not in KNOWN and keys.get(key) not in (None, False):
+                raise keys.fault(key, "null: no supported kind of rope has this key")
         if keys.get(QUERY_GROWTH) and not self.traits.query_growth:
             raise keys.fault(QUERY_GROWTH, "null: this family is supported without it")
         rope = Rope(self._theta(keys), self._kind(keys), partial=self._partial(keys))

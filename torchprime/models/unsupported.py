@@ -1,9 +1,15 @@
-"""Messages for checkpoints that can't be trained, each with a way to fix it."""
+"""Checkpoints that can't be trained: messages with a way to fix it, and keys of other families.
+
+A key that changes the mathematics but no weight's name or shape is found nowhere else. transformers
+ignores it in a family that does not read it, so the checkpoint would run as another model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torchprime.models.config_values import ConfigValues
 
 DEQUANTIZE = (
     "give the checkpoint it was made from (base_model on its card); or, where transformers can, "
@@ -17,6 +23,32 @@ TAKE_TEXT_PART = (
     "m.model.language_model; n.lm_head = m.lm_head; n.save_pretrained('NEW')\", then copy the "
     "tokenizer files to NEW"
 )
+
+# Keys that other families read, and their values that change nothing; null never does.
+FOREIGN: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), (1,)),
+    **dict.fromkeys(("logit_scale", "rotary_pct"), (1,)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "clip_qkv"), ()),
+    **dict.fromkeys(("no_rope_layers", "attention_chunk_size"), ()),
+    **dict.fromkeys(("rope_interleaved", "rope_interleave", "alibi"), (False,)),
+    **dict.fromkeys(("parallel_attn", "use_parallel_residual"), (False,)),
+    **dict.fromkeys(("use_qk_norm", "qk_layernorm"), (False,)),
+}
+
+
+def refuse_foreign_keys(values: ConfigValues, own: Sequence[str]) -> None:
+    """Refuse keys with which a config asks for mathematics of another family.
+
+    Args:
+        own: keys that the model's family reads, or that agree with it.
+
+    Raises:
+        CheckpointError: such a key has a value that would change the model.
+    """
+    for key, neutral in FOREIGN.items():
+        if key in values and key not in own and values.get(key) not in neutral:
+            told = " or ".join(["null", *(f"{value!r}".lower() for value in neutral)])
+            raise values.fault(key, f"{told}: this family does not read it")
 
 
 def unsupported_family(config: Mapping[str, Any], families: Sequence[str]) -> str:

@@ -138,14 +138,53 @@ def test_the_original_context_may_stand_outside_of_the_rope() -> None:
             "model_type is 'llava'.*Its text part .* is of the type 'llama': save it as",
         ),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
-        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1.*Set it to 0.0 in a copy"),
         ({"quantization_config": {"bits": 4, "quant_method": "gptq"}}, "method='gptq', bits=4"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "is quantized .*bits=4"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1e3}}, "alpha is 1000.0"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "short_mscale": 1.2}},
+            "rope_scaling.short_mscale is 1.2, expected null",
+        ),
+        # Keys of other families that change no weight.
+        ({"logits_scaling": 8.0}, "logits_scaling is 8.0, expected null or 1: this family does"),
+        ({"logit_scale": 0.0625}, "logit_scale is 0.0625"),
+        ({"attention_multiplier": 0.01}, "attention_multiplier is 0.01, expected null: this"),
+        ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar is 256"),
+        ({"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\]"),
+        ({"rotary_pct": 0.25}, "rotary_pct is 0.25"),
+        ({"rope_interleaved": True}, "rope_interleaved is True, expected null or false"),
+        ({"use_qk_norm": True}, "use_qk_norm is True"),
+        ({"clip_qkv": 8.0}, "clip_qkv is 8.0"),
+        ({"use_parallel_residual": True}, "use_parallel_residual is True"),
+        ({"alibi": True}, "alibi is True"),
+        ({"attention_chunk_size": 8192}, "attention_chunk_size is 8192"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(change: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         architecture_from_hf({**LLAMA, **change})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_interleaved": False, "logit_scale": 1, "clip_qkv": None, "use_mrope": False},
+        {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2], "apply": False}},
+        {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}, "pretraining_tp": 4},
+        {"quantization_config": {}, "interpolate_factor": 1, "lm_head_bias": False},
+    ],
+)
+def test_keys_that_change_nothing_are_accepted(change: dict) -> None:
+    assert architecture_from_hf({**LLAMA, **change}) == architecture_from_hf(LLAMA)
+
+
+def test_a_family_reads_its_own_keys() -> None:
+    granite = {"logits_scaling": 8.0, "attention_multiplier": 0.01}
+    assert architecture_from_hf({**LLAMA, "model_type": "granite", **granite}).logits_divisor == 8
+    qwen3 = {**LLAMA, "model_type": "qwen3", "num_key_value_heads": 4, "use_qk_norm": True}
+    assert architecture_from_hf(qwen3).qk_norm
 
 
 @pytest.mark.parametrize(
