@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -389,6 +391,31 @@ def test_mistral_small_tools() -> None:
     for template in (family("mistral-small"), without_marks(family("mistral-small"))):
         assert spans_of(template, TOOLS["call"], [TOOL]) == [one, "No.</s>"]
         assert spans_of(template, TEXT_AND_CALL, [TOOL]) == [f"Let me see.{said}", "No.</s>"]
+
+
+# vLLM's environment has Mistral's own package, which generates its templates.
+REPO = Path(__file__).resolve().parents[4]
+VLLM = Path(os.environ.get("TORCHPRIME_VLLM_PYTHON") or REPO / ".venv-vllm" / "bin" / "python")
+OF_MISTRAL = """
+from mistral_common.integrations.chat_templates.template_generator import *
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
+config = TemplateConfig(version=TokenizerVersion.v7, use_special_token_variables=True)
+print(build_chat_template(config))
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not VLLM.exists(), reason=f"no {VLLM}: run make test-vllm")
+def test_mistral_small_renders_as_the_template_that_mistral_generates() -> None:
+    run = subprocess.run([VLLM, "-c", OF_MISTRAL], check=True, capture_output=True, text=True)
+    theirs = make(run.stdout.removesuffix("\n"))
+    conversations = PLAIN | SYSTEM | TOOLS | {"text and call": TEXT_AND_CALL}
+    del conversations["empty answer"]  # refused by the original
+    for label, messages in conversations.items():
+        for tools in ((), (TOOL,), (TOOL, TOOL)):
+            for ask in (False, True):
+                ours_text = render(family("mistral-small"), messages, tools, ask)
+                assert ours_text == render(theirs, messages, tools, ask), label
 
 
 def test_smollm3_offers_tools() -> None:
