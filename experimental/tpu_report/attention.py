@@ -63,7 +63,10 @@ SHAPES = [
     Shape(32, 8, 8192, 128, dtype=jnp.float32),
     Shape(14, 2, 2048, 64),
     Shape(16, 8, 4096, 256, window=1024),
-    Shape(8, 4, 8192, 256, window=4096, softcap=50.0),
+    # Gemma 2 9B, whose layers take turns, and 27B.
+    Shape(16, 8, 8192, 256, window=4096, softcap=50.0),
+    Shape(16, 8, 8192, 256, softcap=50.0),
+    Shape(32, 16, 8192, 128, softcap=50.0),
 ]
 
 
