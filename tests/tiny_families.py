@@ -15,6 +15,7 @@ import torch
 import transformers
 from tiny_llama import SHAPE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from torchprime.checkpoint.hf.read import SafetensorsReader
 
@@ -188,6 +189,28 @@ def make_wrapper(folder: Path, name: str, **text: Any) -> TinyCheckpoint:
         tie_word_embeddings=tied,
     )
     return _saved(folder, getattr(transformers, f"{name}ForConditionalGeneration")(config))
+
+
+IMAGE_TOKENS = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+
+
+def write_processor(folder: Path) -> Any:
+    """Give a Gemma 3 with images, and a tokenizer with IMAGE_TOKENS, the processor of images."""
+    names = dict(zip(("boi_token", "eoi_token", "image_token"), IMAGE_TOKENS, strict=True))
+    tokenizer: Any = transformers.PreTrainedTokenizerFast.from_pretrained(
+        folder, extra_special_tokens=names
+    )
+    processor = transformers.Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 28, "width": 28}),
+        tokenizer,
+        chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}",
+        image_seq_length=4,
+    )
+    processor.save_pretrained(folder)
+    path = folder / "config.json"
+    ids = {f"{name}_index": tokenizer.convert_tokens_to_ids(t) for name, t in names.items()}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **ids, "mm_tokens_per_image": 4}))
+    return processor
 
 
 def write_tokenizer(folder: Path) -> Path:

@@ -28,11 +28,14 @@ from torchprime.checkpoint.adapter.logits import adapted_logits
 from torchprime.checkpoint.adapter.merged_export import Merge, export_merged
 from torchprime.checkpoint.adapter.read import StoredAdapter, read_adapter
 from torchprime.checkpoint.adapter.recheck import recheck_any
+from torchprime.checkpoint.export import export_hf
 from torchprime.checkpoint.hf.card import CardFacts
 from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.folder import HfFolder
-from torchprime.checkpoint.hf.read import check_names
-from torchprime.checkpoint.proof.logits import PromptLogits, encode_prompts
+from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
+from torchprime.checkpoint.hf.whole import WholeModel
+from torchprime.checkpoint.proof.certificate import certify
+from torchprime.checkpoint.proof.logits import PromptLogits, decoder_logits, encode_prompts
 from torchprime.errors import CheckpointError
 from torchprime.losses.chunks import Projection
 from torchprime.losses.cross_entropy import chunked_cross_entropy
@@ -314,3 +317,76 @@ def test_an_adapter_over_the_whole_is_merged_and_loaded(wrappers: Path, tmp_path
     assert text.config.model_type == "mistral"
     _close(their_logits(text), expected, "merged")
     assert "`mistral3`" in (tmp_path / "text" / "README.md").read_text()
+    whole = Merge(stored, made.folder, str(made.folder), parts="all")
+    export_merged(whole, tmp_path / "whole", said.append)
+    model = whole_model("Mistral3", tmp_path / "whole")
+    _close(their_logits(model), expected, "merged in the whole")
+    merged = dict(theirs.merge_and_unload().named_parameters())
+    for name, parameter in model.named_parameters():
+        if "language_model" not in name and not name.startswith("lm_head"):
+            assert torch.equal(parameter, merged[name]), name
+
+
+# Exports of all parts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_an_export_of_all_parts_is_the_base_but_for_its_text(
+    name: str, wrappers: Path, tmp_path: Path
+) -> None:
+    made = _made(wrappers, name)
+    generator = torch.Generator().manual_seed(3)
+    trained = {
+        n: made.reader.get(n) + 0.05 * torch.randn(shape, generator=generator)
+        for n, shape in made.spec.items()
+    }
+    facts = ExportFacts(made.spec, torch.float32, 10**9, (0,), step=9, parts="all")
+    prompts = encode_prompts(made.folder / "tokenizer.json")
+    logits = decoder_logits(made.config, trained.__getitem__, torch.float32, prompts)
+    whole, out = WholeModel(made.folder), tmp_path / "out"
+    result = export_hf(
+        out,
+        HfFolder(facts.layout, made.config, None, made.folder, 0),
+        card="",
+        weights=trained.items(),
+        certify=lambda folder, hashes: certify(
+            folder,
+            hashes,
+            facts=facts,
+            origin="a test",
+            trained=PromptLogits(prompts, logits, "a test"),
+            base=made.folder,
+            whole=whole,
+        ),
+        whole=whole,
+    )
+    assert result.certificate is not None and not result.certificate.failed
+    passed = {check.name for check in result.certificate.checks if check.passed}
+    assert {"weights", "other parts", "tied weights", "base", "logits"} <= passed
+    assert (out / "config.json").read_bytes() == (made.folder / "config.json").read_bytes()
+    before, after = (SafetensorsReader(folder, stored_names=True) for folder in (made.folder, out))
+    assert before.names() == after.names()
+    of_text = set(whole.text.values())
+    assert all(
+        torch.equal(before.get(n), after.get(n)) == (n not in of_text) for n in after.names()
+    )
+
+    reference = whole_model(name, made.folder)
+    inner = {n.removeprefix("model."): t for n, t in trained.items()}
+    if (head := inner.pop("lm_head.weight", None)) is not None:
+        reference.lm_head.weight.data.copy_(head)
+    reference.model.language_model.load_state_dict(inner, strict=True)
+    model = whole_model(name, out)
+    _close(their_logits(model), their_logits(reference), "the export")
+    _, again = recheck_any(out, made.folder)
+    assert not [check for check in again if check.passed is False]
+    # A tensor of the vision tower that was changed is found, with and without the base.
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    vision = next(n for n in tensors if n not in of_text)
+    path.unlink()
+    save_file({**tensors, vision: tensors[vision] + 1}, path, metadata={"format": "pt"})
+    for base in (None, made.folder):
+        _, again = recheck_any(out, base)
+        failed = {check.name for check in again if check.passed is False}
+        assert failed == {"files", "other parts"}

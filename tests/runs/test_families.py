@@ -7,13 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 from run_fixtures import VOCAB
-from tiny_families import TinyCheckpoint, make_checkpoint, make_wrapper
-from transformers import AutoModelForCausalLM
+from tiny_families import (
+    IMAGE_TOKENS,
+    TinyCheckpoint,
+    make_checkpoint,
+    make_wrapper,
+    write_processor,
+)
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.cli.main import main as torchprime
@@ -32,7 +39,8 @@ def train(
     """Train a checkpoint, which gets a tokenizer, and return the run's folder."""
 
     def make(base: TinyCheckpoint, *overrides: str) -> Path:
-        make_tokenizer_folder(base.folder)
+        if not (base.folder / "tokenizer.json").exists():
+            make_tokenizer_folder(base.folder)
         place = (f"model.pretrained_model={base.folder}", f"output_dir={tmp_path}", "run_name=run")
         single = ("ici_mesh.fsdp=1", "ici_mesh.tensor=1", "task.max_steps=3")
         assert run_main(main, command(*place, *single, *overrides)) == 0
@@ -108,7 +116,7 @@ def test_an_adapter_of_a_model_with_images_is_pefts_over_the_whole(
     run = train(base, *given, "export.adapter=both", "checkpoint.every_steps=3")
     text = AutoModelForCausalLM.from_pretrained(run / "export")
     assert text.config.model_type == "gemma3_text"
-    inside = run / "export" / "adapter"
+    inside = run / "export" / "adapter"  # PEFT's, over the whole model
     whole = transformers.Gemma3ForConditionalGeneration.from_pretrained(base.folder)
     before = logits(whole)
     adapted: Any = peft.PeftModel.from_pretrained(whole, str(inside))
@@ -139,3 +147,113 @@ def test_an_adapter_of_a_model_with_images_is_pefts_over_the_whole(
     assert torchprime(["export", "--adapter", str(inside), "--merge", "--out", str(merged)]) == 0
     trained = AutoModelForCausalLM.from_pretrained(merged)
     torch.testing.assert_close(logits(trained), logits(text), rtol=1e-5, atol=1e-5)
+
+
+ALL = ("export.parts=all", "task.optimizer.learning_rate=0.03")
+
+
+@pytest.fixture
+def gemma(make_tokenizer_folder: Callable[..., Path], tmp_path: Path) -> TinyCheckpoint:
+    """A Gemma 3 with the processor of its images."""
+    rows = VOCAB + len(IMAGE_TOKENS)
+    base = make_wrapper(tmp_path / "base", "Gemma3", vocab_size=rows, sliding_window=16)
+    make_tokenizer_folder(base.folder, IMAGE_TOKENS)
+    write_processor(base.folder)
+    return base
+
+
+def describe(folder: Path) -> torch.Tensor:
+    """Continue a text with an image, as a user of the folder does."""
+    processor: Any = AutoProcessor.from_pretrained(folder)
+    image = np.arange(28 * 28 * 3, dtype=np.uint8).reshape(28, 28, 3)
+    given = processor(images=[image], text="say <start_of_image> ", return_tensors="pt")
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder)
+    return model.generate(**given, max_new_tokens=4, do_sample=False)[0]
+
+
+def same_but_text(base: Path, export: Path) -> None:
+    """The tensors of other parts and the small files of images are the base's to the byte."""
+    before, after = (SafetensorsReader(folder, stored_names=True) for folder in (base, export))
+    assert before.names() == after.names()
+    for name in after.names():
+        assert torch.equal(before.get(name), after.get(name)) == ("language_model" not in name)
+    for name in ("config.json", "processor_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (base / name).read_bytes() == (export / name).read_bytes()
+
+
+def test_all_parts_of_a_model_with_images_are_exported(
+    gemma: TinyCheckpoint,
+    train: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = train(gemma, *ALL, "checkpoint.every_steps=3", "task.sample_prompts=0")
+    printed = capsys.readouterr().err
+    assert "the export is the whole model, with the 50 weights of its other parts" in printed
+    assert "logits of transformers match the trainer's" in printed
+    export = run / "export"
+    same_but_text(gemma.folder, export)
+    assert len(describe(export)) > 4
+    card = (export / "README.md").read_text()
+    assert "This is the whole model, whose `model_type` is `gemma3`." in card
+    assert "pipeline_tag: image-text-to-text" in card
+    assert torchprime(["verify", str(export), "--base", str(gemma.folder)]) == 0
+    assert "are the base's, bit for bit" in capsys.readouterr().out
+    # A checkpoint gives the same files, and the text model alone on request.
+    again, text = tmp_path / "again", tmp_path / "text"
+    assert torchprime(["export", str(run), "--out", str(again)]) == 0
+    for path in export.iterdir():
+        if path.name != "certificate.json":
+            assert (again / path.name).read_bytes() == path.read_bytes(), path.name
+    assert torchprime(["export", str(run), "--out", str(text), "--parts", "text"]) == 0
+    assert "This is the text model of the base" in (text / "README.md").read_text()
+    alone = AutoModelForCausalLM.from_pretrained(text)
+    whole = AutoModelForImageTextToText.from_pretrained(export)
+    torch.testing.assert_close(logits(alone), logits(whole), rtol=1e-5, atol=1e-5)
+    # The export is a base in its turn.
+    mean = tmp_path / "mean"
+    assert torchprime(["average", str(export), str(again), "--out", str(mean)]) == 0
+    same_but_text(gemma.folder, mean)
+    # Without the base, the other parts are nowhere.
+    gemma.folder.rename(tmp_path / "moved")
+    capsys.readouterr()
+    given = ["export", str(run), "--out", str(tmp_path / "no")]
+    assert torchprime(given) == 2
+    assert "Expected --base FOLDER, or --parts text" in capsys.readouterr().err
+    assert torchprime([*given, "--base", str(tmp_path / "moved")]) == 0
+    same_but_text(tmp_path / "moved", tmp_path / "no")
+
+
+def test_an_adapter_is_merged_in_all_parts(
+    gemma: TinyCheckpoint, train: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = train(gemma, *ALL, "adapter=lora", "adapter.rank=4", "export.adapter=both")
+    export = run / "export"
+    before, after = (
+        SafetensorsReader(folder, stored_names=True) for folder in (gemma.folder, export)
+    )
+    changed = {n for n in before.names() if not torch.equal(before.get(n), after.get(n))}
+    assert len(changed) == 14 and all(n.startswith("language_model.model.layers") for n in changed)
+    plain: Any = AutoModelForImageTextToText.from_pretrained(gemma.folder)
+    adapted: Any = peft.PeftModel.from_pretrained(plain, str(export / "adapter"))
+    whole = AutoModelForImageTextToText.from_pretrained(export)
+    torch.testing.assert_close(logits(adapted), logits(whole), rtol=1e-5, atol=1e-5)
+    assert torchprime(["verify", str(export), "--base", str(gemma.folder)]) == 0
+    out, inside = tmp_path / "merged", str(export / "adapter")
+    given = ["export", "--adapter", inside, "--merge", "--parts", "all", "--out", str(out)]
+    assert torchprime(given) == 0
+    assert (out / "model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
+    assert len(describe(out)) > 4
+
+
+def test_a_model_without_other_parts_is_refused(
+    tiny: Path,
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = (f"output_dir={tmp_path}", "run_name=refused", "export.parts=all")
+    assert run_main(main, command(*given)) == 2
+    said = capsys.readouterr().err
+    assert "export.parts: given 'all', expected text, since the model (llama) has no parts" in said
+    assert not (tmp_path / "refused").exists()

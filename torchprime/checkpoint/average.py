@@ -27,12 +27,14 @@ from torchprime.checkpoint.from_checkpoint import (
     find_checkpoint,
     tensors_of,
     told,
+    whole_of,
 )
 from torchprime.checkpoint.hf.card import CardFacts
 from torchprime.checkpoint.hf.export_facts import FACTS, ExportFacts, read_facts
 from torchprime.checkpoint.hf.folder import CARD
 from torchprime.checkpoint.hf.read import INDEX, SafetensorsReader
 from torchprime.checkpoint.hf.served_template import TrainedTemplate
+from torchprime.checkpoint.hf.whole import WholeModel
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import CERTIFICATE, read_certificate
 from torchprime.checkpoint.run.catalog import Catalog
@@ -43,6 +45,7 @@ from torchprime.files.atomic import read_regular, write_bytes, write_text
 from torchprime.files.foreign_names import inside
 from torchprime.files.hashing import hash_file
 from torchprime.files.json_files import read_json, token_ids
+from torchprime.models.families import is_wrapper
 from torchprime.text.markdown_text import inline
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -60,12 +63,14 @@ class Source:
         where: its place, for messages.
         files: a folder with its small files.
         tensor_of: gives a weight by its Hugging Face name.
+        whole: the model around a text model, if the input is an export of all parts.
     """
 
     where: str
     facts: ExportFacts
     files: Path
     tensor_of: Callable[[str], Tensor]
+    whole: WholeModel | None = None
 
 
 def last_checkpoints(run: str, count: int) -> list[str]:
@@ -117,7 +122,9 @@ def export_average(
             average = f"## Average\n\nThe weights are the mean of: {inline(inputs)}.\n"
             write_text(folder / CARD, f"{facts.card_text()}\n{average}")
 
-        full = FullWeights(facts, mean, f"the mean of {inputs}", "from the mean of the inputs")
+        origin, compared = f"the mean of {inputs}", "from the mean of the inputs"
+        whole = first.whole or whole_of(facts, None)
+        full = FullWeights(facts, mean, origin, compared, whole=whole)
         result = export_full(place, small_files, full)
     return told(result, f"averaged {len(sources)} inputs to {place}", place, say)
 
@@ -177,6 +184,8 @@ def _open_export(folder: Path, kept: Path) -> Source:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(target, read_regular(folder / name))
     generation = read_json(kept / "generation_config.json")
+    config = read_json(kept / "config.json")
+    whole = is_wrapper(config)
     template = certificate.check("chat template").values
     trained = TrainedTemplate.from_values(template) if template else None
     facts = ExportFacts(
@@ -188,14 +197,16 @@ def _open_export(folder: Path, kept: Path) -> Source:
         tools_template=trained and trained.tools_sha256,
         template_options=dict(trained.options) if trained else {},
         base_model=certificate.base_model,
+        parts="all" if whole else "text",
         card=CardFacts(
             name=folder.absolute().name,
             base_model=certificate.base_model,
+            wrapper=str(config["model_type"]) if whole else None,
             versions=certificate.versions,
             chat=bool(template),
         ),
     )
-    return Source(str(folder), facts, kept, reader.get)
+    return Source(str(folder), facts, kept, reader.get, WholeModel(folder) if whole else None)
 
 
 def _refuse_adapter(where: str) -> None:

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 
 from torchprime.checkpoint.hf.folder import HfFolder
+from torchprime.checkpoint.hf.whole import WholeModel
 from torchprime.checkpoint.hf.write import ShardWriter, WeightLayout
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import Certificate
@@ -34,13 +35,15 @@ SMALL_FILES, SMALL_BYTES = 24, 1_000_000
 @dataclass(frozen=True)
 class ExportResult:
     """The result of an export. `hashes` are those of the cast weights as they were passed in;
-    `folder` is a local path even if the target is a URL."""
+    `folder` is a local path even if the target is a URL. `notes` are lines for the user: the
+    differences of a whole model's small files from its base's."""
 
     folder: Path
     files: dict[str, int]  # name -> bytes
     hashes: dict[str, str]  # tensor -> sha256, as tensor_hash gives it
     num_parameters: int
     certificate: Certificate | None
+    notes: tuple[str, ...] = ()
 
 
 class Exported(Protocol):
@@ -76,6 +79,7 @@ def export_hf(
     card: str,
     weights: Iterable[tuple[str, torch.Tensor]],
     certify: Certify | None = None,
+    whole: WholeModel | None = None,
 ) -> ExportResult:
     """Write a Hugging Face folder at `out`, whole or not at all, from a run's own files.
 
@@ -93,6 +97,7 @@ def export_hf(
         weights=weights,
         layout=hf_folder.layout,
         certify=certify,
+        whole=whole,
     )
 
 
@@ -103,6 +108,7 @@ def write_export(
     weights: Iterable[tuple[str, torch.Tensor]],
     layout: WeightLayout,
     certify: Certify | None = None,
+    whole: WholeModel | None = None,
 ) -> ExportResult:
     """Write a Hugging Face folder at `out`, whole or not at all.
 
@@ -113,23 +119,33 @@ def write_export(
         layout: the weights that have to come, and their split into files.
         certify: called last, before the folder is in its place. A certificate with a failed check
             is written, too: it is for the caller to refuse it, with the weights still there.
+        whole: the model around the text model that the other arguments describe; it is written
+            then, and `certify` gets the text model's hashes.
 
     Raises:
         CheckpointError: used target, incomplete input, weights not finite, a target that refuses.
     """
     place = ExportPlace.of(out)
     place.require_new()
-    require_room([export_need(place, layout)])
+    written = layout if whole is None else whole.layout(layout)
+    notes: list[str] = []
+    require_room([export_need(place, written)])
     with place.folder() as folder:
         small_files(folder)
-        hashes = write_weights(folder, weights, layout)
+        if whole is None:
+            hashes = write_weights(folder, weights, layout)
+        else:
+            notes = whole.replace_files(folder, written)
+            hashes = write_weights(folder, whole.weights(weights, written), written)
+            hashes = whole.text_hashes(hashes)
         certificate = certify(folder, hashes) if certify else None
         sizes = {
             str(path.relative_to(folder)): path.stat().st_size
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-    return ExportResult(place.local, sizes, hashes, layout.num_parameters, certificate)
+    count = written.num_parameters
+    return ExportResult(place.local, sizes, hashes, count, certificate, tuple(notes))
 
 
 def write_weights(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from torchprime.checkpoint.hf.export_facts import FACTS, ExportFacts, read_facts
 from torchprime.checkpoint.hf.folder import CARD, HfFolder
 from torchprime.checkpoint.hf.portable_config import both_dtype_spellings
 from torchprime.checkpoint.hf.read import INDEX, SafetensorsReader
+from torchprime.checkpoint.hf.whole import Parts, WholeModel
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import (
     CERTIFICATE,
@@ -100,24 +102,38 @@ def _pointed(catalog: Catalog, pointer: str) -> str:
     )
 
 
+class Choice(NamedTuple):
+    """The weights of a checkpoint that are exported, and their form.
+
+    Attributes:
+        dtype: of the exported weights; None for the one that was trained in. For float32 the
+            master weights are taken, if there are any.
+        average: take the weights' moving average if the checkpoint has one.
+        parts: of a wrapper; None for those that the run was asked for.
+    """
+
+    dtype: torch.dtype | None = None
+    average: bool = True
+    parts: Parts | None = None
+
+
+AS_TRAINED = Choice()
+
+
 def export_checkpoint(
     storage: Storage,
     name: str,
     out: Path | str | ExportPlace,
     *,
-    dtype: torch.dtype | None = None,
+    choice: Choice = AS_TRAINED,
     base: Path | None = None,
-    average: bool = True,
     say: Callable[[str], None],
 ) -> ExportResult:
     """Export the checkpoint `name` to `out`, whole or not at all, and prove it.
 
     Args:
         out: a folder or URL.
-        dtype: of the exported weights; None for the one that was trained in. For float32 the
-            master weights are taken, if there are any.
         base: the folder of the base's weights; None looks where they lay during the run.
-        average: take the weights' moving average if the checkpoint has one.
 
     Raises:
         CheckpointError: used target, a checkpoint without what an export needs, a failed check; in
@@ -131,15 +147,17 @@ def export_checkpoint(
         fetch_small_files(reader, kept)
         written = read_facts(kept / FACTS)
         if written.adapter is not None:
-            _refuse_dtype(dtype)
+            _refuse_choice(choice)
             result = _export_adapter(reader, kept, place, written, base)
             return told(result, f"exported {name} to {place}", place, say)
-        facts = replace(written, dtype=dtype or written.dtype)
+        dtype, average, parts = choice
+        facts = replace(written, dtype=dtype or written.dtype, parts=parts or written.parts)
+        whole = whole_of(facts, base)
         tensor_of = tensors_of(reader, facts, average)
         averaged = average and has_average(reader)
         name = f"the moving average in {name}" if averaged else name
         origin = f"{name} of {facts.source}"
-        full = FullWeights(facts, tensor_of, origin, "from the checkpoint", base)
+        full = FullWeights(facts, tensor_of, origin, "from the checkpoint", base, whole)
         result = export_full(place, partial(copy_small_files, kept, written, facts), full)
     return told(result, f"exported {name} to {place}", place, say)
 
@@ -153,6 +171,7 @@ class FullWeights:
         origin: where they are from, in words.
         compared: from where the logits of the certificate's comparison come, in words.
         base: the folder of the base's weights; None looks where they lay during the run.
+        whole: the model around the text model, if all of it is exported.
     """
 
     facts: ExportFacts
@@ -160,6 +179,7 @@ class FullWeights:
     origin: str
     compared: str
     base: Path | None = None
+    whole: WholeModel | None = None
 
 
 def export_full(
@@ -183,7 +203,9 @@ def export_full(
             origin=full.origin,
             trained=decoder_logits_of(folder, facts, full.tensor_of, full.compared),
             base=base_of(facts, full.base),
+            whole=full.whole,
         ),
+        whole=full.whole,
     )
 
 
@@ -193,6 +215,8 @@ def told(
     """Say what was written and proved; raise the CheckpointError of a failed certificate."""
     assert result.certificate is not None
     result.certificate.require(place)
+    for note in result.notes:
+        say(f"note: {note}")
     proofs = (result.certificate.check(part).detail for part in ("weights", "logits"))
     say(f"{what}: {'; '.join(proofs)}; certificate: {result.certificate.tally()}")
     return result
@@ -238,12 +262,13 @@ def _export_adapter(
     )
 
 
-def _refuse_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None:
-        raise CheckpointError(
-            "--dtype: given for the checkpoint of an adapter, which is exported in the type it was "
-            "trained in. Leave it out; give it when the adapter is merged (--adapter DIR --merge)."
-        )
+def _refuse_choice(choice: Choice) -> None:
+    for option, given in (("--dtype", choice.dtype), ("--parts", choice.parts)):
+        if given is not None:
+            raise CheckpointError(
+                f"{option}: given for the checkpoint of an adapter, which is exported as it was "
+                "trained. Leave it out; give it when the adapter is merged (--adapter DIR --merge)."
+            )
 
 
 def send_export(folder: Path, out: str, say: Callable[[str], None]) -> None:
@@ -317,6 +342,8 @@ def copy_small_files(kept: Path, written: ExportFacts, facts: ExportFacts, folde
     if facts.dtype != written.dtype:
         config = read_json(kept / "config.json") | both_dtype_spellings(facts.dtype)
         write_json(folder / "config.json", config)
+    # The card in a checkpoint is that of the text model.
+    if facts.dtype != written.dtype or facts.parts == "all":
         write_text(folder / CARD, facts.card_text())
 
 
@@ -384,6 +411,24 @@ def _adapted_logits(
     found.share_head()
     config = read_json(kept / "config.json")
     return checkpoint_logits(facts, config, found.get, trained, kept)
+
+
+def whole_of(facts: ExportFacts, given: Path | None) -> WholeModel | None:
+    """Return the model around the text model, if all parts are exported. See `base_of`.
+
+    Raises:
+        CheckpointError: the base is not here.
+    """
+    if facts.parts == "text":
+        return None
+    base = base_of(facts, given)
+    if isinstance(base, Path):
+        return WholeModel(base)
+    raise CheckpointError(
+        "All parts of the base are to be exported (export.parts=all, --parts all), and are copied "
+        f"from it, but {base or 'training began from random weights'}. Expected --base FOLDER, or "
+        "--parts text for the text model alone."
+    )
 
 
 def base_of(facts: ExportFacts, given: Path | None) -> Path | str | None:

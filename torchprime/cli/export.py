@@ -11,7 +11,12 @@ from pathlib import Path
 
 from torchprime.checkpoint.adapter.merged_export import Merge, export_merged
 from torchprime.checkpoint.adapter.read import read_adapter
-from torchprime.checkpoint.from_checkpoint import export_checkpoint, find_checkpoint, send_export
+from torchprime.checkpoint.from_checkpoint import (
+    Choice,
+    export_checkpoint,
+    find_checkpoint,
+    send_export,
+)
 from torchprime.checkpoint.hf.source import resolve_pretrained
 from torchprime.checkpoint.proof.certificate import CERTIFICATE
 from torchprime.cli.shared.arguments import make_parser, run_command
@@ -65,6 +70,12 @@ def export_main(argv: list[str]) -> int:
         help="values of the base that the adapter is merged into: run its own, int8 or nf4 the "
         "quantized ones (default: those that it was trained on, if its certificate names them)",
     )
+    add(
+        "--parts",
+        choices=["text", "all"],
+        help="of a base with images: its text model, or all parts, the others as in the base "
+        "(default: as the run's export.parts; of a merge text)",
+    )
     return run_command(parser, argv, _export)
 
 
@@ -107,7 +118,8 @@ def _export_merged(given: argparse.Namespace) -> int:
         )
     base = resolve_pretrained(name, cache_dir=None, weights=True)
     dtype = None if given.dtype is None else DTYPES[given.dtype]
-    export_merged(Merge(adapter, base, name, dtype, given.base_dtype), out, _say)
+    parts = given.parts or "text"
+    export_merged(Merge(adapter, base, name, dtype, given.base_dtype, parts), out, _say)
     return 0
 
 
@@ -115,9 +127,9 @@ def _export_checkpoint(given: argparse.Namespace) -> int:
     out = place("--out", given.out)
     source = place("CHECKPOINT", given.checkpoint)
     if not is_url(source) and (Path(source) / CERTIFICATE).is_file():
-        if given.dtype is not None or given.base is not None or given.raw:
+        if given.dtype or given.base is not None or given.raw or given.parts:
             raise ConfigError(
-                f"--dtype, --base, --raw: given with {source}, which is an export and is "
+                f"--dtype, --base, --raw, --parts: given with {source}, which is an export and is "
                 "copied as it is. Leave them out, or name a checkpoint."
             )
         send_export(Path(source), out, _say)
@@ -125,6 +137,12 @@ def _export_checkpoint(given: argparse.Namespace) -> int:
     storage, name = find_checkpoint(source, _say)
     dtype = None if given.dtype is None else DTYPES[given.dtype]
     base = base_weights(given.base)
-    average = not given.raw
-    export_checkpoint(storage, name, out, dtype=dtype, base=base, average=average, say=_say)
+    export_checkpoint(
+        storage,
+        name,
+        out,
+        choice=Choice(dtype, not given.raw, given.parts),
+        base=base,
+        say=_say,
+    )
     return 0

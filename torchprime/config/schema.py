@@ -323,6 +323,13 @@ class TrainConfig:
                 "a number, since export.which=best chooses among evaluated steps",
                 "Set eval.every_steps=50, for example, or export.which=last.",
             )
+        if self.export.parts == "all" and not self.task.convert_to_safetensors:
+            refuse(
+                "task.convert_to_safetensors",
+                False,
+                "true, since export.parts=all writes a Hugging Face folder",
+                "Set it to true, or export.parts=text.",
+            )
         stopping = self.selection.early_stopping.metric
         if stopping is not None and self.eval.every_steps is None:
             refuse(

@@ -22,7 +22,12 @@ from torchprime.checkpoint.adapter.export import export_adapter
 from torchprime.checkpoint.adapter.folder import AdapterFolder
 from torchprime.checkpoint.adapter.parts import adapter_parts
 from torchprime.checkpoint.export import export_hf
-from torchprime.checkpoint.from_checkpoint import add_weights, export_checkpoint, find_checkpoint
+from torchprime.checkpoint.from_checkpoint import (
+    Choice,
+    add_weights,
+    export_checkpoint,
+    find_checkpoint,
+)
 from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.read import SafetensorsReader
 from torchprime.checkpoint.proof.recheck import recheck
@@ -58,9 +63,9 @@ def contents(folder: Path) -> Files:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in paths}
 
 
-def exported(storage: Storage, out: Path, **options: Any) -> Files:
+def exported(storage: Storage, out: Path, **choice: Any) -> Files:
     """An export's files without the certificate, which has to verify."""
-    export_checkpoint(storage, NAME, out, say=lambda line: None, **options)
+    export_checkpoint(storage, NAME, out, choice=Choice(**choice), say=lambda line: None)
     failed = [check for check in recheck(out)[1] if check.passed is False]
     assert not failed, failed
     files = contents(out)
@@ -297,7 +302,7 @@ def test_an_adapter_from_a_checkpoint_is_the_runs_to_the_byte(
         base="not here",
     )
     with pytest.raises(CheckpointError, match="--dtype: given for the checkpoint of an adapter"):
-        export_checkpoint(local, NAME, tmp_path / "no", dtype=torch.bfloat16, say=print)
+        export_checkpoint(local, NAME, tmp_path / "no", choice=Choice(torch.bfloat16), say=print)
     result = export_checkpoint(local, NAME, tmp_path / "out", say=lambda line: None)
     wanted, found = contents(at_end.folder), contents(result.folder)
     del wanted["certificate.json"], found["certificate.json"]

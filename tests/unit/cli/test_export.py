@@ -272,9 +272,10 @@ def test_export_whose_certificate_fails_is_2(
         (["nowhere", "--out", "out"], "There is no whole checkpoint at nowhere"),
         (
             ["exported", "--out", "out", "--dtype", "fp32"],
-            "--dtype, --base, --raw: given with exported",
+            "--dtype, --base, --raw, --parts: given with exported",
         ),
         (["run"], "required: --out"),
+        (["run", "--out", "out", "--parts", "all"], "expected one with a text model inside"),
         (["run", "--out", "out", "--dtype", "fp8"], "invalid choice: 'fp8'"),
         (["run", "--out", "out", "--base", "./nowhere"], "There is no local folder ./nowhere"),
         (["nope://x/step_00000001", "--out", "out"], "CHECKPOINT: given 'nope://x/step_00000001'"),
@@ -384,6 +385,7 @@ def test_an_adapter_is_merged(say: Say, adapter: Path, base: Path, tmp_path: Pat
         (["--adapter", "./none", "--merge"], "There is no local folder ./none"),
         (["--adapter", "BASE", "--merge"], "is no PEFT folder: it has no adapter_config.json"),
         (["--adapter", "ADAPTER", "--merge", "--base", "ADAPTER"], "There is a PEFT adapter"),
+        (["--adapter", "ADAPTER", "--merge", "--parts", "all"], "expected one with a text model"),
     ],
 )
 def test_arguments_that_do_not_go_together(

@@ -37,7 +37,6 @@ from torchprime.checkpoint.proof.certificate import (
     check_stops,
     check_template,
     logits_values,
-    weights_values,
     write_certificate,
 )
 from torchprime.checkpoint.proof.logits import (
@@ -48,6 +47,7 @@ from torchprime.checkpoint.proof.logits import (
     no_room,
     prompt_ids,
 )
+from torchprime.checkpoint.proof.parts import weights_values
 from torchprime.checkpoint.proof.verify import NotChecked, read_back
 from torchprime.errors import CheckpointError
 from torchprime.files.json_files import read_json

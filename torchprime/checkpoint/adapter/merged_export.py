@@ -30,6 +30,7 @@ from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
 from torchprime.checkpoint.hf.served_template import TrainedTemplate
 from torchprime.checkpoint.hf.source import hub_name
 from torchprime.checkpoint.hf.weight_names import EMBEDDING
+from torchprime.checkpoint.hf.whole import Parts, WholeFolder, WholeModel
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import (
     CERTIFICATE,
@@ -65,6 +66,7 @@ class Merge:
         base_type: the values of the base that the adapter is merged into: `run` the original ones,
             `int8` or `nf4` the dequantized ones; None for those that it was trained on, as the
             folder's certificate has it, else the original ones.
+        parts: of a wrapper that are exported.
     """
 
     adapter: StoredAdapter
@@ -72,6 +74,7 @@ class Merge:
     base_name: str
     dtype: torch.dtype | None = None
     base_type: BaseType | None = None
+    parts: Parts = "text"
 
     def check(self) -> None:
         """Check that the adapter fits the base.
@@ -106,6 +109,11 @@ class Merge:
         """The base's model_type, if the adapter is of the text model inside; else None."""
         config = read_json(self.base / "config.json")
         return str(config["model_type"]) if is_wrapper(config) else None
+
+    @cached_property
+    def whole(self) -> WholeModel | None:
+        """The model around the text model, if all parts are exported."""
+        return None if self.parts == "text" else WholeModel(self.base)
 
     @cached_property
     def reader(self) -> SafetensorsReader:
@@ -207,7 +215,8 @@ def export_merged(
     if note := merge.adapter.base_note(merge.base_name):
         say(f"note: {note}")
     folder, facts = _folder_and_facts(merge)
-    for line in folder.check():
+    exported = folder if merge.whole is None else WholeFolder(folder, merge.whole)
+    for line in exported.check():
         say(f"note: {line}")
     result = export_hf(
         place,
@@ -215,6 +224,7 @@ def export_merged(
         card=facts.card_text(),
         weights=((name, merge.tensor_of(name)) for name in facts.spec),
         certify=partial(_certify, merge, facts),
+        whole=merge.whole,
     )
     assert result.certificate is not None
     result.certificate.require(place)
@@ -232,7 +242,15 @@ def _certify(
 ) -> Certificate:
     origin = f"{merge.adapter.where} merged into {merge.base_name}"
     trained = merge.unmerged(folder)
-    return certify(folder, hashes, facts=facts, origin=origin, trained=trained, base=merge.base)
+    return certify(
+        folder,
+        hashes,
+        facts=facts,
+        origin=origin,
+        trained=trained,
+        base=merge.base,
+        whole=merge.whole,
+    )
 
 
 def _folder_and_facts(merge: Merge) -> tuple[HfFolder, ExportFacts]:
@@ -257,6 +275,7 @@ def _folder_and_facts(merge: Merge) -> tuple[HfFolder, ExportFacts]:
         base_model=merge.base_name,
         base_folder=str(merge.base),
         card=_card(merge, tokenizer),
+        parts=merge.parts,
     )
     if certificate is not None:
         template = certificate.check("chat template").values

@@ -83,6 +83,7 @@ def model_card(
     dtype: str | None = None,
     metrics: Mapping[str, Any] | None = None,
     template_options: Mapping[str, Any] | None = None,
+    whole: bool = False,
 ) -> str:
     """Return the card's text; facts that are not known are left out.
 
@@ -91,6 +92,7 @@ def model_card(
         dtype: of the weights.
         metrics: the last values.
         template_options: what else the chat template was given in training.
+        whole: the folder holds all parts of a wrapper.
     """
     name = facts.name or "model"
     rows = {
@@ -101,21 +103,22 @@ def model_card(
         "dtype": dtype,
     }
     sections = [
-        _front_matter(facts),
-        f"# {inline(name)}\n\n{_summary(facts)}",
+        _front_matter(facts, whole),
+        f"# {inline(name)}\n\n{_summary(facts, whole)}",
         table_section("Training", {key: value for key, value in rows.items() if value is not None}),
         table_section("Final metrics", metrics or {}),
         command_section(facts.command),
         table_section("Versions", facts.versions),
-        _usage(name, facts.chat, template_options or {}),
+        _usage(name, facts.chat, template_options or {}, whole),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(facts: CardFacts) -> str:
+def _front_matter(facts: CardFacts, whole: bool) -> str:
     """Return the YAML front matter, which hubs read. It names only models and datasets from the
     hub: a hub links each name, and a local path would be a broken link or somebody else's model."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    task = "image-text-to-text" if whole else "text-generation"
+    lines = ["---", "library_name: transformers", f"pipeline_tag: {task}"]
     lines += [f"base_model: {name}" for name in hub_names([facts.hub_model or ""])]
     if names := hub_names(facts.hub_datasets):
         lines += ["datasets:", *(f"- {name}" for name in names)]
@@ -132,13 +135,19 @@ def hub_names(given: Iterable[str]) -> list[str]:
     return [json.dumps(name) for name in given if HUB_NAME.fullmatch(name)]
 
 
-def _summary(facts: CardFacts) -> str:
+def _summary(facts: CardFacts, whole: bool) -> str:
     base = facts.base_model
     start = f"Fine-tuned from {code(base)}" if base else "Trained from scratch"
     data = f" on {code(facts.dataset)}" if facts.dataset else ""
     said = f"{start}{data} with torchprime (PyTorch/XLA)."
     if facts.wrapper is None:
         return said
+    if whole:
+        return (
+            f"{said} This is the whole model, whose `model_type` is {code(facts.wrapper)}. Only "
+            "the weights of its text model were trained, on text alone; its other parts, such as "
+            "those for images, are the base's, unchanged. Answers about images were not measured."
+        )
     return (
         f"{said} This is the text model of the base, whose `model_type` is {code(facts.wrapper)}; "
         "its other parts, such as those for images, are not in this folder."
@@ -172,7 +181,7 @@ def _argument(name: str, value: Any) -> str:
     return f"**{ {name: value}!r}"
 
 
-def _usage(name: str, chat: bool, options: Mapping[str, Any]) -> str:
+def _usage(name: str, chat: bool, options: Mapping[str, Any], whole: bool) -> str:
     given = "".join(f",\n    {_argument(key, value)}" for key, value in options.items())
     make_inputs = (
         'inputs = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}],\n'
@@ -187,11 +196,12 @@ def _usage(name: str, chat: bool, options: Mapping[str, Any]) -> str:
     request = shlex.quote(json.dumps({"model": name, **asked, "max_tokens": 128}))
     served = f"--default-chat-template-kwargs {shlex.quote(json.dumps(dict(options)))}"
     flags = f" \\\n  {served}" if options else ""
+    auto = auto_class(whole_wrapper=whole)
     python = f"""\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")
+model = {auto}.from_pretrained(".", dtype="auto")
 {make_inputs}
 output = model.generate(**inputs, max_new_tokens=128)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""

@@ -30,6 +30,7 @@ from torchprime.checkpoint.field_kinds import (
 )
 from torchprime.checkpoint.hf.card import CardFacts, model_card
 from torchprime.checkpoint.hf.served_template import TrainedTemplate
+from torchprime.checkpoint.hf.whole import Parts
 from torchprime.checkpoint.hf.write import CODES, WeightLayout
 from torchprime.errors import CheckpointError
 from torchprime.files.json_files import read_json
@@ -58,6 +59,7 @@ FIELDS: Table = {
     "fingerprints": texts_to(or_null(TEXT)),
     "adapter": or_null(OBJECT),
     "base_sha256": or_null(TEXT),
+    "parts": Kind("text or all", lambda v: v in get_args(Parts)),
 }
 NAMES = list_of(TEXT, "a list of names")
 NUMBER = Kind("a number from 0", lambda v: type(v) in (int, float) and 0 <= v < MOST_COUNT)
@@ -96,6 +98,7 @@ class ExportFacts:
         fingerprints: of data, config, tokenizer, ...
         adapter: what was trained, if not all weights: then `spec` is of the model without it.
         base_sha256: of the weights that an adapter's run began with; None if not computed.
+        parts: of a wrapper that are exported.
     """
 
     spec: dict[str, tuple[int, ...]]
@@ -114,6 +117,7 @@ class ExportFacts:
     fingerprints: dict[str, str | None] = field(default_factory=dict)
     adapter: AdapterSpec | None = None
     base_sha256: str | None = None
+    parts: Parts = "text"
 
     @property
     def dtype_name(self) -> str:
@@ -145,6 +149,7 @@ class ExportFacts:
             dtype=self.dtype_name,
             metrics=self.metrics,
             template_options=self.template_options,
+            whole=self.parts == "all",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -50,9 +50,13 @@ Shape = tuple[int, ...]
 
 
 class SafetensorsReader:
-    """The tensors of a checkpoint folder, by their names in a causal language model."""
+    """The tensors of a checkpoint folder, by their names in a causal language model.
 
-    def __init__(self, folder: Path | str) -> None:
+    Args:
+        stored_names: by their names in the files instead; of a wrapper then all parts.
+    """
+
+    def __init__(self, folder: Path | str, *, stored_names: bool = False) -> None:
         self.folder = Path(folder)
         self._handles: dict[str, safe_open] = {}
         self._listing: dict[str, tuple[Shape, torch.dtype]] = {}
@@ -60,7 +64,8 @@ class SafetensorsReader:
         located = _locate(self.folder)
         config = read_json_if_there(self.folder / "config.json") or {}
         names_of = inner_names if is_wrapper(config) else public_names
-        public_of = names_of(name for _, name in located)
+        stored = [name for _, name in located]
+        public_of = {name: name for name in stored} if stored_names else names_of(stored)
         self.left_out = len(located) - len(public_of)  # weights of a wrapper's other parts
         for file, name in located:
             if name not in public_of:
@@ -87,6 +92,11 @@ class SafetensorsReader:
         if HEAD in self._places and EMBEDDING not in self._places:
             self._places[EMBEDDING] = self._places.pop(HEAD)
             self._listing[EMBEDDING] = self._listing.pop(HEAD)
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Forget some tensors."""
+        for name in names:
+            del self._listing[name], self._places[name]
 
     def get(self, name: str) -> torch.Tensor:
         """Return one tensor, a view of the mapped file: copy it before writing to it."""

@@ -30,12 +30,7 @@ from torchprime.models.unsupported import DEQUANTIZE
 
 # model*.safetensors leaves out second copies in the authors' own layout (consolidated.safetensors).
 WEIGHT_PATTERNS = ["model*.safetensors", "model.safetensors.index.json"]
-SMALL_PATTERNS = [
-    "config.json",
-    "adapter_config.json",
-    "quantize_config.json",
-    "quant_config.json",
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -45,7 +40,22 @@ SMALL_PATTERNS = [
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+)
+# Of a model with images: how they are made into numbers.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+SMALL_PATTERNS = [
+    "config.json",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
     "additional_chat_templates/*.jinja",
+    *PROCESSOR_FILES,
 ]
 ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

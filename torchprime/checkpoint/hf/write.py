@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,12 +47,14 @@ class WeightLayout:
         dtype: of the exported weights.
         max_shard_bytes: the limit above which files are split.
         file: the name of the only file, if they are not split.
+        kept: the types of those tensors that are copied unchanged from another file.
     """
 
     spec: Mapping[str, tuple[int, ...]]
     dtype: torch.dtype
     max_shard_bytes: int
     file: str = SINGLE
+    kept: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_shard_bytes <= 0:
@@ -67,15 +69,23 @@ class WeightLayout:
 
     @property
     def num_bytes(self) -> int:
-        return self.num_parameters * self.dtype.itemsize
+        return sum(self.bytes_of(name) for name in self.spec)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the type of a tensor in the files."""
+        return self.kept.get(name, self.dtype)
+
+    def bytes_of(self, name: str) -> int:
+        """Return the size of a tensor in the files."""
+        return math.prod(self.spec[name]) * self.dtype_of(name).itemsize
 
     def shards(self) -> list[Shard]:
         """Assign tensors to files in the order of `spec` up to the size limit; a larger tensor gets
         its own file."""
         groups: list[dict[str, tuple[int, int]]] = [{}]
         used = 0
-        for name, shape in self.spec.items():
-            size = math.prod(shape) * self.dtype.itemsize
+        for name in self.spec:
+            size = self.bytes_of(name)
             if groups[-1] and used + size > self.max_shard_bytes:
                 groups.append({})
                 used = 0
@@ -140,7 +150,7 @@ class ShardWriter:
         self.shards = layout.shards()
         self.hashes: dict[str, str] = {}
         self._spec = {name: tuple(shape) for name, shape in layout.spec.items()}
-        self._dtype = layout.dtype
+        self._layout = layout
         self._places = {
             name: (shard.file, begin)
             for shard in self.shards
@@ -170,7 +180,7 @@ class ShardWriter:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         for name, place in shard.places.items():
             shape = list(self._spec[name])
-            code = CODES[self._dtype]
+            code = CODES[self._layout.dtype_of(name)]
             entries[name] = {"dtype": code, "shape": shape, "data_offsets": list(place)}
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data section starts aligned
@@ -186,8 +196,8 @@ class ShardWriter:
             return False
         name, tensor = item
         self._check(name, tensor)
-        tensor = tensor.detach().to("cpu", self._dtype).contiguous()
-        if not is_finite(tensor):
+        tensor = tensor.detach().to("cpu", self._layout.dtype_of(name)).contiguous()
+        if name not in self._layout.kept and not is_finite(tensor):
             raise CheckpointError(
                 f"The weight {name} holds NaN or infinite values; nothing was exported. Use a "
                 "checkpoint from before the loss diverged, or a lower learning rate."

@@ -35,14 +35,11 @@ from torchprime.checkpoint.hf.portable import check_tokenizer
 from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
 from torchprime.checkpoint.hf.served_template import TrainedTemplate, check_served_template
 from torchprime.checkpoint.hf.weight_names import HEAD
-from torchprime.checkpoint.hf.write import hash_of_all
+from torchprime.checkpoint.hf.whole import WholeModel
 from torchprime.checkpoint.proof.base_changes import changes_from, told_changes
-from torchprime.checkpoint.proof.entries import (
-    CertificateFile,
-    LogitsValues,
-    WeightsValues,
-)
+from torchprime.checkpoint.proof.entries import CertificateFile, LogitsValues
 from torchprime.checkpoint.proof.logits import LOGIT_TOLERANCE, PROMPTS, PromptLogits, likeliest
+from torchprime.checkpoint.proof.parts import OTHER_PARTS, check_other_parts, weights_values
 from torchprime.checkpoint.proof.verify import LogitsMatch, NotChecked, compare_logits, read_back
 from torchprime.errors import CheckpointError
 from torchprime.files.atomic import write_json
@@ -235,6 +232,7 @@ def certify(
     origin: str,
     trained: PromptLogits | str,
     base: Path | str | None,
+    whole: WholeModel | None = None,
 ) -> Certificate:
     """Check a folder that is complete but for its certificate, and write the certificate.
 
@@ -244,9 +242,12 @@ def certify(
         trained: logits of the trainer's model, or the reason why there are none.
         base: the base's folder, or the reason why it can't be compared; None if training
             began from random weights.
+        whole: the model around the text model, if the folder holds all of it.
     """
+    others = [] if whole is None else [(OTHER_PARTS, lambda: check_other_parts(folder, whole.base))]
     proofs: list[tuple[str, Callable[[], Found]]] = [
         ("weights", lambda: _same_bytes(folder, hashes)),
+        *others,
         ("tied weights", lambda: check_tied(folder)),
         ("base", lambda: check_base(folder, base, facts)),
         ("logits", lambda: _same_logits(folder, trained, facts.dtype)),
@@ -319,22 +320,6 @@ def _same_bytes(folder: Path, hashes: Mapping[str, str]) -> Found:
     read_back(folder, hashes)
     values = weights_values(SafetensorsReader(folder), hashes)
     return f"{len(hashes)} tensors read back equal the trained weights", values
-
-
-def weights_values(reader: SafetensorsReader, hashes: Mapping[str, str]) -> WeightsValues:
-    """Return the number of tensors and values, the dtypes, and one hash of all weights that does
-    not depend on how they are split into files."""
-    listing = reader.names()
-    dtypes: dict[str, int] = {}
-    for _, dtype in listing.values():
-        name = str(dtype).removeprefix("torch.")
-        dtypes[name] = dtypes.get(name, 0) + 1
-    return {
-        "tensors": len(listing),
-        "parameters": sum(math.prod(shape) for shape, _ in listing.values()),
-        "dtypes": dtypes,
-        "sha256": hash_of_all(hashes),
-    }
 
 
 def check_tied(folder: Path) -> Found:

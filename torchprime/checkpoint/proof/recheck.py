@@ -31,9 +31,9 @@ from torchprime.checkpoint.proof.certificate import (
     hash_folder,
     judge,
     read_certificate,
-    weights_values,
 )
 from torchprime.checkpoint.proof.logits import encode_prompts, no_room
+from torchprime.checkpoint.proof.parts import OTHER_PARTS, check_other_parts, weights_values
 from torchprime.checkpoint.proof.verify import (
     NotChecked,
     judge_logits,
@@ -63,12 +63,30 @@ def recheck(folder: Path, base: Path | None = None) -> tuple[Certificate, list[C
         ("when written", lambda: check_when_written(certificate)),
         ("files", lambda: check_files(folder, certificate)),
         ("weights", lambda: check_weights(folder, recorded_values(certificate, "weights"))),
+        *_checks_of_other_parts(folder, base, certificate),
         ("tied weights", lambda: check_tied(folder)),
         ("base", lambda: _base(folder, base, certificate)),
         ("logits", lambda: _logits(folder, recorded_values(certificate, "logits"), certificate)),
         *checks_beside_weights(folder, certificate),
     ]
     return certificate, [judge(name, check, folder) for name, check in again]
+
+
+def _checks_of_other_parts(
+    folder: Path, base: Path | None, certificate: Certificate
+) -> list[tuple[str, Callable[[], Found]]]:
+    """Return the check of a whole model's other parts; none for a text model."""
+    if not any(check.name == OTHER_PARTS for check in certificate.checks):
+        return []
+
+    def check() -> Found:
+        recorded = recorded_values(certificate, OTHER_PARTS)
+        told, values = check_other_parts(folder, base)
+        if values != recorded:
+            raise CheckpointError(f"{told} are not those certified")
+        return told if base is not None else f"{told} are those certified", values
+
+    return [(OTHER_PARTS, check)]
 
 
 def checks_beside_weights(

@@ -228,3 +228,5 @@ class ExportConfig:
     which: Literal["best", "last"] = "last"
     # Under an adapter: its PEFT folder, a Hugging Face folder of base and adapter merged, or both.
     adapter: Literal["adapter", "merged", "both"] = "merged"
+    # Of a model with a text model inside: the text model, or all parts, the others as in the base.
+    parts: Literal["text", "all"] = "text"

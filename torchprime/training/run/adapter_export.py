@@ -29,6 +29,7 @@ from torchprime.checkpoint.export import (
 )
 from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.folder import HfFolder
+from torchprime.checkpoint.hf.whole import WholeFolder, WholeModel
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import Certificate, certify
 from torchprime.checkpoint.proof.logits import PromptLogits
@@ -49,6 +50,7 @@ class AdapterExport:
         base: the folder of the base's weights.
         open_base: opens the base's files and returns a function that gives a weight by name, with
             rows for new tokens; called only when weights are needed.
+        whole: the model around the text model, if all of it is exported merged.
     """
 
     form: ExportForm
@@ -56,18 +58,24 @@ class AdapterExport:
     facts: ExportFacts
     base: Path
     open_base: Callable[[], TensorOf]
+    whole: WholeModel | None = None
 
     @property
     def peft(self) -> AdapterFolder:
         """The PEFT folder."""
         return AdapterFolder.of(self.hf, self.facts)
 
+    @property
+    def merged(self) -> HfFolder | WholeFolder:
+        """The folder of the merged model."""
+        return self.hf if self.whole is None else WholeFolder(self.hf, self.whole)
+
     def check(self, out: Path | ExportPlace) -> list[str]:
         """Raise the errors that `write` would raise, without weights; return the repairs made in
         the source's files, as lines for the user."""
         if self.form == "adapter":
             return check_export(out, self.peft)
-        lines = check_export(out, self.hf)
+        lines = check_export(out, self.merged)
         if self.form == "both":
             self.peft.check()
         return lines
@@ -75,11 +83,11 @@ class AdapterExport:
     def need(self, place: ExportPlace) -> Need:
         """Return the disk space that an export there needs."""
         if self.form == "merged":
-            return export_need(place, self.hf.layout)
+            return export_need(place, self.merged.layout)
         small = export_need(place, self.peft.layout)
         if self.form == "adapter":
             return small
-        merged = export_need(place, self.hf.layout)
+        merged = export_need(place, self.merged.layout)
         return merged._replace(bytes=merged.bytes + small.bytes, files=merged.files + small.files)
 
     def write(
@@ -118,6 +126,7 @@ class AdapterExport:
                 weights=merged_weights(self.peft, trained, self.open_base()),
                 layout=self.hf.layout,
                 certify=proof.certify_merged,
+                whole=self.whole,
             )
         for certificate in (proof.inside, result.certificate):
             if certificate is not None:
@@ -174,4 +183,5 @@ class _Proof:
             origin=self.origin,
             trained=self.logits,
             base=self.export.base,
+            whole=self.export.whole,
         )

@@ -20,10 +20,11 @@ import numpy as np
 from torch import Tensor
 
 from torchprime.checkpoint.export import ExportResult, check_export, export_hf, export_need
-from torchprime.checkpoint.from_checkpoint import HF, add_weights, export_checkpoint
+from torchprime.checkpoint.from_checkpoint import HF, Choice, add_weights, export_checkpoint
 from torchprime.checkpoint.hf.card import CardFacts
 from torchprime.checkpoint.hf.export_facts import FACTS, ExportFacts
 from torchprime.checkpoint.hf.folder import HfFolder
+from torchprime.checkpoint.hf.whole import WholeFolder, WholeModel
 from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.checkpoint.places import ExportPlace
 from torchprime.checkpoint.proof.certificate import certify
@@ -63,7 +64,7 @@ class Exporter:
         """Return the disk space that an export there needs."""
         if (adapted := self._adapted(self.facts(None, {}))) is not None:
             return adapted.need(place)
-        return export_need(place, self.layout)
+        return export_need(place, self._exported().layout)
 
     def check(self, out: Path | ExportPlace) -> None:
         """Raise the errors that `write` would raise about the target, before the run.
@@ -71,9 +72,22 @@ class Exporter:
         What the export repairs in the source's files is said, once.
         """
         adapted = self._adapted(self.facts(None, {}))
-        lines = check_export(out, self.hf_folder()) if adapted is None else adapted.check(out)
+        lines = check_export(out, self._exported()) if adapted is None else adapted.check(out)
         for line in lines:
             self.say(f"note: {line}")
+
+    @property
+    def whole(self) -> WholeModel | None:
+        """The model around the trained text model, if all parts are exported."""
+        if self.files.parts == "text":
+            return None
+        assert self.files.folder is not None  # `files_of` refuses others
+        return WholeModel(self.files.folder)
+
+    def _exported(self) -> HfFolder | WholeFolder:
+        """Return the folder of the model that is exported."""
+        whole = self.whole
+        return self.hf_folder() if whole is None else WholeFolder(self.hf_folder(), whole)
 
     @staticmethod
     def require_certified(place: ExportPlace) -> None:
@@ -102,6 +116,7 @@ class Exporter:
             fingerprints=dict(self.fingerprints),
             adapter=self.files.adapter and self.files.adapter.spec,
             base_sha256=self.fingerprints.get(BASE),
+            parts=self.files.parts,
         )
 
     def _adapted(self, facts: ExportFacts) -> AdapterExport | None:
@@ -111,13 +126,13 @@ class Exporter:
             return None
         assert base is not None  # the schema guarantees it
         open_base = partial(pretrained_tensors, self.files, self.layout.dtype)
-        return AdapterExport(adapter.form, self.hf_folder(), facts, base, open_base)
+        return AdapterExport(adapter.form, self.hf_folder(), facts, base, open_base, self.whole)
 
     def write_small_files(self, folder: Path, *, step: int, metrics: Mapping[str, Any]) -> None:
         """Write the part of an export that a checkpoint stores: the facts and all files but the
         weights."""
         facts = self.facts(step, metrics)
-        self.hf_folder().write_small_files(folder, facts.card_text())
+        self.hf_folder().write_small_files(folder, replace(facts, parts="text").card_text())
         write_json(folder / FACTS, facts.to_dict())
 
     def keep(
@@ -205,7 +220,8 @@ class Exporter:
             CheckpointError: see `write`.
         """
         if self.files.adapter is None:
-            export_checkpoint(storage, name, place, base=base, say=self.say)
+            choice = Choice(parts=self.files.parts)
+            export_checkpoint(storage, name, place, choice=choice, base=base, say=self.say)
             return
         with CheckpointReader(storage, name) as reader:
             manifest = reader.manifest
@@ -239,7 +255,9 @@ class Exporter:
                 origin=f"{facts.source}, at its end",
                 trained=trained,
                 base=self.files.folder,
+                whole=self.whole,
             ),
+            whole=self.whole,
         )
 
     def hf_folder(self) -> HfFolder:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torchprime.checkpoint.hf.read import SafetensorsReader, check_names
 from torchprime.checkpoint.hf.source import resolve_pretrained
 from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD
+from torchprime.checkpoint.hf.whole import Parts
 from torchprime.checkpoint.hf.write import hash_of_all, weight_hashes
 from torchprime.config.compose import configs_dir
 from torchprime.data.tokenizer.load import Tokenizer
@@ -50,6 +51,7 @@ class ModelFiles:
     vocabulary: Vocabulary | None = None  # if the config changes the vocabulary
     adapter: Adapter | None = None  # None: all weights are trained
     groups: tuple[Group, ...] = ()  # of parameters; some may be frozen
+    parts: Parts = "text"  # of a wrapper that are exported
 
     @property
     def new_rows(self) -> NewRows | None:
@@ -72,9 +74,17 @@ class ModelFiles:
         if self.folder is None or self.wrapper is None:
             return None
         count = SafetensorsReader(self.folder).left_out
+        start, family = f"model_type {self.wrapper}: its text model is", self.architecture.family
+        if self.adapter is not None and self.adapter.form == "adapter":
+            return f"{start} adapted; the adapter is one of the whole base"
+        if self.parts == "all":
+            return (
+                f"{start} trained, as {family}; the export is the whole model, with the {count:,} "
+                "weights of its other parts as in the base"
+            )
         return (
-            f"model_type {self.wrapper}: its text model is trained and exported, as "
-            f"{self.architecture.family}; the {count:,} weights of its other parts are left out"
+            f"{start} trained and exported, as {family}; the {count:,} weights of its other parts "
+            "are left out (export.parts=all exports them too, as in the base)"
         )
 
     def build(self, dtype: torch.dtype) -> CausalLM:

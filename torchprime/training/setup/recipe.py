@@ -53,7 +53,8 @@ def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
     """Return the config's model files; with `weights`, those of a checkpoint must be there, too.
 
     Raises:
-        ConfigError: an adapter that could not be loaded over the model.
+        ConfigError: an adapter that could not be loaded over the model; an export of parts that
+            the model does not have.
     """
     m = config.model
     found = find_model(
@@ -67,7 +68,16 @@ def files_of(config: TrainConfig, *, weights: bool) -> ModelFiles:
     adapter = adapter_of(config)
     if adapter is not None and adapter.start is not None:
         adapter.start.fit(found.hf_config)
-    return replace(found, adapter=adapter, groups=groups_of(config))
+    if config.export.parts == "all" and found.wrapper is None:
+        refuse(
+            "export.parts",
+            "all",
+            f"text, since the model ({found.hf_config.get('model_type')}) has no parts but its "
+            "text model",
+            "Set export.parts=text.",
+        )
+    parts = config.export.parts
+    return replace(found, adapter=adapter, groups=groups_of(config), parts=parts)
 
 
 def groups_of(config: TrainConfig) -> tuple[Group, ...]:

@@ -114,3 +114,14 @@ def test_what_is_copied_into_a_shell_is_quoted():
     assert json.loads(words[words.index("--default-chat-template-kwargs") + 1]) == {"d e": "'"}
     assert json.loads(words[-1])["model"] == "a'b $(c)"
     assert "**{'d e': \"'\"}" in card
+
+
+def test_the_card_of_a_wrapper_says_which_parts_are_there():
+    facts = CardFacts(base_model="some/base", wrapper="gemma3")
+    text, whole = model_card(facts), model_card(facts, whole=True)
+    assert "This is the text model of the base, whose `model_type` is `gemma3`" in text
+    assert "AutoModelForCausalLM.from_pretrained" in text
+    assert "pipeline_tag: text-generation" in text
+    assert "This is the whole model, whose `model_type` is `gemma3`." in whole
+    assert "AutoModelForImageTextToText.from_pretrained" in whole
+    assert "pipeline_tag: image-text-to-text" in whole

@@ -73,6 +73,7 @@ def test_facts_survive_being_written(tmp_path: Path, facts: ExportFacts) -> None
             "adapter.base_type: given 'int3', expected run",
         ),
         ({"adapter": {**GOOD, "layers": [-1]}}, "adapter.layers"),
+        ({"parts": ["all"]}, "parts: given list, expected text or all"),
         ({"max_shard_bytes": 0}, "max_shard_bytes: given 0, expected a whole number from 1"),
     ],
 )
@@ -87,8 +88,8 @@ def test_a_fact_of_another_type_is_refused_by_name(
 def test_facts_of_an_older_version_have_fewer_fields(tmp_path: Path, facts: ExportFacts) -> None:
     content = facts.to_dict()
     content["card"] = {"name": "tuned"}
-    del content["template_options"], content["unused_rows"]
+    del content["template_options"], content["unused_rows"], content["parts"]
     (tmp_path / FACTS).write_text(json.dumps(content))
     found = read_facts(tmp_path / FACTS)
     assert found.card == CardFacts(name="tuned")
-    assert (found.template_options, found.unused_rows) == ({}, ())
+    assert (found.template_options, found.unused_rows, found.parts) == ({}, (), "text")
