@@ -51,6 +51,7 @@ from torchprime.torch_xla_models.devices import (
 from torchprime.torch_xla_models.generation import Generator
 from torchprime.torch_xla_models.layers.loops import device_loop
 from torchprime.torch_xla_models.layers.remat import apply_remat
+from torchprime.torch_xla_models.layers.stages import gradient_of
 from torchprime.torch_xla_models.linear import replace_linears, turned_spec
 from torchprime.torch_xla_models.loss import choose_loss, loss_spread
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain, make_mesh
@@ -155,7 +156,12 @@ class XlaBackend:
         first = self.processes.index == 0
         check_attention(model, self.attention, dtype, self.tensors, quiet=not first)
         self._constrain_activations()
-        replace_linears(model.model, self._gather_quantized, apart=not self.remat.scan_layers)
+        replace_linears(
+            model.model,
+            self._gather_quantized,
+            apart=not self.remat.scan_layers,
+            gradient_of=partial(gradient_of, self.mesh, table),
+        )
         apply_remat(
             model,
             self.remat,

@@ -30,26 +30,34 @@ from torchprime.sharding import Spec
 # Shape suffixes of the products: b batch, s sequence, n inputs, m outputs.
 
 
+# (inputs [T, N], gradient by the outputs [T, M]) -> the gradient by the weight [M, N].
+WeightGradient = Callable[[Tensor, Tensor], Tensor]
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, gradient: WeightGradient
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.gradient = bias is not None, gradient
         out = torch.einsum("bsn,mn->bsm", x, weight)
         return out if bias is None else out + bias
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
         return (
             torch.einsum("bsm,mn->bsn", grad, weight) if of_x else None,
-            _weight_gradient(x.flatten(0, 1), grad.flatten(0, 1)) if of_weight else None,
+            ctx.gradient(x.flatten(0, 1), grad.flatten(0, 1)) if of_weight else None,
             grad.sum((0, 1)) if ctx.has_bias and of_bias else None,
+            None,
         )
 
 
-def _weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient by a weight as one product."""
     if grad.shape[1] > x.shape[1]:
         return torch.matmul(x.t(), grad).t()
     return torch.matmul(grad.t(), x)
@@ -59,12 +67,13 @@ class XlaLinear(nn.Linear):
     """nn.Linear for [B, S, D] inputs with the products above."""
 
     transposed: Tensor | None  # during generation: the weight as [in, out]
+    gradient: WeightGradient
 
     def forward(self, input: Tensor) -> Tensor:
         if self.transposed is not None:
             out = torch.einsum("bsn,nm->bsm", input, self.transposed)
             return out if self.bias is None else out + self.bias
-        return _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-any-return]
+        return _Linear.apply(input, self.weight, self.bias, self.gradient)  # type: ignore[no-any-return]
 
 
 # (name of a quantized layer's part, its tensor) -> the tensor as each device dequantizes it.
@@ -186,7 +195,11 @@ def _turn_back(name: str, tensor: Tensor) -> Tensor:
 
 
 def replace_linears(
-    module: nn.Module, gather: Callable[[str, str, Tensor], Tensor], *, apart: bool
+    module: nn.Module,
+    gather: Callable[[str, str, Tensor], Tensor],
+    *,
+    apart: bool,
+    gradient_of: Callable[[str, nn.Linear], WeightGradient] = lambda *_: weight_gradient,
 ) -> None:
     """Replace every linear layer below by its form for XLA; parameters, names and hooks stay.
 
@@ -194,11 +207,14 @@ def replace_linears(
         gather: annotates a part of a quantized weight, given the names of the layer below `module`
             and of the part, with the sharding that its product needs.
         apart: `XlaQuantized.apart`.
+        gradient_of: returns the computation of a weight's gradient, by the name of the layer below
+            `module`.
     """
     for name, found in module.named_modules():
         child = cast(Any, found)  # whose class changes
         if type(found) is nn.Linear:
             child.__class__ = XlaLinear
+            child.gradient = gradient_of(name, found)
             child.register_buffer("transposed", None, persistent=False)
         elif isinstance(found, QuantizedLinear):
             child.__class__ = XlaInt8Linear if isinstance(found, Int8Linear) else XlaNf4Linear

@@ -80,6 +80,13 @@ def _slice_numbers(devices: int, dcn: Mapping[str, int]) -> list[int]:
     return found
 
 
+def device_places() -> list[list[int]]:
+    """Return the coordinates of each TPU chip in its slice, by number; none on other devices."""
+    if xr.device_type() != "TPU":
+        return []
+    return [list(each.get("coords", [])) for each in _device_attributes()]
+
+
 def _device_attributes() -> list[dict[str, Any]]:
     """Return the runtime's attributes of each device, by number."""
     return xr.global_runtime_device_attributes()  # pyright: ignore[reportReturnType]

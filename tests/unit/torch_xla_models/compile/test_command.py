@@ -139,6 +139,20 @@ def test_a_newer_compiler_beside(library, tmp_path) -> None:
 
 
 @pytest.mark.slow
+def test_gradients_are_reduce_scattered_over_a_square_of_chips(library, tmp_path) -> None:
+    """In two stages: the second reduces a quarter of the first."""
+    sizes = ["hidden_size=1024", "intermediate_size=2048", "num_attention_heads=8"]
+    larger = [f"model.architecture.{size}" for size in (*sizes, "num_key_value_heads=8")]
+    argv = [*TINY, *larger, "remat=scan_full", "compile_only=v6e-16", "ici_mesh.fsdp=16"]
+    assert run_main(main, [*argv, f"output_dir={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "small-v6e-16" / "compile_report.json").read_text())
+    moved, theory = found["collectives"], found["collectives_in_theory"]["reduce-scatter"]
+    embedding = 2 * 2048 * 1024  # its gradient goes to the chips of its rows
+    assert moved["reduce-scatter"]["bytes"] == pytest.approx(1.25 * (theory - embedding), rel=0.02)
+    assert moved["all-reduce"]["bytes"] < 0.05 * theory
+
+
+@pytest.mark.slow
 def test_a_quantized_base_is_gathered_as_it_is_stored(library, tmp_path) -> None:
     """Codes of 4 bits and scales travel between chips, and no matrix of the layers in bf16."""
     architecture = compose_config(TINY).to_dict()["model"]["architecture"]
