@@ -45,7 +45,7 @@ from torchprime.sharding import ShardingTable, Spec
 from torchprime.torch_xla_models.attention import core_maker, prompt_core_maker
 from torchprime.torch_xla_models.device_tensors import DeviceTensors
 from torchprime.torch_xla_models.layers.loops import RecordedLoop
-from torchprime.torch_xla_models.linear import XlaLinear
+from torchprime.torch_xla_models.linear import LARGEST_TURNED, XlaLinear, few_rows_product
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain
 from torchprime.torch_xla_models.placement import Placed
 
@@ -71,8 +71,9 @@ class _Step(nn.Module):
     def __init__(self, model: CausalLM) -> None:
         super().__init__()
         self.model = model
-        self.turned: Tensor | None  # the output projection as [D, V]
+        self.turned: Tensor | None  # the output projection as [D, V], if it is small
         self.register_buffer("turned", None, persistent=False)
+        self.large = False  # the output projection, on the CPU
 
     def forward(
         self, token: Tensor, padding: Tensor, slot: Tensor, cache: Cache
@@ -86,8 +87,12 @@ class _Step(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits, fp32 [B, V]."""
-        turned = self.model.output_weight.t() if self.turned is None else self.turned
-        return softcapped(torch.matmul(hidden, turned).float(), self.model.output.softcap)
+        weight = self.model.output_weight
+        if self.large:
+            logits = few_rows_product(hidden, weight)
+        else:
+            logits = torch.matmul(hidden, weight.t() if self.turned is None else self.turned)
+        return softcapped(logits.float(), self.model.output.softcap)
 
 
 class Generator:
@@ -132,7 +137,7 @@ class Generator:
             cached = cached_attention(self.model, self._cut_heads, self.make_core, match)
             stack.enter_context(cached)
             if batches and on_cpu:
-                stack.enter_context(self._turned())
+                stack.enter_context(self._for_few_rows())
             for batch in batches:
                 answers |= self._answer(batch, prompts, options)
         return [answers[number] for number in range(len(prompts))]
@@ -221,26 +226,27 @@ class Generator:
         return [*after, *fixed, *weights], [made]
 
     @contextmanager
-    def _turned(self) -> Iterator[None]:
-        """Keep a copy of every matrix as [in, out] inside."""
+    def _for_few_rows(self) -> Iterator[None]:
+        """Keep a copy of every small matrix as [in, out] inside, and mark the large ones."""
         linears = {n: m for n, m in self.model.named_modules() if isinstance(m, XlaLinear)}
-
-        def turned(name: str, weight: Tensor) -> Tensor:
-            *stacked, rows, columns = self.placed[f"{name}.weight"].spec
-            return constrain(weight.transpose(-1, -2), self.mesh, (*stacked, columns, rows))
-
         output = "model.embed_tokens" if self.model.lm_head is None else "lm_head"
-        self.step.turned = turned(output, self.model.output_weight)
-        copies = {name: turned(name, linear.weight) for name, linear in linears.items()}
-        self.tensors.run([self.step.turned, *copies.values()])
+        weights = {name: linear.weight for name, linear in linears.items()}
+        weights[output] = self.model.output_weight
+        copies = {n: self._transposed(n, w) for n, w in weights.items() if _is_small(w)}
+        self.tensors.run([*copies.values()])
+        self.step.turned, self.step.large = copies.get(output), output not in copies
         for name, linear in linears.items():
-            linear.transposed = copies[name]
+            linear.transposed, linear.large = copies.get(name), name not in copies
         try:
             yield
         finally:
-            self.step.turned = None
+            self.step.turned, self.step.large = None, False
             for linear in linears.values():
-                linear.transposed = None
+                linear.transposed, linear.large = None, False
+
+    def _transposed(self, name: str, weight: Tensor) -> Tensor:
+        *stacked, rows, columns = self.placed[f"{name}.weight"].spec
+        return constrain(weight.transpose(-1, -2), self.mesh, (*stacked, columns, rows))
 
     def _scalar(self, value: int) -> Tensor:
         return self.tensors.send(torch.tensor(value, dtype=torch.int32), ())
@@ -262,6 +268,11 @@ class Generator:
 
     def _cut_heads(self, out: Tensor) -> Tensor:
         return constrain(out, self.mesh, (self.batch_axes, self.head_axes, (), ()))
+
+
+def _is_small(weight: Tensor) -> bool:
+    """Return True for a matrix, or a stack of them, of which a copy is made."""
+    return weight.shape[-2] * weight.shape[-1] <= LARGEST_TURNED
 
 
 def _widened(cache: Cache, slots: int) -> Cache:

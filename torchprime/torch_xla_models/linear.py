@@ -6,8 +6,9 @@ over two dims at once, XLA on the CPU first transposes both operands in memory. 
 transposes only the left one, so the narrower operand is put there; the product has no sequence dim
 left to lose.
 
-On few rows XLA on the CPU is several times faster with the weight as [in, out]; generation passes
-such a copy.
+XLA on the CPU transposes a weight in memory for each product of few rows. So generation passes a
+copy of a small weight as [in, out], and multiplies a large one from the left
+(`few_rows_product`).
 
 A quantized weight is gathered as it is stored, and each device dequantizes what it multiplies by.
 """
@@ -63,17 +64,43 @@ def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
     return torch.matmul(grad.t(), x)
 
 
-class XlaLinear(nn.Linear):
-    """nn.Linear for [B, S, D] inputs with the products above."""
+# Numbers of a matrix up to which few rows are multiplied faster by an [in, out] copy of it.
+# Above, its rows are too far apart for the caches, above all if they are a power of two apart.
+LARGEST_TURNED = 2**19
 
-    transposed: Tensor | None  # during generation: the weight as [in, out]
+
+def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x weight^T for few rows [B, I] and a large weight [O, I], fast for XLA on the CPU.
+
+    It is (weight x^T)^T. Without the barrier XLA would make it x weight^T again, and transpose the
+    weight in memory.
+    """
+    out = torch.matmul(weight, x.t())
+    xm.optimization_barrier_([out])
+    return out.t()
+
+
+class XlaLinear(nn.Linear):
+    """nn.Linear for [B, S, D] inputs with the products above.
+
+    Attributes:
+        transposed: the weight as [in, out], during generation with a small weight on the CPU.
+        large: the weight is larger, during generation on the CPU.
+        gradient: computes the weight's gradient.
+    """
+
+    transposed: Tensor | None
     gradient: WeightGradient
+    large = False
 
     def forward(self, input: Tensor) -> Tensor:
         if self.transposed is not None:
             out = torch.einsum("bsn,nm->bsm", input, self.transposed)
-            return out if self.bias is None else out + self.bias
-        return _Linear.apply(input, self.weight, self.bias, self.gradient)  # type: ignore[no-any-return]
+        elif self.large and input.shape[1] == 1:
+            out = few_rows_product(input[:, 0], self.weight)[:, None]
+        else:
+            return _Linear.apply(input, self.weight, self.bias, self.gradient)  # type: ignore[no-any-return]
+        return out if self.bias is None else out + self.bias
 
 
 # (name of a quantized layer's part, its tensor) -> the tensor as each device dequantizes it.

@@ -63,8 +63,13 @@ SLOW = ("gemma2", "gemma3", "olmo3")  # qwen3 has windows in a scan, too
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in WAYS]
 )
-def test_greedy_equals_transformers(name: str, truths: Truths, shipped_table) -> None:
+def test_greedy_equals_transformers(
+    name: str, truths: Truths, shipped_table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some matrices of these models are large then, as real models' are, and in most others small.
+    monkeypatch.setattr("torchprime.torch_xla_models.generation.LARGEST_TURNED", 1100)
     model, free = truths[name]
+    small = any(p.dim() == 2 and p.numel() <= 1100 for p in model.parameters())
     backend = placed(name, model, shipped_table, **WAYS[name])
     stops = answers.some_stops(free)
     stopped = answers.cut(free, stops)
@@ -77,8 +82,8 @@ def test_greedy_equals_transformers(name: str, truths: Truths, shipped_table) ->
     others = answers.prompts((30, 2, 63, 140, 9, 8, 70), seed=5)
     before = backend.compiles()
     backend.generate(others, answers.options())
-    # Two programs for each of two buckets, and on the CPU one that transposes weights.
-    assert backend.compiles() - before == 5
+    # Two programs for each of two buckets, and on the CPU one that transposes small weights.
+    assert backend.compiles() - before == 4 + small
     # Other prompts of the same buckets, other stop tokens: nothing compiles, nor when something has
     # made data of all there is meanwhile, as processes do that exchange objects. First what earlier
     # tests left in cycles goes: what is pending on a buffer that was written over would be run too.
