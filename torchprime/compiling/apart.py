@@ -48,8 +48,8 @@ def run_apart(
             except subprocess.TimeoutExpired:
                 raise RuntimeSetupError(
                     f"compile_time_limit: the compiler took longer than {limit_s / 60:g} minutes. "
-                    "Allow it more (compile_time_limit=60), or give it less: with "
-                    "remat.scan_layers=true it compiles one layer instead of all."
+                    "Allow it more (compile_time_limit=60); other work on this machine slows it. "
+                    "Without remat.scan_layers=true it compiles all layers instead of one."
                 ) from None
             finally:
                 _end(process)
