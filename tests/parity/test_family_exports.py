@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from other_python import VLLM, VLLM_SETTINGS, run_worker
 from safetensors import safe_open
 from tiny_exports import EXPORTS, NEWER, PROMPTS, TOKENS, Source, load_source, make_sources
 
-REPO, HERE = Path(__file__).resolve().parents[2], Path(__file__).parent
+HERE = Path(__file__).parent
 # A folder of packages, of make transformers4.
 OLDER = Path(os.environ.get("TORCHPRIME_TRANSFORMERS4") or Path(sys.prefix) / "transformers4")
-VLLM = Path(os.environ.get("TORCHPRIME_VLLM_PYTHON") or REPO / ".venv-vllm" / "bin" / "python")
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -54,16 +53,6 @@ def of_source(model: Any) -> list[Expected]:
             logits = model(input_ids=torch.tensor([ids])).logits[0]
             found.append(Expected(logits, ids[len(prompt) :]))
     return found
-
-
-def run_worker(*command: object, work: Path, settings: dict[str, str]) -> None:
-    """Run a worker of another environment on all exports."""
-    ours = ("PYTHONPATH", "XLA_FLAGS", "PJRT_DEVICE", "CPU_NUM_DEVICES")
-    kept = {key: value for key, value in os.environ.items() if key not in ours}
-    env = {**kept, "HF_HUB_OFFLINE": "1", **settings}
-    words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=work)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def write_request(work: Path, sources: dict[str, Source]) -> Path:
@@ -112,12 +101,7 @@ def engine(
     """Greedy continuations of every export by vLLM."""
     work = tmp_path_factory.mktemp("engine")
     request, out = write_request(work, sources), work / "results.json"
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "TORCH_COMPILE_DISABLE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    run_worker(VLLM, HERE / "vllm_worker.py", request, out, work=work, settings=settings)
+    run_worker(VLLM, HERE / "vllm_worker.py", request, out, work=work, settings=VLLM_SETTINGS)
     return json.loads(out.read_text())
 
 

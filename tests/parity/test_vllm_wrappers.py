@@ -8,8 +8,6 @@ reference is PEFT over transformers' class of the whole model.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers
+from other_python import VLLM, VLLM_SETTINGS, run_worker
 from tiny_exports import HEAD, WIDE
 from tiny_families import IMAGE_TOKENS, make_wrapper, write_processor, write_tokenizer
 from tokenizers import Tokenizer
@@ -24,8 +23,7 @@ from tokenizers import Tokenizer
 from torchprime.checkpoint.adapter.merged_export import Merge, export_merged
 from torchprime.checkpoint.adapter.read import read_adapter
 
-REPO, HERE = Path(__file__).resolve().parents[2], Path(__file__).parent
-PYTHON = Path(os.environ.get("TORCHPRIME_VLLM_PYTHON") or REPO / ".venv-vllm" / "bin" / "python")
+HERE = Path(__file__).parent
 PROMPTS = [[(7 * i + 3 * i * i) % 280 + 5 for i in range(n)] for n in (41, 37)]
 TOKENS = 12
 Answer = dict[str, list[Any]]  # greedy `ids`, and `logprobs` of prompt and answer
@@ -33,7 +31,7 @@ Answer = dict[str, list[Any]]  # greedy `ids`, and `logprobs` of prompt and answ
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(not PYTHON.exists(), reason=f"no {PYTHON}: run make test-vllm"),
+    pytest.mark.skipif(not VLLM.exists(), reason=f"no {VLLM}: run make test-vllm"),
 ]
 
 
@@ -90,18 +88,8 @@ def ask(work: Path, *requests: dict[str, str | None]) -> list[list[Answer]]:
     """Return vLLM's answers for each request: a model's folder, and an adapter's."""
     asked, out = work / "asked.json", work / "answers.json"
     asked.write_text(json.dumps({"prompts": PROMPTS, "tokens": TOKENS, "requests": requests}))
-    ours = ("PYTHONPATH", "XLA_FLAGS", "PJRT_DEVICE", "CPU_NUM_DEVICES", "USE_TORCH_XLA")
-    settings = {
-        "PYTHONPATH": str(HERE / "stand_ins"),
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "TORCH_COMPILE_DISABLE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    command = [str(PYTHON), str(HERE / "vllm_wrapper_worker.py"), str(asked), str(out)]
-    env = {key: value for key, value in os.environ.items() if key not in ours} | settings
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=work)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    settings = {**VLLM_SETTINGS, "PYTHONPATH": str(HERE / "stand_ins")}
+    run_worker(VLLM, HERE / "vllm_wrapper_worker.py", asked, out, work=work, settings=settings)
     return json.loads(out.read_text())
 
 

@@ -3,14 +3,12 @@ dumps."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import reference
+from dumped import run_and_dump
 
 STEP = """
 import sys
@@ -65,24 +63,10 @@ for kind in (TokenLoss(), TokenLoss(label_smoothing=0.1)):
 """
 
 
-def programs(code: str, folder: Path) -> list[str]:
-    """The programs that a process with two devices compiled, in their order."""
-    environment = {
-        **os.environ,
-        "CPU_NUM_DEVICES": "2",
-        "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [path.read_text() for path in sorted(folder.glob("*after_optimizations.txt"))]
-
-
 def test_label_smoothing_communicates_once_and_not_in_each_chunk(tmp_path: Path) -> None:
     """The vocabulary is sharded. A chunk of the cross-entropy reduces its largest logit, its sum of
     exponentials, its target's logit, and the gradient of its hidden states."""
-    counts = [program.count(" all-reduce(") for program in programs(LOSS, tmp_path)]
+    counts = [program.count(" all-reduce(") for program in run_and_dump(LOSS, tmp_path, 2)[1]]
     plain, longer, smooth, longer_smooth = (count for count in counts if count)
     assert longer - plain == longer_smooth - smooth == 2 * 4
     assert smooth - plain == 1
@@ -92,7 +76,8 @@ def test_label_smoothing_communicates_once_and_not_in_each_chunk(tmp_path: Path)
 def test_scan_under_fsdp_gathers_no_activation(tmp_path: Path) -> None:
     """Without annotations on what a layer keeps, the partitioner cuts kept activations like the
     weights and gathers them over the whole batch, which costs more with every token."""
-    program = max(programs(STEP.format(tests=str(Path(__file__).parent)), tmp_path), key=len)
+    code = STEP.format(tests=str(Path(__file__).parent))
+    program = max(run_and_dump(code, tmp_path, 2)[1], key=len)
     bodies = loop_bodies(program)
     assert len(bodies) == 3  # the layers forward, the loss, the layers backward
     tokens = reference.B * reference.S

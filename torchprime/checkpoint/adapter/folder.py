@@ -22,7 +22,7 @@ from torchprime.checkpoint.adapter.card import adapter_card
 from torchprime.checkpoint.adapter.parts import AdapterParts, adapter_parts
 from torchprime.checkpoint.hf.export_facts import ExportFacts
 from torchprime.checkpoint.hf.folder import CARD, HfFolder
-from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD, in_wrapper
+from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD, in_loaded
 from torchprime.checkpoint.hf.write import WeightLayout
 from torchprime.files.atomic import write_json, write_text
 
@@ -121,7 +121,7 @@ class AdapterFolder:
 
     def _in_base(self, name: str) -> str:
         """Return a tensor's or module's name in the base that PEFT loads."""
-        return name if self.wrapper is None else in_wrapper(name)
+        return in_loaded(name, wrapper=self.wrapper is not None)
 
     def _stored(self, name: str) -> str:
         return file_name(self._in_base(name))

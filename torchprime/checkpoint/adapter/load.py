@@ -15,7 +15,7 @@ from torchprime.adapters.peft_format import CONFIG_NAME
 from torchprime.checkpoint.adapter.merged_export import Merge
 from torchprime.checkpoint.adapter.read import StoredAdapter, read_adapter
 from torchprime.checkpoint.hf.source import resolve_adapter, resolve_pretrained
-from torchprime.checkpoint.hf.weight_names import EMBEDDING, in_wrapper
+from torchprime.checkpoint.hf.weight_names import EMBEDDING, in_loaded
 from torchprime.checkpoint.proof.verify import load_transformers
 from torchprime.errors import CheckpointError
 
@@ -57,10 +57,10 @@ def load_model(folder: Path) -> Any:
     if rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
     held = model.state_dict()
-    inside = in_wrapper if merge.wrapper is not None else str
+    wrapper = merge.wrapper is not None
     with torch.no_grad():
         for name in merge.shapes:
-            held[inside(name)].copy_(merge.tensor_of(name))
+            held[in_loaded(name, wrapper=wrapper)].copy_(merge.tensor_of(name))
     return model
 
 

@@ -17,7 +17,7 @@ from torchprime.adapters.spec import AdapterSpec
 from torchprime.checkpoint.adapter.merge import base_in_run
 from torchprime.checkpoint.adapter.parts import AdapterParts
 from torchprime.checkpoint.hf.read import SafetensorsReader
-from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD, in_wrapper
+from torchprime.checkpoint.hf.weight_names import EMBEDDING, HEAD, in_loaded
 from torchprime.checkpoint.proof.logits import Logits
 from torchprime.checkpoint.proof.verify import (
     LogitsMatch,
@@ -95,7 +95,7 @@ class PeftOverBase:
 
     def _in_base(self, name: str) -> str:
         """Return the name in transformers' model of a tensor of the text model."""
-        return in_wrapper(name) if self.wrapped else name
+        return in_loaded(name, wrapper=self.wrapped)
 
     def logits(self, ids: npt.NDArray[np.int64], *, as_trained: bool) -> Logits:
         """Return the logits [B, S, V].

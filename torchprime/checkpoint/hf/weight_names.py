@@ -65,11 +65,17 @@ def inner_names(stored: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def in_wrapper(name: str) -> str:
-    """Return the name of a text model's tensor or module in the wrapper that transformers has
-    loaded, which is its name in PEFT, too."""
+def in_loaded(name: str, *, wrapper: bool) -> str:
+    """Return the name of a text model's tensor or module in the base that transformers has loaded,
+    which is its name in PEFT, too.
+
+    Args:
+        wrapper: the base has the text model inside; else it is the text model.
+    """
     plain, inside = LOADED
-    return inside + name.removeprefix(plain) if name.startswith(plain) else name
+    if not wrapper or not name.startswith(plain):
+        return name
+    return inside + name.removeprefix(plain)
 
 
 def of_text_model(name: str) -> bool:

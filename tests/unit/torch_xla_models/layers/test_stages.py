@@ -4,16 +4,14 @@ them."""
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from dumped import run_and_dump
 
 from torchprime.sharding import Spec
 from torchprime.torch_xla_models.layers import stages
@@ -46,17 +44,8 @@ for cut, whole in enumerate([("fsdp", None), (None, "fsdp")]):
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("programs")
-    environment = {
-        **os.environ,
-        "CPU_NUM_DEVICES": "4",
-        "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", VALUES], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["0", "1"]
-    texts = [path.read_text() for path in sorted(folder.glob("*after_optimizations.txt"))]
+    output, texts = run_and_dump(VALUES, folder, 4)
+    assert output.split() == ["0", "1"]
     return [text for text in texts if "all-reduce" in text or "reduce-scatter" in text]
 
 
