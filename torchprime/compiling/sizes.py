@@ -90,7 +90,7 @@ def step_sizes(config: TrainConfig, a: Architecture) -> Sizes:
         block_size=config.dataset.block_size,
         rows=rows,
         accumulation=config.task.gradient_accumulation_steps,
-        loss_chunk=loss_chunk(config, a, rows),
+        loss_chunk=loss_chunk(config, model, rows),
         recomputed=config.remat.recomputed,
         norm_after=a.norms != "pre",
         dora=adapter is not None and adapter.spec.dora,

@@ -27,19 +27,30 @@ from torchprime.losses.selection import Rows, Selection, rows_of
 FEWEST_CHUNKS = 8
 SMALLEST_CHUNK = 64
 
-# Bytes of a chunk's logits in fp32 on one device, where each operation makes a tensor: there are
-# about five of that size at a time.
-CHUNK_BYTES = 2**28
+
+class ChunkBytes(NamedTuple):
+    """The most bytes of a chunk's logits, in fp32, on one device."""
+
+    trained: int  # with a gradient of the output weight
+    frozen: int
 
 
-def tpu_chunk_bytes(memory: int | None) -> int:
+# Where each operation makes a tensor, there are about five of that size at a time.
+CHUNK_BYTES = ChunkBytes(2**28, 2**28)
+
+
+def tpu_chunk_bytes(memory: int | None) -> ChunkBytes:
     """Return the bytes of a chunk's logits on a TPU, whose compiler fuses most of these tensors.
-    Larger chunks read the output weight less often.
+
+    Larger chunks read the output weight less often. If it has a gradient, each chunk after the
+    first also reads and writes its fp32 sum, and the compiler keeps the gradients by the logits of
+    all chunks: more chunks then take more time and often more memory.
 
     Args:
         memory: of a chip; None if it is not known.
     """
-    return 2**30 if memory is None else min(2**30, memory // 30)
+    memory = 2**35 if memory is None else memory
+    return ChunkBytes(trained=memory // 6, frozen=min(2**30, memory // 30))
 
 
 def balanced_chunk(flops: float, bytes_per_s: float) -> int:
@@ -49,7 +60,7 @@ def balanced_chunk(flops: float, bytes_per_s: float) -> int:
     return math.ceil(4 * flops / bytes_per_s)
 
 
-def chunks_for(rows: int, length: int, vocabulary: int, most: int = CHUNK_BYTES) -> int:
+def chunks_for(rows: int, length: int, vocabulary: int, most: int) -> int:
     """Return the smallest number of chunks whose fp32 logits take at most `most` bytes.
 
     Args:
@@ -80,7 +91,7 @@ class Spread(NamedTuple):
     # Returns (a chunk's input, the sum so far), so that the chunk starts after the sum is computed:
     # a compiler that sees all chunks at once would keep the parts of all for one long sum.
     in_order: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, total: (x, total)
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_bytes: ChunkBytes = CHUNK_BYTES
     # For a loop: annotate the weight [V, D] as gathered by the devices with different rows, and the
     # sum of its gradient [G, D, V] as theirs; take tokens of each group.
     gather: Callable[[Tensor], Tensor] = lambda weight: weight
@@ -196,7 +207,9 @@ class ChunkedSum(torch.autograd.Function):
         looped = spread.loop is not None and x_BSD.shape[0] % spread.groups == 0
         if chunks is None:
             own_rows = -(-x_BSD.shape[0] // spread.groups)
-            chunks = chunks_for(own_rows, x_BSD.shape[1], w_VD.shape[0], spread.chunk_bytes)
+            trained = summed.needs.of_weight
+            most = spread.chunk_bytes.trained if trained else spread.chunk_bytes.frozen
+            chunks = chunks_for(own_rows, x_BSD.shape[1], w_VD.shape[0], most)
             if looped:
                 most = own_rows * x_BSD.shape[1] // spread.smallest_chunk
                 chunks = max(chunks, min(FEWEST_CHUNKS, most))

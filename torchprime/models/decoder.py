@@ -208,7 +208,11 @@ class MLP(nn.Module):
             gate, up = self.gate_up_proj(x_BSD).chunk(2, dim=-1)
         else:
             gate, up = self.gate_proj(x_BSD), self.up_proj(x_BSD)
-        return self.down_proj(self.activation(gate) * up)
+        return self.down_proj(self.gated(gate, up))
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return the input of the last projection, [B, S, ffn] like both."""
+        return self.activation(gate) * up
 
 
 class DecoderLayer(nn.Module):

@@ -49,6 +49,7 @@ from torchprime.torch_xla_models.devices import (
     multiply_in_full_precision,
 )
 from torchprime.torch_xla_models.generation import Generator
+from torchprime.torch_xla_models.layers.gated import store_gradients
 from torchprime.torch_xla_models.layers.loops import device_loop
 from torchprime.torch_xla_models.layers.remat import apply_remat
 from torchprime.torch_xla_models.layers.stages import gradient_of
@@ -148,7 +149,8 @@ class XlaBackend:
         """Rewrite the storage-less model for this mesh and load its weights into their shards.
 
         Attention kernels, sharding constraints of activations, linear layers that take transposed
-        weights, then scan and remat. Every process reads all tensors and sends its shards.
+        weights, gated units that store their gradients, then scan and remat. Every process reads
+        all tensors and sends its shards.
         """
         self.model, self.table = model, table
         self.batch_spec = ((), table.batch_axes(), ())
@@ -162,6 +164,8 @@ class XlaBackend:
             apart=not self.remat.scan_layers,
             gradient_of=partial(gradient_of, self.mesh, table),
         )
+        if xr.device_type() == "TPU":
+            store_gradients(model.model)
         apply_remat(
             model,
             self.remat,

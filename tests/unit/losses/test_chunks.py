@@ -6,18 +6,30 @@ import pytest
 import torch
 
 from torchprime.config.topologies import CHIPS
-from torchprime.losses.chunks import Projection, Spread, balanced_chunk, chunks_for, tpu_chunk_bytes
+from torchprime.losses.chunks import (
+    ChunkBytes,
+    Projection,
+    Spread,
+    balanced_chunk,
+    chunks_for,
+    tpu_chunk_bytes,
+)
 from torchprime.losses.cross_entropy import chunked_cross_entropy
 
 B, S, D, V = 2, 16, 16, 24
+V5E, V6E = (tpu_chunk_bytes(CHIPS[name].hbm_bytes) for name in ("v5e", "v6e"))
 
 
 @pytest.mark.parametrize(
     ("rows", "length", "vocabulary", "most", "chunks"),
     [
-        (1, 8192, 128256, tpu_chunk_bytes(None), 4),  # 3.9 GiB
-        (8, 1024, 128256, tpu_chunk_bytes(CHIPS["v6e"].hbm_bytes), 4),
-        (1, 8192, 128256, tpu_chunk_bytes(CHIPS["v5e"].hbm_bytes), 8),
+        (1, 8192, 128256, tpu_chunk_bytes(None).trained, 1),  # 3.9 GiB
+        (1, 8192, 128256, tpu_chunk_bytes(None).frozen, 4),
+        (8, 1024, 128256, V6E.trained, 1),
+        (1, 8192, 151936, V6E.trained, 1),  # Qwen3's
+        (8, 1024, 128256, V6E.frozen, 4),
+        (1, 8192, 128256, V5E.trained, 2),
+        (1, 8192, 128256, V5E.frozen, 8),
         (1, 64, 1000, 2**28, 1),
         (1, 4, 1000, 1, 4),  # not more than tokens
     ],
@@ -53,7 +65,7 @@ def test_chunks_by_bytes_are_those_of_their_number() -> None:
     """The rows of a group are one device's; float32 sums depend on the number of chunks."""
     for groups in (1, B):
         most = 4 * V * (B // groups) * (S // 4)
-        by_bytes = gradients(None, Spread(groups, chunk_bytes=most))
+        by_bytes = gradients(None, Spread(groups, chunk_bytes=ChunkBytes(most, 1)))
         by_number, whole = gradients(4, Spread(groups)), gradients(1, Spread(groups))
         assert all(torch.equal(a, b) for a, b in zip(by_bytes, by_number, strict=True))
         torch.testing.assert_close(by_bytes, whole, rtol=1e-5, atol=1e-5)

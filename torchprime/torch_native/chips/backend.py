@@ -24,7 +24,7 @@ from torchprime.config.sections.model import SPLASH
 from torchprime.config.topologies import chip_in
 from torchprime.data.blocks.batch import Batch
 from torchprime.generation.decode import Answer, GenerateOptions
-from torchprime.losses.chunks import CHUNK_BYTES, tpu_chunk_bytes
+from torchprime.losses.chunks import CHUNK_BYTES, ChunkBytes, tpu_chunk_bytes
 from torchprime.models.attention import ReferenceAttention
 from torchprime.models.decoder import CausalLM, replace_attention_cores
 from torchprime.sharding import ShardingTable
@@ -58,8 +58,8 @@ from torchprime.training.spikes import first_state
 from torchprime.training.step import eval_sums, host_fields, step_numbers
 
 
-def chunk_bytes(kind: str) -> int:
-    """Return the bytes of a loss chunk's logits on a kind of devices."""
+def chunk_bytes(kind: str) -> ChunkBytes:
+    """Return the most bytes of a loss chunk's logits on a kind of devices."""
     chip = chip_in(kind)
     return CHUNK_BYTES if kind == "CPU" else tpu_chunk_bytes(chip and chip.hbm_bytes)
 

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from torchprime.adapters.quantized import placed_type
 from torchprime.errors import ConfigError
-from torchprime.losses.chunks import CHUNK_BYTES
+from torchprime.losses.chunks import CHUNK_BYTES, ChunkBytes
 from torchprime.models.decoder import CausalLM
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native.placement import check_adapter
@@ -106,7 +106,7 @@ class Parts:
     grid: Grid
     held: list[Held]
     gathers: dict[str, Gather]
-    chunk_bytes: int
+    chunk_bytes: ChunkBytes
 
     @property
     def stack(self) -> GatheredStack:
@@ -141,7 +141,7 @@ def hold(
     dtype: torch.dtype,
     *,
     remat: bool,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: ChunkBytes = CHUNK_BYTES,
 ) -> Parts:
     """Replace a model's layers, which have no storage, by ones that gather their weights.
 

@@ -27,7 +27,7 @@ from torchprime.training.setup.plan import (
     StoredParameter,
     held_memory,
     kept_elements,
-    loss_chunk,
+    loss_bytes,
     stored_parameters,
 )
 from torchprime.training.setup.recipe import checked_table, optimizer_of
@@ -35,8 +35,6 @@ from torchprime.training.setup.recipe import checked_table, optimizer_of
 WIDE = 4  # bytes of an fp32 number
 MOST_ROWS = 4096
 LAYERS_GATHERED = 2  # the layer that is computed and the next one
-# fp32 tensors [tokens, V] of one chunk of the loss: logits and their gradient. XLA fuses the rest.
-CHUNK_TENSORS = 2
 
 
 @dataclass(frozen=True)
@@ -108,9 +106,9 @@ class Estimator:
         self.core: Core = core
         self.dtype: torch.dtype = getattr(torch, config.torch_dtype)
         self.mesh = config.mesh_shape()
-        built = form.build(self.dtype)
-        _, self.specs = checked_table(config, built)
-        self.stored: Mapping[str, StoredParameter] = stored_parameters(built)
+        self.built = form.build(self.dtype)
+        _, self.specs = checked_table(config, self.built)
+        self.stored: Mapping[str, StoredParameter] = stored_parameters(self.built)
         self.optimizer: Optimizer = optimizer_of(config)
 
     def with_config(self, config: TrainConfig) -> Estimator:
@@ -258,17 +256,16 @@ class Estimator:
         return Live(found.kept - layers * one, found.peak - (layers - 1) * one)
 
     def _fused(self, rows: int, found: Live, everything: Live) -> Live:
-        """Return the bytes of a compiled program, whose loss keeps two tensors per chunk.
+        """Return the bytes of a compiled program, whose loss keeps a few tensors of logits.
 
         Args:
             everything: without remat.
         """
         config, a = self.config, self.form.architecture
-        length = loss_chunk(config, a, rows, self.devices.memory)
-        chunk = rows * length * a.vocab_size * WIDE * CHUNK_TENSORS // self.mesh["tensor"]
-        working, kept = chunk, found.kept
+        loss = loss_bytes(config, self.built, rows, self.devices.memory) // self.mesh["tensor"]
+        working, kept = loss, found.kept
         if config.remat.selects:
-            working = max(chunk, everything.kept // a.num_hidden_layers)
+            working = max(loss, everything.kept // a.num_hidden_layers)
             kept += self._named(rows)
         if LAYER_INPUT in config.remat.offloaded:
             kept -= (found.kept * (a.num_hidden_layers - 1)) // a.num_hidden_layers

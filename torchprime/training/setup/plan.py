@@ -22,6 +22,7 @@ from torchprime.errors import ConfigError
 from torchprime.losses.chunks import chunks_for, tpu_chunk_bytes
 from torchprime.metrics.throughput import ModelSizes, model_flops_per_token
 from torchprime.models.architecture import Architecture
+from torchprime.models.decoder import CausalLM
 from torchprime.sharding import Spec, shard_count
 from torchprime.training.loop import DataOrder
 from torchprime.training.optim.optimizer import Optimizer, Parameter
@@ -178,8 +179,7 @@ def _activation_bytes(config: TrainConfig, form: ModelForm) -> int:
     rows = max(1, c.task.micro_batch_size // (mesh["data"] * mesh["fsdp"]))
     tokens = rows * c.dataset.block_size
     dtype: torch.dtype = getattr(torch, c.torch_dtype)
-    models = 1 if c.regularization.kl.coefficient is None else 2  # with logits of their own
-    logits = models * 2 * 4 * rows * loss_chunk(c, a, rows) * a.vocab_size
+    logits = loss_bytes(c, form.build(dtype), rows)
     if c.remat.selects:
         layer = tokens * kept_elements(a, c.remat.saved) * dtype.itemsize
         return layer * a.num_hidden_layers + logits
@@ -194,12 +194,11 @@ def _activation_bytes(config: TrainConfig, form: ModelForm) -> int:
     return live.kept + logits
 
 
-def loss_chunk(
-    config: TrainConfig, architecture: Architecture, rows: int, memory: int | None = None
-) -> int:
+def loss_chunk(config: TrainConfig, model: CausalLM, rows: int, memory: int | None = None) -> int:
     """Return the tokens of a row whose logits exist at a time, at most: on TPUs.
 
     Args:
+        model: without storage.
         rows: of a micro-batch on one device.
         memory: of a chip; None is that of `compile_only`, if it is set.
     """
@@ -208,8 +207,29 @@ def loss_chunk(
     if chunks is None:
         slice_ = None if config.compile_only is None else topology(config.compile_only)
         most = tpu_chunk_bytes(memory or (slice_ and slice_.chip.hbm_bytes))
-        chunks = chunks_for(rows, size, architecture.vocab_size, most)
+        output = model.output_weight
+        limit = most.trained if output.requires_grad else most.frozen
+        chunks = chunks_for(rows, size, output.shape[0], limit)
     return math.ceil(size / chunks)
+
+
+def loss_bytes(config: TrainConfig, model: CausalLM, rows: int, memory: int | None = None) -> int:
+    """Return the bytes of logits and their gradients at the loss's fullest moment: on TPUs, before
+    a tensor axis cuts them.
+
+    A compiled loss keeps logits in the weights' type. With several chunks and a trained output
+    weight it also keeps the gradients by the logits of all chunks, and the weight's in fp32.
+    """
+    output = model.output_weight
+    length = loss_chunk(config, model, rows, memory)
+    chunk, whole = (
+        rows * tokens * output.shape[0] for tokens in (length, config.dataset.block_size)
+    )
+    held = 2 * chunk * output.dtype.itemsize
+    if chunk < whole and output.requires_grad:
+        held = (chunk + whole) * output.dtype.itemsize + 4 * output.numel()
+    models = 1 if config.regularization.kl.coefficient is None else 2  # with logits of their own
+    return models * held
 
 
 def kept_elements(a: Architecture, names: Iterable[str]) -> int:
