@@ -34,7 +34,7 @@ class StoringMLP(MLP):
     """
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        return super().gated(*_GradientsOnce.apply(gate, up))
+        return super().gated(*_GradientsOnce.apply(gate, up))  # type: ignore
 
 
 def store_gradients(model: nn.Module) -> None:
