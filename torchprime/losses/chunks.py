@@ -93,11 +93,15 @@ class Spread(NamedTuple):
     in_order: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda x, total: (x, total)
     chunk_bytes: ChunkBytes = CHUNK_BYTES
     # For a loop: annotate the weight [V, D] as gathered by the devices with different rows, and the
-    # sum of its gradient [G, D, V] as theirs; take tokens of each group.
+    # sum of its gradient as theirs; take tokens of each group.
     gather: Callable[[Tensor], Tensor] = lambda weight: weight
     keep: Callable[[Tensor], Tensor] = lambda total: total
     rows: Rows = rows_of
     smallest_chunk: int = SMALLEST_CHUNK  # tokens on a device, with a loop
+    # The sum of the weight's gradient is [G, V, D], like the weight and its optimizer's state: a
+    # TPU's compiler would turn the state of the other order, and turn it back. False: [G, D, V],
+    # since XLA on the CPU transposes a product's left side in memory, and D is narrower than V.
+    vocabulary_first: bool = False
     loop: Loop | None = None  # None: the chunks are parts of the sequence
 
 
@@ -141,7 +145,7 @@ class Chunk(NamedTuple):
     losses: Tensor
     terms: list[Tensor]  # named sums beside the loss, one for each row [B]
     of_hidden: Tensor | None = None
-    of_weight: Tensor | None = None  # [G, D, V], of each group of rows
+    of_weight: Tensor | None = None  # [G, D, V] or [G, V, D], of each group of rows
 
 
 # (hidden states [B, C, D], output weight [V, D], values of the chunk's tokens [B, C, ...], tensors
@@ -172,16 +176,16 @@ class Summed(NamedTuple):
 
 
 def products(
-    g_BCV: Tensor, x_BCD: Tensor, w_VD: Tensor, needs: Needs, groups: int
+    g_BCV: Tensor, x_BCD: Tensor, w_VD: Tensor, needs: Needs, spread: Spread
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients by hidden states and weight from that by the logits, for `Chunk`."""
     g_BCV = g_BCV.to(x_BCD.dtype)
     of_hidden = torch.matmul(g_BCV, w_VD)
     if not needs.of_weight:
         return of_hidden, None
-    # As x' g, since XLA on the CPU transposes the left side in memory: D is narrower than V.
-    x_GTD, g_GTV = (each.reshape(groups, -1, each.shape[-1]) for each in (x_BCD, g_BCV))
-    return of_hidden, torch.matmul(x_GTD.transpose(1, 2), g_GTV)
+    x_GTD, g_GTV = (each.reshape(spread.groups, -1, each.shape[-1]) for each in (x_BCD, g_BCV))
+    left, right = (g_GTV, x_GTD) if spread.vocabulary_first else (x_GTD, g_GTV)
+    return of_hidden, torch.matmul(left.transpose(1, 2), right)
 
 
 class _Sums(NamedTuple):
@@ -191,7 +195,7 @@ class _Sums(NamedTuple):
     each: Tensor  # [B, S]
     terms: list[Tensor]  # each like rows
     of_hidden: Tensor | None  # [B, S, D]
-    of_weight: Tensor | None  # fp32 [G, D, V]; fp32, since a sum in bf16 would lose low bits
+    of_weight: Tensor | None  # like a chunk's; fp32, since a sum in bf16 would lose low bits
 
 
 class ChunkedSum(torch.autograd.Function):
@@ -219,7 +223,8 @@ class ChunkedSum(torch.autograd.Function):
             whole = None
             if sums.of_weight is not None:
                 # Devices exchange it in the weights' type, like every other gradient.
-                whole = spread.cut_gradient(sums.of_weight.to(w_VD.dtype).sum(dim=0).t())
+                whole = sums.of_weight.to(w_VD.dtype).sum(dim=0)
+                whole = spread.cut_gradient(whole if spread.vocabulary_first else whole.t())
             ctx.save_for_backward(sums.of_hidden, whole)
         terms = [term.sum() for term in sums.terms]
         ctx.mark_non_differentiable(sums.each, *terms)
@@ -277,8 +282,9 @@ def _over_selected(x_BSD: Tensor, w_VD: Tensor, summed: Summed, chunks: int) -> 
     whole = [spread.gather(w) for w in (w_VD, *summed.shared)]
     zeros = [torch.zeros(spread.groups, dtype=torch.float32, device=device) for _ in range(terms)]
     if gradients:
-        shape = spread.groups, w_VD.shape[1], w_VD.shape[0]
-        zeros.append(spread.keep(torch.zeros(shape, dtype=torch.float32, device=device)))
+        shape = w_VD.shape if spread.vocabulary_first else w_VD.t().shape
+        total = torch.zeros((spread.groups, *shape), dtype=torch.float32, device=device)
+        zeros.append(spread.keep(total))
 
     def body(carry: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         sums, (w_VD, *shared) = carry[: len(zeros)], map(spread.gather, carry[len(zeros) :])

@@ -36,7 +36,7 @@ class _Asked(NamedTuple):
     kind: TokenLoss
     softcap: float | None  # of the logits
     needs: Needs
-    groups: int  # of rows
+    spread: Spread
 
 
 def _chunk(
@@ -52,7 +52,7 @@ def _chunk(
     The gradient of -log softmax(z)[t] is softmax(z) - onehot(t). The one-hot is a comparison, not a
     gather: it stays local when the vocabulary is sharded, and it fuses.
     """
-    (weight_BC, t_BC), (kind, softcap, needs, groups) = tokens, asked
+    (weight_BC, t_BC), (kind, softcap, needs, spread) = tokens, asked
     output = Projection(w_VD, softcap)
     logits = output.logits(x_BCD)
     vocabulary = torch.arange(w_VD.shape[0], device=t_BC.device, dtype=t_BC.dtype)
@@ -81,7 +81,7 @@ def _chunk(
     softmax, hot = exp / total, onehot.to(exp.dtype)
     g = (softmax - hot if cost is None else cost.gradient(softmax, hot)) * weight_BC[..., None]
     g = output.by_products(g, logits)
-    return Chunk(losses, terms, *products(g, x_BCD, w_VD, needs, groups))
+    return Chunk(losses, terms, *products(g, x_BCD, w_VD, needs, spread))
 
 
 class LossSums(NamedTuple):
@@ -132,7 +132,7 @@ def chunked_cross_entropy(
     shared: tuple[Tensor, ...] = ()
     if kind.label_smoothing and output.softcap is None:
         shared = (output.weight.detach().mean(dim=0, dtype=torch.float32),)
-    compute = partial(_chunk, asked=_Asked(kind, output.softcap, needs, spread.groups))
+    compute = partial(_chunk, asked=_Asked(kind, output.softcap, needs, spread))
     terms = len(kind.terms)
     summed = Summed(compute, needs, (weights, targets), shared, terms, chunks, spread)
     loss_sum, each, *more = ChunkedSum.apply(  # pyright: ignore[reportGeneralTypeIssues]

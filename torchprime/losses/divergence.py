@@ -102,4 +102,4 @@ def _chunk(
     if not any(needs):
         return Chunk(losses, [])
     gradient = output.by_products((log_p.exp() - q) * weight_BC[..., None], logits)
-    return Chunk(losses, [], *products(gradient, x_BCD, w_VD, needs, spread.groups))
+    return Chunk(losses, [], *products(gradient, x_BCD, w_VD, needs, spread))

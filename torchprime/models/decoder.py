@@ -188,8 +188,36 @@ class Attention(nn.Module):
         return self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
 
 
+# Returns the tensors unchanged, but computes all of them before anything that uses one.
+Barrier = Callable[[list[Tensor]], list[Tensor]]
+
+
+class _GradientsOnce(torch.autograd.Function):
+    """Both tensors unchanged; their gradients are behind a barrier."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, barrier: Barrier, gate: Tensor, up: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.barrier = barrier
+        return gate.view_as(gate), up.view_as(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *ctx.barrier(list(grads))
+
+
 class MLP(nn.Module):
-    """Gated unit (arXiv:2002.05202)."""
+    """Gated unit (arXiv:2002.05202).
+
+    Attributes:
+        barrier: of a TPU's program, for the gradients by gate and up, each of which is a factor of
+            two products. Left to itself, the compiler computes it again inside every product, and
+            reads gate, up and the gradient of their product each time. Behind a barrier both are
+            written once, by the product that makes the last of these three.
+    """
+
+    barrier: Barrier | None = None
 
     def __init__(self, a: Architecture) -> None:
         super().__init__()
@@ -208,11 +236,16 @@ class MLP(nn.Module):
             gate, up = self.gate_up_proj(x_BSD).chunk(2, dim=-1)
         else:
             gate, up = self.gate_proj(x_BSD), self.up_proj(x_BSD)
-        return self.down_proj(self.gated(gate, up))
+        if self.barrier is not None:
+            gate, up = _GradientsOnce.apply(self.barrier, gate, up)  # type: ignore
+        return self.down_proj(self.activation(gate) * up)
 
-    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        """Return the input of the last projection, [B, S, ffn] like both."""
-        return self.activation(gate) * up
+
+def store_gated_gradients(model: nn.Module, barrier: Barrier) -> None:
+    """Put the gradients of every gated unit behind a barrier."""
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.barrier = barrier
 
 
 class DecoderLayer(nn.Module):

@@ -33,7 +33,7 @@ from torchprime.data.blocks.batch import Batch
 from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.losses.chunks import Spread
 from torchprime.losses.cross_entropy import chunked_cross_entropy
-from torchprime.models.decoder import CausalLM
+from torchprime.models.decoder import CausalLM, store_gated_gradients
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.attention import (
@@ -49,9 +49,9 @@ from torchprime.torch_xla_models.devices import (
     multiply_in_full_precision,
 )
 from torchprime.torch_xla_models.generation import Generator
-from torchprime.torch_xla_models.layers.gated import store_gradients
 from torchprime.torch_xla_models.layers.loops import device_loop
 from torchprime.torch_xla_models.layers.remat import apply_remat
+from torchprime.torch_xla_models.layers.runner import behind_barrier
 from torchprime.torch_xla_models.layers.stages import gradient_of
 from torchprime.torch_xla_models.linear import replace_linears, turned_spec
 from torchprime.torch_xla_models.loss import choose_loss, loss_spread
@@ -165,7 +165,7 @@ class XlaBackend:
             gradient_of=partial(gradient_of, self.mesh, table),
         )
         if xr.device_type() == "TPU":
-            store_gradients(model.model)
+            store_gated_gradients(model.model, behind_barrier)
         apply_remat(
             model,
             self.remat,

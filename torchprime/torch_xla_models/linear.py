@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torchprime.adapters import nf4
 from torchprime.adapters.quantized import Int8Linear, Nf4Linear, QuantizedLinear
 from torchprime.sharding import Spec
+from torchprime.torch_xla_models.layers.runner import behind_barrier
 
 # Shape suffixes of the products: b batch, s sequence, n inputs, m outputs.
 
@@ -146,8 +147,7 @@ class XlaQuantized(QuantizedLinear):
     def weight_for(self, factor: Tensor, stored: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the other factor of a product, unchanged, and the weight in its type."""
         if self.apart:
-            factor, *stored = behind = [t.clone() for t in (factor, *stored)]
-            xm.optimization_barrier_(behind)
+            factor, *stored = behind_barrier([factor, *stored])
         return factor, self.weight_from(*stored).to(factor.dtype)
 
     def weight_from(self, *stored: Tensor) -> Tensor:

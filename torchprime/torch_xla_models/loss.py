@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch_xla.core.xla_model as xm
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor
@@ -22,6 +21,7 @@ from torchprime.losses.chunks import (
 from torchprime.sharding import Spec
 from torchprime.torch_xla_models.devices import own_chip
 from torchprime.torch_xla_models.layers.loops import late_loop
+from torchprime.torch_xla_models.layers.runner import behind_barrier
 from torchprime.torch_xla_models.mesh import axis_sizes, constrain, local, whole_of
 
 SUPERVISED, CHUNKED = "supervised", "chunked"
@@ -70,7 +70,8 @@ def loss_spread(mesh: xs.Mesh, batch_axes: Sequence[str], spec: Spec, kernel: st
         return constrain(weight * 1, mesh, whole) if weight.dim() == 2 else weight
 
     def keep(total: Tensor) -> Tensor:
-        return constrain(total, mesh, (tuple(batch_axes), hidden, vocabulary))
+        dims = (vocabulary, hidden) if on_tpu else (hidden, vocabulary)
+        return constrain(total, mesh, (tuple(batch_axes), *dims))
 
     def rows(values: Tensor, index: Tensor) -> Tensor:
         shape = torch.Size((*index.shape, values.shape[2]))
@@ -89,11 +90,11 @@ def loss_spread(mesh: xs.Mesh, batch_axes: Sequence[str], spec: Spec, kernel: st
         keep=keep,
         rows=rows,
         loop=late_loop if kernel == SUPERVISED else None,
+        vocabulary_first=on_tpu,
     )
 
 
 def in_order(later: Tensor, earlier: Tensor) -> tuple[Tensor, Tensor]:
     """Return both unchanged, but computations with the later one run after the earlier one."""
-    behind = [later.clone(), earlier.clone()]
-    xm.optimization_barrier_(behind)
-    return behind[0], behind[1]
+    later, earlier = behind_barrier([later, earlier])
+    return later, earlier

@@ -42,16 +42,17 @@ SOFTCAP = 2.0  # half of the logits are above it
 
 
 @pytest.mark.parametrize("softcap", [None, SOFTCAP])
-@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("groups", "vocabulary_first"), [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("chunks", [1, 2, 5, 13, 64])
 def test_equals_the_plain_loss_and_its_gradients(
-    chunks: int, groups: int, softcap: float | None
+    chunks: int, groups: int, vocabulary_first: bool, softcap: float | None
 ) -> None:
     hidden, weight, targets, loss_weights = _case()
     loss, weight_sum, grad_h, grad_w = _naive(hidden, weight, targets, loss_weights, softcap)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     output = Projection(w, softcap)
-    sums = chunked_cross_entropy(h, output, targets, loss_weights, chunks, Spread(groups))
+    spread = Spread(groups, vocabulary_first=vocabulary_first)
+    sums = chunked_cross_entropy(h, output, targets, loss_weights, chunks, spread)
     ours, our_weight = sums.loss_sum, sums.weight_sum
     (ours * 0.5).backward()  # an upstream gradient other than 1
     torch.testing.assert_close(ours.double(), loss, rtol=1e-6, atol=0)

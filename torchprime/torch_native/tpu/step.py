@@ -108,7 +108,7 @@ def in_order(x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
 
 def spread_of(parts: Parts) -> Spread:
     """Return the distribution of the loss on a chip."""
-    return Spread(in_order=in_order, chunk_bytes=parts.chunk_bytes)
+    return Spread(in_order=in_order, chunk_bytes=parts.chunk_bytes, vocabulary_first=True)
 
 
 class StepBuilder:

@@ -36,7 +36,7 @@ class _Remat(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         kept, weights = ctx.saved_tensors[: ctx.size], ctx.saved_tensors[ctx.size :]
-        behind, grad = behind_barrier(kept, grad)
+        *behind, grad = behind_barrier([*kept, grad])
         grad_x, grad_weights = ctx.runner.backward(behind, weights, ctx.context, grad)
         if ctx.barrier:
             xm.optimization_barrier_([grad_x, *grad_weights])

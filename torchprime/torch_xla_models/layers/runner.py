@@ -157,12 +157,14 @@ class LayerRunner:
                 handle.remove()
 
 
-def behind_barrier(kept: Sequence[Tensor], grad: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return copies of what a backward reads, behind an optimization barrier.
+def behind_barrier(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies of tensors behind one optimization barrier: all of them are computed before
+    anything that reads one.
 
-    The compiler can't recognize that the forward was computed before, so it does not keep the first
-    one's activations alive to reuse them; and it can't start before `grad` is there.
+    A backward reads its layer's inputs and its gradient behind one. The compiler then can't
+    recognize that the forward was computed before, so it does not keep the first one's activations
+    alive to reuse them; and it can't start before the gradient is there.
     """
-    *behind, grad = (t.clone() for t in (*kept, grad))
-    xm.optimization_barrier_([*behind, grad])
-    return behind, grad
+    behind = [tensor.clone() for tensor in tensors]
+    xm.optimization_barrier_(behind)
+    return behind

@@ -68,7 +68,7 @@ class LayerSequence:
         ):
             of_layer = runner.fetch_back(of_layer)
             if index + 1 < len(self.runners):  # one layer's activations at a time
-                of_layer, grad = behind_barrier(of_layer, grad)
+                *of_layer, grad = behind_barrier([*of_layer, grad])
             grad, of_weights = runner.backward(of_layer, own, context, grad)
             gradients = [*of_weights, *gradients]
         return grad, gradients

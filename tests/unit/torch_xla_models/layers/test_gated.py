@@ -8,8 +8,8 @@ import torch_xla
 from torch import Tensor
 
 from torchprime.models.architecture import architecture_from_hf
-from torchprime.models.decoder import MLP
-from torchprime.torch_xla_models.layers.gated import StoringMLP, store_gradients
+from torchprime.models.decoder import MLP, store_gated_gradients
+from torchprime.torch_xla_models.layers.runner import behind_barrier
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 48,
@@ -34,8 +34,7 @@ def test_gradients_are_those_of_the_plain_unit(activation: str) -> None:
     expected = [g.clone() for g in backward(plain, x)]
     device = torch_xla.device()
     stored = mlp(activation).to(device)
-    store_gradients(torch.nn.Sequential(stored))
-    assert type(stored) is StoringMLP
+    store_gated_gradients(torch.nn.Sequential(stored), behind_barrier)
     found = backward(stored, x.detach().to(device).requires_grad_())
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-6)
@@ -43,7 +42,7 @@ def test_gradients_are_those_of_the_plain_unit(activation: str) -> None:
 
 def test_both_gradients_are_behind_one_barrier() -> None:
     stored = mlp().to(torch_xla.device())
-    store_gradients(torch.nn.Sequential(stored))
+    store_gated_gradients(torch.nn.Sequential(stored), behind_barrier)
     x = torch.randn(2, 8, 16).to(torch_xla.device()).requires_grad_()
     text = torch_xla._XLAC._get_xla_tensors_hlo(backward(stored, x))  # pyright: ignore
     (barrier,) = [line for line in text.splitlines() if " opt-barrier(" in line]
