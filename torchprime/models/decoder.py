@@ -192,15 +192,26 @@ class Attention(nn.Module):
 Barrier = Callable[[list[Tensor]], list[Tensor]]
 
 
-class _GradientsOnce(torch.autograd.Function):
-    """Both tensors unchanged; their gradients are behind a barrier."""
+class _Stored(torch.autograd.Function):
+    """A tensor behind a barrier; its gradient passes."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, barrier: Barrier, gate: Tensor, up: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, barrier: Barrier, x: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = barrier([x])
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, grad
+
+
+class _GradientsStored(torch.autograd.Function):
+    """Tensors that pass; their gradients are behind a barrier."""
+
+    @staticmethod
+    def forward(ctx: Any, barrier: Barrier, *xs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         ctx.barrier = barrier
-        return gate.view_as(gate), up.view_as(up)
+        return tuple(x.view_as(x) for x in xs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -211,10 +222,10 @@ class MLP(nn.Module):
     """Gated unit (arXiv:2002.05202).
 
     Attributes:
-        barrier: of a TPU's program, for the gradients by gate and up, each of which is a factor of
-            two products. Left to itself, the compiler computes it again inside every product, and
-            reads gate, up and the gradient of their product each time. Behind a barrier both are
-            written once, by the product that makes the last of these three.
+        barrier: of a TPU's program, for the last projection's input and the gradients by gate and
+            up. Each is a factor of products. Left to itself, the compiler computes it again inside
+            every product, for each block of the result, and reads two or three tensors instead of
+            one. Behind a barrier it is written once, by the product before.
     """
 
     barrier: Barrier | None = None
@@ -237,12 +248,15 @@ class MLP(nn.Module):
         else:
             gate, up = self.gate_proj(x_BSD), self.up_proj(x_BSD)
         if self.barrier is not None:
-            gate, up = _GradientsOnce.apply(self.barrier, gate, up)  # type: ignore
-        return self.down_proj(self.activation(gate) * up)
+            gate, up = _GradientsStored.apply(self.barrier, gate, up)  # type: ignore
+        product = self.activation(gate) * up
+        if self.barrier is not None:
+            product = _Stored.apply(self.barrier, product)  # type: ignore
+        return self.down_proj(product)
 
 
-def store_gated_gradients(model: nn.Module, barrier: Barrier) -> None:
-    """Put the gradients of every gated unit behind a barrier."""
+def store_gated(model: nn.Module, barrier: Barrier) -> None:
+    """Give every gated unit a barrier."""
     for module in model.modules():
         if isinstance(module, MLP):
             module.barrier = barrier
