@@ -24,7 +24,7 @@ BELOW_BACKENDS = {*BELOW_COMPILING, "compiling", "sweep"}
 # Modules and rooms below all others, in an order: each may import those before it.
 BELOW = [
     *("errors", "installed", "text", "files"),
-    *("host_memory", "raw_tokenizer", "counter_bits"),
+    *("host_memory", "raw_tokenizer", "counter_bits", "barriers"),
 ]
 EVERYWHERE = set(BELOW)
 # Other imports that each room may have.

@@ -114,7 +114,7 @@ def _known_arrays(s: Sizes) -> Iterator[tuple[tuple[int, ...], str]]:
     """Return the shapes, on one chip, of a step's known arrays."""
     chunk = s.loss_chunk
     vocab, ffn, heads = (each // s.tensor for each in (s.vocab, s.ffn, s.heads))
-    fewer = "task.loss_chunks: more of them are smaller"
+    fewer = "a larger task.gradient_accumulation_steps makes them smaller"
     yield (s.rows, chunk, vocab), f"logits of one loss chunk, or their gradient ({fewer})"
     yield (s.rows, chunk, s.hidden), "hidden states of one loss chunk"
     yield (vocab, s.hidden), "the whole embedding or output weight, or its gradient"

@@ -34,6 +34,10 @@ class ChunkBytes(NamedTuple):
     trained: int  # with a gradient of the output weight
     frozen: int
 
+    def shared_by(self, count: int) -> ChunkBytes:
+        """Return the bytes of each if so many models have their logits at the same time."""
+        return ChunkBytes(self.trained // count, self.frozen // count)
+
 
 # Where each operation makes a tensor, there are about five of that size at a time.
 CHUNK_BYTES = ChunkBytes(2**28, 2**28)
@@ -47,9 +51,10 @@ def tpu_chunk_bytes(memory: int | None) -> ChunkBytes:
     all chunks: more chunks then take more time and often more memory.
 
     Args:
-        memory: of a chip; None if it is not known.
+        memory: of a chip; None if it is not known: 1 GiB for both.
     """
-    memory = 2**35 if memory is None else memory
+    if memory is None:
+        return ChunkBytes(2**30, 2**30)
     return ChunkBytes(trained=memory // 6, frozen=min(2**30, memory // 30))
 
 
@@ -98,9 +103,10 @@ class Spread(NamedTuple):
     keep: Callable[[Tensor], Tensor] = lambda total: total
     rows: Rows = rows_of
     smallest_chunk: int = SMALLEST_CHUNK  # tokens on a device, with a loop
-    # The sum of the weight's gradient is [G, V, D], like the weight and its optimizer's state: a
-    # TPU's compiler would turn the state of the other order, and turn it back. False: [G, D, V],
-    # since XLA on the CPU transposes a product's left side in memory, and D is narrower than V.
+    # The sum of the weight's gradient is [G, V, D], like the weight and its optimizer's state: for
+    # the other order a TPU's compiler transposes the state, and transposes it back. False:
+    # [G, D, V], since XLA on the CPU transposes a product's left side in memory, and D is narrower
+    # than V.
     vocabulary_first: bool = False
     loop: Loop | None = None  # None: the chunks are parts of the sequence
 

@@ -58,6 +58,7 @@ def chunked_divergence(
         spread: the distribution of rows and weight over devices.
     """
     on = torch.is_grad_enabled()
+    spread = spread._replace(chunk_bytes=spread.chunk_bytes.shared_by(2))
     needs = Needs(on and hidden.requires_grad, on and output.weight.requires_grad)
     tokens, shared = (weights, base.hidden.detach()), (base.output.weight.detach(),)
     softcaps = output.softcap, base.output.softcap

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchprime.barriers import Barrier, gradients_stored, stored
 from torchprime.models.architecture import Architecture
 from torchprime.models.attention import MakeCore, ReferenceAttention, softcapped
 from torchprime.models.layer_kinds import LayerKind
@@ -188,44 +189,12 @@ class Attention(nn.Module):
         return self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
 
 
-# Returns the tensors unchanged, but computes all of them before anything that uses one.
-Barrier = Callable[[list[Tensor]], list[Tensor]]
-
-
-class _Stored(torch.autograd.Function):
-    """A tensor behind a barrier; its gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, barrier: Barrier, x: Tensor) -> Tensor:  # type: ignore[override]
-        (x,) = barrier([x])
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
-        return None, grad
-
-
-class _GradientsStored(torch.autograd.Function):
-    """Tensors that pass; their gradients are behind a barrier."""
-
-    @staticmethod
-    def forward(ctx: Any, barrier: Barrier, *xs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.barrier = barrier
-        return tuple(x.view_as(x) for x in xs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *ctx.barrier(list(grads))
-
-
 class MLP(nn.Module):
     """Gated unit (arXiv:2002.05202).
 
     Attributes:
-        barrier: of a TPU's program, for the last projection's input and the gradients by gate and
-            up. Each is a factor of products. Left to itself, the compiler computes it again inside
-            every product, for each block of the result, and reads two or three tensors instead of
-            one. Behind a barrier it is written once, by the product before.
+        barrier: on TPUs, applied to the last projection's input and to the gradients of what it is
+            made of. All of them are factors of matrix products (barriers.py).
     """
 
     barrier: Barrier | None = None
@@ -243,19 +212,19 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[a.activation]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
+        made: tuple[Tensor, ...]
         if self.fused:
-            gate, up = self.gate_up_proj(x_BSD).chunk(2, dim=-1)
+            made = (self.gate_up_proj(x_BSD),)
         else:
-            gate, up = self.gate_proj(x_BSD), self.up_proj(x_BSD)
+            made = (self.gate_proj(x_BSD), self.up_proj(x_BSD))
         if self.barrier is not None:
-            gate, up = _GradientsStored.apply(self.barrier, gate, up)  # type: ignore
+            made = gradients_stored(self.barrier, *made)
+        gate, up = made[0].chunk(2, dim=-1) if self.fused else made
         product = self.activation(gate) * up
-        if self.barrier is not None:
-            product = _Stored.apply(self.barrier, product)  # type: ignore
-        return self.down_proj(product)
+        return self.down_proj(product if self.barrier is None else stored(self.barrier, product))
 
 
-def store_gated(model: nn.Module, barrier: Barrier) -> None:
+def put_barriers(model: nn.Module, barrier: Barrier) -> None:
     """Give every gated unit a barrier."""
     for module in model.modules():
         if isinstance(module, MLP):

@@ -33,7 +33,7 @@ from torchprime.data.blocks.batch import Batch
 from torchprime.generation.decode import Answer, GenerateOptions
 from torchprime.losses.chunks import Spread
 from torchprime.losses.cross_entropy import chunked_cross_entropy
-from torchprime.models.decoder import CausalLM, store_gated
+from torchprime.models.decoder import CausalLM, put_barriers
 from torchprime.sharding import ShardingTable
 from torchprime.torch_xla_models import placement
 from torchprime.torch_xla_models.attention import (
@@ -149,8 +149,7 @@ class XlaBackend:
         """Rewrite the storage-less model for this mesh and load its weights into their shards.
 
         Attention kernels, sharding constraints of activations, linear layers that take transposed
-        weights, gated units with a barrier, then scan and remat. Every process reads
-        all tensors and sends its shards.
+        weights, barriers, then scan and remat. Every process reads all tensors and sends its parts.
         """
         self.model, self.table = model, table
         self.batch_spec = ((), table.batch_axes(), ())
@@ -165,7 +164,7 @@ class XlaBackend:
             gradient_of=partial(gradient_of, self.mesh, table),
         )
         if xr.device_type() == "TPU":
-            store_gated(model.model, behind_barrier)
+            put_barriers(model.model, behind_barrier)
         apply_remat(
             model,
             self.remat,

@@ -146,7 +146,9 @@ def _share_cores() -> None:
 def _keep_freed_memory() -> None:
     """Let the C library keep what XLA frees after each step, in one heap. Else the kernel takes the
     pages back, and clears and maps them again in the next step, one fault for each."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if sys.platform != "linux" or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     for variable, (option, value) in MALLOC_OPTIONS.items():
         if mallopt is not None and variable not in os.environ:
             mallopt(option, value)

@@ -23,7 +23,7 @@ V5E, V6E = (tpu_chunk_bytes(CHIPS[name].hbm_bytes) for name in ("v5e", "v6e"))
 @pytest.mark.parametrize(
     ("rows", "length", "vocabulary", "most", "chunks"),
     [
-        (1, 8192, 128256, tpu_chunk_bytes(None).trained, 1),  # 3.9 GiB
+        (1, 8192, 128256, tpu_chunk_bytes(None).trained, 4),  # 3.9 GiB
         (1, 8192, 128256, tpu_chunk_bytes(None).frozen, 4),
         (8, 1024, 128256, V6E.trained, 1),
         (1, 8192, 151936, V6E.trained, 1),  # Qwen3's
@@ -52,13 +52,13 @@ def test_a_balanced_chunk_computes_as_long_as_it_reads_and_writes() -> None:
         assert memory <= compute < memory * (1 + 1 / (tokens - 1))
 
 
-def gradients(chunks: int | None, spread: Spread) -> list[torch.Tensor]:
+def gradients(chunks: int | None, spread: Spread, *, trained: bool = True) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(B, S, D, generator=generator).requires_grad_()
-    w = torch.randn(V, D, generator=generator).requires_grad_()
+    w = torch.randn(V, D, generator=generator).requires_grad_(trained)
     targets = torch.randint(0, V, (B, S), generator=generator)
     loss = chunked_cross_entropy(x, Projection(w), targets, torch.ones(B, S), chunks, spread)
-    return list(torch.autograd.grad(loss.loss_sum, (x, w)))
+    return list(torch.autograd.grad(loss.loss_sum, (x, w) if trained else (x,)))
 
 
 def test_chunks_by_bytes_are_those_of_their_number() -> None:
@@ -69,3 +69,18 @@ def test_chunks_by_bytes_are_those_of_their_number() -> None:
         by_number, whole = gradients(4, Spread(groups)), gradients(1, Spread(groups))
         assert all(torch.equal(a, b) for a, b in zip(by_bytes, by_number, strict=True))
         torch.testing.assert_close(by_bytes, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_weight_has_chunks_of_its_own() -> None:
+    counted = 0
+
+    def in_order(later: torch.Tensor, earlier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal counted
+        counted += 1
+        return later, earlier
+
+    spread = Spread(in_order=in_order, chunk_bytes=ChunkBytes(4 * V * B * S, 4 * V * B * 2))
+    gradients(None, spread)
+    assert counted == 0  # one chunk
+    gradients(None, spread, trained=False)
+    assert counted == S // 2 - 1

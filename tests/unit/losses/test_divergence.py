@@ -42,16 +42,20 @@ def in_float64(
 
 
 @pytest.mark.parametrize("chunks", [1, 3, 7])
-@pytest.mark.parametrize(("groups", "softcap"), [(1, None), (2, None), (2, 1.5)])
+@pytest.mark.parametrize(
+    ("groups", "softcap", "first"), [(1, None, False), (2, None, True), (2, 1.5, False)]
+)
 def test_value_and_gradients_are_those_of_float64(
-    chunks: int, groups: int, softcap: float | None
+    chunks: int, groups: int, softcap: float | None, first: bool
 ) -> None:
+    """In both orders of the sum of the weight's gradient."""
     given, weights = inputs()
     expected, of_hidden, of_weight = in_float64(given, weights, softcap)
     x, w = given[0].requires_grad_(), given[1].requires_grad_()
     base = BaseOutput(given[2].requires_grad_(), Projection(given[3], softcap))
     output = Projection(w, softcap)
-    found = chunked_divergence(x, output, base, weights, chunks, Spread(groups))
+    spread = Spread(groups, vocabulary_first=first)
+    found = chunked_divergence(x, output, base, weights, chunks, spread)
     (3 * found.loss_sum).backward()
     torch.testing.assert_close(found.loss_sum.detach().double(), expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(found.each.sum(), found.loss_sum.detach())

@@ -157,7 +157,7 @@ def _hint(found: Advised) -> str:
         "reference": "use more devices, or regularization without them",
         "gradients": "use more devices, or task.gradient_accumulation_steps=1",
         "activations": "set remat=scan_full, or smaller blocks",
-        "working": "raise task.loss_chunks",
+        "working": "raise task.gradient_accumulation_steps",
         "gathered": "use larger devices",
         "reduced": "use larger devices",
     }[largest]

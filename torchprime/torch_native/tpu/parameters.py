@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torchprime.adapters.quantized import placed_type
 from torchprime.errors import ConfigError
 from torchprime.losses.chunks import CHUNK_BYTES, ChunkBytes
-from torchprime.models.decoder import CausalLM, store_gated
+from torchprime.models.decoder import CausalLM, put_barriers
 from torchprime.sharding import ShardingTable
 from torchprime.torch_native.placement import check_adapter
 from torchprime.torch_native.tpu.collectives import Gather, all_reduce, barrier, reduce_scatter
@@ -99,7 +99,7 @@ class Parts:
         held: the parameters: those outside of the layers, then those of the layers in the order of
             `GatheredStack.parts`.
         gathers: of those outside.
-        chunk_bytes: of the logits of one chunk of the loss.
+        chunk_bytes: the most bytes of the logits of one chunk of the loss.
     """
 
     model: CausalLM
@@ -164,7 +164,7 @@ def hold(
     outer = [each for each in every if not each.name.startswith(LAYERS)]
     inner = [each for each in every if each.name.startswith(LAYERS)]
     layers = list(model.model.layers.children())
-    store_gated(model.model, barrier)
+    put_barriers(model.model, barrier)
     scan = remat and _equal(layers)
     made = []
     for number, layer in enumerate(layers):
