@@ -212,11 +212,11 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[a.activation]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        made: tuple[Tensor, ...]
+        made: Sequence[Tensor]
         if self.fused:
-            made = (self.gate_up_proj(x_BSD),)
+            made = [self.gate_up_proj(x_BSD)]
         else:
-            made = (self.gate_proj(x_BSD), self.up_proj(x_BSD))
+            made = [self.gate_proj(x_BSD), self.up_proj(x_BSD)]
         if self.barrier is not None:
             made = gradients_stored(self.barrier, *made)
         gate, up = made[0].chunk(2, dim=-1) if self.fused else made
