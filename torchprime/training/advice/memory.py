@@ -169,10 +169,10 @@ class Estimator:
         if accumulation == 1:
             return sharded
         if self.devices.kind == "tpu":
-            # The loop over micro-batches has its sums twice, as its input and as its output, the
-            # gradients of one micro-batch, and the weights that it passes on.
+            # The loop over micro-batches has its sums, the gradients of one micro-batch, and the
+            # weights that it passes on.
             narrow = sharded // WIDE * self.dtype.itemsize
-            return 2 * sharded + 2 * narrow
+            return sharded + 2 * narrow
         # FSDP2 sums the gradients of micro-batches in fp32, before it shards them.
         return sum(p.size for p in self.trained.values()) // self.mesh["tensor"] * WIDE
 
