@@ -34,6 +34,10 @@ class ChunkBytes(NamedTuple):
     trained: int  # with a gradient of the output weight
     frozen: int
 
+    def of(self, *, trained: bool) -> int:
+        """Return the bytes for an output weight that is trained or not."""
+        return self.trained if trained else self.frozen
+
     def shared_by(self, count: int) -> ChunkBytes:
         """Return the bytes of each if so many models have their logits at the same time."""
         return ChunkBytes(self.trained // count, self.frozen // count)
@@ -217,8 +221,7 @@ class ChunkedSum(torch.autograd.Function):
         looped = spread.loop is not None and x_BSD.shape[0] % spread.groups == 0
         if chunks is None:
             own_rows = -(-x_BSD.shape[0] // spread.groups)
-            trained = summed.needs.of_weight
-            most = spread.chunk_bytes.trained if trained else spread.chunk_bytes.frozen
+            most = spread.chunk_bytes.of(trained=summed.needs.of_weight)
             chunks = chunks_for(own_rows, x_BSD.shape[1], w_VD.shape[0], most)
             if looped:
                 most = own_rows * x_BSD.shape[1] // spread.smallest_chunk

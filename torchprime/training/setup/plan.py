@@ -179,7 +179,7 @@ def _activation_bytes(config: TrainConfig, form: ModelForm) -> int:
     rows = max(1, c.task.micro_batch_size // (mesh["data"] * mesh["fsdp"]))
     tokens = rows * c.dataset.block_size
     dtype: torch.dtype = getattr(torch, c.torch_dtype)
-    logits = loss_bytes(c, form.build(dtype), rows)
+    logits = loss_bytes(c, form.with_layers(1).build(dtype), rows)
     if c.remat.selects:
         layer = tokens * kept_elements(a, c.remat.saved) * dtype.itemsize
         return layer * a.num_hidden_layers + logits
@@ -208,7 +208,7 @@ def loss_chunk(config: TrainConfig, model: CausalLM, rows: int, memory: int | No
         slice_ = None if config.compile_only is None else topology(config.compile_only)
         most = tpu_chunk_bytes(memory or (slice_ and slice_.chip.hbm_bytes))
         output = model.output_weight
-        limit = most.trained if output.requires_grad else most.frozen
+        limit = most.of(trained=output.requires_grad)
         chunks = chunks_for(rows, size, output.shape[0], limit)
     return math.ceil(size / chunks)
 
