@@ -101,8 +101,21 @@ def quantize(weight_OI: Tensor, groups: int = 1) -> Nf4:
     """Quantize a weight whose size is a multiple of 64, and its inputs of 2 * groups.
 
     Args:
+        weight_OI: on meta it gives shapes and types, and computes nothing.
         groups: of inputs that are packed apart; as many as there are shards along the inputs.
     """
+    if weight_OI.is_meta:
+        return Nf4(*map(torch.empty_like, _on_meta(weight_OI.shape, groups)))
+    return _quantized(weight_OI, groups)
+
+
+@cache
+def _on_meta(shape: torch.Size, groups: int) -> Nf4:
+    """Return the shapes and types. Even on meta the operations take 10 ms for each weight."""
+    return _quantized(torch.empty(shape, device="meta"), groups)
+
+
+def _quantized(weight_OI: Tensor, groups: int) -> Nf4:
     outputs, inputs = weight_OI.shape
     values, scales = _normalized(weight_OI.reshape(-1).float(), BLOCK)
     codes = _nearest(values, torch.tensor(LEVELS))

@@ -1,11 +1,12 @@
 """Decoding with a KV cache: the decoder with stored keys and values of earlier tokens.
 
-A batch of prompts is padded on the left to one length, so that every row writes the same cache slot
-next and one number gives its index; a row's positions begin after its padding. Prefill
-(`read_prompts`) is an ordinary forward pass whose attention cores also return their keys and
-values. In decode (`next_hidden`) one token per row goes through the layers, and its attention uses
-the cache and the token itself. Layers only read the cache: a token's keys and values are returned
-beside the hidden states, and the caller writes them into the next slot, in place.
+Every row of the cache has the same slots for its prompt. So every row writes the same slot next,
+and one number gives its index. A prompt fills the last of its slots, or the first (`Prompts`).
+Prefill (`read_prompts`) is an ordinary forward pass whose attention cores also return their keys
+and values. It reads one or two prompts in each row, as segments. In decode (`next_hidden`) one
+token per row goes through the layers, and its attention uses the cache and the token itself. Layers
+only read the cache: a token's keys and values are returned beside the hidden states, and the caller
+writes them into the next slot, in place.
 
 Meanwhile `cached_attention` wraps every layer's core in a `CachedAttention`. The layers are
 unchanged, and a container of layers needs one more method (`LayerStack.with_cache`).
@@ -33,6 +34,18 @@ class Cache(NamedTuple):
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+
+
+class Prompts(NamedTuple):
+    """The places of a batch's prompts in the cache.
+
+    Attributes:
+        spans: int32 [B, 2], a prompt's first slot and its number of tokens.
+        slots: the slots of a row for its prompt; generated tokens follow.
+    """
+
+    spans: Tensor
+    slots: int
 
 
 class CachedAttention(nn.Module):
@@ -129,36 +142,61 @@ def cached_attention(
             attention.core = core
 
 
-def read_prompts(model: CausalLM, ids: Tensor, padding: Tensor, slots: int) -> tuple[Tensor, Cache]:
+def read_prompts(
+    model: CausalLM, ids: Tensor, prompts: Prompts, slots: int
+) -> tuple[Tensor, Cache]:
     """Run prompts through the model (prefill).
 
     Args:
-        ids: integers [B, S], padded on the left.
-        padding: int32 [B], how many of a row's slots are padding.
-        slots: of the cache that decoding will use, of which the prompts fill the first S.
+        ids: integers [B, prompts.slots], each row a prompt at its right end; or [B / 2, S], each
+            row a prompt at its left and one at its right end, which are two rows of the cache.
+        slots: of the cache that decoding will use.
 
     Returns:
-        The hidden states [B, D] of each row's last token, after the final norm, and the keys and
-        values of all S slots.
+        The hidden states [B, D] of each prompt's last token, after the final norm, and the keys
+        and values of the prompts' slots.
     """
     decoder: Any = model.model
-    places = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
-    positions = places - padding[:, None]
-    segments = (positions >= 0).to(torch.int32)
+    rows, length = ids.shape
+    spans = prompts.spans.view(rows, -1, 2)
+    offsets = (0, length - prompts.slots)[: spans.shape[1]]  # of the prompts' slots in a row
+    places = torch.arange(length, dtype=torch.int32, device=ids.device)
+    positions = segments = torch.zeros_like(ids, dtype=torch.int32)
+    for number, offset in enumerate(offsets):
+        first, count = spans[:, number].split(1, dim=1)
+        position = places - (offset + first)
+        inside = (position >= 0) & (position < count)
+        positions = torch.where(inside, position, positions)
+        segments = torch.where(inside, number + 1, segments)
     prepared = tuple(core.prepare(segments) for core in decoder.preparers)
-    hidden, cache = _through_layers(decoder, ids, (positions.clamp(min=0), slots), prepared, None)
-    return decoder.finish(hidden[:, -1:])[:, 0], cache
+    hidden, cache = _through_layers(decoder, ids, (positions, slots), prepared, None)
+    last = hidden[:, -1]
+    if len(offsets) > 1:
+        at_left = places == spans[:, 0, 1:] - 1
+        left = torch.where(at_left[:, :, None], hidden, 0).sum(1)
+        last = torch.stack([left, last], dim=1).flatten(0, 1)
+        cache = Cache(*(_by_prompt(part, offsets, prompts.slots) for part in cache))
+    return decoder.finish(last[:, None])[:, 0], cache
+
+
+def _by_prompt(
+    tensors: tuple[Tensor, ...], offsets: tuple[int, ...], slots: int
+) -> tuple[Tensor, ...]:
+    """Cut each prompt's slots out of keys or values [.., B / 2, K, S, h] -> [.., B, K, slots, h].
+    The rows of a device stay on it."""
+    cut = ([t[..., offset : offset + slots, :] for offset in offsets] for t in tensors)
+    return tuple(torch.stack(prompts, dim=-4).flatten(-5, -4) for prompts in cut)
 
 
 def next_hidden(
-    model: CausalLM, ids: Tensor, padding: Tensor, slot: Tensor, cache: Cache
+    model: CausalLM, ids: Tensor, prompts: Prompts, slot: Tensor, cache: Cache
 ) -> tuple[Tensor, Cache]:
     """Run one more token per row through the model (decode).
 
     Args:
         ids: integers [B].
-        padding: int32 [B], as in `read_prompts`.
-        slot: int32 scalar tensor, the tokens' place: all slots before it are filled.
+        prompts: as in `read_prompts`.
+        slot: int32 scalar tensor, the tokens' place: all slots from the prompts' to it are filled.
 
     Returns:
         The hidden states [B, D] after the final norm, and the keys and values to write to `slot`.
@@ -167,18 +205,22 @@ def next_hidden(
     # The slots are the second to last dim, stacked or not.
     slots = cache.keys[0].shape[-2]
     places = torch.arange(slots, dtype=torch.int32, device=ids.device)
-    masks = tuple(_mask(places, padding, slot, window) for window in model.architecture.windows)
-    positions = (slot - padding)[:, None]
+    masks = tuple(_mask(places, prompts, slot, window) for window in model.architecture.windows)
+    positions = prompts.spans[:, 1:] + (slot - prompts.slots)
     hidden, new = _through_layers(decoder, ids[:, None], (positions, slots), masks, cache)
     return decoder.finish(hidden)[:, 0], new
 
 
-def _mask(places: Tensor, padding: Tensor, slot: Tensor, window: int | None) -> Tensor:
+def _mask(places: Tensor, prompts: Prompts, slot: Tensor, window: int | None) -> Tensor:
     """Return an additive fp32 mask [B, 1, 1, C]: 0 if a slot holds an earlier token of the row,
     within the window. The token itself, which is in no slot yet, counts towards the window."""
-    seen = (places >= padding[:, None]) & (places < slot)
+    first, count = prompts.spans.split(1, dim=1)
+    answer = places >= prompts.slots
+    seen = torch.where(answer, places < slot, (places >= first) & (places < first + count))
     if window is not None:
-        seen = seen & (places > slot - window)
+        # Slots between a prompt at the left and its answer count for nothing.
+        unused = torch.where(answer, 0, prompts.slots - first - count)
+        seen = seen & (places + unused > slot - window)
     return torch.where(seen, 0.0, -1e30).to(torch.float32)[:, None, None]
 
 

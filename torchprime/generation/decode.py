@@ -1,10 +1,10 @@
 """Generation on the host, and the arithmetic that all backends share.
 
-Prompts are sorted by length and cut into batches of equal size. A batch is padded on the left to
-the smallest bucket that holds its longest prompt, so that few shapes exist and each is compiled
-once. A backend runs prefill for a batch, then decodes tokens in chunks. Between chunks the host
-reads the new tokens (`Decoding`) and ends the batch when every row has met a stop token or its
-limit.
+Prompts are sorted by length and cut into batches of equal size. A batch is padded to the smallest
+bucket that holds its longest prompt, so that few shapes exist and each is compiled once. If the
+prompts differ enough in length, they are read in pairs, a short and a long one in each row. A
+backend runs prefill for a batch, then decodes tokens in chunks. Between chunks the host reads the
+new tokens (`Decoding`) and ends the batch when every row has met a stop token or its limit.
 
 A sampled token is the argmax of logits / temperature + Gumbel noise. The noise is a hash of (seed,
 the prompt's number, the token's number, the vocabulary id). So a prompt's answer does not depend on
@@ -26,11 +26,13 @@ from torchprime.counter_bits import shifted_right
 from torchprime.errors import ConfigError, DataError
 
 SMALLEST_BUCKET = 64
+PAIRED_EIGHTHS = (10, 13)  # of a bucket: the slots of a row for two prompts
 # Tokens per traced program. With more, more would be discarded after a batch's last stop token.
 CHUNK = 32
 # Halvings of the interval that a threshold lies in: from the spread of logits to less than one's
 # last bit.
 HALVINGS = 40
+FILLER = -1  # instead of a prompt's number: one token, the last of a list of prompts
 SALT = 0x51ED270B
 
 # Shape suffixes: B batch, V vocab.
@@ -106,31 +108,38 @@ class PromptBatch:
     """Prompts that are answered together; rows after the last prompt are fillers.
 
     Attributes:
-        ids: int32 [B, S], each prompt at the right end of its row.
-        padding: int32 [B], slots of a row that hold no prompt.
+        ids: int32 [B, prompt_slots], each prompt at the right end of its row; or [B / 2, S], the
+            prompts 2 r and 2 r + 1 at the left and the right end of row r.
+        spans: int32 [B, 2], a prompt's first slot in the cache and its number of tokens.
         rows: int32 [B], the prompts' places in the call; -1 for fillers.
         numbers: int32 [B], the prompts' numbers in the noise; -1 for fillers.
-        chunks: programs of `chunk` tokens that may follow the first token.
+        prompt_slots: the cache slots of a prompt.
+        chunk: tokens of a program.
+        chunks: such programs that may follow the first token.
     """
 
     ids: npt.NDArray[np.int32]
-    padding: npt.NDArray[np.int32]
+    spans: npt.NDArray[np.int32]
     rows: npt.NDArray[np.int32]
     numbers: npt.NDArray[np.int32]
+    prompt_slots: int
     chunk: int
     chunks: int
 
     @property
     def slots(self) -> int:
         """The number of cache slots: the prompt's, and one for every new token but the last."""
-        return self.ids.shape[1] + self.chunk * self.chunks
+        return self.prompt_slots + self.chunk * self.chunks
 
     def part(self, index: int, count: int) -> PromptBatch:
         """Return the rows of one of `count` parts."""
-        size = len(self.rows) // count
-        rows = slice(index * size, (index + 1) * size)
-        names = ("ids", "padding", "rows", "numbers")
-        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+        def cut(field: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+            size = len(field) // count
+            return field[index * size : (index + 1) * size]
+
+        names = ("ids", "spans", "rows", "numbers")
+        return replace(self, **{name: cut(getattr(self, name)) for name in names})
 
 
 def plan_batches(
@@ -145,6 +154,34 @@ def plan_batches(
     Raises:
         DataError: a prompt that is empty or leaves no room for an answer.
     """
+    _check_prompts(prompts, options)
+    if not prompts:
+        return []
+    # A handful of prompts does not fill a large batch; powers of two limit the number of shapes.
+    wanted = min(options.batch_size, _power_of_two(len(prompts)))
+    size = -(-wanted // multiple) * multiple
+    every = [*prompts, [0]]  # the last one is FILLER's
+    lengths = [len(prompt) for prompt in every]
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
+    order += [FILLER] * (-len(order) % size)
+    by_slots: dict[int, list[int]] = {}
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
+        slots = bucket(max(lengths[n] for n in numbers), options.max_length)
+        by_slots.setdefault(slots, []).extend(numbers)
+    batches = []
+    for slots, numbers in by_slots.items():
+        layout = _Layout(numbers, slots, slots, 1)
+        if size % (2 * multiple) == 0:
+            layout = _paired(layout, lengths)
+        batches += [
+            _batch(every, layout, slice(start, start + size), options)
+            for start in range(0, len(numbers), size)
+        ]
+    return batches
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], options: GenerateOptions) -> None:
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"Prompt {number} is empty; a prompt needs at least one token.")
@@ -153,28 +190,50 @@ def plan_batches(
                 f"Prompt {number} has {len(prompt)} tokens, which leaves no room for an answer in "
                 f"the context of {options.max_length}. Give at most {options.max_length - 1}."
             )
-    if not prompts:
-        return []
-    # A handful of prompts does not fill a large batch; powers of two limit the number of shapes.
-    wanted = min(options.batch_size, _power_of_two(len(prompts)))
-    size = -(-wanted // multiple) * multiple
+
+
+class _Layout(NamedTuple):
+    """The order of prompts in batches, and their places in the rows that are read."""
+
+    numbers: list[int]  # prompts and fillers, batch by batch
+    slots: int  # of a prompt in the cache
+    length: int  # of a row that is read
+    in_row: int  # prompts in such a row
+
+
+def _paired(layout: _Layout, lengths: Sequence[int]) -> _Layout:
+    """Put a long and a short prompt into each row, if that saves three sixteenths of the slots or
+    more. The rows of a bucket have one of two lengths, so that few shapes exist."""
+    every = sorted(layout.numbers, key=lengths.__getitem__)
+    half = len(every) // 2
+    pairs = list(zip(every[:half], reversed(every[half:]), strict=True))
+    longest = max(lengths[left] + lengths[right] for left, right in pairs)
+    for length in (-(-layout.slots * eighths // 8) for eighths in PAIRED_EIGHTHS):
+        if longest <= length:
+            return _Layout([n for pair in pairs for n in pair], layout.slots, length, 2)
+    return layout
+
+
+def _batch(
+    prompts: Sequence[Sequence[int]], layout: _Layout, part: slice, options: GenerateOptions
+) -> PromptBatch:
+    numbers, slots, length, in_row = layout
+    rows = np.array(numbers[part], np.int32)
+    ids = np.zeros((len(rows) // in_row, length), np.int32)
+    spans, drawn = np.zeros((len(rows), 2), np.int32), np.full(len(rows), -1, np.int32)
+    for row, number in enumerate(rows.tolist()):
+        if number != FILLER:
+            drawn[row] = number if options.numbers is None else options.numbers[number]
+        prompt = prompts[number]
+        count = len(prompt)
+        at_left = in_row == 2 and row % 2 == 0
+        end = count if at_left else length
+        ids[row // in_row, end - count : end] = prompt
+        spans[row] = 0 if at_left else slots - count, count
     follow = min(options.max_new_tokens, options.max_length - 1) - 1
     chunks = -(-follow // CHUNK)
     chunk = -(-follow // (8 * chunks)) * 8 if chunks else 0
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    batches = []
-    for start in range(0, len(order), size):
-        numbers = order[start : start + size]
-        length = bucket(len(prompts[numbers[-1]]), options.max_length)
-        ids = np.zeros((size, length), np.int32)
-        padding = np.full(size, length - 1, np.int32)  # a filler is one token long
-        rows, drawn = np.full(size, -1, np.int32), np.full(size, -1, np.int32)
-        for row, number in enumerate(numbers):
-            rows[row], padding[row] = number, length - len(prompts[number])
-            ids[row, padding[row] :] = prompts[number]
-            drawn[row] = number if options.numbers is None else options.numbers[number]
-        batches.append(PromptBatch(ids, padding, rows, drawn, chunk, chunks))
-    return batches
+    return PromptBatch(ids, spans, rows, drawn, slots, chunk, chunks)
 
 
 def bucket(length: int, limit: int) -> int:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from torchprime.generation.cache import Cache, cached_attention, next_hidden, read_prompts
+from torchprime.generation.cache import Cache, Prompts, cached_attention, next_hidden, read_prompts
 from torchprime.generation.decode import (
     Answer,
     Decoding,
@@ -149,10 +149,11 @@ class Generator:
     def _answer(
         self, batch: PromptBatch, prompts: Sequence[Sequence[int]], options: GenerateOptions
     ) -> dict[int, Answer]:
-        ids, padding, rows = (
+        ids, spans, rows = (
             torch.from_numpy(field).to(self.device)
-            for field in (batch.ids, batch.padding, batch.numbers)
+            for field in (batch.ids, batch.spans, batch.numbers)
         )
+        places = Prompts(spans, batch.prompt_slots)
         sampling = Sampling(*(t.to(self.device) for t in sampling_tensors(options)))
         decoding = Decoding(batch, prompts, options)
 
@@ -160,9 +161,8 @@ class Generator:
             place = torch.full((), number, dtype=torch.int32, device=self.device)
             return choose(self.model.logits_of(hidden), options, sampling, rows, place)
 
-        length = batch.ids.shape[1]
         with waiting("reading prompts"):
-            hidden, read = read_prompts(self.model, ids, padding, batch.slots)
+            hidden, read = read_prompts(self.model, ids, places, batch.slots)
             cache = _allocated(read, batch.slots)
             token = token_of(hidden, 0)
             decoding.add([token.tolist()])
@@ -172,8 +172,9 @@ class Generator:
                     break
                 tokens = []
                 for made in range(chunk * batch.chunk, (chunk + 1) * batch.chunk):
-                    slot = torch.full((), length + made, dtype=torch.int32, device=self.device)
-                    hidden, new = next_hidden(self.model, token, padding, slot, cache)
+                    place = batch.prompt_slots + made
+                    slot = torch.full((), place, dtype=torch.int32, device=self.device)
+                    hidden, new = next_hidden(self.model, token, places, slot, cache)
                     _write(cache, new, slot)
                     token = token_of(hidden, made + 1)
                     tokens.append(token)

@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from torchprime.generation.cache import (
     Cache,
+    Prompts,
     by_product,
     by_sums,
     cached_attention,
@@ -76,9 +77,9 @@ class _Step(nn.Module):
         self.large = False  # the output projection, on the CPU
 
     def forward(
-        self, token: Tensor, padding: Tensor, slot: Tensor, cache: Cache
+        self, token: Tensor, prompts: Prompts, slot: Tensor, cache: Cache
     ) -> tuple[Tensor, Cache]:
-        hidden, new = next_hidden(self.model, token, padding, slot, cache)
+        hidden, new = next_hidden(self.model, token, prompts, slot, cache)
         return self.logits(hidden), new
 
     def tensors(self) -> dict[str, Tensor]:
@@ -149,19 +150,19 @@ class Generator:
             *(self.tensors.send(t, ((),) * t.dim()) for t in sampling_tensors(options))
         )
         (ids,) = self.tensors.send_batch([torch.from_numpy(batch.ids)], (self.batch_axes, ()))
-        padding, rows = self.tensors.send_batch(
-            [torch.from_numpy(batch.padding), torch.from_numpy(batch.numbers)], ((),)
-        )
+        (spans,) = self.tensors.send_batch([torch.from_numpy(batch.spans)], ((), ()))
+        (rows,) = self.tensors.send_batch([torch.from_numpy(batch.numbers)], ((),))
         decoding = Decoding(batch, prompts, options)
 
-        hidden, cache = read_prompts(self.model, ids, padding, batch.slots)
-        cache = self._cut(_widened(cache, batch.slots - batch.ids.shape[1]))
+        places = Prompts(spans, batch.prompt_slots)
+        hidden, cache = read_prompts(self.model, ids, places, batch.slots)
+        cache = self._cut(_widened(cache, batch.slots - batch.prompt_slots))
         logits = self.step.logits(hidden)
         token = self._cut_rows(choose(logits, options, sampling, rows, self._scalar(0)))
         first = self._replicated(token)
         self.tensors.run([token, first, *cache.keys, *cache.values])
         decoding.add([first.cpu().tolist()])
-        run_chunk = self._chunks(batch, options, token, cache, [padding, rows, *sampling])
+        run_chunk = self._chunks(batch, options, token, cache, [spans, rows, *sampling])
         for _ in range(batch.chunks):
             if not decoding.open:
                 break
@@ -181,15 +182,16 @@ class Generator:
         It updates the cache, `token` and its position in place.
 
         Args:
-            fixed: padding, rows and sampling.
+            fixed: spans of the prompts, rows and sampling.
         """
         given = self.step.tensors()
-        key = (batch.ids.shape, batch.chunk, batch.slots, options.choice)
+        key = (len(batch.rows), batch.prompt_slots, batch.slots, batch.chunk, options.choice)
         loop = self.loops.get(key)
         if loop is None:
-            body = partial(self._one_token, options, len(cache.keys), list(given))
+            counts = len(cache.keys), batch.prompt_slots
+            body = partial(self._one_token, options, counts, list(given))
             loop = self.loops[key] = RecordedLoop(body)
-        state = [token, self._scalar(batch.ids.shape[1]), self._scalar(1)]
+        state = [token, self._scalar(batch.prompt_slots), self._scalar(1)]
         state += [*cache.keys, *cache.values]
         times = torch.zeros(batch.chunk, device=token.device)
 
@@ -206,19 +208,25 @@ class Generator:
     def _one_token(
         self,
         options: GenerateOptions,
-        layers: int,
+        counts: tuple[int, int],
         names: Sequence[str],
         carry: Sequence[Tensor],
         _: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return the body of a chunk's loop. It reads only its arguments, so that weights keep
-        their storage (`_Step`), and the loop serves every batch of its shapes."""
+        their storage (`_Step`), and the loop serves every batch of its shapes.
+
+        Args:
+            counts: entries of the cache's keys, and slots of a prompt.
+        """
+        layers, prompt_slots = counts
         token, slot, number, *rest = carry
         old = Cache(tuple(rest[:layers]), tuple(rest[layers : 2 * layers]))
         fixed, weights = rest[2 * layers : -len(names)], rest[-len(names) :]
-        padding, rows, *sampling = fixed
+        spans, rows, *sampling = fixed
         given = dict(zip(names, weights, strict=True))
-        logits, new = functional_call(self.step, given, (token, padding, slot, old))
+        places = Prompts(spans, prompt_slots)
+        logits, new = functional_call(self.step, given, (token, places, slot, old))
         # Each device continues with its own rows: no communication before the chunk is finished.
         made = self._cut_rows(choose(logits, options, Sampling(*sampling), rows, number))
         grown = self._cut(_written(old, new, slot))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchprime.generation.cache import (
     Cache,
+    Prompts,
     by_product,
     by_sums,
     cached_attention,
@@ -57,37 +58,48 @@ MINISTRAL3 = {
 }
 
 
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize(
     ("config", "match"), [(GEMMA2, by_product), (GEMMA2, by_sums), (MINISTRAL3, by_product)]
 )
 def test_tokens_one_by_one_have_the_logits_of_one_forward(
-    config: dict[str, Any], match: Callable[[Tensor, Tensor], Tensor]
+    config: dict[str, Any], match: Callable[[Tensor, Tensor], Tensor], paired: bool
 ) -> None:
-    """Two prompts of different lengths; windows that end inside the answers, and soft-caps."""
+    """Two prompts of 4 and 7 tokens, in two rows or in one; windows that end inside the answers,
+    and soft-caps."""
     model = CausalLM(architecture_from_hf(config))
     for name, weight in model.named_parameters():
         weight.data = initial_tensor(name, weight.shape, 0.4, seed=1, norm=model.architecture.norm)
-    ids = torch.randint(1, 31, (2, 12), generator=torch.Generator().manual_seed(0))
-    prompt, padding, slots = 7, torch.tensor([0, 3], dtype=torch.int32), 16
-    ids[1, :3] = 0
+    rng = torch.Generator().manual_seed(0)
+    texts = [torch.randint(1, 31, (n + 5,), generator=rng) for n in (4, 7)]
+    slots, of_prompt = 16, 8
+    spans = torch.tensor([[0, 4] if paired else [4, 4], [1, 7]], dtype=torch.int32)
+    prompts = Prompts(spans, of_prompt)
+    ids = torch.zeros((1, 13) if paired else (2, of_prompt), dtype=torch.long)
+    ids[0, 0:4] = texts[0][:4]
+    if not paired:
+        ids[0] = torch.cat([torch.zeros(4), texts[0][:4]])
+    ids[-1, -7:] = texts[1][:7]
     with torch.no_grad(), cached_attention(model, match=match):
-        hidden, cache = read_prompts(model, ids[:, :prompt], padding, slots)
+        hidden, cache = read_prompts(model, ids, prompts, slots)
         found = [model.logits_of(hidden)]
-        room = [(*t.shape[:2], slots - prompt, t.shape[3]) for t in cache.keys]
+        room = [(*t.shape[:2], slots - of_prompt, t.shape[3]) for t in cache.keys]
         keys, values = (
             [torch.cat([t, torch.zeros(r)], 2) for t, r in zip(part, room, strict=True)]
             for part in cache
         )
-        for slot in range(prompt, ids.shape[1]):
+        for number in range(5):
             old = Cache(tuple(keys), tuple(values))
-            hidden, new = next_hidden(model, ids[:, slot], padding, torch.tensor(slot), old)
+            slot = torch.tensor(of_prompt + number)
+            token = torch.stack([texts[0][4 + number], texts[1][7 + number]])
+            hidden, new = next_hidden(model, token, prompts, slot, old)
             for kept, added in zip((*keys, *values), (*new.keys, *new.values), strict=True):
                 kept[:, :, slot] = added[:, :, 0]
             found.append(model.logits_of(hidden))
-    for row, begin in enumerate(padding.tolist()):
-        alone = ids[row : row + 1, begin:]
+    for row, (text, count) in enumerate(zip(texts, (4, 7), strict=True)):
+        alone = text[None]
         with torch.no_grad():
             whole = model.logits(alone, torch.arange(alone.shape[1])[None], torch.ones_like(alone))
-        wanted = whole[0, prompt - 1 - begin :]
+        wanted = whole[0, count - 1 :]
         assert wanted.abs().max() < config.get("final_logit_softcapping", 1e3)
         torch.testing.assert_close(torch.stack(found)[:, row], wanted, rtol=1e-5, atol=1e-5)

@@ -38,20 +38,48 @@ def test_buckets_are_few_and_hold_their_prompts() -> None:
         assert len(found) <= 6, found
 
 
-def test_every_prompt_is_in_one_row_at_its_right_end() -> None:
+@pytest.mark.parametrize(
+    ("size", "multiple", "shapes", "fillers"),
+    [
+        (3, 3, [(3, 64), (3, 128), (3, 300)], 0),  # one row for each device
+        (4, 2, [(2, 80), (2, 320), (2, 375)], 3),  # pairs: 1 and 17 tokens, 64 and 200, ...
+    ],
+)
+def test_every_prompt_is_in_one_place(
+    size: int, multiple: int, shapes: list[tuple[int, int]], fillers: int
+) -> None:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, 99, n).tolist() for n in (5, 200, 64, 1, 65, 90, 270, 3, 17)]
-    batches = plan_batches(prompts, options(), multiple=3)
-    assert [batch.ids.shape for batch in batches] == [(6, 128), (6, 300)]
+    batches = plan_batches(prompts, options(batch_size=size), multiple)
+    assert [batch.ids.shape for batch in batches] == shapes
     rows = [int(row) for batch in batches for row in batch.rows]
-    assert sorted(row for row in rows if row >= 0) == list(range(9)) and rows.count(-1) == 3
+    assert sorted(row for row in rows if row >= 0) == list(range(9)) and rows.count(-1) == fillers
     for batch in batches:
-        for ids, padding, row in zip(batch.ids, batch.padding, batch.rows, strict=True):
+        in_row, length = len(batch.rows) // len(batch.ids), batch.ids.shape[1]
+        used = 0
+        for place, (row, (first, count)) in enumerate(zip(batch.rows, batch.spans, strict=True)):
             prompt = prompts[row] if row >= 0 else [0]
-            assert ids[padding:].tolist() == prompt and not ids[:padding].any()
+            offset = (length - batch.prompt_slots) * (place % in_row)
+            ids = batch.ids[place // in_row, offset + first : offset + first + count]
+            assert ids.tolist() == prompt and first + count <= batch.prompt_slots
+            used += np.count_nonzero(ids)
+        assert used == np.count_nonzero(batch.ids)  # no two overlap
         # The first token comes with the prompt, and the last one is followed by none.
         assert batch.chunk * batch.chunks >= 39
-        assert batch.slots >= batch.ids.shape[1] + 39
+        assert batch.slots >= batch.prompt_slots + 39
+
+
+def test_prompts_are_paired_where_that_saves_slots() -> None:
+    """And in one shape for all batches of a bucket."""
+    rng = np.random.default_rng(1)
+
+    def shapes(low: int, high: int) -> set[tuple[int, ...]]:
+        prompts = [[1] * n for n in rng.integers(low, high, 320).tolist()]
+        return {batch.ids.shape for batch in plan_batches(prompts, options(batch_size=32))}
+
+    assert shapes(66, 126) == {(16, 208)}
+    assert shapes(120, 129) == {(32, 128)}
+    assert shapes(10, 30) == {(16, 80)}
 
 
 @pytest.mark.parametrize("new", [1, 2, 33, 34, 500])
@@ -64,7 +92,8 @@ def test_chunks_hold_what_may_follow_and_little_more(new: int) -> None:
 def test_parts_of_a_batch_are_its_rows() -> None:
     batch = plan_batches([[n] for n in range(1, 5)], options())[0]
     parts = [batch.part(index, 2) for index in range(2)]
-    for field in ("ids", "padding", "rows", "numbers"):
+    assert batch.ids.shape == (2, 80)
+    for field in ("ids", "spans", "rows", "numbers"):
         whole = np.concatenate([getattr(part, field) for part in parts])
         assert np.array_equal(whole, getattr(batch, field))
 
@@ -81,7 +110,7 @@ def test_a_prompt_keeps_its_number_in_every_batch() -> None:
 
 
 def test_few_prompts_make_a_small_batch() -> None:
-    assert plan_batches([[1]] * 3, options(batch_size=32))[0].ids.shape == (4, 64)
+    assert plan_batches([[1]] * 3, options(batch_size=32))[0].rows.shape == (4,)
     assert plan_batches([], options()) == []
 
 

@@ -19,7 +19,7 @@ from torchprime.config.sections.remat import NAMES, POLICIES
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.checkpointing import checkpoint_layers
 from torchprime.models.decoder import CausalLM, replace_attention_cores
-from torchprime.training.setup.activations import Shape, live_bytes
+from torchprime.training.setup.activations import Shape, kept_bytes
 from torchprime.training.setup.plan import kept_elements
 
 LAYERS, ROWS, SIZE = 2, 2, 32
@@ -183,9 +183,7 @@ def test_the_bytes_kept_are_those_of_the_names(names: tuple[str, ...]) -> None:
         return CausalLM(ARCHITECTURE.with_layers(layers))
 
     shape = Shape(ROWS, SIZE, 1)
-    one, two = (
-        live_bytes(build, number, shape, core="kernel", names=names).kept for number in (1, 2)
-    )
+    one, two = (kept_bytes(build, number, shape, core="kernel", names=names) for number in (1, 2))
     log_sum_exp = ARCHITECTURE.num_attention_heads if "core_out" in names else 0
     each = kept_elements(ARCHITECTURE, ("layer_input", *names)) + log_sum_exp
     assert two - one == ROWS * SIZE * 4 * each

@@ -79,11 +79,12 @@ def test_greedy_equals_transformers(
             model, answers.prompts(), answers.options(stop_ids=stops)
         )
     # Others come first, so that what is held to the truth runs what was traced for them.
-    others = answers.prompts((30, 2, 63, 140, 9, 8, 70), seed=5)
+    others = answers.prompts((30, 2, 63, 140, 9, 8, 150), seed=5)
     before = backend.compiles()
     backend.generate(others, answers.options())
-    # Two programs for each of two buckets, and on the CPU one that transposes small weights.
-    assert backend.compiles() - before == 4 + small
+    # Two programs for each of two buckets, and on the CPU one that transposes small weights, unless
+    # an earlier model had the same ones.
+    assert backend.compiles() - before in {4, 4 + small}
     # Other prompts of the same buckets, other stop tokens: nothing compiles, nor when something has
     # made data of all there is meanwhile, as processes do that exchange objects. First what earlier
     # tests left in cycles goes: what is pending on a buffer that was written over would be run too.

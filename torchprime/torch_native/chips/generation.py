@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchprime.generation.cache import Cache, cached_attention, next_hidden, read_prompts
+from torchprime.generation.cache import Cache, Prompts, cached_attention, next_hidden, read_prompts
 from torchprime.generation.decode import (
     Answer,
     Decoding,
@@ -71,18 +71,18 @@ class Generator:
         decodings = [Decoding(part, prompts, options) for part in parts]
         sampling = sampling_tensors(options)
         fixed = [
-            self.client.send([torch.from_numpy(part.padding) for part in parts]),
+            self.client.send([torch.from_numpy(part.spans) for part in parts]),
             self.client.send([torch.from_numpy(part.numbers) for part in parts]),
             *(same_on_all(self.client, each) for each in sampling),
         ]
         ids = self.client.send([torch.from_numpy(part.ids) for part in parts])
         shape = _Shape(parts[0], options, sampling)
         first, *cache = self.programs.run(
-            ("prompts", shape.key), partial(self._reader, shape), [ids, *fixed]
+            ("prompts", *shape.ids, shape.key), partial(self._reader, shape), [ids, *fixed]
         )
         for decoding, tokens in zip(decodings, self.client.read(first), strict=True):
             decoding.add([tokens.tolist()])
-        state = [first, self._number(batch.ids.shape[1]), self._number(1), *cache]
+        state = [first, self._number(batch.prompt_slots), self._number(1), *cache]
         for _ in range(batch.chunks):
             still = max(len(decoding.open) for decoding in decodings)
             if not self.chips.processes.largest(still):
@@ -108,13 +108,14 @@ class Generator:
 
         def function(own: Sequence[Tensor]) -> list[Tensor]:
             ids, *fixed = own
-            hidden, read = read_prompts(self.model, ids, fixed[0], shape.slots)
+            places = Prompts(fixed[0], shape.prompt_slots)
+            hidden, read = read_prompts(self.model, ids, places, shape.slots)
             number = torch.zeros((), dtype=torch.int32)
-            missing = shape.slots - ids.shape[1]
+            missing = shape.slots - shape.prompt_slots
             cache = [F.pad(each, (0, 0, 0, missing)) for each in (*read.keys, *read.values)]
             return [self._token(shape, hidden, number, fixed), *cache]
 
-        ids = Input("ids", shape.prompts, torch.int32, False)
+        ids = Input("ids", shape.ids, torch.int32, False)
         return forward.build(self.parts, [ids, *shape.fixed()], function)
 
     def _chunk(self, shape: _Shape):
@@ -125,7 +126,8 @@ class Generator:
             token, slot, number, *cache = state
             half = len(cache) // 2
             old = Cache(tuple(cache[:half]), tuple(cache[half:]))
-            hidden, new = next_hidden(self.model, token, fixed[0], slot, old)
+            places = Prompts(fixed[0], shape.prompt_slots)
+            hidden, new = next_hidden(self.model, token, places, slot, old)
             made = self._token(shape, hidden, number, fixed)
             pairs = zip(cache, (*new.keys, *new.values), strict=True)
             grown = [each.index_copy(-2, slot[None].long(), added) for each, added in pairs]
@@ -138,7 +140,7 @@ class Generator:
     def _state(self, shape: _Shape) -> list[Input]:
         """Return the inputs that a chunk writes: token, slot, number, keys, values."""
         a, stack = self.model.architecture, self.parts.stack
-        rows, number = (shape.prompts[0],), partial(Input, shape=(), dtype=torch.int32)
+        rows, number = (shape.rows,), partial(Input, shape=(), dtype=torch.int32)
         cache = (*rows, kv_heads(a, self.chips.grid.tensor), shape.slots, a.head_dim)
         entries = 1 if stack.scan else a.num_hidden_layers
         stacked = (a.num_hidden_layers, *cache) if stack.scan else cache
@@ -157,18 +159,19 @@ class _Shape:
     def __init__(
         self, part: PromptBatch, options: GenerateOptions, sampling: Sequence[Tensor]
     ) -> None:
-        self.prompts, self.slots, self.chunk = part.ids.shape, part.slots, part.chunk
+        self.ids, self.rows = part.ids.shape, len(part.rows)
+        self.prompt_slots, self.slots, self.chunk = part.prompt_slots, part.slots, part.chunk
         self.options, self.sampling = options, sampling
 
     @property
     def key(self) -> Hashable:
-        """The values that two batches of the same programs have in common."""
-        return (self.prompts, self.slots, self.chunk, self.options.choice)
+        """The values that two batches of the same chunk program have in common."""
+        return (self.rows, self.prompt_slots, self.slots, self.chunk, self.options.choice)
 
     def fixed(self) -> list[Input]:
-        """Return the inputs that stay: padding, rows, sampling."""
-        rows = (self.prompts[0],)
-        found = [Input(name, rows, torch.int32, False) for name in ("padding", "rows")]
+        """Return the inputs that stay: spans, rows, sampling."""
+        shapes = {"spans": (self.rows, 2), "rows": (self.rows,)}
+        found = [Input(name, shape, torch.int32, False) for name, shape in shapes.items()]
         names = Sampling._fields
         pairs = zip(names, self.sampling, strict=True)
         return found + [Input(name, tuple(t.shape), t.dtype, False) for name, t in pairs]

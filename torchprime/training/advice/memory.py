@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 
@@ -21,7 +21,7 @@ from torchprime.config.sections.remat import LAYER_INPUT
 from torchprime.models.decoder import CausalLM
 from torchprime.training.advice.table import Devices
 from torchprime.training.optim.optimizer import Optimizer
-from torchprime.training.setup.activations import Core, Live, Shape, live_bytes
+from torchprime.training.setup.activations import Core, Live, Shape, kept_bytes, live_bytes
 from torchprime.training.setup.adapter import ModelForm, build_model
 from torchprime.training.setup.plan import (
     StoredParameter,
@@ -221,29 +221,29 @@ class Estimator:
 
     def _live(self, rows: int) -> Live:
         """Return one device's bytes besides weights and gradients, which grow by the row."""
-        found, everything = (
-            Live(*(one + (rows - 1) * (two - one) for one, two in zip(*pair, strict=True)))
-            for pair in zip(*self._one_and_two_rows, strict=True)
-        )
+        pairs = zip(*self._one_and_two_rows, strict=True)
+        found = [one + (rows - 1) * (two - one) for one, two in pairs]
         if self.devices.kind == "gpu":
-            return self._moved(rows, found)
-        return self._fused(rows, found, everything)  # chunks of the loss do not grow by the row
+            return self._moved(rows, Live(*found))
+        return self._fused(rows, *found)  # chunks of the loss do not grow by the row
 
     @cached_property
-    def _one_and_two_rows(self) -> tuple[tuple[Live, Live], tuple[Live, Live]]:
+    def _one_and_two_rows(self) -> tuple[Sequence[int], Sequence[int]]:
         return self._counted(1), self._counted(2)
 
-    def _counted(self, rows: int) -> tuple[Live, Live]:
-        """Return what is counted for some rows, and the same without remat."""
+    def _counted(self, rows: int) -> Sequence[int]:
+        """Return what is counted for some rows: on a GPU the bytes that are kept and those at the
+        peak; else those that are kept with the config's remat, and without remat."""
         config = self.config
         shape = Shape(rows, config.dataset.block_size, config.task.loss_chunks)
-        layers, remat = self.form.architecture.num_hidden_layers, config.remat
-        count = partial(live_bytes, self._layers, layers, shape, core=self.core)
+        given = self._layers, self.form.architecture.num_hidden_layers, shape
+        remat = config.remat
         if self.devices.kind == "gpu":
-            found = count(names=remat.kept_outputs if remat.selects else None)
-            return found, found
-        everything = count(names=None)
-        return (count(names=()) if remat.selects else everything), everything
+            names = remat.kept_outputs if remat.selects else None
+            return live_bytes(*given, core=self.core, names=names)
+        everything = kept_bytes(*given, core=self.core, names=None)
+        kept = kept_bytes(*given, core=self.core, names=()) if remat.selects else everything
+        return kept, everything
 
     def _moved(self, rows: int, found: Live) -> Live:
         """Return the bytes without the layers' inputs, if they are in host memory: one is fetched
@@ -255,20 +255,21 @@ class Estimator:
         layers = a.num_hidden_layers
         return Live(found.kept - layers * one, found.peak - (layers - 1) * one)
 
-    def _fused(self, rows: int, found: Live, everything: Live) -> Live:
+    def _fused(self, rows: int, layers_keep: int, without_remat: int) -> Live:
         """Return the bytes of a compiled program, whose loss keeps a few tensors of logits.
 
         Args:
-            everything: without remat.
+            layers_keep: bytes that the layers keep for the backward pass.
+            without_remat: the same without remat.
         """
         config, a = self.config, self.form.architecture
         loss = loss_bytes(config, self.built, rows, self.devices.memory) // self.mesh["tensor"]
-        working, kept = loss, found.kept
+        working, kept = loss, layers_keep
         if config.remat.selects:
-            working = max(loss, everything.kept // a.num_hidden_layers)
+            working = max(loss, without_remat // a.num_hidden_layers)
             kept += self._named(rows)
         if LAYER_INPUT in config.remat.offloaded:
-            kept -= (found.kept * (a.num_hidden_layers - 1)) // a.num_hidden_layers
+            kept -= (layers_keep * (a.num_hidden_layers - 1)) // a.num_hidden_layers
         return Live(kept, kept + working)
 
     def _named(self, rows: int) -> int:

@@ -69,7 +69,36 @@ def live_bytes(
     return Live(two.kept + (layers - 2) * each, two.peak + (layers - 2) * each)
 
 
+def kept_bytes(
+    build: BuildLayers, layers: int, shape: Shape, *, core: Core, names: Sequence[str] | None
+) -> int:
+    """Count `Live.kept` alone, which needs no backward pass; arguments as in `live_bytes`."""
+
+    def kept(number: int) -> int:
+        # Hidden states hold what was kept.
+        _hidden, counter = _forward(build(number), shape, core, names)
+        return counter.now
+
+    one, two = kept(1), kept(2)
+    return one + (layers - 1) * (two - one)
+
+
 def _count(model: CausalLM, shape: Shape, core: Core, names: Sequence[str] | None) -> Live:
+    hidden, counter = _forward(model, shape, core, names)
+    kept = counter.now
+    field = torch.zeros(shape.rows, shape.block_size, dtype=torch.int32, device="meta")
+    weights = torch.zeros(field.shape, device="meta")
+    with counter:
+        output = Projection(*model.output)
+        loss = chunked_cross_entropy(hidden, output, field, weights, shape.loss_chunks)
+        loss.loss_sum.backward()
+    return Live(kept, counter.peak)
+
+
+def _forward(
+    model: CausalLM, shape: Shape, core: Core, names: Sequence[str] | None
+) -> tuple[Tensor, _Counter]:
+    """Return the hidden states, and what counted the bytes to get there."""
     if core == "kernel":
         replace_attention_cores(model, lambda *_: _KernelFootprint())
     model.to("meta")
@@ -77,14 +106,9 @@ def _count(model: CausalLM, shape: Shape, core: Core, names: Sequence[str] | Non
         checkpoint_layers(list(model.model.layers.children()), names)
     _drop_gradients_of_finished_layers(model)
     field = torch.zeros(shape.rows, shape.block_size, dtype=torch.int32, device="meta")
-    weights = torch.zeros(field.shape, device="meta")
     with _Counter() as counter:
         hidden = model(field, field, field)
-        kept = counter.now
-        output = Projection(*model.output)
-        loss = chunked_cross_entropy(hidden, output, field, weights, shape.loss_chunks)
-        loss.loss_sum.backward()
-    return Live(kept, counter.peak)
+    return hidden, counter
 
 
 def _drop_gradients_of_finished_layers(model: CausalLM) -> None:

@@ -27,7 +27,7 @@ from torchprime.sharding import Spec, shard_count
 from torchprime.training.loop import DataOrder
 from torchprime.training.optim.optimizer import Optimizer, Parameter
 from torchprime.training.setup.activations import Shape as BatchShape
-from torchprime.training.setup.activations import live_bytes
+from torchprime.training.setup.activations import kept_bytes
 from torchprime.training.setup.adapter import ModelForm
 
 Shape = tuple[int, ...]
@@ -184,14 +184,14 @@ def _activation_bytes(config: TrainConfig, form: ModelForm) -> int:
         layer = tokens * kept_elements(a, c.remat.saved) * dtype.itemsize
         return layer * a.num_hidden_layers + logits
     shape = BatchShape(rows, c.dataset.block_size, c.task.loss_chunks)
-    live = live_bytes(
+    kept = kept_bytes(
         lambda layers: form.with_layers(layers).build(dtype),
         a.num_hidden_layers,
         shape,
         core="kernel",
         names=None,
     )
-    return live.kept + logits
+    return kept + logits
 
 
 def loss_chunk(config: TrainConfig, model: CausalLM, rows: int, memory: int | None = None) -> int:

@@ -11,7 +11,7 @@ from tiny_families import FAMILIES, SIZES
 
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
-from torchprime.training.setup.activations import Shape, live_bytes, storage_of
+from torchprime.training.setup.activations import Shape, kept_bytes, storage_of
 
 ROWS, SIZE = 2, 48  # longer than the windows
 
@@ -46,7 +46,7 @@ def test_the_bytes_kept_are_those_that_autograd_holds(family: str) -> None:
         return CausalLM(a.with_layers(layers))
 
     counted = [
-        live_bytes(build, layers, Shape(ROWS, SIZE, 1), core="reference", names=None).kept
+        kept_bytes(build, layers, Shape(ROWS, SIZE, 1), core="reference", names=None)
         for layers in (1, 2)
     ]
     assert counted == [pytest.approx(held_by_autograd(build(n)), rel=0.01) for n in (1, 2)]
