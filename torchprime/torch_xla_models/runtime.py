@@ -6,6 +6,7 @@ many virtual devices as the mesh needs; the partitioner is the same, so sharding
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import sys
@@ -21,6 +22,13 @@ from torchprime.text.terminal import say
 # time would grow with depth although the program does not: 3.1 s at 6 layers and 4.7 s at 24,
 # 2.0 and 1.8 s with a low threshold, at the same speed of the step.
 CPU_CODE_OPTIONS = "--xla_backend_extra_options=-unroll-threshold=100"
+
+# glibc's options of memory, by the variable with which a user sets one: (number, value).
+MALLOC_OPTIONS = {
+    "MALLOC_TRIM_THRESHOLD_": (-1, -1),  # never given back
+    "MALLOC_MMAP_MAX_": (-4, 0),  # large blocks from the heap too
+    "MALLOC_ARENA_MAX": (-8, 1),
+}
 
 # Flags for libtpu unless LIBTPU_INIT_ARGS sets them. docs/tpu.md has the numbers.
 TPU_FLAGS: dict[str, str] = {
@@ -106,6 +114,8 @@ def prepare_environment(device_count: int, *, async_collectives: bool = True) ->
         needed = _threads(int(os.environ["CPU_NUM_DEVICES"]))
         os.environ["PJRT_NPROC"] = str(max(needed, int(os.environ.get("PJRT_NPROC") or 0)))
         _share_cores()
+        if os.environ["CPU_NUM_DEVICES"] == "1":
+            _keep_freed_memory()
         flags = os.environ.get("XLA_FLAGS", "")
         if "--xla_backend_extra_options" not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {CPU_CODE_OPTIONS}".strip()
@@ -132,6 +142,18 @@ def _share_cores() -> None:
     if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
         with suppress(OSError):  # a sandbox may forbid it; then it is only slower
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what XLA frees after each step, in one heap. Else the kernel takes the
+    pages back, and clears and maps them again in the next step, one fault for each. Several devices
+    would wait for one another at the one heap."""
+    if sys.platform != "linux" or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    for variable, (option, value) in MALLOC_OPTIONS.items():
+        if mallopt is not None and variable not in os.environ:
+            mallopt(option, value)
 
 
 def cache_folder(wanted: str | None) -> Path | None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 import sys
 
 import pytest
 
 from torchprime.torch_xla_models import runtime
+
+TUNED = ("MALLOC_", "GLIBC_TUNABLES")
+ENVIRON = {name: value for name, value in os.environ.items() if not name.startswith(TUNED)}
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +20,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host without a TPU and without settings; what the test sets is undone."""
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(runtime, "host_has_tpu", lambda: False)
+    monkeypatch.setattr(runtime, "MALLOC_OPTIONS", {})  # this process is not the run's
 
 
 def test_without_a_tpu_the_cpu_is_chosen_and_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,6 +84,40 @@ def test_threads_do_not_push_one_another_off_a_core(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "sched_getscheduler", lambda _: os.SCHED_OTHER)
     runtime.prepare_environment(4)
     assert asked == [os.SCHED_BATCH]
+
+
+# 41 is PR_SET_THP_DISABLE: no huge pages, one fault for each of the 16,384 pages of a block.
+FAULTS = """
+import ctypes, resource
+from torchprime.torch_xla_models.runtime import prepare_environment
+
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)
+prepare_environment(1)
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = b"x" * 2**26
+    del block
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(after - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these options")
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, True),
+        ({"MALLOC_MMAP_MAX_": "9"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.mmap_max=9"}, False),
+        ({"CPU_NUM_DEVICES": "4"}, False),
+    ],
+    ids=["default", "variable", "tunable", "four devices"],
+)
+def test_freed_memory_is_used_again(given: dict[str, str], kept: bool) -> None:
+    """By one device; and what the user set stays."""
+    env = {**ENVIRON, "PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", **given}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, check=True)
+    assert (int(done.stdout) < 100) is kept
 
 
 def test_where_compiled_programs_are_kept(tmp_path) -> None:
