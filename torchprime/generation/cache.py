@@ -28,6 +28,10 @@ from torchprime.models.decoder import CausalLM, LayerContext, core_for
 # Shape suffixes: B batch, S sequence, D hidden, H heads, K kv heads, h head size, C cache slots.
 
 
+# Cosines and sines of one rope.
+Rotary = tuple[Tensor, Tensor]
+
+
 class Cache(NamedTuple):
     """Keys and values by layer, each [B, K, C, h]; one entry [layers, ...] for the layers that a
     container's loop has in one stack."""
@@ -169,7 +173,9 @@ def read_prompts(
         positions = torch.where(inside, position, positions)
         segments = torch.where(inside, number + 1, segments)
     prepared = tuple(core.prepare(segments) for core in decoder.preparers)
-    hidden, cache = _through_layers(decoder, ids, (positions, slots), prepared, None)
+    x_BSD = decoder.embed_tokens(ids)
+    context = LayerContext(decoder.tables(positions, slots, x_BSD.dtype), prepared)
+    hidden, cache = _through_layers(decoder, x_BSD, context, None)
     last = hidden[:, -1]
     if len(offsets) > 1:
         at_left = places == spans[:, 0, 1:] - 1
@@ -188,8 +194,33 @@ def _by_prompt(
     return tuple(torch.stack(prompts, dim=-4).flatten(-5, -4) for prompts in cut)
 
 
+def next_rotary(
+    model: CausalLM, prompts: Prompts, slot: Tensor, count: int, cache: Cache
+) -> tuple[Rotary, ...]:
+    """Return the cosines and sines of the next `count` tokens, each [count, B, 1, 1, pairs]: for a
+    loop of `next_hidden` that computes none itself.
+
+    Args:
+        slot: int32 scalar tensor, the place of the first of these tokens.
+    """
+    decoder: Any = model.model
+    later = torch.arange(count, dtype=torch.int32, device=slot.device)
+    positions = prompts.spans[:, 1:] + (slot - prompts.slots) + later
+    keys = cache.keys[0]
+    tables = decoder.tables(positions, keys.shape[-2], keys.dtype)
+    return tuple(
+        (cos.permute(2, 0, 1, 3)[:, :, :, None], sin.permute(2, 0, 1, 3)[:, :, :, None])
+        for cos, sin in tables
+    )
+
+
 def next_hidden(
-    model: CausalLM, ids: Tensor, prompts: Prompts, slot: Tensor, cache: Cache
+    model: CausalLM,
+    ids: Tensor,
+    prompts: Prompts,
+    slot: Tensor,
+    cache: Cache,
+    rotary: tuple[Rotary, ...] = (),
 ) -> tuple[Tensor, Cache]:
     """Run one more token per row through the model (decode).
 
@@ -197,6 +228,7 @@ def next_hidden(
         ids: integers [B].
         prompts: as in `read_prompts`.
         slot: int32 scalar tensor, the tokens' place: all slots from the prompts' to it are filled.
+        rotary: the token's share of `next_rotary`; else it is computed here.
 
     Returns:
         The hidden states [B, D] after the final norm, and the keys and values to write to `slot`.
@@ -206,8 +238,11 @@ def next_hidden(
     slots = cache.keys[0].shape[-2]
     places = torch.arange(slots, dtype=torch.int32, device=ids.device)
     masks = tuple(_mask(places, prompts, slot, window) for window in model.architecture.windows)
-    positions = prompts.spans[:, 1:] + (slot - prompts.slots)
-    hidden, new = _through_layers(decoder, ids[:, None], (positions, slots), masks, cache)
+    x_BSD = decoder.embed_tokens(ids[:, None])
+    if not rotary:
+        positions = prompts.spans[:, 1:] + (slot - prompts.slots)
+        rotary = decoder.tables(positions, slots, x_BSD.dtype)
+    hidden, new = _through_layers(decoder, x_BSD, LayerContext(rotary, masks), cache)
     return decoder.finish(hidden)[:, 0], new
 
 
@@ -225,18 +260,8 @@ def _mask(places: Tensor, prompts: Prompts, slot: Tensor, window: int | None) ->
 
 
 def _through_layers(
-    decoder: Any,
-    ids: Tensor,
-    places: tuple[Tensor, int],
-    prepared: tuple[Any, ...],
-    cache: Cache | None,
+    decoder: Any, x_BSD: Tensor, context: LayerContext, cache: Cache | None
 ) -> tuple[Tensor, Cache]:
-    """Return hidden states [B, S, D] before the final norm, and new keys and values.
-
-    Args:
-        places: positions [B, S], and the number of slots of the cache.
-    """
-    x_BSD = decoder.embed_tokens(ids)
-    context = LayerContext(decoder.tables(*places, x_BSD.dtype), prepared)
+    """Return hidden states [B, S, D] before the final norm, and new keys and values."""
     hidden, keys, values = decoder.layers.with_cache(x_BSD, context, cache)
     return hidden, Cache(tuple(keys), tuple(values))

@@ -24,10 +24,12 @@ from torch.func import functional_call
 from torchprime.generation.cache import (
     Cache,
     Prompts,
+    Rotary,
     by_product,
     by_sums,
     cached_attention,
     next_hidden,
+    next_rotary,
     read_prompts,
 )
 from torchprime.generation.decode import (
@@ -77,9 +79,9 @@ class _Step(nn.Module):
         self.large = False  # the output projection, on the CPU
 
     def forward(
-        self, token: Tensor, prompts: Prompts, slot: Tensor, cache: Cache
+        self, token: Tensor, prompts: Prompts, slot: Tensor, cache: Cache, *rotary: Rotary
     ) -> tuple[Tensor, Cache]:
-        hidden, new = next_hidden(self.model, token, prompts, slot, cache)
+        hidden, new = next_hidden(self.model, token, prompts, slot, cache, rotary)
         return self.logits(hidden), new
 
     def tensors(self) -> dict[str, Tensor]:
@@ -193,10 +195,13 @@ class Generator:
             loop = self.loops[key] = RecordedLoop(body)
         state = [token, self._scalar(batch.prompt_slots), self._scalar(1)]
         state += [*cache.keys, *cache.values]
-        times = torch.zeros(batch.chunk, device=token.device)
+        places = Prompts(fixed[0], batch.prompt_slots)
 
         def run() -> Tensor:
-            carry, (made,) = loop.run([*state, *fixed, *given.values()], [times])
+            # Inside of the loop, XLA on a CPU would compute them for each head of each layer.
+            rotary = next_rotary(self.model, places, state[1], batch.chunk, cache)
+            tables = [table for tables in rotary for table in tables]
+            carry, (made,) = loop.run([*state, *fixed, *given.values()], tables)
             for old, new in zip(state, carry[: len(state)], strict=True):
                 old.copy_(new)  # in place: the program reuses the buffer
             made = self._replicated(made)
@@ -211,13 +216,14 @@ class Generator:
         counts: tuple[int, int],
         names: Sequence[str],
         carry: Sequence[Tensor],
-        _: Sequence[Tensor],
+        tables: Sequence[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return the body of a chunk's loop. It reads only its arguments, so that weights keep
         their storage (`_Step`), and the loop serves every batch of its shapes.
 
         Args:
             counts: entries of the cache's keys, and slots of a prompt.
+            tables: the token's cosines and sines, rope by rope.
         """
         layers, prompt_slots = counts
         token, slot, number, *rest = carry
@@ -226,7 +232,8 @@ class Generator:
         spans, rows, *sampling = fixed
         given = dict(zip(names, weights, strict=True))
         places = Prompts(spans, prompt_slots)
-        logits, new = functional_call(self.step, given, (token, places, slot, old))
+        rotary = zip(tables[::2], tables[1::2], strict=True)
+        logits, new = functional_call(self.step, given, (token, places, slot, old, *rotary))
         # Each device continues with its own rows: no communication before the chunk is finished.
         made = self._cut_rows(choose(logits, options, Sampling(*sampling), rows, number))
         grown = self._cut(_written(old, new, slot))
