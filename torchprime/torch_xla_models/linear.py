@@ -67,7 +67,7 @@ def weight_gradient(x: Tensor, grad: Tensor) -> Tensor:
 
 # Numbers of a matrix up to which few rows are multiplied faster by an [in, out] copy of it.
 # Above, its rows are too far apart for the caches, above all if they are a power of two apart.
-LARGEST_TURNED = 2**19
+LARGEST_TURNED = 2**20
 
 
 def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
