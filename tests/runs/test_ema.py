@@ -76,6 +76,7 @@ def test_native(
         torch.testing.assert_close(reader.get(f"optimizer.ema.{name}"), average)
 
 
+@pytest.mark.slow
 def test_xla_on_four_devices(
     run: Callable[[list[str]], int], command: Callable[..., list[str]], rows: tuple[Path, Path],
     tmp_path: Path, killed_after: Callable[[int], None],

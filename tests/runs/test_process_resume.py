@@ -43,7 +43,7 @@ CASES = {
 }
 
 
-SLOW = ("lion", "sgd", "adafactor")
+SLOW = ("lion", "muon", "sgd", "adafactor")
 CHECKPOINT = Catalog.name_of(STEPS)
 
 

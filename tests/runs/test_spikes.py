@@ -65,6 +65,7 @@ def test_native_skips_them(
     check(lambda argv: run_main(native, argv), arguments, tmp_path, killed_after, capsys)
 
 
+@pytest.mark.slow
 def test_xla_skips_them_on_four_devices(
     run: Callable[[list[str]], int], command: Callable[..., list[str]], rows: tuple[Path, Path],
     tmp_path: Path, killed_after: Callable[[int], None], capsys: pytest.CaptureFixture[str],

@@ -17,7 +17,7 @@ from torchprime.torch_native.runtime import stop_processes
 from torchprime.torch_native.tpu.grid import Grid
 
 # The others are slow; `make test-torchtpu` runs all of them.
-QUICK = ("kl of an adapter", "ewc", "nf4", "fused", "kv heads, dropout")
+QUICK = ("ewc", "nf4", "kv heads, dropout")
 
 
 @pytest.fixture(scope="module", autouse=True)
