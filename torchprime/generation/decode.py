@@ -27,6 +27,8 @@ from torchprime.errors import ConfigError, DataError
 
 SMALLEST_BUCKET = 64
 PAIRED_EIGHTHS = (10, 13)  # of a bucket: the slots of a row for two prompts
+# From twice this length on such rows have a multiple of it, which attention kernels of TPUs want.
+KERNEL_MULTIPLE = 128
 # Tokens per traced program. With more, more would be discarded after a batch's last stop token.
 CHUNK = 32
 # Halvings of the interval that a threshold lies in: from the spread of logits to less than one's
@@ -202,14 +204,17 @@ class _Layout(NamedTuple):
 
 
 def _paired(layout: _Layout, lengths: Sequence[int]) -> _Layout:
-    """Put a long and a short prompt into each row, if that saves three sixteenths of the slots or
-    more. The rows of a bucket have one of two lengths, so that few shapes exist."""
+    """Put a long and a short prompt into each row, if that saves an eighth of the slots or more.
+    The rows of a bucket have one of two lengths, so that few shapes exist."""
     every = sorted(layout.numbers, key=lengths.__getitem__)
     half = len(every) // 2
     pairs = list(zip(every[:half], reversed(every[half:]), strict=True))
     longest = max(lengths[left] + lengths[right] for left, right in pairs)
-    for length in (-(-layout.slots * eighths // 8) for eighths in PAIRED_EIGHTHS):
-        if longest <= length:
+    for eighths in PAIRED_EIGHTHS:
+        length = -(-layout.slots * eighths // 8)
+        if length >= 2 * KERNEL_MULTIPLE:
+            length += -length % KERNEL_MULTIPLE
+        if longest <= length and 4 * length <= 7 * layout.slots:
             return _Layout([n for pair in pairs for n in pair], layout.slots, length, 2)
     return layout
 

@@ -42,7 +42,7 @@ def test_buckets_are_few_and_hold_their_prompts() -> None:
     ("size", "multiple", "shapes", "fillers"),
     [
         (3, 3, [(3, 64), (3, 128), (3, 300)], 0),  # one row for each device
-        (4, 2, [(2, 80), (2, 320), (2, 375)], 3),  # pairs: 1 and 17 tokens, 64 and 200, ...
+        (4, 2, [(2, 80), (2, 384), (2, 384)], 3),  # pairs: 1 and 17 tokens, 64 and 200, ...
     ],
 )
 def test_every_prompt_is_in_one_place(
@@ -75,9 +75,15 @@ def test_prompts_are_paired_where_that_saves_slots() -> None:
 
     def shapes(low: int, high: int) -> set[tuple[int, ...]]:
         prompts = [[1] * n for n in rng.integers(low, high, 320).tolist()]
-        return {batch.ids.shape for batch in plan_batches(prompts, options(batch_size=32))}
+        return {
+            batch.ids.shape
+            for batch in plan_batches(prompts, options(batch_size=32, max_length=2048))
+        }
 
     assert shapes(66, 126) == {(16, 208)}
+    assert shapes(130, 250) == {(16, 384)}
+    assert shapes(200, 250) == {(32, 256)}  # 512 slots for two would save none
+    assert shapes(800, 810) == {(16, 1664)}
     assert shapes(120, 129) == {(32, 128)}
     assert shapes(10, 30) == {(16, 80)}
 
