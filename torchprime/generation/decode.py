@@ -1,10 +1,11 @@
 """Generation on the host, and the arithmetic that all backends share.
 
 Prompts are sorted by length and cut into batches of equal size. A batch is padded to the smallest
-bucket that holds its longest prompt, so that few shapes exist and each is compiled once. If the
-prompts differ enough in length, they are read in pairs, a short and a long one in each row. A
-backend runs prefill for a batch, then decodes tokens in chunks. Between chunks the host reads the
-new tokens (`Decoding`) and ends the batch when every row has met a stop token or its limit.
+bucket that holds its longest prompt, so that few shapes exist and each is compiled once. If a short
+and a long prompt together are clearly shorter than two rows, prompts are read in such pairs, two in
+each row. A backend runs prefill for a batch, then decodes tokens in chunks. Between chunks the host
+reads the new tokens (`Decoding`) and ends the batch when every row has met a stop token or its
+limit.
 
 A sampled token is the argmax of logits / temperature + Gumbel noise. The noise is a hash of (seed,
 the prompt's number, the token's number, the vocabulary id). So a prompt's answer does not depend on
@@ -22,19 +23,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from torchprime.attention_kernels.blocks import KERNEL_MULTIPLE
 from torchprime.counter_bits import shifted_right
 from torchprime.errors import ConfigError, DataError
 
 SMALLEST_BUCKET = 64
-PAIRED_EIGHTHS = (10, 13)  # of a bucket: the slots of a row for two prompts
-# From twice this length on such rows have a multiple of it, which attention kernels of TPUs want.
-KERNEL_MULTIPLE = 128
+# Two prompts are read in one row of so many eighths of their bucket. Attention's scores grow with
+# the square of a row, so prompts of longer buckets are read alone.
+PAIRED_EIGHTHS = (10, 13)
+LONGEST_PAIRED = 1024
 # Tokens per traced program. With more, more would be discarded after a batch's last stop token.
 CHUNK = 32
 # Halvings of the interval that a threshold lies in: from the spread of logits to less than one's
 # last bit.
 HALVINGS = 40
-FILLER = -1  # instead of a prompt's number: one token, the last of a list of prompts
+FILLER = -1  # instead of a prompt's number, in a row that holds one token
 SALT = 0x51ED270B
 
 # Shape suffixes: B batch, V vocab.
@@ -162,8 +165,7 @@ def plan_batches(
     # A handful of prompts does not fill a large batch; powers of two limit the number of shapes.
     wanted = min(options.batch_size, _power_of_two(len(prompts)))
     size = -(-wanted // multiple) * multiple
-    every = [*prompts, [0]]  # the last one is FILLER's
-    lengths = [len(prompt) for prompt in every]
+    lengths = [*map(len, prompts), 1]  # the last one is FILLER's
     order = sorted(range(len(prompts)), key=lengths.__getitem__)
     order += [FILLER] * (-len(order) % size)
     by_slots: dict[int, list[int]] = {}
@@ -177,7 +179,7 @@ def plan_batches(
         if size % (2 * multiple) == 0:
             layout = _paired(layout, lengths)
         batches += [
-            _batch(every, layout, slice(start, start + size), options)
+            _batch(prompts, layout, slice(start, start + size), options)
             for start in range(0, len(numbers), size)
         ]
     return batches
@@ -204,19 +206,31 @@ class _Layout(NamedTuple):
 
 
 def _paired(layout: _Layout, lengths: Sequence[int]) -> _Layout:
-    """Put a long and a short prompt into each row, if that saves an eighth of the slots or more.
-    The rows of a bucket have one of two lengths, so that few shapes exist."""
+    """Put a long and a short prompt into each row, if all of them fit into one of the lengths of
+    `row_lengths`."""
     every = sorted(layout.numbers, key=lengths.__getitem__)
     half = len(every) // 2
     pairs = list(zip(every[:half], reversed(every[half:]), strict=True))
     longest = max(lengths[left] + lengths[right] for left, right in pairs)
-    for eighths in PAIRED_EIGHTHS:
-        length = -(-layout.slots * eighths // 8)
-        if length >= 2 * KERNEL_MULTIPLE:
-            length += -length % KERNEL_MULTIPLE
-        if longest <= length and 4 * length <= 7 * layout.slots:
+    for length in row_lengths(layout.slots):
+        if longest <= length:
             return _Layout([n for pair in pairs for n in pair], layout.slots, length, 2)
     return layout
+
+
+def row_lengths(slots: int) -> list[int]:
+    """Return the lengths of rows for two prompts of a bucket, the shortest first: at most two, so
+    that few shapes exist. Each saves an eighth or more of two rows.
+
+    Above 128 slots, they allow the attention kernel of TPUs if the bucket does. For shorter ones it
+    does not matter.
+    """
+    if slots > LONGEST_PAIRED:
+        return []
+    lengths = [-(-slots * eighths // 8) for eighths in PAIRED_EIGHTHS]
+    if slots > KERNEL_MULTIPLE and slots % KERNEL_MULTIPLE == 0:
+        lengths = [length + -length % KERNEL_MULTIPLE for length in lengths]
+    return [length for length in lengths if 8 * length <= 7 * (2 * slots)]
 
 
 def _batch(
@@ -227,18 +241,23 @@ def _batch(
     ids = np.zeros((len(rows) // in_row, length), np.int32)
     spans, drawn = np.zeros((len(rows), 2), np.int32), np.full(len(rows), -1, np.int32)
     for row, number in enumerate(rows.tolist()):
+        prompt: Sequence[int] = [0]
         if number != FILLER:
+            prompt = prompts[number]
             drawn[row] = number if options.numbers is None else options.numbers[number]
-        prompt = prompts[number]
         count = len(prompt)
         at_left = in_row == 2 and row % 2 == 0
         end = count if at_left else length
         ids[row // in_row, end - count : end] = prompt
         spans[row] = 0 if at_left else slots - count, count
+    return PromptBatch(ids, spans, rows, drawn, slots, *_chunks(options))
+
+
+def _chunks(options: GenerateOptions) -> tuple[int, int]:
+    """Return the tokens of a program, and how many such programs may follow the first token."""
     follow = min(options.max_new_tokens, options.max_length - 1) - 1
     chunks = -(-follow // CHUNK)
-    chunk = -(-follow // (8 * chunks)) * 8 if chunks else 0
-    return PromptBatch(ids, spans, rows, drawn, slots, chunk, chunks)
+    return (-(-follow // (8 * chunks)) * 8 if chunks else 0), chunks
 
 
 def bucket(length: int, limit: int) -> int:

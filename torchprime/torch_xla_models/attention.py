@@ -51,7 +51,7 @@ def inject_attention(
 
 class KernelOrReference(nn.Module):
     """The attention core for prompts: the kernel at the lengths that it allows, or the reference
-    core. Prompts are padded to a power of two or to the model's context, so both occur."""
+    core. Both occur (`generation.decode.bucket`, `row_lengths`)."""
 
     def __init__(self, kernel: nn.Module, reference: nn.Module) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Generation under XLA: a prefill program for a batch's prompts, and a decode program for a chunk.
 
-The next slot, the token number and the inputs of sampling are data, so that the
-two programs of a batch size and bucket serve every prompt. The cache is sharded like activations:
-the batch as the sharding table says, kv heads along the tensor axis if it divides them. A chunk
-updates it in place.
+The next slot, the token number and the inputs of sampling are data. So for each batch size there is
+one prefill program for each length of rows, and one decode program for each bucket. The cache is
+sharded like activations: the batch as the sharding table says, kv heads along the tensor axis if it
+divides them. A chunk updates it in place.
 """
 
 from __future__ import annotations

@@ -151,8 +151,10 @@ def _keep_freed_memory() -> None:
     if sys.platform != "linux" or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is None:
+        return
     for variable, (option, value) in MALLOC_OPTIONS.items():
-        if mallopt is not None and variable not in os.environ:
+        if variable not in os.environ:
             mallopt(option, value)
 
 

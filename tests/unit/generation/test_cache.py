@@ -17,6 +17,7 @@ from torchprime.generation.cache import (
     by_sums,
     cached_attention,
     next_hidden,
+    next_rotary,
     read_prompts,
 )
 from torchprime.models.architecture import architecture_from_hf
@@ -59,11 +60,12 @@ MINISTRAL3 = {
 
 
 @pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "cosines ahead"])
 @pytest.mark.parametrize(
     ("config", "match"), [(GEMMA2, by_product), (GEMMA2, by_sums), (MINISTRAL3, by_product)]
 )
 def test_tokens_one_by_one_have_the_logits_of_one_forward(
-    config: dict[str, Any], match: Callable[[Tensor, Tensor], Tensor], paired: bool
+    config: dict[str, Any], match: Callable[[Tensor, Tensor], Tensor], ahead: bool, paired: bool
 ) -> None:
     """Two prompts of 4 and 7 tokens, in two rows or in one; windows that end inside the answers,
     and soft-caps."""
@@ -88,11 +90,14 @@ def test_tokens_one_by_one_have_the_logits_of_one_forward(
             [torch.cat([t, torch.zeros(r)], 2) for t, r in zip(part, room, strict=True)]
             for part in cache
         )
+        widened = Cache(tuple(keys), tuple(values))
+        later = next_rotary(model, prompts, torch.tensor(of_prompt), 5, widened)
         for number in range(5):
             old = Cache(tuple(keys), tuple(values))
+            rotary = tuple((cos[number], sin[number]) for cos, sin in later) if ahead else ()
             slot = torch.tensor(of_prompt + number)
             token = torch.stack([texts[0][4 + number], texts[1][7 + number]])
-            hidden, new = next_hidden(model, token, prompts, slot, old)
+            hidden, new = next_hidden(model, token, prompts, slot, old, rotary)
             for kept, added in zip((*keys, *values), (*new.keys, *new.values), strict=True):
                 kept[:, :, slot] = added[:, :, 0]
             found.append(model.logits_of(hidden))

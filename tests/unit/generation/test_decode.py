@@ -11,6 +11,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from torchprime.errors import ConfigError, DataError
 from torchprime.generation.decode import (
+    LONGEST_PAIRED,
     Answer,
     Decoding,
     GenerateOptions,
@@ -19,6 +20,7 @@ from torchprime.generation.decode import (
     choose,
     gumbel_noise,
     plan_batches,
+    row_lengths,
     sampling_tensors,
 )
 
@@ -42,7 +44,7 @@ def test_buckets_are_few_and_hold_their_prompts() -> None:
     ("size", "multiple", "shapes", "fillers"),
     [
         (3, 3, [(3, 64), (3, 128), (3, 300)], 0),  # one row for each device
-        (4, 2, [(2, 80), (2, 384), (2, 384)], 3),  # pairs: 1 and 17 tokens, 64 and 200, ...
+        (4, 2, [(2, 80), (2, 384), (2, 375)], 3),  # pairs: 1 and 17 tokens, 64 and 200, ...
     ],
 )
 def test_every_prompt_is_in_one_place(
@@ -70,7 +72,7 @@ def test_every_prompt_is_in_one_place(
 
 
 def test_prompts_are_paired_where_that_saves_slots() -> None:
-    """And in one shape for all batches of a bucket."""
+    """All batches of a bucket have one shape."""
     rng = np.random.default_rng(1)
 
     def shapes(low: int, high: int) -> set[tuple[int, ...]]:
@@ -84,8 +86,19 @@ def test_prompts_are_paired_where_that_saves_slots() -> None:
     assert shapes(130, 250) == {(16, 384)}
     assert shapes(200, 250) == {(32, 256)}  # 512 slots for two would save none
     assert shapes(800, 810) == {(16, 1664)}
+    assert shapes(1100, 1200) == {(32, 2048)}  # two long prompts have too many scores
+    assert all(row_lengths(slots) == [] for slots in (1025, 2048))
     assert shapes(120, 129) == {(32, 128)}
     assert shapes(10, 30) == {(16, 80)}
+
+
+def test_the_kernel_reads_pairs_where_it_reads_single_prompts() -> None:
+    for slots in range(64, LONGEST_PAIRED + 1):
+        found = row_lengths(slots)
+        assert found == sorted(set(found)) and len(found) <= 2
+        assert all(slots <= length <= 7 * slots / 4 for length in found)
+        if slots > 128 and slots % 128 == 0:
+            assert found and all(length % 128 == 0 for length in found)
 
 
 @pytest.mark.parametrize("new", [1, 2, 33, 34, 500])

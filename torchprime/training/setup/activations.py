@@ -75,7 +75,7 @@ def kept_bytes(
     """Count `Live.kept` alone, which needs no backward pass; arguments as in `live_bytes`."""
 
     def kept(number: int) -> int:
-        # Hidden states hold what was kept.
+        # What was kept is freed with the hidden states.
         _hidden, counter = _forward(build(number), shape, core, names)
         return counter.now
 

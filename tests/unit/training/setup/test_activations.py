@@ -11,7 +11,7 @@ from tiny_families import FAMILIES, SIZES
 
 from torchprime.models.architecture import architecture_from_hf
 from torchprime.models.decoder import CausalLM
-from torchprime.training.setup.activations import Shape, kept_bytes, storage_of
+from torchprime.training.setup.activations import Shape, kept_bytes, live_bytes, storage_of
 
 ROWS, SIZE = 2, 48  # longer than the windows
 
@@ -50,3 +50,5 @@ def test_the_bytes_kept_are_those_that_autograd_holds(family: str) -> None:
         for layers in (1, 2)
     ]
     assert counted == [pytest.approx(held_by_autograd(build(n)), rel=0.01) for n in (1, 2)]
+    whole = live_bytes(build, 2, Shape(ROWS, SIZE, 1), core="reference", names=None)
+    assert whole.kept == counted[1] < whole.peak
