@@ -4,6 +4,7 @@ their table."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Lock
 from typing import Any, NamedTuple
 
 from torchprime.compiling.fitting import weights_per_chip
@@ -14,6 +15,8 @@ from torchprime.models.architecture import architecture_from_hf
 from torchprime.training.setup.model_files import find_architecture
 
 GIB = 2**30
+# Hydra composes one config at a time in a process, and several cases run at once.
+COMPOSING = Lock()
 MODELS = {
     "8b": ("Llama 3 8B", "llama-3-8b-lora-w-gsm8k"),
     "14b": ("Qwen3 14B", "qwen3-14b-qlora-w-pirate"),
@@ -60,7 +63,8 @@ def cases() -> Iterator[Case]:
 def too_large(case: Case) -> dict[str, Any] | None:
     """Return a case's entry for results.json if the chip can't hold its weights and optimizer state
     alone; None if it has to be compiled."""
-    config = compose_config([*case.argv, f"compile_only={case.slice_}"])
+    with COMPOSING:
+        config = compose_config([*case.argv, f"compile_only={case.slice_}"])
     found, where = find_architecture(
         pretrained_model=config.model.pretrained_model, architecture=None, cache_dir=None
     )
