@@ -50,6 +50,10 @@ class Prompts(NamedTuple):
     spans: Tensor
     slots: int
 
+    def position(self, slot: Tensor) -> Tensor:
+        """Return each row's position [B, 1] of the token whose place is `slot`, an int32 scalar."""
+        return self.spans[:, 1:] + (slot - self.slots)
+
 
 class CachedAttention(nn.Module):
     """Wrapper of an attention core during generation.
@@ -204,9 +208,8 @@ def next_rotary(
     """
     decoder: Any = model.model
     later = torch.arange(count, dtype=torch.int32, device=slot.device)
-    positions = prompts.spans[:, 1:] + (slot - prompts.slots) + later
     keys = cache.keys[0]
-    tables = decoder.tables(positions, keys.shape[-2], keys.dtype)
+    tables = decoder.tables(prompts.position(slot) + later, keys.shape[-2], keys.dtype)
     return tuple(
         (cos.permute(2, 0, 1, 3)[:, :, :, None], sin.permute(2, 0, 1, 3)[:, :, :, None])
         for cos, sin in tables
@@ -239,8 +242,7 @@ def next_hidden(
     masks = tuple(_mask(places, prompts, slot, window) for window in model.architecture.windows)
     x_BSD = decoder.embed_tokens(ids[:, None])
     if not rotary:
-        positions = prompts.spans[:, 1:] + (slot - prompts.slots)
-        rotary = decoder.tables(positions, slots, x_BSD.dtype)
+        rotary = decoder.tables(prompts.position(slot), slots, x_BSD.dtype)
     hidden, new = _through_layers(decoder, x_BSD, LayerContext(rotary, masks), cache)
     return decoder.finish(hidden)[:, 0], new
 

@@ -175,7 +175,7 @@ def plan_batches(
         by_slots.setdefault(slots, []).extend(numbers)
     batches = []
     for slots, numbers in by_slots.items():
-        layout = _Layout(numbers, slots, slots, 1)
+        layout = _Layout(numbers, slots, slots)
         if size % (2 * multiple) == 0:
             layout = _paired(layout, lengths)
         batches += [
@@ -202,7 +202,11 @@ class _Layout(NamedTuple):
     numbers: list[int]  # prompts and fillers, batch by batch
     slots: int  # of a prompt in the cache
     length: int  # of a row that is read
-    in_row: int  # prompts in such a row
+
+    @property
+    def in_row(self) -> int:
+        """The number of prompts in a row: one fills its slots, and two need more."""
+        return 1 if self.length == self.slots else 2
 
 
 def _paired(layout: _Layout, lengths: Sequence[int]) -> _Layout:
@@ -214,7 +218,7 @@ def _paired(layout: _Layout, lengths: Sequence[int]) -> _Layout:
     longest = max(lengths[left] + lengths[right] for left, right in pairs)
     for length in row_lengths(layout.slots):
         if longest <= length:
-            return _Layout([n for pair in pairs for n in pair], layout.slots, length, 2)
+            return _Layout([n for pair in pairs for n in pair], layout.slots, length)
     return layout
 
 
@@ -236,9 +240,9 @@ def row_lengths(slots: int) -> list[int]:
 def _batch(
     prompts: Sequence[Sequence[int]], layout: _Layout, part: slice, options: GenerateOptions
 ) -> PromptBatch:
-    numbers, slots, length, in_row = layout
+    numbers, slots, length = layout
     rows = np.array(numbers[part], np.int32)
-    ids = np.zeros((len(rows) // in_row, length), np.int32)
+    ids = np.zeros((len(rows) // layout.in_row, length), np.int32)
     spans, drawn = np.zeros((len(rows), 2), np.int32), np.full(len(rows), -1, np.int32)
     for row, number in enumerate(rows.tolist()):
         prompt: Sequence[int] = [0]
@@ -246,9 +250,9 @@ def _batch(
             prompt = prompts[number]
             drawn[row] = number if options.numbers is None else options.numbers[number]
         count = len(prompt)
-        at_left = in_row == 2 and row % 2 == 0
+        at_left = layout.in_row == 2 and row % 2 == 0
         end = count if at_left else length
-        ids[row // in_row, end - count : end] = prompt
+        ids[row // layout.in_row, end - count : end] = prompt
         spans[row] = 0 if at_left else slots - count, count
     return PromptBatch(ids, spans, rows, drawn, slots, *_chunks(options))
 

@@ -111,10 +111,11 @@ def prepare_environment(device_count: int, *, async_collectives: bool = True) ->
         )
     if chosen == "CPU":
         os.environ.setdefault("CPU_NUM_DEVICES", str(device_count))
-        needed = _threads(int(os.environ["CPU_NUM_DEVICES"]))
+        devices = int(os.environ["CPU_NUM_DEVICES"])
+        needed = _threads(devices)
         os.environ["PJRT_NPROC"] = str(max(needed, int(os.environ.get("PJRT_NPROC") or 0)))
         _share_cores()
-        if os.environ["CPU_NUM_DEVICES"] == "1":
+        if devices == 1:
             _keep_freed_memory()
         flags = os.environ.get("XLA_FLAGS", "")
         if "--xla_backend_extra_options" not in flags:

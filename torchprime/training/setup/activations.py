@@ -86,6 +86,7 @@ def kept_bytes(
 def _count(model: CausalLM, shape: Shape, core: Core, names: Sequence[str] | None) -> Live:
     hidden, counter = _forward(model, shape, core, names)
     kept = counter.now
+    _drop_gradients_of_finished_layers(model)
     field = torch.zeros(shape.rows, shape.block_size, dtype=torch.int32, device="meta")
     weights = torch.zeros(field.shape, device="meta")
     with counter:
@@ -104,7 +105,6 @@ def _forward(
     model.to("meta")
     if names is not None:
         checkpoint_layers(list(model.model.layers.children()), names)
-    _drop_gradients_of_finished_layers(model)
     field = torch.zeros(shape.rows, shape.block_size, dtype=torch.int32, device="meta")
     with _Counter() as counter:
         hidden = model(field, field, field)
